@@ -1,0 +1,1318 @@
+"""What both Cerebrum daemons share: HTTP/1.1 and SSE on asyncio streams, errors, models, configuration, logs.
+
+Strategy
+- Pure functions decide, streams only carry. `scan_request`, `parse_request`, `ChunkedDecoder`, `parse_json`
+  take bytes in any split and give a value or raise `HttpError`; they never see a socket, a clock or the
+  environment. The first wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112
+  and 9110 rule, and where they allow leniency this refuses: bare LF, folded lines, two lengths, a length
+  beside chunks, a foreign Host.
+- One connection is one task of `Server`. `Connection` owns the socket and its buffer, `Exchange` one request
+  and its answer. A handler is `async def handler(state, request) -> Response`; an error is an exception that
+  knows its status, and `error_body` is the only thing that turns one into JSON.
+- After the first byte of a stream an error is an error event, and then the connection is cut without a
+  last chunk, so that a client can always tell a finished stream from a broken one.
+
+It refuses: request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, whoever is slow, whoever takes
+more than a fair share of the connections, and pages of foreign origins. It speaks no TLS and no HTTP/2.
+Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sys
+import time
+import tomllib
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+# ---------------------------------------------------------------------------------------------- limits
+
+MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
+MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # and room for a method and a version
+MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies needs 2 KiB; a head is held in memory whole
+MAX_HEADERS = 100  # no client known to us sends 30
+MAX_BODY_BYTES = 1 << 20  # the longest source file that a prompt is made of
+MAX_TRAILER_BYTES = 8192  # trailers are dropped, so they only have to be survived
+MAX_CHUNK_LINE_BYTES = 256  # a chunk size has 16 digits; the rest is room for an extension that nobody reads
+MAX_PIPELINED_BYTES = 65_536  # read ahead while a request runs, to see whether its client is still there
+MAX_JSON_DEPTH = 64  # requests are flat; the C scanner's own limit is a RecursionError
+MAX_INTEGER_DIGITS = 20  # beyond 64 bits nothing here has a use for a number
+MAX_CONNECTIONS = 256  # about 30 KiB each; the Pi has 30 MB for all
+MAX_CONNECTIONS_PER_CLIENT = 128  # so that one address cannot take them all
+MAX_OVERFLOW = 64  # connections over the limit that are still asked what they want, so /health answers
+MAX_ACCEPTS = 64  # sockets accepted at one go: with the above well below the usual 1,024 open files
+READ_BYTES = 65_536  # one read of a socket; also the reader's own limit
+WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before its stream pauses
+
+HEAD_SECONDS = 10.0  # total, from the first byte: a head at one byte a second ends here
+BODY_SECONDS = 30.0  # total: 1 MiB at 35 KB/s
+IDLE_SECONDS = 60.0  # between two requests of a kept connection
+OVERFLOW_SECONDS = 2.0  # an over-limit connection has this long to say that it only wants /health
+WRITE_SECONDS = 30.0  # a client that reads nothing for so long is cut
+LINGER_SECONDS = 1.0  # after the last answer: time for the client to read it before a reset could destroy it
+
+# ---------------------------------------------------------------------------------------------- errors
+
+CODES = {
+    400: "INVALID_REQUEST",
+    401: "UNAUTHORIZED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    408: "TIMEOUT",
+    409: "CONFLICT",
+    411: "LENGTH_REQUIRED",
+    413: "PAYLOAD_TOO_LARGE",
+    414: "URI_TOO_LONG",
+    415: "UNSUPPORTED_MEDIA_TYPE",
+    417: "EXPECTATION_FAILED",
+    421: "MISDIRECTED_REQUEST",
+    429: "RATE_LIMIT",
+    431: "HEADERS_TOO_LARGE",
+    500: "INTERNAL_ERROR",
+    501: "NOT_IMPLEMENTED",
+    503: "OVERLOADED",
+    505: "VERSION_NOT_SUPPORTED",
+}
+REASONS = {200: "OK", 204: "No Content"} | {status: code.replace("_", " ").title() for status, code in CODES.items()}
+
+
+class HttpError(Exception):
+    """An answer that is not a success: `status`, `code`, a message fit for the client, and the connection's fate.
+
+    `close` ends the connection after the answer (the framing can no longer be trusted); `extra` are further
+    members of the JSON object; `headers` are further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        *,
+        close: bool = False,
+        extra: Mapping[str, Any] | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code or CODES[status]
+        self.close, self.extra, self.headers = close, dict(extra or {}), headers
+
+
+class ClientGone(ConnectionError):
+    """The other side closed, reset, or reads nothing any more. Never an error of ours, never logged as one."""
+
+
+def malformed(message: str, status: int = 400) -> HttpError:
+    """An error in the message's framing: answered, and then the connection is closed."""
+    return HttpError(status, message, close=True)
+
+
+def too_busy() -> HttpError:
+    return malformed("too many connections; try again later", 503)
+
+
+def internal_error(exception: Exception) -> HttpError:
+    """A fault of ours: the traceback goes to the log, the client learns the request id and nothing else."""
+    log.error("internal error", exc_info=exception)
+    return HttpError(500, "internal error; the log has the details under this request's id")
+
+
+def timestamp() -> str:
+    """UTC now as `2025-12-25T12:00:00.000000`."""
+    return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+
+
+def error_body(error: HttpError) -> dict[str, Any]:
+    """`{"error": true, "message", "code", "timestamp"}`, and what the error adds."""
+    return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
+
+
+# ------------------------------------------------------------------------------------------- pure: heads
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+HEADER_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
+ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
+PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
+QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
+AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; a longer one is no size but an attack
+REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
+SINGLE_HEADERS = frozenset(
+    {"host", "content-length", "content-type", "content-encoding", "transfer-encoding", "x-api-key"}
+    | {"authorization", "origin", "expect"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A parsed request head. `path` is decoded once and is what routing and authentication see.
+
+    `length` is the body's length in bytes (None: no Content-Length). `host` is the name the client used for
+    us ("": HTTP/1.0 without one), `authority` the one in a target of absolute form.
+    """
+
+    method: str
+    path: str
+    version: str
+    headers: dict[str, str]
+    host: str
+    authority: str
+    length: int | None
+    chunked: bool
+    request_id: str
+    keep_alive: bool
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.length)
+
+    @property
+    def expects(self) -> bool:
+        """Whether the body comes only after a 100 (RFC 9110 section 10.1.1: ignored in HTTP/1.0)."""
+        return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
+
+
+def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+    """Where the message head in `buffer` ends (past its empty line), or None if more bytes are needed.
+
+    `scanned` is how much of the buffer an earlier call has seen. What can be refused is refused before the
+    head is whole: a TLS hello or a bare LF gets its 400 at once, and a head without end costs 32 KiB.
+    """
+    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
+    _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
+    if end >= 0:
+        return end + 4
+    if len(buffer) >= MAX_HEAD_BYTES:
+        raise malformed(f"expected a head of at most {MAX_HEAD_BYTES} bytes", 431)
+    return None
+
+
+def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2).
+
+    A bad request line is refused as soon as its CRLF has come, so that HTTP/0.9, SMTP or a typo need not
+    wait for the end of a head.
+    """
+    start = 2 if buffer.startswith(b"\r\n") else 0
+    end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
+    _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
+    if end < 0:
+        if len(buffer) >= start + MAX_LINE_BYTES:
+            raise malformed(f"expected a request line of at most {MAX_LINE_BYTES} bytes", 414)
+        return None
+    if end + 2 > scanned:
+        parse_request_line(bytes(buffer[start:end]))
+    return scan_head(buffer, max(scanned, end))
+
+
+def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None:
+    if bad := FORBIDDEN_IN_HEAD.search(buffer, max(0, scanned - 1), stop):
+        raise malformed(f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}")
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
+    """A request line, without its CRLF, to method, decoded path, authority ("": none) and version."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", 505)
+    if method not in METHODS:
+        raise malformed("expected a known method in capital letters, other than CONNECT", 501)
+    if len(target) > MAX_TARGET_BYTES:
+        raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", 414)
+    if target == "*" and method == "OPTIONS":
+        return method, target, "", version
+    return method, *parse_target(target), version
+
+
+def parse_target(target: str) -> tuple[str, str]:
+    """A request target to its decoded path and, in absolute form, the authority it names (RFC 9112 section 3.2)."""
+    authority = ""
+    if absolute := ABSOLUTE_FORM.fullmatch(target):
+        authority, target = host_name(absolute[1]), absolute[2]
+        target = target if target.startswith("/") else "/" + target
+    path, _, query = target.partition("?")
+    if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
+        raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
+    if "%" not in path:
+        return path, authority
+    octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
+    try:
+        path = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        raise malformed("expected %XX escapes that are UTF-8") from None
+    if re.search(r"[\x00-\x1f\x7f]", path):
+        raise malformed("expected no control characters in the path")
+    return path, authority
+
+
+def host_name(value: str) -> str:
+    """The lower-case host of `host[:port]`, brackets kept; HttpError if it is not one."""
+    match = AUTHORITY.fullmatch(value)
+    if not match or int(match[2] or 0) > 65_535:
+        raise malformed("expected a Host of the form name[:port]")
+    return match[1].lower()
+
+
+def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
+    """Header lines, without line ends, to lower-case names and values; a repeated list header is joined by commas."""
+    if len(lines) > MAX_HEADERS:
+        raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", 431)
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise malformed("expected header lines of the form 'Name: value'")
+        name, value = match[1].decode("ascii").lower(), match[2].rstrip(b" \t").decode("latin-1")
+        if name in headers and name in SINGLE_HEADERS:
+            raise malformed(f"expected at most one {name} header, got several")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
+    """How the body is delimited: (Content-Length or None, chunked). RFC 9112 section 6; every doubt is a 400."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not CONTENT_LENGTH.fullmatch(length):
+        raise malformed("expected one Content-Length of 1 to 20 decimal digits")
+    if coding is None:
+        return (None if length is None else int(length)), False
+    if length is not None or version == "HTTP/1.0":
+        raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise malformed("expected the Transfer-Encoding 'chunked' alone", 501)
+    return None, True
+
+
+def parse_request(block: bytes) -> Head:
+    """A whole request head, as found by `scan_request`, to a `Head`."""
+    first, *lines = block.removeprefix(b"\r\n")[:-4].split(b"\r\n")
+    method, path, authority, version = parse_request_line(first)
+    headers = parse_headers(lines)
+    if "host" not in headers and version == "HTTP/1.1":
+        raise malformed("expected a Host header")
+    host = host_name(headers["host"]) if "host" in headers else ""
+    length, chunked = parse_framing(version, headers)
+    wanted = headers.get("x-request-id", "")
+    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
+    return Head(
+        method,
+        path,
+        version,
+        headers,
+        host,
+        authority,
+        length,
+        chunked,
+        request_id=wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4()),
+        keep_alive=version == "HTTP/1.1" and "close" not in options,
+    )
+
+
+# ------------------------------------------------------------------------------------------ pure: bodies
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
+
+
+class ChunkedDecoder:
+    """Decodes a chunked body that arrives in any split: `feed` gives payload; `rest` is what came after the end.
+
+    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line,
+    413 over `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.done = False
+        self.rest = b""
+        self._held = b""  # the begin of a size line or of the trailers, never payload
+        self._left = 0  # payload bytes still missing from the chunk that we are inside
+        self._step = ChunkedDecoder._size  # reads what follows that payload
+        self._limit, self._total = limit, 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload that `data` completes."""
+        buffer, position = self._held + data, 0
+        pieces: list[bytes] = []
+        while not self.done:
+            if self._left:
+                piece = buffer[position : position + self._left]
+                pieces.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    break
+            end = self._step(self, buffer, position)
+            if end is None:
+                break
+            position = end
+        self._held = buffer[position:]
+        return b"".join(pieces)
+
+    # Each step takes one element of the grammar (RFC 9112 section 7.1) and gives its end, or None: not all here yet.
+
+    def _size(self, buffer: bytes, at: int) -> int | None:
+        match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
+        if not match:
+            line = buffer[at : at + MAX_CHUNK_LINE_BYTES]
+            if len(line) == MAX_CHUNK_LINE_BYTES or not CHUNK_SIZE_BEGUN.fullmatch(line):
+                raise malformed("expected a chunk size of 1 to 16 hexadecimal digits and CRLF")
+            return None
+        self._left = int(match[1], 16)
+        self._step = ChunkedDecoder._line_end if self._left else ChunkedDecoder._trailers
+        self._total += self._left + len(match[2])
+        if self._limit is not None and self._total > self._limit:
+            raise malformed(f"expected a body of at most {self._limit} bytes", 413)
+        return match.end()
+
+    def _line_end(self, buffer: bytes, at: int) -> int | None:
+        if not b"\r\n".startswith(buffer[at : at + 2]):
+            raise malformed("expected CRLF after a chunk's data")
+        if len(buffer) < at + 2:
+            return None
+        self._step = ChunkedDecoder._size
+        return at + 2
+
+    def _trailers(self, buffer: bytes, at: int) -> int | None:
+        section = buffer[at : at + MAX_TRAILER_BYTES]
+        end = 0 if section.startswith(b"\r\n") else section.find(b"\r\n\r\n") + 2  # 1: not found
+        if FORBIDDEN_IN_HEAD.search(section, 0, MAX_TRAILER_BYTES if end == 1 else end + 2):
+            raise malformed("expected trailers with CRLF line ends and no control characters")
+        if end == 1:
+            if len(section) == MAX_TRAILER_BYTES:
+                raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", 431)
+            return None
+        parse_headers(section[:end].split(b"\r\n")[:-1])
+        self.done, self.rest = True, buffer[at + end + 2 :]
+        return len(buffer)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"expected JSON numbers, got {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999, which parse_constant never sees
+        raise ValueError("expected finite numbers")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"expected integers of at most {MAX_INTEGER_DIGITS} digits")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("expected every name once in an object")
+    return members
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique
+)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A request body to its JSON object. HttpError 400 says what is wrong: RFC 8259 strictly, UTF-8 without a BOM,
+    no repeated names, finite numbers, at most 64 levels."""
+    try:
+        value = DECODER.decode(body.decode("utf-8"))
+        level = _containers([value])
+        for _ in range(MAX_JSON_DEPTH):
+            level = _containers(
+                child for item in level for child in (item.values() if isinstance(item, dict) else item)
+            )
+    except UnicodeDecodeError:
+        raise HttpError(400, "expected a body in UTF-8") from None
+    except RecursionError:
+        raise HttpError(400, f"expected JSON of at most {MAX_JSON_DEPTH} levels") from None
+    except json.JSONDecodeError as error:
+        raise HttpError(400, f"expected a JSON object: {error.msg} at character {error.pos}") from None
+    except ValueError as error:
+        raise HttpError(400, f"expected a JSON object: {error}") from None
+    if level:
+        raise HttpError(400, f"expected JSON of at most {MAX_JSON_DEPTH} levels")
+    if not isinstance(value, dict):
+        raise HttpError(400, f"expected a JSON object, got {describe(value)}")
+    return value
+
+
+def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
+    return [value for value in values if isinstance(value, dict | list)]
+
+
+# ------------------------------------------------------------------------------------------ pure: fields
+
+
+def describe(value: Any) -> str:
+    """What a client sent, for a message: its JSON type and, if short, the value."""
+    kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string"}
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict):
+        return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
+    text = json.dumps(value)
+    return f"{kinds[type(value)]} {text if len(text) <= 40 else text[:36] + '…'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range, default.
+
+    The range counts characters for a string, items for a list. `choices` lists the only values of a string.
+    A list field also takes one string alone. `required` has no default.
+    """
+
+    kind: type
+    low: float = 0
+    high: float = math.inf
+    default: Any = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    above_low: bool = False  # the range is open at its lower end
+
+    def expected(self) -> str:
+        """The sentence's second half: "an integer from 1 to 2048"."""
+        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "strings"}[
+            self.kind
+        ]
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.kind is list:
+            return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
+        if self.kind is str and self.low == 1 and self.high == math.inf:
+            return "a non-empty string"
+        if self.kind is bool or self.high == math.inf:
+            return noun
+        unit = " characters" if self.kind is str else ""
+        return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
+
+    def accepts(self, value: Any) -> bool:
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else self.kind):
+            return False
+        if isinstance(value, list) and not all(isinstance(item, str) and item for item in value):
+            return False
+        size: Any = len(value) if isinstance(value, str | list) else value
+        inside = self.low < size if self.above_low else self.low <= size
+        return inside and size <= self.high and (not self.choices or value in self.choices)
+
+
+def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The checked fields of a request, defaults filled in; unknown members are ignored. HttpError 400 names the field,
+    what was expected and what came."""
+    values: dict[str, Any] = {}
+    for name, rule in fields.items():
+        if name not in members:
+            if rule.required:
+                raise HttpError(400, f"{name}: expected {rule.expected()}, got nothing")
+            values[name] = rule.default
+            continue
+        value = members[name]
+        if rule.kind is list and isinstance(value, str):
+            value = [value]
+        if not rule.accepts(value):
+            raise HttpError(400, f"{name}: expected {rule.expected()}, got {describe(members[name])}")
+        try:
+            "".join(value if isinstance(value, list) else [value if isinstance(value, str) else ""]).encode()
+        except UnicodeEncodeError:
+            raise HttpError(400, f"{name}: expected Unicode text, got a lone surrogate") from None
+        values[name] = float(value) if rule.kind is float else value
+    return values
+
+
+# --------------------------------------------------------------------------------------- pure: responses
+
+
+@dataclass(slots=True)
+class Response:
+    """What a handler returns: a JSON-able `body`, or `events`, an iterator over blocks of whole SSE events."""
+
+    body: Any = None
+    status: int = 200
+    events: AsyncIterator[bytes] | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def sse_event(data: Mapping[str, Any]) -> bytes:
+    """One SSE event of one JSON object. ASCII only: simple clients decode each network read by itself, and a
+    character cut in two would be lost."""
+    return b"data: " + json.dumps(data).encode("ascii") + b"\n\n"
+
+
+def error_event(error: HttpError) -> bytes:
+    """`data: {"error": true, "message", "code"}` and what the error adds."""
+    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
+
+
+SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
+
+
+def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
+    """A response head. Values come from us, but a CR or LF in one would be a header of its own: refuse it."""
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(headers) or text.count("\r") != len(headers):
+        raise ValueError("a response header contains a line end")
+    return text.encode("latin-1") + b"\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body; `data` must not be empty, for that would be the end."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# -------------------------------------------------------------------------------------- models, languages
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One entry of models.toml. `sha256` may be empty (then it is not checked); `sources` say where `fetch` gets it."""
+
+    id: str
+    name: str
+    languages: tuple[str, ...]
+    parameters: str
+    quantization: str
+    file: str
+    sha256: str = ""
+    size: int = 0
+    sources: tuple[dict[str, Any], ...] = ()
+
+
+def load_models(path: Path) -> tuple[Model, ...]:
+    """models.toml to its models, in order of preference. ValueError says which entry is wrong and how."""
+    try:
+        entries = tomllib.loads(path.read_text("utf-8")).get("models")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected at least one [[models]]")
+    try:
+        models = tuple(_read_model(entry, number) for number, entry in enumerate(entries, 1))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len({model.id for model in models}) != len(models):
+        raise ValueError(f"{path}: expected every id once")
+    return models
+
+
+def _read_model(entry: Any, number: int) -> Model:
+    required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
+    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
+    if not isinstance(entry, dict):
+        raise ValueError(f"model {number}: expected a table, got {entry!r}")
+    for name, kind in kinds.items():
+        if not isinstance(entry.get(name, kind()), kind) or (name in required and not entry.get(name)):
+            raise ValueError(f"model {number}: expected {kind.__name__} as {name!r}, got {entry.get(name)!r}")
+    given: dict[str, Any] = {
+        name: tuple(entry[name]) if kinds[name] is list else entry[name] for name in kinds if name in entry
+    }
+    model = Model(**{"languages": (), **given})
+    for name, value, pattern in (
+        ("id", model.id, r"[A-Za-z0-9._\-]+"),
+        ("file", model.file, r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"),  # a name, not a path: it is joined to a folder
+        ("sha256", model.sha256, r"(?:[0-9a-f]{64})?"),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
+    if unknown := set(model.languages) - set(LANGUAGES):
+        raise ValueError(f"model {number}: expected languages of {', '.join(LANGUAGES)}, got {unknown}")
+    if not all(isinstance(source, dict) for source in model.sources):
+        raise ValueError(f"model {number}: expected tables as 'sources'")
+    return model
+
+
+def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:
+    """The first model that lists `language` among those `present` on the VPS (None: not known, so all of them)."""
+    listed = [model for model in models if language in model.languages]
+    return next((model for model in listed if present is None or model.id in present), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """The syntax of one language, as far as preparing a prompt and ending a completion need it."""
+
+    line_comment: str
+    block_comment: tuple[str, str] | None
+    strings: tuple[tuple[str, str], ...]  # (opening, closing); longer openings first
+    multiline: frozenset[str]  # the openings of strings that may contain a line end
+    indented: bool  # blocks are made by indentation, else by braces
+    imports: re.Pattern[str]  # a line that imports
+    defines: re.Pattern[str]  # a line that defines the name in its first group that took part
+    containers: re.Pattern[str]  # the header of a block whose members are completed one by one
+    raw: frozenset[str] = frozenset()  # the openings of strings without escapes
+    ambiguous: str = ""  # openings told from an operator by what is around them: a regex or / , a char or a lifetime
+    directives: bool = False  # a line that starts with # is the preprocessor's
+
+
+_C_STRINGS = (('"', '"'), ("'", "'"))
+_C_DEFINES = (
+    r"\s*(?:#\s*define\s+(\w+)|(?:typedef\s+)?(?:struct|class|enum|union|namespace)\s+(\w+)"
+    r"|(?:template\b.*>\s*)?(?:[A-Za-z_][\w:<>,*&\s]*[\s*&])([A-Za-z_~]\w*)\s*\([^;]*$)"
+)
+_JS_DEFINES = (
+    r"\s*(?:export\s+)?(?:default\s+)?(?:async\s+)?(?:abstract\s+)?"
+    r"(?:(?:function\*?|class|interface|type|enum|namespace)\s+(\w+)|(?:const|let|var)\s+(\w+))"
+)
+_JS = Language(
+    "//",
+    ("/*", "*/"),
+    (*_C_STRINGS, ("`", "`")),
+    frozenset("`"),
+    False,
+    re.compile(r"\s*(?:import\b|export\s.*\bfrom\b|(?:const|let|var)\s.*\brequire\s*\()"),
+    re.compile(_JS_DEFINES),
+    re.compile(
+        r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
+        r"|^\s*(?:describe|context|suite)\s*\(",
+        re.M,
+    ),
+    ambiguous="/",
+)
+_C = Language(
+    "//",
+    ("/*", "*/"),
+    _C_STRINGS,
+    frozenset(),
+    False,
+    re.compile(r"\s*(?:#\s*include|using\s|import\s)"),
+    re.compile(_C_DEFINES),
+    re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
+    directives=True,
+)
+LANGUAGES: dict[str, Language] = {
+    "python": Language(
+        "#",
+        None,
+        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        frozenset({'"""', "'''"}),
+        True,
+        re.compile(r"(?:import|from)\s"),
+        re.compile(r"\s*(?:(?:async\s+)?def\s+(\w+)|class\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=))"),
+        re.compile(r"class\b"),
+    ),
+    "javascript": _JS,
+    "typescript": _JS,
+    "rust": Language(
+        "//",
+        ("/*", "*/"),
+        (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
+        frozenset(('r##"', 'r#"', 'r"', '"')),
+        False,
+        re.compile(r"\s*(?:pub\s+)?(?:use|mod|extern\s+crate)\s"),
+        re.compile(
+            r"\s*(?:pub(?:\([^)]*\))?\s+)?(?:async\s+|unsafe\s+|const\s+)*"
+            r"(?:fn|struct|enum|trait|type|mod|static|const|macro_rules!|impl(?:<[^>]*>)?)\s+(\w+)"
+        ),
+        re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
+        raw=frozenset(('r##"', 'r#"', 'r"')),
+        ambiguous="'",
+    ),
+    "c": _C,
+    "cpp": replace(_C, strings=(('R"(', ')"'), *_C_STRINGS), multiline=frozenset(('R"(',)), raw=frozenset(('R"(',))),
+    "go": Language(
+        "//",
+        ("/*", "*/"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("`"),
+        False,
+        re.compile(r"(?:import\b|package\s|\s+(?:\w+\s+)?\"[\w./\-]+\"\s*$)"),
+        re.compile(r"\s*(?:func\s+(?:\([^)]*\)\s*)?(\w+)|(?:type|var|const)\s+(\w+))"),
+        re.compile(r"(?!)"),  # Go's methods stand on their own
+        raw=frozenset("`"),
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------- connections
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`."""
+
+    head: Head
+    body: bytes
+    parameter: str = ""
+
+    def json(self) -> dict[str, Any]:
+        return parse_json(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of a daemon's API table."""
+
+    method: str
+    path: str
+    handler: Callable[[Any, Request], Awaitable[Response]]
+    open: bool = False  # needs no key, answers over the connection limit, and is logged at DEBUG
+    json: bool = False  # takes a JSON body; without it a body is read and ignored
+    watched: bool = False  # may run long: the handler is cancelled when its client leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask: the key (empty: anyone), the names we answer to beside IP literals, the allowed origins."""
+
+    key: str = ""
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def check(self, head: Head, public: bool) -> None:
+        """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
+        # A browser that was led here by rebound DNS sends the foreign name as Host. It sends an authority only to
+        # a proxy, so there a short name of the LAN, which nobody can register, passes.
+        if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
+            raise HttpError(421, "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS")
+        if "origin" in head.headers and not self.allows_origin(head):
+            raise HttpError(403, "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
+        if public or not self.key or self.is_preflight(head):
+            return
+        given = head.headers.get("x-api-key", "")
+        if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
+            given = head.headers["authorization"][7:].strip(" ")
+        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode("utf-8")):
+            raise HttpError(
+                401, "expected the API key in the header X-API-Key", headers=(("WWW-Authenticate", "Bearer"),)
+            )
+
+    def allows_origin(self, head: Head) -> bool:
+        origin = head.headers.get("origin", "").lower()
+        return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
+
+    def is_preflight(self, head: Head) -> bool:
+        """A browser's CORS preflight from an allowed origin; it never carries the key."""
+        asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
+        return asks and "origin" in head.headers and self.allows_origin(head)
+
+    def _is_ours(self, host: str) -> bool:
+        return not host or host in self.hosts or is_ip_literal(host)
+
+
+def is_ip_literal(host: str) -> bool:
+    """Whether `host` is an IPv4 address or a bracketed IPv6 address; DNS rebinding needs a name."""
+    family, text = (socket.AF_INET6, host[1:-1]) if host.startswith("[") else (socket.AF_INET, host)
+    try:
+        socket.inet_pton(family, text)
+    except OSError:
+        return False
+    return True
+
+
+def own_names(extra: Collection[str] = ()) -> frozenset[str]:
+    """The host names that mean this machine, and those that the configuration adds."""
+    name = socket.gethostname().lower()
+    return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
+
+
+class Connection:
+    """One client's socket: a buffer of what came and has not been used, bounded writes, and a clean end.
+
+    Whatever the network does to it is ClientGone.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.buffer = bytearray()
+        self.transport = writer.transport
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.address = str((writer.get_extra_info("peername") or ("?",))[0])
+        self.over = False  # one too many: it may ask for /health and nothing else
+        self.idle = True  # between two requests, so that a shutdown may close it
+        self.answered = False  # at least one request, so that it may idle longer
+
+    async def fill(self) -> bool:
+        """Read more into the buffer; False at the end of the stream."""
+        try:
+            data = await self.reader.read(READ_BYTES)
+        except OSError:
+            raise ClientGone from None
+        self.buffer += data
+        return bool(data)
+
+    def take(self, count: int) -> bytes:
+        data = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return data
+
+    async def next_head(self) -> bytes | None:
+        """The next request's head, or None if the client left or kept silent instead of beginning one."""
+        self.idle = not self.buffer
+        try:
+            if self.idle:
+                patience = OVERFLOW_SECONDS if self.over else IDLE_SECONDS if self.answered else HEAD_SECONDS
+                async with asyncio.timeout(patience):
+                    if not await self.fill():
+                        return None
+            self.idle = False
+            async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
+                return await self._read_head()
+        except TimeoutError:
+            if self.over:
+                raise too_busy() from None
+            if self.idle:
+                return None
+            raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", 408) from None
+
+    async def _read_head(self) -> bytes:
+        scanned = 0
+        while (end := scan_request(self.buffer, scanned)) is None:
+            scanned = len(self.buffer)
+            if not await self.fill():
+                raise ClientGone
+        return self.take(end)
+
+    async def read_body(self, head: Head) -> bytes:
+        """The whole body, by the framing that the head announced; ClientGone at an early end."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await (self._read_chunks() if head.chunked else self._read_bytes(head.length or 0))
+        except TimeoutError:
+            raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", 408) from None
+
+    async def _read_bytes(self, length: int) -> bytes:
+        if length > MAX_BODY_BYTES:
+            raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {length}", 413)
+        while len(self.buffer) < length:
+            if not await self.fill():
+                raise ClientGone
+        return self.take(length)
+
+    async def _read_chunks(self) -> bytes:
+        decoder, body = ChunkedDecoder(MAX_BODY_BYTES), bytearray()
+        while not decoder.done:
+            if not self.buffer and not await self.fill():
+                raise ClientGone
+            body += decoder.feed(self.take(READ_BYTES))
+        self.buffer[:0] = decoder.rest
+        return bytes(body)
+
+    async def wait_gone(self) -> None:
+        """Returns when the client has left. What it pipelines meanwhile is kept, up to a bound."""
+        with contextlib.suppress(ClientGone):
+            while len(self.buffer) < MAX_PIPELINED_BYTES:
+                if not await self.fill():
+                    return
+            await asyncio.get_running_loop().create_future()  # not to be seen any more: its next write will tell
+
+    async def write(self, data: bytes) -> None:
+        """Send, and wait only when the client is behind; ClientGone if it reads nothing for WRITE_SECONDS."""
+        if self.transport.is_closing():
+            raise ClientGone
+        self.transport.write(data)
+        if self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
+            await self._drain()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self.writer.drain()
+        except OSError:  # of which TimeoutError is one
+            self.transport.abort()
+            raise ClientGone from None
+
+    async def close(self) -> None:
+        """Send what is left, half-close, and read on for a while (RFC 9112 section 9.6): to close a socket with unread
+        bytes is to reset it, and a reset can destroy the answer on its way."""
+        with contextlib.suppress(OSError):
+            self.transport.set_write_buffer_limits(high=0)
+            await self._drain()
+            self.writer.write_eof()
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self.reader.read(READ_BYTES):
+                    pass
+
+
+class Exchange:
+    """One request and its answer: what was asked, whether the connection is kept after it, and the line in the log."""
+
+    def __init__(self, connection: Connection, access: Access) -> None:
+        self.connection, self.access = connection, access
+        self.head: Head | None = None  # not read yet, or malformed
+        self.keep = False
+        self.quiet = False
+        self.started = time.perf_counter()
+
+    def begin(self, head: Head, keep: bool) -> None:
+        self.head, self.keep = head, keep
+        self.started = time.perf_counter()
+        request_id_var.set(head.request_id)
+
+    async def send(self, response: Response) -> None:
+        """A whole response; a HEAD request gets the same without the body."""
+        headers, body = list(response.headers), b""
+        if response.status != 204:
+            body = json.dumps(response.body).encode("ascii")
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        if self.head and self.head.method == "HEAD":
+            body = b""
+        await self.connection.write(self._encode_head(response.status, headers) + body)
+        self.log(response.status)
+
+    async def fail(self, error: HttpError) -> None:
+        self.keep = self.keep and not error.close
+        await self.send(Response(error_body(error), error.status, headers=error.headers))
+
+    async def stream(self, response: Response) -> None:
+        """Send events as they come: as chunks, to HTTP/1.0 until the end of the connection."""
+        assert response.events is not None
+        chunked = self.head is not None and self.head.version == "HTTP/1.1"
+        frame: Callable[[bytes], bytes] = chunk if chunked else bytes
+        last = b"0\r\n\r\n" if chunked else b""
+        headers = [("Content-Type", "text/event-stream; charset=utf-8")]
+        headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+        write, status = self.connection.write, response.status
+        try:
+            # The head inside it too: a client that leaves there must not leave the events open.
+            async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
+                await write(self._encode_head(status, headers))
+                async for block in events:
+                    await write(frame(block))
+        except ClientGone:
+            raise
+        except Exception as exception:
+            error = exception if isinstance(exception, HttpError) else internal_error(exception)
+            last, status, self.keep = frame(error_event(error)), error.status, False
+        await write(last)
+        self.log(status)
+
+    def _encode_head(self, status: int, more: Sequence[tuple[str, str]]) -> bytes:
+        headers = [
+            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+            ("X-Request-ID", request_id_var.get()),
+            ("Cache-Control", "no-store"),
+            *more,
+        ]
+        if self.head and "origin" in self.head.headers and self.access.allows_origin(self.head):
+            headers += [("Access-Control-Allow-Origin", self.head.headers["origin"]), ("Vary", "Origin")]
+            headers.append(("Access-Control-Expose-Headers", "X-Request-ID"))
+        return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
+
+    def log(self, status: int) -> None:
+        """`POST /v1/complete 200 1.23s`; 499 is nginx's number for a client that left before its answer."""
+        what = f"{self.head.method} {self.head.path}" if self.head else "- -"
+        level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
+        log.log(level, "%s %d %.2fs", ascii(what)[1:-1], status, time.perf_counter() - self.started)
+
+
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+log = logging.getLogger("cerebrum")
+
+
+class Server:
+    """Accepts connections and runs one task for each. Owns the set of connections and their count by client."""
+
+    def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
+        self.state, self.access = state, access
+        self.routes: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            self.routes.setdefault(route.path, {})[route.method] = route
+        self.connections: dict[asyncio.Task[None], Connection] = {}
+        self.overflow: dict[asyncio.Task[None], Connection] = {}  # those of them over the limit, oldest first
+        self.clients: Counter[str] = Counter()  # those of them within it, by address
+        self.stopping = False
+        self._listener: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port that was really bound."""
+        self._listener = await asyncio.start_server(self._accept, host, port, limit=READ_BYTES, backlog=MAX_ACCEPTS)
+        for listening in self._listener.sockets:
+            # asyncio accepts as many at one go as the backlog is long; the kernel's own queue shall be longer.
+            with socket.socket(fileno=os.dup(listening.fileno())) as twin:
+                twin.listen(1024)
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    async def stop(self, grace: float) -> None:
+        """Stop listening, close idle connections, give running requests `grace` seconds, then cut them."""
+        self.stopping = True
+        if self._listener:
+            self._listener.close()
+        for task, connection in self.connections.items():
+            if connection.idle:
+                task.cancel()
+        if self.connections:
+            _, late = await asyncio.wait(list(self.connections), timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, task = Connection(reader, writer), asyncio.current_task()
+        assert task is not None
+        self._admit(task, connection)
+        try:
+            while await self._serve_one(connection):
+                pass
+            await connection.close()
+        except (ClientGone, asyncio.CancelledError):
+            pass
+        except Exception as exception:
+            internal_error(exception)
+        finally:
+            self._dismiss(task, connection)
+            connection.transport.abort()
+
+    def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
+        full = len(self.connections) - len(self.overflow) >= MAX_CONNECTIONS
+        connection.over = full or self.clients[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
+        if not connection.over:
+            self.clients[connection.address] += 1
+        else:
+            if len(self.overflow) >= MAX_OVERFLOW:
+                oldest = next(iter(self.overflow))
+                del self.overflow[oldest]
+                oldest.cancel()
+            self.overflow[task] = connection
+        self.connections[task] = connection
+
+    def _dismiss(self, task: asyncio.Task[None], connection: Connection) -> None:
+        del self.connections[task]
+        if connection.over:
+            self.overflow.pop(task, None)
+        else:
+            self.clients -= Counter([connection.address])  # which drops a client with none left
+
+    async def _serve_one(self, connection: Connection) -> bool:
+        """One request and its answer; whether the connection is kept for another."""
+        request_id_var.set(str(uuid.uuid4()))
+        exchange = Exchange(connection, self.access)
+        try:
+            block = await connection.next_head()
+            if block is None:
+                return False
+            head = parse_request(block)
+            exchange.begin(head, keep=head.keep_alive and not connection.over and not self.stopping)
+            await self._answer(exchange, head)
+        except HttpError as error:
+            await exchange.fail(error)
+        except ClientGone:
+            if exchange.head:
+                exchange.log(499)
+            raise
+        except asyncio.CancelledError:
+            if connection.over:  # a newer one took its place
+                await exchange.fail(too_busy())
+            raise
+        connection.answered = True
+        await asyncio.sleep(0)  # a flood of pipelined requests must not have the loop for itself
+        return exchange.keep and not self.stopping
+
+    async def _answer(self, exchange: Exchange, head: Head) -> None:
+        connection = exchange.connection
+        try:
+            route, parameter = self._route(head, connection.over)
+            check_body(head, route)
+        except HttpError as error:
+            # It is known before the body has come: answer now, and read the body away after it.
+            exchange.keep = exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
+            await exchange.fail(error)
+            if exchange.keep:
+                await self._skip_body(exchange, head)
+            return
+        exchange.quiet = route.open
+        if head.expects:
+            await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request = Request(head, await connection.read_body(head), parameter)
+        await (self._watch if route.watched else self._call)(exchange, route, request)
+
+    def _route(self, head: Head, over: bool) -> tuple[Route, str]:
+        """The route and its path parameter, for those who may know: routing and the key see the same path."""
+        parent, _, last = head.path.rpartition("/")
+        methods, parameter = self.routes.get(head.path, {}), ""
+        if not methods and last:
+            methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        public = head.path == "*" or any(route.open for route in methods.values())
+        if over and not public:
+            raise too_busy()
+        self.access.check(head, public)
+        if not methods and head.path != "*":
+            raise HttpError(404, f"expected a path of this API, got {json.dumps(head.path[:100])}")
+        allowed = set(methods) or {route.method for known in self.routes.values() for route in known.values()}
+        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+        if head.method == "OPTIONS":
+            return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow), open=public), ""
+        method = "GET" if head.method == "HEAD" else head.method
+        if method not in methods:
+            raise HttpError(405, f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),))
+        return methods[method], parameter
+
+    async def _options(self, request: Request, allow: str) -> Response:
+        headers = [("Allow", allow)]
+        if self.access.is_preflight(request.head):
+            headers.append(("Access-Control-Allow-Methods", allow))
+            headers.append(("Access-Control-Allow-Headers", "Content-Type, X-API-Key, X-Request-ID, Authorization"))
+        return Response(status=204, headers=tuple(headers))
+
+    async def _skip_body(self, exchange: Exchange, head: Head) -> None:
+        try:
+            await exchange.connection.read_body(head)
+        except HttpError:  # its request has been answered already
+            exchange.keep = False
+
+    async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
+        """Call the handler, and cancel it when its client has left."""
+        task = asyncio.ensure_future(self._call(exchange, route, request))
+        gone = asyncio.ensure_future(exchange.connection.wait_gone())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone
+            await task
+        finally:
+            task.cancel()
+            gone.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
+        """Call the handler and send what it returns. Here, and once more in a stream, any exception is an answer."""
+        try:
+            response = await route.handler(self.state, request)
+            if response.events is None:
+                return await exchange.send(response)
+        except ClientGone:
+            raise
+        except Exception as exception:
+            return await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
+        return await exchange.stream(response)
+
+
+def check_body(head: Head, route: Route) -> None:
+    """HttpError if the head announces a body that `route` does not take."""
+    expect = head.headers.get("expect", "100-continue")
+    if expect.lower() != "100-continue":
+        raise malformed("expected no Expect but 100-continue", 417)
+    if head.length is not None and head.length > MAX_BODY_BYTES:
+        raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", 413)
+    if head.has_body and "content-encoding" in head.headers:
+        raise HttpError(415, "expected a body without Content-Encoding")
+    if not route.json:
+        return
+    if not head.chunked and head.length is None:
+        raise HttpError(411, "expected a Content-Length or chunks")
+    if not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
+        raise HttpError(415, "expected the Content-Type application/json")
+
+
+JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)
+
+
+# ------------------------------------------------------------------------- configuration, logs, systemd
+
+
+class ConfigError(ValueError):
+    """A variable that a daemon cannot start with; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment and a `.env` file under it, read once. A bad value raises ConfigError that names it."""
+
+    values: Mapping[str, str]
+
+    def text(self, name: str, default: str = "") -> str:
+        return self.values.get(name, "") or default
+
+    def names(self, name: str) -> frozenset[str]:
+        """A comma-separated list."""
+        return frozenset(part.strip().lower() for part in self.text(name).split(",") if part.strip())
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        text = self.text(name, str(default))
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not low <= float(text) <= high:
+            raise ConfigError(f"{name}: expected a number from {low:g} to {high:g}, got {text!r}")
+        return float(text)
+
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        value = self.number(name, default, low, high)
+        if value != int(value):
+            raise ConfigError(f"{name}: expected an integer, got {value}")
+        return int(value)
+
+
+def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
+    """The process's environment, and under it what `folder`/.env sets: `NAME=value` lines as systemd reads them, so
+    quotes are optional and a `#` inside a value is part of it."""
+    path, values = folder / ".env", {}
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except FileNotFoundError:
+        lines = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(.*?)\s*", line)
+        if not match:
+            raise ConfigError(f"{path}: line {number}: expected NAME=value")
+        value = match[2]
+        values[match[1]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return Environment({**values, **environ})
+
+
+class _RequestIdFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id_var.get()
+        return True
+
+
+def set_up_logging(level: str, file: str) -> None:
+    """`2025-12-25 12:00:00 - INFO - [request id] message` on stdout and, if named, in a file that rotates at 5 MB."""
+    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file:
+        from logging.handlers import RotatingFileHandler  # 1 MB that most Pis need not spend
+
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(RotatingFileHandler(file, maxBytes=5_000_000, backupCount=3, encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"CEREBRUM_LOG_FILE: cannot write {file}: {error.strerror}") from None
+    form = logging.Formatter("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(form)
+        handler.addFilter(_RequestIdFilter())
+        log.addHandler(handler)
+    log.setLevel(level.upper())
+    log.propagate = False
+
+
+def notify(state: str) -> None:
+    """Tell systemd (`READY=1`, `STOPPING=1`), when it started us; see sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+        notifier.send(state.encode())

@@ -1,0 +1,611 @@
+#!/usr/bin/env bash
+# Talks to Cerebrum from a terminal: type code and watch it being completed. See --help and :help.
+#
+# Needs bash 4.2, curl, and jq 1.6 or python3. A completion is one pipeline, curl | decoder | loop.
+# The decoder is a single process for the whole stream, which turns each server-sent event into one
+# line; the loop prints it. The loop runs in this shell (lastpipe), so that it can set variables, and
+# Ctrl-C reaches curl directly: its connection closes, and with that the server stops generating.
+
+set -u
+shopt -s lastpipe || exit 1
+
+#
+# Settings and state
+#
+
+PROGRAM=${0##*/}
+URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
+KEY=${CEREBRUM_CM4_API_KEY:-}
+HISTORY=${XDG_STATE_HOME:-$HOME/.local/state}/cerebrum/repl_history
+HISTSIZE=1000
+HISTTIMEFORMAT='' # shows no times, but has them in the file, where they keep pasted lines together
+
+LANGUAGE=python
+MODEL='' # empty: the server chooses by language
+TOKENS=512
+TEMPERATURE=0.4
+MAX_TOKENS=2048 # the most that the API takes
+
+# The texts are files in $WORK, since a bash variable cannot hold every byte that a file can:
+#     before, after   both sides of the gap that is being filled
+#     completion      what was generated for it, exactly as it came
+#     result          before + completion + after; of an instruction just the completion
+#     original        $FILE as it was when it was read
+WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
+trap 'rm -rf "$WORK"' EXIT
+FILE=''     # what :write writes to; empty after a plain prompt
+WRITABLE='' # set while result is whole, so that :write may take it
+INTERRUPTED='' # set by Ctrl-C
+BAR=''      # set while a progress bar is on the screen
+FILTER=''   # set when the program is a filter, and says nothing but the completion
+
+#
+# The terminal
+#
+
+die() {
+	printf '%s: %s\n' "$PROGRAM" "$1" >&2
+	exit "${2:-1}"
+}
+
+complain() {
+	printf '%s: %s\n' "$PROGRAM" "$(print_text "$1")" >&2
+	return 1
+}
+
+# Prints a text without control characters, so that nothing a model says can act on a terminal.
+C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
+print_text() {
+	local LC_ALL=C # bytes, whatever the locale
+	local text=${1//["$C0"]/}
+	printf '%s' "${text//$'\xc2'[$'\x80'-$'\x9f']/}" # the C1 controls in UTF-8
+}
+
+# print_token ESCAPED: as json_events escapes it.
+print_token() {
+	local text
+	if [[ -t 1 ]]; then
+		printf -v text '%b' "${1//\\0000/}"
+		print_text "$text"
+	else
+		printf '%b' "$1"
+	fi
+}
+
+print_file() {
+	if [[ -t 1 ]]; then
+		print_text "$(tr -d '\0' <"$1")"
+		echo
+	else
+		cat "$1"
+	fi
+}
+
+# draw_bar STAGE DONE TOTAL: on stderr, and only where a person sees it.
+draw_bar() {
+	local label number='^[0-9]{1,9}$' bar='########################'
+	[[ -t 2 ]] || return 0
+	case $1 in
+		queued) label='waiting for a free place' ;;
+		loading) label='loading the model' ;;
+		prefill) label='reading the prompt' ;;
+		*) return 0 ;; # decode: the tokens themselves are the progress
+	esac
+	BAR=shown
+	printf '\r\e[K%s' "$label" >&2
+	if [[ $2 =~ $number && $3 =~ $number ]] && ((10#$3 > 0 && 10#$2 <= 10#$3)); then
+		printf ' [%-*.*s] %d %%' ${#bar} $((${#bar} * 10#$2 / 10#$3)) "$bar" $((100 * 10#$2 / 10#$3)) >&2
+	fi
+}
+
+clear_bar() {
+	[[ -z $BAR ]] || printf '\r\e[K' >&2
+	BAR=''
+}
+
+#
+# JSON, by jq where there is one, else by python3
+#
+
+if command -v jq >/dev/null; then
+	JSON=jq
+elif command -v python3 >/dev/null; then
+	JSON=python3
+else
+	die "needs jq or python3"
+fi
+
+# Prints one object of its arguments, which are as jq takes them: --arg NAME TEXT, --argjson NAME JSON
+# and --rawfile NAME PATH. Empty ones are left out.
+json_object() {
+	case $JSON in
+		jq) jq -nc "$@" '$ARGS.named | with_entries(select(.value != ""))' ;;
+		python3) python3 -ISc '
+import json, sys
+fields = {}
+for kind, name, value in zip(*[iter(sys.argv[1:])] * 3):
+    if kind == "--rawfile":
+        value = open(value, encoding="utf-8", errors="replace", newline="").read()
+    fields[name] = json.loads(value) if kind == "--argjson" else value
+print(json.dumps({name: value for name, value in fields.items() if value != ""}))' "$@" ;;
+	esac
+}
+
+# Turns server-sent events, or the JSON error that came in their place, into lines, each at once:
+#     token TEXT · progress STAGE DONE TOTAL · done MODE REASON TOKENS SECONDS MODEL · error TEXT
+# TEXT is escaped for printf %b, as far as a line needs it: backslash \0134, newline \n, NUL \0000.
+# The "status" line that curl adds at the end passes as it is.
+json_events() {
+	case $JSON in
+		jq) jq -Rr --unbuffered '
+def escaped: split("\\") | join("\\0134") | split("\n") | join("\\n") | split("\u0000") | join("\\0000");
+def event:
+  if has("token") then "token \(.token | escaped)"
+  elif has("progress") then .progress | "progress \(.stage) \(.done) \(.total)"
+  elif .done then "done \(.mode // "complete") \(.finish_reason // "stop") \(.total_tokens) "
+    + "\(.inference_time * 10 | round / 10) \(.model)"
+  elif .error then "error \("\(.code): \(.message)" | escaped)"
+  else empty end;
+if startswith("data:") or startswith("{")
+then try (ltrimstr("data:") | fromjson | event) catch "error the server sent what is no event"
+elif startswith("status ") then . else empty end' ;;
+		python3) python3 -ISc '
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+def escaped(text):
+    return text.replace("\\", "\\0134").replace("\n", "\\n").replace("\0", "\\0000")
+def event(e):
+    if "token" in e:
+        return "token " + escaped(e["token"])
+    if "progress" in e:
+        return "progress {stage} {done} {total}".format(**e["progress"])
+    if e.get("done"):
+        e = {"mode": "complete", "finish_reason": "stop", **e}
+        return "done {mode} {finish_reason} {total_tokens} {inference_time:.1f} {model}".format(**e)
+    return "error " + escaped("{code}: {message}".format(**e)) if e.get("error") else ""
+for line in sys.stdin.buffer:
+    line = line.decode("utf-8", "replace").rstrip("\r\n")
+    if line.startswith(("data:", "{")):
+        try:
+            line = event(json.loads(line.removeprefix("data:")))
+        except (ValueError, TypeError, LookupError, AttributeError):
+            line = "error the server sent what is no event"
+    elif not line.startswith("status "):
+        continue
+    sys.stdout.buffer.write((line + "\n").encode("utf-8", "replace"))
+    sys.stdout.flush()' ;;
+	esac
+}
+
+# Prints an answer of /v1/models or /v1/stats as lines of NAME<tab>VALUE.
+json_table() {
+	case $JSON in
+		jq) jq -r '
+if .error then "\(.code)\t\(.message)"
+elif .models then .models[] | "\(.id)\t\(.languages | join(" "))\(if .available == false then " (not available)" else "" end)"
+else to_entries[] | "\(.key)\t\(.value)" end' ;;
+		python3) python3 -ISc '
+import json, sys
+answer = json.load(sys.stdin)
+if answer.get("error"):
+    rows = [(answer["code"], answer["message"])]
+elif "models" in answer:
+    rows = [(m["id"], " ".join(m["languages"]) + (" (not available)" if m.get("available") is False else ""))
+            for m in answer["models"]]
+else:
+    rows = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in answer.items()]
+for row in rows:
+    print(*row, sep="\t")' ;;
+	esac
+}
+
+#
+# The API
+#
+
+# call_api PATH [CURL OPTION]...: the key goes through a pipe, since arguments can be seen in `ps`.
+call_api() {
+	local path=$1
+	shift
+	curl -qsS --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
+}
+
+print_table() {
+	call_api "$1" | json_table | while IFS=$'\t' read -r name value; do
+		printf '%-24s %s\n' "$(print_text "$name")" "$(print_text "$value")"
+	done
+	((PIPESTATUS[0] == 0)) || return 1
+}
+
+# ask MODE [FIELD]...: has the gap between before and after filled, and prints the completion while
+# it comes. FIELDs are added to the request, in json_object's form. Fails unless it came to its end.
+ask() {
+	local mode=$1 line kind rest stage part whole reason tokens seconds model
+	local outcome='' message='' status=''
+	shift
+	WRITABLE=''
+	INTERRUPTED=''
+	json_object --rawfile prompt "$WORK/before" --rawfile suffix "$WORK/after" --arg mode "$mode" \
+		--arg language "$LANGUAGE" --arg model "$MODEL" --argjson max_tokens "$TOKENS" \
+		--argjson temperature "$TEMPERATURE" --argjson progress true "$@" |
+		call_api /v1/complete/stream -N -H 'Content-Type: application/json' -H 'Expect:' \
+			--data-binary @- -w '\nstatus %{http_code}\n' 2>"$WORK/curl" |
+		json_events |
+		while IFS= read -r line; do
+			kind=${line%% *}
+			rest=${line#* }
+			case $kind in
+				token)
+					clear_bar
+					printf '%b' "$rest" >&3
+					print_token "$rest"
+					;;
+				progress)
+					read -r stage part whole <<<"$rest"
+					draw_bar "$stage" "$part" "$whole"
+					;;
+				done)
+					read -r mode reason tokens seconds model <<<"$rest"
+					outcome='done'
+					;;
+				error)
+					printf -v message '%b' "$rest"
+					outcome=error
+					;;
+				status) status=$rest ;;
+			esac
+		done 3>"$WORK/completion"
+	clear_bar
+	[[ ! -s $WORK/completion ]] || { [[ -n $FILTER && ! -t 1 ]] || echo; }
+	make_result "$mode"
+
+	if [[ -n $INTERRUPTED ]]; then
+		complain "interrupted"
+	elif [[ $outcome == 'done' ]]; then
+		[[ $reason == length && $mode == instruct ]] || WRITABLE=yes
+		[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
+	elif [[ $outcome == error ]]; then
+		complain "$message"
+	elif [[ $status == 200 ]]; then
+		complain "the stream broke off before its end"
+	elif [[ $status == 000 || -z $status ]]; then
+		complain "$(<"$WORK/curl")"
+	else
+		complain "HTTP $status from $URL"
+	fi
+}
+
+make_result() {
+	if [[ $1 != instruct ]]; then
+		cat "$WORK"/{before,completion,after}
+	else
+		cat "$WORK/completion"
+		[[ ! -s $WORK/completion || -z $(tail -c 1 "$WORK/completion") ]] || echo
+	fi >"$WORK/result"
+}
+
+#
+# Files
+#
+
+# Sets LANGUAGE by a file's ending; an unknown one leaves it as it is.
+language_of() {
+	case ${1##*.} in
+		py | pyi) LANGUAGE=python ;;
+		js | mjs | cjs | jsx) LANGUAGE=javascript ;;
+		ts | mts | cts | tsx) LANGUAGE=typescript ;;
+		rs) LANGUAGE=rust ;;
+		c | h) LANGUAGE=c ;;
+		cc | cpp | cxx | hh | hpp | hxx) LANGUAGE=cpp ;;
+		go) LANGUAGE=go ;;
+	esac
+}
+
+expand_home() {
+	printf '%s' "${1/#~\//$HOME/}"
+}
+
+open_file() {
+	local path
+	path=$(expand_home "$1")
+	[[ -f $path && -r $path ]] || { complain "$path: no such file, or not readable"; return; }
+	cat "$path" >"$WORK/original"
+	FILE=$path
+	language_of "$path"
+}
+
+# diff_files OLD NEW NAME
+diff_files() {
+	diff -u --label "$3" --label "$3 (new)" "$1" "$2" >"$WORK/diff" && echo "no change"
+	print_file "$WORK/diff"
+}
+
+#
+# Commands
+#
+
+cmd_usage() {
+	cat <<-EOF
+	Usage: $PROGRAM [OPTION]...      talk to Cerebrum; :help there tells the commands
+	       $PROGRAM [OPTION]... -    complete what is on stdin, print just the completion
+
+	  -l, --lang LANGUAGE   the language (default: python)
+	  -m, --model ID        the model (default: the server's choice for the language)
+	  -n, --tokens N        at most so many tokens, 1 to $MAX_TOKENS (default: $TOKENS)
+	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
+	      --url URL         where Cerebrum is (default: \$CEREBRUM_URL, else http://127.0.0.1:7000)
+	  -h, --help
+
+	As a filter it takes one newline at the end of stdin for echo's and drops it. It exits with 0 if
+	the completion came to its end, with 1 if not, and with 2 if it was called wrongly.
+	The key in \$CEREBRUM_CM4_API_KEY, if any, is sent as X-API-Key.
+	EOF
+}
+
+cmd_help() {
+	cat <<-'EOF'
+	Type code to have it completed, or say what you want.
+
+	  :multi                type several lines; :done sends them
+	  :file PATH            complete a file at its end
+	  :infill PATH:LINE     fill the gap at the end of line LINE, between the text before and after
+	  :do INSTRUCTION       change the last result by an instruction, and show what changes
+	  :do @PATH INSTRUCTION the same for a file
+	  :write                write the last result to its file
+	  :last                 show the last result: your code together with its completion
+	  :save PATH            save it in a new file (:save! also in one that exists)
+
+	  :lang [LANGUAGE]      show or set the language; files set it by their ending
+	  :model [ID]           list the models or set one; "auto" leaves it to the server
+	  :tokens [N]           show or set the most tokens of a completion
+	  :temp [T]             show or set the temperature, 0 to 1
+	  :stats                how the server is doing
+	  :history              what was typed
+	  :clear                clear the screen
+	  :exit                 leave, as Ctrl-D does
+
+	Ctrl-C stops a completion.
+	EOF
+}
+
+cmd_prompt() {
+	printf '%s' "$1" >"$WORK/before"
+	: >"$WORK/after"
+	FILE=''
+	ask auto
+}
+
+cmd_multi() {
+	local text=''
+	while read_line '... ' && [[ $LINE != :done ]]; do
+		text+=$LINE$'\n'
+	done
+	[[ -n $INTERRUPTED || -z $text ]] || cmd_prompt "${text%$'\n'}"
+}
+
+cmd_file() {
+	open_file "$1" || return
+	cat "$WORK/original" >"$WORK/before"
+	: >"$WORK/after"
+	ask complete
+}
+
+# The gap is where an editor's cursor is at the end of the line: before its newline.
+cmd_infill() {
+	local size
+	[[ $1 =~ ^(.+):([1-9][0-9]{0,8})$ ]] || { complain "expected :infill PATH:LINE, with lines counted from 1"; return; }
+	local path=${BASH_REMATCH[1]} number=${BASH_REMATCH[2]}
+	open_file "$path" || return
+	((number <= $(grep -c '' "$WORK/original"))) || { complain "$path has no line $number"; return; }
+	size=$(head -n "$number" "$WORK/original" | sed '$s/\r$//' | wc -c)
+	[[ -n $(head -n "$number" "$WORK/original" | tail -c 1) ]] || size=$((size - 1))
+	head -c "$size" "$WORK/original" >"$WORK/before"
+	tail -c "+$((size + 1))" "$WORK/original" >"$WORK/after"
+	if [[ -s $WORK/after ]]; then
+		ask infill --arg filename "${path##*/}"
+	else
+		ask complete
+	fi
+}
+
+# A changed file is about as long as it was, so this asks for as many tokens as the file may have.
+cmd_do() {
+	local instruction=$1 TOKENS=$TOKENS size
+	if [[ $1 =~ ^@([^[:space:]]+)[[:space:]]+(.+)$ ]]; then
+		instruction=${BASH_REMATCH[2]}
+		open_file "${BASH_REMATCH[1]}" || return
+		cat "$WORK/original" >"$WORK/before"
+	elif [[ -n $instruction && -s $WORK/result ]]; then
+		cat "$WORK/result" >"$WORK/before"
+		[[ -n $FILE ]] || cat "$WORK/result" >"$WORK/original"
+	else
+		complain "expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION"
+		return
+	fi
+	: >"$WORK/after"
+	size=$(wc -c <"$WORK/before")
+	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
+	ask instruct --arg instruction "$instruction" || return
+	[[ -n $WRITABLE ]] || { complain "cut off at $TOKENS tokens, so :write will not take it"; return; }
+	diff_files "$WORK/original" "$WORK/result" "${FILE:-last result}"
+}
+
+cmd_write() {
+	[[ -n $FILE ]] || { complain "the last result belongs to no file; :save PATH makes one"; return; }
+	[[ -n $WRITABLE ]] || { complain "the last result is not whole; :save PATH keeps it all the same"; return; }
+	cmp -s "$WORK/original" "$FILE" || { complain "$FILE has changed since it was read"; return; }
+	cat "$WORK/result" >"$FILE" || return
+	cat "$WORK/result" >"$WORK/original"
+	echo "wrote $FILE"
+}
+
+cmd_last() {
+	[[ -s $WORK/result ]] || { complain "there is no result yet"; return; }
+	print_file "$WORK/result"
+}
+
+# cmd_save PATH [FORCE]
+cmd_save() {
+	local path
+	path=$(expand_home "$1")
+	[[ -n $path ]] || { complain "expected :save PATH"; return; }
+	[[ -s $WORK/result ]] || { complain "there is no result yet"; return; }
+	[[ ! -s $path || -n ${2-} ]] || { complain "$path exists; :save! $path replaces it"; return; }
+	cat "$WORK/result" >"$path" && echo "saved $path"
+}
+
+cmd_lang() {
+	[[ -z $1 ]] || LANGUAGE=$1
+	echo "language: $LANGUAGE"
+}
+
+cmd_model() {
+	if [[ -z $1 ]]; then
+		print_table /v1/models
+	elif [[ $1 == auto ]]; then
+		MODEL=''
+	else
+		MODEL=$1
+	fi
+	echo "model: ${MODEL:-auto}"
+}
+
+cmd_tokens() {
+	if [[ -n $1 ]]; then
+		if [[ ! $1 =~ ^[1-9][0-9]{0,3}$ ]] || (($1 > MAX_TOKENS)); then
+			complain "tokens: expected a whole number from 1 to $MAX_TOKENS, got $1"
+			return
+		fi
+		TOKENS=$1
+	fi
+	echo "tokens: $TOKENS"
+}
+
+cmd_temp() {
+	if [[ -n $1 ]]; then
+		[[ $1 =~ ^(0|0?\.[0-9]+|1|1\.0+)$ ]] ||
+			{ complain "temperature: expected a number from 0 to 1, got $1"; return; }
+		TEMPERATURE=${1/#./0.}
+	fi
+	echo "temperature: $TEMPERATURE"
+}
+
+#
+# The conversation
+#
+
+# Bash does not leave `read -e` on a signal that it traps, so while a line is read Ctrl-C is no signal
+# but a key, which puts itself into the line and ends it. And `read` takes no more than the first of
+# several lines that are pasted at once, so Return hides the newlines among them as NEWLINE.
+NEWLINE=$'\036'
+hide_newlines() {
+	READLINE_LINE=${READLINE_LINE//$'\n'/$NEWLINE}
+}
+
+start_readline() {
+	local map
+	for map in emacs vi-insert; do
+		bind -m "$map" '"\C-c": "\C-v\C-c\C-j"'
+		bind -m "$map" -x '"\C-x\C-m": hide_newlines'
+		bind -m "$map" '"\C-m": "\C-x\C-m\C-j"'
+	done 2>/dev/null # bash warns that a script does not edit lines; its `read -e` does
+	(umask 077 && mkdir -p "${HISTORY%/*}" && touch "$HISTORY") || die "cannot keep the history in $HISTORY"
+	history -r "$HISTORY"
+}
+
+# read_line PROMPT: sets LINE. Fails at the end of input and at Ctrl-C, which sets INTERRUPTED.
+read_line() {
+	local terminal='' status
+	INTERRUPTED=''
+	if [[ -t 0 ]]; then
+		terminal=$(stty -g)
+		stty intr undef
+	fi
+	IFS= read -e -r -p "$1" LINE || [[ -n $LINE ]]
+	status=$?
+	[[ -z $terminal ]] || stty "$terminal"
+	LINE=${LINE//"$NEWLINE"/$'\n'}
+	if [[ $LINE == *$'\003'* ]]; then
+		INTERRUPTED=yes
+		return 1
+	fi
+	if [[ -n $terminal && -n $LINE ]]; then
+		history -s -- "$LINE"
+		history -a "$HISTORY"
+	fi
+	return "$status"
+}
+
+cmd_repl() {
+	trap 'INTERRUPTED=yes' INT
+	if [[ -t 0 ]]; then
+		start_readline
+		echo "Cerebrum at $URL. :help tells what you can do."
+	fi
+	while read_line "$LANGUAGE> " || [[ -n $INTERRUPTED ]]; do
+		[[ -n $INTERRUPTED ]] || run_line "$LINE"
+	done
+	[[ ! -t 0 ]] || echo
+}
+
+cmd_filter() {
+	local text
+	FILTER=yes
+	IFS= read -r -d '' text
+	printf '%s' "${text%$'\n'}" >"$WORK/before"
+	: >"$WORK/after"
+	ask auto
+}
+
+run_line() {
+	local name=${1%%[[:space:]]*} argument
+	argument=${1#"$name"}
+	argument=${argument#"${argument%%[![:space:]]*}"}
+	argument=${argument%"${argument##*[![:space:]]}"}
+	case $name in
+		:help) cmd_help ;;
+		:multi) cmd_multi ;;
+		:file) cmd_file "$argument" ;;
+		:infill) cmd_infill "$argument" ;;
+		:do) cmd_do "$argument" ;;
+		:write) cmd_write ;;
+		:last) cmd_last ;;
+		:save) cmd_save "$argument" ;;
+		:save!) cmd_save "$argument" force ;;
+		:lang) cmd_lang "$argument" ;;
+		:model) cmd_model "$argument" ;;
+		:tokens) cmd_tokens "$argument" ;;
+		:temp) cmd_temp "$argument" ;;
+		:stats) print_table /v1/stats ;;
+		:history) history ;;
+		:clear) printf '\e[H\e[2J\e[3J' ;;
+		:exit | :quit) exit 0 ;;
+		:[a-z]*) complain "no such command: $name; see :help" ;;
+		*) [[ $1 != *[![:space:]]* ]] || cmd_prompt "$1" ;;
+	esac
+}
+
+while (($# > 0)); do
+	case $1 in
+		-h | --help) cmd_usage; exit 0 ;;
+		-l | --lang | -m | --model | -n | --tokens | -t | --temp | --url)
+			[[ -n ${2-} ]] || die "$1 needs a value; see --help" 2
+			case $1 in
+				-l | --lang) LANGUAGE=$2 ;;
+				-m | --model) MODEL=$2 ;;
+				-n | --tokens) cmd_tokens "$2" >/dev/null || exit 2 ;;
+				-t | --temp) cmd_temp "$2" >/dev/null || exit 2 ;;
+				--url) URL=$2 ;;
+			esac
+			shift 2
+			;;
+		-) break ;;
+		*) die "unknown argument $1; see --help" 2 ;;
+	esac
+done
+URL=${URL%/}
+
+case ${1-} in
+	-) cmd_filter ;;
+	*) cmd_repl ;;
+esac

