@@ -21,18 +21,27 @@ Standard library only, with cerebrum_common.py and models.toml beside it.
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # asyncio and hmac load OpenSSL if they find it: 6 MB of 30, and only for a VPS behind https.
+    settings = Path(__file__).resolve().with_name(".env")
+    found = os.environ.get("CEREBRUM_VPS_URL", "") + (settings.read_text(errors="replace") if settings.exists() else "")
+    if "https://" not in found:
+        sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
+
 import asyncio
 import contextlib
+import functools
 import json
-import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_common import (
@@ -437,6 +446,10 @@ class Body:
             raise VpsFailure("its answer goes on past its end")
         return data
 
+    @property
+    def between_chunks(self) -> bool:
+        return self._chunks is not None and self._chunks.between
+
     def end(self) -> None:
         """The connection has ended: VpsFailure if the body has not."""
         if self._chunks or self._left:
@@ -464,10 +477,18 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
 
 # Nearly everything that passes is a run of token events exactly as vpsd writes them: relayed as it came. Whatever
 # else is valid is parsed, and costs microseconds; the possessive `++` keeps a long run from being tried twice.
-TOKENS = re.compile(
-    rb'(?:data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
-    rb', "total_tokens": [0-9]{1,9}\}\n\n)++'
+TOKEN = (
+    rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
+    rb', "total_tokens": [0-9]{1,9}\}\n\n'
 )
+TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
+CHUNK_OF_TOKEN = re.compile(rb"([0-9a-f]{1,4})\r\n(%b)\r\n" % TOKEN)
+
+
+def is_chunk_of_token(data: bytes) -> bool:
+    """Whether these bytes are exactly one chunk with exactly one token event."""
+    match = CHUNK_OF_TOKEN.fullmatch(data)
+    return match is not None and int(match[1], 16) == len(match[2])
 
 
 class Events:
@@ -559,16 +580,30 @@ class Watchdog:
         self._timer.cancel()
 
 
+class Reader(asyncio.StreamReader):
+    """A StreamReader with an express lane: what `express` takes is gone before the reading task has to be woken, and
+    waking it is half of what relaying a token costs. It is set only while that task waits with nothing left over."""
+
+    express: Callable[[bytes], bool] | None = None
+
+    def feed_data(self, data: Any) -> None:
+        if self.express and self.express(data):
+            return
+        self.express = None
+        super().feed_data(data)
+
+
 class Answer:
     """The VPS's answer to one request. Owns nothing: `Upstream.ask` closes the connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, transport: asyncio.WriteTransport) -> None:
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport) -> None:
         self.status = 0
         self._reader = reader
         self._ahead = b""  # came in one read with the head
         self._body = Body(0, False)
         self._watchdog = Watchdog(transport)
         self._now = asyncio.get_running_loop().time
+        self.express: Callable[[bytes], bool] | None = None  # takes bytes that need not be looked at further
         self.close = self._watchdog.stop
 
     async def read_head(self, kind: str) -> None:
@@ -591,14 +626,16 @@ class Answer:
             if self.status == 101 or skipped > 8:
                 raise VpsFailure(f"it answered {self.status}")
 
-    async def read(self) -> bytes:
-        """More of the body's payload; b"" once it is whole. VpsFailure when that can never be."""
+    async def read(self, express: bool = False) -> bytes:
+        """More of the body's payload; b"" once it is whole. VpsFailure when that can never be. With `express` whole
+        chunks may take the express lane instead."""
         body = self._body
         try:
             while not body.done:
                 data, self._ahead = self._ahead, b""
                 if not data:
                     self._watchdog.since = self._now()
+                    self._reader.express = self._pass_by if express and body.between_chunks else None
                     data = await self._reader.read(READ_BYTES)
                     self._watchdog.since = float("inf")
                 if not data:
@@ -614,6 +651,12 @@ class Answer:
         except OSError:
             raise VpsFailure("the connection broke in the middle of its answer") from None
         return b""
+
+    def _pass_by(self, data: bytes) -> bool:
+        if self.express is None or not self.express(data):
+            return False
+        self._watchdog.since = self._now()
+        return True
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body, at most `limit` bytes."""
@@ -638,10 +681,10 @@ class Upstream:
         """Send one request once, and yield its 200, of which the head has been read. HttpError for a refusal,
         VpsFailure if nothing came in time or it is malformed. A POST's answer is a stream, a GET's is JSON."""
         kind, seconds = ("text/event-stream", HEAD_SECONDS) if body is not None else ("application/json", ASIDE_SECONDS)
-        reader, writer = await self._connect()
-        answer = Answer(reader, writer.transport)
+        reader, transport = await self._connect()
+        answer = Answer(reader, transport)
         try:
-            writer.write(self._encode(method, path, body))
+            transport.write(self._encode(method, path, body))
             try:
                 async with asyncio.timeout(seconds):
                     await answer.read_head(kind)
@@ -659,7 +702,7 @@ class Upstream:
             yield answer
         finally:
             answer.close()
-            writer.transport.abort()
+            transport.abort()
 
     async def get(self, path: str, limit: int) -> dict[str, Any]:
         """The JSON object that a GET gives, within ASIDE_SECONDS for the head and as much for the body."""
@@ -674,10 +717,15 @@ class Upstream:
             except HttpError:
                 raise VpsFailure("its answer is not JSON") from None
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[Reader, asyncio.Transport]:
+        loop = asyncio.get_running_loop()
+        reader = Reader(limit=READ_BYTES, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                return await asyncio.open_connection(self._vps.host, self._vps.port, ssl=self._tls, limit=READ_BYTES)
+                vps = self._vps
+                transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
+                return reader, transport
         except TimeoutError:
             raise VpsFailure("it cannot be connected to in time") from None
         except (OSError, UnicodeError) as error:
@@ -715,6 +763,8 @@ class Job:
     kept: dict[str, Any] = field(default_factory=dict)
     weight: int = 0  # of the prompt that was sent, for the ratio
     tokens: int = 0  # relayed so far
+    ticket: int = 0  # of the breaker
+    send_now: Callable[[bytes], bool] | None = None  # the client's end of the express lane
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -786,7 +836,7 @@ class Gateway:
 
     # Completing.
 
-    async def complete(self, fields: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    async def complete(self, job: Job) -> AsyncGenerator[bytes, None]:
         """One completion. The first item is empty and says that the VPS has begun to answer: errors before it are
         HTTP errors. Then blocks of whole SSE events; the last one is the done event. Everything that it holds is
         given back when it ends, fails or is closed, which works only once it has been started."""
@@ -795,24 +845,31 @@ class Gateway:
             ticket = self.breaker.admit(time.monotonic())
             if ticket is None:
                 raise HttpError(503, "VPS backend is unavailable (circuit breaker open)", "VPS_UNAVAILABLE")
-            job = Job(fields)
+            job.ticket = ticket
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     answer = await self._ask(job, stack)
                     yield b""
+                    answer.express = functools.partial(self._express, job)
                     async for kind, block in relay(answer, self.config.key):
                         if kind == "tokens":
-                            job.tokens += block.count(b"\n\n")
-                            ticket = self._token(ticket)
+                            self._tokens(job, block.count(b"\n\n"))
                         elif kind == "done":
-                            ticket = self._token(ticket)
+                            self._tokens(job, 0)
                             block = sse_event({"done": True, **self._result(job, block)})
                         yield block
             except VpsFailure as failure:
-                self._failed(ticket, failure)
+                self._failed(job.ticket, failure)
                 raise
             finally:
-                self.breaker.left(ticket)
+                self.breaker.left(job.ticket)
+
+    def _express(self, job: Job, data: bytes) -> bool:
+        """The express lane: one chunk with one token goes to the client as it came, if the client is not behind."""
+        if job.send_now is None or not is_chunk_of_token(data) or not job.send_now(data):
+            return False
+        self._tokens(job, 1)
+        return True
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[None]:
@@ -825,10 +882,12 @@ class Gateway:
         finally:
             self.requests_active -= 1
 
-    def _token(self, ticket: int) -> int:
+    def _tokens(self, job: Job, count: int) -> None:
+        """So many valid tokens, or a whole answer, have come."""
+        job.tokens += count
+        job.ticket = self.breaker.succeeded(job.ticket)
         if not self.reachable:
             self._found(True, "VPS backend is available")
-        return self.breaker.succeeded(ticket)
 
     def _failed(self, ticket: int, failure: VpsFailure) -> None:
         self.breaker.failed(ticket, time.monotonic())
@@ -901,7 +960,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[tuple[str, Any], Non
     """
     events = Events()
     done: dict[str, Any] | None = None
-    while payload := await answer.read():
+    while payload := await answer.read(express=not events.rest and done is None):
         block = events.feed(payload)
         for kind, value in take_apart(block, key):
             if done is not None and kind != "pass":
@@ -932,9 +991,10 @@ async def health(gateway: Gateway, request: Request) -> Response:
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """A completion as SSE, token by token."""
-    events = gateway.complete(read_completion(request.json(), gateway.config.models))
+    job = Job(read_completion(request.json(), gateway.config.models))
+    events = gateway.complete(job)
     await anext(events)
-    return Response(events=events)
+    return Response(events=events, connect=functools.partial(setattr, job, "send_now"))
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
@@ -942,7 +1002,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
     pieces: list[str] = []
     size, last = 0, b""
-    async with contextlib.aclosing(gateway.complete(fields)) as events:
+    async with contextlib.aclosing(gateway.complete(Job(fields))) as events:
         async for block in events:
             size += len(block)
             if size > MAX_COLLECTED_BYTES:

@@ -49,6 +49,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# llama.cpp's threads meet at a barrier hundreds of times a token. By default they spin there for milliseconds, which
+# keeps the core from the very thread that they wait for when another program has taken its place: beside one busy
+# program a token then takes ten times as long. libgomp reads this once, when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import llama_cpp
 import llama_cpp.llama_cpp as _llama
 import numpy as np
@@ -216,14 +221,31 @@ PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of ano
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
 MAX_CHUNK = 512  # n_batch
+LEARNING_RATE = 0.1  # of the measured times, for each decode
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond."""
+    """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond.
+
+    The points follow what decodes really take, for the machine and the context's length change. One token's time is
+    seen all the time and moves all points with it; the others' own times are seen only when they are used.
+    """
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.sizes = sorted(table)
         self.seconds = [table[size] for size in self.sizes]
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A decode of `tokens` took `seconds`. One that was disturbed counts for twice the usual time at most."""
+        place = bisect.bisect_left(self.sizes, tokens)
+        if place == len(self.sizes) or self.sizes[place] != tokens:
+            return
+        old = self.seconds[place]
+        factor = 1 + LEARNING_RATE * (min(seconds / old, 2.0) - 1)
+        if tokens == 1:
+            self.seconds = [point * factor for point in self.seconds]
+        else:
+            self.seconds[place] = old * factor
 
     def __call__(self, tokens: int) -> float:
         if len(self.sizes) == 1:
@@ -570,11 +592,11 @@ class Load:
     others_percent: float
 
 
-def check_load(load: Load, config: Config) -> None:
+def check_load(load: Load, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
     """HttpError 503 RESOURCE_EXHAUSTED with the figures, if a completion may not start now."""
-    if load.available < config.min_free_mb * MB:
+    if memory and load.available < config.min_free_mb * MB:
         raise exhausted(f"expected {config.min_free_mb:.0f} MB of memory available, got {load.available / MB:.0f} MB")
-    if load.others_percent > config.max_cpu_percent:
+    if cpu and load.others_percent > config.max_cpu_percent:
         raise exhausted(
             f"expected other programs to use at most {config.max_cpu_percent:.0f} % of the CPU, "
             f"got {load.others_percent:.0f} %"
@@ -1004,6 +1026,7 @@ class Worker(threading.Thread):
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.stopping = False
         self.ready: asyncio.Future[None] = loop.create_future()
+        self.ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
         self.load_progress = 0.0
         self.memory_bytes = 0
         self.llama: Llama | None = None
@@ -1042,6 +1065,9 @@ class Worker(threading.Thread):
         try:
             self._load()
         except ModelError as error:
+            if self.stopping:
+                self._report(HttpError(503, f"model {self.spec.id}: loading was given up", "SHUTTING_DOWN"))
+                return
             log.error("model %s: %s; llama.cpp said: %s", self.spec.id, error, " | ".join(_log_tail)[-1000:])
             self._report(HttpError(500, f"model {self.spec.id} ({self.spec.file}): {error}", "MODEL_LOAD_FAILED"))
             return
@@ -1158,18 +1184,19 @@ class Worker(threading.Thread):
         entry, stored = self.store.best(prompt)
         nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
         live = common_prefix(nearest.tokens, prompt)
-        guide = nearest.tokens[:] if live >= stored else entry.tokens if entry else []
-        slot = nearest if nearest in free and live >= max(stored, MIN_PREFIX) else min(free, key=lambda s: s.used)
+        guide = entry.tokens if entry and stored > live else nearest.tokens[:]
+        in_place = nearest in free and live >= max(stored, MIN_PREFIX)
+        slot = nearest if in_place else min(free, key=lambda slot: slot.used)
         for other in free:
-            if other is not slot or (slot is not nearest and live < MIN_PREFIX):
+            if other is not slot or not in_place:
                 self._park(other)
-        if slot is not nearest:
-            self._park(slot)
-            if live >= max(stored, MIN_PREFIX):
-                self.llama.copy_prefix(nearest.id, slot.id, live)
-                slot.tokens = prompt[:live]
-            elif entry and stored >= MIN_PREFIX and self.llama.restore(slot.id, entry.state):
-                slot.tokens = entry.tokens[:]
+        if in_place:
+            pass
+        elif live >= max(stored, MIN_PREFIX):
+            self.llama.copy_prefix(nearest.id, slot.id, live)
+            slot.tokens = prompt[:live]
+        elif entry and stored >= MIN_PREFIX and self.llama.restore(slot.id, entry.state):
+            slot.tokens = entry.tokens[:]
         # The last token is computed in any case: its logits are the first thing that is needed.
         cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
         self.llama.trim(slot.id, cached)
@@ -1219,7 +1246,9 @@ class Worker(threading.Thread):
             return
         try:
             with self.baton:
+                begin = time.perf_counter()
                 code = self.llama.decode(works)
+                seconds = time.perf_counter() - begin
         finally:
             self.running = []
         if code:
@@ -1229,6 +1258,7 @@ class Worker(threading.Thread):
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError(500, "the model could not be evaluated"))
             return
+        self.costs.learn(sum(len(work.tokens) for work in works), seconds)
         base = 0
         for work in works:
             try:
@@ -1441,7 +1471,7 @@ class CpuMeter:
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
         own = psutil.Process().cpu_times()
-        idle = times.idle + getattr(times, "iowait", 0.0)
+        idle = times.idle + times.iowait + times.steal  # what the host gives to its other guests is not this system's
         return sum(times[:8]), idle, own.user + own.system
 
     def sample(self) -> None:
@@ -1506,7 +1536,8 @@ class Engine:
                 job.events.put_nowait([HttpError(409, "a newer request of this session took its place", "SUPERSEDED")])
         if len(self.jobs) >= self.config.max_concurrent:
             raise HttpError(429, f"expected at most {self.config.max_concurrent} requests at a time")
-        check_load(self.load(), self.config)
+        idle = any(worker.spec.id != fields["model"] for worker in self.idle_workers())
+        check_load(self.load(), self.config, memory=not idle)
         job = Job(fields, asyncio.get_running_loop())
         self.jobs[job] = None
         self.requests_total += 1
@@ -1526,6 +1557,7 @@ class Engine:
 
     async def start(self, job: Job) -> None:
         """Load the model if need be, turn the prompt into tokens, hand the job over. HttpError 400 if it does not fit."""
+        await self._relieve(job.fields["model"])
         worker = await self._loaded(job)
         if job.cancelled:
             return
@@ -1561,13 +1593,30 @@ class Engine:
             if worker is None:
                 continue
             worker.jobs.add(job)
+            told = -1.0
             while not worker.ready.done():
-                job.progress("loading", worker.load_progress, 1)
+                if worker.load_progress > told:
+                    told = worker.load_progress
+                    job.progress("loading", told, 1)
                 await asyncio.wait([worker.ready], timeout=LOAD_TICK_SECONDS)
-            if worker.ready.exception():
-                self.workers.pop(model_id, None)
+            if worker.ready.exception() and self.workers.get(model_id) is worker:
+                del self.workers[model_id]
             worker.ready.result()
             return worker
+
+    def idle_workers(self) -> list[Worker]:
+        """Workers that may be unloaded, the least recently used first."""
+        idle = (worker for worker in self.workers.values() if is_loaded(worker) and not worker.jobs)
+        return sorted(idle, key=lambda worker: worker.last_used)
+
+    async def _relieve(self, model_id: str) -> None:
+        """Below the reserve, unload idle models other than the one that is wanted; HttpError 503 if it is not enough."""
+        while self.load().available < self.config.min_free_mb * MB:
+            idle = [worker for worker in self.idle_workers() if worker.spec.id != model_id]
+            if not idle:
+                break
+            await self.unload(idle[0].spec.id)
+        check_load(self.load(), self.config, cpu=False)
 
     async def _make_room(self, model: Model) -> None:
         """Unload idle models, least recently used first, until `model` fits beside the reserve; else HttpError 503."""
@@ -1584,7 +1633,7 @@ class Engine:
             free = psutil.virtual_memory().available / MB - self.config.min_free_mb
             if need <= free:
                 return
-            idle = sorted((w for w in self.workers.values() if w.ready.done() and not w.jobs), key=lambda w: w.last_used)
+            idle = self.idle_workers()
             if not idle:
                 figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
                 raise exhausted(
@@ -1619,7 +1668,7 @@ class Engine:
     def idle_models(self) -> list[str]:
         """Models that nobody has used for the configured minutes."""
         limit = time.time() - 60 * self.config.idle_minutes
-        return [w.spec.id for w in self.workers.values() if w.ready.done() and not w.jobs and w.last_used <= limit]
+        return [worker.spec.id for worker in self.idle_workers() if worker.last_used <= limit]
 
     async def stop(self) -> None:
         for job in list(self.jobs):
@@ -1729,7 +1778,7 @@ async def stream_events(
 
 
 async def models(engine: Engine, _request: Request) -> Response:
-    """GET /v1/models: every model of models.toml; `present` says whether its file is here."""
+    """GET /v1/models: every model of models.toml; `available` says whether its file is here."""
     entries = []
     for model in engine.models.values():
         path = engine.config.models_dir / model.file
@@ -1738,7 +1787,7 @@ async def models(engine: Engine, _request: Request) -> Response:
             "id": model.id,
             "loaded": is_loaded(worker),
             "path": str(path),
-            "present": path.is_file(),
+            "available": path.is_file(),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.n_ctx,
         }
         if worker and is_loaded(worker):
