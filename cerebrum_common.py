@@ -698,23 +698,41 @@ class Language:
     directives: bool = False  # a line that starts with # is the preprocessor's
 
 
+# The patterns below are searched for in whole files of strangers, so no repetition in them is unbounded: each costs a
+# line at most a few hundred steps, whatever it holds.
 _C_STRINGS = (('"', '"'), ("'", "'"))
+_IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
 _C_DEFINES = (
-    r"\s*(?:#\s*define\s+(\w+)|(?:typedef\s+)?(?:struct|class|enum|union|namespace)\s+(\w+)"
-    r"|(?:template\b.*>\s*)?(?:[A-Za-z_][\w:<>,*&\s]*[\s*&])([A-Za-z_~]\w*)\s*\([^;]*$)"
+    r"^(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
+    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
+    r"|[ \t]*(?:template[ \t]*<[^\n]{0,160}>[ \t]*)?(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace"
+    r"|concept)[ \t]+(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
+    r"|using[ \t]+(\w+)[ \t]*=|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;"
+    r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
+    r"(?:template[ \t]*<[^\n]{0,160}>[ \t]*)?[A-Za-z_][\w:<>,*& \t\[\]]{0,160}[ \t*&](?:[\w<>]{1,60}::){0,3}"
+    r"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{0,80})[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"
+    r"|[A-Za-z_][\w<>]{0,80}::(~?[A-Za-z_]\w{0,80})[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"
+    r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
 )
 _JS_DEFINES = (
-    r"\s*(?:export\s+)?(?:default\s+)?(?:async\s+)?(?:abstract\s+)?"
-    r"(?:(?:function\*?|class|interface|type|enum|namespace)\s+(\w+)|(?:const|let|var)\s+(\w+))"
+    r"^(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
+    r"(?:function\b[ \t]*\*?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t])[ \t]*([\w$]+)"
+    r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
+    r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
+    r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
+    rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
 )
+_RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
 _JS = Language(
     "//",
     ("/*", "*/"),
     (*_C_STRINGS, ("`", "`")),
     frozenset("`"),
     False,
-    re.compile(r"\s*(?:import\b|export\s.*\bfrom\b|(?:const|let|var)\s.*\brequire\s*\()"),
-    re.compile(_JS_DEFINES),
+    re.compile(
+        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()", re.M
+    ),
+    re.compile(_JS_DEFINES, re.M),
     re.compile(
         r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
         r"|^\s*(?:describe|context|suite)\s*\(",
@@ -728,8 +746,8 @@ _C = Language(
     _C_STRINGS,
     frozenset(),
     False,
-    re.compile(r"\s*(?:#\s*include|using\s|import\s)"),
-    re.compile(_C_DEFINES),
+    re.compile(r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M),
+    re.compile(_C_DEFINES, re.M),
     re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
     directives=True,
 )
@@ -740,8 +758,10 @@ LANGUAGES: dict[str, Language] = {
         (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
         frozenset({'"""', "'''"}),
         True,
-        re.compile(r"(?:import|from)\s"),
-        re.compile(r"\s*(?:(?:async\s+)?def\s+(\w+)|class\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=))"),
+        re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
+        re.compile(
+            r"^(?:[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))", re.M
+        ),
         re.compile(r"class\b"),
     ),
     "javascript": _JS,
@@ -752,10 +772,12 @@ LANGUAGES: dict[str, Language] = {
         (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
         frozenset(('r##"', 'r#"', 'r"', '"')),
         False,
-        re.compile(r"\s*(?:pub\s+)?(?:use|mod|extern\s+crate)\s"),
+        re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
         re.compile(
-            r"\s*(?:pub(?:\([^)]*\))?\s+)?(?:async\s+|unsafe\s+|const\s+)*"
-            r"(?:fn|struct|enum|trait|type|mod|static|const|macro_rules!|impl(?:<[^>]*>)?)\s+(\w+)"
+            rf"^[ \t]*{_RUST_VISIBLE}(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{{0,20}}\")?)[ \t]+){{0,4}}"
+            r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
+            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?:[\w]+::)*(\w+))",
+            re.M,
         ),
         re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
         raw=frozenset(('r##"', 'r#"', 'r"')),
@@ -769,8 +791,8 @@ LANGUAGES: dict[str, Language] = {
         (*_C_STRINGS, ("`", "`")),
         frozenset("`"),
         False,
-        re.compile(r"(?:import\b|package\s|\s+(?:\w+\s+)?\"[\w./\-]+\"\s*$)"),
-        re.compile(r"\s*(?:func\s+(?:\([^)]*\)\s*)?(\w+)|(?:type|var|const)\s+(\w+))"),
+        re.compile(r"^(?:import\b|package[ \t])", re.M),
+        re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
         re.compile(r"(?!)"),  # Go's methods stand on their own
         raw=frozenset("`"),
     ),

@@ -96,11 +96,17 @@ REQUEST_LINES: list[Row] = [
     ("absolute form without Host", lines("GET http://localhost/health HTTP/1.1"), 400, C),
     ("OPTIONS *", get("*", method="OPTIONS"), 204, K),
     ("OPTIONS of a path", get("/health", method="OPTIONS"), 204, K),
-    *((f"target {v!r}", get(v), 400, C) for v in ("*", "foo", "?a", "/a#b", "/a\\b", '/"', "/{x}", "/a|b", "//[::1]/", "*x")),
+    *(
+        (f"target {v!r}", get(v), 400, C)
+        for v in ("*", "foo", "?a", "/a#b", "/a\\b", '/"', "/{x}", "/a|b", "//[::1]/", "*x")
+    ),
     ("CONNECT", get("localhost:80", method="CONNECT"), 501, C),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, C),
     *((f"version {v}", get(version=v), 505, C) for v in ("HTTP/3.0", "HTTP/0.9", "HTTP/1.2", "HTTP/9.9")),
-    *((f"version {v!r}", get(version=v), 400, C) for v in ("http/1.1", "HTTP/1.11", "HTTP/1", "HTTP/1.1.1", "HTTP 1.1", "")),
+    *(
+        (f"version {v!r}", get(version=v), 400, C)
+        for v in ("http/1.1", "HTTP/1.11", "HTTP/1", "HTTP/1.1.1", "HTTP 1.1", "")
+    ),
     ("no version", lines("GET /health", "Host: localhost"), 400, C),
     ("HTTP/0.9, at once", b"GET /health\r\n", 400, C),
     ("SMTP, at once", b"EHLO localhost\r\n", 400, C),
@@ -133,9 +139,18 @@ ROUTING: list[Row] = [
     ("TRACE", get(method="TRACE"), 405, K),
     ("GET where a POST belongs", get("@POST"), 405, K),
     ("POST on health", get(method="POST"), 405, K),
-    *((f"path {v}", get(v), 404, K) for v in ("/", "/nothing", "/../x", "/%2e%2e", "/%2E%2E/health", "//x", "//health")),
-    *((f"path {v}", get(v), 404, K) for v in ("/health/..", "/./health", "/health/x", "/HEALTH", "/health%2F", "/health;a")),
-    *((f"path {v}", get(v), 400, C) for v in ("/%00", "/%zz", "/%", "/%1", "/%0d%0a", "/%7f", "/%ff", "/health?%zz", "/%c0%af")),
+    *(
+        (f"path {v}", get(v), 404, K)
+        for v in ("/", "/nothing", "/../x", "/%2e%2e", "/%2E%2E/health", "//x", "//health")
+    ),
+    *(
+        (f"path {v}", get(v), 404, K)
+        for v in ("/health/..", "/./health", "/health/x", "/HEALTH", "/health%2F", "/health;a")
+    ),
+    *(
+        (f"path {v}", get(v), 400, C)
+        for v in ("/%00", "/%zz", "/%", "/%1", "/%0d%0a", "/%7f", "/%ff", "/health?%zz", "/%c0%af")
+    ),
     ("an escape is decoded", get("/he%61lth"), 200, K),
     ("an escape is decoded once", get("/he%2561lth"), 404, K),
     ("the key sees the decoded path", lines("GET /v%31/models HTTP/1.1", "Host: localhost"), 401, K),
@@ -151,8 +166,14 @@ HEADERS: list[Row] = [
     ("leading space", lines("GET /health HTTP/1.1", " Host: localhost"), 400, C),
     ("empty name", get("/health", ": b"), 400, C),
     ("no colon", get("/health", "abc"), 400, C),
-    *((f"name with {v!r}", get("/health", b"A" + v + b"B: c"), 400, C) for v in (b"\0", b"(", b"/", b'"', b"\xe4", b"{", b"\x7f", b"@")),
-    *((f"value with {v!r}", get("/health", b"A: b" + v + b"c"), 400, C) for v in (b"\r", b"\n", b"\0", b"\x01", b"\x0b", b"\x7f", b"\x1b")),
+    *(
+        (f"name with {v!r}", get("/health", b"A" + v + b"B: c"), 400, C)
+        for v in (b"\0", b"(", b"/", b'"', b"\xe4", b"{", b"\x7f", b"@")
+    ),
+    *(
+        (f"value with {v!r}", get("/health", b"A: b" + v + b"c"), 400, C)
+        for v in (b"\r", b"\n", b"\0", b"\x01", b"\x0b", b"\x7f", b"\x1b")
+    ),
     ("value of 8-bit bytes", get("/health", b"A: \xe4\xff"), 200, K),
     ("empty value", get("/health", "A:", "B: \t "), 200, K),
     ("bare LF line ends", get().replace(b"\r\n", b"\n"), 400, C),
@@ -165,7 +186,10 @@ HEADERS: list[Row] = [
     ("a head that never ends", get()[:-2] + b"A: b\r\n" * 10_000, 431, C),
     ("100 headers", get("/health", *(f"A{i}: b" for i in range(98))), 200, K),
     ("101 headers", get("/health", *(f"A{i}: b" for i in range(99))), 431, C),
-    *((f"two {v}", get("/health", f"{v}: a", f"{v.lower()}: a"), 400, C) for v in ("X-API-Key", "Content-Type", "Origin", "Expect")),
+    *(
+        (f"two {v}", get("/health", f"{v}: a", f"{v.lower()}: a"), 400, C)
+        for v in ("X-API-Key", "Content-Type", "Origin", "Expect")
+    ),
     ("Transfer_Encoding is no alias", get("/health", "Transfer_Encoding: chunked", "Content_Length: 5"), 200, K),
     ("Expect", sized(BODY, "Expect: 100-continue"), REACHED, K),
     ("Expect in capitals", sized(BODY, "Expect: 100-Continue"), REACHED, K),
@@ -176,21 +200,41 @@ HEADERS: list[Row] = [
     ("Expect of too much", send("Content-Length: 1048577", "Expect: 100-continue"), 413, C),
     ("Expect in HTTP/1.0", sized(BODY, "Expect: 100-continue", version="HTTP/1.0"), REACHED, C),
     ("another Expect", sized(BODY, "Expect: 200-ok"), 417, C),
-    ("Upgrade", get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAA"), 200, K),
+    (
+        "Upgrade",
+        get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAA"),
+        200,
+        K,
+    ),
 ]
 BODIES: list[Row] = [
     ("a length", sized(BODY), REACHED, K),
     ("a length with zeros", send(f"Content-Length: 000{len(BODY)}", body=BODY), REACHED, K),
     ("a length in HTTP/1.0", sized(BODY, version="HTTP/1.0"), REACHED, C),
-    *((f"Content-Length {v!r}", length(v), 400, C) for v in ("+5", "-0", "-5", "0x5", "5_0", "5 5", "", b"\xb2", "٥", "5.0", "1e1")),
+    *(
+        (f"Content-Length {v!r}", length(v), 400, C)
+        for v in ("+5", "-0", "-5", "0x5", "5_0", "5 5", "", b"\xb2", "٥", "5.0", "1e1")
+    ),
     *((f"Content-Length {v!r}", length(v), 400, C) for v in ("5, 5", "5,5", "5;", '"5"', "9" * 5000, "9" * 21)),
     ("Content-Length twice", send("Content-Length: 5", "Content-Length: 5", body=b"x" * 5), 400, C),
     ("Content-Length twice, two cases", send("Content-Length: 5", "content-length: 6", body=b"x" * 5), 400, C),
     ("both", send("Content-Length: 5", "Transfer-Encoding: chunked", body=GOOD_CHUNKS), 400, C),
     ("both, other order", send("Transfer-Encoding: chunked", "Content-Length: 5", body=GOOD_CHUNKS), 400, C),
     ("both, on a GET", get("/health", "Transfer-Encoding: chunked", "Content-Length: 5"), 400, C),
-    *((f"Transfer-Encoding {v!r}", send(f"Transfer-Encoding: {v}", body=GOOD_CHUNKS), 501, C)
-      for v in ("gzip", "gzip, chunked", "chunked, gzip", "chunked, chunked", "identity", "xchunked", "chunked;a=b", '"chunked"', "")),
+    *(
+        (f"Transfer-Encoding {v!r}", send(f"Transfer-Encoding: {v}", body=GOOD_CHUNKS), 501, C)
+        for v in (
+            "gzip",
+            "gzip, chunked",
+            "chunked, gzip",
+            "chunked, chunked",
+            "identity",
+            "xchunked",
+            "chunked;a=b",
+            '"chunked"',
+            "",
+        )
+    ),
     ("Transfer-Encoding twice", chunked(GOOD_CHUNKS, "Transfer-Encoding: chunked"), 400, C),
     ("Transfer-Encoding with a VT", send(b"Transfer-Encoding: \x0bchunked", body=GOOD_CHUNKS), 400, C),
     ("Transfer-Encoding in HTTP/1.0", chunked(GOOD_CHUNKS, version="HTTP/1.0"), 400, C),
@@ -201,7 +245,10 @@ BODIES: list[Row] = [
     ("a last chunk of zeros", chunked(GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n")), REACHED, K),
     ("an extension", chunk_size(SIZE + ';a="b";c'), REACHED, K),
     ("a long extension", chunk_size(SIZE + ";" + "a" * 300), 400, C),
-    *((f"chunk size {v!r}", chunk_size(v), 400, C) for v in ("0x" + SIZE, "-5", "+5", "5_0", " 5", "5 ", "", "g", "0" * 17, "5\t", "5,")),
+    *(
+        (f"chunk size {v!r}", chunk_size(v), 400, C)
+        for v in ("0x" + SIZE, "-5", "+5", "5_0", " 5", "5 ", "", "g", "0" * 17, "5\t", "5,")
+    ),
     ("chunk size with a bare LF", chunked(GOOD_CHUNKS.replace(b"\r\n", b"\n", 1)), 400, C),
     ("chunk data too long", chunk_size(SIZE, BODY + b"x"), 400, C),
     ("chunk data ended by LF", chunked(GOOD_CHUNKS.replace(b"\r\n0", b"\n0")), 400, C),
@@ -216,15 +263,30 @@ BODIES: list[Row] = [
     ("too much, by 64 bits of chunk", chunked(b"ffffffffffffffff\r\n" + b"x" * 1000), 413, C),
     ("too much, summed", chunked(b"80000\r\n" + b" " * 0x80000 + b"\r\n80001\r\n"), 413, C),
     ("1 MiB", sized(BODY + b" " * (1048576 - len(BODY))), REACHED, K),
-    ("1 MiB in chunks", chunked(b"80000\r\n" + BODY.ljust(0x80000) + b"\r\n80000\r\n" + b" " * 0x80000 + b"\r\n0\r\n\r\n"), REACHED, K),
+    (
+        "1 MiB in chunks",
+        chunked(b"80000\r\n" + BODY.ljust(0x80000) + b"\r\n80000\r\n" + b" " * 0x80000 + b"\r\n0\r\n\r\n"),
+        REACHED,
+        K,
+    ),
     ("neither length", send(), 411, K),
     ("length 0", send("Content-Length: 0"), 400, K),
     ("Content-Encoding", sized(BODY, "Content-Encoding: gzip"), 415, K),
     ("a body on a GET", get("/health", "Content-Length: 5") + b"12345", 200, K),
     ("chunks on a GET", get("/health", "Transfer-Encoding: chunked") + GOOD_CHUNKS, 200, K),
     ("an early error reads the body away", get("/nothing", "Content-Length: 5", method="POST") + b"GET /", 404, K),
-    ("an early error before bad chunks", get("/nothing", "Transfer-Encoding: chunked", method="POST") + b"xx\r\n", 404, C),
-    ("an early error before too much", get("/nothing", "Content-Length: 9999999", method="POST") + b"x" * 99_999, 404, C),
+    (
+        "an early error before bad chunks",
+        get("/nothing", "Transfer-Encoding: chunked", method="POST") + b"xx\r\n",
+        404,
+        C,
+    ),
+    (
+        "an early error before too much",
+        get("/nothing", "Content-Length: 9999999", method="POST") + b"x" * 99_999,
+        404,
+        C,
+    ),
     ("pipelined", get() + get("/nothing") + sized(BODY) + get(method="HEAD"), [200, 404, REACHED, 200], K),
     ("pipelined behind a close", get() + get("/health", "Connection: close") + get(), [200, 200], C),
     ("pipelined behind an error", get() + b"GET /health\r\n" + get(), [200, 400], C),
@@ -490,7 +552,9 @@ def test_row(target: Target, name: str, raw: bytes, status: int | list[int], kee
         assert reply.interim == int(continues)
 
 
-@pytest.mark.parametrize(("name", "value", "says"), FIELDS, ids=[f"{name} {str(value)[:20]!r}" for name, value, _ in FIELDS])
+@pytest.mark.parametrize(
+    ("name", "value", "says"), FIELDS, ids=[f"{name} {str(value)[:20]!r}" for name, value, _ in FIELDS]
+)
 def test_field(target: Target, name: str, value: Any, says: str) -> None:
     members = {**json.loads(BODY), name: value}
     ((reply,), kept) = asyncio.run(play(target, sized(json.dumps(members).encode()), 1, 1))
@@ -542,7 +606,9 @@ def test_errors_hide_python(target: Target) -> None:
         assert not any(word in reply.body for word in (b"Error", b"codec", b"Traceback", b"line "))
 
 
-@pytest.mark.parametrize("cut", [b"", b"\r\n", b"GET", get()[:-1], get()[:-2], sized(BODY)[:-1], chunked(GOOD_CHUNKS)[:-1]])
+@pytest.mark.parametrize(
+    "cut", [b"", b"\r\n", b"GET", get()[:-1], get()[:-2], sized(BODY)[:-1], chunked(GOOD_CHUNKS)[:-1]]
+)
 def test_end_of_file_inside_a_message(target: Target, cut: bytes) -> None:
     """No answer, no handler, nothing in the log but at most a 499."""
 
@@ -635,7 +701,8 @@ def test_origins_by_configuration() -> None:
     reply = asyncio.run(run(get("/nothing", "Origin: https://ide.example")))
     assert (reply.status, reply.one("Access-Control-Allow-Origin")) == (404, "https://ide.example")
     preflight = without(
-        get("@POST", "Origin: https://ide.example", "Access-Control-Request-Method: POST", method="OPTIONS"), "X-API-Key"
+        get("@POST", "Origin: https://ide.example", "Access-Control-Request-Method: POST", method="OPTIONS"),
+        "X-API-Key",
     )
     reply = asyncio.run(run(preflight))
     assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
@@ -656,5 +723,3 @@ def test_non_ascii_key() -> None:
 
     assert asyncio.run(run("schlüssel".encode())) == 200
     assert asyncio.run(run("schlüssel".encode("latin-1"))) == 401
-
-

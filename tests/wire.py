@@ -160,8 +160,9 @@ def daemon(name: str, output: Path, python: str = sys.executable, **more: str) -
         "CEREBRUM_LOG_LEVEL": "INFO",
         **more,
     }
-    options = ["-s", "-S"] if name == "cm4d" else []
-    command = [python, "-u", "-X", "dev", *options, str(ROOT / f"{name}.py")]
+    # Without site-packages, as on the Pi. llama_cpp itself leaves a file open, which Python would tell for vpsd.
+    options = ["-s", "-S", "-W", "always::ResourceWarning"] if name == "cm4d" else []
+    command = [python, "-u", *options, str(ROOT / f"{name}.py")]
     with (output / "stdout").open("wb") as stdout, (output / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, cwd=output)
         try:

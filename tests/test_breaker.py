@@ -1,0 +1,170 @@
+"""The circuit breaker: a pure state machine, so its clock is a number here. Every transition, and every non-transition."""
+
+from __future__ import annotations
+
+import pytest
+
+from cm4d import FAILURES_TO_OPEN, MAX_OPEN_SECONDS, OPEN_SECONDS, TRIAL_SECONDS, Breaker
+
+
+def breaker(chance: float = 0.5) -> Breaker:
+    return Breaker(lambda: chance)
+
+
+def admitted(machine: Breaker, now: float = 0.0) -> int:
+    ticket = machine.admit(now)
+    assert ticket is not None
+    return ticket
+
+
+def opened(now: float = 0.0, chance: float = 0.5) -> Breaker:
+    machine = breaker(chance)
+    for _ in range(FAILURES_TO_OPEN):
+        machine.failed(admitted(machine, now), now)
+    assert machine.state == "open"
+    return machine
+
+
+def half_open() -> Breaker:
+    """Half-open at 5.0, no trial yet."""
+    machine = opened()
+    machine.healthy(OPEN_SECONDS)
+    assert machine.state == "half-open"
+    return machine
+
+
+def test_closed_admits_any_number():
+    machine = breaker()
+    assert [machine.admit(0.0) for _ in range(5)] == [1] * 5
+    assert machine.describe(0.0) == {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
+
+
+def test_two_failures_leave_it_closed_the_third_opens():
+    machine = breaker()
+    states = []
+    for _ in range(3):
+        machine.failed(admitted(machine), 0.0)
+        states.append((machine.state, machine.failures))
+    assert states == [("closed", 1), ("closed", 2), ("open", 3)]
+    assert machine.describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
+
+
+def test_a_token_in_between_resets_the_count():
+    machine = breaker()
+    for _ in range(4):
+        machine.failed(admitted(machine), 0.0)
+        machine.failed(admitted(machine), 0.0)
+        machine.succeeded(admitted(machine))
+        assert (machine.state, machine.failures) == ("closed", 0)
+
+
+def test_a_request_without_verdict_changes_nothing():
+    machine = breaker()
+    machine.failed(admitted(machine), 0.0)
+    machine.left(admitted(machine))
+    assert (machine.state, machine.failures) == ("closed", 1)
+
+
+def test_a_token_and_then_a_failure_of_one_request_counts_once():
+    machine = breaker()
+    ticket = machine.succeeded(admitted(machine))
+    machine.failed(ticket, 0.0)
+    assert (machine.state, machine.failures) == ("closed", 1)
+
+
+def test_open_admits_nothing_whatever_the_time():
+    machine = opened()
+    assert [machine.admit(now) for now in (0.0, 4.9, 5.0, 1000.0)] == [None] * 4
+    assert machine.state == "open"
+
+
+@pytest.mark.parametrize(("chance", "pause"), [(0.0, 4.0), (0.5, 5.0), (1.0, 6.0)])
+def test_the_pause_has_a_jitter_of_a_fifth(chance: float, pause: float):
+    machine = opened(now=100.0, chance=chance)
+    assert machine.retry_in(100.0) == pytest.approx(pause)
+
+
+def test_a_good_health_counts_only_after_the_pause():
+    machine = opened()
+    machine.healthy(OPEN_SECONDS - 0.001)
+    assert machine.state == "open"
+    machine.healthy(OPEN_SECONDS)
+    assert machine.state == "half-open"
+
+
+@pytest.mark.parametrize("machine", [breaker(), half_open()], ids=["closed", "half-open"])
+def test_a_good_health_means_nothing_to_other_states(machine: Breaker):
+    before = machine.state, machine.admit(5.0)
+    machine.healthy(6.0)
+    assert machine.state == before[0]
+    assert machine.succeeded(before[1] or 0) != 0
+
+
+def test_half_open_admits_exactly_one_trial():
+    machine = half_open()
+    admitted(machine, 5.0)
+    assert [machine.admit(now) for now in (5.0, 6.0, 5.0 + TRIAL_SECONDS - 0.001)] == [None] * 3
+
+
+def test_a_token_of_the_trial_closes_it_and_forgets_the_pause():
+    machine = half_open()
+    ticket = machine.succeeded(admitted(machine, 5.0))
+    assert machine.describe(5.0) == {"state": "closed", "failures": 0, "opens": 1, "retry_in_s": 0.0}
+    machine.failed(ticket, 6.0)  # the trial goes on as a request of the closed state
+    assert (machine.state, machine.failures) == ("closed", 1)
+    for _ in range(2):
+        machine.failed(admitted(machine, 6.0), 6.0)
+    assert machine.retry_in(6.0) == pytest.approx(OPEN_SECONDS)
+
+
+def test_failed_trials_double_the_pause_up_to_a_minute():
+    machine, now, pauses = opened(), 0.0, []
+    for _ in range(6):
+        pauses.append(machine.retry_in(now))
+        now += pauses[-1]
+        machine.healthy(now)
+        machine.failed(admitted(machine, now), now)
+        assert machine.state == "open"
+    assert pauses == pytest.approx([5, 10, 20, 40, MAX_OPEN_SECONDS, MAX_OPEN_SECONDS])
+    assert machine.opens == 7
+
+
+def test_a_trial_whose_client_leaves_makes_room_for_the_next():
+    machine = half_open()
+    machine.left(admitted(machine, 5.0))
+    assert machine.state == "half-open"
+    machine.succeeded(admitted(machine, 6.0))
+    assert machine.state == "closed"
+
+
+@pytest.mark.parametrize("look", ["admit", "describe"])
+def test_an_overdue_trial_has_failed(look: str):
+    machine = half_open()
+    ticket = admitted(machine, 5.0)
+    late = 5.0 + TRIAL_SECONDS
+    getattr(machine, look)(late)
+    assert machine.state == "open"
+    assert machine.retry_in(late) == pytest.approx(2 * OPEN_SECONDS)
+    assert machine.succeeded(ticket) == ticket  # its token comes too late
+    assert machine.state == "open"
+
+
+def test_late_results_of_an_older_generation_say_nothing():
+    machine = breaker()
+    slow = [admitted(machine) for _ in range(3)]
+    for _ in range(3):
+        machine.failed(admitted(machine), 0.0)
+    machine.succeeded(slow[0])
+    assert machine.state == "open"
+    machine.failed(slow[1], 1.0)
+    assert machine.describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
+    machine.healthy(5.0)
+    trial = admitted(machine, 5.0)
+    machine.failed(slow[1], 5.0)
+    machine.left(slow[2])
+    assert machine.admit(5.0) is None, "an old request has freed the trial"
+    machine.succeeded(slow[2])
+    assert machine.state == "half-open"
+    machine.succeeded(trial)
+    machine.failed(slow[1], 6.0)
+    assert (machine.state, machine.failures) == ("closed", 0)

@@ -1,0 +1,287 @@
+"""Fields, configuration, logging, models and sd_notify: what both daemons share beside HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cerebrum_common as common
+from cerebrum_common import (
+    LANGUAGES,
+    ConfigError,
+    Environment,
+    Field,
+    HttpError,
+    describe,
+    error_body,
+    error_event,
+    load_models,
+    notify,
+    own_names,
+    read_environment,
+    read_fields,
+    request_id_var,
+    route_language,
+    set_up_logging,
+    sse_event,
+    timestamp,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ------------------------------------------------------------------------------------------------- fields
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad", "expected"),
+    [
+        (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
+        (Field(str, 1), ["a"], [""], "a non-empty string"),
+        (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
+        (Field(str, choices=("a", "b")), ["a"], ["c", "", 1], "one of a, b"),
+        (Field(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None], "an integer from 1 to 9"),
+        (Field(int, 0, 2**63 - 1), [0, 2**63 - 1], [2**63, -1], "an integer from 0 to 9.22337e+18"),
+        (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
+        (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
+        (Field(float, -2), [-2, 1e9], [-3], "a number"),
+        (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
+        (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None], "a string, or an array of 0 to 2 non-empty strings"),
+    ],
+)  # fmt: skip
+def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
+    assert rule.expected() == expected
+    for value in good:
+        (read,) = read_fields({"x": value}, {"x": rule}).values()
+        assert read == ([value] if rule.kind is list and isinstance(value, str) else value)
+        assert rule.kind is not float or isinstance(read, float)
+    for value in bad:
+        with pytest.raises(HttpError) as error:
+            read_fields({"x": value}, {"x": rule})
+        assert (error.value.status, error.value.close) == (400, False)
+        assert error.value.message == f"x: expected {expected}, got {describe(value)}"
+
+
+def test_absent_and_unknown_fields() -> None:
+    assert read_fields({"y": 1}, {"x": Field(int, default=7)}) == {"x": 7}
+    with pytest.raises(HttpError, match="x: expected an integer, got nothing"):
+        read_fields({}, {"x": Field(int, required=True)})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "the boolean true"),
+        (1.5, "the number 1.5"),
+        ("ä\n", 'the string "\\u00e4\\n"'),
+        ("a" * 99, 'the string "' + "a" * 35 + "…"),
+        ([1, 2], "an array of 2"),
+        ({}, "an object of 0"),
+    ],
+)
+def test_describe(value: Any, text: str) -> None:
+    assert describe(value) == text
+
+
+def test_lone_surrogates_are_no_text() -> None:
+    for value in ("\ud800", ["a", "\udfff"]):
+        with pytest.raises(HttpError, match="x: expected Unicode text, got a lone surrogate"):
+            read_fields({"x": value}, {"x": Field(type(value), 0, 9)})
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+
+def test_shapes() -> None:
+    error = HttpError(400, "no", extra={"n_ctx": 4})
+    body = error_body(error)
+    assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"])
+    assert len(timestamp()) == 26
+    assert error_event(error) == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
+    assert sse_event({"token": "ä\n\u2028"}) == b'data: {"token": "\\u00e4\\n\\u2028"}\n\n'
+    assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])
+
+
+# ------------------------------------------------------------------------------------------ configuration
+
+
+def test_dotenv(tmp_path: Path) -> None:
+    text = (
+        "\ufeff# comment\r\n\n  A = no\n".replace("  A = no\n", "")
+        + "A=1\nexport B='two words'\nC=\"x\"\nD=a#b \nE=\nF=it's\nG=a=b\r\n"
+    )
+    (tmp_path / ".env").write_text(text, "utf-8")
+    environment = read_environment({"A": "env", "E": "env"}, tmp_path)
+    expected = {"A": "env", "B": "two words", "C": "x", "D": "a#b", "E": "env", "F": "it's", "G": "a=b"}
+    assert {name: environment.text(name) for name in expected} == expected
+    assert read_environment({}, tmp_path).text("E", "default") == "default"
+    assert read_environment({"X": "1"}, tmp_path / "absent").text("X") == "1"
+
+
+@pytest.mark.parametrize("line", ["A", "A = 1", "1A=1", "=1", "A B=1", "\x85A"])
+def test_bad_dotenv(tmp_path: Path, line: str) -> None:
+    (tmp_path / ".env").write_text("X=1\n" + line + "\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"\.env: line 2: expected NAME=value"):
+        read_environment({}, tmp_path)
+
+
+def test_unreadable_dotenv(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError, match=r"\.env: "):
+        read_environment({}, tmp_path)
+    (tmp_path / "folder" / ".env").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"\.env: "):
+        read_environment({}, tmp_path / "folder")
+
+
+def test_environment() -> None:
+    environment = Environment({"N": "1.5", "I": "7", "L": " a, B ,,", "Z": ""})
+    assert environment.number("N", 0, 0, 2) == 1.5
+    assert environment.integer("I", 0, 0, 9) == 7
+    assert environment.integer("Z", 3, 0, 9) == 3
+    assert environment.names("L") == {"a", "b"}
+    assert environment.names("Z") == frozenset()
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1e3", " 1", "1_0", "٣", "11", "nan", "inf", "0x1", "1.", "+1"])
+def test_bad_numbers(text: str) -> None:
+    with pytest.raises(ConfigError, match="^N: expected a number from 0 to 10, got "):
+        Environment({"N": text}).number("N", 0, 0, 10)
+
+
+def test_bad_integer() -> None:
+    with pytest.raises(ConfigError, match=r"^N: expected an integer, got 1\.5"):
+        Environment({"N": "1.5"}).integer("N", 0, 0, 10)
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "m.gguf"\nlanguages = ["python"]\n'
+
+
+def test_the_table_of_models() -> None:
+    models = load_models(ROOT / "models.toml")
+    assert [model.id for model in models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+    present = {model.id for model in models}
+    chosen = {language: route_language(models, language, present) for language in LANGUAGES}
+    assert {language: model.id for language, model in chosen.items() if model} == dict.fromkeys(
+        ["python", "javascript", "typescript"], "qwen_7b"
+    ) | dict.fromkeys(["rust", "c", "cpp", "go"], "codellama_7b")
+    assert all(
+        (model := route_language(models, language, {"qwen_0_5b"})) and model.id == "qwen_0_5b" for language in LANGUAGES
+    )
+    assert route_language(models, "python", set()) is None
+    assert route_language(models, "cobol", None) is None
+    assert (model := route_language(models, "go", None)) is not None
+    assert model.id == "codellama_7b"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "at least one"),
+        ("models = 5", "at least one"),
+        ("models = []", "at least one"),
+        ("models = ['x']", "model 1: expected a table"),
+        ("[[models]", "line 1"),
+        (GOOD + GOOD, "every id once"),
+        (GOOD.replace('"m"', "5"), "model 1: expected str as 'id', got 5"),
+        (GOOD.replace('"m"', '""'), "model 1: expected str as 'id', got ''"),
+        (GOOD.replace('"m"', '"a b"'), "model 1: expected 'id' of the form"),
+        (GOOD.replace('name = "M"\n', ""), "model 1: expected str as 'name', got None"),
+        (GOOD.replace("m.gguf", "../m.gguf"), "model 1: expected 'file' of the form"),
+        (GOOD.replace("m.gguf", "a/m.gguf"), "model 1: expected 'file' of the form"),
+        (GOOD.replace("m.gguf", ".."), "model 1: expected 'file' of the form"),
+        (GOOD + 'sha256 = "x"\n', "model 1: expected 'sha256' of the form"),
+        (GOOD + 'size = "x"\n', "model 1: expected int as 'size', got 'x'"),
+        (GOOD + "sources = [1]\n", "model 1: expected tables as 'sources'"),
+        (GOOD.replace('["python"]', '"python"'), "model 1: expected list as 'languages', got 'python'"),
+        (GOOD.replace('["python"]', '["cobol"]'), "model 1: expected languages of python, "),
+        (GOOD.replace('["python"]', "[5]"), "model 1: expected languages of python, "),
+        (GOOD.replace('["python"]', "[[]]"), "model 1: expected languages of python, "),
+    ],
+)
+def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        load_models(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_no_models_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ValueError, match="No such file|Is a directory"):
+            load_models(path)
+    (tmp_path / "m").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="m: "):
+        load_models(tmp_path / "m")
+
+
+# --------------------------------------------------------------------------------------------------- logs
+
+
+@pytest.fixture
+def _logger() -> Iterator[None]:
+    yield
+    for handler in list(common.log.handlers):
+        common.log.removeHandler(handler)
+        handler.close()
+    common.log.propagate = True
+    common.log.setLevel(logging.NOTSET)
+    request_id_var.set("-")
+
+
+@pytest.mark.usefixtures("_logger")
+def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "logs" / "cerebrum.log"
+    set_up_logging("info", str(path))
+    request_id_var.set("65652caa")
+    common.log.info("POST %s", "/x")
+    common.log.debug("not seen")
+    form = r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} - INFO - \[65652caa\] POST /x\n"
+    assert re.fullmatch(form, capsys.readouterr().out)
+    assert re.fullmatch(form, path.read_text())
+
+
+@pytest.mark.usefixtures("_logger")
+def test_bad_log_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"):
+        set_up_logging("loud", "")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="^CEREBRUM_LOG_FILE: cannot write "):
+        set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    name = f"\0cerebrum-{os.getpid()}" if abstract else str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name)
+        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
+        notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    notify("STOPPING=1")  # nobody listens any more, and nothing happens
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    notify("READY=1")
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
+def test_standard_library_only(python: str) -> None:
+    if not Path(python).exists():
+        pytest.skip(f"{python} is not installed")
+    done = subprocess.run(
+        [python, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); import cerebrum_common"],
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,453 @@
+"""The pure parsers: tables, and hypothesis with h11 as an oracle that was written by other people.
+
+Any bytes in any split give a value or an HttpError, never another exception, and the same for every split.
+What h11 refuses we refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import h11
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cerebrum_common import (
+    MAX_BODY_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_LINE_BYTES,
+    STATUS_LINE,
+    ChunkedDecoder,
+    Head,
+    HttpError,
+    chunk,
+    encode_head,
+    host_name,
+    parse_headers,
+    parse_json,
+    parse_request,
+    parse_request_line,
+    parse_target,
+    scan_head,
+    scan_request,
+)
+
+HEAD = b"POST /v1/complete HTTP/1.1\r\nHost: pi:7000\r\nContent-Length: 5\r\n\r\n"
+
+
+def status_of(call: Callable[[], Any]) -> int | None:
+    """The HttpError's status, or None. Its message is fit for a client."""
+    try:
+        call()
+    except HttpError as error:
+        assert error.message.isascii()
+        assert len(error.message) < 300
+        return error.status
+    return None
+
+
+def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
+    """What a connection makes of `data` that arrives cut at `cuts`: a head, a status, or None (more is needed)."""
+    buffer, scanned = bytearray(), 0
+    bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    try:
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            buffer += data[start:stop]
+            if (end := scan_request(buffer, scanned)) is not None:
+                return parse_request(bytes(buffer[:end]))
+            scanned = len(buffer)
+    except HttpError as error:
+        return error.status
+    return None
+
+
+def decode(data: bytes, cuts: list[int], limit: int | None = None) -> tuple[bytes, bytes, bool] | int:
+    """A chunked body cut at `cuts`: (payload, rest, done), or a status."""
+    decoder, payload, rest = ChunkedDecoder(limit), b"", b""
+    bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    try:
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            if decoder.done:
+                rest += data[start:stop]
+            else:
+                payload += decoder.feed(data[start:stop])
+                rest = decoder.rest
+    except HttpError as error:
+        return error.status
+    return payload, rest, decoder.done
+
+
+# --------------------------------------------------------------------------------------------- hypothesis
+
+TOKENS = st.sampled_from(
+    [b"GET", b"POST", b"get", b" ", b"  ", b"/", b"/health", b"/%41", b"/%zz", b"*", b"http://h/", b"?a=b", b"HTTP/1.1", b"HTTP/1.0"]
+    + [b"HTTP/2.0", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"Host", b": ", b":", b"localhost", b"[::1]:80", b"Content-Length", b"5", b"05", b"+5"]
+    + [b"Transfer-Encoding", b"chunked", b"gzip", b",", b"\t", b"\0", b"\xff", b"Expect", b"100-continue", b"Connection", b"close"]
+    + [b"X-Request-ID", b"a" * 200, b"b" * 9000]
+)  # fmt: skip
+SOUP = st.lists(TOKENS, max_size=30).map(b"".join)
+LINES = st.lists(
+    st.sampled_from(
+        [
+            b"Host: h",
+            b"Host: h:80",
+            b"host: a b",
+            b"Content-Length: 5",
+            b"Content-Length: 5 ",
+            b"Content-Length: 5, 5",
+            b"Content-Length: \xb2",
+        ]
+        + [
+            b"Transfer-Encoding: chunked",
+            b"Transfer-Encoding : chunked",
+            b"Transfer-Encoding: gzip",
+            b" folded",
+            b"A:b",
+            b"A: \x01",
+            b": a",
+        ]
+        + [b"Connection: close", b"A\xe4: b", b"A: \xe4", b"", b"Expect: 100-continue", b"A: " + b"b" * 500]
+    ),
+    max_size=9,
+)
+REQUEST_LINES = st.sampled_from(
+    [
+        b"GET / HTTP/1.1",
+        b"POST /x HTTP/1.1",
+        b"GET / HTTP/1.0",
+        b"GET /a?b HTTP/1.1",
+        b"GET /a#b HTTP/1.1",
+        b"GET  / HTTP/1.1",
+        b"G\xe4T / HTTP/1.1",
+    ]
+    + [
+        b"GET /\xe4 HTTP/1.1",
+        b"GET / HTTP/1.2",
+        b"GET /",
+        b"OPTIONS * HTTP/1.1",
+        b"CONNECT a:1 HTTP/1.1",
+        b"GET / HTTP/1.1 ",
+        b"GET /\x7f HTTP/1.1",
+    ]
+)
+HOSTED = st.one_of(
+    LINES, LINES.map(lambda lines: [b"Host: h", *(line for line in lines if not line.lower().startswith(b"host"))])
+)
+REQUESTS = st.builds(lambda line, headers: b"\r\n".join([line, *headers, b"", b""]), REQUEST_LINES, HOSTED)
+CUTS = st.lists(st.integers(0, 1 << 16), max_size=12)
+CHUNKS = st.lists(
+    st.sampled_from(
+        [
+            b"0",
+            b"1",
+            b"5",
+            b"a",
+            b"F",
+            b"1" * 16,
+            b"1" * 17,
+            b"0x5",
+            b"-1",
+            b" ",
+            b";a=b",
+            b";" + b"a" * 300,
+            b"\r\n",
+            b"\r",
+            b"\n",
+        ]
+        + [
+            b"12345",
+            b"x",
+            b"A: b",
+            b"\r\n\r\n",
+            b"0\r\n\r\n",
+            b"5\r\n12345\r\n",
+            b"1\r\nx\r\n",
+            b"\0",
+            b"\xff",
+            b"A: b\r\n" * 1500,
+        ]
+    ),
+    max_size=25,
+).map(b"".join)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.one_of(st.binary(max_size=400), SOUP, REQUESTS), CUTS)
+@example(b"\r\n" + HEAD, [1, 2, 3])
+@example(b"\r\n\r\n", [1, 2, 3])
+@example(b"A" * 40_000, [100, 9000])
+@example(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 9000, [30_000, 40_000])
+def test_a_head_is_the_same_for_every_split(data: bytes, cuts: list[int]) -> None:
+    whole = read_head(data, [])
+    if isinstance(whole, Head):  # a made-up request id differs
+        whole = read_head(data, [0])
+        assert isinstance(whole, Head)
+        again = read_head(data, cuts)
+        assert isinstance(again, Head)
+        assert all(getattr(whole, name) == getattr(again, name) for name in Head.__slots__ if name != "request_id")
+    else:
+        assert read_head(data, cuts) == whole
+        assert read_head(data, list(range(min(len(data), 300)))) == whole
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.one_of(
+        REQUESTS, SOUP.map(lambda soup: soup + b"\r\n\r\n"), st.binary(max_size=200).map(lambda raw: raw + b"\r\n\r\n")
+    )
+)
+def test_what_h11_refuses_we_refuse(data: bytes) -> None:
+    ours = read_head(data, [])
+    if not isinstance(ours, Head):
+        return
+    peer = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    peer.receive_data(data)
+    event = peer.next_event()
+    assert isinstance(event, h11.Request)  # h11.RemoteProtocolError: it refuses what we took
+    assert event.method.decode() == ours.method
+    assert event.http_version.decode() == ours.version.removeprefix("HTTP/")
+    theirs: dict[str, str] = {}
+    for name, value in event.headers:
+        key, text = name.decode(), value.decode("latin-1")
+        theirs[key] = f"{theirs[key]}, {text}" if key in theirs else text
+    assert {**ours.headers, "transfer-encoding": ""} == {**theirs, "transfer-encoding": ""}
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.one_of(CHUNKS, st.binary(max_size=100)), CUTS, st.sampled_from([None, 20, MAX_BODY_BYTES]))
+@example(b"0\r\n" + b"A: b\r\n" * 1364 + b"A: b\r\n\r\n", [8192], None)
+@example(b"5" + b";" + b"a" * 252 + b"\r\n12345\r\n", [254, 255, 256], None)
+def test_chunks_are_the_same_for_every_split(data: bytes, cuts: list[int], limit: int | None) -> None:
+    whole = decode(data, [], limit)
+    assert decode(data, cuts, limit) == whole
+    assert decode(data, list(range(min(len(data), 600))), limit) == whole
+
+
+@settings(max_examples=1500, deadline=None)
+@given(CHUNKS)
+def test_chunks_that_h11_refuses_we_refuse(data: bytes) -> None:
+    ours = decode(data, [])
+    if isinstance(ours, int):
+        return
+    peer = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    peer.receive_data(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + data)
+    assert isinstance(peer.next_event(), h11.Request)
+    payload = b""
+    while isinstance(event := peer.next_event(), h11.Data):
+        payload += bytes(event.data)
+    assert payload == ours[0]
+    assert isinstance(event, h11.EndOfMessage) == ours[2]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=50), max_size=10), CUTS)
+def test_chunks_round_trip(pieces: list[bytes], cuts: list[int]) -> None:
+    body = b"".join(chunk(piece) for piece in pieces) + b"0\r\n\r\n"
+    assert decode(body + b"GET", cuts) == (b"".join(pieces), b"GET", True)
+
+
+JSON_SOUP = st.lists(
+    st.sampled_from(
+        [
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b'"a"',
+            b":",
+            b",",
+            b"1",
+            b"-",
+            b"1e999",
+            b"NaN",
+            b"null",
+            b"\xff",
+            b"\xef\xbb\xbf",
+            b" ",
+            b"\\u",
+            b'"',
+        ]
+    )
+).map(b"".join)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.one_of(st.binary(max_size=100), JSON_SOUP))
+def test_json_is_an_object_or_an_error(body: bytes) -> None:
+    try:
+        value = parse_json(body)
+    except HttpError as error:
+        assert error.status == 400
+        assert not error.close
+        assert "line" not in error.message
+    else:
+        assert isinstance(value, dict)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=60))
+def test_a_target_is_a_path_or_an_error(text: str) -> None:
+    try:
+        path, _ = parse_target(text)
+    except HttpError as error:
+        assert error.status == 400
+        assert error.close
+    else:
+        assert path.startswith("/")
+        assert not re.search(r"[\x00-\x1f\x7f?#]", path) or "%" in text
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "authority"),
+    [
+        ("/", "/", ""),
+        ("/a/b?c", "/a/b", ""),
+        ("/a%2Fb", "/a/b", ""),
+        ("/%61%2561", "/a%61", ""),
+        ("/%C3%A4", "/ä", ""),
+        ("/%3f%23", "/?#", ""),
+        ("//a", "//a", ""),
+        ("http://h", "/", "h"),
+        ("http://H:80?x", "/", "h"),
+        ("HTTP://[::1]:1/a", "/a", "[::1]"),
+    ],
+)
+def test_targets(target: str, path: str, authority: str) -> None:
+    assert parse_target(target) == (path, authority)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "a",
+        "*",
+        "/ ",
+        "/\u00e4",
+        "/%",
+        "/%0",
+        "/%0g",
+        "/%00",
+        "/%1f",
+        "/%ff",
+        "/#",
+        "http://",
+        "http://a b/",
+        "ftp://h/",
+    ],
+)
+def test_bad_targets(target: str) -> None:
+    assert status_of(lambda: parse_target(target)) == 400
+
+
+@pytest.mark.parametrize(
+    ("value", "host"),
+    [("A.b", "a.b"), ("h:", "h"), ("h:0", "h"), ("h:65535", "h"), ("[::1]:1", "[::1]"), ("1.2.3.4", "1.2.3.4")],
+)
+def test_hosts(value: str, host: str) -> None:
+    assert host_name(value) == host
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        ":",
+        ":80",
+        "h:65536",
+        "h:99999",
+        "h:000080",
+        "h:+1",
+        "h:٣",
+        "a b",
+        "a/b",
+        "u@h",
+        "[::1",
+        "::1",
+        "[::1]x",
+        "h\n",
+    ],
+)
+def test_bad_hosts(value: str) -> None:
+    assert status_of(lambda: host_name(value)) == 400
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET / HTTP/1.1", None),
+        (b"OPTIONS * HTTP/1.1", None),
+        (b"GET * HTTP/1.1", 400),
+        (b"GET / HTTP/1.1\n", 400),
+        (b"GET /\xc2\x85 HTTP/1.1", 400),
+        (b"PRI * HTTP/2.0", 505),
+        (b"CONNECT h:1 HTTP/1.1", 501),
+        (b"GET /" + b"a" * 8191 + b" HTTP/1.1", None),
+        (b"GET /" + b"a" * 8192 + b" HTTP/1.1", 414),
+    ],
+)
+def test_request_lines(line: bytes, status: int | None) -> None:
+    assert status_of(lambda: parse_request_line(line)) == status
+
+
+def test_limits_are_exact() -> None:
+    assert read_head(b"G" * (MAX_LINE_BYTES - 1), []) is None
+    assert read_head(b"G" * MAX_LINE_BYTES, []) == 414
+    begin = b"GET / HTTP/1.1\r\nHost: h\r\nA: "
+    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - 1 - len(begin)), []) is None
+    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - len(begin)), []) == 431
+    assert isinstance(read_head(begin + b"a" * (MAX_HEAD_BYTES - 4 - len(begin)) + b"\r\n\r\n", []), Head)
+
+
+def test_repeated_headers() -> None:
+    assert parse_headers([b"A: 1", b"a:2", b"B:\t3 \t"]) == {"a": "1, 2", "b": "3"}
+    assert status_of(lambda: parse_headers([b"Host: a", b"HOST: a"])) == 400
+
+
+def test_a_foreign_head_is_scanned_alike() -> None:
+    """scan_head and STATUS_LINE read the other side of the Pi."""
+    head = b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n"
+    assert [scan_head(head[:n], n - 1) for n in range(1, len(head))] == [None] * (len(head) - 1)
+    assert scan_head(head) == len(head)
+    for line, good in (
+        (b"HTTP/1.1 200 OK", 1),
+        (b"HTTP/1.0 404", 1),
+        (b"HTTP/1.1 200 ", 1),
+        (b"HTTP/2 200", 0),
+        (b"HTTP/1.1 99 x", 0),
+    ):
+        assert bool(STATUS_LINE.fullmatch(line)) == good
+
+
+def test_a_response_header_cannot_become_two() -> None:
+    assert encode_head(204, [("Allow", "GET")]) == b"HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n"
+    for value in ("a\r\nB: c", "a\nb", "a\r"):
+        with pytest.raises(ValueError, match="line end"):
+            encode_head(200, [("A", value)])
+
+
+def test_depth_is_exact() -> None:
+    for containers, refused in ((64, None), (65, 400), (900, 400), (200_000, 400)):
+        assert status_of(lambda n=containers: parse_json(b'{"a":' + b"[" * (n - 1) + b"]" * (n - 1) + b"}")) == refused
+        assert status_of(lambda n=containers: parse_json(b'{"a":' * n + b"1" + b"}" * n)) == refused
+
+
+def test_a_body_in_tiny_chunks_costs_no_square() -> None:
+    """1 MiB in chunks of one byte, in reads of one byte too: the decoder holds no payload."""
+    decoder, held = ChunkedDecoder(MAX_BODY_BYTES), 0
+    for _ in range(2000):
+        for byte in b"1\r\nx\r\n":
+            decoder.feed(bytes([byte]))
+            held = max(held, len(decoder._held))
+    assert held <= 3
+
+
+def test_extensions_count_as_body() -> None:
+    line = b"1;" + b"a" * 200 + b"\r\nx\r\n"
+    assert decode(line * 5, [], 1000) == 413
