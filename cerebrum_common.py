@@ -668,7 +668,7 @@ def _read_model(entry: Any, number: int) -> Model:
     ):
         if not re.fullmatch(pattern, value):
             raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
-    if unknown := set(model.languages) - set(LANGUAGES):
+    if unknown := [language for language in model.languages if language not in tuple(LANGUAGES)]:
         raise ValueError(f"model {number}: expected languages of {', '.join(LANGUAGES)}, got {unknown}")
     if not all(isinstance(source, dict) for source in model.sources):
         raise ValueError(f"model {number}: expected tables as 'sources'")
@@ -702,20 +702,21 @@ class Language:
 # line at most a few hundred steps, whatever it holds.
 _C_STRINGS = (('"', '"'), ("'", "'"))
 _IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
+_CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
+_C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
 _C_DEFINES = (
-    r"^(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
-    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
-    r"|[ \t]*(?:template[ \t]*<[^\n]{0,160}>[ \t]*)?(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace"
-    r"|concept)[ \t]+(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
-    r"|using[ \t]+(\w+)[ \t]*=|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;"
+    r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
+    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
+    rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
+    r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
     r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
-    r"(?:template[ \t]*<[^\n]{0,160}>[ \t]*)?[A-Za-z_][\w:<>,*& \t\[\]]{0,160}[ \t*&](?:[\w<>]{1,60}::){0,3}"
-    r"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{0,80})[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"
-    r"|[A-Za-z_][\w<>]{0,80}::(~?[A-Za-z_]\w{0,80})[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"
+    rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
+    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+    rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
     r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
 )
 _JS_DEFINES = (
-    r"^(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
+    r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
     r"(?:function\b[ \t]*\*?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t])[ \t]*([\w$]+)"
     r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
     r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
@@ -760,7 +761,7 @@ LANGUAGES: dict[str, Language] = {
         True,
         re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
         re.compile(
-            r"^(?:[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))", re.M
+            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))", re.M
         ),
         re.compile(r"class\b"),
     ),
@@ -774,7 +775,7 @@ LANGUAGES: dict[str, Language] = {
         False,
         re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
         re.compile(
-            rf"^[ \t]*{_RUST_VISIBLE}(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{{0,20}}\")?)[ \t]+){{0,4}}"
+            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{{0,20}}\")?)[ \t]+){{0,4}}"
             r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
             r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?:[\w]+::)*(\w+))",
             re.M,
@@ -1167,7 +1168,7 @@ class Server:
             if block is None:
                 return False
             head = parse_request(block)
-            exchange.begin(head, keep=head.keep_alive and not connection.over and not self.stopping)
+            exchange.begin(head, keep=head.keep_alive and not connection.over)
             await self._answer(exchange, head)
         except HttpError as error:
             await exchange.fail(error)
@@ -1253,6 +1254,7 @@ class Server:
         """Call the handler and send what it returns. Here, and once more in a stream, any exception is an answer."""
         try:
             response = await route.handler(self.state, request)
+            exchange.keep = exchange.keep and not self.stopping
             if response.events is None:
                 return await exchange.send(response)
         except ClientGone:

@@ -26,10 +26,12 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # asyncio and hmac load OpenSSL if they find it: 6 MB of 30, and only for a VPS behind https.
-    settings = Path(__file__).resolve().with_name(".env")
-    found = os.environ.get("CEREBRUM_VPS_URL", "") + (settings.read_text(errors="replace") if settings.exists() else "")
-    if "https://" not in found:
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here))  # which `python3 -I` leaves out
+    # asyncio and hmac load OpenSSL if they find it: 6 MB of 30, and only a VPS behind https needs it.
+    dotenv = here / ".env"
+    readable = dotenv.read_text(errors="replace") if os.access(dotenv, os.R_OK) else ""
+    if "https://" not in os.environ.get("CEREBRUM_VPS_URL", "") + readable:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
 
 import asyncio
@@ -40,12 +42,16 @@ import random
 import re
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_common import (
     CODES,
+    LANGUAGES,
     READ_BYTES,
     STATUS_LINE,
     Access,
@@ -54,6 +60,7 @@ from cerebrum_common import (
     Environment,
     Field,
     HttpError,
+    Language,
     Model,
     Request,
     Response,
@@ -105,7 +112,7 @@ JITTER = 0.2  # of every pause, so that several Pis do not come back in step
 TRIAL_SECONDS = 60.0  # a trial without a token for so long has failed; it may have to load a model
 
 DEFAULT_N_CTX = 4096  # until the VPS has told
-MARGIN_TOKENS = 64  # template and FIM tokens that the VPS adds to a prompt
+MARGIN_TOKENS = 8  # of n_ctx that are never used
 REFIT = 0.95  # of the weight per token that the VPS has just counted: for the one retry
 
 # --------------------------------------------------------------------------------------- configuration
@@ -193,20 +200,20 @@ FIELDS = {
     "max_tokens": Field(int, 1, 2048, 512),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, 2**32 - 1),
+    "seed": Field(int, 0, 2**32 - 2),
     "stop": Field(list, 0, 16),
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
     "suffix": Field(str),
-    "filename": Field(str, 1, 1024),
+    "filename": Field(str, 0, 1000),
     "instruction": Field(str, 1),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
     "progress": Field(bool, default=False),
-    "session": Field(str, 1, 128),
+    "session": Field(str, 1, 200),
     "model": Field(str, 1),
 }
 # At the start of a file there is nothing before the cursor.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "language", "stop_at", "progress", "session")
+PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress", "session")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -233,56 +240,546 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
 
 
-# ------------------------------------------------------------------------- policy: preparing the prompt
-# >>> PLACE FOR THE PREPARATION OF PROMPTS: a pass-through until it is pasted in
+# ------------------------------------------------------------------------------- policy: ways to ask
+
+MODES = ("complete", "infill", "instruct")
+PROSE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
+WORD = r"[`\"'(]?[A-Za-z0-9][\w'’+#./()-]*[`\"')]?[,:;.?!]*"
+PROSE = re.compile(rf"{WORD}(?: (?:{WORD}|[-–&]))*")  # noqa: RUF001
+DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|both|your)"
+VERBS = (
+    "add build change check clean complete compute calculate convert count create debug define describe design "
+    "document explain extract find finish fix format generate get give help implement improve inline insert list "
+    "make merge migrate modernize modify move optimise optimize parse port print produce provide read reduce "
+    "refactor remove rename reorder replace restructure reverse review rewrite show shorten simplify solve sort "
+    "split summarise summarize switch tell test transform translate turn update use vectorize wrap write"
+).split()  # noqa: SIM905
+# `use a::b`, `delete a`, `print a`, `test a`: what is code as often as English needs an article after it.
+PLAIN_VERBS = r"(?:create|debug|describe|document|explain|generate|give|help|implement|improve|optimi[sz]e|refactor|" \
+    r"rewrite|simplify|translate|write)"  # fmt: skip
+ASKS = re.compile(
+    rf"(?:please|kindly|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|let's)\b"
+    rf"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
+    rf"|(?:given) {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
+    rf"|(?:an? |the )?(?:\w+ )?(?:function|program|script|class|method|module|code|snippet) (?:that|to|which) \w+"
+    rf"|(?:{'|'.join(VERBS)})(?: up)? {DETERMINER}\b|{PLAIN_VERBS} \w",
+    re.IGNORECASE,
+)
+# Above code, most comments begin with a verb and describe it. An instruction says "this" code, or rewrites it.
+EDITS = re.compile(
+    r"(?:please\s+)?(?:(?:refactor|rewrite|modernize|optimi[sz]e|simplify|translate|vectorize|port|migrate)\b"
+    rf"|(?:{'|'.join(VERBS)})(?: up)? (?:(?:this|these|it)(?: (?:code|function|class|method|loop|file|script|program"
+    r"|struct|type|module|snippet|query|test|tests))?(?:$|[.:,!]| (?:to|into|in|as|using|with|so|from|by|for|async|faster"
+    r"|more|less|safe|generic|thread|work|idiomatic|shorter|simpler|readable|recursive|iterative)\b)"
+    r"|.{0,80}\b(?:to|in|of|from|for) (?:this|the following|these)\b|.{0,80}\b(?:the following|below)\b"
+    r"|(?:type (?:hints|annotations)|docstrings?|documentation|error handling|logging|comments|unit tests|tests)(?:$|[.:,!]"
+    r"| (?:to|for|here|everywhere)\b)))",
+    re.IGNORECASE,
+)
+OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.]|->|=>|\b(?:and|or|not|in|return|else|do))$")
 
 
-FIRST_RATIO = 2.6  # characters per token of dense code, before anything is learned
+def syntax(name: str) -> Language:
+    """The syntax of a language; most that models.toml may add are like C."""
+    return LANGUAGES.get(name, LANGUAGES["c"])
+
+
+def detect_mode(fields: Mapping[str, Any]) -> str:
+    """`complete`, `infill` or `instruct`: what `mode` says, else what the other fields and the prompt show.
+
+    HttpError 400 names the field that contradicts. A plain prompt that could be either is completed.
+    """
+    mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
+    suffix, instruction = fields.get("suffix"), fields.get("instruction")
+    if suffix and instruction:
+        raise HttpError(400, "instruction: expected nothing beside suffix, got both")
+    if mode == "auto":
+        if suffix and suffix.strip():
+            mode = "infill"
+        elif instruction or split_instruction(prompt, syntax(fields["language"])):
+            mode = "instruct"
+        else:
+            mode = "complete"
+    elif suffix and mode != "infill":
+        raise HttpError(400, f"suffix: expected nothing with mode {mode}, got {len(suffix)} characters")
+    elif instruction and mode != "instruct":
+        raise HttpError(400, f"instruction: expected nothing with mode {mode}, got {len(instruction)} characters")
+    if mode == "infill" and suffix is None:
+        raise HttpError(400, "suffix: expected the text after the cursor with mode infill, got nothing")
+    if mode != "infill" and not prompt and not instruction:
+        raise HttpError(400, 'prompt: expected a non-empty string, got the string ""')
+    return mode
+
+
+def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
+    """(instruction, code) if the prompt is plainly an instruction, alone or above code; else None.
+
+    `Write a stack` → ("Write a stack", ""); `# Make this async` over a whole function → the comment and the function;
+    over a signature whose body is missing → None, for that is a comment and the code it announces.
+    """
+    text = prompt.lstrip()
+    first, _, rest = text.partition("\n")
+    first = first.strip()
+    if not first or len(first) > PROSE_CHARACTERS:
+        return None
+    if ASKS.match(first) and PROSE.fullmatch(first):
+        return prompt, ""
+    comment, code = _leading_comment(text, language)
+    if not comment or not EDITS.match(comment) or not _is_whole(code, language):
+        return None
+    return comment, code
+
+
+def _leading_comment(text: str, language: Language) -> tuple[str, str]:
+    """The comment that the text begins with, without its signs, and what follows it."""
+    if language.block_comment and text.startswith(language.block_comment[0]):
+        comment, _, code = text.partition(language.block_comment[1])
+        return " ".join(re.sub(r"^[ \t]*/?\*+ ?", "", comment, flags=re.M).split()), code.lstrip("\r\n")
+    lines, end = [], 0
+    while text.startswith(language.line_comment, end) and len(lines) < 20:
+        stop = text.find("\n", end) + 1 or len(text)
+        lines.append(text[end:stop].strip().lstrip(language.line_comment + "!").strip())
+        end = stop
+    return " ".join(lines), text[end:]
+
+
+def _is_whole(code: str, language: Language) -> bool:
+    """Whether `code` ends where a block or statement may end, rather than where more has to be typed."""
+    end = code.rstrip()
+    if not end or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
+        return False
+    if language.indented and end.endswith(('"""', "'''")):
+        return False  # a docstring and no body yet
+    return all(code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]"))
+
+
+# --------------------------------------------------------------------------- policy: fitting a prompt
+
+FIRST_RATIO = 3.0  # weight per token before a model has told
+MIN_RATIO, MAX_RATIO = 0.75, 4.5
+TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
+SUFFIX_SHARE = 8  # an infill's suffix gets one in so many: it follows the prefix, so each keystroke reads it anew
+MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom, and leaving it out saves nothing
+MAX_NESTING = 8
+LEFT_OUT = "... lines left out"
+ASK = "Answer with the code alone, in one fenced ```{language} block, without any explanation."
+NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
+LINE_START = re.compile(
+    r"^([ \t]*)(?![\s)}\]#&|.?:+]|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
+)
+INDENT = re.compile(r"[ \t]*")
+DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:\"{3}[^"]{0,600}\"{3}|'{3}[^']{0,600}'{3})""")
+PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The fields of the VPS that carry the prompt, what was kept of a long one, and its weight for `Ratio`."""
+    """What the VPS is sent (`prompt` or `messages`, …), what of the request it kept, and its weight for `Ratio`."""
 
     body: dict[str, Any]
     kept: dict[str, Any]
     weight: int
 
 
+@dataclass(slots=True)
 class Ratio:
-    """Characters per token of each model, learned from what the VPS counts."""
+    """Weight per token of each model's prompts, learned from the token counts that the VPS reports.
 
-    def __init__(self) -> None:
-        self.seen: dict[str, float] = {}
+    It errs low: too high costs a refused prompt, too low only some lines. So a lower observation counts at once and a
+    higher one slowly; and it is given in steps, because a new ratio moves the window and so costs the prefix cache.
+    """
+
+    seen: dict[str, float] = field(default_factory=dict)
 
     def get(self, model: str) -> float:
-        return self.seen.get(model, FIRST_RATIO)
+        return max(int(self.seen.get(model, FIRST_RATIO) * 4) / 4, MIN_RATIO)
 
     def learn(self, model: str, weight: int, tokens: int) -> None:
-        if tokens >= 64:
-            self.seen[model] = min(self.get(model), weight / tokens)
+        if tokens < 256:
+            return  # a template and three words say nothing about code
+        old, new = self.seen.get(model, FIRST_RATIO), weight / tokens
+        self.seen[model] = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
 
 
-def detect_mode(fields: Mapping[str, Any]) -> str:
-    """How the client asks: its `mode`, or by its fields."""
-    if fields["mode"] != "auto":
-        return str(fields["mode"])
-    return "infill" if fields["suffix"] else "instruct" if fields["instruction"] else "complete"
+def weigh(text: str) -> int:
+    """Characters, and more for those that cost more tokens: digits are tokens of their own, and a character outside
+    of ASCII may take as many as it has bytes."""
+    size = len(text.encode("utf-8", "replace"))
+    return 2 * size - len(text) + 2 * sum(map(text.count, "0123456789"))
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A line that defines `name`; `start` is where the line does, `parent` the definition around it."""
+
+    name: str
+    start: int
+    indent: int
+    parent: Definition | None
+
+    def chain(self) -> tuple[Definition, ...]:
+        """The definitions around this one, outermost first."""
+        return (*self.parent.chain(), self.parent) if self.parent else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of the text that is sent, and the definitions around it, whose headers go with it."""
+
+    start: int
+    end: int
+    around: tuple[Definition, ...] = ()
+
+
+class Source:
+    """A text in a language, and its definitions. All positions are character offsets into `text`."""
+
+    def __init__(self, text: str, language: Language) -> None:
+        self.text, self.language = text, language
+        self.newline = "\r\n" if "\r\n" in text[:4096] else "\n"
+        self.definitions: list[Definition] = []
+        stack: list[Definition] = []
+        for match in language.defines.finditer(text):
+            start, name = match.start(), match[match.lastindex or 0]
+            indent = self.indent(start)
+            while stack and stack[-1].indent >= indent:
+                stack.pop()
+            parent = stack[-1] if stack and len(stack) < MAX_NESTING else None
+            stack.append(Definition(name, start, indent, parent))
+            self.definitions.append(stack[-1])
+
+    def indent(self, start: int) -> int:
+        match = INDENT.match(self.text, start)
+        return match.end() - start if match else 0
+
+    def line_end(self, position: int) -> int:
+        return self.text.find("\n", position) + 1 or len(self.text)
+
+    def header_end(self, definition: Definition) -> int:
+        """Past the signature, which may take several lines, and the docstring."""
+        end = self.line_end(definition.start)
+        for _ in range(20):
+            if self.text.count("(", definition.start, end) <= self.text.count(")", definition.start, end):
+                break
+            end = self.line_end(end)
+        docstring = DOCSTRING.match(self.text, end) if self.language.indented else None
+        return self.line_end(docstring.end()) if docstring else end
+
+    def lead(self, definition: Definition) -> int:
+        """Where the comments, decorators and attributes right above a definition begin."""
+        signs, start = ("@", "#[", self.language.line_comment, "/*", "* ", "*/", "template"), definition.start
+        for _ in range(12):
+            above = self.text.rfind("\n", 0, max(0, start - 1)) + 1
+            if above >= start or not self.text[above : min(start, above + 200)].lstrip().startswith(signs):
+                break
+            start = above
+        return start
+
+    def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
+        """The first line in the range that is not inside the definition, by its indentation (in every language)."""
+        return _outside(min(definition.indent, 80), self.language.indented).search(self.text, start, stop)
+
+    def whole(self, definition: Definition, limit: int) -> Piece | None:
+        """The definition with what belongs to it above, or None if that is over `limit` characters."""
+        start, header = self.lead(definition), self.header_end(definition)
+        stop = min(start + limit, len(self.text))
+        left = self.leaves(definition, header, stop)
+        if header > stop or not left and stop < len(self.text):
+            return None
+        if left and left[0].endswith("}"):
+            end = self.line_end(left.start())
+        else:
+            end = self.line_end(start + len(self.text[start : left.start() if left else stop].rstrip()))
+        return Piece(start, end, definition.chain())
+
+    def outline(self, definition: Definition) -> list[Piece]:
+        """A definition that is too large: its header, and those of its members."""
+        around = (*definition.chain(), definition)
+        members = [member for member in self.definitions if member.parent is definition][:40]
+        headers = [Piece(member.start, self.header_end(member), around) for member in members]
+        return [Piece(self.header_end(definition), self.header_end(definition), around), *headers]
+
+    def enclosing(self, position: int) -> tuple[Definition, ...]:
+        """The definitions around a position, outermost first."""
+        index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
+        if index < 0:
+            return ()
+        last, near = self.definitions[index], position - 65_536
+        found = []
+        for definition in (*last.chain(), last):
+            if self.leaves(definition, max(self.header_end(definition), near), position):
+                break
+            found.append(definition)
+        return tuple(found)
+
+    def imports(self, stop: int) -> list[Piece]:
+        """The imports before `stop`, each with all of its lines."""
+        pieces, end = [], 0
+        for match in self.language.imports.finditer(self.text, 0, stop):
+            if match.start() < end:
+                continue
+            end = self.line_end(match.end())
+            line = self.text[match.start() : end]
+            for opening, closing in ("()", "{}"):
+                if line.count(opening) > line.count(closing):
+                    found = self.text.find(closing, end, min(end + 4000, stop))
+                    end = self.line_end(found) if found >= 0 else end
+            pieces.append(Piece(match.start(), end))
+        return pieces
+
+    def repeated(self) -> list[Piece]:
+        """Paragraphs that come again, word for word, nearer to the cursor."""
+        seen, pieces, end = set(), [], len(self.text)
+        for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(self.text))]):
+            block = self.text[start:end].strip()
+            if len(block) >= MIN_REPEATED:
+                if block in seen:
+                    pieces.append(Piece(start, end))
+                seen.add(block)
+            end = start
+        return pieces[::-1]
+
+
+@lru_cache(200)
+def _outside(indent: int, indented: bool) -> re.Pattern[str]:
+    """A line outside of the block of a definition with this indentation. Brackets that close it, comments, an opening
+    brace on its own line, labels and `where` are still inside; a closing brace is its last line."""
+    inside = r"[\s#)\]}]" if indented else r"[\s#){\]]|//|/\*|where\b|\w+:\s*$"
+    return re.compile(rf"^[ \t]{{0,{indent}}}(?!{inside}).", re.M)
+
+
+class Fit:
+    """What of a text that is too long is sent: imports and definitions that are needed, then a window up to its end.
+
+    Whatever decides is computed from quantised positions, so that while someone types at the end only the end of the
+    result changes: the window starts on a grid, and names count for the definitions by the grid cell they are in.
+    """
+
+    def __init__(self, text: str, language: Language, room: int, about: str = "") -> None:
+        self.source, self.room, self.about = Source(text, language), room, about
+        self.step = 1 << max(0, (room // 8).bit_length() - 1)
+        self.cuts = self.source.repeated()
+        self.spared = [*accumulate((cut.end - cut.start for cut in reversed(self.cuts)), initial=0)][::-1]
+        self.mark = f"{language.line_comment} {LEFT_OUT}{self.source.newline}"
+        start = self.window_start(room * (3 if about else 5) // 8)
+        self.pieces = self.select(start)
+        head = weigh(self.render(self.pieces, start))
+        self.start = self.window_start(room - head - len(self.mark) * 4)
+        self.pieces = [piece for piece in self.pieces if piece.end <= self.start]
+        while self.pieces and weigh(self.result()) > room:
+            self.pieces.pop()  # the least needed is last
+
+    def result(self) -> str:
+        return self.render(self.pieces, self.start) + self.window(self.start)
+
+    def window(self, start: int) -> str:
+        """The text from `start` on, without what is repeated in it."""
+        out, at = [], start
+        for cut in self.cuts[bisect_left(self.cuts, start, key=lambda cut: cut.start) :]:
+            out += [self.source.text[at : cut.start], self.mark]
+            at = cut.end
+        return "".join([*out, self.source.text[at:]])
+
+    def window_start(self, room: int) -> int:
+        """The start of the longest window in the room: where a statement begins, just after a multiple of the step."""
+        end, step = len(self.source.text), self.step
+        while step:
+            grid = range(0, end, step)
+            for position in grid[bisect_left(grid, -room, key=lambda position: -self.size(position)) :]:
+                start = self.statement(position, min(position + step // 2, end)) if position else 0
+                if weigh(self.window(start)) <= room:
+                    if end - start >= step:
+                        return start
+                    break
+            step //= 4
+        return end
+
+    def size(self, start: int) -> int:
+        """How many characters the window from `start` on has."""
+        cut = bisect_left(self.cuts, start, key=lambda cut: cut.start)
+        return len(self.source.text) - start - self.spared[cut]
+
+    def statement(self, start: int, stop: int) -> int:
+        """The first of the least indented statements that begin in the range, else its start."""
+        text = self.source.text
+        best, least = start, 1 << 30
+        for match in LINE_START.finditer(text, start, stop):
+            if match.end() - match.start() < least and (match.start() == 0 or text[match.start() - 1] == "\n"):
+                best, least = match.start(), match.end() - match.start()
+        return best
+
+    def select(self, start: int) -> list[Piece]:
+        """The imports and definitions before `start` that the rest needs, the most needed first."""
+        text, near = self.source.text, max(start, len(self.source.text) // self.step * self.step)
+        recent, earlier = names_in(text[near:]), names_in(text[start:near])
+        pieces = self.take(self.needed(recent, start), self.room // 8)
+        pieces += self.take(self.needed(earlier, start), self.room // 8)
+        if self.about:
+            pieces += self.take(self.resembling(start), self.room * 2 // 8)
+        imports = self.source.imports(start)
+        used = {name for name, _ in [*recent, *earlier]}
+        imports.sort(
+            key=lambda piece: used.isdisjoint(match[2] for match in NAME.finditer(text, piece.start, piece.end))
+        )
+        return self.take(([piece] for piece in imports), self.room // 8) + pieces
+
+    def take(self, groups: Iterable[list[Piece]], room: int) -> list[Piece]:
+        """Pieces from the groups, in their order, as long as there is room."""
+        taken: list[Piece] = []
+        for group in groups:
+            cost = sum(
+                weigh(self.source.text[piece.start : piece.end]) + 40 * len(piece.around) + 20 for piece in group
+            )
+            if cost <= room:
+                room -= cost
+                taken += group
+            if room < 60:
+                break
+        return taken
+
+    def needed(self, names: Sequence[tuple[str, bool]], start: int) -> Iterator[list[Piece]]:
+        """The definitions before `start` of the names, each whole or, where it is too large, in outline."""
+        wanted, found = {name for name, _ in names}, {}
+        for definition in self.source.definitions:
+            if definition.name in wanted:
+                found.setdefault(definition.name, []).append(definition)
+        around = set(self.source.enclosing(start))
+        for name, attribute in names:
+            known = [one for one in found.get(name, ()) if attribute or not one.indent or one.parent in around]
+            if not known or known[-1].start >= start:
+                continue
+            inside = [one for one in known if one.parent in around]
+            if inside or len(known) <= 3:
+                yield self.shown((inside or known)[-1])
+
+    def shown(self, definition: Definition) -> list[Piece]:
+        whole = self.source.whole(definition, self.room // 12)
+        return [whole] if whole else self.source.outline(definition)
+
+    def resembling(self, start: int) -> Iterator[list[Piece]]:
+        """Definitions before `start`, by how many of the instruction's words they contain; rare words count for more."""
+        text = self.source.text.lower()
+        text = text if len(text) == len(self.source.text) else self.source.text
+        starts = [definition.start for definition in self.source.definitions if definition.start < start]
+        scores: dict[int, float] = {}
+        words = {word.lower() for word in re.findall(r"[^\W\d]\w{2,}", self.about[:2000])}
+        for word in sorted(words)[:40]:
+            units = {
+                bisect_right(starts, match.start()) - 1 for match in islice(re.finditer(re.escape(word), text), 2000)
+            }
+            for unit in units - {-1}:
+                named = self.source.definitions[unit].name.lower() == word
+                scores[unit] = scores.get(unit, 0) + (10 if named else 1) / len(units)
+        for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
+            yield self.shown(self.source.definitions[unit])
+
+    def render(self, pieces: Sequence[Piece], start: int) -> str:
+        """The pieces in the text's order, with the headers around them and marks where something is left out."""
+        source, out, at = self.source, list[str](), 0
+        opened: list[Definition] = []
+        last = Piece(start, start, source.enclosing(start))
+        for piece in (*sorted(pieces, key=lambda piece: (piece.start, -piece.end)), last):
+            if piece.start < at:
+                continue
+            common = sum(1 for one, other in zip(opened, piece.around, strict=False) if one is other)
+            for number, definition in enumerate(reversed(opened[common:])):
+                if not number and source.text[at : piece.start].strip(" \t\r\n}"):
+                    out.append(" " * (definition.indent + 4) + self.mark)
+                    at = piece.start
+                if not source.language.indented:
+                    out.append(" " * definition.indent + "}" + source.newline)
+            del opened[common:]
+            for definition in piece.around[common:]:
+                opened.append(definition)
+                if definition.start >= at:
+                    end = source.header_end(definition)
+                    out += [self.gap(at, definition.start), source.text[definition.start : end]]
+                    at = end
+            out += [self.gap(at, piece.start), source.text[piece.start : piece.end]]
+            at = max(at, piece.end)
+        return "".join(out)
+
+    def gap(self, start: int, stop: int) -> str:
+        """What stands for a range that is left out: blank lines stay, code becomes a mark."""
+        text = self.source.text[start:stop]
+        if not text.strip():
+            return text[-200:]
+        return self.source.text[stop : stop + self.source.indent(stop)][:80] + self.mark
+
+    def kept(self) -> dict[str, Any]:
+        """For a person: `{"parts": [...], "lines": "1-9, 40-58, 310-402", "definitions": [names]}`."""
+        text, ranges, number, at = self.source.text, list[str](), 1, 0
+        pieces = sorted({piece for piece in self.pieces if piece.end > piece.start}, key=lambda piece: piece.start)
+        for piece in (*pieces, Piece(self.start, len(text))):
+            number += text.count("\n", at, piece.start)
+            last = number + text.count("\n", piece.start, max(piece.start, piece.end - 1))
+            ranges.append(f"{number}-{last}" if last > number else f"{number}")
+            at = piece.start
+        starts = {piece.start for piece in pieces}
+        names = [one.name for one in self.source.definitions if one.start in starts or self.source.lead(one) in starts]
+        parts = ["imports"] * bool(len(names) < len(pieces)) + ["definitions"] * bool(names) + ["window"]
+        return {"parts": parts, "lines": ", ".join(ranges), "definitions": names}
+
+
+def names_in(text: str) -> list[tuple[str, bool]]:
+    """The names in a text, the last first, each once; and whether it is a member of something."""
+    return list(dict.fromkeys((match[2], bool(match[1])) for match in reversed(list(NAME.finditer(text)))))
+
+
+def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
+    """What of `text` is sent if it may weigh `room`, and a description of it; all of it, unchanged, if it fits."""
+    if len(text) <= room and weigh(text) <= room:
+        return text, {"parts": ["all"]}
+    fitted = Fit(text, language, room, about)
+    return fitted.result(), fitted.kept()
+
+
+def fit_start(text: str, room: int) -> str:
+    """The start of `text` that weighs at most `room`, in whole lines if it has any."""
+    if len(text) > room:
+        text = text[: max(room, 0)]
+    elif weigh(text) <= room:
+        return text
+    while text and weigh(text) > room:
+        text = text[: len(text) * room // weigh(text)]
+    return text[: text.rfind("\n") + 1] or text
 
 
 def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> Prepared:
-    """The prompt as the VPS shall see it, in at most `budget` tokens of `ratio` characters."""
-    prompt = fields["prompt"][-int(budget * ratio) :]
-    body: dict[str, Any] = {"mode": mode, "prompt": prompt}
-    if mode == "infill":
-        body |= {name: fields[name] for name in ("suffix", "filename") if fields[name] is not None}
+    """The VPS's fields for a request in a mode that `detect_mode` gave, so that its prompt has at most `budget` tokens.
+
+    `ratio` is the model's from `Ratio`. What fits is sent as it is, byte for byte. `kept` says what was sent:
+    `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": "1-9, 310-402",
+    "definitions": ["Account"]}`; parts are ["all"] if nothing was left out.
+    """
+    name = fields["language"]
+    language, prompt, suffix = syntax(name), fields.get("prompt") or "", fields.get("suffix") or ""
+    room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
+    body: dict[str, Any] = {"mode": mode}
+    instruction = after = ""
     if mode == "instruct":
-        text = "\n\n".join(part for part in (fields["instruction"], body.pop("prompt")) if part)
+        instruction, prompt = (
+            (fields["instruction"], prompt)
+            if fields.get("instruction")
+            else split_instruction(prompt, language) or (prompt, "")
+        )
+    of = len(prompt) + len(suffix) + len(instruction)
+    if mode == "infill":
+        after = fit_start(suffix, max(room // SUFFIX_SHARE, room - len(prompt)))
+        body["suffix"] = after
+    elif mode == "instruct":
+        asked = fit_start(instruction, room // 2 if prompt else room)
+    sent, kept = fit(prompt, language, room - weigh(after), instruction)
+    if mode == "instruct":
+        code = f"```{name}\n{sent.rstrip()}\n```\n\n" if sent else ""
+        text = f"{code}{asked.strip()}\n\n{ASK.format(language=name)}"
         body["messages"] = [{"role": "user", "content": text}]
-    return Prepared(body, {}, len(prompt) + len(fields["suffix"] or ""))
-
-
-# <<< PLACE FOR THE PREPARATION OF PROMPTS
+    else:
+        text = sent
+        body["prompt"] = sent
+    if fields.get("filename"):
+        body["filename"] = fields["filename"]
+    return Prepared(body, {"characters": len(text), "of": of, **kept}, weigh(text) + weigh(after))
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -492,7 +989,7 @@ def is_chunk_of_token(data: bytes) -> bool:
 
 
 class Events:
-    """Cuts a stream into blocks of whole SSE events, whatever its splits. Line ends may be LF, CRLF or CR."""
+    """Cuts a stream into blocks of whole SSE events, whatever its splits. Line ends may be LF or CRLF."""
 
     def __init__(self) -> None:
         self.rest = b""  # the beginning of an event
@@ -502,7 +999,7 @@ class Events:
         data = self.rest + data
         if b"\r" in data:
             held = data.endswith(b"\r")  # perhaps half of a CRLF
-            data = data[: len(data) - held].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\r" * held
+            data = data[: len(data) - held].replace(b"\r\n", b"\n") + b"\r" * held
         end = data.rfind(b"\n\n") + 2
         if end < 2:
             end = 0
@@ -669,6 +1166,21 @@ class Answer:
         return b"".join(pieces)
 
 
+@contextlib.contextmanager
+def blamed(broken: str, malformed: str = "") -> Iterator[None]:
+    """What the VPS and the network do to us inside it, as VpsFailure; no exception's own text reaches a client."""
+    try:
+        yield
+    except TimeoutError:
+        raise VpsFailure("it did not answer in time") from None
+    except (OSError, UnicodeError):  # UnicodeError: a host name that no resolver takes
+        raise VpsFailure(broken) from None
+    except VpsFailure:
+        raise
+    except HttpError:
+        raise VpsFailure(malformed) from None
+
+
 class Upstream:
     """Asks the VPS: one connection for each request, so that a late answer can never reach another one."""
 
@@ -685,18 +1197,10 @@ class Upstream:
         answer = Answer(reader, transport)
         try:
             transport.write(self._encode(method, path, body))
-            try:
+            with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
                 async with asyncio.timeout(seconds):
                     await answer.read_head(kind)
                     refused = b"" if answer.status == 200 else await answer.read_all(MAX_ERROR_BYTES)
-            except TimeoutError:
-                raise VpsFailure("it did not answer in time") from None
-            except OSError:
-                raise VpsFailure("it closed the connection without an answer") from None
-            except VpsFailure:
-                raise
-            except HttpError:
-                raise VpsFailure("its answer is not HTTP/1.1") from None
             if answer.status != 200:
                 raise refusal(answer.status, refused, self._key)
             yield answer
@@ -707,30 +1211,21 @@ class Upstream:
     async def get(self, path: str, limit: int) -> dict[str, Any]:
         """The JSON object that a GET gives, within ASIDE_SECONDS for the head and as much for the body."""
         async with self.ask("GET", path) as answer:
-            try:
+            with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     return parse_json(await answer.read_all(limit))
-            except TimeoutError:
-                raise VpsFailure("it did not answer in time") from None
-            except VpsFailure:
-                raise
-            except HttpError:
-                raise VpsFailure("its answer is not JSON") from None
 
     async def _connect(self) -> tuple[Reader, asyncio.Transport]:
-        loop = asyncio.get_running_loop()
+        vps, loop = self._vps, asyncio.get_running_loop()
         reader = Reader(limit=READ_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                vps = self._vps
-                transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
-                return reader, transport
-        except TimeoutError:
-            raise VpsFailure("it cannot be connected to in time") from None
-        except (OSError, UnicodeError) as error:
-            refused = isinstance(error, ConnectionRefusedError)
-            raise VpsFailure("connection refused" if refused else "it cannot be connected to") from None
+        with blamed("it cannot be connected to"):
+            try:
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
+            except ConnectionRefusedError:
+                raise VpsFailure("connection refused") from None
+        return reader, transport
 
     def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
         lines = [f"{method} {self._vps.prefix}{path} HTTP/1.1", f"Host: {self._vps.authority}", "Connection: close"]
@@ -820,19 +1315,17 @@ class Gateway:
         self._found(True, "VPS backend is available")
 
     def _found(self, reachable: bool, message: str) -> None:
-        if reachable != self.reachable:
+        if reachable != self.reachable or not self.probes:
             log.log(20 if reachable else 30, "%s", message)
         self.reachable = reachable
 
     async def _learn_models(self) -> None:
         """What the VPS has. If it does not tell, what was known stays."""
+        self._contexts_until = time.monotonic() + MODELS_SECONDS
         try:
-            answer = await self.upstream.get("/v1/models", MAX_LIST_BYTES)
+            self.contexts = read_contexts(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
         except HttpError as error:
             log.warning("no list of models: %s", error.message)
-            return
-        self.contexts = read_contexts(answer)
-        self._contexts_until = time.monotonic() + MODELS_SECONDS
 
     # Completing.
 
@@ -923,6 +1416,8 @@ class Gateway:
         prepared = prepare(fields, fields["mode"], prompt_budget(n_ctx, fields["max_tokens"]), ratio)
         job.mode, job.kept, job.weight = str(prepared.body["mode"]), prepared.kept, prepared.weight
         passed = {name: fields[name] for name in PASSED_TO_VPS if fields[name] is not None}
+        if fields["language"] in LANGUAGES:  # the VPS knows how others end as little as we do
+            passed["language"] = fields["language"]
         body = {"model": job.model, **passed, **prepared.body}
         try:
             return await stack.enter_async_context(self.upstream.ask("POST", "/v1/inference/stream", body))

@@ -171,7 +171,8 @@ run() {
 		set -m # gives the REPL the terminal, so that its Ctrl-C is not make's
 		./cerebrum_repl.sh
 	else
-		printf 'def fibonacci(n):\n' | tee /dev/stderr | ./cerebrum_repl.sh -n 128 -
+		note 'def fibonacci(n):'
+		./cerebrum_repl.sh -n 128 - <<<'def fibonacci(n):'
 		echo
 	fi
 }

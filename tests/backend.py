@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
 
 @dataclass
 class Backend:
-    """`scripts` are used one after another, the last one for ever. `asked` is every request as (line, headers, body)."""
+    """`scripts` are used one after another, the last one for ever. `asked` is each request as (line, headers, body)."""
 
     scripts: Sequence[Sequence[Any]] = (GOOD,)
     health: bytes = answer(200, HEALTH)
@@ -135,12 +136,14 @@ class Backend:
         elif callable(step):
             await step()
         else:
-            flood = step if isinstance(step, Flood) else Flood(step, 1)
-            for _ in range(flood.count):
-                await self._write(flood.piece, writer)
+            if isinstance(step, Flood):
+                pieces: Iterable[bytes] = itertools.repeat(step.piece, step.count)
+            else:
+                pieces = [step[i : i + 1] for i in range(len(step))] if self.split else [step]
+            await self._write(pieces, writer)
 
-    async def _write(self, data: bytes, writer: asyncio.StreamWriter) -> None:
-        for piece in [data[i : i + 1] for i in range(len(data))] if self.split else [data]:
+    async def _write(self, pieces: Iterable[bytes], writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
             if writer.transport.is_closing():
                 raise ConnectionResetError
             writer.write(piece)
@@ -242,5 +245,5 @@ async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIter
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Wait until `condition()` holds, or fail."""
     async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)  # what is waited for has no event of its own

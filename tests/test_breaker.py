@@ -1,4 +1,4 @@
-"""The circuit breaker: a pure state machine, so its clock is a number here. Every transition, and every non-transition."""
+"""The circuit breaker, a pure state machine whose clock is a number here: every transition, every non-transition."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import h11
@@ -54,7 +55,7 @@ def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
     buffer, scanned = bytearray(), 0
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             buffer += data[start:stop]
             if (end := scan_request(buffer, scanned)) is not None:
                 return parse_request(bytes(buffer[:end]))
@@ -69,7 +70,7 @@ def decode(data: bytes, cuts: list[int], limit: int | None = None) -> tuple[byte
     decoder, payload, rest = ChunkedDecoder(limit), b"", b""
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             if decoder.done:
                 rest += data[start:stop]
             else:
@@ -82,96 +83,34 @@ def decode(data: bytes, cuts: list[int], limit: int | None = None) -> tuple[byte
 
 # --------------------------------------------------------------------------------------------- hypothesis
 
-TOKENS = st.sampled_from(
-    [b"GET", b"POST", b"get", b" ", b"  ", b"/", b"/health", b"/%41", b"/%zz", b"*", b"http://h/", b"?a=b", b"HTTP/1.1", b"HTTP/1.0"]
-    + [b"HTTP/2.0", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"Host", b": ", b":", b"localhost", b"[::1]:80", b"Content-Length", b"5", b"05", b"+5"]
-    + [b"Transfer-Encoding", b"chunked", b"gzip", b",", b"\t", b"\0", b"\xff", b"Expect", b"100-continue", b"Connection", b"close"]
-    + [b"X-Request-ID", b"a" * 200, b"b" * 9000]
-)  # fmt: skip
+TOKENS = st.sampled_from([
+    b"GET", b"POST", b"get", b" ", b"  ", b"/", b"/health", b"/%41", b"/%zz", b"*", b"http://h/", b"?a=b", b"HTTP/1.1",
+    b"HTTP/1.0", b"HTTP/2.0", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"Host", b": ", b":", b"localhost", b"[::1]:80",
+    b"Content-Length", b"5", b"05", b"+5", b"Transfer-Encoding", b"chunked", b"gzip", b",", b"\t", b"\0", b"\xff", b"Expect",
+    b"100-continue", b"Connection", b"close", b"X-Request-ID", b"a" * 200, b"b" * 9000,
+])  # fmt: skip
 SOUP = st.lists(TOKENS, max_size=30).map(b"".join)
-LINES = st.lists(
-    st.sampled_from(
-        [
-            b"Host: h",
-            b"Host: h:80",
-            b"host: a b",
-            b"Content-Length: 5",
-            b"Content-Length: 5 ",
-            b"Content-Length: 5, 5",
-            b"Content-Length: \xb2",
-        ]
-        + [
-            b"Transfer-Encoding: chunked",
-            b"Transfer-Encoding : chunked",
-            b"Transfer-Encoding: gzip",
-            b" folded",
-            b"A:b",
-            b"A: \x01",
-            b": a",
-        ]
-        + [b"Connection: close", b"A\xe4: b", b"A: \xe4", b"", b"Expect: 100-continue", b"A: " + b"b" * 500]
-    ),
-    max_size=9,
-)
-REQUEST_LINES = st.sampled_from(
-    [
-        b"GET / HTTP/1.1",
-        b"POST /x HTTP/1.1",
-        b"GET / HTTP/1.0",
-        b"GET /a?b HTTP/1.1",
-        b"GET /a#b HTTP/1.1",
-        b"GET  / HTTP/1.1",
-        b"G\xe4T / HTTP/1.1",
-    ]
-    + [
-        b"GET /\xe4 HTTP/1.1",
-        b"GET / HTTP/1.2",
-        b"GET /",
-        b"OPTIONS * HTTP/1.1",
-        b"CONNECT a:1 HTTP/1.1",
-        b"GET / HTTP/1.1 ",
-        b"GET /\x7f HTTP/1.1",
-    ]
-)
+LINES = st.lists(st.sampled_from([
+    b"Host: h", b"Host: h:80", b"host: a b", b"Content-Length: 5", b"Content-Length: 5 ", b"Content-Length: 5, 5",
+    b"Content-Length: \xb2", b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"Transfer-Encoding: gzip",
+    b" folded", b"A:b", b"A: \x01", b": a", b"Connection: close", b"A\xe4: b", b"A: \xe4", b"", b"Expect: 100-continue",
+    b"A: " + b"b" * 500,
+]), max_size=9)  # fmt: skip
+REQUEST_LINES = st.sampled_from([
+    b"GET / HTTP/1.1", b"POST /x HTTP/1.1", b"GET / HTTP/1.0", b"GET /a?b HTTP/1.1", b"GET /a#b HTTP/1.1",
+    b"GET  / HTTP/1.1", b"G\xe4T / HTTP/1.1", b"GET /\xe4 HTTP/1.1", b"GET / HTTP/1.2", b"GET /", b"OPTIONS * HTTP/1.1",
+    b"CONNECT a:1 HTTP/1.1", b"GET / HTTP/1.1 ", b"GET /\x7f HTTP/1.1",
+])  # fmt: skip
 HOSTED = st.one_of(
     LINES, LINES.map(lambda lines: [b"Host: h", *(line for line in lines if not line.lower().startswith(b"host"))])
 )
 REQUESTS = st.builds(lambda line, headers: b"\r\n".join([line, *headers, b"", b""]), REQUEST_LINES, HOSTED)
 CUTS = st.lists(st.integers(0, 1 << 16), max_size=12)
-CHUNKS = st.lists(
-    st.sampled_from(
-        [
-            b"0",
-            b"1",
-            b"5",
-            b"a",
-            b"F",
-            b"1" * 16,
-            b"1" * 17,
-            b"0x5",
-            b"-1",
-            b" ",
-            b";a=b",
-            b";" + b"a" * 300,
-            b"\r\n",
-            b"\r",
-            b"\n",
-        ]
-        + [
-            b"12345",
-            b"x",
-            b"A: b",
-            b"\r\n\r\n",
-            b"0\r\n\r\n",
-            b"5\r\n12345\r\n",
-            b"1\r\nx\r\n",
-            b"\0",
-            b"\xff",
-            b"A: b\r\n" * 1500,
-        ]
-    ),
-    max_size=25,
-).map(b"".join)
+CHUNKS = st.lists(st.sampled_from([
+    b"0", b"1", b"5", b"a", b"F", b"1" * 16, b"1" * 17, b"0x5", b"-1", b" ", b";a=b", b";" + b"a" * 300, b"\r\n", b"\r",
+    b"\n", b"12345", b"x", b"A: b", b"\r\n\r\n", b"0\r\n\r\n", b"5\r\n12345\r\n", b"1\r\nx\r\n", b"\0", b"\xff",
+    b"A: b\r\n" * 1500,
+]), max_size=25).map(b"".join)  # fmt: skip
 
 
 @settings(max_examples=1500, deadline=None)

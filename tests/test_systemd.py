@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = ROOT / ".run/debian"
 # The VPS's Python packages come from Debian here, since the container has no network; llama.cpp itself
 # comes from our .venv, which may be another Python's: it is reached by ctypes, not by Python's ABI.
-PACKAGES = "adduser curl libgomp1 python3 python3-diskcache python3-jinja2 python3-numpy python3-psutil python3-venv systemd-sysv"
+PACKAGES = (
+    "adduser curl libgomp1 python3 python3-diskcache python3-jinja2 python3-numpy python3-psutil "
+    "python3-typing-extensions python3-venv systemd-sysv"
+)
 DEADLINE_S = 60.0
 NEEDED = ("debootstrap", "systemd-nspawn", "nsenter")
 
@@ -38,11 +42,10 @@ class Machine:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        self.leader = until(lambda: children.read_text().split(), "systemd-nspawn starts init")[0]
+        self.leader = str(until(lambda: children_of(process.pid), "systemd-nspawn starts init")[0])
 
     def run(self, command: str, check: bool = True) -> str:
-        inside = ["nsenter", "--target", self.leader, "--all", "--wd=/", "/bin/bash", "-ec", command]
+        inside = ["nsenter", "--target", self.leader, "--all", "--wd=/", "/bin/bash", "-ec", "cd /\n" + command]
         path = "/usr/sbin:/usr/bin:/sbin:/bin"
         result = subprocess.run(
             inside, env={"PATH": path}, capture_output=True, text=True, timeout=DEADLINE_S, check=False
@@ -57,6 +60,10 @@ class Machine:
         return self.run(f"journalctl --no-pager --output=cat --unit={unit}")
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def until(condition, what: str):
     """The first truthy value of the condition, which is asked until a deadline."""
     deadline = time.monotonic() + DEADLINE_S
@@ -67,7 +74,8 @@ def until(condition, what: str):
 
 
 def make_debian() -> None:
-    if (DEBIAN / "complete").exists():
+    complete = DEBIAN / "complete"
+    if complete.exists() and complete.read_text() == PACKAGES:
         return
     shutil.rmtree(DEBIAN, ignore_errors=True)
     DEBIAN.mkdir(parents=True)
@@ -75,7 +83,7 @@ def make_debian() -> None:
     subprocess.run(
         ["debootstrap", "--variant=minbase", include, "trixie", DEBIAN], check=True, stdout=subprocess.DEVNULL
     )
-    (DEBIAN / "complete").touch()
+    complete.write_text(PACKAGES)
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +97,24 @@ def machine() -> Iterator[Machine]:
         check=True,
     )
     command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--volatile=overlay"]
-    command += ["--private-network", "--console=pipe", f"--directory={DEBIAN}", f"--bind-ro={ROOT}:/src"]
+    command += [
+        "--private-network",
+        "--console=pipe",
+        f"--machine=cerebrum-{os.getpid()}",
+        f"--directory={DEBIAN}",
+        f"--bind-ro={ROOT}:/src",
+    ]
     command += [f"--bind-ro={models}:/models", f"--bind-ro={llama.stdout.strip()}:/llama_cpp"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        try:
-            machine = Machine(process)
-            until(lambda: "running" in machine.run("systemctl is-system-running || true"), "the machine boots")
-            yield machine
-        finally:
-            process.terminate()
-            process.wait(DEADLINE_S)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        machine = Machine(process)
+        until(lambda: "running" in machine.run("systemctl is-system-running", check=False), "the machine boots")
+        yield machine
+    finally:
+        # Nothing is worth a clean shutdown: the overlay goes too. Everything in there dies with its init.
+        for pid in children_of(process.pid) or [process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait(DEADLINE_S)
 
 
 def install_cm4(machine: Machine) -> None:

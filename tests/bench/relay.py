@@ -183,7 +183,9 @@ def stop(process: subprocess.Popen[str]) -> None:
 def start_cm4d(python: str, vps: int) -> tuple[subprocess.Popen[str], int, float]:
     url = f"http://127.0.0.1:{vps}"
     command = [python, "-s", "-S", "cm4d.py"]
-    return start(command, CEREBRUM_VPS_URL=url, CEREBRUM_CM4_PORT="0", CEREBRUM_API_KEY="k", CEREBRUM_CM4_HOST="127.0.0.1")
+    return start(
+        command, CEREBRUM_VPS_URL=url, CEREBRUM_CM4_PORT="0", CEREBRUM_API_KEY="k", CEREBRUM_CM4_HOST="127.0.0.1"
+    )
 
 
 def start_nginx(folder: Path, vps: int) -> tuple[subprocess.Popen[str], int]:
@@ -260,7 +262,9 @@ def report(targets: dict[str, Target]) -> dict[str, object]:
     result: dict[str, object] = {"streams": STREAMS, "tok_s_each": PACE, "tokens": len(direct.delays_ns)}
     figures: dict[str, dict[str, float]] = {}
     for name, target in targets.items():
-        added = {share: percentile(target.delays_ns, share) - percentile(direct.delays_ns, share) for share in (0.5, 0.99)}
+        added = {
+            share: percentile(target.delays_ns, share) - percentile(direct.delays_ns, share) for share in (0.5, 0.99)
+        }
         figures[name] = {
             "added_us_p50": round(added[0.5], 1),
             "added_us_p99": round(added[0.99], 1),

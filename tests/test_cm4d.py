@@ -1,0 +1,554 @@
+"""cm4d from its client's side: configuration, the endpoints and errors of the API text, slots, routing, a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backend import (
+    CHUNKED,
+    DONE,
+    GOOD,
+    HANG,
+    KEY,
+    MODELS,
+    ROOT,
+    Backend,
+    answer,
+    chunk,
+    error,
+    head,
+    pi_for,
+    token,
+    until,
+)
+
+import cm4d
+from cerebrum_common import ConfigError, Environment, load_models
+from cm4d import load_config, parse_vps_url, prompt_budget, read_completion
+
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
+REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+LANGUAGES = "python, javascript, typescript, rust, c, cpp, go"
+
+
+def run(scenario: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 20))
+
+
+# ---------------------------------------------------------------------------------------- configuration
+
+
+def test_defaults():
+    config = load_config(Environment({}))
+    assert (config.host, config.port, config.max_concurrent) == ("0.0.0.0", 7000, 2)
+    assert (config.key, config.client_key, config.log_level, config.log_file) == ("", "", "INFO", "")
+    assert (config.vps.host, config.vps.port, config.vps.tls) == ("127.0.0.1", 9000, False)
+    assert [model.id for model in config.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "authority", "prefix", "tls"),
+    [
+        ("http://127.0.0.1:9000", "127.0.0.1", 9000, "127.0.0.1:9000", "", False),
+        ("http://vps", "vps", 80, "vps", "", False),
+        ("https://vps.example/brain/", "vps.example", 443, "vps.example", "/brain", True),
+        ("http://[fd7a::1]:9000", "fd7a::1", 9000, "[fd7a::1]:9000", "", False),
+    ],
+)
+def test_vps_url(url: str, host: str, port: int, authority: str, prefix: str, tls: bool):
+    assert parse_vps_url(url) == cm4d.Vps(host, port, authority, prefix, tls)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CEREBRUM_VPS_URL", "127.0.0.1:9000"),
+        ("CEREBRUM_VPS_URL", "ftp://vps"),
+        ("CEREBRUM_VPS_URL", "http://vps:0"),
+        ("CEREBRUM_VPS_URL", "http://vps:65536"),
+        ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
+        ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
+        ("CEREBRUM_CM4_PORT", "65536"),
+        ("CEREBRUM_CM4_PORT", "-1"),
+        ("CEREBRUM_CM4_PORT", "7e3"),
+        ("CEREBRUM_MAX_CONCURRENT", "0"),
+        ("CEREBRUM_MAX_CONCURRENT", "two"),
+        ("CEREBRUM_API_KEY", "two words"),
+        ("CEREBRUM_API_KEY", "schlüssel"),
+        ("CEREBRUM_CM4_API_KEY", "a\nb"),
+        ("CEREBRUM_MODELS_FILE", "/nonexistent/models.toml"),
+    ],
+)
+def test_a_bad_variable_is_named(name: str, value: str):
+    with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
+        load_config(Environment({name: value}))
+    assert "KEY" not in name or value not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------- requests
+
+GOOD_FIELDS = {"prompt": "x =", "language": "python"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prompt", None, "prompt: expected a non-empty string, got nothing"),
+        ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
+        ("prompt", 7, "prompt: expected a non-empty string, got the number 7"),
+        ("language", None, "language: expected a non-empty string, got nothing"),
+        ("language", "Python", f'language: expected one of {LANGUAGES}, got the string "Python"'),
+        ("language", "ruby", f'language: expected one of {LANGUAGES}, got the string "ruby"'),
+        ("max_tokens", 0, "max_tokens: expected an integer from 1 to 2048, got the number 0"),
+        ("max_tokens", 2049, "max_tokens: expected an integer from 1 to 2048, got the number 2049"),
+        ("max_tokens", 1.5, "max_tokens: expected an integer from 1 to 2048, got the number 1.5"),
+        ("max_tokens", True, "max_tokens: expected an integer from 1 to 2048, got the boolean true"),
+        ("max_tokens", "5", 'max_tokens: expected an integer from 1 to 2048, got the string "5"'),
+        ("temperature", -0.1, "temperature: expected a number from 0 to 1, got the number -0.1"),
+        ("temperature", 1.1, "temperature: expected a number from 0 to 1, got the number 1.1"),
+        ("temperature", [], "temperature: expected a number from 0 to 1, got an array of 0"),
+        ("top_p", 0, "top_p: expected a number above 0 to 1, got the number 0"),
+        ("mode", "edit", 'mode: expected one of auto, complete, infill, instruct, got the string "edit"'),
+        ("stop_at", "end", 'stop_at: expected one of auto, none, got the string "end"'),
+        ("progress", 1, "progress: expected true or false, got the number 1"),
+        ("suffix", 1, "suffix: expected a string, got the number 1"),
+    ],
+)
+def test_a_bad_field_is_named(field: str, value: Any, message: str):
+    body = GOOD_FIELDS | {field: value}
+    if value is None:
+        del body[field]
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            for path in ("/v1/complete", "/v1/complete/stream"):
+                reply = await pi.ask("POST", path, body)
+                assert (reply.status, reply.json["code"], reply.json["message"]) == (400, "INVALID_REQUEST", message)
+                assert reply.json["error"] is True
+                assert TIMESTAMP.fullmatch(reply.json["timestamp"])
+            assert backend.completions == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("field", [{"stop": ["a"] * 17}, {"stop": [""]}, {"stop": [1]}, {"seed": -1}, {"seed": 1.5}])
+def test_further_fields_have_ranges(field: dict[str, Any]):
+    with pytest.raises(cm4d.HttpError) as caught:
+        read_completion(GOOD_FIELDS | field, load_models(ROOT / "models.toml"))
+    assert (caught.value.status, caught.value.message.partition(":")[0]) == (400, next(iter(field)))
+
+
+def test_defaults_of_a_completion_and_what_reaches_the_vps():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            await pi.stream()
+            more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "session": "s", "max_tokens": 9}
+            await pi.complete(**more, temperature=0, language="rust")
+            first, second = backend.completions
+            assert first == {
+                "model": "qwen_0_5b",
+                "prompt": "x =",
+                "mode": "complete",
+                "language": "python",
+                "max_tokens": 512,
+                "temperature": 0.4,
+                "stop_at": "auto",
+                "progress": False,
+            }
+            expected = more | {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
+            assert {name: second[name] for name in expected} == expected
+
+    run(scenario())
+
+
+def test_an_empty_prompt_is_fine_where_something_else_says_what_to_do():
+    models = load_models(ROOT / "models.toml")
+    assert read_completion({"prompt": "", "language": "go", "suffix": "}\n"}, models)["mode"] == "infill"
+    assert (
+        read_completion({"prompt": "", "language": "go", "instruction": "Write a queue"}, models)["mode"] == "instruct"
+    )
+
+
+# ----------------------------------------------------------------------------------------- the endpoints
+
+
+def test_complete_has_the_fields_of_the_text_and_the_vps():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            reply = await pi.complete()
+            assert (reply.status, reply.headers["content-type"]) == (200, "application/json")
+            assert list(reply.json)[:6] == [
+                "completion", "language", "model", "total_tokens", "inference_time", "timestamp"
+            ]  # fmt: skip
+            assert TIMESTAMP.fullmatch(reply.json["timestamp"])
+            told = {name: reply.json[name] for name in ("completion", "language", "model", "total_tokens")}
+            assert told == {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2}
+            assert (reply.json["inference_time"], reply.json["mode"]) == (0.25, "complete")
+            assert (reply.json["finish_reason"], reply.json["prompt_tokens"]) == ("stop", 5)
+
+    run(scenario())
+
+
+def test_inference_time_is_rounded_and_measured_where_the_vps_is_silent():
+    done = json.dumps({"done": True, "inference_time": 1.23456}).encode()
+    silent = b'{"done": true}'
+
+    def script(done: bytes) -> list[Any]:
+        return [CHUNKED, chunk(token("a", 1)), chunk(b"data: " + done + b"\n\n"), b"0\r\n\r\n"]
+
+    async def scenario() -> None:
+        async with Backend([script(done), script(silent)]) as backend, pi_for(backend.port) as pi:
+            first, second = (await pi.complete()).json, (await pi.complete()).json
+            assert (first["inference_time"], first["total_tokens"]) == (1.235, 1)
+            assert 0 <= second["inference_time"] < 5
+            assert second["inference_time"] == round(second["inference_time"], 3)
+
+    run(scenario())
+
+
+def test_unicode_survives_both_ways():
+    script = [CHUNKED, chunk(token("h\u00e9\U0001f600", 1)), chunk(DONE), b"0\r\n\r\n"]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete(prompt="# \u00fc\n")).json["completion"] == "h\u00e9\U0001f600"
+            assert backend.completions[0]["prompt"] == "# \u00fc\n"
+            assert b"\\ud83d" in (await pi.stream()).body
+
+    run(scenario())
+
+
+def test_health_and_stats_and_models_while_the_vps_is_up():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            await pi.stream()
+            asked = len(backend.asked)
+            health, stats = await pi.get("/health"), await pi.get("/v1/stats")
+            models = await pi.get("/v1/models")
+            assert len(backend.asked) == asked, "the VPS is asked per call"
+            assert (health.status, set(health.json)) == (200, {"status", "timestamp", "vps_available", "uptime"})
+            assert (health.json["status"], health.json["vps_available"]) == ("healthy", True)
+            assert stats.json.keys() == {
+                "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
+                "load_avg", "breaker",
+            }  # fmt: skip
+            assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
+            assert 0 < stats.json["vps_response_time_ms"] < 5000
+            assert 5 < stats.json["memory_mb"] < 500
+            assert len(stats.json["load_avg"]) == 3
+            assert models.json["models"][0] == {
+                "id": "qwen_7b",
+                "name": "Qwen 7B",
+                "languages": ["python", "javascript", "typescript"],
+                "parameters": "7B",
+                "quantization": "Q4",
+                "available": False,
+            }
+            assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
+
+    run(scenario())
+
+
+def test_health_and_stats_and_models_while_the_vps_is_down():
+    async def scenario() -> None:
+        async with Backend() as backend:
+            port = backend.port
+        async with pi_for(port) as pi:
+            health, stats = await pi.get("/health"), await pi.get("/v1/stats")
+            assert (health.status, health.json["vps_available"], health.json["code"]) == (503, False, "VPS_UNAVAILABLE")
+            assert (stats.json["vps_available"], stats.json["vps_response_time_ms"]) == (False, None)
+            models = (await pi.get("/v1/models")).json["models"]
+            assert [model["available"] for model in models] == [False] * 4
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "health",
+    [answer(500, {}), answer(200, [1]), head(200, "Content-Length: 2") + b"no", head(302, "Location: /x"), b"nonsense"],
+    ids=["500", "array", "text", "redirect", "nonsense"],
+)
+def test_a_bad_health_is_no_health(health: bytes):
+    async def scenario() -> None:
+        async with Backend(health=health) as backend, pi_for(backend.port) as pi:
+            assert (await pi.get("/health")).status == 503
+
+    run(scenario())
+
+
+def test_every_answer_has_the_request_id_and_the_vps_gets_it():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")).headers[
+                "x-request-id"
+            ] == "abc-1"
+            assert backend.asked[-1][1]["x-request-id"] == "abc-1"
+            made = (await pi.stream()).headers["x-request-id"]
+            assert REQUEST_ID.fullmatch(made)
+            assert backend.asked[-1][1]["x-request-id"] == made
+
+    run(scenario())
+
+
+def test_the_key_goes_to_the_vps_but_not_with_health():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            await pi.stream()
+            keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
+            assert keys == {"/health": None, "/v1/models": KEY, "/v1/inference/stream": KEY}
+
+    run(scenario())
+
+
+def test_a_client_key_is_needed_everywhere_but_for_health():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port, client_key="secret") as pi:
+            for method, path in [
+                ("GET", "/v1/models"),
+                ("GET", "/v1/stats"),
+                ("POST", "/v1/complete"),
+                ("GET", "/nothing"),
+            ]:
+                reply = await pi.ask(method, path, GOOD_FIELDS if method == "POST" else None)
+                assert (reply.status, reply.json["code"]) == (401, "UNAUTHORIZED")
+            assert (await pi.get("/health")).status == 200
+            assert (await pi.get("/v1/stats", X_API_Key="secret")).status == 200
+            assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_API_Key="secret")).status == 200
+
+    run(scenario())
+
+
+# ------------------------------------------------------------------------------------------------ slots
+
+
+def test_the_third_completion_gets_429_at_once():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        slow = [CHUNKED, go.wait, *GOOD[1:]]
+        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+            running = [asyncio.create_task(pi.stream()), asyncio.create_task(pi.complete())]
+            await until(lambda: len(backend.completions) == 2)
+            for reply in (await pi.stream(), await pi.complete()):
+                assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
+                assert "retry-after" not in reply.headers
+            assert [(await pi.get(path)).status for path in ("/health", "/v1/stats", "/v1/models")] == [200] * 3
+            assert (await pi.get("/v1/stats")).json["requests_active"] == 2
+            go.set()
+            assert [reply.status for reply in await asyncio.gather(*running)] == [200, 200]
+            assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
+@pytest.mark.parametrize(
+    "script", [[HANG], [CHUNKED, HANG], [CHUNKED, chunk(token("a", 1)), HANG]], ids=["head", "first", "later"]
+)
+def test_a_client_that_leaves_frees_its_slot_and_the_vps(path: str, script: list[Any]):
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            _, writer = await pi.open("POST", path, GOOD_FIELDS)
+            await backend.begun.wait()
+            assert pi.gateway.requests_active == 1
+            writer.transport.abort()
+            await backend.left.wait()
+            await until(lambda: pi.gateway.requests_active == 0)
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+def test_slots_are_given_back_after_every_kind_of_error():
+    scripts: list[list[Any]] = [[error(404, "MODEL_NOT_FOUND")], [], [CHUNKED], [*GOOD]]
+
+    async def scenario() -> None:
+        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            assert [(await pi.stream()).status for _ in scripts] == [404, 503, 200, 200]
+            assert pi.gateway.requests_active == 0
+
+    run(scenario())
+
+
+# ----------------------------------------------------------------------------- routing and fitting
+
+
+def present(*ids: str, **more: Any) -> bytes:
+    return answer(200, {"models": [{"id": id, **more} for id in ids]})
+
+
+@pytest.mark.parametrize(
+    ("models", "language", "model"),
+    [
+        (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "python", "qwen_7b"),
+        (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "typescript", "qwen_7b"),
+        (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "cpp", "codellama_7b"),
+        (present("qwen_7b", "qwen_0_5b"), "rust", "qwen_0_5b"),
+        (present("qwen_0_5b", "qwen_1_5b"), "go", "qwen_1_5b"),
+        (present("qwen_0_5b"), "python", "qwen_0_5b"),
+        (present("qwen_7b", available=False), "python", "qwen_7b"),
+        (answer(200, {"models": "lies"}), "c", "codellama_7b"),
+        (answer(500, {}), "c", "codellama_7b"),
+    ],
+)
+def test_a_language_goes_to_the_first_model_that_is_there(models: bytes, language: str, model: str):
+    async def scenario() -> None:
+        async with Backend(models=models) as backend, pi_for(backend.port) as pi:
+            reply = await pi.complete(language=language)
+            assert (reply.json["model"], backend.completions[0]["model"]) == (model, model)
+
+    run(scenario())
+
+
+def test_a_model_can_be_named():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete(model="qwen_1_5b")).json["model"] == "qwen_1_5b"
+            reply = await pi.complete(model="gpt")
+            assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
+            assert len(backend.completions) == 1
+
+    run(scenario())
+
+
+def test_a_model_that_has_gone_is_looked_for_again():
+    async def scenario() -> None:
+        scripts = [[error(404, "MODEL_NOT_FOUND")], GOOD]
+        async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete()).status == 404
+            backend.models = answer(200, MODELS)
+            pi.gateway._wake.set()
+            await until(lambda: pi.gateway.contexts == {"qwen_0_5b": 4096})
+            assert (await pi.complete()).json["model"] == "qwen_0_5b"
+
+    run(scenario())
+
+
+def test_a_long_prompt_is_fitted_and_refitted_once():
+    long = "".join(f"value_{n} = {n}\n" for n in range(4000))
+    too_long = [error(400, "INVALID_REQUEST", prompt_tokens=4000, n_ctx=1024)]
+
+    async def scenario() -> None:
+        async with Backend([too_long, GOOD, too_long, too_long, GOOD]) as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
+            first, second = (len(body["prompt"]) for body in backend.completions)
+            assert second < first < len(long)
+            reply = await pi.complete(prompt=long, max_tokens=256)
+            assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (400, "INVALID_REQUEST", 4000)
+            assert len(backend.completions) == 4
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("n_ctx", "max_tokens", "budget"), [(4096, 512, 3584), (4096, 2048, 2048), (2048, 2048, 512)])
+def test_prompt_budget(n_ctx: int, max_tokens: int, budget: int):
+    assert prompt_budget(n_ctx, max_tokens) == budget - cm4d.MARGIN_TOKENS
+
+
+# ------------------------------------------------------------------------------------- a real process
+
+
+class Log:
+    """What a process says, read as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.lines, self.news = process, list[str](), threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            with self.news:
+                self.lines.append(line.rstrip("\n"))
+                self.news.notify_all()
+
+    def wait(self, pattern: str) -> re.Match[str]:
+        def found() -> re.Match[str] | None:
+            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
+
+        with self.news:
+            self.news.wait_for(found, timeout=10)
+            match = found()
+        assert match, self.lines
+        return match
+
+
+@contextlib.contextmanager
+def cm4(**environ: str) -> Iterator[tuple[subprocess.Popen[str], Log]]:
+    command = [sys.executable, "-s", "-S", str(ROOT / "cm4d.py")]
+    env = {"PATH": os.environ["PATH"], "CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0", **environ}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process, Log(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_from_start_to_stop(tmp_path: Path):
+    async def scenario() -> None:
+        file = tmp_path / "logs" / "cm4.log"
+        async with Backend() as backend:
+            url = f"http://127.0.0.1:{backend.port}"
+            with cm4(CEREBRUM_VPS_URL=url, CEREBRUM_API_KEY=KEY, CEREBRUM_LOG_FILE=str(file)) as (process, log):
+                port = int((await asyncio.to_thread(log.wait, r"listening on http://127\.0\.0\.1:(\d+)$"))[1])
+                await asyncio.to_thread(log.wait, "VPS backend is available")
+                async with pi_for(backend.port, probing=False) as pi:
+                    pi.port = port
+                    reply = await pi.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
+                    assert reply.clean
+                    assert [event.get("token") for event in reply.events] == ["a", "b", None]
+                line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds$"
+                await asyncio.to_thread(log.wait, line)
+                process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait, 10) == 0
+            assert "the-id" in file.read_text()
+            assert not any(KEY in line for line in log.lines)
+
+    run(scenario())
+
+
+def test_a_running_stream_may_end_after_sigterm():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend:
+            url = f"http://127.0.0.1:{backend.port}"
+            with cm4(CEREBRUM_VPS_URL=url, CEREBRUM_API_KEY=KEY) as (process, log):
+                port = int((await asyncio.to_thread(log.wait, r"listening on http://.*:(\d+)$"))[1])
+                async with pi_for(backend.port, probing=False) as pi:
+                    pi.port = port
+                    running = asyncio.create_task(pi.stream())
+                    await backend.begun.wait()
+                    process.send_signal(signal.SIGTERM)
+                    await asyncio.to_thread(log.wait, "stopping")
+                    go.set()
+                    assert (await running).clean
+                assert await asyncio.to_thread(process.wait, 10) == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CEREBRUM_CM4_PORT", "x"),
+        ("CEREBRUM_CM4_HOST", "192.0.2.1"),
+        ("CEREBRUM_LOG_LEVEL", "LOUD"),
+        ("CEREBRUM_VPS_URL", "x"),
+    ],
+)
+def test_a_start_that_fails_says_which_variable_is_wrong(name: str, value: str):
+    with cm4(**{name: value}) as (process, log):
+        log.wait(rf"^cm4d\.py: {name}[:,]")
+        assert process.wait(10) == 2
+    assert not any("Traceback" in line for line in log.lines)

@@ -1,0 +1,669 @@
+"""The natural end: prompts, what a model goes on to write, and where it must be cut, however the text is split."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpsd import Ending
+
+# Each case is a text: the prompt up to «, what is to be kept up to », what the model writes after that, and for an
+# infill the suffix after ‖. Its head has the language, the reason and what it shows.
+CASES = r'''
+=== python block: a function
+def f(n):«
+    return n
+»
+
+print(f(1))
+=== python block: docstring first
+def f():
+    """Doc.
+
+    x"""
+«    return 1
+»x = f()
+=== python block: middle of a line
+def f(n):
+    return n« + 1
+»def g():
+    pass
+=== python block: a signature in progress
+def f«(n):
+    return n
+»f(1)
+=== python block: nested: the whole function
+def f(xs):
+    for x in xs:
+«        print(x)
+    return 1
+»
+y = 1
+=== python block: a decorator's inner function
+def d(f):
+    def w():
+«        f()
+    return w
+»
+x = 1
+=== python block: a method
+class A:
+    def f(self):
+«        return 1
+»
+    def g(self):
+        pass
+=== python block: a class
+class A:
+    x = 1
+«
+    def f(self):
+        return 1
+
+    def g(self):
+        return 2
+»
+class B:
+=== python block: brackets
+def f():
+«    x = [
+1,
+]
+    return (
+x)
+»
+f()
+=== python block: a text at column 0
+def f():
+«    return """
+text
+"""
+»
+f()
+=== python block: a comment at column 0
+def f():
+«    x = 1
+# note
+    return x
+»
+# Tests
+f()
+=== python block: a continued line
+def f():
+«    return 1 + \
+2
+»f()
+=== python block: else
+if a:
+«    b()
+elif c:
+    d()
+else:
+    e()
+»
+elsewhere = 1
+=== python block: try
+try:
+«    b()
+except E:
+    d()
+finally:
+    e()
+»
+f()
+=== python block: a loop
+for i in range(3):
+«    print(i)
+»print('done')
+=== python block: a statement
+y = «[1,
+
+2]
+z = 1
+»
+print(y)
+=== python block: the next definition
+import os
+
+
+«def f():
+    pass
+»
+
+def g():
+    pass
+=== python block: after a finished function
+def f():
+    return 1
+«
+
+def g():
+    return 2
+»
+
+def h():
+=== python block: after a comment
+# Greatest common divisor
+«import math
+
+def gcd(a, b):
+    return math.gcd(a, b)
+»
+print(1)
+=== python block: no body comes
+def f():
+    """Doc."""
+«»
+
+def g():
+    pass
+=== python stop: a fence
+def f():
+«    return 1
+»```
+
+This function
+=== python block: strings with quotes
+def f():
+«    x = 'it\'s' + "#" + r'\'' + f"{x!r}"  # don't
+    return x
+»f()
+=== python block: typed indentation again
+def f():
+    x = 1
+    «    return x
+»
+f()
+=== javascript block: javascript
+function f(s) {
+«  return s + "}" + '}' + `}${s + "}"}` + /[/}]\}/.source; // }
+}
+»
+f();
+=== javascript block: division
+function f(a, b) {
+«  return (a) / b / 2; /* } */
+}
+»
+f();
+=== javascript block: an arrow
+const f = (x) => {
+«  if (x) {
+    return 1;
+  }
+};
+»
+f();
+=== javascript block: a callback
+app.get('/', (req, res) => {
+«  res.send({a: 1});
+});
+»
+app.listen();
+=== javascript block: an expression
+const f = (xs, k) =>« xs.reduce((a, x) => {
+  return a;
+}, {});
+»
+f();
+=== javascript block: an inner callback
+function f(xs) {
+  xs.forEach(x => {
+«    g(x);
+  });
+  return xs;
+}
+»
+f([]);
+=== javascript block: a method
+class A {
+  f() {
+«    return 1;
+  }
+»
+  g() {
+=== javascript block: the class's end comes along
+class A {
+  f() {
+«    return 1;
+  }
+}
+»
+new A();
+=== typescript block: a whole class
+class A<T> {
+«  x: T;
+  f(): T {
+    return this.x;
+  }
+}
+»
+new A();
+=== javascript block: else on a new line
+if (a) {
+«  b();
+}
+else {
+  c();
+}
+»d();
+=== typescript block: an interface
+interface A {
+«  b: { c: number };
+}
+»
+const a = 1;
+=== rust block: lifetimes and characters
+fn f<'a>(x: &'a str) -> &'a str {
+«    let c = '{'; let d = '\'';
+    'l: loop { break 'l; }
+    x
+}
+»
+fn g() {
+=== rust block: raw strings
+fn f() -> &str {
+«    let a = r"\"; let b = r#"}"}"#;
+    "two
+lines}"
+}
+»
+fn main() {
+=== rust block: an impl's method
+impl A {
+    fn f(&self) -> i32 {
+«        match self.x { 1 => 2, _ => 3 }
+    }
+}
+»
+fn main() {}
+=== rust block: a signature in progress
+fn f(x: i32)« -> i32 {
+    x + 1
+}
+»
+fn main() {
+=== c block: preprocessor, characters
+int f(char c) {
+«#define OPEN { // don't
+    if (c == '{' || c == '"') { return 1; }
+    return 0;
+}
+»
+int main() {
+=== c block: a brace on its own line
+int f(int x)
+«{
+    if (x)
+    {
+        return 1;
+    }
+    return 0;
+}
+»
+int main()
+=== c block: a struct
+struct node {
+«    int value;
+    struct node *next;
+};
+»
+int main() {
+=== c block: a typedef
+typedef struct {
+«    int x;
+} point;
+»
+int main() {
+=== c block: after includes
+#include <stdio.h>
+
+«struct a {
+    int x;
+};
+
+int f(void) {
+    return 1;
+}
+»
+int main() {
+=== cpp block: digits and raw strings
+int f() {
+«    auto s = R"(})"; int n = 1'000'0; std::vector<int> v{1, 2};
+    return n;
+}
+»
+int main() {
+=== cpp block: a class
+template <typename T>
+class Queue {
+«public:
+    void push(T x) { items.push_back(x); }
+private:
+    std::vector<T> items;
+};
+»
+int main() {
+=== c stop: a fence right behind
+int f() {
+«    return 1;
+}»```
+
+This
+=== cpp block: labels
+class A {
+public:
+«  int f() { return 1; }
+private:
+  int x;
+};
+»
+int main() {
+=== cpp block: in a namespace
+namespace a {
+
+int f() {
+«    return 1;
+}
+
+}  // namespace a
+»
+int main() {
+=== go block: go
+func f() {
+«	s := `}` + "}"
+	for _, c := range s {
+		if c == '}' {
+			return
+		}
+	}
+}
+»
+func g() {
+=== go block: a method of go
+type S struct {
+	x int
+}
+
+func (s *S) X() int {
+«	return s.x
+}
+»
+func g() {
+=== go block: the rest of main
+package main
+
+func main() {
+	for {
+«		break
+	}
+}
+»
+func g() {
+=== python block: a line
+def f():
+    x = 1
+    «y = x»
+    return y
+‖
+    return y
+=== python block: a whole line
+def f():
+    x = 1
+«    y = x
+»    return y
+‖    return y
+=== python block: the line's rest
+def f(a«, b):»
+    return a
+‖
+    return a
+=== python stop: within a line
+x = f(a«, g(b)»)
+y = 1
+‖)
+y = 1
+=== python stop: before more text
+if o in x:
+    num«ber» = int(a)
+    if
+‖ = int(a)
+=== python stop: within a string
+x = "hello« world»"
+y = 1
+‖"
+y = 1
+=== python stop: an opening bracket
+encoding_m«ap = »{
+    1: 2}
+‖{
+    1: 2}
+=== python block: a header
+def f():
+    «if x:»
+        return 1
+‖
+        return 1
+=== python block: a body
+def f(x):
+«    if x:
+        y()
+    return x»
+
+
+def h():
+‖
+
+def g():
+    pass
+=== python block: a definition between two
+a = 1
+
+«def f():
+    x = 1
+    return x»
+
+def g():
+‖
+
+b = 2
+=== python stop: the suffix at once
+def f():
+«»    return the_value_of(x)
+‖    return the_value_of(x)
+=== python block: brackets
+x = 1
+«y = f(
+    1,
+)»
+z = 3
+‖
+z = 3
+=== python block: indentation again
+def f():
+    x = 1
+    «    return x»
+
+f()
+‖
+
+f()
+=== javascript block: a block
+function f(x) {
+«  if (x) {
+    g();
+  }
+»}
+
+f();
+‖}
+
+f();
+=== javascript block: a block to close
+function f(x) {
+«  if (x) {
+    g();
+  }
+}»
+
+f();
+‖
+
+f();
+=== rust block: a line of a call
+foo(
+    a,
+«    b,
+»    c,
+);
+‖    c,
+);
+=== c block: a condition
+int f(int x) {
+    «if (x) {»
+        return 1;
+‖
+        return 1;
+    }
+    return 0;
+}
+=== go stop: an argument
+fmt.Println(«f(x), "a)"»)
+}
+‖)
+'''
+
+# (what it shows, the chat's answer, the code in it, reason)
+INSTRUCT = [
+    ("chatter around", "Sure! Here is it:\n\n```python\ndef f():\n    pass\n```\n\nThis function", "def f():\n    pass\n", "stop"),
+    ("bare code", "def f():\n    pass\n", "def f():\n    pass\n", None),
+    ("bare code, then a fence", "import os\nx = 1\n```\n\nThat", "import os\nx = 1\n", "stop"),
+    ("no language", "```\nx = 1\n```", "x = 1\n", None),
+    ("tildes", "~~~py\nx = '```'\n```\n~~~\nbye", "x = '```'\n```\n", "stop"),
+    ("indented", "1. Do:\n   ```python\n   if x:\n       y()\n   ```\nbye", "if x:\n    y()\n", "stop"),
+    ("a nested block", "```markdown\n# T\n```sh\nls\n```\nend\n```\nbye", "# T\n```sh\nls\n```\nend\n", "stop"),
+    ("a fence in a docstring", '```python\ndef f():\n    """\n    ```\n    x\n    ```\n    """\n```\nbye', 'def f():\n    """\n    ```\n    x\n    ```\n    """\n', "stop"),
+    ("a shell command first", "Install:\n```bash\npip install x\n```\nThen:\n```python\nimport x\n```\n", "import x\n", "stop"),
+    ("prose alone", "I cannot do that.", "I cannot do that.", None),
+    ("cut off", "```python\nx = 1\ny = ", "x = 1\ny = ", None),
+]  # fmt: skip
+
+REPEAT = [
+    ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 9, "x = 1\nself.a = a\nself.a = a\n"),
+    ("a block", "".join("try:\n    a()\nexcept E:\n    b()\n" for _ in range(5)), "try:\n    a()\nexcept E:\n    b()\n" * 2),
+]
+NO_REPEAT = [
+    ("closing braces", "    }\n" * 9),
+    ("a table", "    [0, 0, 0],\n" * 12),
+    ("numbers", "".join(f"    {n}: {n * n},\n" for n in range(99))),
+    ("four alike", "f.readline()\n" * 4 + "g()\n"),
+    ("blank lines", "x = 1\n\n\n\n\n\n\n\n\ny = 2\n"),
+    ("a ruler", "# " + "-" * 100 + "\n"),
+]
+
+
+def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
+    """All that is sent, and the reason."""
+    out = ""
+    for piece in pieces:
+        text, reason = ending.feed(piece)
+        out += text
+        if reason:
+            return out, reason
+    return out + ending.flush(), None
+
+
+def check(mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]) -> None:
+    """Whole, character by character, and in random pieces."""
+    for seed in range(4):
+        generator = random.Random(seed)
+        pieces, rest = [text] if seed == 0 else list(text) if seed == 1 else [], text
+        while seed > 1 and rest:
+            size = generator.randint(1, 9)
+            pieces.append(rest[:size])
+            rest = rest[size:]
+        assert run(Ending(mode, language, prompt, suffix, "auto"), pieces) == expected
+
+
+def ids(table: list[tuple[object, ...]]) -> list[str]:
+    return [f"{case[0]}-{number}" for number, case in enumerate(table)]
+
+
+@pytest.mark.parametrize("case", CASES.strip("\n").split("\n=== "), ids=lambda case: case.partition("\n")[0].strip("= "))
+def test_code(case: str) -> None:
+    head, _, text = case.partition("\n")
+    language, reason, *name = head.removeprefix("=== ").replace(":", "").split()
+    prompt, _, rest = text.partition("«")
+    kept, _, more = rest.partition("»")
+    more, infill, suffix = more.partition("‖")
+    expected = kept.lstrip(" ") if "again" in name else kept
+    check("infill" if infill else "complete", language, prompt, suffix, kept + more, (expected, reason))
+
+
+@pytest.mark.parametrize("case", INSTRUCT, ids=ids(INSTRUCT))
+def test_instruct(case: tuple[str, str, str, str | None]) -> None:
+    _, answer, code, reason = case
+    check("instruct", "python", "", "", answer, (code, reason))
+
+
+@pytest.mark.parametrize("case", REPEAT, ids=ids(REPEAT))
+def test_repeat(case: tuple[str, str, str]) -> None:
+    check("instruct", "python", "", "", "```\n" + case[1], (case[2], "repeat"))
+
+
+@pytest.mark.parametrize("case", NO_REPEAT, ids=ids(NO_REPEAT))
+def test_no_repeat(case: tuple[str, str]) -> None:
+    check("instruct", "python", "", "", "```\n" + case[1], (case[1], None))
+
+
+def test_one_line_without_end() -> None:
+    text, reason = run(Ending("complete", "python", "x = [", "", "auto"), list("0, " * 300))
+    assert reason == "repeat"
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize(("language", "stop_at"), [("python", "none"), (None, "auto")])
+def test_off(language: str | None, stop_at: str) -> None:
+    text = "    pass\n\nprint(1)\n```\n" + "x\n" * 20
+    assert run(Ending("complete", language, "def f():\n", "", stop_at), list(text)) == (text, None)
+    assert run(Ending("infill", language, "def f():\n", "\nprint(1)\n", stop_at), [text]) == (text, None)
+    assert run(Ending("instruct", language, "", "", stop_at), ["```\nx\n```\nbye"]) == ("x\n", "stop")
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["\n", "    ", "  ", "\t", "def f():", "if x:", "else:", "return", "x", "class A {", "}", "{", "(", ")", '"""', '"']
+        + ["'", "`", "${", "//", "/*", "*/", "/", "#", "\\", "```", "~~~", ";", ",", ":", "\n\n", "x = 1", "é", "r#\""]
+    ),
+    max_size=60,
+)
+
+
+@given(
+    mode=st.sampled_from(["complete", "infill", "instruct"]),
+    language=st.sampled_from(["python", "javascript", "typescript", "rust", "c", "cpp", "go"]),
+    prompt=PIECES,
+    suffix=PIECES,
+    pieces=PIECES,
+)
+def test_any_split_gives_the_same(mode: str, language: str, prompt: list[str], suffix: list[str], pieces: list[str]) -> None:
+    args = (mode, language, "".join(prompt), "".join(suffix), "auto")
+    text = "".join(pieces)
+    whole = run(Ending(*args), [text])
+    assert run(Ending(*args), pieces) == whole
+    assert run(Ending(*args), list(text)) == whole
+
+
+def test_cost_does_not_grow() -> None:
+    """A token late in a long completion costs as much as an early one."""
+    for mode in ("complete", "infill", "instruct"):
+        ending = Ending(mode, "python", "def f():\n", "\nprint(1)\n", "auto")
+        tokens = [f"    x{n} = f({n})\n" for n in range(3000)]
+        started = time.perf_counter()
+        for token in tokens:
+            assert ending.feed(token)[1] is None
+        assert (time.perf_counter() - started) / len(tokens) < 1e-3

@@ -1,0 +1,445 @@
+"""Real peers: other people's clients and proxies against a server in this process, each with the exact outcome.
+
+curl, httpx, aiohttp, node's fetch and wrk as clients, nginx and haproxy in front, slowhttptest as the enemy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import json
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+from test_wire import ROUTES, State
+from wire import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post
+
+from cerebrum_common import Access, Request, Response, Route, Server, own_names, sse_event
+
+HEADERS = {"X-API-Key": KEY, "Content-Type": "application/json"}
+MEMBERS = {"prompt": "x", "language": "python"}
+
+
+def needs(tool: str) -> str:
+    found = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
+    if not found:
+        pytest.skip(f"{tool} is not installed")
+    return found
+
+
+@dataclass
+class Peer:
+    """The server in a thread, and what its handlers have seen."""
+
+    port: int = 0
+    server: Server | None = None
+    left: threading.Event = field(default_factory=threading.Event)
+    complaints: list[Any] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def tokens(self, state: Any, request: Request) -> Response:
+        """As many token events as max_tokens says; without end if it says 0."""
+
+        async def events() -> Any:
+            count = request.json().get("max_tokens", 3)
+            try:
+                number = 0
+                while not count or number < count:
+                    number += 1
+                    yield sse_event({"token": "ä", "total_tokens": number})
+                    await asyncio.sleep(0)
+                yield sse_event({"done": True, "total_tokens": number})
+            finally:
+                self.left.set()
+
+        return Response(events=events())
+
+
+async def echo(state: Any, request: Request) -> Response:
+    return Response({"bytes": len(request.body), "length": request.head.length, "members": request.json()})
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer, ready, loop = Peer(), threading.Event(), asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        loop.set_exception_handler(lambda _, context: peer.complaints.append(context))
+        more = (
+            Route("POST", "/v1/tokens", peer.tokens, json=True, watched=True),
+            Route("POST", "/v1/echo", echo, json=True),
+        )
+        peer.server = Server(State(), (*ROUTES, *more), Access(KEY, own_names()))
+        peer.port = await peer.server.start("127.0.0.1", 0)
+        ready.set()
+        await stop.wait()
+        await peer.server.stop(1.0)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(PATIENCE)
+    yield peer
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(PATIENCE)
+    loop.close()
+    assert peer.complaints == []
+
+
+def run(*command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+
+
+# --------------------------------------------------------------------------------------------------- curl
+
+
+@pytest.fixture
+def curl(peer: Peer) -> Callable[..., str]:
+    program = needs("curl")
+
+    def call(*options: str, path: str = "/v1/echo", stdin: bytes = b"") -> str:
+        headers = [option for name, value in HEADERS.items() for option in ("-H", f"{name}: {value}")]
+        done = run(program, "-sS", *headers, *options, peer.url + path, stdin=stdin)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode()
+
+    return call
+
+
+WRITE_OUT = ("-o", "/dev/null", "-w", "%{http_code} %{http_version} %{num_connects} ")
+
+
+def test_curl_keeps_its_connection(curl: Callable[..., str], peer: Peer) -> None:
+    out = curl(*WRITE_OUT, *WRITE_OUT[:2] * 2, peer.url + "/health", peer.url + "/v1/models", path="/health")
+    assert out == "200 1.1 1 200 1.1 0 200 1.1 0 "
+
+
+def test_curl_head_and_old_version(curl: Callable[..., str]) -> None:
+    assert curl("-I", path="/health").startswith("HTTP/1.1 200 OK\r\n")
+    out = curl("-0", "-i", "-d", json.dumps({"max_tokens": 2}), path="/v1/tokens")
+    assert "Transfer-Encoding" not in out
+    assert "Connection: close" in out
+    assert out.endswith('data: {"done": true, "total_tokens": 2}\n\n')
+
+
+def test_curl_uploads_in_chunks_and_waits_for_100(curl: Callable[..., str]) -> None:
+    body = json.dumps({"a": "x" * 900_000}).encode()
+    chunked = curl("-H", "Transfer-Encoding: chunked", "-H", "Expect: 100-continue", "--data-binary", "@-", stdin=body)
+    assert json.loads(chunked) == {"bytes": len(body), "length": None, "members": {"a": "x" * 900_000}}
+    sized = curl(
+        "-H",
+        "Expect: 100-continue",
+        "-v",
+        "--stderr",
+        "/dev/null",
+        "-w",
+        "%{size_upload}",
+        "--data-binary",
+        "@-",
+        stdin=b"{}",
+    )
+    assert sized == '{"bytes": 2, "length": 2, "members": {}}2'
+
+
+def test_curl_is_told_413_before_it_uploads(curl: Callable[..., str]) -> None:
+    for expect in ("Expect: 100-continue", "Expect:"):
+        out = curl(
+            *WRITE_OUT[:3], "%{http_code} %{size_upload}", "-H", expect, "--data-binary", "@-", stdin=b"x" * 8_000_000
+        )
+        status, sent = out.split()
+        assert status == "413"
+        assert int(sent) < 8_000_000 or expect == "Expect:"
+
+
+def test_curl_post_without_a_body(curl: Callable[..., str]) -> None:
+    assert json.loads(curl("-X", "POST", path="/v1/unload/qwen_7b"))["parameter"] == "qwen_7b"
+
+
+def test_curl_streams_and_leaves(curl: Callable[..., str], peer: Peer) -> None:
+    out = curl("-N", "-d", json.dumps({"max_tokens": 3}), path="/v1/tokens")
+    assert out.split("\n\n")[2] == 'data: {"token": "\\u00e4", "total_tokens": 3}'
+    peer.left.clear()
+    program = needs("curl")
+    headers = [option for name, value in HEADERS.items() for option in ("-H", f"{name}: {value}")]
+    endless = subprocess.Popen(
+        [program, "-sN", *headers, "-d", '{"max_tokens": 0}', peer.url + "/v1/tokens"], stdout=subprocess.PIPE
+    )
+    assert endless.stdout is not None
+    assert endless.stdout.read(10) == b'data: {"to'
+    endless.kill()
+    endless.stdout.close()
+    endless.wait()
+    assert peer.left.wait(PATIENCE)
+
+
+# ------------------------------------------------------------------------------------------ httpx, aiohttp
+
+
+def test_httpx(peer: Peer) -> None:
+    with httpx.Client(base_url=peer.url, headers=HEADERS, timeout=PATIENCE) as client:
+        assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
+        assert client.head("/health").content == b""
+        assert client.post("/v1/echo", json=MEMBERS).json()["members"] == MEMBERS
+        assert client.post("/v1/echo", content=iter([b'{"a"', b":1}"])).json() == {
+            "bytes": 7,
+            "length": None,
+            "members": {"a": 1},
+        }
+        assert client.post("/v1/echo", content=b"x" * 2_000_000).status_code == 413
+        assert client.get("/nothing").json()["code"] == "NOT_FOUND"
+        with client.stream("POST", "/v1/tokens", json={"max_tokens": 3}) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert [json.loads(line[6:]).get("token") for line in lines] == ["ä", "ä", "ä", None]
+        peer.left.clear()
+        with client.stream("POST", "/v1/tokens", json={"max_tokens": 0}) as response:
+            next(response.iter_lines())
+        assert peer.left.wait(PATIENCE)
+
+
+def test_aiohttp(peer: Peer) -> None:
+    async def chunks() -> Any:
+        yield b'{"a"'
+        yield b":1}"
+
+    async def talk() -> None:
+        timeout = aiohttp.ClientTimeout(PATIENCE)
+        async with aiohttp.ClientSession(peer.url, headers=HEADERS, timeout=timeout) as client:
+            for _ in range(3):
+                async with client.get("/health") as response:
+                    assert (response.status, response.version) == (200, aiohttp.HttpVersion11)
+            async with client.post("/v1/echo", data=chunks(), expect100=True) as response:
+                assert await response.json() == {"bytes": 7, "length": None, "members": {"a": 1}}
+            async with client.post("/v1/tokens", json={"max_tokens": 3}) as response:
+                assert [json.loads(line[6:])["total_tokens"] async for line in response.content if line.strip()] == [
+                    1,
+                    2,
+                    3,
+                    3,
+                ]
+            peer.left.clear()
+            async with client.post("/v1/tokens", json={"max_tokens": 0}) as response:
+                await response.content.readline()
+                response.close()
+            assert await asyncio.to_thread(peer.left.wait, PATIENCE)
+
+    asyncio.run(talk())
+
+
+# --------------------------------------------------------------------------------------------------- node
+
+FETCH = """
+const [url, key] = process.argv.slice(1);
+const headers = { 'X-API-Key': key, 'Content-Type': 'application/json' };
+const out = [];
+for (let i = 0; i < 3; i++) out.push((await fetch(url + '/health')).status);
+const echo = await fetch(url + '/v1/echo', { method: 'POST', headers, body: JSON.stringify({ a: 1 }) });
+out.push((await echo.json()).members.a);
+const upload = new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode('{"b":')); c.enqueue(new TextEncoder().encode('2}')); c.close(); } });
+const chunked = await (await fetch(url + '/v1/echo', { method: 'POST', headers, body: upload, duplex: 'half' })).json();
+out.push(chunked.members.b, chunked.length);
+const response = await fetch(url + '/v1/tokens', { method: 'POST', headers, body: JSON.stringify({ max_tokens: 3 }) });
+let text = '';
+for await (const piece of response.body) text += new TextDecoder().decode(piece);
+out.push(text.split('\\n\\n').length);
+const abort = new AbortController();
+const endless = await fetch(url + '/v1/tokens', { method: 'POST', headers, body: '{"max_tokens": 0}', signal: abort.signal });
+await endless.body.getReader().read();
+abort.abort();
+console.log(JSON.stringify(out));
+"""
+
+
+def test_node_fetch(peer: Peer) -> None:
+    done = run(needs("node"), "--input-type=module", "-e", FETCH, peer.url, KEY)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout) == [200, 200, 200, 1, 2, None, 5]
+    assert peer.left.wait(PATIENCE)
+
+
+# ------------------------------------------------------------------------------------------------ pipelines
+
+
+def test_wrk(peer: Peer) -> None:
+    """Keep-alive under load: not one error, and not one answer of another status."""
+    done = run(needs("wrk"), "-t1", "-c20", "-d1s", peer.url + "/health")
+    out = done.stdout.decode()
+    assert done.returncode == 0
+    assert "Non-2xx" not in out
+    assert "Socket errors" not in out
+    assert int(out.split(" requests in ")[0].split()[-1]) > 100
+
+
+def test_wrk_pipelines(peer: Peer, tmp_path: Path) -> None:
+    script = tmp_path / "pipeline.lua"
+    script.write_text(
+        'init = function()\n  local r = {}\n  for i = 1, 16 do r[i] = wrk.format("GET", "/health") end\n'
+        "  req = table.concat(r)\nend\nrequest = function() return req end\n"
+    )
+    out = run(needs("wrk"), "-t1", "-c10", "-d1s", "-s", str(script), peer.url + "/health").stdout.decode()
+    assert "Non-2xx" not in out
+    assert "Socket errors" not in out
+    assert int(out.split(" requests in ")[0].split()[-1]) > 100
+
+
+# ------------------------------------------------------------------------------------------------- proxies
+
+NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log stderr warn; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
+  uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+  upstream cerebrum {{ server 127.0.0.1:{backend}; keepalive 4; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://cerebrum; proxy_http_version {version}; proxy_set_header Connection ""; {more} }}
+  }}
+}}
+"""
+HAPROXY = """
+global
+  maxconn 64
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 20s
+  timeout server 20s
+  option abortonclose
+listen cerebrum
+  bind 127.0.0.1:{port}
+  server one 127.0.0.1:{backend} check inter 200ms
+  option httpchk
+  http-check send meth GET uri /health ver HTTP/1.1 hdr Host localhost
+  http-check expect status 200
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def proxy(command: list[str], port: int) -> Iterator[str]:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(1000):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+                raise AssertionError(process.communicate()[1])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+
+
+def through_a_proxy(url: str, peer: Peer) -> None:
+    with httpx.Client(base_url=url, headers={**HEADERS, "Host": "localhost"}, timeout=PATIENCE) as client:
+        while client.get("/health").status_code != 200:  # haproxy has to see its backend first
+            pass
+        assert [client.get("/v1/models").status_code for _ in range(10)] == [200] * 10
+        assert client.head("/health").status_code == 200
+        assert client.get("/nothing").json()["code"] == "NOT_FOUND"
+        assert client.get("/v1/models", headers={"X-API-Key": "wrong"}).json()["code"] == "UNAUTHORIZED"
+        body = json.dumps({"a": "x" * 500_000}).encode()
+        assert client.post("/v1/echo", content=body).json()["bytes"] == len(body)
+        assert client.post("/v1/echo", content=iter([body[:9], body[9:]])).json()["bytes"] == len(body)
+        assert client.get("/health", headers={"X-Request-ID": "mine"}).headers.get_list("X-Request-ID") == ["mine"]
+        with client.stream("POST", "/v1/tokens", json={"max_tokens": 500}) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert len(lines) == 501
+        peer.left.clear()
+        with client.stream("POST", "/v1/tokens", json={"max_tokens": 0}) as response:
+            next(response.iter_lines())
+        assert peer.left.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
+    """nginx passes the client's Host on if it is told so; else it sends its upstream's name, which has to be allowed."""
+    program, port, config = needs("nginx"), free_port(), tmp_path / "nginx.conf"
+    more = "proxy_set_header Host $http_host; client_max_body_size 2m;"
+    config.write_text(NGINX.format(folder=tmp_path, backend=peer.port, port=port, version=version, more=more))
+    with proxy([program, "-p", str(tmp_path), "-c", str(config)], port) as url:
+        through_a_proxy(url, peer)
+
+
+def test_behind_haproxy(peer: Peer, tmp_path: Path) -> None:
+    program, port, config = needs("haproxy"), free_port(), tmp_path / "haproxy.cfg"
+    config.write_text(HAPROXY.format(backend=peer.port, port=port))
+    with proxy([program, "-db", "-f", str(config)], port) as url:
+        through_a_proxy(url, peer)
+
+
+# -------------------------------------------------------------------------------------------- slowhttptest
+
+ATTACKS = {
+    "slow headers": ["-H", "-i", "1"],
+    "slow body": ["-B", "-i", "1", "-s", "4096", "-t", "POST"],
+    "range": ["-R", "-t", "HEAD", "-a", "10", "-b", "3000"],
+    "slow read": ["-X", "-w", "1", "-y", "2", "-n", "1", "-z", "1", "-k", "9"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cm4d", "vpsd"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
+    """Each of its four attacks by 1,000 connections, while /health answers and memory stays flat."""
+    program = needs("slowhttptest")
+    if not (ROOT / f"{name}.py").exists():
+        pytest.skip(f"{name}.py does not exist")
+    with daemon(name, tmp_path) as process:
+        before = process.rss_kb()
+        path = "/health" if attack == "slow read" else "/v1/complete"
+        command = [
+            program,
+            *ATTACKS[attack],
+            "-c",
+            "1000",
+            "-r",
+            "400",
+            "-l",
+            "15",
+            "-p",
+            "3",
+            "-g",
+            "-o",
+            str(tmp_path / "out"),
+        ]
+        with subprocess.Popen(
+            [*command, "-u", f"http://127.0.0.1:{process.port}{path}"], stdout=subprocess.DEVNULL
+        ) as enemy:
+            answers = 0
+            while enemy.poll() is None:
+                reply = asyncio.run(ask(process.port, HEALTH))
+                assert "status" in reply.json()
+                answers += 1
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    enemy.wait(0.1)
+        assert answers > 20
+        rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+        assert rows
+        assert process.rss_kb() - before < 30_000
+        raw = post(
+            "/v1/complete" if name == "cm4d" else "/v1/inference",
+            json.dumps({**MEMBERS, "model": "qwen_0_5b"}).encode(),
+        )
+        assert asyncio.run(ask(process.port, raw)).status in (404, 503)
+        assert process.complaints() == ""

@@ -1,0 +1,551 @@
+"""The other side of the Pi: what a broken or lying VPS may do, and what the Pi's client then sees of it.
+
+One table of scripts; each row runs whole and byte by byte, through the stream and through the collected endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from backend import (
+    CHUNKED,
+    DONE,
+    GOOD,
+    HANG,
+    KEY,
+    RESET,
+    Backend,
+    Flood,
+    Reply,
+    answer,
+    chunk,
+    error,
+    event,
+    head,
+    pi_for,
+    token,
+    until,
+)
+
+import cm4d
+from cerebrum_common import HttpError
+from cm4d import Body, Events, Reader, VpsFailure, is_chunk_of_token, take_apart
+
+A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
+CLOSING = head(200, "Connection: close")
+TOKEN_A = {"token": "a", "total_tokens": 1}
+TOKEN_B = {"token": "b", "total_tokens": 2}
+UNAVAILABLE = "VPS_UNAVAILABLE"
+
+
+def length_of(payload: bytes, claimed: int | None = None) -> bytes:
+    return head(200, f"Content-Length: {len(payload) if claimed is None else claimed}") + payload
+
+
+# What comes before the first event is a status: (script, status, code, a part of the message, counted by the breaker).
+REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
+    "reset before any byte": ([RESET], 503, UNAVAILABLE, "without an answer", True),
+    "closed before any byte": ([], 503, UNAVAILABLE, "without an answer", True),
+    "closed inside the head": ([CHUNKED[:30]], 503, UNAVAILABLE, "without an answer", True),
+    "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "HTTP/2": ([b"HTTP/2 200\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "status of four digits": ([b"HTTP/1.1 2000 OK\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "bare LF": ([b"HTTP/1.1 200 OK\n\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "NUL in a header": ([b"HTTP/1.1 200 OK\r\nA: \0\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "space before the colon": ([b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "two lengths": ([head(200, "Content-Length: 1", "Content-Length: 1")], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "length and chunks": ([head(200, "Content-Length: 1", "Transfer-Encoding: chunked")], 503, UNAVAILABLE, "", True),
+    "gzip framing": ([head(200, "Transfer-Encoding: gzip, chunked")], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "gzip content": ([head(200, "Content-Encoding: gzip")], 503, UNAVAILABLE, "Content-Encoding", True),
+    "a head without end": ([b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "a line without end": ([b"HTTP/1.1 200 OK\r\nA: ", Flood(b"a" * 1000)], 503, UNAVAILABLE, "not HTTP/1.1", True),
+    "an HTML page": ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "type", True),
+    "HTML with 502": ([head(502, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "502", True),
+    "HTML with 404": ([head(404, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "404", True),
+    "a redirect": ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], 503, UNAVAILABLE, "307", True),
+    "a redirect as our error": ([error(302, "VPS_BUSY")], 503, UNAVAILABLE, "302", True),
+    "no content": ([head(204)], 503, UNAVAILABLE, "204", True),
+    "switching protocols": ([head(101)], 503, UNAVAILABLE, "101", True),
+    "informational for ever": ([Flood(head(103))], 503, UNAVAILABLE, "103", True),
+    "an error past its length": ([head(503, "Content-Length: 2") + b"{} "], 503, UNAVAILABLE, "", True),
+    "an error without end": ([head(503, "Connection: close"), Flood(b" " * 4096)], 503, UNAVAILABLE, "too long", True),
+    "half an error": ([error(503, "RESOURCE_EXHAUSTED")[:-9]], 503, UNAVAILABLE, "middle", True),
+    "an error that is a list": ([answer(503, [1])], 503, UNAVAILABLE, "503", True),
+    "an error with a number as its code": ([answer(503, {"error": True, "message": "m", "code": 1})], 503, UNAVAILABLE,
+                                           "503", True),
+    "an error with a header as its code": ([error(503, "A\r\nB: c")], 503, UNAVAILABLE, "503", True),
+    "its 400": ([error(400, "INVALID_REQUEST")], 400, "INVALID_REQUEST", "says the VPS", False),
+    "its 404": ([error(404, "MODEL_NOT_FOUND")], 404, "MODEL_NOT_FOUND", "says the VPS", False),
+    "its 409": ([error(409, "CONFLICT")], 409, "CONFLICT", "says the VPS", False),
+    "its 429": ([error(429, "RATE_LIMIT")], 429, "RATE_LIMIT", "says the VPS", False),
+    "its 503": ([error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says the VPS", False),
+    "its 503 after a 100": ([head(100), error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says", False),
+    "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match", False),
+    "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS on the VPS", False),
+    "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "500 INTERNAL_ERROR", False),
+    "an error that tells our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***", 0),
+}  # fmt: skip
+
+# After it every fault is an error event and a cut: (script, events before the error, a part of its message).
+BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
+    "dies after the head": ([CHUNKED], [], "in the middle of its answer"),
+    "dies between chunks": ([CHUNKED, A], [TOKEN_A], "in the middle of its answer"),
+    "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
+    "dies inside a chunk's CRLF": ([CHUNKED, A[:-1]], [TOKEN_A], "in the middle of its answer"),
+    "dies inside the last chunk": ([CHUNKED, A, chunk(DONE), b"0\r\n"], [TOKEN_A], "in the middle of its answer"),
+    "half an event, then the last chunk": ([CHUNKED, A, chunk(token("b", 2)[:-1]), END], [TOKEN_A], "of an event"),
+    "half an event, then the end": ([CLOSING, token("a", 1), token("b", 2)[:9]], [TOKEN_A], "of an event"),
+    "half a done event": ([CHUNKED, A, chunk(DONE[:-1]), END], [TOKEN_A], "of an event"),
+    "a clean end without done": ([CHUNKED, A, END], [TOKEN_A], "without saying that it is done"),
+    "a clean end without anything": ([CHUNKED, END], [], "without saying that it is done"),
+    "a length of 0": ([head(200, "Content-Length: 0")], [], "without saying that it is done"),
+    "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
+    "a negative chunk size": ([CHUNKED, A, b"-5\r\nabcde\r\n"], [TOKEN_A], "malformed chunk"),
+    "a chunk longer than it says": ([CHUNKED, A, b"3\r\nabcdef\r\n"], [TOKEN_A], "malformed chunk"),
+    "shorter than its length": ([length_of(token("a", 1), 500)], [TOKEN_A], "in the middle of its answer"),
+    "longer than its length": ([length_of(token("a", 1) + DONE + b"\n", len(token("a", 1) + DONE))], [TOKEN_A], "past"),
+    "chunks past the last one": ([CHUNKED, A, chunk(DONE), END + A], [TOKEN_A], "past its end"),
+    "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
+    "two dones": ([CHUNKED, chunk(DONE), chunk(DONE), END], [], "after the last one"),
+    "not JSON": ([CHUNKED, A, chunk(b"data: {oops\n\n")], [TOKEN_A], "not JSON"),
+    "a token that is no JSON": ([CHUNKED, A, chunk(b'data: {"token": "a", "total_tokens": 0x2}\n\n')], [TOKEN_A], ""),
+    "an array": ([CHUNKED, A, chunk(b"data: [1]\n\n")], [TOKEN_A], "not JSON"),
+    "not UTF-8": ([CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')], [TOKEN_A], "not JSON"),
+    "deep nesting": ([CHUNKED, A, chunk(b"data: " + b"[" * 9000 + b"\n\n")], [TOKEN_A], "not JSON"),
+    "NaN": ([CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END], [TOKEN_A], "not JSON"),
+    "an error without a code": ([CHUNKED, A, chunk(event(error=True, message="m"))], [TOKEN_A], "without message"),
+}  # fmt: skip
+
+# The same events, however they are framed and split.
+WHOLE: dict[str, list[Any]] = {
+    "chunks": [*GOOD],
+    "one chunk": [CHUNKED, chunk(token("a", 1) + token("b", 2) + DONE), END],
+    "chunks that cut events": [CHUNKED, *(chunk(bytes([c])) for c in token("a", 1) + token("b", 2)), chunk(DONE), END],
+    "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
+    "a length": [length_of(token("a", 1) + token("b", 2) + DONE)],
+    "until the close": [CLOSING, token("a", 1), token("b", 2), DONE],
+    "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
+    "without a media type": [b"HTTP/1.1 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
+    "after 100 and 103": [head(100), head(103), *GOOD],
+    "CRLF in events": [CLOSING, (token("a", 1) + token("b", 2) + DONE).replace(b"\n", b"\r\n")],
+    "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
+    "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
+    "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
+}
+
+
+def run(scenario: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 20))
+
+
+def check_error(reply: Reply, status: int, code: str, part: str) -> None:
+    assert (reply.status, reply.json["code"], reply.clean) == (status, code, True)
+    assert part in reply.json["message"]
+    assert set(reply.json) >= {"error", "message", "code", "timestamp"}
+    assert "retry-after" not in reply.headers
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, split: bool):
+    script, status, code, part, counted = REFUSED[name]
+
+    async def scenario() -> None:
+        async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+            check_error(await pi.stream(), status, code, part)
+            check_error(await pi.complete(), status, code, part)
+            assert len(backend.completions) == 2, "a POST was sent again"
+            assert pi.gateway.breaker.describe(0)["failures"] == (2 if counted else 0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name: str, split: bool):
+    script, before, part = BROKEN[name]
+    if split and name in ENDS_BEFORE_IT:
+        pytest.skip("may be whole before it is spoiled")
+
+    async def scenario() -> None:
+        async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+            reply = await pi.stream()
+            assert (reply.status, reply.clean) == (200, False)
+            *events, last = reply.events
+            if name not in LOSES_WHAT_IT_SENT_AT_ONCE or split:
+                assert events == before
+            assert (last["error"], last["code"]) == (True, UNAVAILABLE)
+            assert part in last["message"]
+            check_error(await pi.complete(), 503, UNAVAILABLE, part)
+            assert len(backend.completions) == 2, "a POST was sent again"
+            assert pi.gateway.breaker.describe(0)["failures"] in (1, 2)
+
+    run(scenario())
+
+
+# Nobody waits for what may come after the end; the connection is not used again.
+ENDS_BEFORE_IT = {"longer than its length", "chunks past the last one"}
+
+# A fault of the framing spoils the whole read that it comes in, so tokens in the same read may be lost with it.
+LOSES_WHAT_IT_SENT_AT_ONCE = {
+    "a broken chunk size",
+    "a negative chunk size",
+    "a chunk longer than it says",
+    "longer than its length",
+    "chunks past the last one",
+}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole(name: str, split: bool):
+    async def scenario() -> None:
+        async with Backend([WHOLE[name]], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+            reply = await pi.stream()
+            *tokens, done = reply.events
+            assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
+            assert done.pop("timestamp")
+            assert done == {
+                "done": True,
+                "language": "python",
+                "model": "qwen_0_5b",
+                "total_tokens": 2,
+                "inference_time": 0.25,
+                "mode": "complete",
+                "finish_reason": "stop",
+                "prompt_tokens": 5,
+            } | ({"kept": done["kept"]} if "kept" in done else {})
+            assert (await pi.complete()).json["completion"] == "ab"
+
+    run(scenario())
+
+
+def test_an_error_event_is_passed_on_with_its_code():
+    told = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED")
+
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, A, chunk(told)]]) as backend, pi_for(backend.port) as pi:
+            reply = await pi.stream()
+            assert (reply.status, reply.clean) == (200, False)
+            assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
+            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+def test_progress_and_comments_are_passed_on():
+    progress = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
+    script = [CHUNKED, chunk(b": keep-alive\n\n"), chunk(event(**progress)), A, B, chunk(DONE), END]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            reply = await pi.stream(progress=True)
+            assert reply.events[:4] == [": keep-alive", progress, TOKEN_A, TOKEN_B]
+            assert backend.completions[0]["progress"] is True
+            assert (await pi.complete(progress=True)).json["completion"] == "ab"
+            assert backend.completions[1]["progress"] is False
+
+    run(scenario())
+
+
+def test_refused_connection_is_an_instant_503():
+    async def scenario() -> None:
+        async with Backend() as backend:
+            port = backend.port
+        async with pi_for(port) as pi:
+            began = time.perf_counter()
+            check_error(await pi.complete(), 503, UNAVAILABLE, "connection refused")
+            assert time.perf_counter() - began < 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("script", "part"),
+    [
+        ([HANG], "did not answer in time"),
+        ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
+        ([head(503, "Content-Length: 9"), b"{", HANG], "did not answer in time"),
+    ],
+    ids=["silent", "half a head", "half an error"],
+)
+def test_silence_ends_at_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "HEAD_SECONDS", 0.15)
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            check_error(await pi.stream(), 503, UNAVAILABLE, part)
+            await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
+
+    run(scenario())
+
+
+def test_a_head_at_a_byte_a_time_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "HEAD_SECONDS", 0.15)
+
+    async def slowly() -> None:
+        await asyncio.sleep(0.02)
+
+    script = [step for c in CHUNKED for step in (bytes([c]), slowly)]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            check_error(await pi.stream(), 503, UNAVAILABLE, "did not answer in time")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("script", [[CHUNKED, A, HANG], [CHUNKED, A, B[:9], HANG]], ids=["between", "inside"])
+def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "IDLE_SECONDS", 0.15)
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            reply = await pi.stream()
+            assert reply.events[0] == TOKEN_A
+            assert "it stopped in the middle" in reply.events[1]["message"]
+            assert not reply.clean
+            await backend.left.wait()
+
+    run(scenario())
+
+
+def test_comments_keep_a_slow_stream_alive_past_the_idle_deadline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "IDLE_SECONDS", 0.2)
+
+    async def pause() -> None:
+        await asyncio.sleep(0.08)
+
+    comment = chunk(b": keep-alive\n\n")
+    script = [CHUNKED, pause, comment, pause, comment, pause, A, pause, B, pause, chunk(DONE), END]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            reply = await pi.stream()
+            assert (reply.clean, len(reply.events)) == (True, 5)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("flood", [b"x" * 65536, b"data: " + b"x" * 65536], ids=["no line", "one line"])
+def test_megabytes_without_an_event_are_cut(flood: bytes):
+    async def scenario() -> None:
+        script = [CLOSING, token("a", 1), Flood(flood)]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            reply = await pi.stream()
+            assert reply.events[0] == TOKEN_A
+            assert "an event without end" in reply.events[1]["message"]
+            await backend.left.wait()
+            assert backend.sent < 16 << 20  # what the kernel's buffers take in; ours take 256 KiB
+
+    run(scenario())
+
+
+def test_a_collected_answer_without_end_is_cut():
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
+            check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
+            await backend.left.wait()
+
+    run(scenario())
+
+
+def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            before = -1
+            while before != backend.sent:  # until it sends no more
+                before = backend.sent
+                await asyncio.sleep(0.3)
+            assert 0 < before < 24 << 20
+            assert pi.gateway.requests_active == 1
+            writer.transport.abort()
+            await backend.left.wait()
+            await until(lambda: pi.gateway.requests_active == 0)
+            assert reader
+
+    run(scenario())
+
+
+def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        async with Backend() as backend:
+            port = backend.port
+        async with pi_for(port) as pi:
+            for _ in range(3):
+                check_error(await pi.stream(), 503, UNAVAILABLE, "connection refused")
+            check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
+            assert (await pi.get("/health")).status == 503
+            async with Backend(port=port):
+                await until(lambda: pi.gateway.breaker.state == "half-open")
+                assert (await pi.get("/health")).status == 200
+                assert (await pi.stream()).clean
+                assert pi.gateway.breaker.state == "closed"
+
+    run(scenario())
+
+
+def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+        trial = [CHUNKED, go.wait, A, B, chunk(DONE), END]
+        async with Backend([[], [], [], trial]) as backend, pi_for(backend.port) as pi:
+            for _ in range(3):
+                await pi.stream()
+            await until(lambda: pi.gateway.breaker.state == "half-open")
+            backend.begun.clear()
+            running = asyncio.create_task(pi.stream())
+            await backend.begun.wait()
+            check_error(await pi.complete(), 503, UNAVAILABLE, "circuit breaker open")
+            go.set()
+            assert (await running).clean
+            assert len(backend.completions) == 4
+            assert (await pi.get("/v1/stats")).json["breaker"] == {
+                "state": "closed", "failures": 0, "opens": 1, "retry_in_s": 0.0
+            }  # fmt: skip
+
+    run(scenario())
+
+
+def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            for _ in range(3):
+                await pi.stream()
+            await until(lambda: pi.gateway.breaker.state == "half-open")
+            backend.begun.clear()
+            backend.left.clear()
+            _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
+            await backend.begun.wait()
+            writer.transport.abort()
+            await backend.left.wait()
+            assert pi.gateway.breaker.state == "half-open"
+            assert (await pi.stream()).clean
+            assert pi.gateway.breaker.state == "closed"
+
+    run(scenario())
+
+
+# ---------------------------------------------------------------------------------------------- pure
+
+STREAM = (
+    token("a", 1) + b": hi\n\n" + event(progress={"done": 1}) + token('"\\\n}\u00e9\U0001f600', 2) + token("", 3) + DONE
+)
+
+
+def classified(pieces: list[bytes], line_end: bytes = b"\n") -> list[tuple[str, Any]]:
+    events, seen = Events(), []
+    for piece in pieces:
+        for kind, value in take_apart(events.feed(piece), "k"):
+            whole = [part + b"\n\n" for part in value.split(b"\n\n")[:-1]] if isinstance(value, bytes) else [value]
+            seen += [(kind, part) for part in whole]
+    assert events.rest == b"" or line_end != b"\n"
+    return seen
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_events_are_the_same_for_every_split(line_end: bytes):
+    text = STREAM.replace(b"\n\n", line_end * 2)
+    expected = classified([STREAM])
+    assert [kind for kind, _ in expected] == ["tokens", "pass", "pass", "tokens", "tokens", "done"]
+    assert classified([text[i : i + 1] for i in range(len(text))], line_end) == expected
+    for at in range(len(text)):
+        assert classified([text[:at], text[at:]], line_end) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "taken"),
+    [
+        (A, True),
+        (chunk(token('\\ " \n \u00e9', 12)), True),
+        (A.upper(), False),
+        (A + B, False),
+        (A[:-1], False),
+        (A[1:], False),
+        (chunk(token("a", 1) + token("b", 2)), False),
+        (chunk(DONE), False),
+        (b"0" + A, True),
+        (A.replace(b'"a"', b'"ab"'), False),
+        (chunk(b'data: {"token": "\xc3\xa9", "total_tokens": 1}\n\n'), False),
+        (chunk(b'data: {"token": "\\x", "total_tokens": 1}\n\n'), False),
+        (chunk(b'data: {"token": "a", "total_tokens": 1, "x": 2}\n\n'), False),
+    ],
+)
+def test_the_express_lane_takes_exactly_one_token(data: bytes, taken: bool):
+    assert is_chunk_of_token(data) is taken
+
+
+def test_the_express_lane_is_taken_once_the_first_token_went_the_long_way(monkeypatch: pytest.MonkeyPatch):
+    lane: list[bytes] = []
+    monkeypatch.setattr(cm4d.Gateway, "_express", spy(cm4d.Gateway._express, lane))
+
+    async def scenario() -> None:
+        arrived = asyncio.Event()
+        script = [CHUNKED, A, arrived.wait, B, HANG]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            await reader.readuntil(A)
+            arrived.set()
+            assert await reader.readexactly(len(B)) == B
+            assert lane == [B]
+            writer.transport.abort()
+
+    run(scenario())
+
+
+def spy(method: Any, taken: list[bytes]) -> Any:
+    def called(gateway: Any, job: Any, data: bytes) -> bool:
+        took: bool = method(gateway, job, data)
+        if took:
+            taken.append(data)
+        return took
+
+    return called
+
+
+def test_reader_falls_back_to_its_buffer():
+    async def scenario() -> None:
+        reader, seen = Reader(), []
+        reader.express = lambda data: data != b"b" and not seen.append(data)  # type: ignore[func-returns-value]
+        for data in (b"a", b"b", b"c"):
+            reader.feed_data(data)
+        assert (seen, await reader.read(10)) == ([b"a"], b"bc")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "feeds", "outcome"),
+    [
+        (Body(3, False), [b"ab", b"c"], b"abc"),
+        (Body(3, False), [b"abcd"], VpsFailure),
+        (Body(None, False), [b"ab", b"", b"c"], b"abc"),
+        (Body(None, True), [b"2\r\nab\r\n", b"1\r\nc\r\n0\r\n\r\n"], b"abc"),
+        (Body(None, True), [b"0\r\n\r\nx"], VpsFailure),
+        (Body(None, True), [b"zz\r\n"], HttpError),
+    ],
+)
+def test_body(body: Body, feeds: list[bytes], outcome: Any):
+    if isinstance(outcome, bytes):
+        assert b"".join(body.feed(data) for data in feeds) == outcome
+    else:
+        with pytest.raises(outcome):
+            [body.feed(data) for data in feeds]
+
+
+def test_json_of_a_list_of_models_that_lies():
+    entries = [1, None, {"id": []}, {"id": "a", "n_ctx": "x"}, {"id": "b", "n_ctx": 8}, {"id": "c", "available": False}]
+    assert cm4d.read_contexts({"models": entries}) == {"a": 4096, "b": 8}
+    assert cm4d.read_contexts({"models": "no"}) == {}
