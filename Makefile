@@ -3,7 +3,7 @@
 
 PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh .ci/run
-BENCHMARKS = relay generate engine quality parse
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality parse))
 
 .PHONY: help run test test-slow lint bench fuzz clean
 
@@ -31,7 +31,7 @@ lint: ## ruff, mypy --strict, shellcheck
 # One after another, since two at a time would measure each other.
 bench: ## the benchmarks, one line of JSON each
 	@./run.sh setup test
-	@for name in $(BENCHMARKS); do $(PYTHON) tests/bench/$$name.py || exit 1; done
+	@for benchmark in $(BENCHMARKS); do $(PYTHON) $$benchmark || exit 1; done
 
 fuzz: ## random bytes against both daemons' sockets
 	@./run.sh setup test

@@ -34,11 +34,11 @@ import time
 import tomllib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # ---------------------------------------------------------------------------------------------- limits
 
@@ -69,27 +69,16 @@ LINGER_SECONDS = 1.0  # after the last answer: time for the client to read it be
 # ---------------------------------------------------------------------------------------------- errors
 
 CODES = {
-    400: "INVALID_REQUEST",
-    401: "UNAUTHORIZED",
-    403: "FORBIDDEN",
-    404: "NOT_FOUND",
-    405: "METHOD_NOT_ALLOWED",
-    408: "TIMEOUT",
-    409: "CONFLICT",
-    411: "LENGTH_REQUIRED",
-    413: "PAYLOAD_TOO_LARGE",
-    414: "URI_TOO_LONG",
-    415: "UNSUPPORTED_MEDIA_TYPE",
-    417: "EXPECTATION_FAILED",
-    421: "MISDIRECTED_REQUEST",
-    429: "RATE_LIMIT",
-    431: "HEADERS_TOO_LARGE",
-    500: "INTERNAL_ERROR",
-    501: "NOT_IMPLEMENTED",
-    503: "OVERLOADED",
+    400: "INVALID_REQUEST", 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED",
+    408: "TIMEOUT", 409: "CONFLICT", 411: "LENGTH_REQUIRED", 413: "PAYLOAD_TOO_LARGE", 414: "URI_TOO_LONG",
+    415: "UNSUPPORTED_MEDIA_TYPE", 417: "EXPECTATION_FAILED", 421: "MISDIRECTED_REQUEST", 429: "RATE_LIMIT",
+    431: "HEADERS_TOO_LARGE", 500: "INTERNAL_ERROR", 501: "NOT_IMPLEMENTED", 503: "OVERLOADED",
     505: "VERSION_NOT_SUPPORTED",
-}
+}  # fmt: skip
 REASONS = {200: "OK", 204: "No Content"} | {status: code.replace("_", " ").title() for status, code in CODES.items()}
+
+
+Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
@@ -107,11 +96,11 @@ class HttpError(Exception):
         *,
         close: bool = False,
         extra: Mapping[str, Any] | None = None,
-        headers: tuple[tuple[str, str], ...] = (),
+        headers: Headers = (),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code = status, message, code or CODES[status]
-        self.close, self.extra, self.headers = close, dict(extra or {}), headers
+        self.close, self.extra, self.headers = close, extra or {}, headers
 
 
 class ClientGone(ConnectionError):
@@ -316,19 +305,10 @@ def parse_request(block: bytes) -> Head:
     host = host_name(headers["host"]) if "host" in headers else ""
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
+    request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
     options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
-    return Head(
-        method,
-        path,
-        version,
-        headers,
-        host,
-        authority,
-        length,
-        chunked,
-        request_id=wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4()),
-        keep_alive=version == "HTTP/1.1" and "close" not in options,
-    )
+    keep_alive = version == "HTTP/1.1" and "close" not in options
+    return Head(method, path, version, headers, host, authority, length, chunked, request_id, keep_alive)
 
 
 # ------------------------------------------------------------------------------------------ pure: bodies
@@ -429,13 +409,9 @@ class ChunkedDecoder:
         return len(buffer)
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"expected JSON numbers, got {text}")
-
-
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):  # 1e999, which parse_constant never sees
+    if not math.isfinite(value):  # NaN, Infinity, and 1e999, which parse_constant never sees
         raise ValueError("expected finite numbers")
     return value
 
@@ -453,9 +429,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique
-)
+DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -463,11 +437,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     no repeated names, finite numbers, at most 64 levels."""
     try:
         value = DECODER.decode(body.decode("utf-8"))
-        level = _containers([value])
-        for _ in range(MAX_JSON_DEPTH):
-            level = _containers(
-                child for item in level for child in (item.values() if isinstance(item, dict) else item)
-            )
+        _refuse_depth(value)
     except UnicodeDecodeError:
         raise HttpError(400, "expected a body in UTF-8") from None
     except RecursionError:
@@ -476,15 +446,19 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise HttpError(400, f"expected a JSON object: {error.msg} at character {error.pos}") from None
     except ValueError as error:
         raise HttpError(400, f"expected a JSON object: {error}") from None
-    if level:
-        raise HttpError(400, f"expected JSON of at most {MAX_JSON_DEPTH} levels")
     if not isinstance(value, dict):
         raise HttpError(400, f"expected a JSON object, got {describe(value)}")
     return value
 
 
-def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
-    return [value for value in values if isinstance(value, dict | list)]
+def _refuse_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):  # each turn goes from the containers of one level to those of the next
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    raise RecursionError
 
 
 # ------------------------------------------------------------------------------------------ pure: fields
@@ -519,17 +493,13 @@ class Field:
 
     def expected(self) -> str:
         """The sentence's second half: "an integer from 1 to 2048"."""
-        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "strings"}[
-            self.kind
-        ]
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        if self.kind is str and self.low == 1 and self.high == math.inf:
-            return "a non-empty string"
-        if self.kind is bool or self.high == math.inf:
-            return noun
+        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
+        if self.high == math.inf:
+            return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""
         return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
 
@@ -575,14 +545,14 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
 class Response:
     """What a handler returns: a JSON-able `body`, or `events`, an iterator over blocks of whole SSE events.
 
-    `connect`, if the events go out as chunks, is given `Connection.send_now`, by which the handler's side may send whole
-    chunks itself while the iterator is being waited for.
+    `connect` is given `Connection.send_now`, by which the handler's side may send whole chunks itself while the
+    iterator is being waited for.
     """
 
     body: Any = None
     status: int = 200
     events: AsyncIterator[bytes] | None = None
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     connect: Callable[[Callable[[bytes], bool]], None] | None = None
 
 
@@ -706,7 +676,8 @@ _CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80
 _C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
 _C_DEFINES = (
     r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
-    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
+    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
+    r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
     rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
     r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
     r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
@@ -731,7 +702,8 @@ _JS = Language(
     frozenset("`"),
     False,
     re.compile(
-        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()", re.M
+        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()",
+        re.M,
     ),
     re.compile(_JS_DEFINES, re.M),
     re.compile(
@@ -747,7 +719,9 @@ _C = Language(
     _C_STRINGS,
     frozenset(),
     False,
-    re.compile(r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M),
+    re.compile(
+        r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
+    ),
     re.compile(_C_DEFINES, re.M),
     re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
     directives=True,
@@ -761,7 +735,9 @@ LANGUAGES: dict[str, Language] = {
         True,
         re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
         re.compile(
-            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))", re.M
+            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)"
+            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))",
+            re.M,
         ),
         re.compile(r"class\b"),
     ),
@@ -775,7 +751,8 @@ LANGUAGES: dict[str, Language] = {
         False,
         re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
         re.compile(
-            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{{0,20}}\")?)[ \t]+){{0,4}}"
+            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}"
+            r"(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{0,20}\")?)[ \t]+){0,4}"
             r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
             r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?:[\w]+::)*(\w+))",
             re.M,
@@ -849,9 +826,8 @@ class Access:
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
         if not hmac.compare_digest(given.encode("latin-1"), self.key.encode("utf-8")):
-            raise HttpError(
-                401, "expected the API key in the header X-API-Key", headers=(("WWW-Authenticate", "Bearer"),)
-            )
+            challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 wants one
+            raise HttpError(401, "expected the API key in the header X-API-Key", headers=challenge)
 
     def allows_origin(self, head: Head) -> bool:
         origin = head.headers.get("origin", "").lower()
@@ -897,6 +873,7 @@ class Connection:
         self.over = False  # one too many: it may ask for /health and nothing else
         self.idle = True  # between two requests, so that a shutdown may close it
         self.answered = False  # at least one request, so that it may idle longer
+        self.streaming = False  # between the head of a stream and its last chunk
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -973,8 +950,8 @@ class Connection:
             await asyncio.get_running_loop().create_future()  # not to be seen any more: its next write will tell
 
     def send_now(self, data: bytes) -> bool:
-        """Send without waiting; False, and nothing is sent, if the client is behind or has left."""
-        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+        """Send without waiting; False, and nothing is sent, if the stream is over or the client is behind or gone."""
+        if not self.streaming or self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
         self.transport.write(data)
         return True
@@ -1051,7 +1028,8 @@ class Exchange:
             # The head inside it too: a client that leaves there must not leave the events open.
             async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
                 await write(self._encode_head(status, headers))
-                if chunked and response.connect:
+                self.connection.streaming = chunked
+                if response.connect:
                     response.connect(self.connection.send_now)
                 async for block in events:
                     await write(frame(block))
@@ -1060,6 +1038,8 @@ class Exchange:
         except Exception as exception:
             error = exception if isinstance(exception, HttpError) else internal_error(exception)
             last, status, self.keep = frame(error_event(error)), error.status, False
+        finally:
+            self.connection.streaming = False
         await write(last)
         self.log(status)
 
@@ -1095,7 +1075,7 @@ class Server:
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
         self.connections: dict[asyncio.Task[None], Connection] = {}
-        self.overflow: dict[asyncio.Task[None], Connection] = {}  # those of them over the limit, oldest first
+        self.overflow: dict[asyncio.Task[None], None] = {}  # those of them over the limit, oldest first
         self.clients: Counter[str] = Counter()  # those of them within it, by address
         self.stopping = False
         self._listener: asyncio.Server | None = None
@@ -1140,23 +1120,22 @@ class Server:
             connection.transport.abort()
 
     def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
-        full = len(self.connections) - len(self.overflow) >= MAX_CONNECTIONS
+        self.connections[task] = connection
+        full = self.clients.total() >= MAX_CONNECTIONS
         connection.over = full or self.clients[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
         if not connection.over:
             self.clients[connection.address] += 1
-        else:
-            if len(self.overflow) >= MAX_OVERFLOW:
-                oldest = next(iter(self.overflow))
-                del self.overflow[oldest]
-                oldest.cancel()
-            self.overflow[task] = connection
-        self.connections[task] = connection
+            return
+        self.overflow[task] = None
+        if len(self.overflow) > MAX_OVERFLOW:
+            oldest = next(iter(self.overflow))
+            del self.overflow[oldest]
+            oldest.cancel()
 
     def _dismiss(self, task: asyncio.Task[None], connection: Connection) -> None:
         del self.connections[task]
-        if connection.over:
-            self.overflow.pop(task, None)
-        else:
+        self.overflow.pop(task, None)
+        if not connection.over:
             self.clients -= Counter([connection.address])  # which drops a client with none left
 
     async def _serve_one(self, connection: Connection) -> bool:
@@ -1194,7 +1173,10 @@ class Server:
             exchange.keep = exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
             await exchange.fail(error)
             if exchange.keep:
-                await self._skip_body(exchange, head)
+                with contextlib.suppress(HttpError):  # for its request has been answered already
+                    exchange.keep = False
+                    await connection.read_body(head)
+                    exchange.keep = True
             return
         exchange.quiet = route.open
         if head.expects:
@@ -1229,12 +1211,6 @@ class Server:
             headers.append(("Access-Control-Allow-Methods", allow))
             headers.append(("Access-Control-Allow-Headers", "Content-Type, X-API-Key, X-Request-ID, Authorization"))
         return Response(status=204, headers=tuple(headers))
-
-    async def _skip_body(self, exchange: Exchange, head: Head) -> None:
-        try:
-            await exchange.connection.read_body(head)
-        except HttpError:  # its request has been answered already
-            exchange.keep = False
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
         """Call the handler, and cancel it when its client has left."""

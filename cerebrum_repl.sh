@@ -16,7 +16,7 @@ shopt -s lastpipe || exit 1
 PROGRAM=${0##*/}
 URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
 KEY=${CEREBRUM_CM4_API_KEY:-}
-HISTORY=${XDG_STATE_HOME:-$HOME/.local/state}/cerebrum/repl_history
+HISTORY=${XDG_STATE_HOME:-${HOME-}/.local/state}/cerebrum/repl_history
 HISTSIZE=1000
 HISTTIMEFORMAT='' # shows no times, but has them in the file, where they keep pasted lines together
 
@@ -81,7 +81,8 @@ print_file() {
 	fi
 }
 
-# draw_bar STAGE DONE TOTAL: on stderr, and only where a person sees it.
+# draw_bar STAGE DONE TOTAL: on stderr, and only where a person sees it. A queue has no bar, since how
+# long it lasts is not known.
 draw_bar() {
 	local label number='^[0-9]{1,9}$' bar='########################'
 	[[ -t 2 ]] || return 0
@@ -93,7 +94,7 @@ draw_bar() {
 	esac
 	BAR=shown
 	printf '\r\e[K%s' "$label" >&2
-	if [[ $2 =~ $number && $3 =~ $number ]] && ((10#$3 > 0 && 10#$2 <= 10#$3)); then
+	if [[ $1 != queued && $2 =~ $number && $3 =~ $number ]] && ((10#$3 > 0 && 10#$2 <= 10#$3)); then
 		printf ' [%-*.*s] %d %%' ${#bar} $((${#bar} * 10#$2 / 10#$3)) "$bar" $((100 * 10#$2 / 10#$3)) >&2
 	fi
 }
@@ -302,7 +303,7 @@ language_of() {
 }
 
 expand_home() {
-	printf '%s' "${1/#~\//$HOME/}"
+	printf '%s' "${1/#~\//${HOME-}/}"
 }
 
 open_file() {

@@ -37,16 +37,19 @@ if __name__ == "__main__":
 import asyncio
 import contextlib
 import functools
+import io
 import json
 import random
 import re
 import signal
+import socket
 import time
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_common import (
@@ -109,7 +112,7 @@ DRAIN_SECONDS = 10.0  # running completions have so long when we are told to sto
 FAILURES_TO_OPEN = 3  # in a row
 OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause; each failed trial doubles it up to the second
 JITTER = 0.2  # of every pause, so that several Pis do not come back in step
-TRIAL_SECONDS = 60.0  # a trial without a token for so long has failed; it may have to load a model
+TRIAL_SECONDS = 180.0  # for a trial to bring a token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
 
 DEFAULT_N_CTX = 4096  # until the VPS has told
 MARGIN_TOKENS = 8  # of n_ctx that are never used
@@ -244,16 +247,16 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 MODES = ("complete", "infill", "instruct")
 PROSE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
-WORD = r"[`\"'(]?[A-Za-z0-9][\w'’+#./()-]*[`\"')]?[,:;.?!]*"
-PROSE = re.compile(rf"{WORD}(?: (?:{WORD}|[-–&]))*")  # noqa: RUF001
+WORD = r"[`\"'(]?[A-Za-z0-9][\w'\u2019+#./()-]*[`\"')]?[,:;.?!]*"
+PROSE = re.compile(rf"{WORD}(?: (?:{WORD}|[-\u2013&]))*")
 DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|both|your)"
 VERBS = (
-    "add build change check clean complete compute calculate convert count create debug define describe design "
-    "document explain extract find finish fix format generate get give help implement improve inline insert list "
-    "make merge migrate modernize modify move optimise optimize parse port print produce provide read reduce "
-    "refactor remove rename reorder replace restructure reverse review rewrite show shorten simplify solve sort "
-    "split summarise summarize switch tell test transform translate turn update use vectorize wrap write"
-).split()  # noqa: SIM905
+    "add|build|change|check|clean|complete|compute|calculate|convert|count|create|debug|define|describe|design|"
+    "document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|inline|insert|list|"
+    "make|merge|migrate|modernize|modify|move|optimise|optimize|parse|port|print|produce|provide|read|reduce|"
+    "refactor|remove|rename|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|"
+    "split|summarise|summarize|switch|tell|test|transform|translate|turn|update|use|vectorize|wrap|write"
+)
 # `use a::b`, `delete a`, `print a`, `test a`: what is code as often as English needs an article after it.
 PLAIN_VERBS = r"(?:create|debug|describe|document|explain|generate|give|help|implement|improve|optimi[sz]e|refactor|" \
     r"rewrite|simplify|translate|write)"  # fmt: skip
@@ -262,18 +265,18 @@ ASKS = re.compile(
     rf"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
     rf"|(?:given) {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
     rf"|(?:an? |the )?(?:\w+ )?(?:function|program|script|class|method|module|code|snippet) (?:that|to|which) \w+"
-    rf"|(?:{'|'.join(VERBS)})(?: up)? {DETERMINER}\b|{PLAIN_VERBS} \w",
+    rf"|(?:{VERBS})(?: up)? {DETERMINER}\b|{PLAIN_VERBS} \w",
     re.IGNORECASE,
 )
 # Above code, most comments begin with a verb and describe it. An instruction says "this" code, or rewrites it.
 EDITS = re.compile(
     r"(?:please\s+)?(?:(?:refactor|rewrite|modernize|optimi[sz]e|simplify|translate|vectorize|port|migrate)\b"
-    rf"|(?:{'|'.join(VERBS)})(?: up)? (?:(?:this|these|it)(?: (?:code|function|class|method|loop|file|script|program"
-    r"|struct|type|module|snippet|query|test|tests))?(?:$|[.:,!]| (?:to|into|in|as|using|with|so|from|by|for|async|faster"
-    r"|more|less|safe|generic|thread|work|idiomatic|shorter|simpler|readable|recursive|iterative)\b)"
+    rf"|(?:{VERBS})(?: up)? (?:(?:this|these|it)(?: (?:code|function|class|method|loop|file|script|program"
+    r"|struct|type|module|snippet|query|test|tests))?(?:$|[.:,!]| (?:to|into|in|as|using|with|so|from|by|for|async"
+    r"|faster|more|less|safe|generic|thread|work|idiomatic|shorter|simpler|readable|recursive|iterative)\b)"
     r"|.{0,80}\b(?:to|in|of|from|for) (?:this|the following|these)\b|.{0,80}\b(?:the following|below)\b"
-    r"|(?:type (?:hints|annotations)|docstrings?|documentation|error handling|logging|comments|unit tests|tests)(?:$|[.:,!]"
-    r"| (?:to|for|here|everywhere)\b)))",
+    r"|(?:type (?:hints|annotations)|docstrings?|documentation|error handling|logging|comments|unit tests|tests)"
+    r"(?:$|[.:,!]| (?:to|for|here|everywhere)\b)))",
     re.IGNORECASE,
 )
 OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.]|->|=>|\b(?:and|or|not|in|return|else|do))$")
@@ -318,8 +321,7 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     over a signature whose body is missing → None, for that is a comment and the code it announces.
     """
     text = prompt.lstrip()
-    first, _, rest = text.partition("\n")
-    first = first.strip()
+    first = text.partition("\n")[0].strip()
     if not first or len(first) > PROSE_CHARACTERS:
         return None
     if ASKS.match(first) and PROSE.fullmatch(first):
@@ -335,7 +337,8 @@ def _leading_comment(text: str, language: Language) -> tuple[str, str]:
     if language.block_comment and text.startswith(language.block_comment[0]):
         comment, _, code = text.partition(language.block_comment[1])
         return " ".join(re.sub(r"^[ \t]*/?\*+ ?", "", comment, flags=re.M).split()), code.lstrip("\r\n")
-    lines, end = [], 0
+    lines: list[str] = []
+    end = 0
     while text.startswith(language.line_comment, end) and len(lines) < 20:
         stop = text.find("\n", end) + 1 or len(text)
         lines.append(text[end:stop].strip().lstrip(language.line_comment + "!").strip())
@@ -360,8 +363,9 @@ MIN_RATIO, MAX_RATIO = 0.75, 4.5
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
 SUFFIX_SHARE = 8  # an infill's suffix gets one in so many: it follows the prefix, so each keystroke reads it anew
 MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom, and leaving it out saves nothing
-MAX_NESTING = 8
+MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
 LEFT_OUT = "... lines left out"
+FURTHER_UP = "from further up in this file:"
 ASK = "Answer with the code alone, in one fenced ```{language} block, without any explanation."
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
 LINE_START = re.compile(
@@ -408,7 +412,7 @@ def weigh(text: str) -> int:
     return 2 * size - len(text) + 2 * sum(map(text.count, "0123456789"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Definition:
     """A line that defines `name`; `start` is where the line does, `parent` the definition around it."""
 
@@ -438,8 +442,9 @@ class Source:
         self.text, self.language = text, language
         self.newline = "\r\n" if "\r\n" in text[:4096] else "\n"
         self.definitions: list[Definition] = []
+        self.by_name: dict[str, list[Definition]] = {}
         stack: list[Definition] = []
-        for match in language.defines.finditer(text):
+        for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
             indent = self.indent(start)
             while stack and stack[-1].indent >= indent:
@@ -447,6 +452,7 @@ class Source:
             parent = stack[-1] if stack and len(stack) < MAX_NESTING else None
             stack.append(Definition(name, start, indent, parent))
             self.definitions.append(stack[-1])
+            self.by_name.setdefault(stack[-1].name, []).append(stack[-1])
 
     def indent(self, start: int) -> int:
         match = INDENT.match(self.text, start)
@@ -484,7 +490,7 @@ class Source:
         start, header = self.lead(definition), self.header_end(definition)
         stop = min(start + limit, len(self.text))
         left = self.leaves(definition, header, stop)
-        if header > stop or not left and stop < len(self.text):
+        if header > stop or (not left and stop < len(self.text)):
             return None
         if left and left[0].endswith("}"):
             end = self.line_end(left.start())
@@ -515,7 +521,7 @@ class Source:
     def imports(self, stop: int) -> list[Piece]:
         """The imports before `stop`, each with all of its lines."""
         pieces, end = [], 0
-        for match in self.language.imports.finditer(self.text, 0, stop):
+        for match in islice(self.language.imports.finditer(self.text, 0, stop), MAX_IMPORTS):
             if match.start() < end:
                 continue
             end = self.line_end(match.end())
@@ -549,145 +555,137 @@ def _outside(indent: int, indented: bool) -> re.Pattern[str]:
 
 
 class Fit:
-    """What of a text that is too long is sent: imports and definitions that are needed, then a window up to its end.
+    """What of a text that is too long is sent: imports, definitions that are needed, and a window up to its end.
 
-    Whatever decides is computed from quantised positions, so that while someone types at the end only the end of the
-    result changes: the window starts on a grid, and names count for the definitions by the grid cell they are in.
+    While someone types at the end, only the end of the result may change, or the VPS reads it all anew. So all that
+    comes first is decided by the text before `still`, a position that moves in steps; what the lines behind it need is
+    put between them, as comments, and a new need changes nothing before the statement that has it.
     """
 
-    def __init__(self, text: str, language: Language, room: int, about: str = "") -> None:
+    def __init__(self, text: str, language: Language, room: int, about: str) -> None:
         self.source, self.room, self.about = Source(text, language), room, about
-        self.step = 1 << max(0, (room // 8).bit_length() - 1)
+        self.step = 1 << max(5, (room // 4).bit_length() - 1)
+        cell = self.step // 4
+        self.still = max(0, len(text) - cell) // self.step * self.step
         self.cuts = self.source.repeated()
         self.spared = [*accumulate((cut.end - cut.start for cut in reversed(self.cuts)), initial=0)][::-1]
         self.mark = f"{language.line_comment} {LEFT_OUT}{self.source.newline}"
-        start = self.window_start(room * (3 if about else 5) // 8)
-        self.pieces = self.select(start)
-        head = weigh(self.render(self.pieces, start))
-        self.start = self.window_start(room - head - len(self.mark) * 4)
-        self.pieces = [piece for piece in self.pieces if piece.end <= self.start]
-        while self.pieces and weigh(self.result()) > room:
-            self.pieces.pop()  # the least needed is last
-
-    def result(self) -> str:
-        return self.render(self.pieces, self.start) + self.window(self.start)
-
-    def window(self, start: int) -> str:
-        """The text from `start` on, without what is repeated in it."""
-        out, at = [], start
-        for cut in self.cuts[bisect_left(self.cuts, start, key=lambda cut: cut.start) :]:
-            out += [self.source.text[at : cut.start], self.mark]
-            at = cut.end
-        return "".join([*out, self.source.text[at:]])
+        self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position
+        room -= self.step + cell + room // 8  # the lines behind `still`, and what is put between them
+        self.start = self.window_start(room * 3 // 8 if about else room * 5 // 8)
+        self.select(room)
+        self.start = self.window_start(room - weigh(self.render(self.taken, self.start)))
+        self.taken = {piece: 0 for piece in self.taken if piece.end <= self.start}
+        places = [self.statement(at, at + cell // 2) for at in range(self.still, len(text) - cell // 2, cell)]
+        places = [place for place in places if place >= self.start and self.starts_line(place)]
+        room = self.room // 8
+        for place, stop in pairwise([*places, len(text)] if places else [0, len(text)]):
+            room = self.take(self.needed(names_in(text[max(place, self.start) : stop])[::-1]), room, place)
 
     def window_start(self, room: int) -> int:
-        """The start of the longest window in the room: where a statement begins, just after a multiple of the step."""
-        end, step = len(self.source.text), self.step
-        while step:
-            grid = range(0, end, step)
-            for position in grid[bisect_left(grid, -room, key=lambda position: -self.size(position)) :]:
-                start = self.statement(position, min(position + step // 2, end)) if position else 0
-                if weigh(self.window(start)) <= room:
-                    if end - start >= step:
-                        return start
-                    break
-            step //= 4
-        return end
+        """Where a statement begins from which on the text before `still` fits into the room."""
+        cell = self.step // 4
+        grid = range(0, self.still, cell)
+        for position in grid[bisect_left(grid, -room, key=lambda position: -self.size(position)) :]:
+            start = self.statement(position, position + cell // 2) if position else 0
+            if weigh(self.window(start, self.still)) <= room:
+                return start
+        return self.still
 
     def size(self, start: int) -> int:
-        """How many characters the window from `start` on has."""
-        cut = bisect_left(self.cuts, start, key=lambda cut: cut.start)
-        return len(self.source.text) - start - self.spared[cut]
+        """How many characters the window from `start` to `still` has without what is repeated."""
+        return self.still - start - self.spared[bisect_left(self.cuts, start, key=lambda cut: cut.start)]
 
     def statement(self, start: int, stop: int) -> int:
         """The first of the least indented statements that begin in the range, else its start."""
+        found = [
+            match for match in LINE_START.finditer(self.source.text, start, stop) if self.starts_line(match.start())
+        ]
+        return min(found, key=lambda match: match.end() - match.start()).start() if found else start
+
+    def starts_line(self, position: int) -> bool:
+        return self.source.text[position - 1 : position] in ("", "\n")
+
+    def select(self, room: int) -> None:
+        """Take the imports and definitions before the window that it needs, and what resembles the instruction."""
         text = self.source.text
-        best, least = start, 1 << 30
-        for match in LINE_START.finditer(text, start, stop):
-            if match.end() - match.start() < least and (match.start() == 0 or text[match.start() - 1] == "\n"):
-                best, least = match.start(), match.end() - match.start()
-        return best
-
-    def select(self, start: int) -> list[Piece]:
-        """The imports and definitions before `start` that the rest needs, the most needed first."""
-        text, near = self.source.text, max(start, len(self.source.text) // self.step * self.step)
-        recent, earlier = names_in(text[near:]), names_in(text[start:near])
-        pieces = self.take(self.needed(recent, start), self.room // 8)
-        pieces += self.take(self.needed(earlier, start), self.room // 8)
+        names = names_in(text[self.start : self.still])
         if self.about:
-            pieces += self.take(self.resembling(start), self.room * 2 // 8)
-        imports = self.source.imports(start)
-        used = {name for name, _ in [*recent, *earlier]}
-        imports.sort(
-            key=lambda piece: used.isdisjoint(match[2] for match in NAME.finditer(text, piece.start, piece.end))
+            room = self.take(self.resembling(), room * 3 // 8, 0) + room // 8
+        used = {name for name, _ in names}
+        imports = sorted(
+            self.source.imports(self.start),
+            key=lambda piece: used.isdisjoint(match[2] for match in NAME.finditer(text, piece.start, piece.end)),
         )
-        return self.take(([piece] for piece in imports), self.room // 8) + pieces
+        self.take(([[piece]] for piece in imports), room // 8, 0)
+        self.take(self.needed(names), room // 4, 0)
 
-    def take(self, groups: Iterable[list[Piece]], room: int) -> list[Piece]:
-        """Pieces from the groups, in their order, as long as there is room."""
-        taken: list[Piece] = []
-        for group in groups:
-            cost = sum(
-                weigh(self.source.text[piece.start : piece.end]) + 40 * len(piece.around) + 20 for piece in group
-            )
-            if cost <= room:
-                room -= cost
-                taken += group
+    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int) -> int:
+        """For each thing that is wanted, the first form of it that there is room for; and the room that is left."""
+        for forms in wanted:
+            for pieces in forms:
+                new = [piece for piece in pieces if piece not in self.taken]
+                cost = sum(
+                    weigh(self.source.text[piece.start : piece.end]) + 40 * len(piece.around) + 20 for piece in new
+                )
+                if cost <= room:
+                    room -= cost
+                    self.taken |= dict.fromkeys(new, place)
+                    break
             if room < 60:
                 break
-        return taken
+        return room
 
-    def needed(self, names: Sequence[tuple[str, bool]], start: int) -> Iterator[list[Piece]]:
-        """The definitions before `start` of the names, each whole or, where it is too large, in outline."""
-        wanted, found = {name for name, _ in names}, {}
-        for definition in self.source.definitions:
-            if definition.name in wanted:
-                found.setdefault(definition.name, []).append(definition)
-        around = set(self.source.enclosing(start))
-        for name, attribute in names:
-            known = [one for one in found.get(name, ()) if attribute or not one.indent or one.parent in around]
-            if not known or known[-1].start >= start:
-                continue
-            inside = [one for one in known if one.parent in around]
-            if inside or len(known) <= 3:
-                yield self.shown((inside or known)[-1])
+    def needed(self, names: Sequence[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
+        """The definitions of the names, unless the window has them. Members of a class count if named as such."""
+        around = self.source.enclosing(self.start)
+        for name, member in names:
+            known = [
+                one
+                for one in self.source.by_name.get(name, ())
+                if one.start < self.still and (member or not one.indent or one.parent in around)
+            ]
+            if known and known[-1].start < self.start and len(known) <= 3:
+                yield from map(self.forms, known[-1:] if self.source.language.indented else known)
 
-    def shown(self, definition: Definition) -> list[Piece]:
-        whole = self.source.whole(definition, self.room // 12)
-        return [whole] if whole else self.source.outline(definition)
+    def forms(self, definition: Definition) -> Iterator[list[Piece]]:
+        """A definition whole, in outline, and its header alone."""
+        if whole := self.source.whole(definition, self.room // 12):
+            yield [whole]
+        outline = self.source.outline(definition)
+        yield from (outline, outline[:1])
 
-    def resembling(self, start: int) -> Iterator[list[Piece]]:
-        """Definitions before `start`, by how many of the instruction's words they contain; rare words count for more."""
+    def resembling(self) -> Iterator[Iterable[list[Piece]]]:
+        """Definitions before the window, by how many of the instruction's words they contain, rare words first."""
         text = self.source.text.lower()
         text = text if len(text) == len(self.source.text) else self.source.text
-        starts = [definition.start for definition in self.source.definitions if definition.start < start]
-        scores: dict[int, float] = {}
-        words = {word.lower() for word in re.findall(r"[^\W\d]\w{2,}", self.about[:2000])}
-        for word in sorted(words)[:40]:
-            units = {
-                bisect_right(starts, match.start()) - 1 for match in islice(re.finditer(re.escape(word), text), 2000)
-            }
-            for unit in units - {-1}:
+        starts = [definition.start for definition in self.source.definitions if definition.start < self.start]
+        scores: Counter[int] = Counter()
+        for word in sorted({word.lower() for word in re.findall(r"[^\W\d]\w{2,}", self.about[:2000])})[:40]:
+            found = islice(re.finditer(re.escape(word), text), 2000)
+            units = {bisect_right(starts, match.start()) - 1 for match in found} - {-1}
+            for unit in units:
                 named = self.source.definitions[unit].name.lower() == word
-                scores[unit] = scores.get(unit, 0) + (10 if named else 1) / len(units)
-        for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
-            yield self.shown(self.source.definitions[unit])
+                scores[unit] += (1000 if named else 100) // len(units)
+        for unit, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:40]:
+            yield self.forms(self.source.definitions[unit])
 
-    def render(self, pieces: Sequence[Piece], start: int) -> str:
+    def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
         """The pieces in the text's order, with the headers around them and marks where something is left out."""
         source, out, at = self.source, list[str](), 0
         opened: list[Definition] = []
-        last = Piece(start, start, source.enclosing(start))
-        for piece in (*sorted(pieces, key=lambda piece: (piece.start, -piece.end)), last):
+        ordered = sorted(pieces, key=lambda piece: (piece.start, -piece.end))
+        if window is not None:
+            ordered.append(Piece(window, window, source.enclosing(window)))
+        for piece in ordered:
             if piece.start < at:
                 continue
-            common = sum(1 for one, other in zip(opened, piece.around, strict=False) if one is other)
-            for number, definition in enumerate(reversed(opened[common:])):
-                if not number and source.text[at : piece.start].strip(" \t\r\n}"):
-                    out.append(" " * (definition.indent + 4) + self.mark)
-                    at = piece.start
-                if not source.language.indented:
-                    out.append(" " * definition.indent + "}" + source.newline)
+            common = sum(one is other for one, other in zip(opened, piece.around, strict=False))
+            if opened[common:] and source.text[at : piece.start].strip(" \t\r\n}"):
+                out.append(" " * (opened[-1].indent + 4) + self.mark)
+                at = piece.start
+            if not source.language.indented:
+                out += [" " * one.indent + "}" + source.newline for one in reversed(opened[common:])]
             del opened[common:]
             for definition in piece.around[common:]:
                 opened.append(definition)
@@ -704,20 +702,40 @@ class Fit:
         text = self.source.text[start:stop]
         if not text.strip():
             return text[-200:]
-        return self.source.text[stop : stop + self.source.indent(stop)][:80] + self.mark
+        return self.source.text[stop : stop + min(self.source.indent(stop), 80)] + self.mark
+
+    def window(self, start: int, stop: int) -> str:
+        """The text of a range without what is repeated in it."""
+        out, first = [], bisect_left(self.cuts, start, key=lambda cut: cut.start)
+        for cut in self.cuts[first : bisect_left(self.cuts, stop, key=lambda cut: cut.start)]:
+            out += [self.source.text[start : cut.start], self.mark]
+            start = cut.end
+        return "".join([*out, self.source.text[start:stop]])
+
+    def result(self) -> str:
+        text, at = self.render([piece for piece, place in self.taken.items() if not place], self.start), self.start
+        for place in sorted({place for place in self.taken.values() if place}):
+            text, at = text + self.window(at, place) + self.note(place), place
+        return text + self.window(at, len(self.source.text))
+
+    def note(self, place: int) -> str:
+        """What the lines behind `place` need, as comments."""
+        lead = " " * min(self.source.indent(place), 80) + self.source.language.line_comment + " "
+        text = self.render([piece for piece, at in self.taken.items() if at == place])
+        return "".join(lead + line for line in [FURTHER_UP + self.source.newline, *text.splitlines(keepends=True)])
 
     def kept(self) -> dict[str, Any]:
         """For a person: `{"parts": [...], "lines": "1-9, 40-58, 310-402", "definitions": [names]}`."""
         text, ranges, number, at = self.source.text, list[str](), 1, 0
-        pieces = sorted({piece for piece in self.pieces if piece.end > piece.start}, key=lambda piece: piece.start)
+        pieces = sorted((piece for piece in self.taken if piece.end > piece.start), key=lambda piece: piece.start)
         for piece in (*pieces, Piece(self.start, len(text))):
             number += text.count("\n", at, piece.start)
             last = number + text.count("\n", piece.start, max(piece.start, piece.end - 1))
             ranges.append(f"{number}-{last}" if last > number else f"{number}")
             at = piece.start
-        starts = {piece.start for piece in pieces}
-        names = [one.name for one in self.source.definitions if one.start in starts or self.source.lead(one) in starts]
-        parts = ["imports"] * bool(len(names) < len(pieces)) + ["definitions"] * bool(names) + ["window"]
+        spans = [(piece.start, piece.end) for piece in pieces]
+        names = [one.name for one in self.source.definitions if any(start <= one.start < end for start, end in spans)]
+        parts = ["imports"] * (len(names) < len(pieces)) + ["definitions"] * bool(names) + ["window"]
         return {"parts": parts, "lines": ", ".join(ranges), "definitions": names}
 
 
@@ -730,8 +748,13 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     """What of `text` is sent if it may weigh `room`, and a description of it; all of it, unchanged, if it fits."""
     if len(text) <= room and weigh(text) <= room:
         return text, {"parts": ["all"]}
-    fitted = Fit(text, language, room, about)
-    return fitted.result(), fitted.kept()
+    share = room
+    while share > 64:
+        fitted = Fit(text, language, share, about)
+        if weigh(result := fitted.result()) <= room:
+            return result, fitted.kept()
+        share = share * 3 // 4  # digits or rare characters behind `still`
+    return fit_start(text[: -room - 1 : -1], room)[::-1], {"parts": ["window"]}
 
 
 def fit_start(text: str, room: int) -> str:
@@ -1225,6 +1248,8 @@ class Upstream:
                     transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
             except ConnectionRefusedError:
                 raise VpsFailure("connection refused") from None
+        # The kernel would take in megabytes that a client who does not read has no use for.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
     def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
@@ -1495,8 +1520,7 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
 async def complete(gateway: Gateway, request: Request) -> Response:
     """A completion in one piece, collected from the same events."""
     fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
-    pieces: list[str] = []
-    size, last = 0, b""
+    completion, size, last = io.StringIO(), 0, b""
     async with contextlib.aclosing(gateway.complete(Job(fields))) as events:
         async for block in events:
             size += len(block)
@@ -1505,10 +1529,10 @@ async def complete(gateway: Gateway, request: Request) -> Response:
             for event in block.split(b"\n\n"):
                 if event.startswith(b"data: "):
                     last = event
-                    pieces.append(json.loads(event[6:]).get("token", ""))
+                    completion.write(json.loads(event[6:]).get("token", ""))
     result = json.loads(last[6:])
     del result["done"]
-    return Response({"completion": "".join(pieces), **result})
+    return Response({"completion": completion.getvalue(), **result})
 
 
 async def models(gateway: Gateway, request: Request) -> Response:

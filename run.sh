@@ -89,13 +89,13 @@ with_clock() {
 }
 
 make_venv() {
-	local stamp=.venv/installed-$1 wanted label='installing Python packages'
+	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
 	[[ -x $PYTHON ]] || python3 -m venv .venv
-	wanted=$(requirements "$1")
-	[[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0
+	requirements "$1" >"$wanted"
+	! cmp -s "$wanted" "$installed" || return 0
 	have_llama || label='building llama.cpp (about 3 minutes, once)'
-	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r /dev/stdin <<<"$wanted"
-	printf '%s\n' "$wanted" >"$stamp"
+	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
+	mv "$wanted" "$installed"
 }
 
 setup() {

@@ -26,6 +26,7 @@ import asyncio
 import bisect
 import codecs
 import contextlib
+import copy
 import ctypes
 import fcntl
 import hashlib
@@ -34,6 +35,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import struct
@@ -67,6 +69,7 @@ from cerebrum_common import (
     ConfigError,
     Field,
     HttpError,
+    Language,
     Model,
     Request,
     Response,
@@ -410,7 +413,8 @@ class Drafter:
     def _matched(self, place: tuple[int, int]) -> int:
         """How many of the last tokens also stand before `place`."""
         own, other, count = self.sources[0], self.sources[place[0]], 0
-        while count < RUN_BUCKETS[-1] and count < min(len(own), place[1]) and own[-1 - count] == other[place[1] - 1 - count]:
+        limit = min(RUN_BUCKETS[-1], len(own), place[1])
+        while count < limit and own[-1 - count] == other[place[1] - 1 - count]:
             count += 1
         return count
 
@@ -570,18 +574,674 @@ class TextAssembler:
         return text if reason else text + self.ending.flush()
 
 
-class Ending:
-    """Where a completion ends by itself."""
+# ------------------------------------------------------------------------------- policy: the natural end
+#
+# A completion passes through one or two stages. A stage takes one character at a time, so that no split of the text
+# into tokens can change the outcome, and decides how much of its text may go out (`safe`) and whether it is over
+# (`reason`, and `safe` is then where). What is undecided waits, seldom more than a line's beginning.
 
-    def __init__(self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str) -> None:
-        self.prompt = prompt
+REST_CHARS = 64  # of the cursor's line after the cursor, compared with what is written
+EARLY_CHARS = 12  # so much of the suffix's line, written again, is no coincidence: the rest need not be computed
+AHEAD_CHARS = 32  # how far an infill may go on after its first line in search of the suffix
+HEADER_COLUMNS = 4  # how much deeper a body is than its header, at least usually
+CHATTER_CHARS = 4000  # before a chat's first fence; if there is none by then, it was no chatter
+REPEATED_LINES = 6  # the same line so often in a row is a model that starts over ...
+REPEATED_DATA = 24  # ... unless it is data (a comma at its end) or only closes something
+REPEATED_COPIES = 3  # of a block of two or more lines
+PERIOD_LINES = 24  # in such a block
+PERIOD_CHARS = 160  # a line that ends in so much of one short pattern never ends
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """(text that may be sent now, reason or None)."""
-        return text, None
+FUNCTION = re.compile(r"(?:async\s+)?def\b")
+DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
+COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
+CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
+BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))\s*$")
+FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([^`\n]*)")
+SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
+PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
+PAIRS = {")": "(", "]": "[", "}": "{"}
+
+
+class Scanner:
+    """Follows source code character by character: its strings, comments, brackets and statements.
+
+    `closer` ends the literal or comment that the text is in ("" in code). `stack` holds the open brackets, each with
+    the code before it in its statement and its line's indentation; `head` is the code of the statement so far, `last`
+    its last character. `starting`: only white space has come since a line (in Python: a statement) began, `indent`
+    columns of it. For Python, `blocks` are the (indentation, header) of those open after the last whole statement.
+    """
+
+    def __init__(self, language: Language, text: str = "") -> None:
+        self.language = language
+        self.comments = [(language.line_comment, "\n"), *filter(None, [language.block_comment])]
+        self.comments += [("#", "\n")] * language.directives
+        literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
+        self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
+        self.opener_ends = {opener[-1] for opener, _ in self.openers}
+        self.opener = self.closer = self.tail = self.head = self.last = ""
+        self.since = 0  # characters since the literal or comment opened
+        self.escaped = self.in_class = False
+        self.stack: list[tuple[str, str, int]] = []
+        self.unmatched = 0  # closing brackets of what was opened before the text
+        self.blocks: list[tuple[int, str]] = []
+        self.fresh = False  # the innermost block has no body yet, but perhaps a docstring
+        self.starting, self.indent = True, 0
+        for char in text:
+            self.step(char)
+
+    @property
+    def in_comment(self) -> bool:
+        return (self.opener, self.closer) in self.comments
+
+    @property
+    def in_parens(self) -> bool:
+        return bool(self.stack) and self.stack[-1][0] in "(["
+
+    @property
+    def opened(self) -> int | None:
+        """The indentation of the header right before this point, if it opened a block that has no body yet."""
+        if not self.language.indented:
+            return self.stack[-1][2] if self.last == "{" and self.stack else None
+        if self.head.strip():
+            return self.indent if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip()) else None
+        return self.blocks[-1][0] if self.fresh else None
+
+    def enclosing(self, indent: int) -> list[tuple[int, str]]:
+        """The open blocks that a statement at this indentation is in."""
+        return [block for block in self.blocks if block[0] < indent]
+
+    def step(self, char: str) -> None:
+        self.tail = self.tail[-3:] + char
+        self.since += 1
+        if char in self.opener_ends and (pair := self._opening()):
+            self.opener, self.closer = pair
+            self.since, self.escaped, self.in_class, self.starting = 0, False, False, False
+        elif self.closer:
+            self._in_literal(char)
+        else:
+            self._in_code(char)
+
+    def _opening(self) -> tuple[str, str] | None:
+        """The literal or comment whose opening the last character completes, in code or right after a shorter one."""
+        for opener, closer in self.openers:
+            if not self.tail.endswith(opener):
+                continue
+            if self.closer:
+                if self.since < len(opener) and opener[: -self.since].endswith(self.opener):
+                    return opener, closer
+            elif opener == "'":
+                return None if self.tail[-2:-1].isdigit() else (opener, closer)  # C++ and its 1'000'000
+            elif opener == "/":
+                return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(self.head) else None
+            elif opener != "#" or not self.language.directives or self.starting:
+                return opener, closer
+        return None
+
+    def _in_literal(self, char: str) -> None:
+        if self.since == 2 and self.opener == "'" in self.language.ambiguous and char != "'" and self.tail[-2] != "\\":
+            self.closer = ""  # a lifetime
+            self._in_code(char)
+            return
+        comment = self.in_comment
+        if self.escaped:
+            self.escaped = False
+        elif char == "\\" and self.opener not in self.language.raw and (not comment or self.language.directives):
+            self.escaped = True
+        elif self.opener == "/" and char in "[]":
+            self.in_class = char == "["
+        elif self.tail.endswith(self.closer) and self.since >= len(self.closer) and not self.in_class:
+            if self.since > len(self.closer):  # after an empty string, one more quote makes it a triple one
+                self.tail = ""
+            self.closer = ""
+            self.last = self.last if comment else '"'
+            if char == "\n":
+                self._in_code(char)
+        elif char == "\n" and self.opener not in self.language.multiline and self.closer != "*/":
+            self.closer = ""  # never closed
+            self._in_code(char)
+        elif self.opener == "`" and self.tail.endswith("${") and "/" in self.language.ambiguous:
+            self.stack.append(("${", self.head, self.indent))
+            self.closer = ""
+
+    def _in_code(self, char: str) -> None:
+        if char == "\n":
+            self._newline()
+            return
+        if self.starting and char in " \t":
+            self.indent += 1 if char == " " else 8 - self.indent % 8
+            return
+        self.starting = False
+        if char in "([{":
+            self.stack.append((char, self.head, self.indent))
+            self.head = "" if char == "{" and not self.language.indented else self.head + char
+        elif char in PAIRS:
+            self._close(char)
+        elif char == ";" and not self.language.indented and not self.in_parens:
+            self.head = ""
+        else:
+            self.head = (self.head if len(self.head) < 1000 else self.head[:500]) + char
+        self.last = self.last if char in " \t\r" else char
+
+    def _close(self, char: str) -> None:
+        depth = len(self.stack) - 1
+        while depth >= 0 and self.stack[depth][0][-1] != PAIRS[char]:
+            depth = -1 if self.stack[depth][0] == "{" else depth - 1  # a stray ) does not close a block
+        if depth < 0:
+            self.unmatched += 1
+            return
+        kind, header, _ = self.stack[depth]
+        del self.stack[depth:]
+        if kind == "${":
+            self.opener, self.closer, self.since = "`", "`", 9
+        elif char != "}" or self.language.indented:
+            self.head += char
+        else:
+            self.head = header + "{}" if self.in_parens else ""
+
+    def _newline(self) -> None:
+        if not self.language.indented:
+            self.starting, self.indent = True, 0
+            if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
+                self.head = "" if self.head.endswith("\n") or self.last == ":" else self.head + "\n"  # : is a label's
+        elif self.stack or self.last == "\\":
+            self.last = self.last.strip("\\")
+        else:
+            head = self.head.strip()
+            if head and head.lower() != "r":  # else a comment or a docstring
+                self.blocks, self.fresh = self.enclosing(self.indent), self.last == ":"
+                self.blocks += [(self.indent, head)] * self.fresh
+            self.starting, self.indent, self.head, self.last = True, 0, "", ""
+
+
+class Stage:
+    """Text in, text out, until `reason`. `step` sees each character, and moves `safe`, the length that may go out."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.safe = self.sent = 0
+        self.reason: str | None = None
+
+    def step(self, char: str) -> None:
+        raise NotImplementedError
+
+    def end(self, reason: str, at: int) -> None:
+        self.reason, self.safe = reason, max(at, self.safe)
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        for char in piece:
+            self.step(char)
+            if self.reason:
+                break
+        out, self.sent = self.text[self.sent : self.safe], self.safe
+        return out, self.reason
 
     def flush(self) -> str:
+        return self.text[self.sent :]
+
+
+class Lines(Stage):
+    """Code that is judged where a line begins (`outside`) and where it ends (`ended`).
+
+    `mark` is the end of the last line that is not blank: there the completion ends if what follows is outside.
+    """
+
+    def __init__(self, scanner: Scanner, line: str) -> None:
+        super().__init__()
+        self.scanner, self.line = scanner, line  # the line so far, with what the prompt has of it
+        self.held = scanner.starting  # the line has not shown yet whether it is outside
+        self.mark = self.before = 0
+        self.dropped = 0  # of the last line end, if the completion ends there
+        self.ticks = 0  # of a fence, which is no code in any of the languages
+
+    def is_boundary(self) -> bool:
+        """Whether the line end just read is one that counts."""
+        return not self.scanner.closer
+
+    def outside(self, word: str) -> str | None:
+        """Why the line that begins with `word` is past the end; "": it is not; None: more of it must be seen."""
+        raise NotImplementedError
+
+    def ended(self, line: str) -> str | None:
+        """Why the completion is over with this line, if it is."""
+        raise NotImplementedError
+
+    def step(self, char: str) -> None:
+        self.ticks = self.ticks + 1 if char == "`" and (self.ticks or not self.scanner.closer) else 0
+        self.text += char
+        self.scanner.step(char)
+        reason: str | None = None
+        if self.ticks == len("```"):
+            self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
+        elif char == "\n" and self.is_boundary():
+            line, self.line, self.held = self.line.strip(), "", True
+            if line:
+                self.before, self.mark = self.mark, len(self.text) - self.dropped
+            reason = self.ended(line)
+        else:
+            self.line = "" if char == "\n" else self.line + char
+            if self.held and not self.ticks and (word := self.line.strip()):
+                reason = self.outside(word)
+                self.held = reason != ""
+            if not self.held:
+                self.safe = len(self.text) - self.ticks
+        if reason:
+            self.end(reason, self.mark)
+
+
+def continues(word: str) -> str | None:
+    """`outside` of what follows a closed block that may have an `else`: "" if it is one, None if it may become one."""
+    name = re.match(r"\w*", word)
+    if name and name[0] != word:
+        return "" if name[0] in CLAUSES else "block"
+    return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
+
+
+class IndentedBlock(Lines):
+    """Python: ends before the first statement outside of the block that was asked for.
+
+    That is the outermost function open at the cursor (a class is completed method by method), else the outermost
+    other block, else the first definition that the model writes; what a statement in progress outside of all blocks
+    asks for ends at a blank line. If only white space precedes the cursor on its line, the first line written tells
+    by its indentation which blocks are open.
+    """
+
+    def __init__(self, scanner: Scanner, line: str) -> None:
+        super().__init__(scanner, line)
+        self.base: int | None = None  # lines indented no deeper are outside; -1: there is no outside; None: not known
+        self.clauses = self.statement = self.blank = False
+        head = scanner.head.strip()
+        if head or scanner.fresh:
+            blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
+            self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks)
+            self.statement = self.base == -1
+
+    def _choose(self, blocks: list[tuple[int, str]]) -> None:
+        functions = [block for block in blocks if FUNCTION.match(block[1])]
+        others = [block for block in blocks if not self.scanner.language.containers.match(block[1])]
+        self.base, header = (functions or others or blocks[-1:] or [(-1, "")])[0]
+        self.clauses = not DEFINITION.match(header)
+
+    def is_boundary(self) -> bool:
+        return self.scanner.starting
+
+    def ended(self, line: str) -> str | None:
+        blocks, self.blank = self.scanner.blocks, not line
+        if self.base == -1 and blocks and DEFINITION.match(blocks[0][1]):
+            self.base, self.clauses = 0, False
+        return "block" if self.statement and self.base == -1 and self.blank and self.mark else None
+
+    def outside(self, word: str) -> str | None:
+        scanner = self.scanner
+        if scanner.in_comment and (self.base is None or not self.blank):
+            return ""  # right below code, a comment belongs to it
+        if self.base is None:
+            self._choose(scanner.enclosing(scanner.indent))
+        assert self.base is not None
+        if scanner.indent > self.base or word[0] in PAIRS:
+            return ""
+        return continues(word) if self.clauses and scanner.indent == self.base else "block"
+
+
+class BracedBlock(Lines):
+    """The other languages: ends after the line that closes the block that was asked for, chosen as for Python.
+
+    The outermost open block whose members are not completed one by one (a function, at last with everything in it);
+    else the statement or signature in progress; else the innermost class, impl or namespace; else the first
+    function or class that the model writes. Closing brackets that follow in lines of their own come along.
+    """
+
+    def __init__(self, scanner: Scanner, line: str) -> None:
+        super().__init__(scanner, line)
+        self.base: int | None = None  # the depth of brackets at which it has ended; None: none is open yet
+        self.statement = self.clauses = False
+        self.closed = False  # and the next line may still be an `else` or a closing bracket
+        braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket[0] == "{"]
+        things = [depth for depth in braces if not scanner.language.containers.search(scanner.stack[depth][1])]
+        if things:
+            self._open(things[0])
+        elif scanner.head.strip() or scanner.in_parens:
+            self.statement, self.base = True, braces[-1] + 1 if braces else 0
+        elif braces:
+            self._open(braces[-1])
+
+    def _open(self, depth: int) -> None:
+        """The block asked for is `stack[depth]`; as an argument of a call it is the call."""
+        stack = self.scanner.stack
+        self.clauses = bool(CONTROL.search(stack[depth][1]))
+        while depth and stack[depth - 1][0] in "([":
+            depth -= 1
+        self.base = depth
+
+    def step(self, char: str) -> None:
+        super().step(char)
+        stack = self.scanner.stack
+        if self.base is None and len(stack) == 1 and char == "{" == stack[0][0]:
+            header = stack[0][1]
+            if BRACED_DEFINITION.search(header) and not CONTROL.search(header):
+                self._open(0)
+
+    def ended(self, line: str) -> str | None:
+        scanner = self.scanner
+        if self.base is None or len(scanner.stack) > self.base:
+            return None
+        if self.statement and scanner.last not in ("}", ";"):
+            return "block" if not line and self.mark else None
+        if not self.statement and scanner.last in tuple(",=(&|+?.:"):
+            return None
+        self.closed = True
+        return None if scanner.stack or self.clauses else "block"
+
+    def outside(self, word: str) -> str | None:
+        if not self.closed:
+            return ""
+        reason = "" if word[0] in PAIRS else continues(word) if self.clauses else "block"
+        self.closed = reason != ""
+        return reason
+
+
+class Gap(Lines):
+    """An infill: ends where the suffix begins again, with its line if only that is missing, or with its block.
+
+    Indentation tells which: `below` is the suffix's first line. If it is deeper than a header at the cursor (or one
+    just written), the body is there; if not, it is missing, and the gap goes on until its block is left or closed.
+    """
+
+    def __init__(self, scanner: Scanner, line: str, suffix: str) -> None:
+        super().__init__(scanner, line)
+        rest, _, after = suffix.partition("\n")
+        self.inline = bool(line.strip())
+        self.whole = not line and bool(rest.strip())  # whole lines are missing, with their line ends
+        self.dropped = int(not self.whole)
+        self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
+        below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
+        self.below, self.below_indent = below.strip(), len(below) - len(below.lstrip()) if below else -1
+        self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
+        self.indent = scanner.indent if self.inline else None  # of the gap's first statement
+        self.limit: int | None = None  # Python: the gap is a body, and lines indented no deeper are outside
+        self.floor: int | None = None  # others: the gap is a body, and what closes more brackets is outside
+        self.target: int | None = None  # others: the gap ends with the line that gets to this depth
+        self.enough: int | None = None  # the gap could end here, and does unless the suffix is found further on
+        self.ahead = AHEAD_CHARS
+        if scanner.opened is not None:
+            self._open_body(scanner.opened)
+        # Where in `rest` something closes that was opened before the cursor: what writes that, writes `rest`.
+        then = copy.deepcopy(scanner)
+        self.offset = next((place for place, char in enumerate(self.rest) if self._leaves(then, char)), None)
+        self.rest_depth = max(self.depth, len(then.stack))
+
+    def _leaves(self, scanner: Scanner, char: str) -> bool:
+        """Step; whether that has closed the string or bracket that the cursor was in."""
+        scanner.step(char)
+        if self.literal:
+            return not scanner.closer
+        return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
+
+    def _open_body(self, indent: int) -> bool:
+        """A header is indented so: whether its body is missing from the suffix."""
+        if self.below_indent > indent:
+            return False
+        depth = len(self.scanner.stack)
+        if self.scanner.language.indented:
+            self.limit = indent
+        elif self.below[:1] in PAIRS and self.below_indent == indent:
+            self.floor = depth
+        else:
+            self.target = depth - 1
+        return True
+
+    def is_boundary(self) -> bool:
+        return self.literal or not self.scanner.closer
+
+    def outside(self, word: str) -> str | None:
+        scanner = self.scanner
+        if len(word) == 1:
+            if self.limit is not None and scanner.indent <= self.limit and not scanner.stack:
+                return "block"
+            if self.floor is not None and len(scanner.stack) < self.floor:
+                return "block"
+            if self.indent is None and not scanner.in_comment:
+                self.indent = scanner.indent
+        if self.below.startswith(word) and scanner.indent == self.below_indent:
+            return "stop" if len(word) >= EARLY_CHARS else None
+        if self.enough is None:
+            return ""
+        assert self.indent is not None
+        if len(scanner.stack) < self.depth or scanner.indent < min(self.indent, self.below_indent):
+            return self._give_up()
         return ""
+
+    def _give_up(self) -> str:
+        self.mark = self.enough or 0
+        return "block"
+
+    def ended(self, line: str) -> str | None:
+        scanner, depth, inline = self.scanner, len(self.scanner.stack), self.inline
+        self.inline = False
+        if line and line == self.below and self.was_held and not inline:
+            self.mark = self.before
+            return "stop"
+        if self.target is not None:
+            return "block" if depth <= self.target else None
+        if self.enough is not None:
+            return self._give_up() if len(self.text) > self.enough + self.ahead else None
+        if self.limit is not None or self.floor is not None or self.indent is None or not line or line[0] == "@":
+            return None
+        header = scanner.language.indented and scanner.fresh
+        if depth > self.depth or header:
+            if self.below_indent <= self.indent:
+                if header or scanner.last == "{":
+                    self._open_body(self.indent)
+                return None
+        self.enough = self.mark
+        # If the suffix is deeper still, a header is missing for sure, and worth a longer search.
+        self.ahead *= 1 + 3 * (
+            self.below_indent > self.indent + (HEADER_COLUMNS if depth > self.depth or header else 0)
+        )
+        return None
+
+    def step(self, char: str) -> None:
+        if self.rest:
+            self._in_line(char)
+            return
+        self.was_held = self.held
+        super().step(char)
+        if self.enough is not None and not self.reason:
+            self.safe = self.enough
+            if len(self.text) > self.enough + 2 * self.ahead:
+                self.end(self._give_up(), self.mark)
+
+    def _in_line(self, char: str) -> None:
+        """The suffix goes on in the cursor's line: end where `rest` begins, or would."""
+        scanner, rest, position = self.scanner, self.rest, len(self.text)
+        self.text += char
+        if self._leaves(scanner, char) and self.offset is not None:
+            self._cut(position - self.offset, position)
+        elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
+            self._cut(position - len(rest), position)
+        elif len(rest) >= EARLY_CHARS and self.text.endswith(rest[:EARLY_CHARS]):
+            self.end("stop", position + 1 - EARLY_CHARS)
+        else:
+            # What looks like the beginning of `rest` waits for the line's end: it may be the best place to cut.
+            shown = rest[:3] if rest[0].isalnum() or rest[0].isspace() else rest[0]
+            first = self.text.find(shown, self.safe)
+            alive = next((size for size in (2, 1) if self.text.endswith(shown[:size])), 0)
+            self.safe = first if first >= 0 else max(self.safe, position + 1 - alive)
+
+    def _cut(self, at: int, stop: int) -> None:
+        """End at `at` if `rest` stands there, else where most of it does, else at `stop`."""
+        if at < self.safe or self.text[at:stop] != self.rest[: stop - at]:
+            sizes = range(min(len(self.rest), stop), 0, -1)
+            found = (self.text.find(self.rest[:size], self.safe, stop) for size in sizes)
+            at = next((place for place in found if place >= 0), stop)
+        self.end("stop", at)
+
+    def flush(self) -> str:
+        return super().flush() + "\n" * (self.whole and bool(self.text.strip()) and self.text[-1] != "\n")
+
+
+class Repeat(Stage):
+    """The last stage: ends a text that starts over, the same line or block of lines again and again.
+
+    Two copies go out; the third waits until it is known to be one too many, or to differ after all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = ""
+        self.lines: list[str] = []
+        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: how many lines in a row equal the one n before them
+        self.hold: int | None = None
+
+    def step(self, char: str) -> None:
+        self.text += char
+        position = len(self.text)
+        if char != "\n":
+            self.line += char
+            if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
+                tail = self.line[-PERIOD_CHARS:]
+                if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
+                    self.end("repeat", position)
+        elif line := self.line.strip():
+            self.line = ""
+            self._ended(line, position)
+        if self.hold is None and not self.reason:
+            self.safe = position
+
+    def _ended(self, line: str, position: int) -> None:
+        lines, runs = self.lines, self.runs
+        lines.append(line)
+        for period in range(1, min(PERIOD_LINES + 1, len(lines))):
+            runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0
+        periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
+        if not periods:
+            self.hold = None
+        elif self.hold is None:
+            self.hold = position
+        for period in periods:
+            light = all(text.endswith(",") or not any(map(str.isalnum, text)) for text in lines[-period:])
+            most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
+            if runs[period] + period >= most:
+                self.end("repeat", self.hold or position)
+
+
+class Fences(Stage):
+    """A chat's answer: the code of its first fenced block, or all of it if it has none and begins like code."""
+
+    def __init__(self, language: Language | None) -> None:
+        super().__init__()
+        self.language, self.scanner = language, Scanner(language) if language else None
+        self.line = ""
+        self.state = "before"  # the block; "inside" it; "skipped", a block of shell commands
+        self.fence, self.margin, self.nested = "```", 0, 0
+        self.mark = 0  # where the line starts in the text
+        self.in_code = True  # it does not start inside of a string or comment
+
+    def step(self, char: str) -> None:
+        self.line += char
+        if self.state == "inside":
+            self._inside(char)
+            return
+        self.text += char
+        if char == "\n" and self.state == "skipped":
+            self.state = "before" if self.line.strip() == self.fence else "skipped"
+            self.line = self.text = ""
+        elif char == "\n" or len(self.text) >= CHATTER_CHARS:
+            self._before(self.line)
+            self.line = "" if char == "\n" else self.line
+
+    def _before(self, line: str) -> None:
+        """Chatter so far: is this line the fence that opens the block, or code without one?"""
+        if match := FENCE.fullmatch(line.strip()):
+            self.fence, self.margin, self.text = match[1], len(line) - len(line.lstrip()), ""
+            shell = self.language and match[2].strip().lower() in SHELLS
+            self.state = "skipped" if shell else "inside"
+        elif len(self.text) >= CHATTER_CHARS or (self.text.strip() == line.strip() and self._is_code(line.rstrip())):
+            self.state, self.safe = "inside", len(self.text)
+            self.mark = self.safe
+            if self.scanner:
+                for char in self.text:
+                    self.scanner.step(char)
+
+    def _is_code(self, line: str) -> bool:
+        language = self.language
+        if not language or not line or PROSE.fullmatch(line):
+            return False
+        starts = (language.line_comment, "@", "#include", "#define", *(language.block_comment or ())[:1])
+        known = language.imports.match(line) or language.defines.match(line)
+        return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
+
+    def _inside(self, char: str) -> None:
+        if self.margin and not self.line.strip(" ") and len(self.line) <= self.margin:
+            return  # a fence in a list is indented, and its lines with it
+        self.text += char
+        if self.scanner:
+            self.scanner.step(char)
+        line = self.line.strip()
+        if char != "\n":
+            if not (self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))):
+                self.safe = len(self.text)
+            return
+        if self.in_code and line.startswith(self.fence):
+            if not self.nested and self._closes(line):
+                self.end("stop", self.mark)
+                return
+            self.nested += -1 if self._closes(line) else 1
+        self.line = ""
+        self.mark = self.safe = len(self.text)
+        self.in_code = self.scanner is None or not self.scanner.closer
+
+    def _closes(self, line: str) -> bool:
+        return line.startswith(self.fence) and not line.strip(self.fence[0])
+
+    def flush(self) -> str:
+        closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.strip())
+        return "" if closed else super().flush()
+
+
+class Ending:
+    """Where a completion ends by itself: `feed` takes text in any pieces, and gives what may be sent and a reason.
+
+    "block": what was asked for is whole; "repeat": the model starts over; "stop": the suffix or a fence follows; or
+    None. `mode` is complete, infill or instruct; `stop_at` "none" turns all off but the removal of a chat's fences.
+    """
+
+    def __init__(self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str) -> None:
+        syntax = LANGUAGES.get(language or "")
+        self.stages: list[Stage] = [Fences(syntax)] if mode == "instruct" else []
+        self.indented = False  # the cursor stands where a statement starts; models often write its indentation again
+        if stop_at == "none" or syntax is None:
+            return
+        if mode != "instruct":
+            scanner, line = Scanner(syntax, prompt), prompt[prompt.rfind("\n") + 1 :]
+            header = -1 if scanner.opened is None else scanner.opened
+            self.indented = scanner.starting and not line.strip() and scanner.indent > max(0, header)
+            block = IndentedBlock if syntax.indented else BracedBlock
+            gap = mode == "infill" and suffix and suffix.strip()
+            self.stages.append(Gap(scanner, line, suffix or "") if gap else block(scanner, line))
+        self.stages.append(Repeat())
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """What may be sent now, and why the completion is over, if it is."""
+        if self.indented:
+            text = text.lstrip(" \t")
+            self.indented = not text
+        reason = None
+        for stage in self.stages:
+            text, why = stage.feed(text)
+            if reason and not why:
+                text += stage.flush()
+            reason = why or reason
+        return text, reason
+
+    def flush(self) -> str:
+        """What is left to send when the tokens end without a reason of ours."""
+        text = ""
+        for stage in self.stages:
+            text, why = stage.feed(text)
+            text += "" if why else stage.flush()
+        return text
 
 
 # ------------------------------------------------------------------------------------- policy: admission
@@ -652,6 +1312,9 @@ def start_library() -> None:
     llama.llama_backend_init()
 
 
+GGUF_UINT32 = 4  # enum gguf_type
+
+
 class _GgufInit(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
@@ -673,7 +1336,9 @@ def read_shape(path: Path) -> Shape:
 
         def number(key: str, default: int) -> int:
             place = lib.gguf_find_key(handle, key.encode())
-            return int(lib.gguf_get_val_u32(handle, place)) if place >= 0 and lib.gguf_get_kv_type(handle, place) == 4 else default
+            if place < 0 or lib.gguf_get_kv_type(handle, place) != GGUF_UINT32:
+                return default
+            return int(lib.gguf_get_val_u32(handle, place))
 
         place = lib.gguf_find_key(handle, b"general.architecture")
         if place < 0:
@@ -683,13 +1348,11 @@ def read_shape(path: Path) -> Shape:
         kv_heads = number(f"{arch}.attention.head_count_kv", heads)
         width = number(f"{arch}.embedding_length", 0)
         vocabulary = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
+        k_width = number(f"{arch}.attention.key_length", width // heads)
+        v_width = number(f"{arch}.attention.value_length", width // heads)
         return Shape(
             layers=number(f"{arch}.block_count", 0),
-            kv_width=kv_heads
-            * (
-                number(f"{arch}.attention.key_length", width // heads)
-                + number(f"{arch}.attention.value_length", width // heads)
-            ),
+            kv_width=kv_heads * (k_width + v_width),
             embedding=width,
             feed_forward=number(f"{arch}.feed_forward_length", 4 * width),
             vocabulary=int(lib.gguf_get_arr_n(handle, vocabulary)) if vocabulary >= 0 else 0,
@@ -916,7 +1579,7 @@ RESUME_BACKLOG = 64
 
 
 class Job:
-    """One request on its way through a worker. The loop writes `error` once, with `cancelled`; the worker only reads it.
+    """One request on its way through a worker. The loop writes `cancelled`, the worker only reads it.
 
     Events arrive in `events` on the loop; a list is one network write.
     """
@@ -1240,12 +1903,14 @@ class Worker(threading.Thread):
             others = any(other is not run for other in runs)
             size = chunk_size(len(prompt) - len(slot.tokens), others, self.costs)
             end = len(slot.tokens) + size
-            return Work(run, prompt[len(slot.tokens) : end], int(end == len(prompt) and run.job.fields["max_tokens"] > 0))
+            outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
+            return Work(run, prompt[len(slot.tokens) : end], outputs)
         draft = self._draft(run)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _draft(self, run: Run) -> list[int]:
-        assert self.llama and run.drafter
+        assert self.llama
+        assert run.drafter
         room = min(
             MAX_DRAFT,
             run.job.fields["max_tokens"] - run.generated - 1,
@@ -1335,7 +2000,8 @@ class Worker(threading.Thread):
 
     def _emit(self, run: Run, token: int) -> bool:
         """Account for one sampled token; True if the completion ends with it."""
-        assert self.llama and run.drafter
+        assert self.llama
+        assert run.drafter
         if self.llama.is_end(token):
             self._finish(run, "stop")
             return True
@@ -1445,7 +2111,7 @@ def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:
     try:
         names = set()
         for order, entry in enumerate(entries):
-            name = f"{order:04d}-{hashlib.sha256(struct.pack(f'<{len(entry.tokens)}i', *entry.tokens)).hexdigest()[:24]}.kv"
+            name = f"{order:04d}.kv"  # in the order of use
             write_atomically(folder / name, encode_parked(entry, key))
             names.add(name)
         if folder.is_dir():
@@ -1580,7 +2246,7 @@ class Engine:
                 worker.stop()  # nobody waits for this load any more
 
     async def start(self, job: Job) -> None:
-        """Load the model if need be, turn the prompt into tokens, hand the job over. HttpError 400 if it does not fit."""
+        """Load the model if need be, turn the prompt into tokens, hand over. HttpError 400 if it does not fit."""
         await self._relieve(job.fields["model"])
         worker = await self._loaded(job)
         if job.cancelled:
@@ -1635,7 +2301,7 @@ class Engine:
         return sorted(idle, key=lambda worker: worker.last_used)
 
     async def _relieve(self, model_id: str) -> None:
-        """Below the reserve, unload idle models other than the one that is wanted; HttpError 503 if it is not enough."""
+        """Below the reserve, unload idle models but the wanted one; HttpError 503 if that is not enough."""
         while self.load().available < self.config.min_free_mb * MB:
             idle = [worker for worker in self.idle_workers() if worker.spec.id != model_id]
             if not idle:
@@ -1725,10 +2391,10 @@ def is_loaded(worker: Worker | None) -> bool:
     return worker is not None and worker.ready.done() and not worker.ready.exception() and not worker.stopping
 
 
-async def next_events(job: Job, engine: Engine, timeout: float) -> list[Event | HttpError]:
-    """The job's next events; an empty list after `timeout` seconds without any."""
+async def next_events(job: Job, engine: Engine, seconds: float) -> list[Event | HttpError]:
+    """The job's next events; an empty list after `seconds` without any."""
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             events = await job.events.get()
     except TimeoutError:
         return []

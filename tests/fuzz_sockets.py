@@ -34,11 +34,13 @@ SIZED = b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n" % len(BODY) + BODY + b"\r\n0\r\nA: b\r\n\r\n"
 PATHS = {"cm4d": b"/v1/complete", "vpsd": b"/v1/inference"}
 SALT = [
-    *(bytes([byte]) for byte in (0, 1, 9, 10, 11, 13, 27, 32, 35, 37, 43, 45, 47, 58, 59, 95, 127, 128, 133, 160, 178, 255)),
-    *(b"\r\n", b"\n\n", b"\r\n\r\n", b"\r\n ", b"  ", b"%00", b"%2e%2e/", b"//", b"0x", b"+", b"-0", b"_", b", 5", b";a=b", b"\xef\xbb\xbf"),
-    *(b"chunked", b"gzip", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Expect: 100-continue\r\n"),
-    *(b"Connection: close\r\n", b"HTTP/1.0", b"HTTP/2.0", b"HEAD", b"OPTIONS", b"CONNECT", b"Host: evil.example\r\n", b"Origin: null\r\n"),
-    *(b"X-Request-ID: a\r\n", b"NaN", b"1e999", b"[" * 100, b"9" * 30, b"f" * 17, b"A: b\r\n" * 99, b"a" * 9000, b"\\ud800", b"null", b'""'),
+    *(bytes([byte]) for byte in b"\0\1\t\n\x0b\r\x1b #%+-/:;_\x7f\x80\x85\xa0\xb2\xff"),
+    b"\r\n", b"\n\n", b"\r\n\r\n", b"\r\n ", b"  ", b"%00",
+    b"%2e%2e/", b"//", b"0x", b"-0", b", 5", b";a=b", b"\xef\xbb\xbf",
+    b"chunked", b"gzip", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: 0\r\n",
+    b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"HTTP/1.0", b"HTTP/2.0", b"HEAD", b"OPTIONS", b"CONNECT",
+    b"Host: evil.example\r\n", b"Origin: null\r\n", b"X-Request-ID: a\r\n", b"NaN", b"1e999", b"[" * 100, b"9" * 30,
+    b"f" * 17, b"A: b\r\n" * 99, b"a" * 9000, b"\\ud800", b"null", b'""',
 ]  # fmt: skip
 
 

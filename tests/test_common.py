@@ -54,7 +54,8 @@ ROOT = Path(__file__).resolve().parent.parent
         (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
         (Field(float, -2), [-2, 1e9], [-3], "a number"),
         (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
-        (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None], "a string, or an array of 0 to 2 non-empty strings"),
+        (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None],
+         "a string, or an array of 0 to 2 non-empty strings"),
     ],
 )  # fmt: skip
 def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
@@ -155,7 +156,7 @@ def test_environment() -> None:
 
 @pytest.mark.parametrize("text", ["x", "-1", "1e3", " 1", "1_0", "٣", "11", "nan", "inf", "0x1", "1.", "+1"])
 def test_bad_numbers(text: str) -> None:
-    with pytest.raises(ConfigError, match="^N: expected a number from 0 to 10, got "):
+    with pytest.raises(ConfigError, match=r"^N: expected a number from 0 to 10, got "):
         Environment({"N": text}).number("N", 0, 0, 10)
 
 
@@ -166,7 +167,14 @@ def test_bad_integer() -> None:
 
 # ------------------------------------------------------------------------------------------------- models
 
-GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "m.gguf"\nlanguages = ["python"]\n'
+GOOD = """[[models]]
+id = "m"
+name = "M"
+parameters = "1B"
+quantization = "Q4"
+file = "m.gguf"
+languages = ["python"]
+"""
 
 
 def test_the_table_of_models() -> None:
@@ -221,7 +229,7 @@ def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
 
 def test_no_models_file(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ValueError, match="No such file|Is a directory"):
+        with pytest.raises(ValueError, match=r"No such file|Is a directory"):
             load_models(path)
     (tmp_path / "m").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="m: "):
@@ -256,10 +264,10 @@ def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("_logger")
 def test_bad_log_settings(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"):
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"):
         set_up_logging("loud", "")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="^CEREBRUM_LOG_FILE: cannot write "):
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_LOG_FILE: cannot write "):
         set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 import time
 
 import pytest
@@ -537,24 +538,84 @@ fmt.Println(«f(x), "a)"»)
 ‖)
 '''
 
-# (what it shows, the chat's answer, the code in it, reason)
-INSTRUCT = [
-    ("chatter around", "Sure! Here is it:\n\n```python\ndef f():\n    pass\n```\n\nThis function", "def f():\n    pass\n", "stop"),
-    ("bare code", "def f():\n    pass\n", "def f():\n    pass\n", None),
-    ("bare code, then a fence", "import os\nx = 1\n```\n\nThat", "import os\nx = 1\n", "stop"),
-    ("no language", "```\nx = 1\n```", "x = 1\n", None),
-    ("tildes", "~~~py\nx = '```'\n```\n~~~\nbye", "x = '```'\n```\n", "stop"),
-    ("indented", "1. Do:\n   ```python\n   if x:\n       y()\n   ```\nbye", "if x:\n    y()\n", "stop"),
-    ("a nested block", "```markdown\n# T\n```sh\nls\n```\nend\n```\nbye", "# T\n```sh\nls\n```\nend\n", "stop"),
-    ("a fence in a docstring", '```python\ndef f():\n    """\n    ```\n    x\n    ```\n    """\n```\nbye', 'def f():\n    """\n    ```\n    x\n    ```\n    """\n', "stop"),
-    ("a shell command first", "Install:\n```bash\npip install x\n```\nThen:\n```python\nimport x\n```\n", "import x\n", "stop"),
-    ("prose alone", "I cannot do that.", "I cannot do that.", None),
-    ("cut off", "```python\nx = 1\ny = ", "x = 1\ny = ", None),
-]  # fmt: skip
+# A chat's answer, the code in it between « and ».
+ANSWERS = r'''
+=== stop: chatter around
+Sure! Here is it:
+
+```python
+«def f():
+    pass
+»```
+
+This function
+=== end: bare code
+«def f():
+    pass
+»
+=== stop: bare code, then a fence
+«import os
+x = 1
+»```
+
+That
+=== end: no language
+```
+«x = 1
+»```
+=== stop: tildes
+~~~py
+«x = '```'
+```
+»~~~
+bye
+=== stop: indented
+1. Do:
+   ```python
+«   if x:
+       y()
+»   ```
+bye
+=== stop: a nested block
+```markdown
+«# T
+```sh
+ls
+```
+end
+»```
+bye
+=== stop: a fence in a docstring
+```python
+«def f():
+    """
+    ```
+    x
+    ```
+    """
+»```
+bye
+=== stop: a shell command first
+Install:
+```bash
+pip install x
+```
+Then:
+```python
+«import x
+»```
+More
+=== end: prose alone
+«I cannot do that.»
+=== end: cut off
+```python
+«x = 1
+y =»
+'''
 
 REPEAT = [
     ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 9, "x = 1\nself.a = a\nself.a = a\n"),
-    ("a block", "".join("try:\n    a()\nexcept E:\n    b()\n" for _ in range(5)), "try:\n    a()\nexcept E:\n    b()\n" * 2),
+    ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
 ]
 NO_REPEAT = [
     ("closing braces", "    }\n" * 9),
@@ -577,7 +638,7 @@ def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
     return out + ending.flush(), None
 
 
-def check(mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]) -> None:
+def check(mode: str, language: str, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]) -> None:
     """Whole, character by character, and in random pieces."""
     for seed in range(4):
         generator = random.Random(seed)
@@ -589,14 +650,18 @@ def check(mode: str, language: str | None, prompt: str, suffix: str, text: str, 
         assert run(Ending(mode, language, prompt, suffix, "auto"), pieces) == expected
 
 
-def ids(table: list[tuple[object, ...]]) -> list[str]:
-    return [f"{case[0]}-{number}" for number, case in enumerate(table)]
+def cases(texts: str) -> list[str]:
+    return texts.removeprefix("\n=== ").removesuffix("\n").split("\n=== ")
 
 
-@pytest.mark.parametrize("case", CASES.strip("\n").split("\n=== "), ids=lambda case: case.partition("\n")[0].strip("= "))
+def title(case: str | tuple[str, ...]) -> str:
+    return case.partition("\n")[0] if isinstance(case, str) else case[0]
+
+
+@pytest.mark.parametrize("case", cases(CASES), ids=title)
 def test_code(case: str) -> None:
     head, _, text = case.partition("\n")
-    language, reason, *name = head.removeprefix("=== ").replace(":", "").split()
+    language, reason, *name = head.replace(":", "").split()
     prompt, _, rest = text.partition("«")
     kept, _, more = rest.partition("»")
     more, infill, suffix = more.partition("‖")
@@ -604,18 +669,20 @@ def test_code(case: str) -> None:
     check("infill" if infill else "complete", language, prompt, suffix, kept + more, (expected, reason))
 
 
-@pytest.mark.parametrize("case", INSTRUCT, ids=ids(INSTRUCT))
-def test_instruct(case: tuple[str, str, str, str | None]) -> None:
-    _, answer, code, reason = case
-    check("instruct", "python", "", "", answer, (code, reason))
+@pytest.mark.parametrize("case", cases(ANSWERS), ids=title)
+def test_chat(case: str) -> None:
+    head, _, text = case.partition("\n")
+    code = text[text.index("«") + 1 : text.index("»")]
+    answer = text.replace("«", "").replace("»", "")
+    check("instruct", "python", "", "", answer, (textwrap.dedent(code), "stop" if head.startswith("stop") else None))
 
 
-@pytest.mark.parametrize("case", REPEAT, ids=ids(REPEAT))
+@pytest.mark.parametrize("case", REPEAT, ids=title)
 def test_repeat(case: tuple[str, str, str]) -> None:
     check("instruct", "python", "", "", "```\n" + case[1], (case[2], "repeat"))
 
 
-@pytest.mark.parametrize("case", NO_REPEAT, ids=ids(NO_REPEAT))
+@pytest.mark.parametrize("case", NO_REPEAT, ids=title)
 def test_no_repeat(case: tuple[str, str]) -> None:
     check("instruct", "python", "", "", "```\n" + case[1], (case[1], None))
 
@@ -634,13 +701,10 @@ def test_off(language: str | None, stop_at: str) -> None:
     assert run(Ending("instruct", language, "", "", stop_at), ["```\nx\n```\nbye"]) == ("x\n", "stop")
 
 
-PIECES = st.lists(
-    st.sampled_from(
-        ["\n", "    ", "  ", "\t", "def f():", "if x:", "else:", "return", "x", "class A {", "}", "{", "(", ")", '"""', '"']
-        + ["'", "`", "${", "//", "/*", "*/", "/", "#", "\\", "```", "~~~", ";", ",", ":", "\n\n", "x = 1", "é", "r#\""]
-    ),
-    max_size=60,
+SNIPPETS = (
+    r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#" R"( 1""".split()  # noqa: SIM905
 )
+PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
 
 
 @given(
@@ -650,7 +714,7 @@ PIECES = st.lists(
     suffix=PIECES,
     pieces=PIECES,
 )
-def test_any_split_gives_the_same(mode: str, language: str, prompt: list[str], suffix: list[str], pieces: list[str]) -> None:
+def test_any_split(mode: str, language: str, prompt: list[str], suffix: list[str], pieces: list[str]) -> None:
     args = (mode, language, "".join(prompt), "".join(suffix), "auto")
     text = "".join(pieces)
     whole = run(Ending(*args), [text])

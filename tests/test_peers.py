@@ -247,7 +247,8 @@ const out = [];
 for (let i = 0; i < 3; i++) out.push((await fetch(url + '/health')).status);
 const echo = await fetch(url + '/v1/echo', { method: 'POST', headers, body: JSON.stringify({ a: 1 }) });
 out.push((await echo.json()).members.a);
-const upload = new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode('{"b":')); c.enqueue(new TextEncoder().encode('2}')); c.close(); } });
+const bytes = (text) => new TextEncoder().encode(text);
+const upload = new ReadableStream({ start(c) { c.enqueue(bytes('{"b":')); c.enqueue(bytes('2}')); c.close(); } });
 const chunked = await (await fetch(url + '/v1/echo', { method: 'POST', headers, body: upload, duplex: 'half' })).json();
 out.push(chunked.members.b, chunked.length);
 const response = await fetch(url + '/v1/tokens', { method: 'POST', headers, body: JSON.stringify({ max_tokens: 3 }) });
@@ -255,7 +256,8 @@ let text = '';
 for await (const piece of response.body) text += new TextDecoder().decode(piece);
 out.push(text.split('\\n\\n').length);
 const abort = new AbortController();
-const endless = await fetch(url + '/v1/tokens', { method: 'POST', headers, body: '{"max_tokens": 0}', signal: abort.signal });
+const options = { method: 'POST', headers, body: '{"max_tokens": 0}', signal: abort.signal };
+const endless = await fetch(url + '/v1/tokens', options);
 await endless.body.getReader().read();
 abort.abort();
 console.log(JSON.stringify(out));
@@ -372,7 +374,7 @@ def through_a_proxy(url: str, peer: Peer) -> None:
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
-    """nginx passes the client's Host on if it is told so; else it sends its upstream's name, which has to be allowed."""
+    """Told to pass the client's Host on: by itself nginx sends its upstream's name, which would have to be allowed."""
     program, port, config = needs("nginx"), free_port(), tmp_path / "nginx.conf"
     more = "proxy_set_header Host $http_host; client_max_body_size 2m;"
     config.write_text(NGINX.format(folder=tmp_path, backend=peer.port, port=port, version=version, more=more))

@@ -729,7 +729,7 @@ def test_the_bar_shows_progress_and_is_gone_before_the_first_token(
 ) -> None:
     def script(answer: Answer) -> None:
         answer.head()
-        answer.event(progress={"stage": "queued", "done": 0, "total": 0})
+        answer.event(progress={"stage": "queued", "done": 0, "total": 1})
         answer.event(progress={"stage": "loading", "done": 1, "total": 4})
         answer.event(progress={"stage": "prefill", "done": 512, "total": 1024})
         answer.event(progress={"stage": "prefill", "done": "a[$(id)]", "total": 1})

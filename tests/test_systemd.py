@@ -137,6 +137,7 @@ def install_backend(machine: Machine) -> None:
         ln -s /models models
         cp /src/systemd/cerebrum-backend.service /etc/systemd/system/
         cp --preserve=all /opt/cerebrum-pi/.env .env
+        echo CEREBRUM_MAX_CPU_PERCENT=100 >>.env  # whatever else this machine does
         systemctl enable --quiet --now cerebrum-backend""")
 
 

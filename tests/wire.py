@@ -57,7 +57,9 @@ async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply
     headers: list[tuple[str, str]] = []
     for line in lines:
         name, colon, value = line.decode("latin-1").partition(": ")
-        assert colon and value and value == value.strip(), line
+        assert colon, line
+        assert value, line
+        assert value == value.strip(), line
         headers.append((name, value))
     reply = Reply(int(match[1]), headers, b"", interim)
     if method == "HEAD" or reply.status == 204:

