@@ -663,6 +663,7 @@ class Language:
     imports: re.Pattern[str]  # a line that imports
     defines: re.Pattern[str]  # a line that defines the name in its first group that took part
     containers: re.Pattern[str]  # the header of a block whose members are completed one by one
+    function: str = ""  # begins a function that may be called above its definition
     raw: frozenset[str] = frozenset()  # the openings of strings without escapes
     ambiguous: str = ""  # openings told from an operator by what is around them: a regex or / , a char or a lifetime
     directives: bool = False  # a line that starts with # is the preprocessor's
@@ -711,6 +712,7 @@ _JS = Language(
         r"|^\s*(?:describe|context|suite)\s*\(",
         re.M,
     ),
+    function="function",
     ambiguous="/",
 )
 _C = Language(
@@ -740,6 +742,7 @@ LANGUAGES: dict[str, Language] = {
             re.M,
         ),
         re.compile(r"class\b"),
+        function="def",
     ),
     "javascript": _JS,
     "typescript": _JS,
@@ -758,6 +761,7 @@ LANGUAGES: dict[str, Language] = {
             re.M,
         ),
         re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
+        function="fn",
         raw=frozenset(('r##"', 'r#"', 'r"')),
         ambiguous="'",
     ),
@@ -772,6 +776,7 @@ LANGUAGES: dict[str, Language] = {
         re.compile(r"^(?:import\b|package[ \t])", re.M),
         re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
         re.compile(r"(?!)"),  # Go's methods stand on their own
+        function="func",
         raw=frozenset("`"),
     ),
 }

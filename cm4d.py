@@ -46,10 +46,10 @@ import socket
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_common import (
@@ -245,41 +245,41 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 # ------------------------------------------------------------------------------- policy: ways to ask
 
-MODES = ("complete", "infill", "instruct")
-PROSE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
-WORD = r"[`\"'(]?[A-Za-z0-9][\w'\u2019+#./()-]*[`\"')]?[,:;.?!]*"
-PROSE = re.compile(rf"{WORD}(?: (?:{WORD}|[-\u2013&]))*")
-DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|both|your)"
+LINE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
+DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 VERBS = (
-    "add|build|change|check|clean|complete|compute|calculate|convert|count|create|debug|define|describe|design|"
-    "document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|inline|insert|list|"
-    "make|merge|migrate|modernize|modify|move|optimise|optimize|parse|port|print|produce|provide|read|reduce|"
-    "refactor|remove|rename|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|"
-    "split|summarise|summarize|switch|tell|test|transform|translate|turn|update|use|vectorize|wrap|write"
+    "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
+    "|document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|insert|list|make|merge"
+    "|migrate|modernize|modify|move|optimi[sz]e|parse|port|print|produce|provide|read|reduce|refactor|remove|rename"
+    "|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell"
+    "|test|transform|translate|turn|update|use|validate|vectorize|wrap|write"
 )
-# `use a::b`, `delete a`, `print a`, `test a`: what is code as often as English needs an article after it.
-PLAIN_VERBS = r"(?:create|debug|describe|document|explain|generate|give|help|implement|improve|optimi[sz]e|refactor|" \
-    r"rewrite|simplify|translate|write)"  # fmt: skip
+# No language here begins a line with these and a word; SQL begins one with `create table` and `explain select`.
+PLAIN_VERBS = (
+    "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor|rewrite|simplify"
+    "|translate|write) (?!(?:analyze|database|function|index|materialized|or|schema|select|table|temporary|trigger|type"
+    r"|unique|user|view)\b)[\w`\"']"
+)
 ASKS = re.compile(
-    rf"(?:please|kindly|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|let's)\b"
-    rf"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
-    rf"|(?:given) {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
-    rf"|(?:an? |the )?(?:\w+ )?(?:function|program|script|class|method|module|code|snippet) (?:that|to|which) \w+"
-    rf"|(?:{VERBS})(?: up)? {DETERMINER}\b|{PLAIN_VERBS} \w",
+    r"(?:please|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|help me|you are an?)\b"
+    r"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
+    rf"|given {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
+    r"|(?:an? |the )?(?:[\w+#]+ )?(?:function|program|script|class|method|module|code|snippet) (?:for|that|to|which) \w"
+    rf"|(?:{VERBS})(?: up)? {DETERMINER} |{PLAIN_VERBS}",
     re.IGNORECASE,
 )
-# Above code, most comments begin with a verb and describe it. An instruction says "this" code, or rewrites it.
+# Most comments over code begin with a verb as well. An instruction transforms "this", or something "in this function".
+THINGS = r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct|tests?|type)"
 EDITS = re.compile(
-    r"(?:please\s+)?(?:(?:refactor|rewrite|modernize|optimi[sz]e|simplify|translate|vectorize|port|migrate)\b"
-    rf"|(?:{VERBS})(?: up)? (?:(?:this|these|it)(?: (?:code|function|class|method|loop|file|script|program"
-    r"|struct|type|module|snippet|query|test|tests))?(?:$|[.:,!]| (?:to|into|in|as|using|with|so|from|by|for|async"
-    r"|faster|more|less|safe|generic|thread|work|idiomatic|shorter|simpler|readable|recursive|iterative)\b)"
-    r"|.{0,80}\b(?:to|in|of|from|for) (?:this|the following|these)\b|.{0,80}\b(?:the following|below)\b"
-    r"|(?:type (?:hints|annotations)|docstrings?|documentation|error handling|logging|comments|unit tests|tests)"
-    r"(?:$|[.:,!]| (?:to|for|here|everywhere)\b)))",
+    r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
+    r"|(?:clean up|complete|convert|debug|document|explain|finish|fix|improve|make|migrate|modernize|optimi[sz]e|port"
+    r"|restructure|review|rewrite|shorten|simplify|speed up|test|translate|turn|vectorize)"
+    r" (?:this|these|the following)\b"
+    rf"|(?!use\b)(?:{VERBS}) .{{0,80}}\b(?:(?:this|these|the following) {THINGS}|{THINGS} below)\b"
+    r"|make it |add (?:comments|docstrings?|error handling|logging|type (?:annotations|hints)|(?:unit )?tests)\b)",
     re.IGNORECASE,
 )
-OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.]|->|=>|\b(?:and|or|not|in|return|else|do))$")
+OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|else|do))$")
 
 
 def syntax(name: str) -> Language:
@@ -293,21 +293,19 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
     HttpError 400 names the field that contradicts. A plain prompt that could be either is completed.
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
-    suffix, instruction = fields.get("suffix"), fields.get("instruction")
+    suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
     if suffix and instruction:
-        raise HttpError(400, "instruction: expected nothing beside suffix, got both")
-    if mode == "auto":
-        if suffix and suffix.strip():
-            mode = "infill"
-        elif instruction or split_instruction(prompt, syntax(fields["language"])):
-            mode = "instruct"
-        else:
-            mode = "complete"
+        raise HttpError(400, f"instruction: expected nothing beside suffix, got {len(instruction)} characters")
+    if mode == "auto" and suffix.strip():
+        mode = "infill"
+    elif mode == "auto":
+        asks = instruction or split_instruction(prompt, syntax(fields["language"]))
+        mode = "instruct" if asks else "complete"
     elif suffix and mode != "infill":
         raise HttpError(400, f"suffix: expected nothing with mode {mode}, got {len(suffix)} characters")
     elif instruction and mode != "instruct":
         raise HttpError(400, f"instruction: expected nothing with mode {mode}, got {len(instruction)} characters")
-    if mode == "infill" and suffix is None:
+    if mode == "infill" and fields.get("suffix") is None:
         raise HttpError(400, "suffix: expected the text after the cursor with mode infill, got nothing")
     if mode != "infill" and not prompt and not instruction:
         raise HttpError(400, 'prompt: expected a non-empty string, got the string ""')
@@ -318,38 +316,33 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     """(instruction, code) if the prompt is plainly an instruction, alone or above code; else None.
 
     `Write a stack` → ("Write a stack", ""); `# Make this async` over a whole function → the comment and the function;
-    over a signature whose body is missing → None, for that is a comment and the code it announces.
+    over a signature without a body → None, for that is a comment about code that is still to be written.
     """
-    text = prompt.lstrip()
-    first = text.partition("\n")[0].strip()
-    if not first or len(first) > PROSE_CHARACTERS:
-        return None
-    if ASKS.match(first) and PROSE.fullmatch(first):
+    text = prompt.strip()
+    first = text.partition("\n")[0].rstrip()
+    if len(first) <= LINE_CHARACTERS and ASKS.match(first) and not first.endswith((";", "{", "(", "=")):
         return prompt, ""
-    comment, code = _leading_comment(text, language)
-    if not comment or not EDITS.match(comment) or not _is_whole(code, language):
-        return None
-    return comment, code
+    comment, code = _leading_comment(prompt.lstrip(), language)
+    return (comment, code) if EDITS.match(comment) and _is_whole(code, language) else None
 
 
 def _leading_comment(text: str, language: Language) -> tuple[str, str]:
     """The comment that the text begins with, without its signs, and what follows it."""
     if language.block_comment and text.startswith(language.block_comment[0]):
         comment, _, code = text.partition(language.block_comment[1])
-        return " ".join(re.sub(r"^[ \t]*/?\*+ ?", "", comment, flags=re.M).split()), code.lstrip("\r\n")
-    lines: list[str] = []
-    end = 0
+        return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
+    lines, end = list[str](), 0
     while text.startswith(language.line_comment, end) and len(lines) < 20:
         stop = text.find("\n", end) + 1 or len(text)
-        lines.append(text[end:stop].strip().lstrip(language.line_comment + "!").strip())
+        lines.append(text[end:stop].strip().lstrip(language.line_comment[0]).strip())
         end = stop
     return " ".join(lines), text[end:]
 
 
 def _is_whole(code: str, language: Language) -> bool:
-    """Whether `code` ends where a block or statement may end, rather than where more has to be typed."""
+    """Whether `code` has some lines and ends where a block may end, rather than where more has to be typed."""
     end = code.rstrip()
-    if not end or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
+    if "\n" not in end.strip() or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
         return False
     if language.indented and end.endswith(('"""', "'''")):
         return False  # a docstring and no body yet
@@ -368,12 +361,14 @@ LEFT_OUT = "... lines left out"
 FURTHER_UP = "from further up in this file:"
 ASK = "Answer with the code alone, in one fenced ```{language} block, without any explanation."
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
+WORDS = re.compile(r"[^\W\d]\w{2,}")
 LINE_START = re.compile(
-    r"^([ \t]*)(?![\s)}\]#&|.?:+]|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
+    r"^[ \t]*(?![\s)}\]#&|.?:+]|//|/\*|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
 )
-INDENT = re.compile(r"[ \t]*")
-DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:\"{3}[^"]{0,600}\"{3}|'{3}[^']{0,600}'{3})""")
+INDENT = re.compile(r"[ \t]{0,80}")
+DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
 PARAGRAPH_END = re.compile(r"\n\s*\n")
+LEADS = ("@", "#[", "/*", "* ", "*/", "template")  # what belongs to a definition right below, beside line comments
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,16 +388,20 @@ class Ratio:
     higher one slowly; and it is given in steps, because a new ratio moves the window and so costs the prefix cache.
     """
 
-    seen: dict[str, float] = field(default_factory=dict)
+    low: dict[str, float] = field(default_factory=dict)
+    given: dict[str, float] = field(default_factory=dict)
 
     def get(self, model: str) -> float:
-        return max(int(self.seen.get(model, FIRST_RATIO) * 4) / 4, MIN_RATIO)
+        return self.given.get(model, FIRST_RATIO)
 
     def learn(self, model: str, weight: int, tokens: int) -> None:
         if tokens < 256:
             return  # a template and three words say nothing about code
-        old, new = self.seen.get(model, FIRST_RATIO), weight / tokens
-        self.seen[model] = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
+        old, new = self.low.get(model, FIRST_RATIO), weight / tokens
+        low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
+        self.low[model] = low
+        if not 0 <= low - self.get(model) < 0.4:  # more than a step, or it would flap between two
+            self.given[model] = int(low * 4) / 4
 
 
 def weigh(text: str) -> int:
@@ -422,8 +421,8 @@ class Definition:
     parent: Definition | None
 
     def chain(self) -> tuple[Definition, ...]:
-        """The definitions around this one, outermost first."""
-        return (*self.parent.chain(), self.parent) if self.parent else ()
+        """The definitions around this one and itself, outermost first."""
+        return (*(self.parent.chain() if self.parent else ()), self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,32 +439,39 @@ class Source:
 
     def __init__(self, text: str, language: Language) -> None:
         self.text, self.language = text, language
-        self.newline = "\r\n" if "\r\n" in text[:4096] else "\n"
+        self.mark = f"{language.line_comment} {LEFT_OUT}" + ("\r\n" if "\r\n" in text[:4096] else "\n")
         self.definitions: list[Definition] = []
         self.by_name: dict[str, list[Definition]] = {}
         stack: list[Definition] = []
         for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
-            indent = self.indent(start)
-            while stack and stack[-1].indent >= indent:
+            indent = len(self.indent(start))
+            while stack and (stack[-1].indent >= indent or len(stack) > MAX_NESTING):
                 stack.pop()
-            parent = stack[-1] if stack and len(stack) < MAX_NESTING else None
-            stack.append(Definition(name, start, indent, parent))
+            stack.append(Definition(name, start, indent, stack[-1] if stack else None))
             self.definitions.append(stack[-1])
-            self.by_name.setdefault(stack[-1].name, []).append(stack[-1])
+            self.by_name.setdefault(name, []).append(stack[-1])
 
-    def indent(self, start: int) -> int:
+    def indent(self, start: int) -> str:
         match = INDENT.match(self.text, start)
-        return match.end() - start if match else 0
+        return match[0] if match else ""
 
     def line_end(self, position: int) -> int:
         return self.text.find("\n", position) + 1 or len(self.text)
 
+    def starts_line(self, position: int) -> bool:
+        return self.text[position - 1 : position] in ("", "\n")
+
+    def statement(self, start: int, stop: int) -> int:
+        """The first of the least indented statements that begin in the range, else its start."""
+        found = [match for match in LINE_START.finditer(self.text, start, stop) if self.starts_line(match.start())]
+        return min(found, key=lambda match: match.end() - match.start()).start() if found else start
+
     def header_end(self, definition: Definition) -> int:
         """Past the signature, which may take several lines, and the docstring."""
-        end = self.line_end(definition.start)
+        start, end = definition.start, self.line_end(definition.start)
         for _ in range(20):
-            if self.text.count("(", definition.start, end) <= self.text.count(")", definition.start, end):
+            if self.text.count("(", start, end) <= self.text.count(")", start, end):
                 break
             end = self.line_end(end)
         docstring = DOCSTRING.match(self.text, end) if self.language.indented else None
@@ -473,54 +479,59 @@ class Source:
 
     def lead(self, definition: Definition) -> int:
         """Where the comments, decorators and attributes right above a definition begin."""
-        signs, start = ("@", "#[", self.language.line_comment, "/*", "* ", "*/", "template"), definition.start
+        start = definition.start
         for _ in range(12):
             above = self.text.rfind("\n", 0, max(0, start - 1)) + 1
-            if above >= start or not self.text[above : min(start, above + 200)].lstrip().startswith(signs):
+            line = self.text[above : min(start, above + 200)].lstrip()
+            if above >= start or not line.startswith((*LEADS, self.language.line_comment)):
                 break
             start = above
         return start
 
     def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
         """The first line in the range that is not inside the definition, by its indentation (in every language)."""
-        return _outside(min(definition.indent, 80), self.language.indented).search(self.text, start, stop)
+        return _outside(definition.indent, self.language.indented).search(self.text, start, stop)
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
         """The definition with what belongs to it above, or None if that is over `limit` characters."""
         start, header = self.lead(definition), self.header_end(definition)
         stop = min(start + limit, len(self.text))
         left = self.leaves(definition, header, stop)
-        if header > stop or (not left and stop < len(self.text)):
+        if header > stop or (left is None and stop < len(self.text)):
             return None
         if left and left[0].endswith("}"):
             end = self.line_end(left.start())
         else:
-            end = self.line_end(start + len(self.text[start : left.start() if left else stop].rstrip()))
-        return Piece(start, end, definition.chain())
+            end = self._last_line(header, left.start() if left else stop)
+        return Piece(start, end, definition.chain()[:-1])
+
+    def _last_line(self, start: int, end: int) -> int:
+        """Past the last line of a range that is neither blank nor a comment, which may be about what follows."""
+        lines = self.text[start:end].splitlines(keepends=True)
+        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.line_comment)):
+            lines.pop()
+        return start + sum(map(len, lines))
 
     def outline(self, definition: Definition) -> list[Piece]:
         """A definition that is too large: its header, and those of its members."""
-        around = (*definition.chain(), definition)
-        members = [member for member in self.definitions if member.parent is definition][:40]
-        headers = [Piece(member.start, self.header_end(member), around) for member in members]
-        return [Piece(self.header_end(definition), self.header_end(definition), around), *headers]
+        header, around = self.header_end(definition), definition.chain()
+        members = [member for member in self.definitions if member.parent is definition]
+        headers = [Piece(member.start, self.header_end(member), around) for member in members[:40]]
+        return [Piece(header, header, around), *headers]
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
         """The definitions around a position, outermost first."""
         index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
-        if index < 0:
-            return ()
-        last, near = self.definitions[index], position - 65_536
-        found = []
-        for definition in (*last.chain(), last):
-            if self.leaves(definition, max(self.header_end(definition), near), position):
+        found: list[Definition] = []
+        for definition in self.definitions[index].chain() if index >= 0 else ():
+            if self.leaves(definition, max(self.header_end(definition), position - 65_536), position):
                 break
             found.append(definition)
         return tuple(found)
 
-    def imports(self, stop: int) -> list[Piece]:
+    def imports(self, stop: int) -> Iterator[Piece]:
         """The imports before `stop`, each with all of its lines."""
-        pieces, end = [], 0
+        end = 0
         for match in islice(self.language.imports.finditer(self.text, 0, stop), MAX_IMPORTS):
             if match.start() < end:
                 continue
@@ -530,20 +541,42 @@ class Source:
                 if line.count(opening) > line.count(closing):
                     found = self.text.find(closing, end, min(end + 4000, stop))
                     end = self.line_end(found) if found >= 0 else end
-            pieces.append(Piece(match.start(), end))
-        return pieces
+            yield Piece(match.start(), end)
 
-    def repeated(self) -> list[Piece]:
-        """Paragraphs that come again, word for word, nearer to the cursor."""
-        seen, pieces, end = set(), [], len(self.text)
-        for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(self.text))]):
-            block = self.text[start:end].strip()
-            if len(block) >= MIN_REPEATED:
-                if block in seen:
-                    pieces.append(Piece(start, end))
-                seen.add(block)
-            end = start
-        return pieces[::-1]
+    def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
+        """The pieces in the text's order with the headers around them, up to where the window starts. A mark stands for
+        what is left out between them."""
+        ordered = sorted(pieces, key=lambda piece: (piece.start, -piece.end))
+        if window is not None:
+            ordered.append(Piece(window, window, self.enclosing(window)))
+        opened: list[Definition] = []
+        out: list[str] = []
+        first = ordered[0]
+        at = 0 if window is not None else first.around[0].start if first.around else first.start
+        for piece in ordered:
+            if piece.start < at:
+                continue  # inside of one before
+            common = sum(one is other for one, other in zip(opened, piece.around, strict=False))
+            if opened[common:] and self.text[at : piece.start].strip(" \t\r\n}"):
+                out += [self.indent(opened[-1].start), "    ", self.mark]
+                at = piece.start
+            if not self.language.indented:
+                out += [self.indent(one.start) + "}\n" for one in reversed(opened[common:])]
+            del opened[common:]
+            for definition in piece.around[common:]:
+                opened.append(definition)
+                if definition.start >= at:
+                    end = self.header_end(definition)
+                    out += [self.gap(at, definition.start), self.text[definition.start : end]]
+                    at = end
+            out += [self.gap(at, piece.start), self.text[piece.start : piece.end]]
+            at = max(at, piece.end)
+        return "".join(out)
+
+    def gap(self, start: int, stop: int) -> str:
+        """What stands for a range that is left out: a mark, or its blank lines."""
+        text = self.text[start:stop]
+        return self.indent(stop) + self.mark if text.strip() else text[-200:]
 
 
 @lru_cache(200)
@@ -557,77 +590,58 @@ def _outside(indent: int, indented: bool) -> re.Pattern[str]:
 class Fit:
     """What of a text that is too long is sent: imports, definitions that are needed, and a window up to its end.
 
-    While someone types at the end, only the end of the result may change, or the VPS reads it all anew. So all that
+    While someone types at the end only the end of the result may change, or the VPS reads it all anew. So all that
     comes first is decided by the text before `still`, a position that moves in steps; what the lines behind it need is
     put between them, as comments, and a new need changes nothing before the statement that has it.
     """
 
     def __init__(self, text: str, language: Language, room: int, about: str) -> None:
         self.source, self.room, self.about = Source(text, language), room, about
-        self.step = 1 << max(5, (room // 4).bit_length() - 1)
-        cell = self.step // 4
-        self.still = max(0, len(text) - cell) // self.step * self.step
-        self.cuts = self.source.repeated()
-        self.spared = [*accumulate((cut.end - cut.start for cut in reversed(self.cuts)), initial=0)][::-1]
-        self.mark = f"{language.line_comment} {LEFT_OUT}{self.source.newline}"
-        self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position
-        room -= self.step + cell + room // 8  # the lines behind `still`, and what is put between them
-        self.start = self.window_start(room * 3 // 8 if about else room * 5 // 8)
+        step = 1 << max(5, (room // 4).bit_length() - 1)
+        self.cell = step // 4
+        self.still = max(0, len(text) - self.cell) // step * step
+        self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position (0: before all)
+        room -= (step + self.cell) * 9 // 8 + self.room // 8  # the lines behind `still`, and what is put between them
+        self.start = self.window_start(room * (3 if about else 5) // 8)
         self.select(room)
-        self.start = self.window_start(room - weigh(self.render(self.taken, self.start)))
+        self.start = self.window_start(room - weigh(self.source.render(self.taken, self.start)))
         self.taken = {piece: 0 for piece in self.taken if piece.end <= self.start}
-        places = [self.statement(at, at + cell // 2) for at in range(self.still, len(text) - cell // 2, cell)]
-        places = [place for place in places if place >= self.start and self.starts_line(place)]
-        room = self.room // 8
-        for place, stop in pairwise([*places, len(text)] if places else [0, len(text)]):
-            room = self.take(self.needed(names_in(text[max(place, self.start) : stop])[::-1]), room, place)
+        self.annotate()
 
     def window_start(self, room: int) -> int:
         """Where a statement begins from which on the text before `still` fits into the room."""
-        cell = self.step // 4
-        grid = range(0, self.still, cell)
-        for position in grid[bisect_left(grid, -room, key=lambda position: -self.size(position)) :]:
-            start = self.statement(position, position + cell // 2) if position else 0
-            if weigh(self.window(start, self.still)) <= room:
+        for position in range(max(0, self.still - max(room, 0)) // self.cell * self.cell, self.still, self.cell):
+            start = self.source.statement(position, position + self.cell // 2) if position else 0
+            if weigh(self.source.text[start : self.still]) <= room:
                 return start
         return self.still
 
-    def size(self, start: int) -> int:
-        """How many characters the window from `start` to `still` has without what is repeated."""
-        return self.still - start - self.spared[bisect_left(self.cuts, start, key=lambda cut: cut.start)]
-
-    def statement(self, start: int, stop: int) -> int:
-        """The first of the least indented statements that begin in the range, else its start."""
-        found = [
-            match for match in LINE_START.finditer(self.source.text, start, stop) if self.starts_line(match.start())
-        ]
-        return min(found, key=lambda match: match.end() - match.start()).start() if found else start
-
-    def starts_line(self, position: int) -> bool:
-        return self.source.text[position - 1 : position] in ("", "\n")
-
     def select(self, room: int) -> None:
         """Take the imports and definitions before the window that it needs, and what resembles the instruction."""
-        text = self.source.text
-        names = names_in(text[self.start : self.still])
+        text, names = self.source.text, names_in(self.source.text[self.start : self.still])[::-1]
         if self.about:
-            room = self.take(self.resembling(), room * 3 // 8, 0) + room // 8
+            self.take(self.resembling(), room * 3 // 8)
         used = {name for name, _ in names}
-        imports = sorted(
-            self.source.imports(self.start),
-            key=lambda piece: used.isdisjoint(match[2] for match in NAME.finditer(text, piece.start, piece.end)),
-        )
-        self.take(([[piece]] for piece in imports), room // 8, 0)
-        self.take(self.needed(names), room // 4, 0)
+        imports = list(self.source.imports(self.start))
+        imports.sort(key=lambda piece: used.isdisjoint(WORDS.findall(text, piece.start, piece.end)))
+        self.take(([[piece]] for piece in imports), room // 8)
+        self.take(self.needed(names), room // 4)
 
-    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int) -> int:
-        """For each thing that is wanted, the first form of it that there is room for; and the room that is left."""
+    def annotate(self) -> None:
+        """Take what the lines behind `still` need, each before the cell of those lines that needs it first."""
+        end, half, room = len(self.source.text), self.cell // 2, self.room // 8
+        for edge, following in pairwise([*range(self.still, end - half, self.cell), end]):
+            place = self.source.statement(edge, edge + half)
+            text = self.source.text[edge + half * (edge > self.still) : min(following + half, end)]
+            if place >= self.start and self.source.starts_line(place):
+                room = self.take(self.needed(names_in(text)), room, place)
+
+    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int = 0) -> int:
+        """For each thing that is wanted, the first form of it that there is room for; returns the room that is left."""
         for forms in wanted:
             for pieces in forms:
                 new = [piece for piece in pieces if piece not in self.taken]
-                cost = sum(
-                    weigh(self.source.text[piece.start : piece.end]) + 40 * len(piece.around) + 20 for piece in new
-                )
+                cost = sum(self.cost(piece, place) for piece in new)
                 if cost <= room:
                     room -= cost
                     self.taken |= dict.fromkeys(new, place)
@@ -636,15 +650,18 @@ class Fit:
                 break
         return room
 
-    def needed(self, names: Sequence[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
-        """The definitions of the names, unless the window has them. Members of a class count if named as such."""
+    def cost(self, piece: Piece, place: int) -> int:
+        text = self.source.text[piece.start : piece.end]
+        comments = (text.count("\n") + 2) * len(self.comment(place)) if place else 0
+        return weigh(text) + 20 + 40 * len(piece.around) + comments
+
+    def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
+        """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
+        and only if few have the name."""
         around = self.source.enclosing(self.start)
         for name, member in names:
-            known = [
-                one
-                for one in self.source.by_name.get(name, ())
-                if one.start < self.still and (member or not one.indent or one.parent in around)
-            ]
+            named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
+            known = [one for one in named if member or not one.indent or one.parent in around]
             if known and known[-1].start < self.start and len(known) <= 3:
                 yield from map(self.forms, known[-1:] if self.source.language.indented else known)
 
@@ -656,100 +673,77 @@ class Fit:
         yield from (outline, outline[:1])
 
     def resembling(self) -> Iterator[Iterable[list[Piece]]]:
-        """Definitions before the window, by how many of the instruction's words they contain, rare words first."""
-        text = self.source.text.lower()
-        text = text if len(text) == len(self.source.text) else self.source.text
-        starts = [definition.start for definition in self.source.definitions if definition.start < self.start]
+        """Definitions before the window, by how many of the instruction's words they contain; rare words weigh more."""
+        definitions, text = self.source.definitions, self.source.text
+        text = text.lower() if text.isascii() else text  # else positions could move
+        starts = [definition.start for definition in definitions if definition.start < self.start]
         scores: Counter[int] = Counter()
-        for word in sorted({word.lower() for word in re.findall(r"[^\W\d]\w{2,}", self.about[:2000])})[:40]:
+        for word in sorted({word.lower() for word in WORDS.findall(self.about, 0, 2000)})[:40]:
             found = islice(re.finditer(re.escape(word), text), 2000)
             units = {bisect_right(starts, match.start()) - 1 for match in found} - {-1}
             for unit in units:
-                named = self.source.definitions[unit].name.lower() == word
-                scores[unit] += (1000 if named else 100) // len(units)
-        for unit, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:40]:
-            yield self.forms(self.source.definitions[unit])
+                scores[unit] += (1000 if definitions[unit].name.lower() == word else 100) // len(units)
+        for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
+            yield self.forms(definitions[unit])
 
-    def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
-        """The pieces in the text's order, with the headers around them and marks where something is left out."""
-        source, out, at = self.source, list[str](), 0
-        opened: list[Definition] = []
-        ordered = sorted(pieces, key=lambda piece: (piece.start, -piece.end))
-        if window is not None:
-            ordered.append(Piece(window, window, source.enclosing(window)))
-        for piece in ordered:
-            if piece.start < at:
-                continue
-            common = sum(one is other for one, other in zip(opened, piece.around, strict=False))
-            if opened[common:] and source.text[at : piece.start].strip(" \t\r\n}"):
-                out.append(" " * (opened[-1].indent + 4) + self.mark)
-                at = piece.start
-            if not source.language.indented:
-                out += [" " * one.indent + "}" + source.newline for one in reversed(opened[common:])]
-            del opened[common:]
-            for definition in piece.around[common:]:
-                opened.append(definition)
-                if definition.start >= at:
-                    end = source.header_end(definition)
-                    out += [self.gap(at, definition.start), source.text[definition.start : end]]
-                    at = end
-            out += [self.gap(at, piece.start), source.text[piece.start : piece.end]]
-            at = max(at, piece.end)
-        return "".join(out)
-
-    def gap(self, start: int, stop: int) -> str:
-        """What stands for a range that is left out: blank lines stay, code becomes a mark."""
-        text = self.source.text[start:stop]
-        if not text.strip():
-            return text[-200:]
-        return self.source.text[stop : stop + min(self.source.indent(stop), 80)] + self.mark
-
-    def window(self, start: int, stop: int) -> str:
-        """The text of a range without what is repeated in it."""
-        out, first = [], bisect_left(self.cuts, start, key=lambda cut: cut.start)
-        for cut in self.cuts[first : bisect_left(self.cuts, stop, key=lambda cut: cut.start)]:
-            out += [self.source.text[start : cut.start], self.mark]
-            start = cut.end
-        return "".join([*out, self.source.text[start:stop]])
+    def comment(self, place: int) -> str:
+        return f"{self.source.indent(place)}{self.source.language.line_comment} "
 
     def result(self) -> str:
-        text, at = self.render([piece for piece, place in self.taken.items() if not place], self.start), self.start
-        for place in sorted({place for place in self.taken.values() if place}):
-            text, at = text + self.window(at, place) + self.note(place), place
-        return text + self.window(at, len(self.source.text))
-
-    def note(self, place: int) -> str:
-        """What the lines behind `place` need, as comments."""
-        lead = " " * min(self.source.indent(place), 80) + self.source.language.line_comment + " "
-        text = self.render([piece for piece, at in self.taken.items() if at == place])
-        return "".join(lead + line for line in [FURTHER_UP + self.source.newline, *text.splitlines(keepends=True)])
+        out = [self.source.render([piece for piece, place in self.taken.items() if not place], self.start)]
+        at = self.start
+        for place in sorted({*self.taken.values(), 0})[1:]:
+            note = self.source.render(piece for piece, before in self.taken.items() if before == place)
+            out += [self.source.text[at:place], self.comment(place), FURTHER_UP, "\n"]
+            out += [self.comment(place) + line for line in note.splitlines(keepends=True)]
+            at = place
+        return "".join([*out, self.source.text[at:]])
 
     def kept(self) -> dict[str, Any]:
-        """For a person: `{"parts": [...], "lines": "1-9, 40-58, 310-402", "definitions": [names]}`."""
-        text, ranges, number, at = self.source.text, list[str](), 1, 0
-        pieces = sorted((piece for piece in self.taken if piece.end > piece.start), key=lambda piece: piece.start)
-        for piece in (*pieces, Piece(self.start, len(text))):
-            number += text.count("\n", at, piece.start)
-            last = number + text.count("\n", piece.start, max(piece.start, piece.end - 1))
-            ranges.append(f"{number}-{last}" if last > number else f"{number}")
-            at = piece.start
-        spans = [(piece.start, piece.end) for piece in pieces]
-        names = [one.name for one in self.source.definitions if any(start <= one.start < end for start, end in spans)]
-        parts = ["imports"] * (len(names) < len(pieces)) + ["definitions"] * bool(names) + ["window"]
-        return {"parts": parts, "lines": ", ".join(ranges), "definitions": names}
+        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`,
+        `lines` being those of the window."""
+        definitions, imports, names = self.source.definitions, False, dict[str, None]()
+        for piece in self.taken:
+            index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
+            if piece.start == piece.end:
+                names[piece.around[-1].name] = None
+            elif index < len(definitions) and definitions[index].start < piece.end:
+                names[definitions[index].name] = None
+            else:
+                imports = True
+        parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
+        lines = len(self.source.text[self.start :].splitlines())
+        return {"parts": parts, "lines": lines, "definitions": list(names)}
 
 
 def names_in(text: str) -> list[tuple[str, bool]]:
-    """The names in a text, the last first, each once; and whether it is a member of something."""
-    return list(dict.fromkeys((match[2], bool(match[1])) for match in reversed(list(NAME.finditer(text)))))
+    """The names in a text, each once, and whether it is a member of something: `a.b` → `("a", False), ("b", True)`."""
+    return list(dict.fromkeys((match[2], bool(match[1])) for match in NAME.finditer(text)))
+
+
+def without_repeated(text: str, mark: str) -> str:
+    """The text without the paragraphs that come again, word for word, nearer to its end."""
+    seen, out, end = set[str](), list[str](), len(text)
+    for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(text))]):
+        block = text[start:end].strip()
+        if len(block) < MIN_REPEATED or block not in seen:
+            out.append(text[start:end])
+        elif out[-1] is not mark:
+            out.append(mark)
+        seen.add(block)
+        end = start
+    return "".join(reversed(out))
 
 
 def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
     """What of `text` is sent if it may weigh `room`, and a description of it; all of it, unchanged, if it fits."""
     if len(text) <= room and weigh(text) <= room:
         return text, {"parts": ["all"]}
+    text = without_repeated(text, f"{language.line_comment} {LEFT_OUT}\n")
+    if len(text) <= room and weigh(text) <= room:
+        return text, {"parts": ["all", "repeated once"]}
     share = room
-    while share > 64:
+    while share > 400:
         fitted = Fit(text, language, share, about)
         if weigh(result := fitted.result()) <= room:
             return result, fitted.kept()
@@ -759,11 +753,10 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
 
 def fit_start(text: str, room: int) -> str:
     """The start of `text` that weighs at most `room`, in whole lines if it has any."""
-    if len(text) > room:
-        text = text[: max(room, 0)]
-    elif weigh(text) <= room:
+    if len(text) <= room and weigh(text) <= room:
         return text
-    while text and weigh(text) > room:
+    text = text[: max(room, 0)]
+    while weigh(text) > room:
         text = text[: len(text) * room // weigh(text)]
     return text[: text.rfind("\n") + 1] or text
 
@@ -772,37 +765,32 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
     """The VPS's fields for a request in a mode that `detect_mode` gave, so that its prompt has at most `budget` tokens.
 
     `ratio` is the model's from `Ratio`. What fits is sent as it is, byte for byte. `kept` says what was sent:
-    `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": "1-9, 310-402",
-    "definitions": ["Account"]}`; parts are ["all"] if nothing was left out.
+    `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": 158, "definitions":
+    ["Account"]}`; parts are ["all"] if nothing was left out.
     """
-    name = fields["language"]
-    language, prompt, suffix = syntax(name), fields.get("prompt") or "", fields.get("suffix") or ""
+    language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     body: dict[str, Any] = {"mode": mode}
-    instruction = after = ""
     if mode == "instruct":
-        instruction, prompt = (
-            (fields["instruction"], prompt)
-            if fields.get("instruction")
-            else split_instruction(prompt, language) or (prompt, "")
-        )
-    of = len(prompt) + len(suffix) + len(instruction)
-    if mode == "infill":
-        after = fit_start(suffix, max(room // SUFFIX_SHARE, room - len(prompt)))
-        body["suffix"] = after
-    elif mode == "instruct":
-        asked = fit_start(instruction, room // 2 if prompt else room)
-    sent, kept = fit(prompt, language, room - weigh(after), instruction)
-    if mode == "instruct":
-        code = f"```{name}\n{sent.rstrip()}\n```\n\n" if sent else ""
-        text = f"{code}{asked.strip()}\n\n{ASK.format(language=name)}"
+        instruction, code = fields.get("instruction") or "", prompt
+        if not instruction:
+            instruction, code = split_instruction(prompt, language) or (prompt, "")
+        asked = fit_start(instruction.strip(), room // 2 if code else room)
+        sent, kept = fit(code, language, room - weigh(asked), asked)
+        block = f"```{fields['language']}\n{sent}" + "\n" * (not sent.endswith("\n")) + "```\n\n" if code else ""
+        text = f"{block}{asked}\n\n{ASK.format(language=fields['language'])}"
+        of, sizes = len(code) + len(instruction), len(sent) + len(asked)
         body["messages"] = [{"role": "user", "content": text}]
     else:
-        text = sent
-        body["prompt"] = sent
+        after = fit_start(suffix, max(room // SUFFIX_SHARE, room - len(prompt))) if mode == "infill" else ""
+        sent, kept = fit(prompt, language, room - weigh(after))
+        if len(after) < len(suffix):
+            kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
+        text, of, sizes = sent + after, len(prompt) + len(suffix), len(sent) + len(after)
+        body |= {"prompt": sent} | ({"suffix": after} if mode == "infill" else {})
     if fields.get("filename"):
         body["filename"] = fields["filename"]
-    return Prepared(body, {"characters": len(text), "of": of, **kept}, weigh(text) + weigh(after))
+    return Prepared(body, {"characters": sizes, "of": of, **kept}, weigh(text))
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -1273,7 +1261,7 @@ def make_tls() -> ssl.SSLContext:
 # ------------------------------------------------------------------------------------------- the gateway
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One completion: what was asked, which model answers, how it was asked there, and what has come back."""
 
@@ -1284,6 +1272,7 @@ class Job:
     weight: int = 0  # of the prompt that was sent, for the ratio
     tokens: int = 0  # relayed so far
     ticket: int = 0  # of the breaker
+    superseded: bool = False  # a newer one of its session has taken its slot
     send_now: Callable[[bytes], bool] | None = None  # the client's end of the express lane
     started: float = field(default_factory=time.perf_counter)
 
@@ -1298,13 +1287,17 @@ class Gateway:
         self.ratio = Ratio()
         self.started = time.monotonic()
         self.requests_total = 0
-        self.requests_active = 0
+        self.active: list[Job] = []
         self.probes = 0  # so many have ended
         self.reachable = False  # by the last probe or completion
         self.response_ms: float | None = None  # of the last good probe
         self.contexts: dict[str, int] | None = None  # n_ctx of the models that the VPS has; None: never told
         self._contexts_until = 0.0
         self._wake = asyncio.Event()  # probe now
+
+    @property
+    def requests_active(self) -> int:
+        return len(self.active)
 
     @property
     def available(self) -> bool:
@@ -1341,7 +1334,7 @@ class Gateway:
 
     def _found(self, reachable: bool, message: str) -> None:
         if reachable != self.reachable or not self.probes:
-            log.log(20 if reachable else 30, "%s", message)
+            (log.info if reachable else log.warning)("%s", message)
         self.reachable = reachable
 
     async def _learn_models(self) -> None:
@@ -1359,7 +1352,7 @@ class Gateway:
         HTTP errors. Then blocks of whole SSE events; the last one is the done event. Everything that it holds is
         given back when it ends, fails or is closed, which works only once it has been started."""
         self.requests_total += 1
-        with self._slot():
+        with self._slot(job):
             ticket = self.breaker.admit(time.monotonic())
             if ticket is None:
                 raise HttpError(503, "VPS backend is unavailable (circuit breaker open)", "VPS_UNAVAILABLE")
@@ -1390,15 +1383,21 @@ class Gateway:
         return True
 
     @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        limit = self.config.max_concurrent
-        if self.requests_active >= limit:
+    def _slot(self, job: Job) -> Iterator[None]:
+        """A place among the completions that run. A newer one of a session takes the older one's: the VPS ends that
+        one as soon as it hears of the newer, so it no longer counts."""
+        limit, session = self.config.max_concurrent, job.fields["session"]
+        counted = [other for other in self.active if not other.superseded]
+        older = [other for other in counted if session is not None and other.fields["session"] == session]
+        if len(counted) - len(older) >= limit:
             raise HttpError(429, f"expected at most {limit} completions at a time; try again later")
-        self.requests_active += 1
+        for other in older:
+            other.superseded = True
+        self.active.append(job)
         try:
             yield
         finally:
-            self.requests_active -= 1
+            self.active.remove(job)
 
     def _tokens(self, job: Job, count: int) -> None:
         """So many valid tokens, or a whole answer, have come."""

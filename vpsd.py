@@ -171,7 +171,7 @@ MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 
 FIELDS = {
     "model": Field(str, 1, 200, required=True),
-    "prompt": Field(str, 1),
+    "prompt": Field(str),  # empty at the start of a file that has a suffix
     "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only warm the cache
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, 0.95, above_low=True),
@@ -191,6 +191,8 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     """A request body to its checked fields, with `messages` (or None) and the `mode` that follows from the fields."""
     fields = read_fields(members, FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
+    if fields["suffix"] is None and fields["prompt"] == "":
+        raise HttpError(400, 'prompt: expected a non-empty string, got the string ""')
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError(400, "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
@@ -567,11 +569,11 @@ class TextAssembler:
             return text + self.ending.flush(), "stop"
         return text, reason
 
-    def flush(self) -> str:
-        """What is still held when the tokens have ended."""
+    def flush(self, whole: bool = True) -> str:
+        """What is still held when the tokens have ended: by the model's own end (`whole`), or cut short."""
         text, stopped = self.stops.feed(self.decoder.decode(b"", final=True))
         text, reason = self.ending.feed(text if stopped else text + self.stops.held)
-        return text if reason else text + self.ending.flush()
+        return text if reason else text + self.ending.flush(whole)
 
 
 # ------------------------------------------------------------------------------- policy: the natural end
@@ -582,7 +584,8 @@ class TextAssembler:
 
 REST_CHARS = 64  # of the cursor's line after the cursor, compared with what is written
 EARLY_CHARS = 12  # so much of the suffix's line, written again, is no coincidence: the rest need not be computed
-AHEAD_CHARS = 32  # how far an infill may go on after its first line in search of the suffix
+AHEAD_CHARS = 20  # how far, white space not counted, an infill may look for the suffix after its first line
+SURE_AHEAD_CHARS = 56  # the same if the suffix stands too deep to follow that line
 HEADER_COLUMNS = 4  # how much deeper a body is than its header, at least usually
 CHATTER_CHARS = 4000  # before a chat's first fence; if there is none by then, it was no chatter
 REPEATED_LINES = 6  # the same line so often in a row is a model that starts over ...
@@ -596,6 +599,7 @@ DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
 BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+CALL = re.compile(r"(\w+)\(")
 CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))\s*$")
 FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([^`\n]*)")
@@ -777,7 +781,8 @@ class Stage:
         out, self.sent = self.text[self.sent : self.safe], self.safe
         return out, self.reason
 
-    def flush(self) -> str:
+    def flush(self, whole: bool) -> str:
+        """What is left when the tokens end: because the model says so (`whole`), or because no more are allowed."""
         return self.text[self.sent :]
 
 
@@ -787,9 +792,10 @@ class Lines(Stage):
     `mark` is the end of the last line that is not blank: there the completion ends if what follows is outside.
     """
 
-    def __init__(self, scanner: Scanner, line: str) -> None:
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
-        self.scanner, self.line = scanner, line  # the line so far, with what the prompt has of it
+        self.scanner, self.prompt = scanner, prompt
+        self.line = prompt[prompt.rfind("\n") + 1 :]  # the line so far, with what the prompt has of it
         self.held = scanner.starting  # the line has not shown yet whether it is outside
         self.mark = self.before = 0
         self.dropped = 0  # of the last line end, if the completion ends there
@@ -806,6 +812,20 @@ class Lines(Stage):
     def ended(self, line: str) -> str | None:
         """Why the completion is over with this line, if it is."""
         raise NotImplementedError
+
+    def undefined(self) -> list[str]:
+        """How the definitions would begin of functions that the text calls and nothing so far defines."""
+        written, keyword = self.prompt + self.text[: self.mark], self.scanner.language.function
+        names = set(CALL.findall(self.text[: self.mark])) if keyword else set()
+        starts = (f"{keyword} {name}(" for name in names)
+        return [start for start in starts if start not in written]
+
+    def helps(self, word: str) -> str | None:
+        """`outside` of what follows a whole function: "" if it defines one that the text calls."""
+        starts = self.undefined()
+        if any(map(word.startswith, starts)):
+            return ""
+        return None if any(start.startswith(word) for start in starts) else "block"
 
     def step(self, char: str) -> None:
         self.ticks = self.ticks + 1 if char == "`" and (self.ticks or not self.scanner.closer) else 0
@@ -847,8 +867,8 @@ class IndentedBlock(Lines):
     by its indentation which blocks are open.
     """
 
-    def __init__(self, scanner: Scanner, line: str) -> None:
-        super().__init__(scanner, line)
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__(scanner, prompt)
         self.base: int | None = None  # lines indented no deeper are outside; -1: there is no outside; None: not known
         self.clauses = self.statement = self.blank = False
         head = scanner.head.strip()
@@ -881,7 +901,9 @@ class IndentedBlock(Lines):
         assert self.base is not None
         if scanner.indent > self.base or word[0] in PAIRS:
             return ""
-        return continues(word) if self.clauses and scanner.indent == self.base else "block"
+        if scanner.indent < self.base:
+            return "block"
+        return continues(word) if self.clauses else self.helps(word)
 
 
 class BracedBlock(Lines):
@@ -892,8 +914,8 @@ class BracedBlock(Lines):
     function or class that the model writes. Closing brackets that follow in lines of their own come along.
     """
 
-    def __init__(self, scanner: Scanner, line: str) -> None:
-        super().__init__(scanner, line)
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__(scanner, prompt)
         self.base: int | None = None  # the depth of brackets at which it has ended; None: none is open yet
         self.statement = self.clauses = False
         self.closed = False  # and the next line may still be an `else` or a closing bracket
@@ -931,12 +953,12 @@ class BracedBlock(Lines):
         if not self.statement and scanner.last in tuple(",=(&|+?.:"):
             return None
         self.closed = True
-        return None if scanner.stack or self.clauses else "block"
+        return None if scanner.stack or self.clauses or self.undefined() else "block"
 
     def outside(self, word: str) -> str | None:
         if not self.closed:
             return ""
-        reason = "" if word[0] in PAIRS else continues(word) if self.clauses else "block"
+        reason = "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
         self.closed = reason != ""
         return reason
 
@@ -948,11 +970,11 @@ class Gap(Lines):
     just written), the body is there; if not, it is missing, and the gap goes on until its block is left or closed.
     """
 
-    def __init__(self, scanner: Scanner, line: str, suffix: str) -> None:
-        super().__init__(scanner, line)
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+        super().__init__(scanner, prompt)
         rest, _, after = suffix.partition("\n")
-        self.inline = bool(line.strip())
-        self.whole = not line and bool(rest.strip())  # whole lines are missing, with their line ends
+        self.inline = bool(self.line.strip())
+        self.whole = not self.line and bool(rest.strip())  # whole lines are missing, with their line ends
         self.dropped = int(not self.whole)
         self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
@@ -963,7 +985,7 @@ class Gap(Lines):
         self.floor: int | None = None  # others: the gap is a body, and what closes more brackets is outside
         self.target: int | None = None  # others: the gap ends with the line that gets to this depth
         self.enough: int | None = None  # the gap could end here, and does unless the suffix is found further on
-        self.ahead = AHEAD_CHARS
+        self.ahead, self.bound = AHEAD_CHARS, 0  # so much further, and not to lines indented less
         if scanner.opened is not None:
             self._open_body(scanner.opened)
         # Where in `rest` something closes that was opened before the cursor: what writes that, writes `rest`.
@@ -997,49 +1019,46 @@ class Gap(Lines):
     def outside(self, word: str) -> str | None:
         scanner = self.scanner
         if len(word) == 1:
-            if self.limit is not None and scanner.indent <= self.limit and not scanner.stack:
-                return "block"
             if self.floor is not None and len(scanner.stack) < self.floor:
                 return "block"
+            if self.limit is not None and self.enough is None and scanner.indent <= self.limit and not scanner.stack:
+                if not self.limit or self.indent == self.limit:
+                    return "block"  # a definition at the left margin, or one that the gap brought
+                self.enough = self.mark
             if self.indent is None and not scanner.in_comment:
                 self.indent = scanner.indent
         if self.below.startswith(word) and scanner.indent == self.below_indent:
             return "stop" if len(word) >= EARLY_CHARS else None
-        if self.enough is None:
-            return ""
-        assert self.indent is not None
-        if len(scanner.stack) < self.depth or scanner.indent < min(self.indent, self.below_indent):
-            return self._give_up()
+        if self.enough is not None and (len(scanner.stack) < self.depth or scanner.indent < self.bound):
+            self.mark = self.enough
+            return "block"
         return ""
 
-    def _give_up(self) -> str:
-        self.mark = self.enough or 0
-        return "block"
-
     def ended(self, line: str) -> str | None:
-        scanner, depth, inline = self.scanner, len(self.scanner.stack), self.inline
-        self.inline = False
+        scanner, depth = self.scanner, len(self.scanner.stack)
+        inline, self.inline = self.inline, False
         if line and line == self.below and self.was_held and not inline:
             self.mark = self.before
             return "stop"
         if self.target is not None:
             return "block" if depth <= self.target else None
-        if self.enough is not None:
-            return self._give_up() if len(self.text) > self.enough + self.ahead else None
-        if self.limit is not None or self.floor is not None or self.indent is None or not line or line[0] == "@":
-            return None
-        header = scanner.language.indented and scanner.fresh
-        if depth > self.depth or header:
-            if self.below_indent <= self.indent:
-                if header or scanner.last == "{":
-                    self._open_body(self.indent)
-                return None
-        self.enough = self.mark
-        # If the suffix is deeper still, a header is missing for sure, and worth a longer search.
-        self.ahead *= 1 + 3 * (
-            self.below_indent > self.indent + (HEADER_COLUMNS if depth > self.depth or header else 0)
-        )
+        if self.enough is None and self.indent is not None and line and line[0] != "@":
+            self._ended(scanner, depth, self.indent)
         return None
+
+    def _ended(self, scanner: Scanner, depth: int, indent: int) -> None:
+        """The gap's first line has ended, or one of its body."""
+        header = scanner.language.indented and scanner.fresh
+        if self.limit is None and self.floor is None:
+            if self.below_indent <= indent and (depth > self.depth or header):
+                if header or scanner.last == "{":
+                    self._open_body(indent)
+                return
+            self.enough = self.mark
+            if self.below_indent > indent + HEADER_COLUMNS * (depth > self.depth or header):
+                self.ahead, self.bound = SURE_AHEAD_CHARS, 0  # a header is missing yet
+                return
+        self.bound = min(indent, self.below_indent)
 
     def step(self, char: str) -> None:
         if self.rest:
@@ -1049,8 +1068,9 @@ class Gap(Lines):
         super().step(char)
         if self.enough is not None and not self.reason:
             self.safe = self.enough
-            if len(self.text) > self.enough + 2 * self.ahead:
-                self.end(self._give_up(), self.mark)
+            self.ahead -= not char.isspace()
+            if self.ahead < 0:
+                self.end("block", self.enough)
 
     def _in_line(self, char: str) -> None:
         """The suffix goes on in the cursor's line: end where `rest` begins, or would."""
@@ -1077,8 +1097,9 @@ class Gap(Lines):
             at = next((place for place in found if place >= 0), stop)
         self.end("stop", at)
 
-    def flush(self) -> str:
-        return super().flush() + "\n" * (self.whole and bool(self.text.strip()) and self.text[-1] != "\n")
+    def flush(self, whole: bool) -> str:
+        text = self.text[self.sent : None if whole else self.enough]
+        return text + "\n" * (whole and self.whole and bool(self.text.strip()) and self.text[-1] != "\n")
 
 
 class Repeat(Stage):
@@ -1195,9 +1216,9 @@ class Fences(Stage):
     def _closes(self, line: str) -> bool:
         return line.startswith(self.fence) and not line.strip(self.fence[0])
 
-    def flush(self) -> str:
+    def flush(self, whole: bool) -> str:
         closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.strip())
-        return "" if closed else super().flush()
+        return "" if closed else super().flush(whole)
 
 
 class Ending:
@@ -1214,12 +1235,12 @@ class Ending:
         if stop_at == "none" or syntax is None:
             return
         if mode != "instruct":
-            scanner, line = Scanner(syntax, prompt), prompt[prompt.rfind("\n") + 1 :]
+            scanner = Scanner(syntax, prompt)
             header = -1 if scanner.opened is None else scanner.opened
-            self.indented = scanner.starting and not line.strip() and scanner.indent > max(0, header)
+            self.indented = scanner.starting and scanner.indent > max(0, header)
             block = IndentedBlock if syntax.indented else BracedBlock
             gap = mode == "infill" and suffix and suffix.strip()
-            self.stages.append(Gap(scanner, line, suffix or "") if gap else block(scanner, line))
+            self.stages.append(Gap(scanner, prompt, suffix or "") if gap else block(scanner, prompt))
         self.stages.append(Repeat())
 
     def feed(self, text: str) -> tuple[str, str | None]:
@@ -1231,16 +1252,16 @@ class Ending:
         for stage in self.stages:
             text, why = stage.feed(text)
             if reason and not why:
-                text += stage.flush()
+                text += stage.flush(whole=True)
             reason = why or reason
         return text, reason
 
-    def flush(self) -> str:
-        """What is left to send when the tokens end without a reason of ours."""
+    def flush(self, whole: bool = True) -> str:
+        """What is left to send when the tokens end without a reason of ours; not `whole`: max_tokens cut it short."""
         text = ""
         for stage in self.stages:
             text, why = stage.feed(text)
-            text += "" if why else stage.flush()
+            text += "" if why else stage.flush(whole)
         return text
 
 
@@ -2020,7 +2041,7 @@ class Worker(threading.Thread):
         return reason is not None
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
-        if flush and (text := run.text.flush()):
+        if flush and (text := run.text.flush(reason == "stop")):
             run.outbox.append({"token": text, "total_tokens": run.generated})
         run.outbox.append(run.result(reason))
         self._release(run)

@@ -381,6 +381,24 @@ def test_slots_are_given_back_after_every_kind_of_error():
     run(scenario())
 
 
+def test_a_newer_completion_of_a_session_takes_the_slot_of_the_older():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        slow = [CHUNKED, go.wait, *GOOD[1:]]
+        async with Backend([slow]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            older = asyncio.create_task(pi.stream(session="editor"))
+            await until(lambda: len(backend.completions) == 1)
+            assert (await pi.stream(session="another")).status == 429
+            newer = asyncio.create_task(pi.stream(session="editor"))
+            await until(lambda: len(backend.completions) == 2)
+            assert (await pi.stream(session="another")).status == 429
+            go.set()
+            assert [(await task).status for task in (older, newer)] == [200, 200]
+            assert pi.gateway.requests_active == 0
+
+    run(scenario())
+
+
 # ----------------------------------------------------------------------------- routing and fitting
 
 
@@ -454,6 +472,25 @@ def test_a_long_prompt_is_fitted_and_refitted_once():
 @pytest.mark.parametrize(("n_ctx", "max_tokens", "budget"), [(4096, 512, 3584), (4096, 2048, 2048), (2048, 2048, 512)])
 def test_prompt_budget(n_ctx: int, max_tokens: int, budget: int):
     assert prompt_budget(n_ctx, max_tokens) == budget - cm4d.MARGIN_TOKENS
+
+
+def test_an_http_1_0_client_gets_the_events_without_chunks():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            reader, writer = await asyncio.open_connection("127.0.0.1", pi.port)
+            body = json.dumps(GOOD_FIELDS).encode()
+            lines = [
+                "POST /v1/complete/stream HTTP/1.0",
+                "Content-Type: application/json",
+                f"Content-Length: {len(body)}",
+            ]
+            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+            top, _, events = (await reader.read()).partition(b"\r\n\r\n")
+            assert b"transfer-encoding" not in top.lower()
+            assert events.startswith(token("a", 1) + token("b", 2) + b'data: {"done": true')
+            writer.close()
+
+    run(scenario())
 
 
 # ------------------------------------------------------------------------------------- a real process

@@ -120,6 +120,31 @@ f()
 for i in range(3):
 «    print(i)
 »print('done')
+=== python block: a helper that it calls
+def f(x):
+«    return g(x) + g(1)
+
+
+def g(x):
+    return h(x)
+
+def h(x):
+    return x
+»
+def k(x):
+    return x
+=== rust block: a helper that it calls
+fn f(x: i32) -> i32 {
+«    g(x)
+}
+
+fn g(x: i32) -> i32 {
+    x
+}
+»
+fn main() {
+    f(1);
+}
 === python block: a statement
 y = «[1,
 
@@ -405,20 +430,20 @@ func main() {
 }
 »
 func g() {
-=== python block: a line
+=== python stop: a line
 def f():
     x = 1
     «y = x»
     return y
 ‖
     return y
-=== python block: a whole line
+=== python stop: a whole line
 def f():
     x = 1
 «    y = x
 »    return y
 ‖    return y
-=== python block: the line's rest
+=== python stop: the line's rest
 def f(a«, b):»
     return a
 ‖
@@ -443,7 +468,7 @@ encoding_m«ap = »{
     1: 2}
 ‖{
     1: 2}
-=== python block: a header
+=== python stop: a header
 def f():
     «if x:»
         return 1
@@ -476,7 +501,7 @@ b = 2
 def f():
 «»    return the_value_of(x)
 ‖    return the_value_of(x)
-=== python block: brackets
+=== python stop: brackets
 x = 1
 «y = f(
     1,
@@ -484,7 +509,7 @@ x = 1
 z = 3
 ‖
 z = 3
-=== python block: indentation again
+=== python stop: indentation again
 def f():
     x = 1
     «    return x»
@@ -515,7 +540,7 @@ f();
 ‖
 
 f();
-=== rust block: a line of a call
+=== rust stop: a line of a call
 foo(
     a,
 «    b,
@@ -523,7 +548,7 @@ foo(
 );
 ‖    c,
 );
-=== c block: a condition
+=== c stop: a condition
 int f(int x) {
     «if (x) {»
         return 1;

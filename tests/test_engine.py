@@ -639,7 +639,9 @@ def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
 
 
 def config(**more: str) -> vpsd.Config:
-    return load_config({"CEREBRUM_API_KEY": "k", **more}, vpsd.Path(vpsd.__file__).parent)
+    """By these variables alone: no .env lies in that folder."""
+    given = {"CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")), **more}
+    return load_config(given, Path("/nonexistent"))
 
 
 @pytest.mark.parametrize(
@@ -776,7 +778,7 @@ def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
 
 
 def test_config_defaults() -> None:
-    defaults = load_config({}, Path(vpsd.__file__).parent)
+    defaults = config()
     assert (defaults.host, defaults.port, defaults.key) == ("127.0.0.1", 9000, "")
     assert (defaults.n_ctx, defaults.max_concurrent, defaults.draft, defaults.kv_type) == (4096, 2, True, "f16")
     assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)

@@ -389,6 +389,12 @@ def test_a_body_in_tiny_chunks_costs_no_square() -> None:
     assert held <= 3
 
 
+@pytest.mark.parametrize("wrong", [b"x", b"1\r\nab", b"1\r\na\n", b"\n", b"1;\0", b"0\r\n\0", b"0\r\nA: b\n", b"1 "])
+def test_a_wrong_chunk_is_refused_at_its_first_wrong_byte(wrong: bytes) -> None:
+    assert decode(wrong, []) == 400
+    assert decode(wrong[:-1], []) != 400
+
+
 def test_extensions_count_as_body() -> None:
     line = b"1;" + b"a" * 200 + b"\r\nx\r\n"
     assert decode(line * 5, [], 1000) == 413

@@ -110,6 +110,7 @@ def test_silence_before_the_first_byte_closes_silently(
 
 def test_idle_keep_alive_closes_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "IDLE_SECONDS", SOON)
+    monkeypatch.setattr(common, "HEAD_SECONDS", 2 * PATIENCE)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, writer):
@@ -127,10 +128,8 @@ def test_the_end_lingers_for_an_unread_body() -> None:
     def client(port: int) -> bytes:
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
             body = b"x" * (6 << 20)
-            with contextlib.suppress(ConnectionError):
-                peer.sendall(
-                    b"POST /v1/complete HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-                )
+            head = b"POST /v1/complete HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            peer.sendall(head + body)
             return b"".join(iter(lambda: peer.recv(65_536), b""))
 
     async def run() -> bytes:
@@ -223,6 +222,57 @@ def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch
                 await until(lambda: transports[0].get_extra_info("socket").fileno() < 0)
 
     asyncio.run(run())
+
+
+def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits the buffer is not lost when the connection is closed behind it."""
+    monkeypatch.setattr(common, "LINGER_SECONDS", 0.01)
+
+    async def run() -> None:
+        async with serving() as (server, port):
+
+            async def answer(state: Any, request: Request) -> Response:
+                (connection,) = server.connections.values()
+                connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                return Response({"x": "y" * 60_000})
+
+            server.routes["/late"] = {"GET": Route("GET", "/late", answer)}
+            with socket.socket() as peer:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                peer.connect(("127.0.0.1", port))
+                peer.sendall(get("/late", "Connection: close"))
+                await until(lambda: server.connections)
+                with contextlib.suppress(TimeoutError):  # twenty times as long as it lingers
+                    async with asyncio.timeout(0.2):
+                        await until(lambda: not server.connections)
+                whole = await asyncio.to_thread(lambda: b"".join(iter(lambda: peer.recv(65_536), b"")))
+            assert len(whole.partition(b"\r\n\r\n")[2]) == 60_009
+
+    asyncio.run(run())
+
+
+def test_sending_past_the_iterator_ends_with_the_stream() -> None:
+    """What the handler's side sends by itself is part of this stream, and never of the answer after it."""
+    sends: list[Any] = []
+    sent: list[bool] = []
+
+    async def events() -> AsyncIterator[bytes]:
+        sent.append(sends[0](common.chunk(b": a\n\n")))
+        yield b": b\n\n"
+
+    async def handle(state: Any, request: Request) -> Response:
+        return Response(events=events(), connect=sends.append)
+
+    async def run() -> None:
+        async with serving() as (server, port), connect(port) as (reader, writer):
+            server.routes["/lane"] = {"POST": Route("POST", "/lane", handle, json=True)}
+            for version, body in (("HTTP/1.1", b": a\n\n: b\n\n"), ("HTTP/1.0", b": b\n\n")):
+                writer.write(sized(BODY, version=version).replace(b"@POST", b"/lane"))
+                assert (await read_reply(reader)).body == body
+                assert sends.pop()(b"x") is False
+
+    asyncio.run(run())
+    assert sent == [True, False]
 
 
 def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
