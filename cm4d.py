@@ -467,15 +467,14 @@ class Source:
         found = [match for match in LINE_START.finditer(self.text, start, stop) if self.starts_line(match.start())]
         return min(found, key=lambda match: match.end() - match.start()).start() if found else start
 
-    def header_end(self, definition: Definition) -> int:
-        """Past the signature, which may take several lines, and the docstring."""
+    def signature_end(self, definition: Definition) -> int:
+        """Past the line that ends a signature, which may take several."""
         start, end = definition.start, self.line_end(definition.start)
         for _ in range(20):
             if self.text.count("(", start, end) <= self.text.count(")", start, end):
                 break
             end = self.line_end(end)
-        docstring = DOCSTRING.match(self.text, end) if self.language.indented else None
-        return self.line_end(docstring.end()) if docstring else end
+        return end
 
     def lead(self, definition: Definition) -> int:
         """Where the comments, decorators and attributes right above a definition begin."""
@@ -494,15 +493,15 @@ class Source:
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
         """The definition with what belongs to it above, or None if that is over `limit` characters."""
-        start, header = self.lead(definition), self.header_end(definition)
+        start, body = self.lead(definition), self.signature_end(definition)
         stop = min(start + limit, len(self.text))
-        left = self.leaves(definition, header, stop)
-        if header > stop or (left is None and stop < len(self.text)):
+        left = self.leaves(definition, body, stop)
+        if body > stop or (left is None and stop < len(self.text)):
             return None
         if left and left[0].endswith("}"):
             end = self.line_end(left.start())
         else:
-            end = self._last_line(header, left.start() if left else stop)
+            end = self._last_line(body, left.start() if left else stop)
         return Piece(start, end, definition.chain()[:-1])
 
     def _last_line(self, start: int, end: int) -> int:
@@ -513,18 +512,19 @@ class Source:
         return start + sum(map(len, lines))
 
     def outline(self, definition: Definition) -> list[Piece]:
-        """A definition that is too large: its header, and those of its members."""
-        header, around = self.header_end(definition), definition.chain()
+        """A definition that is too large: its docstring, and the signatures around that and of its members."""
+        body, around = self.signature_end(definition), definition.chain()
+        docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
         members = [member for member in self.definitions if member.parent is definition]
-        headers = [Piece(member.start, self.header_end(member), around) for member in members[:40]]
-        return [Piece(header, header, around), *headers]
+        signatures = [Piece(member.start, self.signature_end(member), around) for member in members[:40]]
+        return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
         """The definitions around a position, outermost first."""
         index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
         found: list[Definition] = []
         for definition in self.definitions[index].chain() if index >= 0 else ():
-            if self.leaves(definition, max(self.header_end(definition), position - 65_536), position):
+            if self.leaves(definition, max(self.signature_end(definition), position - 65_536), position):
                 break
             found.append(definition)
         return tuple(found)
@@ -566,7 +566,7 @@ class Source:
             for definition in piece.around[common:]:
                 opened.append(definition)
                 if definition.start >= at:
-                    end = self.header_end(definition)
+                    end = self.signature_end(definition)
                     out += [self.gap(at, definition.start), self.text[definition.start : end]]
                     at = end
             out += [self.gap(at, piece.start), self.text[piece.start : piece.end]]
@@ -601,6 +601,7 @@ class Fit:
         self.cell = step // 4
         self.still = max(0, len(text) - self.cell) // step * step
         self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position (0: before all)
+        self.paid: set[tuple[Definition, int]] = set()  # the signatures that are sent around it, and where
         room -= (step + self.cell) * 9 // 8 + self.room // 8  # the lines behind `still`, and what is put between them
         self.start = self.window_start(room * (3 if about else 5) // 8)
         self.select(room)
@@ -641,19 +642,22 @@ class Fit:
         for forms in wanted:
             for pieces in forms:
                 new = [piece for piece in pieces if piece not in self.taken]
-                cost = sum(self.cost(piece, place) for piece in new)
+                around = {(definition, place) for piece in new for definition in piece.around} - self.paid
+                spans = [(piece.start, piece.end) for piece in new]
+                spans += [(definition.start, self.source.signature_end(definition)) for definition, _ in around]
+                cost = sum(self.cost(self.source.text[start:end], place) for start, end in spans)
                 if cost <= room:
                     room -= cost
                     self.taken |= dict.fromkeys(new, place)
+                    self.paid |= around
                     break
             if room < 60:
                 break
         return room
 
-    def cost(self, piece: Piece, place: int) -> int:
-        text = self.source.text[piece.start : piece.end]
-        comments = (text.count("\n") + 2) * len(self.comment(place)) if place else 0
-        return weigh(text) + 20 + 40 * len(piece.around) + comments
+    def cost(self, text: str, place: int) -> int:
+        """What a piece weighs with the mark before it, and as comments if it does not come first."""
+        return weigh(text) + len(self.source.mark) + (text.count("\n") + 2) * len(self.comment(place)) * (place > 0)
 
     def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
         """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
@@ -705,10 +709,10 @@ class Fit:
         definitions, imports, names = self.source.definitions, False, dict[str, None]()
         for piece in self.taken:
             index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
-            if piece.start == piece.end:
-                names[piece.around[-1].name] = None
-            elif index < len(definitions) and definitions[index].start < piece.end:
+            if index < len(definitions) and definitions[index].start < piece.end:
                 names[definitions[index].name] = None
+            elif piece.around:
+                names[piece.around[-1].name] = None
             else:
                 imports = True
         parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]

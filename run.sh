@@ -23,6 +23,19 @@ die() {
 	exit 1
 }
 
+# What runs in the background, each in a session of its own: Ctrl-C does not reach it, this does.
+PIDS=()
+stop_all() {
+	local pid
+	for pid in "${PIDS[@]}"; do
+		kill -- "-$pid" 2>/dev/null || true
+	done
+	wait
+}
+trap stop_all EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
 #
 # Prepare
 #
@@ -73,8 +86,9 @@ with_clock() {
 	local label=$1 log=$STATE/setup.log pid
 	shift
 	SECONDS=0
-	"$@" >"$log" 2>&1 &
+	setsid "$@" >"$log" 2>&1 </dev/null &
 	pid=$!
+	PIDS+=("$pid")
 	[[ -t 2 ]] || note "$label"
 	while kill -0 "$pid" 2>/dev/null; do
 		[[ ! -t 2 ]] || printf '\r\e[K%s ... %d s' "$label" "$SECONDS" >&2
@@ -85,6 +99,7 @@ with_clock() {
 		tail -n 30 "$log" >&2
 		die "failed: $label; all of its output is in $log"
 	fi
+	PIDS=()
 	note "$label: done in $SECONDS s"
 }
 
@@ -109,17 +124,8 @@ setup() {
 # Run
 #
 
-PIDS=()
-stop_daemons() {
-	local pid
-	for pid in "${PIDS[@]}"; do
-		kill "$pid" 2>/dev/null || true
-	done
-	wait "${PIDS[@]}" 2>/dev/null || true
-}
-
-# start NAME PORT_VARIABLE COMMAND...: starts a daemon in a session of its own, which Ctrl-C does not
-# reach, and sets ADDRESS to where it listens: on its usual port, or on a free one if that is taken.
+# start NAME PORT_VARIABLE COMMAND...: starts a daemon and sets ADDRESS to where it listens: on its
+# usual port, or on a free one if that is taken.
 start() {
 	local name=$1 variable=$2 log=$STATE/$1.log pid
 	shift 2
@@ -156,8 +162,6 @@ wait_for() {
 run() {
 	setup run
 	[[ -n ${CEREBRUM_API_KEY:-} ]] || grep -qs '^CEREBRUM_API_KEY=.' .env || ./generate_api_key.sh --write .env >&2
-	trap stop_daemons EXIT
-	trap 'exit 143' TERM HUP
 
 	start vpsd CEREBRUM_VPS_PORT "$PYTHON" vpsd.py
 	# For a try, this machine only; a deployed Pi listens on the LAN.

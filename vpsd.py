@@ -171,7 +171,7 @@ MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 
 FIELDS = {
     "model": Field(str, 1, 200, required=True),
-    "prompt": Field(str),  # empty at the start of a file that has a suffix
+    "prompt": Field(str, 1),
     "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only warm the cache
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, 0.95, above_low=True),
@@ -185,14 +185,13 @@ FIELDS = {
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),
 }
+FIELDS_WITH_SUFFIX = FIELDS | {"prompt": Field(str)}  # at the start of a file nothing is before the cursor
 
 
 def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     """A request body to its checked fields, with `messages` (or None) and the `mode` that follows from the fields."""
-    fields = read_fields(members, FIELDS)
+    fields = read_fields(members, FIELDS_WITH_SUFFIX if members.get("suffix") else FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
-    if fields["suffix"] is None and fields["prompt"] == "":
-        raise HttpError(400, 'prompt: expected a non-empty string, got the string ""')
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError(400, "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:

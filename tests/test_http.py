@@ -379,6 +379,13 @@ def test_depth_is_exact() -> None:
         assert status_of(lambda n=containers: parse_json(b'{"a":' * n + b"1" + b"}" * n)) == refused
 
 
+def test_the_size_of_integers_is_exact() -> None:
+    assert parse_json(b'{"a": %b}' % (b"9" * 20)) == {"a": 10**20 - 1}
+    for digits in (21, 5000):  # the second is too long for int() too, whose own message is not for clients
+        with pytest.raises(HttpError, match=r"^expected a JSON object: expected integers of at most 20 digits$"):
+            parse_json(b'{"a": %b}' % (b"9" * digits))
+
+
 def test_a_body_in_tiny_chunks_costs_no_square() -> None:
     """1 MiB in chunks of one byte, in reads of one byte too: the decoder holds no payload."""
     decoder, held = ChunkedDecoder(MAX_BODY_BYTES), 0
