@@ -947,7 +947,8 @@ class Connection:
         return bytes(body)
 
     async def wait_gone(self) -> None:
-        """Returns when the client has left. What it pipelines meanwhile is kept, up to a bound."""
+        """Returns when the client has left. A half-close counts as leaving, as with nginx: from here the two look
+        alike. What it pipelines meanwhile is kept, up to a bound."""
         with contextlib.suppress(ClientGone):
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():

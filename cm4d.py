@@ -442,6 +442,7 @@ class Source:
         self.mark = f"{language.line_comment} {LEFT_OUT}" + ("\r\n" if "\r\n" in text[:4096] else "\n")
         self.definitions: list[Definition] = []
         self.by_name: dict[str, list[Definition]] = {}
+        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # what `enclosing` has found
         stack: list[Definition] = []
         for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
@@ -521,13 +522,16 @@ class Source:
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
         """The definitions around a position, outermost first."""
+        if position in self.enclosed:
+            return self.enclosed[position]
         index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
         found: list[Definition] = []
         for definition in self.definitions[index].chain() if index >= 0 else ():
             if self.leaves(definition, max(self.signature_end(definition), position - 65_536), position):
                 break
             found.append(definition)
-        return tuple(found)
+        self.enclosed[position] = tuple(found)
+        return self.enclosed[position]
 
     def imports(self, stop: int) -> Iterator[Piece]:
         """The imports before `stop`, each with all of its lines."""
@@ -747,7 +751,7 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     if len(text) <= room and weigh(text) <= room:
         return text, {"parts": ["all", "repeated once"]}
     share = room
-    while share > 400:
+    while share > 600:
         fitted = Fit(text, language, share, about)
         if weigh(result := fitted.result()) <= room:
             return result, fitted.kept()

@@ -129,7 +129,8 @@ setup() {
 start() {
 	local name=$1 variable=$2 log=$STATE/$1.log pid
 	shift 2
-	env "$variable=$(free_port "$variable")" setsid "$@" >"$log" 2>&1 </dev/null &
+	: >"$log" # the last run's would name another port
+	env "$variable=$(free_port "$variable")" setsid "$@" >>"$log" 2>&1 </dev/null &
 	pid=$!
 	PIDS+=("$pid")
 	wait_for "$name" "$pid" grep -qs 'listening on http://' "$log"

@@ -598,6 +598,10 @@ DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
 BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+TRIPLE_QUOTES = ('"""', "'''")
+CODE = re.compile(
+    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
+)
 CALL = re.compile(r"(\w+)\(")
 CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))\s*$")
@@ -1235,6 +1239,8 @@ class Ending:
             return
         if mode != "instruct":
             scanner = Scanner(syntax, prompt)
+            if scanner.closer in TRIPLE_QUOTES and CODE.search(prompt, prompt.rfind(scanner.closer)):
+                scanner = Scanner(syntax, scanner.closer + prompt)  # the prompt begins within a docstring
             header = -1 if scanner.opened is None else scanner.opened
             self.indented = scanner.starting and scanner.indent > max(0, header)
             block = IndentedBlock if syntax.indented else BracedBlock

@@ -145,6 +145,16 @@ fn g(x: i32) -> i32 {
 fn main() {
     f(1);
 }
+=== python block: a prompt cut out of a file within a docstring
+ends with eol, if it does.
+    """
+    if not s:
+        return ""
+    x = 1
+«    return x
+»
+def g():
+    """Doc."""
 === python block: a statement
 y = «[1,
 

@@ -228,7 +228,8 @@ class Reference:
 
     def piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
-        return buffer.raw[: llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)]
+        size = llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
+        return buffer.raw[:size]
 
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], list[float]]:
         """Tokens up to the end or `most`, and by how much each won."""

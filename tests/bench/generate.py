@@ -1,0 +1,122 @@
+"""What vpsd's HTTP, scheduler and Python around llama.cpp cost: one stream against a bare llama_decode loop.
+
+    python tests/bench/generate.py [--model qwen_0_5b] [--tokens 128] [--rounds 7] [--threads N]
+
+Both use the same library, threads, prompts and greedy choice, each in a process of its own, in turn. Each round has
+a prompt of its own whose continuation hardly repeats; `draft_tokens` says how much vpsd found to draft all the same.
+Prints one line of JSON: tokens/s from the first token on (medians) and their ratio, to reach 0.97.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from servers import FILES, median, prose, vpsd
+
+
+def bare_loop(path: str, threads: int) -> None:
+    """Reads `[prompt, tokens]` lines, writes `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
+    from vpsd import llama, np, start_library  # which also sets how long llama.cpp's threads spin
+
+    start_library()
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    vocab = llama.llama_model_get_vocab(model)
+    n_vocab = llama.llama_vocab_n_tokens(vocab)
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = 8192, 512, 512
+    params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.no_perf = True
+    context = llama.llama_init_from_model(model, params)
+    buffer = ctypes.create_string_buffer(256)
+    print("[]", flush=True)
+    for line in sys.stdin:
+        prompt, most = json.loads(line)
+        data = prompt.encode()
+        todo = (llama.llama_token * (len(data) + 8))()
+        count = llama.llama_tokenize(vocab, data, len(data), todo, len(todo), True, False)
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        text, produced, begin = b"", 0, 0.0
+        while produced < most:
+            llama.llama_decode(context, llama.llama_batch_get_one(todo, count))
+            logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (n_vocab,))
+            token = int(logits.argmax())
+            begin = begin or time.perf_counter()
+            if llama.llama_vocab_is_eog(vocab, token):
+                break
+            produced += 1
+            end = time.perf_counter()
+            size = llama.llama_token_to_piece(vocab, token, buffer, 256, 0, False)
+            text += buffer.raw[:size]
+            todo, count = (llama.llama_token * 1)(token), 1
+        print(json.dumps([(produced - 1) / (end - begin), text.decode("utf-8", "replace")]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="qwen_0_5b")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see that it works")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.threads:
+        from vpsd import usable_cores
+
+        options.threads = usable_cores()
+    if options.bare:
+        bare_loop(options.bare, options.threads)
+        return
+    if options.quick:
+        options.tokens, options.rounds = 24, 2
+    if not FILES[options.model].exists():
+        print(f"generate: skipped, {FILES[options.model]} is missing")
+        return
+    command = [sys.executable, __file__, "--bare", str(FILES[options.model]), "--threads", str(options.threads)]
+    ours, bare, same, drafted = [], [], 0, 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        vpsd(Path(folder), "vpsd", options.model, options.threads) as server,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as loop,
+    ):
+        assert loop.stdin
+        assert loop.stdout
+        loop.stdout.readline()
+        for number in range(-1, options.rounds):  # the first one warms up
+            prompt = prose(number + 1)
+            result = server.complete(prompt, options.tokens)
+            print(json.dumps([prompt, options.tokens]), file=loop.stdin)
+            rate, text = json.loads(loop.stdout.readline())
+            if number >= 0:
+                ours.append(result.rate)
+                bare.append(rate)
+                same += text == result.text
+                drafted += result.done["draft_tokens"]
+        loop.stdin.close()
+    print(
+        json.dumps(
+            {
+                "benchmark": "generate",
+                "model": options.model,
+                "threads": options.threads,
+                "rounds": options.rounds,
+                "vpsd_tok_s": round(median(ours), 2),
+                "bare_tok_s": round(median(bare), 2),
+                "ratio": round(median([a / b for a, b in zip(ours, bare, strict=True)]), 3),
+                "same_text": f"{same} of {options.rounds}",
+                "draft_tokens": drafted,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

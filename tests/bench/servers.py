@@ -1,0 +1,244 @@
+"""For the benchmarks of the engine: vpsd and llama-server as processes, one client for both, and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR", "~/.cache/cerebrum/models")).expanduser()
+KEY = "the-key-of-the-benchmark"
+START_SECONDS = 120.0
+sys.path.insert(0, str(ROOT))
+
+from cerebrum_common import load_models  # noqa: E402
+
+FILES = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml")}
+
+# ------------------------------------------------------------------------------------------- the servers
+
+
+@dataclass
+class Result:
+    """One completion as its client saw it: (seconds since the request, tokens so far) for each event."""
+
+    marks: list[tuple[float, int]] = field(default_factory=list)
+    text: str = ""
+    done: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ttft(self) -> float:
+        return self.marks[0][0]
+
+    @property
+    def tokens(self) -> int:
+        return self.marks[-1][1]
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second from the first token on."""
+        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        return (last - first) / max(1e-9, end - begin)
+
+    @property
+    def pause(self) -> float:
+        """The longest time between two events."""
+        return max((b[0] - a[0] for a, b in itertools.pairwise(self.marks)), default=0.0)
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+    model: str = ""  # vpsd's model id; "" means llama-server
+
+    def request(self, prompt: str, tokens: int, stop: str, more: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        stops = [stop] if stop else []
+        if self.model:
+            body = {"model": self.model, "max_tokens": tokens, "stop_at": "none"}
+            return "/v1/inference/stream", {"prompt": prompt, "temperature": 0, "stop": stops, **body, **more}
+        body = {"n_predict": tokens, "stream": True, "cache_prompt": True}
+        return "/completion", {"prompt": prompt, "temperature": 0, "stop": stops, **body}
+
+    @contextlib.contextmanager
+    def events(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        """The events of one completion; leaving early closes the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        path, body = self.request(prompt, tokens, stop, more)
+        connection.request("POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"})
+        plug = connection.sock
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
+        try:
+            yield (json.loads(line[6:]) for line in iter(answer.readline, b"") if line.startswith(b"data: {"))
+        finally:
+            with contextlib.suppress(OSError):
+                plug.shutdown(socket.SHUT_RDWR)
+            answer.close()
+            connection.close()
+
+    def complete(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Result:
+        result, begin, count = Result(), time.perf_counter(), 0
+        with self.events(prompt, tokens, stop, **more) as events:
+            for event in events:
+                now = time.perf_counter() - begin
+                if event.get("error"):
+                    raise SystemExit(f"{event}")
+                if event.get("done") or event.get("stop"):
+                    result.done = event
+                text = event.get("token") or event.get("content") or ""
+                result.text += text
+                count = event["total_tokens"] if self.model and text else count + len(event.get("tokens", ()))
+                if text:
+                    result.marks.append((now, count))
+        return result
+
+    def busy_seconds(self) -> float:
+        """CPU time of all its threads, to the nanosecond."""
+        total = 0
+        for path in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                total += int(path.read_text().split()[0])
+        return total / 1e9
+
+
+@contextlib.contextmanager
+def running(command: list[str], more: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**os.environ, **more}, stdout=output, stderr=output)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"it did not start: {log.read_text(errors='replace')[-1000:]}")
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def vpsd(folder: Path, name: str, model: str, threads: int, **more: str) -> Iterator[Server]:
+    """vpsd with the model loaded and a state directory of its own: two of one name share it."""
+    log = folder / f"{name}.log"
+    environment = {
+        "CEREBRUM_API_KEY": KEY,
+        "CEREBRUM_VPS_PORT": "0",
+        "CEREBRUM_VPS_HOST": "127.0.0.1",
+        "CEREBRUM_MODELS_DIR": str(MODELS),
+        "CEREBRUM_STATE_DIR": str(folder / name),
+        "CEREBRUM_THREADS": str(threads),
+        "CEREBRUM_MAX_CPU_PERCENT": "100",
+        "CEREBRUM_LOG_FILE": "",
+        **more,
+    }
+    with running([sys.executable, "-u", str(ROOT / "vpsd.py")], environment, log) as process:
+        until(lambda: b"listening on" in log.read_bytes(), process, log)
+        match = re.search(r"listening on http://[^ ]*:([0-9]+)", log.read_text())
+        assert match
+        server = Server(process, int(match[1]), model)
+        server.complete("x", 0)
+        yield server
+
+
+@contextlib.contextmanager
+def llama_server(folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str) -> Iterator[Server]:
+    """llama-server with what the benchmark needs said, and its defaults for all else."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = folder / f"llama-server-{port}.log"
+    command = [binary, "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", "--port", str(port), *options]
+    with running(command, more, log) as process:
+
+        def healthy() -> bool:
+            with contextlib.suppress(OSError):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            return False
+
+        until(healthy, process, log)
+        server = Server(process, port)
+        server.complete("x", 1)
+        yield server
+
+
+def together(*calls: Callable[[], Result]) -> list[Result]:
+    """All at once, each in a thread; `marks` count from the same moment."""
+    results: dict[int, Result] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, call=call: results.update({i: call()}))  # type: ignore[misc]
+        for i, call in enumerate(calls)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[i] for i in range(len(calls))]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+# ------------------------------------------------------------------------------------------- the prompts
+
+SUBJECTS = (
+    "a lighthouse keeper, a lame mule and the first snow",
+    "how glass is blown on an island",
+    "the night train from Lisbon",
+    "two beekeepers who do not agree",
+    "a map that was drawn wrong on purpose",
+    "the smell of rain on a tin roof",
+    "a clock that strikes thirteen",
+    "an orchard behind the prison wall",
+    "the last speaker of a language",
+    "bread, salt and a borrowed coat",
+    "the cartographer's youngest daughter",
+    "a violin found in a drained canal",
+)
+
+
+def prose(number: int) -> str:
+    """A prompt whose continuation hardly repeats; another one for each number."""
+    return f"Chapter {number + 1}. It begins with {SUBJECTS[number % len(SUBJECTS)]}.\n\n"
+
+
+def words(number: int, count: int) -> str:
+    """Text in which nothing repeats, of about `count` tokens; another one for each number."""
+    values = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(count // 4))
+    return f"# {number}: " + " ".join(f"{value:x}" for value in values)
+
+
+MODULES = ("queue", "sched", "copy", "heapq", "shlex", "fnmatch", "string", "pprint", "textwrap", "cmd")
+
+
+def rewrite(number: int, lines: int) -> str:
+    """A file of the standard library that is to be written once more with a change."""
+    source = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
+    start = next(i for i, line in enumerate(source) if re.match(r"(class|def) ", line))
+    file = "\n".join(source[start : start + lines])
+    return f"A file:\n```python\n{file}\n```\nThe same file, whole, with `self` renamed to `this`:\n```python\n"
