@@ -224,6 +224,9 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
+CALIBRATION_ROUNDS = 5
+CALIBRATION_SECONDS = 2.0  # no further round after that
+DISTURBED = 0.7  # a token that takes so much less than the table says: it was made while the machine was busy
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
@@ -635,6 +638,7 @@ class Scanner:
         self.blocks: list[tuple[int, str]] = []
         self.fresh = False  # the innermost block has no body yet, but perhaps a docstring
         self.starting, self.indent = True, 0
+        self.margin: int | None = None  # the least indentation of any statement
         for char in text:
             self.step(char)
 
@@ -759,6 +763,7 @@ class Scanner:
             if head and head.lower() != "r":  # else a comment or a docstring
                 self.blocks, self.fresh = self.enclosing(self.indent), self.last == ":"
                 self.blocks += [(self.indent, head)] * self.fresh
+                self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
             self.starting, self.indent, self.head, self.last = True, 0, "", ""
 
 
@@ -883,7 +888,9 @@ class IndentedBlock(Lines):
     def _choose(self, blocks: list[tuple[int, str]]) -> None:
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not self.scanner.language.containers.match(block[1])]
-        self.base, header = (functions or others or blocks[-1:] or [(-1, "")])[0]
+        # In the middle of a file, the header of the outermost block may have been cut off.
+        margin = self.scanner.indent if self.scanner.margin is None else self.scanner.margin
+        self.base, header = (functions or others or blocks[-1:] or [(min(margin, self.scanner.indent) - 1, "def")])[0]
         self.clauses = not DEFINITION.match(header)
 
     def is_boundary(self) -> bool:
@@ -1817,7 +1824,8 @@ class Worker(threading.Thread):
         self.waiting: list[Job] = []
         self.acceptance = Acceptance()
         with self.baton:
-            self.costs = load_costs(self.llama, self.config, self.key)
+            self.costs = load_costs(self.llama, self.calibration)
+        self.one_token = self.costs(1)  # as calibrated
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -1825,6 +1833,10 @@ class Worker(threading.Thread):
             "model %s loaded: %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
             self.spec.id, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),
         )  # fmt: skip
+
+    @property
+    def calibration(self) -> Path:
+        return self.config.state_dir / "calibration" / f"{self.key[:32]}-{self.config.threads}.json"
 
     @property
     def kv_dir(self) -> Path:
@@ -1851,8 +1863,10 @@ class Worker(threading.Thread):
     def _turn(self) -> None:
         """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
-        if not runs and (job := self.inbox.get()):
-            self.waiting.append(job)
+        if not runs:
+            self._recalibrate()
+            if job := self.inbox.get():
+                self.waiting.append(job)
         self.waiting += self._drain()
         self._drop_cancelled()
         self._start_waiting()
@@ -1862,6 +1876,20 @@ class Worker(threading.Thread):
             members = [works[i] for i in group if works[i].run.slot.run is works[i].run]
             if members and not self.stopping:
                 self._step(members)
+
+    def _recalibrate(self) -> None:
+        """Measure again if the machine was busy the last time and nobody waits now."""
+        assert self.llama
+        if self.costs(1) > DISTURBED * self.one_token or any(slot.run for slot in self.slots):
+            return
+        for slot in self.slots:
+            self._park(slot)
+        self.llama.abort_flag[0] = b"\x00"
+        with self.baton:
+            table = calibrate(self.llama, self.calibration, lambda: not self.inbox.empty())
+        if table:
+            self.costs = Costs(table)
+            self.one_token = self.costs(1)
 
     def _drop_cancelled(self) -> None:
         self.waiting = [job for job in self.waiting if not job.cancelled]
@@ -2093,35 +2121,42 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
         stamp.touch()
 
 
-def load_costs(model: Llama, config: Config, key: str) -> Costs:
+def load_costs(model: Llama, path: Path) -> Costs:
     """The calibration for this model file, library and thread count: from disk, or measured now and written."""
-    path = config.state_dir / "calibration" / f"{key[:32]}-{config.threads}.json"
     try:
         table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
         if tuple(sorted(table)) == CALIBRATION_SIZES and min(table.values()) > 0:
             return Costs(table)
     except (OSError, ValueError, AttributeError):
         pass
-    table = measure_costs(model)
-    with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(table).encode())
-    return Costs(table)
+    return Costs(calibrate(model, path, lambda: False))
 
 
-def measure_costs(model: Llama) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens: the best of three, of one where that takes long."""
-    table = {}
-    for size in CALIBRATION_SIZES:
-        best = float("inf")
-        for _ in range(4):
+def calibrate(model: Llama, path: Path, give_up: Callable[[], bool]) -> dict[int, float]:
+    """Measure and write; an empty table if `give_up` said so in between."""
+    table = measure_costs(model, give_up)
+    if table:
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps(table).encode())
+    return table
+
+
+def measure_costs(model: Llama, give_up: Callable[[], bool]) -> dict[int, float]:
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens: the best of up to CALIBRATION_ROUNDS, which go through
+    all sizes in turn, so that a short disturbance hits one round and not one size."""
+    table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
+    start = time.perf_counter()
+    for count in range(CALIBRATION_ROUNDS):
+        if count and time.perf_counter() - start > CALIBRATION_SECONDS:
+            break
+        for size in CALIBRATION_SIZES:
+            if give_up():
+                return {}
             begin = time.perf_counter()
             if model.decode([(Slot(0), [1] * size, size)]):
                 raise ModelError("llama.cpp cannot evaluate this model")
-            best = min(best, time.perf_counter() - begin)
+            table[size] = min(table[size], time.perf_counter() - begin)
             model.trim(0, 0)
-            if best > 1.0:
-                break
-        table[size] = best
     return table
 
 

@@ -1049,21 +1049,23 @@ class Measured:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff", b'{"1": 0.1}', b'{"1": -1}'])
 def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(tmp_path: Path, damage: bytes) -> None:
-    settings = config(CEREBRUM_STATE_DIR=str(tmp_path))
-    calibrate: Any = vpsd.load_costs
-    calibrate(first := Measured(), settings, "k" * 40)
-    assert sorted(set(first.sizes)) == list(vpsd.CALIBRATION_SIZES)
-    calibrate(second := Measured(), settings, "k" * 40)
+    path = tmp_path / "calibration" / "key-2.json"
+    load: Any = vpsd.load_costs
+    load(first := Measured(), path)
+    assert first.sizes == list(vpsd.CALIBRATION_SIZES) * vpsd.CALIBRATION_ROUNDS
+    load(second := Measured(), path)
     assert second.sizes == []
-    calibrate(other := Measured(), dataclasses.replace(settings, threads=settings.threads + 1), "k" * 40)
-    assert other.sizes
-    for path in (tmp_path / "calibration").iterdir():
-        path.write_bytes(damage)
-    calibrate(third := Measured(), settings, "k" * 40)
-    assert third.sizes
-    for path in (tmp_path / "calibration").iterdir():
-        if f"-{settings.threads}." in path.name:
-            assert len(json.loads(path.read_text())) == len(vpsd.CALIBRATION_SIZES)
+    path.write_bytes(damage)
+    load(third := Measured(), path)
+    assert set(third.sizes) == set(vpsd.CALIBRATION_SIZES)
+    assert len(json.loads(path.read_text())) == len(vpsd.CALIBRATION_SIZES)
+
+
+def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path) -> None:
+    model: Any = Measured()
+    assert vpsd.calibrate(model, tmp_path / "c.json", lambda: len(model.sizes) == 3) == {}
+    assert model.sizes == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:

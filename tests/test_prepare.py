@@ -134,3 +134,264 @@ def test_code_is_completed(case: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("case", INSTRUCT, ids=lambda case: case[1][:30])
 def test_an_instruction_is_followed(case: tuple[Any, ...]) -> None:
     assert detect_mode({"language": case[0], "prompt": case[1]}) == "instruct"
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
+        ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"),
+        ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
+        ({"prompt": "def f(", "suffix": ""}, "complete"),
+        ({"prompt": "def f(", "suffix": "\n"}, "complete"),
+        ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
+        ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
+        ({"prompt": "", "instruction": "Write a stack"}, "instruct"),
+        ({"prompt": "def f(", "instruction": ""}, "complete"),
+        ({"prompt": "def f(", "mode": "auto"}, "complete"),
+        ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
+        ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
+        ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
+    ],
+)
+def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> None:
+    assert detect_mode({"language": "python", **fields}) == mode
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "a", "mode": "infill"}, "suffix: expected the text after the cursor with mode infill, got nothing"),
+        ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: expected nothing with mode complete, got 1 c"),
+        ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: expected nothing with mode instruct, got 1 c"),
+        ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: expected nothing with mode complete"),
+        ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: expected nothing beside suffix, got 2 c"),
+        ({"prompt": "", "mode": "complete"}, "prompt: expected a non-empty string"),
+        ({"prompt": "", "mode": "instruct"}, "prompt: expected a non-empty string"),
+    ],
+)
+def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(HttpError, match=message) as caught:
+        detect_mode({"language": "python", **fields})
+    assert caught.value.status == 400
+
+
+# --------------------------------------------------------------------------------------------- fitting
+
+
+def prepared(prompt: str, language: str = "python", mode: str = "complete", budget: int = 3500, **fields: Any) -> Prepared:
+    return prepare({"language": language, "prompt": prompt, **fields}, mode, budget, 3.0)
+
+
+def shared(one: str, other: str) -> float:
+    """How much of `other` a cache that holds `one` saves."""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return same / len(other)
+
+
+@pytest.mark.parametrize("prompt", ["x", "def f(n):", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500, "Write a stack"])
+def test_what_fits_is_sent_unchanged(prompt: str) -> None:
+    result = prepared(prompt)
+    assert result.body == {"mode": "complete", "prompt": prompt}
+    assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
+    result = prepared(prompt, mode="infill", suffix="\n)\n", filename="a.py")
+    assert result.body == {"mode": "infill", "prompt": prompt, "suffix": "\n)\n", "filename": "a.py"}
+    assert result.kept["parts"] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "instruction", "content"),
+    [
+        ("Write a stack", None, "Write a stack\n\n"),
+        (FUNCTION, "Make this async", f"```python\n{FUNCTION}```\n\nMake this async\n\n"),
+        (f"# Make this async\n{FUNCTION}", None, f"```python\n{FUNCTION}```\n\nMake this async\n\n"),
+        ("x = 1", "Explain", "```python\nx = 1\n```\n\nExplain\n\n"),
+        ("", "Write a stack", "Write a stack\n\n"),
+    ],
+)
+def test_an_instruction_asks_for_code_alone(prompt: str, instruction: str | None, content: str) -> None:
+    (message,) = prepared(prompt, mode="instruct", instruction=instruction).body["messages"]
+    assert message["role"] == "user"
+    assert message["content"].startswith(content)
+    assert "```python" in message["content"].removeprefix(content)
+
+
+def long_file() -> str:
+    """40 KB whose last lines need a function, a constant and a class that are at its top."""
+    top = "import os\nfrom decimal import (\n    Decimal,\n)\n\nRATE_OF_TAX = Decimal('0.19')\n\n\n"
+    top += "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n\n\n"
+    top += "class Invoice:\n    '''One bill.'''\n\n    def __init__(self, net):\n        self.net = net\n\n\n"
+    body = "".join(f"def step_{n}(a, b):\n    c = a * {n}\n    return c + b if a else helper(c)\n\n\n" for n in range(560))
+    return top + body + "def total(bills):\n    first = Invoice(RATE_OF_TAX)\n    return sum(gross_of("
+
+
+def test_a_long_file_keeps_what_the_cursor_needs() -> None:
+    text = long_file()
+    result = prepared(text)
+    prompt = result.body["prompt"]
+    assert len(text) > 40_000
+    assert prompt.startswith("import os\nfrom decimal import (\n    Decimal,\n)\n")
+    flat = prompt.replace("# ", "")
+    assert "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n" in flat
+    assert "RATE_OF_TAX = Decimal('0.19')\n" in flat
+    assert "class Invoice:\n    '''One bill.'''\n" in flat
+    assert prompt.endswith(text[-2000:][text[-2000:].index("\ndef step_") :].rpartition("def total")[2])
+    assert "# ... lines left out\n" in prompt
+    assert result.kept["parts"] == ["imports", "definitions", "window"]
+    assert {"gross_of", "RATE_OF_TAX", "Invoice"} <= set(result.kept["definitions"])
+    assert result.kept["of"] == len(text)
+    assert len(prompt) == result.kept["characters"]
+
+
+@pytest.mark.parametrize(
+    ("language", "top", "unit", "end"),
+    [
+        ("javascript", "import fs from 'fs'\n\nfunction grossOf(net) {\n  return net * 2\n}\n\n",
+         "function step_{n}(a) {{\n  const b = a + {n}\n  return b\n}}\n\n", "const x = grossOf("),
+        ("typescript", "import {\n  a,\n  b,\n} from './a'\n\nexport interface Bill {\n  net: number\n}\n\n",
+         "export function step_{n}(a: number): number {{\n  return a + {n}\n}}\n\n", "const x: Bill = "),
+        ("rust", "use std::fmt;\n\n#[derive(Debug)]\npub struct Bill {\n    net: u64,\n}\n\n",
+         "pub fn step_{n}(a: u64) -> u64 {{\n    a + {n}\n}}\n\n", "fn total(b: &Bill) -> "),
+        ("c", "#include <stdio.h>\n\ntypedef struct {\n    long net;\n} bill_t;\n\n#define RATE 19\n\n",
+         "static int step_{n}(int a)\n{{\n    return a + {n};\n}}\n\n", "long total(bill_t *b) {\n    return RATE * "),
+        ("cpp", "#include <vector>\n\nnamespace shop {\nclass Bill {\npublic:\n    long net;\n};\n}\n\n",
+         "template <typename T>\nT step_{n}(T a) {{\n    return a + {n};\n}}\n\n", "long total(const shop::Bill& b) {"),
+        ("go", "package shop\n\nimport (\n\t\"fmt\"\n\t\"os\"\n)\n\n// Bill is one.\ntype Bill struct {\n\tNet int\n}\n\n",
+         "func step_{n}(a int) int {{\n\treturn a + {n}\n}}\n\n", "func total(b Bill) int {\n\treturn "),
+    ],
+)  # fmt: skip
+def test_imports_and_definitions_of_each_language(language: str, top: str, unit: str, end: str) -> None:
+    text = top + "".join(unit.format(n=n) for n in range(900)) + end
+    result = prepared(text, language, budget=2000)
+    prompt, comment = result.body["prompt"], "// "
+    assert result.kept["parts"] == ["imports", "definitions", "window"], result.kept
+    flat = prompt.replace(comment, "")
+    for block in top.strip().split("\n\n"):
+        assert block.removeprefix("// ").removeprefix("namespace shop {\n").removesuffix("\n}") in flat
+    assert prompt.endswith(unit.format(n=899) + end)
+    assert "// ... lines left out\n" in prompt
+
+
+def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
+    cut = 60_000
+    result = prepared(PYTHON_FILE[:cut], mode="infill", suffix=PYTHON_FILE[cut:])
+    prompt, suffix = result.body["prompt"], result.body["suffix"]
+    assert PYTHON_FILE[:cut].endswith(prompt[-1000:])
+    assert PYTHON_FILE[cut:].startswith(suffix)
+    assert suffix.endswith("\n")
+    assert len(suffix) > 800
+    assert result.kept["parts"][-1] == "suffix"
+    short = prepared("x = ", mode="infill", suffix=PYTHON_FILE)
+    assert short.body["prompt"] == "x = "
+    assert len(short.body["suffix"]) > 7000
+
+
+def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
+    text = PYTHON_FILE + "\n\nx = 1\n" * 300
+    result = prepared(text, mode="instruct", instruction="Let FileType open gzip files as well")
+    (message,) = result.body["messages"]
+    assert "class FileType(object):" in message["content"]
+    assert "FileType" in result.kept["definitions"]
+    assert "Let FileType open gzip files as well" in message["content"]
+    huge = prepared("", mode="instruct", instruction="Write a stack. " * 60_000)
+    assert huge.body["messages"][0]["content"].startswith("Write a stack. Write")
+
+
+def test_repeated_blocks_go_once() -> None:
+    block = "def helper(a):\n" + "    a = a * a + 1  # once more\n" * 20
+    text = "import os\n\n" + "".join(f"{block}\nvalue_{n} = helper({n})\n\n" for n in range(40)) + "print("
+    prompt = prepared(text).body["prompt"]
+    assert prompt.count("def helper(a):") == 1
+    assert prompt.startswith("import os\n")
+    assert all(f"value_{n} = " in prompt for n in range(40))
+    assert "# ... lines left out\n" in prompt
+    assert prompt.endswith("print(")
+
+
+def test_someone_typing_keeps_the_cache() -> None:
+    lines = PYTHON_FILE.splitlines(keepends=True)[:1800]
+    prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1500, 1800)]
+    saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
+    assert sum(saved) / len(saved) > 0.95
+    assert saved[15] > 0.9  # 285 of 300 lines; the window moved at the others
+    typed = "".join(lines[:1700])
+    keys = [prepared(typed[:-count]).body["prompt"] for count in range(60, 0, -1)]
+    assert sum(itertools.starmap(shared, itertools.pairwise(keys))) / 59 > 0.97
+
+
+ODD = {
+    "one line": "x" * 300_000,
+    "minified": "function a(b){return b+1};" * 12_000,
+    "empty lines": "\n" * 300_000,
+    "CRLF": "a = 1\r\n" * 40_000,
+    "tabs": "\t\tif x:\n\t\t\ty()\n" * 15_000,
+    "many lines": "a\n" * 200_000,
+    "digits": "0123456789, " * 20_000,
+    "Chinese": "# 这个函数对列表进行排序\n" * 20_000,
+    "emoji": "\U0001f600" * 60_000,
+    "quotes": '"""' * 60_000,
+    "brackets": "(" * 300_000,
+    "definitions": "def f(): pass\n" * 20_000,
+    "imports": "import (\n" * 30_000,
+    "open comment": "/* a\n" * 60_000,
+    "deep": "".join(" " * (n % 180) + f"def f{n}():\n" for n in range(3000)),
+}
+
+
+@pytest.mark.parametrize("language", ["python", "javascript", "rust", "c", "go"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_are_fast_and_fit(name: str, language: str) -> None:
+    text = ODD[name]
+    started = time.perf_counter()
+    for budget in (3500, 700, 60):
+        result = prepared(text, language, budget=budget)
+        assert weigh(result.body["prompt"]) <= (budget - 4) * 3
+        assert result.weight == weigh(result.body["prompt"])
+        assert result.body["prompt"][-4:] == text[-4:]
+    assert time.perf_counter() - started < 3  # 20 times what it takes, but nothing quadratic stays under it
+
+
+def test_any_cut_of_real_files_fits() -> None:
+    chance, files = random.Random(7), [Path(argparse.__file__), Path(ast.__file__), Path(random.__file__)]
+    for _ in range(150):
+        text = chance.choice(files).read_text("utf-8")
+        start = chance.randrange(len(text) // 2)
+        stop = chance.randrange(start, len(text))
+        budget = chance.choice([300, 900, 2000, 3500])
+        language = chance.choice(["python", "c", "go"])
+        result = prepared(text[start:stop], language, "infill", budget, suffix=text[stop:])
+        assert result.weight <= (budget - 16) * 3
+        assert result.body["prompt"].endswith(text[start:stop][-100:])
+        assert text[stop:].startswith(result.body["suffix"])
+
+
+# ----------------------------------------------------------------------------------------------- ratio
+
+
+def test_the_ratio_starts_low_and_falls_at_once() -> None:
+    ratio = Ratio()
+    assert ratio.get("a") == 3.0
+    ratio.learn("a", 2000, 1000)
+    assert (ratio.get("a"), ratio.get("b")) == (2.0, 3.0)
+    ratio.learn("a", 10, 1000)
+    assert ratio.get("a") == 0.75
+
+
+def test_the_ratio_rises_slowly_in_steps_and_ignores_short_prompts() -> None:
+    ratio, seen = Ratio(), []
+    ratio.learn("a", 100, 100)
+    assert ratio.get("a") == 3.0
+    for _ in range(200):
+        ratio.learn("a", 4000, 1000)
+        seen.append(ratio.get("a"))
+    assert seen == sorted(seen)
+    assert set(seen) == {3.0, 3.25, 3.5} or set(seen) == {3.0, 3.25} or set(seen) == {3.0, 3.5}
+
+
+def test_the_ratio_does_not_flap() -> None:
+    ratio = Ratio()
+    seen = []
+    for n in range(200):
+        ratio.learn("a", 3240 + n % 3 * 20, 1000)
+        seen.append(ratio.get("a"))
+    assert sum(one != other for one, other in itertools.pairwise(seen)) <= 2

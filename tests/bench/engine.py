@@ -306,8 +306,8 @@ def main() -> None:
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "threads": options.threads}
     if not options.llama_server:
         found["llama_server"] = "skipped: --llama-server was not given"
-    for name in options.only.split(","):
-        with bench_of(options) as bench:
+    with bench_of(options) as bench:
+        for name in options.only.split(","):
             found[name] = PARTS[name](bench)
     print(json.dumps(found))
 

@@ -26,6 +26,7 @@ import random
 import re
 import resource
 import secrets
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -311,6 +312,7 @@ def main() -> None:
         "instruct": lambda tiers: instruct(tiers, tasks),
         "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the daemons end, too
     with ExitStack() as stack:
         tiers = start_both(stack, options.model)
         result = {name: parts[name](tiers) for name in options.only.split(",")}
