@@ -50,7 +50,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_common import (
@@ -658,7 +658,7 @@ class Fit:
 
     def select(self, room: int) -> None:
         """Take the imports and definitions before the window that it needs, and what resembles the instruction."""
-        text, names = self.source.text, names_in(self.source.text[self.start : self.still])[::-1]
+        text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
         if self.about:
             self.take(self.resembling(), room * 3 // 8)
         used = {name for name, _ in names}
@@ -672,9 +672,9 @@ class Fit:
         end, half, room = len(self.source.text), self.cell // 2, self.room // 8
         for edge, following in pairwise([*range(self.still, end - half, self.cell), end]):
             place = self.source.statement(edge, edge + half)
-            text = self.source.text[edge + half * (edge > self.still) : min(following + half, end)]
             if place >= self.start and self.source.starts_line(place):
-                room = self.take(self.needed(names_in(text)), room, place)
+                names = names_in(self.source.text, edge + half * (edge > self.still), following + half)
+                room = self.take(self.needed(names), room, place)
 
     def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int = 0) -> int:
         """For each thing that is wanted, the first form of it that there is room for; returns the room that is left."""
@@ -725,7 +725,7 @@ class Fit:
             found = islice(re.finditer(re.escape(word), text), 2000)
             units = {bisect_right(starts, match.start()) - 1 for match in found} - {-1}
             for unit in units:
-                scores[unit] += (1000 if definitions[unit].name.lower() == word else 100) // len(units)
+                scores[unit] += 100 // len(units) + 100 * (definitions[unit].name.lower() == word)
         for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
             yield self.forms(definitions[unit])
 
@@ -759,9 +759,10 @@ class Fit:
         return {"parts": parts, "lines": lines, "definitions": list(names)}
 
 
-def names_in(text: str) -> list[tuple[str, bool]]:
-    """The names in a text, each once, and whether it is a member of something: `a.b` → `("a", False), ("b", True)`."""
-    return list(dict.fromkeys((match[2], bool(match[1])) for match in NAME.finditer(text)))
+def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
+    """The names that begin in a range, each once, and whether it is a member: `a.b` → `("a", False), ("b", True)`."""
+    found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
+    return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
 
 
 def without_repeated(text: str, mark: str) -> str:

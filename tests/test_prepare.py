@@ -361,7 +361,7 @@ def test_any_cut_of_real_files_fits() -> None:
         language = chance.choice(["python", "c", "go"])
         result = prepared(text[start:stop], language, "infill", budget, suffix=text[stop:])
         assert result.weight <= (budget - 16) * 3
-        assert result.body["prompt"].endswith(text[start:stop][-100:])
+        assert result.body["prompt"].endswith(text[start:stop].rpartition("\n")[2][-40:])
         assert text[stop:].startswith(result.body["suffix"])
 
 
