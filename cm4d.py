@@ -580,41 +580,37 @@ class Source:
                     end = self.line_end(found) if found >= 0 else end
             yield Piece(match.start(), end)
 
+    def spans(self, pieces: Iterable[Piece]) -> list[tuple[int, int, tuple[Definition, ...]]]:
+        """Start, end and what is open after it of each piece and of the signatures around it, in the text's order."""
+        found = {(piece.start, piece.end, piece.around) for piece in pieces}
+        for _, _, around in list(found):
+            for depth, one in enumerate(around, 1):
+                found.add((one.start, self.signature_end(one), around[:depth]))
+        return sorted(found, key=lambda span: (span[0], -span[1], len(span[2])))
+
     def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
-        """The pieces in the text's order with the headers around them, up to where the window starts. A mark stands for
-        what is left out between them."""
-        ordered = sorted(pieces, key=lambda piece: (piece.start, -piece.end))
-        if window is not None:
-            ordered.append(Piece(window, window, self.enclosing(window)))
-        opened: list[Definition] = []
-        out: list[str] = []
-        first = ordered[0]
-        at = 0 if window is not None else first.around[0].start if first.around else first.start
-        for piece in ordered:
-            if piece.start < at:
+        """The pieces in the text's order with the signatures around them, up to where the window starts. A mark stands
+        for what is left out between them, and a brace closes what the window is not in."""
+        spans = self.spans(pieces if window is None else [*pieces, Piece(window, window, self.enclosing(window))])
+        opened: tuple[Definition, ...] = ()
+        out, at = list[str](), spans[0][0] if window is None else 0
+        for start, end, around in spans:
+            if start < at:
                 continue  # inside of one before
-            common = sum(one is other for one, other in zip(opened, piece.around, strict=False))
-            if opened[common:] and self.text[at : piece.start].strip(" \t\r\n}"):
+            common = sum(one is other for one, other in zip(opened, around, strict=False))
+            closed, gap = opened[common:], self.text[at:start]
+            if not gap.strip():
+                out.append(gap[-200:])
+            elif closed and gap.strip(" \t\r\n}"):
                 out += [self.indent(opened[-1].start), "    ", self.mark]
-                at = piece.start
+            elif not closed:
+                out += [self.indent(start), self.mark]
             if not self.language.indented:
-                braced = (one for one in reversed(opened[common:]) if "{" in self.signature(one))
+                braced = (one for one in reversed(closed) if "{" in self.signature(one))
                 out += [self.indent(one.start) + "}\n" for one in braced]
-            del opened[common:]
-            for definition in piece.around[common:]:
-                opened.append(definition)
-                if definition.start >= at:
-                    out += [self.gap(at, definition.start), self.signature(definition)]
-                    at = self.signature_end(definition)
-            out += [self.gap(at, piece.start), self.text[piece.start : piece.end]]
-            at = max(at, piece.end)
+            out.append(self.text[start:end])
+            opened, at = around, end
         return "".join(out)
-
-    def gap(self, start: int, stop: int) -> str:
-        """What stands for a range that is left out: a mark, or its blank lines."""
-        text = self.text[start:stop]
-        return self.indent(stop) + self.mark if text.strip() else text[-200:]
-
 
 @lru_cache(200)
 def _outside(indent: int, indented: bool) -> re.Pattern[str]:
@@ -709,11 +705,12 @@ class Fit:
                 yield from map(self.forms, known[-1:] if self.source.language.indented else known)
 
     def forms(self, definition: Definition) -> Iterator[list[Piece]]:
-        """A definition whole, in outline, and its header alone."""
-        if whole := self.source.whole(definition, self.room // 12):
+        """A definition whole; what has a block also in outline, and its signature alone."""
+        if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
-        outline = self.source.outline(definition)
-        yield from (outline, outline[:1])
+        if self.source.signature(definition).rstrip().endswith((":", "{")):
+            outline = self.source.outline(definition)
+            yield from (outline, outline[:1])
 
     def resembling(self) -> Iterator[Iterable[list[Piece]]]:
         """Definitions before the window, by how many of the instruction's words they contain; rare words weigh more."""

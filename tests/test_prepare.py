@@ -179,7 +179,9 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 # --------------------------------------------------------------------------------------------- fitting
 
 
-def prepared(prompt: str, language: str = "python", mode: str = "complete", budget: int = 3500, **fields: Any) -> Prepared:
+def prepared(
+    prompt: str, language: str = "python", mode: str = "complete", budget: int = 3500, **fields: Any
+) -> Prepared:
     return prepare({"language": language, "prompt": prompt, **fields}, mode, budget, 3.0)
 
 
@@ -221,7 +223,8 @@ def long_file() -> str:
     top = "import os\nfrom decimal import (\n    Decimal,\n)\n\nRATE_OF_TAX = Decimal('0.19')\n\n\n"
     top += "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n\n\n"
     top += "class Invoice:\n    '''One bill.'''\n\n    def __init__(self, net):\n        self.net = net\n\n\n"
-    body = "".join(f"def step_{n}(a, b):\n    c = a * {n}\n    return c + b if a else helper(c)\n\n\n" for n in range(560))
+    unit = "def step_{n}(a, b):\n    c = a * {n}\n    return c + b if a else helper(c)\n\n\n"
+    body = "".join(unit.format(n=n) for n in range(560))
     return top + body + "def total(bills):\n    first = Invoice(RATE_OF_TAX)\n    return sum(gross_of("
 
 
@@ -256,7 +259,7 @@ def test_a_long_file_keeps_what_the_cursor_needs() -> None:
          "static int step_{n}(int a)\n{{\n    return a + {n};\n}}\n\n", "long total(bill_t *b) {\n    return RATE * "),
         ("cpp", "#include <vector>\n\nnamespace shop {\nclass Bill {\npublic:\n    long net;\n};\n}\n\n",
          "template <typename T>\nT step_{n}(T a) {{\n    return a + {n};\n}}\n\n", "long total(const shop::Bill& b) {"),
-        ("go", "package shop\n\nimport (\n\t\"fmt\"\n\t\"os\"\n)\n\n// Bill is one.\ntype Bill struct {\n\tNet int\n}\n\n",
+        ("go", "package shop\n\nimport (\n\t\"fmt\"\n\t\"os\"\n)\n\n// Bill is.\ntype Bill struct {\n\tNet int\n}\n\n",
          "func step_{n}(a int) int {{\n\treturn a + {n}\n}}\n\n", "func total(b Bill) int {\n\treturn "),
     ],
 )  # fmt: skip

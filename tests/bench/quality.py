@@ -315,7 +315,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the daemons end, too
     with ExitStack() as stack:
         tiers = start_both(stack, options.model)
-        result = {name: parts[name](tiers) for name in options.only.split(",")}
+        result = {}
+        for name in options.only.split(","):
+            result[name] = parts[name](tiers)
+            print(name, result[name], file=sys.stderr)
     print(json.dumps({"benchmark": "quality", "model": options.model, **result}))
 
 
