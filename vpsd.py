@@ -1575,11 +1575,14 @@ def max_outputs(config: Config) -> int:
 class Sampler:
     """The next token of one request: the likeliest at temperature 0, else top-k 40, top-p, min-p, temperature, seed.
 
-    With drafts the target is sampled at each position in turn, one random number a token, so drafts change nothing.
+    With drafts the target is sampled at each position in turn, one random number a token, so drafts change nothing but
+    the rounding of the logits, by the size of the batch. Where the text must come again (`exact`: by a seed) nothing is
+    drafted or batched, and the prompt's last token is decoded alone, whether or not the rest is cached.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.greedy = fields["temperature"] == 0
+        self.exact = fields["seed"] is not None and not self.greedy
         self.chain = None
         if self.greedy:
             return
@@ -1872,8 +1875,10 @@ class Worker(threading.Thread):
         self._start_waiting()
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
         works = [self._next_work(run, runs) for run in runs]
-        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
-            members = [works[i] for i in group if works[i].run.slot.run is works[i].run]
+        shared = [work for work in works if not work.run.sampler.exact]
+        groups = [[shared[i] for i in group] for group in group_by_cost([len(w.tokens) for w in shared], self.costs)]
+        for group in groups + [[work] for work in works if work.run.sampler.exact]:
+            members = [work for work in group if work.run.slot.run is work.run]
             if members and not self.stopping:
                 self._step(members)
 
@@ -1955,7 +1960,8 @@ class Worker(threading.Thread):
         prompt, slot = run.job.prompt, run.slot
         if run.pending is None:
             others = any(other is not run for other in runs)
-            size = chunk_size(len(prompt) - len(slot.tokens), others, self.costs)
+            missing = len(prompt) - len(slot.tokens)
+            size = chunk_size(missing - (run.sampler.exact and missing > 1), others, self.costs)
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
@@ -1970,7 +1976,9 @@ class Worker(threading.Thread):
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
         )
-        if not self.config.draft or room <= 0 or (self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]):
+        if not self.config.draft or run.sampler.exact or room <= 0:
+            return []
+        if self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]:
             return []
         tokens = run.drafter.propose(room)
         if not tokens:

@@ -665,12 +665,14 @@ def test_drafts_change_no_text(vps: Vps, plain: Vps, reference: Reference) -> No
     assert stats["draft_tokens"] >= stats["accepted_tokens"] >= with_drafts["accepted_tokens"]
 
 
-def test_drafts_change_no_sampled_text(vps: Vps, plain: Vps) -> None:
-    """One random number for each token, and the target sampled at each position: the same seed, the same text. Only
-    where a random number falls between two roundings of a probability may a text differ: in at most one of these."""
-    fields: dict[str, Any] = {"max_tokens": 40, "temperature": 0.3}
-    pairs = [[daemon.complete(COPY, seed=seed, **fields)["completion"] for daemon in (vps, plain)] for seed in range(5)]
-    assert sum(drafted != alone for drafted, alone in pairs) <= 1, pairs
+def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> None:
+    """A seed promises the same text, so the rounding of batches of drafts has no place there."""
+    fields: dict[str, Any] = {"max_tokens": 24, "temperature": 1, "seed": 7}
+    bodies = [process.complete(COPY, **fields) for process in (vps, vps, plain)]
+    assert len({body["completion"] for body in bodies}) == 1
+    assert [body["draft_tokens"] for body in bodies] == [0, 0, 0]
+    fields["seed"] = None
+    assert vps.complete(COPY, **fields | {"temperature": 0.2})["draft_tokens"] > 0
 
 
 def test_an_earlier_answer_is_drafted_again(vps: Vps) -> None:
@@ -1059,13 +1061,13 @@ def test_the_least_recently_used_model_makes_room(output: Path) -> None:
 
 @pytest.mark.slow
 def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
-    """The third token after a drafted one, over many seeds, with drafts and without: a chi-square test of both."""
+    """The third token after a drafted one, many times, with drafts and without: a chi-square test of both."""
     prompt = COPY + "def parse("
     counts: list[dict[str, int]] = []
-    for number, process in enumerate((vps, plain)):
+    for process in (vps, plain):
         seen: dict[str, int] = {}
-        for seed in range(150):
-            body = process.complete(prompt, max_tokens=6, temperature=1, top_p=1, seed=10_000 * number + seed)
+        for _ in range(150):
+            body = process.complete(prompt, max_tokens=6, temperature=1, top_p=1)
             seen[body["completion"]] = seen.get(body["completion"], 0) + 1
         counts.append(seen)
     common = [text for text in counts[0] | counts[1] if sum(count.get(text, 0) for count in counts) >= 10]
