@@ -383,7 +383,7 @@ DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{
 DOCSTRING_MARK = '"""'
 PARAGRAPH_END = re.compile(r"\n\s*\n")
 LEADS = ("@", "#[", "template")  # what belongs to a definition right below, beside comments
-MAX_COMMENT = 800  # characters: a longer comment above a definition is left out
+MAX_COMMENT = 800  # characters: a longer comment above a definition, or signature around something, is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,7 +562,8 @@ class Source:
         for definition in self.definitions[index].chain() if index >= 0 else ():
             if self.leaves(definition, max(self.signature_end(definition), position - 65_536), position):
                 break
-            found.append(definition)
+            if self.signature_end(definition) - definition.start <= MAX_COMMENT:
+                found.append(definition)
         self.enclosed[position] = tuple(found)
         return self.enclosed[position]
 
@@ -630,12 +631,17 @@ class Fit:
 
     def __init__(self, text: str, language: Language, room: int, about: str) -> None:
         self.source, self.room, self.about = Source(text, language), room, about
-        step = 1 << max(5, (room // 4).bit_length() - 1)
-        self.cell = step // 4
-        self.still = max(0, len(text) - self.cell) // step * step
+        step = 1 << max(7, (room // 4).bit_length() - 1)
+        behind = (step + step // 4) * 9 // 8  # what the lines behind `still` may weigh
+        while True:
+            self.cell = step // 4
+            self.still = max(0, len(text) - self.cell) // step * step
+            if step <= 128 or weigh(text[self.still :]) <= behind:
+                break
+            step //= 2  # digits or rare characters
         self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position (0: before all)
         self.paid: set[tuple[Definition, int]] = set()  # the signatures that are sent around it, and where
-        room -= (step + self.cell) * 9 // 8 + self.room // 8  # the lines behind `still`, and what is put between them
+        room -= behind + self.room // 8  # an eighth for what is put between the lines behind `still`
         self.start = self.window_start(room * (3 if about else 5) // 8)
         self.select(room)
         self.start = self.window_start(room - weigh(self.source.render(self.taken, self.start)))
@@ -792,7 +798,7 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
         fitted = Fit(text, language, share, about)
         if weigh(result := fitted.result()) <= room:
             return result, fitted.kept()
-        share = share * 3 // 4  # digits or rare characters behind `still`
+        share //= 2
     return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
 
 

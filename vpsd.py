@@ -1355,6 +1355,7 @@ class _GgufInit(ctypes.Structure):
 def read_shape(path: Path) -> Shape:
     """The memory-relevant part of a GGUF's header, by llama.cpp's own reader. ModelError if it is not a GGUF."""
     lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    lib.ggml_log_set(_keep_log, None)  # a copy of what llama.cpp has loaded: the wheel holds it under several names
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
     for name, result in {"find_key": ctypes.c_int64, "get_val_str": ctypes.c_char_p, "get_val_u32": ctypes.c_uint32,

@@ -1,4 +1,4 @@
-"""The syntax table: what imports, defines and comments in each of the seven languages, and that no line is expensive."""
+"""The syntax table: what imports, defines and comments in the seven languages, and that no line is expensive."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ DEFINES = {
 IMPORTS = {
     "python": (
         ["import os", "import a.b as c, d", "from x import y", "from . import z", "from .a.b import ("],
-        ["    import os", "important = 1", "from_x = 1", "from the beginning of time", "# import os", "x = import_it()"],
+        ["    import os", "important = 1", "from_x = 1", "from the beginning of time", "# import os", "x = imports()"],
     ),
     "javascript": (
         ["import fs from 'fs'", "import {", "import 'x.css'", "const a = require('a')", "export * from './b'"],
@@ -160,7 +160,7 @@ IMPORTS = {
         ["#define include 1", "// #include <a.h>", "include(a);", "#ifdef A"],
     ),
     "cpp": (["using namespace std;", "using std::vector;", "import std;"], ["using Id = int;", "using_it(a);"]),
-    "go": (['import "fmt"', "import (", "package main", 'import f "fmt"'], ['\tx = "a"', "imported := 1", "packages()"]),
+    "go": (['import "fmt"', "import (", "package main", 'import f "x"'], ['\tx = "a"', "imported := 1", "packages()"]),
 }
 COMMENTS = {
     "python": ("#", None),
@@ -203,9 +203,9 @@ def test_each_language_has_its_comments_and_strings() -> None:
 
 HOSTILE = [
     "a", "a ", "a(", "(a", "((", "<", "template<", "template <> ", "::", "a::", "* ", "& ", "typedef {", "typedef ",
-    "export ", "const ", "  static ", " foo(", "  a((b)", "pub(crate) ", "impl<", "impl a for ", "import ", "x: ", "from ",
-    "from a import b", "# define", "\t", " ", "struct a ", "func (a) ", "enum class ", "int a(", "int a b ", "using a",
-    "async ", "unsafe ", "/*", "//", "\\", "\"", "{", "}", "=", "[", ".", "é", "\0",
+    "export ", "const ", "  static ", " foo(", "  a((b)", "pub(crate) ", "impl<", "impl a for ", "import ", "from ",
+    "x: ", "from a import b", "# define", "\t", " ", "struct a ", "func (a) ", "enum class ", "int a(", "int a b ",
+    "using a", "async ", "unsafe ", "/*", "//", "\\", "\"", "{", "}", "=", "[", ".", "é", "\0",
 ]  # fmt: skip
 
 
@@ -214,8 +214,8 @@ def test_no_line_is_expensive(name: str) -> None:
     language = LANGUAGES[name]
     for unit in HOSTILE:
         line = unit * (100_000 // len(unit))
-        texts = [line, f"int {line}", f"typedef struct {{{line}", "\n".join([line[:300]] * 300), "\n".join([line[:30]] * 3000)]
-        for text in texts:
+        texts = [line, f"int {line}", f"typedef struct {{{line}"]
+        for text in (*texts, "\n".join([line[:300]] * 300), "\n".join([line[:30]] * 3000)):
             started = time.perf_counter()
             for pattern in (language.defines, language.imports):
                 assert sum(1 for _ in pattern.finditer(text)) >= 0

@@ -48,6 +48,10 @@ pytestmark = pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL
 # ------------------------------------------------------------------------------------------- the client
 
 
+class Cut(Exception):
+    """The stream ended without its last chunk."""
+
+
 class Stream:
     """One /v1/inference/stream; `close` is a client that leaves."""
 
@@ -58,7 +62,7 @@ class Stream:
         self.answer: http.client.HTTPResponse | None = None
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Up to the end; http.client.IncompleteRead if it was cut."""
+        """Up to the end; Cut if that was not the server's."""
         answer = self.answer = self.answer or self.connection.getresponse()
         assert answer.status == 200, answer.read()
         assert answer.getheader("Content-Type") == "text/event-stream; charset=utf-8"
@@ -68,6 +72,8 @@ class Stream:
                 yield json.loads(line[6:])
             else:
                 assert line == b": keep-alive\n"
+        if answer.chunk_left is not None:  # http.client forgets it at the last chunk, and says nothing if there is none
+            raise Cut
 
     def until(self, name: str) -> dict[str, Any]:
         return next(event for event in self.events() if name in event)
@@ -193,10 +199,10 @@ def output(shared: Vps, tmp_path: Path) -> Path:
 _numbers = itertools.count()
 
 
-def new_prompt(words: int = 60) -> str:
-    """Text that no cache has seen, about two tokens a word, in which nothing repeats."""
+def new_prompt(tokens: int = 64) -> str:
+    """Text of about so many tokens that no cache has seen and in which nothing repeats."""
     number = next(_numbers)
-    numbers = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(words))
+    numbers = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(tokens // 6 + 1))
     return f"# list {number}: " + ", ".join(f"{n:x}" for n in numbers)
 
 
@@ -216,6 +222,7 @@ class Reference:
         params.n_threads = params.n_threads_batch = vpsd.usable_cores()
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = llama.llama_init_from_model(self.model, params)
+        self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
 
     def close(self) -> None:
         llama.llama_free(self.context)
@@ -252,7 +259,8 @@ class Reference:
 
     def check(self, prompt: list[int], text: str, most: int) -> None:
         """That `text` is what a greedy loop gives, but for a near-tie."""
-        tokens, gaps = self.greedy(prompt, most)
+        key = (*prompt, most)
+        tokens, gaps = self.known[key] = self.known.get(key) or self.greedy(prompt, most)
         pieces = [self.piece(token) for token in tokens]
         if text == b"".join(pieces).decode("utf-8", "replace"):
             return
@@ -418,7 +426,7 @@ def test_other_errors(vps: Vps, method: str, path: str, status: int, code: str) 
 
 
 def test_prompt_that_does_not_fit(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(1000)
+    prompt = new_prompt(3000)
     count = len(reference.tokenize(prompt))
     assert count > 2048
     for path in ("/v1/inference", "/v1/inference/stream"):
@@ -561,7 +569,7 @@ def test_the_end_of_the_text_is_not_text(vps: Vps) -> None:
 
 def test_the_context_is_filled_and_no_more(vps: Vps, reference: Reference, output: Path) -> None:
     with start(output, CEREBRUM_N_CTX="256") as small:
-        prompt = new_prompt(100)
+        prompt = new_prompt(280)
         tokens = reference.tokenize(prompt)
         while len(tokens) > 250:
             prompt = prompt[:-1]
@@ -604,7 +612,7 @@ def test_after_unrelated_requests_a_prompt_is_still_known(vps: Vps, reference: R
 
 
 def test_two_at_once_with_the_same_prefix_compute_it_once(vps: Vps, reference: Reference) -> None:
-    preamble = new_prompt(150)
+    preamble = new_prompt(300)
     common = len(reference.tokenize(preamble))
     with vps.stream(preamble + " one", max_tokens=4, progress=True) as first:
         events = first.events()
@@ -626,11 +634,11 @@ def test_max_tokens_0_warms_the_cache(vps: Vps) -> None:
 
 def test_nothing_is_kept_without_a_budget(output: Path) -> None:
     with start(output, CEREBRUM_CACHE_MB="0") as small:
-        prompt = new_prompt(30)
+        prompt = new_prompt()
         small.complete(prompt, max_tokens=1)
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # it is still in its slot
-        small.complete(new_prompt(30), max_tokens=1)
-        small.complete(new_prompt(30), max_tokens=1)
+        small.complete(new_prompt(), max_tokens=1)
+        small.complete(new_prompt(), max_tokens=1)
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] < vpsd.MIN_PREFIX
 
 
@@ -655,12 +663,12 @@ def plain(shared: Vps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps
 
 
 def test_drafts_change_no_text(vps: Vps, plain: Vps, reference: Reference) -> None:
-    with_drafts = vps.complete(COPY, max_tokens=80)
-    without = plain.complete(COPY, max_tokens=80)
+    with_drafts = vps.complete(COPY, max_tokens=56)
+    without = plain.complete(COPY, max_tokens=56)
     assert without["draft_tokens"] == without["accepted_tokens"] == 0
     assert with_drafts["draft_tokens"] >= with_drafts["accepted_tokens"] > 20
-    reference.check(reference.tokenize(COPY), without["completion"], 80)
-    reference.check(reference.tokenize(COPY), with_drafts["completion"], 80)
+    reference.check(reference.tokenize(COPY), without["completion"], 56)
+    reference.check(reference.tokenize(COPY), with_drafts["completion"], 56)
     stats = vps.get("/v1/stats")
     assert stats["draft_tokens"] >= stats["accepted_tokens"] >= with_drafts["accepted_tokens"]
 
@@ -671,16 +679,18 @@ def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> Non
     bodies = [process.complete(COPY, **fields) for process in (vps, vps, plain)]
     assert len({body["completion"] for body in bodies}) == 1
     assert [body["draft_tokens"] for body in bodies] == [0, 0, 0]
-    fields["seed"] = None
-    assert vps.complete(COPY, **fields | {"temperature": 0.2})["draft_tokens"] > 0
+    assert vps.complete(COPY, max_tokens=24, temperature=0.2)["draft_tokens"] > 0
 
 
 def test_an_earlier_answer_is_drafted_again(vps: Vps) -> None:
     prompt = new_prompt()
     first = vps.complete(prompt, max_tokens=40)
-    again = vps.complete(prompt, max_tokens=40)
-    assert again["completion"] == first["completion"]
-    assert again["accepted_tokens"] >= 25
+    for _ in range(3):  # how long its drafts are depends on what the machine is measured to gain by them
+        again = vps.complete(prompt, max_tokens=40)
+        assert again["completion"] == first["completion"]
+        if again["accepted_tokens"] >= 10:
+            return
+    pytest.fail(f"{again}")
 
 
 # ------------------------------------------------------------------------------------------ cancellation
@@ -706,7 +716,7 @@ def test_cancelled_without_a_stream(vps: Vps) -> None:
 
 
 def test_cancelled_in_prefill(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(180)
+    prompt = new_prompt(400)
     with vps.stream(prompt, progress=True) as stream:
         next(event for event in stream.events() if event.get("progress", {}).get("stage") == "prefill")
     vps.wait_idle()
@@ -715,7 +725,7 @@ def test_cancelled_in_prefill(vps: Vps, reference: Reference) -> None:
 
 
 def test_what_a_cancelled_prefill_has_computed_is_kept(vps: Vps) -> None:
-    prompt = new_prompt(450)
+    prompt = new_prompt(900)
 
     def begun(event: dict[str, Any]) -> bool:
         return event.get("progress", {}).get("stage") == "prefill" and event["progress"]["done"] > 0
@@ -728,7 +738,7 @@ def test_what_a_cancelled_prefill_has_computed_is_kept(vps: Vps) -> None:
 
 
 def test_cancelled_while_another_reads_the_same_prompt(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(150)
+    prompt = new_prompt(300)
     with vps.stream(prompt + " one", max_tokens=4, progress=True) as first:
         events = first.events()
         next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
@@ -739,7 +749,7 @@ def test_cancelled_while_another_reads_the_same_prompt(vps: Vps, reference: Refe
 
 
 def test_the_one_that_reads_is_cancelled_and_another_takes_over(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(150)
+    prompt = new_prompt(300)
     with vps.stream(prompt + " one", max_tokens=4, progress=True) as first:
         next(event for event in first.events() if event.get("progress", {}).get("stage") == "prefill")
         with vps.stream(prompt + " two", max_tokens=4, progress=True) as second:
@@ -782,7 +792,7 @@ def test_a_newer_request_of_a_session_takes_the_place_of_the_older(vps: Vps) -> 
         newer = vps.complete(new_prompt(), max_tokens=2, session="editor")
         assert newer["total_tokens"] == 2
         rest: list[dict[str, Any]] = []
-        with contextlib.suppress(http.client.IncompleteRead):
+        with contextlib.suppress(Cut):
             rest += events
         assert rest[-1] == {
             "error": True,
@@ -1003,14 +1013,14 @@ def test_a_model_that_does_not_fit(output: Path) -> None:
 def test_sigterm_lets_the_short_end_and_cuts_the_long(output: Path) -> None:
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
-        with vps.stream(new_prompt(20), max_tokens=2000) as long, vps.stream(new_prompt(20), max_tokens=4) as short:
+        with vps.stream(new_prompt(30), max_tokens=2000) as long, vps.stream(new_prompt(30), max_tokens=4) as short:
             events = long.events()
             next(events)
             few = short.events()
             next(few)
             vps.process.process.send_signal(signal.SIGTERM)
             assert list(few)[-1]["done"] is True
-            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            with pytest.raises((Cut, ConnectionError)):
                 list(events)
         vps.process.process.wait(PATIENCE)
 
@@ -1027,7 +1037,8 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
         command = [vpsd.sys.executable, vpsd.__file__]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1 port {environment['CEREBRUM_VPS_PORT']}: Address already in use" in done.stdout
+    assert f"cannot listen on 127.0.0.1 port {environment['CEREBRUM_VPS_PORT']}: " in done.stdout
+    assert "address already in use" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------ what is slow
@@ -1089,8 +1100,8 @@ def test_soak(output: Path, reference: Reference) -> None:
         vps.complete("x", max_tokens=1)
         sizes: list[float] = []
         for number in range(60):
-            prompt = PROMPTS[int(draw.integers(len(PROMPTS)))] if draw.random() < 0.5 else new_prompt(40)
-            with vps.stream(new_prompt(100), max_tokens=200) as noise:
+            prompt = PROMPTS[int(draw.integers(len(PROMPTS)))] if draw.random() < 0.5 else new_prompt()
+            with vps.stream(new_prompt(150), max_tokens=200) as noise:
                 if draw.random() < 0.5:
                     noise.until("token")
                 if draw.random() < 0.3:

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -85,8 +86,7 @@ def start(stack: ExitStack, script: str, environment: dict[str, str]) -> str:
     assert process.stdout
     for line in process.stdout:
         if found := re.search(r"listening on (http://\S+)", line):
-            drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
-            stack.callback(drain.wait)
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # or a full pipe would stop it
             return found[1]
     raise SystemExit(f"{script} did not start")
 

@@ -1,0 +1,69 @@
+"""How long it takes to prepare a prompt, and how much of it a cache keeps while someone types. One line of JSON.
+
+Standard library only: `python tests/bench/prepare.py`. Milliseconds are the best of several runs; `shared` compares
+characters of one prepared prompt with the next, over 300 typed lines of each of several files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+import time
+import typing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from cm4d import prepare
+
+MODULES = (argparse, ast, inspect, subprocess, tarfile, typing)
+FILES = [Path(str(module.__file__)).read_text("utf-8") for module in MODULES]
+BUDGET, RATIO = 3500, 3.0
+
+
+def prepared(prompt: str) -> str:
+    fields = {"language": "python", "prompt": prompt}
+    return str(prepare(fields, "complete", BUDGET, RATIO).body["prompt"])
+
+
+def milliseconds(prompt: str, runs: int) -> float:
+    best = float("inf")
+    for _ in range(runs):
+        started = time.perf_counter()
+        prepared(prompt)
+        best = min(best, time.perf_counter() - started)
+    return round(best * 1000, 2)
+
+
+def shared(one: str, other: str) -> float:
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) / len(other)
+
+
+def main() -> None:
+    text = "".join(FILES)
+    found: list[float] = []
+    for lines in (file.splitlines(keepends=True)[:2000] for file in FILES):
+        prompts = (prepared("".join(lines[:count])) for count in range(len(lines) - 300, len(lines)))
+        found += itertools.starmap(shared, itertools.pairwise(prompts))
+    found.sort()
+    result = {
+        "ms_10_kb": milliseconds(text[:10_000], 30),
+        "ms_100_kb": milliseconds(text[:100_000], 30),
+        "ms_1_mib": milliseconds((text * 3)[: 1 << 20], 5),
+        "ms_1_mib_of_empty_lines": milliseconds("\n" * (1 << 20), 3),
+        "shared_mean": round(sum(found) / len(found), 4),
+        "shared_median": round(found[len(found) // 2], 4),
+        "lines_that_share_90_percent": round(sum(share >= 0.9 for share in found) / len(found), 4),
+        "targets": {"ms_100_kb": 10, "shared_mean": 0.9},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
