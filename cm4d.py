@@ -613,6 +613,7 @@ class Source:
             opened, at = around, end
         return "".join(out)
 
+
 @lru_cache(200)
 def _outside(indent: int, indented: bool) -> re.Pattern[str]:
     """A line outside of the block of a definition with this indentation. Brackets that close it, Python's comments,

@@ -76,7 +76,7 @@ COMPLETE = [
     ("cpp", "template <typename T>\nclass that : public base {"),
     ("rust", "use my::module;\nuse the::other;"),
     ("rust", "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {"),
-    ("go", "package main\n\nimport \"fmt\"\n\nfunc main() {"),
+    ("go", 'package main\n\nimport "fmt"\n\nfunc main() {'),
     ("go", "// Package foo does this.\npackage foo\n\nfunc A() {}\n"),
     ("javascript", "async function to(x) {"),
     ("javascript", "// Convert this to TypeScript\nfunction add(a, b) {"),

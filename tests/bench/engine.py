@@ -106,7 +106,7 @@ def one(bench: Bench) -> dict[str, Any]:
 
 def two(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
-        prompts = [prose(2 * number), prose(2 * number + 1) + "It was late. "]
+        prompts = [prose(2 * number), prose(2 * number + 1)]
         results = together(*(lambda prompt=prompt: server.complete(prompt, bench.tokens) for prompt in prompts))
         begin = min(result.marks[0][0] for result in results)
         end = max(result.marks[-1][0] for result in results)
@@ -200,7 +200,7 @@ def cancel(bench: Bench) -> dict[str, Any]:
 
 def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
-        with server.events(prose(number), 2000) as events:
+        with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
             other: list[Result] = []
 
@@ -209,8 +209,7 @@ def pause(bench: Bench) -> dict[str, Any]:
                 return other[0]
 
             def watch() -> Result:
-                while not other:
-                    next(events)
+                while not other and next(events, None):
                     marks.append(time.perf_counter())
                 return Result()
 
@@ -256,7 +255,7 @@ def loss(bench: Bench) -> dict[str, Any]:
 def ties(bench: Bench) -> dict[str, Any]:
     drafting, plain = bench.ours(), bench.ours("plain", CEREBRUM_DRAFT="0")
     places, drafted = [], 0
-    prompts = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
+    prompts: list[str] = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
     prompts += [rewrite(number, 20) for number in range(4 if bench.options.quick else 16)]
     for prompt in prompts:
         results = [server.complete(prompt, bench.tokens) for server in (drafting, plain)]

@@ -41,7 +41,7 @@ def bare_loop(path: str, threads: int) -> None:
         prompt, most = json.loads(line)
         data = prompt.encode()
         todo = (llama.llama_token * (len(data) + 8))()
-        count = llama.llama_tokenize(vocab, data, len(data), todo, len(todo), True, False)
+        count = llama.llama_tokenize(vocab, data, len(data), todo, len(todo), True, True)
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         text, produced, begin = b"", 0, 0.0
         while produced < most:
@@ -93,7 +93,7 @@ def main() -> None:
         for number in range(-1, options.rounds):  # the first one warms up
             prompt = prose(number + 1)
             result = server.complete(prompt, options.tokens)
-            print(json.dumps([prompt, options.tokens]), file=loop.stdin)
+            print(json.dumps([prompt.chat_ml(), options.tokens]), file=loop.stdin)
             rate, text = json.loads(loop.stdout.readline())
             if number >= 0:
                 ours.append(result.rate)

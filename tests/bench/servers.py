@@ -68,12 +68,16 @@ class Server:
     model: str = ""  # vpsd's model id; "" means llama-server
 
     def request(self, prompt: str, tokens: int, stop: str, more: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What each of the two calls the same thing."""
         stops = [stop] if stop else []
         if self.model:
             body = {"model": self.model, "max_tokens": tokens, "stop_at": "none"}
-            return "/v1/inference/stream", {"prompt": prompt, "temperature": 0, "stop": stops, **body, **more}
+            chat = isinstance(prompt, Question)
+            text = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+            return "/v1/inference/stream", {**text, "temperature": 0, "stop": stops, **body, **more}
         body = {"n_predict": tokens, "stream": True, "cache_prompt": True}
-        return "/completion", {"prompt": prompt, "temperature": 0, "stop": stops, **body}
+        text = prompt.chat_ml() if isinstance(prompt, Question) else prompt
+        return "/completion", {"prompt": text, "temperature": 0, "stop": stops, **body}
 
     @contextlib.contextmanager
     def events(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
@@ -222,9 +226,19 @@ SUBJECTS = (
 )
 
 
-def prose(number: int) -> str:
-    """A prompt whose continuation hardly repeats; another one for each number."""
-    return f"Chapter {number + 1}. It begins with {SUBJECTS[number % len(SUBJECTS)]}.\n\n"
+class Question(str):
+    """A prompt for the chat template, which is ChatML for the models measured here."""
+
+    def chat_ml(self) -> str:
+        return f"<|im_start|>user\n{self}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prose(number: int) -> Question:
+    """A prompt whose answer hardly repeats itself; another one for each number. A small model that merely completes
+    prose soon does, at temperature 0."""
+    subject = SUBJECTS[number % len(SUBJECTS)]
+    kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[number // len(SUBJECTS) % 4]
+    return Question(f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin differently.")
 
 
 def words(number: int, count: int) -> str:
