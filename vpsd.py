@@ -1420,6 +1420,7 @@ class Llama:
             raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
+        self.logits_row = ctypes.c_float * self.n_vocab
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(config.n_ctx, trained) if trained > 0 else config.n_ctx
         # The abort callback is asked for every graph node. A Python one would take the GIL each time; strlen of a
@@ -1481,7 +1482,7 @@ class Llama:
     def greedy(self, index: int) -> int:
         """The likeliest token at batch position `index`; the first of equals, as llama.cpp's greedy sampler."""
         logits = llama.llama_get_logits_ith(self.context, index)
-        return int(np.ctypeslib.as_array(logits, (self.n_vocab,)).argmax())
+        return int(np.frombuffer(self.logits_row.from_address(ctypes.addressof(logits.contents)), "f4").argmax())
 
     def trim(self, slot: int, length: int) -> None:
         """Drop the slot's KV cells from position `length` on."""
@@ -2032,11 +2033,13 @@ class Worker(threading.Thread):
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.fields["max_tokens"])
-        run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
         run.pending = run.sampler.sample(self.llama, base + len(work.tokens) - 1)
         run.first_token = time.monotonic()
-        self._emit(run, run.pending)
+        ended = self._emit(run, run.pending)
         self._flush(run)
+        if not ended:  # only now: it takes a millisecond for each thousand tokens
+            run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
+            run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as the target's own choice at each position is the drafted one."""
@@ -2064,13 +2067,13 @@ class Worker(threading.Thread):
     def _emit(self, run: Run, token: int) -> bool:
         """Account for one sampled token; True if the completion ends with it."""
         assert self.llama
-        assert run.drafter
         if self.llama.is_end(token):
             self._finish(run, "stop")
             return True
         run.generated += 1
         run.last_token = time.monotonic()
-        run.drafter.advance(token)
+        if run.drafter:
+            run.drafter.advance(token)
         text, reason = run.text.feed(self.llama.piece(token))
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})

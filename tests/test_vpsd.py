@@ -4,8 +4,9 @@ Most tests share one daemon with the 0.5B, so that the suite stays fast; a promp
 carries a word of its own. The reference is a plain loop over llama_decode, one token at a time, in this process.
 
 llama.cpp rounds differently for different batch sizes, so where the two likeliest tokens are nearly equal another one
-may win. Logits were seen to move by up to 0.6 and the gap between the first two by up to 0.22 (0.5B, a batch of 48
-against single tokens): a text may differ from the reference only after a gap below TIE.
+may win. The gap between the first two was seen to move by up to 0.22 (0.5B, a batch of 48 against single tokens), and
+of 24 texts of 96 tokens the 8 that differed with drafts did so after a gap of at most 0.068; without drafts none did.
+A text may differ from the reference only after a gap below TIE.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FILES = {
     LARGE: MODELS / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
 }
 PATIENCE = 120.0  # a test that waits longer has found a hang, even on a crowded machine
-TIE = 0.5  # see above: twice what was seen
+TIE = 0.25  # see above
 QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # ms of one decode of so many tokens
 
 pytestmark = pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")

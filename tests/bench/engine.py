@@ -5,7 +5,7 @@
 Prints one line of JSON. Each part is a median over rounds, and each round has prompts of its own; `ratio` is vpsd's
 figure over llama-server's. Without --llama-server the parts that need it are left out.
 
-    one       one stream, tokens/s                                              to reach >= 1.0
+    one       one stream, tokens/s, also without drafts (`plain`)               to reach >= 1.0
     two       two streams at once, tokens/s together                            >= 1.25 (0.5B), >= 1.0 (1.5B)
     rewrite   writing a file of 70 lines once more, the first time and again, tokens/s, against its default
               (>= 2.2) and the fastest of its draft-free modes (>= 1.0)
@@ -14,7 +14,8 @@ figure over llama-server's. Without --llama-server the parts that need it are le
     pause     ms, the longest pause of a running stream while another's prompt of 1,000 tokens is read
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and known from before a restart  >= 50 x
     loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
-    ties      how many greedy texts differ with and without drafts, and where: near-ties that fell the other way
+    ties      how many greedy texts differ with and without drafts; `gaps` says by how much the token won that a plain
+              loop over llama_decode takes where a text leaves it: near-ties, that fell the other way (logits)
 """
 
 from __future__ import annotations
@@ -30,7 +31,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from servers import FILES, Result, Server, llama_server, median, prose, rewrite, together, vpsd, words
+from servers import (
+    FILES,
+    ROOT,
+    Question,
+    Result,
+    Server,
+    llama_server,
+    median,
+    prose,
+    rewrite,
+    together,
+    vpsd,
+    words,
+)
+
+import vpsd as engine  # found by the path that servers has set
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
@@ -71,24 +87,31 @@ class Bench:
             self._servers[options] = self.stack.enter_context(server)
         return self._servers[options]
 
-    def sides(self) -> dict[str, Server]:
-        """Both, or us alone. Which of them begins changes with each round."""
-        theirs = self.theirs()
-        return {"vpsd": self.ours()} | ({"llama_server": theirs} if theirs else {})
+    def sides(self, plain: bool = False) -> dict[str, Server]:
+        """Both, or us alone, and us without drafts. Which of them begins changes with each round."""
+        theirs, sides = self.theirs(), {"vpsd": self.ours()}
+        sides |= {"plain": self.plain()} if plain else {}
+        return sides | ({"llama_server": theirs} if theirs else {})
 
-    def compare(self, measure: Callable[[Server, int], float], scale: float = 1.0) -> dict[str, Any]:
-        """`measure(server, number)` for both sides in each round, after a round that warms up."""
-        sides, values = self.sides(), {name: list[float]() for name in ("vpsd", "llama_server")}
+    def plain(self) -> Server:
+        return self.ours("plain", CEREBRUM_DRAFT="0")
+
+    def compare(
+        self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False
+    ) -> dict[str, Any]:
+        """`measure(server, number)` for all sides in each round, after a round that warms up."""
+        sides = self.sides(plain)
+        values: dict[str, list[float]] = {name: [] for name in sides}
         for count in range(-1, self.rounds):
             number = next(self.numbers)
             for name in list(sides)[:: 1 if count % 2 else -1]:
                 value = measure(sides[name], number)
                 if count >= 0:
                     values[name].append(value * scale)
-        found: dict[str, Any] = {name: round(median(list_), 2) for name, list_ in values.items() if list_}
-        if len(found) == 2:
-            pairs = zip(values["vpsd"], values["llama_server"], strict=True)
-            found["ratio"] = round(median([a / b for a, b in pairs]), 3)
+        found: dict[str, Any] = {name: round(median(list_), 2) for name, list_ in values.items()}
+        for name in set(values) - {"llama_server"} if "llama_server" in values else ():
+            pairs = zip(values[name], values["llama_server"], strict=True)
+            found["ratio" if name == "vpsd" else f"ratio_{name}"] = round(median([a / b for a, b in pairs]), 3)
         return found
 
 
@@ -101,7 +124,7 @@ def one(bench: Bench) -> dict[str, Any]:
         drafted += result.done.get("draft_tokens", 0)
         return result.rate
 
-    return bench.compare(measure) | {"draft_tokens": drafted}
+    return bench.compare(measure, plain=True) | {"draft_tokens": drafted}
 
 
 def two(bench: Bench) -> dict[str, Any]:
@@ -112,21 +135,21 @@ def two(bench: Bench) -> dict[str, Any]:
         end = max(result.marks[-1][0] for result in results)
         return sum(result.tokens for result in results) / (end - begin)
 
-    return bench.compare(measure)
+    return bench.compare(measure, plain=True)
 
 
-def rewriting(bench: Bench, server: Server, number: int) -> Result:
-    return server.complete(rewrite(number, 70 // bench.share), 1024 // bench.share, stop="```")
+def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
+    return server.complete(rewrite(number, 70 // bench.share), tokens // bench.share, stop="```")
 
 
 def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The mode of NGRAM_MODES that writes files once more the fastest, by two files that are not measured later."""
+    """The mode of NGRAM_MODES that writes a file once more the fastest, by one that is not measured later."""
     rates = {}
     for mode in NGRAM_MODES:
         file = FILES[bench.options.model]
         server = llama_server(bench.folder, bench.options.llama_server, file, bench.options.threads, *mode)
         with server as candidate:
-            rates[mode] = median([rewriting(bench, candidate, number).rate for number in (8, 9)])
+            rates[mode] = rewriting(bench, candidate, 8, 400).rate
     best = max(rates, key=lambda mode: rates[mode])
     return best, {" ".join(mode[1::2]): round(rate, 1) for mode, rate in rates.items()}
 
@@ -236,7 +259,7 @@ def restart(bench: Bench) -> dict[str, Any]:
 
 
 def loss(bench: Bench) -> dict[str, Any]:
-    drafting, plain = bench.ours(), bench.ours("plain", CEREBRUM_DRAFT="0")
+    drafting, plain = bench.ours(), bench.plain()
     ratios, drafted, accepted = [], 0, 0
     for count in range(-1, 2 * bench.rounds):
         number = next(bench.numbers)
@@ -252,18 +275,51 @@ def loss(bench: Bench) -> dict[str, Any]:
     return {"ratio": round(median(ratios), 3), "draft_tokens": drafted, "accepted_tokens": accepted}
 
 
+class Loop:
+    """One token at a time, the likeliest each time, in this process."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        settings = {"CEREBRUM_THREADS": str(threads), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+        engine.start_library()
+        config = engine.load_config({"CEREBRUM_MAX_CONCURRENT": "1", **settings}, Path("/nonexistent"))
+        self.llama = engine.Llama(FILES[model], config, lambda _: True)
+
+    def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
+        """By how much the first token won that `text` does not have; None if it has all."""
+        chat = isinstance(prompt, Question)
+        todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
+        slot, done = engine.Slot(0), b""
+        self.llama.trim(0, 0)
+        for _ in range(most):
+            for start in range(0, len(todo), engine.MAX_CHUNK):
+                part = todo[start : start + engine.MAX_CHUNK]
+                self.llama.decode([(slot, part, 1)])
+                slot.tokens += part
+            logits = engine.llama.llama_get_logits_ith(self.llama.context, -1)
+            second, first = engine.np.partition(engine.np.ctypeslib.as_array(logits, (self.llama.n_vocab,)), -2)[-2:]
+            todo = [self.llama.greedy(-1)]
+            done += self.llama.piece(todo[0])
+            if not text.encode().startswith(done):
+                return round(float(first - second), 3)
+            if self.llama.is_end(todo[0]):
+                break
+        return None
+
+
 def ties(bench: Bench) -> dict[str, Any]:
-    drafting, plain = bench.ours(), bench.ours("plain", CEREBRUM_DRAFT="0")
-    places, drafted = [], 0
+    drafting, plain, loop = bench.ours(), bench.plain(), Loop(bench.options.model, bench.options.threads)
+    differ, drafted = 0, 0
+    gaps: dict[str, list[float]] = {"drafts": [], "plain": []}
     prompts: list[str] = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
     prompts += [rewrite(number, 20) for number in range(4 if bench.options.quick else 16)]
     for prompt in prompts:
-        results = [server.complete(prompt, bench.tokens) for server in (drafting, plain)]
-        drafted += results[0].done["draft_tokens"]
-        a, b = (result.text for result in results)
-        if a != b:
-            places.append(next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), -1))
-    return {"texts": len(prompts), "differ": len(places), "at_character": places, "draft_tokens": drafted}
+        results = {"drafts": drafting.complete(prompt, bench.tokens), "plain": plain.complete(prompt, bench.tokens)}
+        drafted += results["drafts"].done["draft_tokens"]
+        differ += results["drafts"].text != results["plain"].text
+        for name, result in results.items():
+            gap = loop.gap_where_left(prompt, result.text, result.done["total_tokens"])
+            gaps[name] += [] if gap is None else [gap]
+    return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

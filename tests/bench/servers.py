@@ -73,7 +73,9 @@ class Server:
         if self.model:
             body = {"model": self.model, "max_tokens": tokens, "stop_at": "none"}
             chat = isinstance(prompt, Question)
-            text = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+            # As "complete", for an instruction's answer is held until it is clear that it is no fenced block.
+            turn = {"messages": [{"role": "user", "content": prompt}], "mode": "complete"}
+            text = turn if chat else {"prompt": prompt}
             return "/v1/inference/stream", {**text, "temperature": 0, "stop": stops, **body, **more}
         body = {"n_predict": tokens, "stream": True, "cache_prompt": True}
         text = prompt.chat_ml() if isinstance(prompt, Question) else prompt
