@@ -840,7 +840,7 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
         if len(after) < len(suffix):
             kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
         text, of, sizes = sent + after, len(prompt) + len(suffix), len(sent) + len(after)
-        body |= {"prompt": sent} | ({"suffix": after} if mode == "infill" else {})
+        body |= {"prompt": sent, "heal": True} | ({"suffix": after} if mode == "infill" else {})
     if fields.get("filename"):
         body["filename"] = fields["filename"]
     return Prepared(body, {"characters": sizes, "of": of, **kept}, weigh(text))

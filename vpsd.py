@@ -54,8 +54,9 @@ from typing import Any
 
 # llama.cpp's threads meet at a barrier hundreds of times a token. By default they spin there for milliseconds, which
 # keeps the core from the very thread that they wait for when another program has taken its place: beside one busy
-# program a token then takes ten times as long. libgomp reads this once, when it is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# program a token can take ten times as long; with much less, the threads sleep too often on a quiet machine. libgomp
+# reads this once, when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import llama_cpp
 import llama_cpp.llama_cpp as _llama
@@ -182,6 +183,7 @@ FIELDS = {
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
+    "heal": Field(bool, default=False),  # the token at the end of `prompt` may be one that goes on
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),
 }
@@ -199,6 +201,12 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
     return fields
+
+
+def text_length(fields: Mapping[str, Any]) -> int:
+    """Characters of a parsed request that are to become tokens."""
+    contents = (content for _, content in fields["messages"] or ())
+    return sum(map(len, (fields["prompt"] or "", fields["suffix"] or "", *contents)))
 
 
 def parse_messages(value: Any) -> list[tuple[str, str]]:
@@ -232,6 +240,7 @@ PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is long
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
 MAX_CHUNK = 512  # n_batch
 LEARNING_RATE = 0.1  # of the measured times, for each decode
+STRETCH_FROM, STRETCH_RATE, MAX_STRETCH = 24, 0.3, 8.0  # of what larger decodes take over what the table says
 
 
 class Costs:
@@ -286,10 +295,15 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
     return groups
 
 
-def chunk_size(missing: int, others: bool, costs: Costs) -> int:
-    """How many prompt tokens to read at once, so that `others`, running streams, do not starve."""
-    seconds = max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) if others else PREFILL_SECONDS
-    return min(missing, costs.longest(seconds))
+def share_size(costs: Costs, stretch: float) -> int:
+    """How many tokens one of several streams may decode at once, so that the others do not starve. `stretch` is how
+    many times longer such decodes take than `costs` says: the longer the contexts, the more."""
+    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) / stretch)
+
+
+def chunk_size(missing: int, others: bool, costs: Costs, stretch: float = 1.0) -> int:
+    """How many prompt tokens to read at once, beside `others`, running streams, or alone."""
+    return min(missing, share_size(costs, stretch) if others else costs.longest(PREFILL_SECONDS / stretch))
 
 
 # --------------------------------------------------------------------------------------- policy: drafts
@@ -531,6 +545,20 @@ def decode_parked(data: bytes, key: str) -> Parked:
 
 
 # ------------------------------------------------------------------------------------------ policy: text
+
+# The word before the cursor, with the character that tokenizers take together with it, or the white space there. Not a
+# long word, nor one of a script without spaces: all of its tokens are to be decoded.
+UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
+HEAL_CANDIDATES = 512  # the likeliest tokens that are looked at
+
+
+def heal_from(prompt: str) -> int:
+    """Where in `prompt` the text begins that the model's own tokens shall say again ("token healing").
+
+    After the tokens of `imp` a model seldom writes `ort`: in what it has read, that was one token, ` import`.
+    """
+    match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
+    return match.start() if match else len(prompt)
 
 
 class StopStrings:
@@ -1479,10 +1507,25 @@ class Llama:
         batch.n_tokens = index
         return int(llama.llama_decode(self.context, batch))
 
+    def logits(self, index: int) -> Any:
+        """The float32[n_vocab] of batch position `index`, in place: valid until the next decode."""
+        logits = llama.llama_get_logits_ith(self.context, index)
+        return np.frombuffer(self.logits_row.from_address(ctypes.addressof(logits.contents)), "f4")
+
     def greedy(self, index: int) -> int:
         """The likeliest token at batch position `index`; the first of equals, as llama.cpp's greedy sampler."""
-        logits = llama.llama_get_logits_ith(self.context, index)
-        return int(np.frombuffer(self.logits_row.from_address(ctypes.addressof(logits.contents)), "f4").argmax())
+        return int(self.logits(index).argmax())
+
+    def restrict(self, index: int, start: bytes) -> None:
+        """Leave at batch position `index` only the tokens that the text `start` may begin with, whether they end within
+        it or go on: those among the likeliest, and the tokenizer's own."""
+        row = self.logits(index)
+        candidates = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist() + self.tokenize(start, False)[:1]
+        pieces = [(token, self.piece(token)) for token in candidates]
+        fits = [token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]]
+        kept = row[fits]
+        row.fill(-np.inf)
+        row[fits] = kept
 
     def trim(self, slot: int, length: int) -> None:
         """Drop the slot's KV cells from position `length` on."""
@@ -1513,27 +1556,31 @@ class Llama:
     def is_end(self, token: int) -> bool:
         return bool(llama.llama_vocab_is_eog(self.vocab, token))
 
-    def tokenize(self, text: str, first: bool, special: bool = False) -> list[int]:
+    def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
         """Text to tokens; `first` adds what the model wants at the beginning, `special` reads control tokens."""
-        data = text.encode()
+        data = text.encode() if isinstance(text, str) else text
         room = len(data) + 8
         tokens = (llama.llama_token * room)()
         count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
         return list(tokens[: max(0, count)])
 
-    def encode(self, fields: Mapping[str, Any]) -> list[int]:
-        """A request's prompt to tokens: plain, fill-in-the-middle or chat. What a user sends is text, never control
-        tokens. HttpError 400 if the model has no fill-in-the-middle tokens."""
+    def encode(self, fields: Mapping[str, Any]) -> tuple[list[int], bytes]:
+        """A request's prompt to tokens: plain, fill-in-the-middle or chat; and the end of its text that they leave to
+        the model's own tokens (`heal`). What a user sends is text, never control tokens. HttpError 400 if the model
+        has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
                 raise HttpError(503, "the model has just been unloaded", "SHUTTING_DOWN")
-            return self._encode(fields)
+            if fields["messages"]:
+                return self._encode_chat(fields["messages"]), b""
+            byte_level = llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE
+            start = heal_from(fields["prompt"]) if fields["heal"] and byte_level else len(fields["prompt"])
+            tokens = self._encode_text(fields, fields["prompt"][:start])
+            return (tokens, fields["prompt"][start:].encode()) if tokens else (self._encode_text(fields, fields["prompt"]), b"")
 
-    def _encode(self, fields: Mapping[str, Any]) -> list[int]:
-        if fields["messages"]:
-            return self._encode_chat(fields["messages"])
+    def _encode_text(self, fields: Mapping[str, Any], prompt: str) -> list[int]:
         if fields["suffix"] is None:
-            return self.tokenize(fields["prompt"], True)
+            return self.tokenize(prompt, True)
         before, after, middle = (
             int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
         )
@@ -1543,7 +1590,7 @@ class Llama:
         name = fields["filename"]
         head = [file_mark, *self.tokenize(name + "\n", False)] if name and file_mark >= 0 else []
         start = self.tokenize("", True)
-        text, suffix = self.tokenize(fields["prompt"], False), self.tokenize(fields["suffix"], False)
+        text, suffix = self.tokenize(prompt, False), self.tokenize(fields["suffix"], False)
         return [*start, *head, before, *text, after, *suffix, middle]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -1625,6 +1672,7 @@ class Job:
     def __init__(self, fields: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
         self.fields, self.loop = fields, loop
         self.prompt: list[int] = []
+        self.heal = b""  # what the completion begins with and the client already has
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.cancelled = False
         self.started = self.handed_over = time.monotonic()
@@ -1661,7 +1709,7 @@ class Run:
             fields["stop"],
             Ending(fields["mode"], fields["language"], fields["prompt"] or "", fields["suffix"], fields["stop_at"]),
         )
-        self.guide = guide
+        self.guide, self.heal = guide, job.heal
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
@@ -1831,6 +1879,7 @@ class Worker(threading.Thread):
         with self.baton:
             self.costs = load_costs(self.llama, self.calibration)
         self.one_token = self.costs(1)  # as calibrated
+        self.stretch = 1.0
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -1960,25 +2009,26 @@ class Worker(threading.Thread):
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
+        others = any(other is not run for other in runs)
         if run.pending is None:
-            others = any(other is not run for other in runs)
             missing = len(prompt) - len(slot.tokens)
-            size = chunk_size(missing - (run.sampler.exact and missing > 1), others, self.costs)
+            size = chunk_size(missing - (run.sampler.exact and missing > 1), others, self.costs, self.stretch)
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
-        draft = self._draft(run)
+        draft = self._draft(run, others)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
-    def _draft(self, run: Run) -> list[int]:
+    def _draft(self, run: Run, others: bool) -> list[int]:
         assert self.llama
         assert run.drafter
         room = min(
             MAX_DRAFT,
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
+            share_size(self.costs, self.stretch) - 1 if others else MAX_DRAFT,
         )
-        if not self.config.draft or run.sampler.exact or room <= 0:
+        if not self.config.draft or run.sampler.exact or run.heal or room <= 0:
             return []
         if self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]:
             return []
@@ -2009,7 +2059,7 @@ class Worker(threading.Thread):
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError(500, "the model could not be evaluated"))
             return
-        self.costs.learn(sum(len(work.tokens) for work in works), seconds)
+        self._learn(sum(len(work.tokens) for work in works), seconds)
         base = 0
         for work in works:
             try:
@@ -2022,6 +2072,12 @@ class Worker(threading.Thread):
                 self._fail(work.run, HttpError(500, "internal error; see the log"))
             base += len(work.tokens)
 
+    def _learn(self, tokens: int, seconds: float) -> None:
+        if tokens >= STRETCH_FROM:
+            longer = min(max(seconds / self.costs(tokens), 0.5), MAX_STRETCH)
+            self.stretch += STRETCH_RATE * (longer - self.stretch)
+        self.costs.learn(tokens, seconds)
+
     def _after_prefill(self, work: Work, base: int) -> None:
         assert self.llama
         run, slot = work.run, work.run.slot
@@ -2033,7 +2089,7 @@ class Worker(threading.Thread):
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.fields["max_tokens"])
-        run.pending = run.sampler.sample(self.llama, base + len(work.tokens) - 1)
+        run.pending = self._sample(run, base + len(work.tokens) - 1)
         run.first_token = time.monotonic()
         ended = self._emit(run, run.pending)
         self._flush(run)
@@ -2049,7 +2105,7 @@ class Worker(threading.Thread):
         accepted = 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
-            run.pending = run.sampler.sample(self.llama, base + i)
+            run.pending = self._sample(run, base + i)
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
@@ -2064,17 +2120,28 @@ class Worker(threading.Thread):
             self.accepted += accepted
         self._flush(run)
 
+    def _sample(self, run: Run, index: int) -> int:
+        assert self.llama
+        if run.heal:
+            self.llama.restrict(index, run.heal)
+        return run.sampler.sample(self.llama, index)
+
     def _emit(self, run: Run, token: int) -> bool:
         """Account for one sampled token; True if the completion ends with it."""
         assert self.llama
         if self.llama.is_end(token):
             self._finish(run, "stop")
             return True
-        run.generated += 1
+        piece = self.llama.piece(token)
+        known = min(len(piece), len(run.heal))
+        run.heal, piece = run.heal[known:], piece[known:]
         run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
+        run.generated += bool(piece) or not known  # one that only says what the client has is none for it
         if run.drafter:
             run.drafter.advance(token)
-        text, reason = run.text.feed(self.llama.piece(token))
+        text, reason = run.text.feed(piece)
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})
         full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
@@ -2216,6 +2283,7 @@ KEEPALIVE_SECONDS = 5.0  # a stream says something at least so often
 HEAD_SECONDS = 2.0  # a stream's first event may take so long before its 200 is sent without knowing how it ends
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
 SAMPLE_SECONDS = 1.0  # of the CPU meter
+ENCODE_AT_ONCE_CHARS = 8192  # made into tokens in about a millisecond, sooner than another thread would begin
 CLEANUP_SECONDS = 30.0
 DRAIN_SECONDS = 5.0  # requests that run at SIGTERM have so long to end
 
@@ -2325,7 +2393,10 @@ class Engine:
         if job.cancelled:
             return
         assert worker.llama
-        tokens = await asyncio.to_thread(worker.llama.encode, job.fields)
+        if text_length(job.fields) <= ENCODE_AT_ONCE_CHARS:
+            tokens, job.heal = worker.llama.encode(job.fields)
+        else:
+            tokens, job.heal = await asyncio.to_thread(worker.llama.encode, job.fields)
         n_ctx, most = worker.llama.n_ctx, job.fields["max_tokens"]
         if len(tokens) >= n_ctx or not tokens:
             raise HttpError(

@@ -160,6 +160,7 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
             assert first == {
                 "model": "qwen_0_5b",
                 "prompt": "x =",
+                "heal": True,
                 "mode": "complete",
                 "language": "python",
                 "max_tokens": 512,

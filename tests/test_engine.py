@@ -47,6 +47,7 @@ from vpsd import (
     estimate_bytes,
     fetch,
     group_by_cost,
+    heal_from,
     load_config,
     load_parked,
     parse_inference,
@@ -149,6 +150,7 @@ def test_request_defaults() -> None:
         "language": None,
         "mode": "complete",
         "stop_at": "auto",
+        "heal": False,
         "progress": False,
         "session": None,
     }
@@ -179,6 +181,32 @@ def test_request_value(body: dict[str, Any], name: str, value: Any) -> None:
 def test_seed_that_llama_cpp_would_take_as_random(seed: int) -> None:
     with pytest.raises(HttpError, match=r"^seed: expected an integer from 0 to "):
         parse_inference(BASE | {"seed": seed})
+
+
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [
+        ("import", " nump"),
+        ("x = self", ".nam"),
+        ("x = self.first", "_nam"),
+        ("f", "(wid"),
+        ("x = 'übe", ""),
+        ("# 漢字", ""),
+        ("def f():\n", "    "),
+        ("x =", " "),
+        ("x = 12", ""),
+        ("def f(n):", ""),
+        ("x = f(", ""),
+        ("def f():\n", ""),
+        ("", "word"),
+        ("", "   "),
+        ("", ""),
+        ("x =", " " + "a" * 24),
+        ("x = " + "a" * 25, ""),
+    ],
+)
+def test_what_is_left_to_healing(before: str, left: str) -> None:
+    assert heal_from(before + left) == len(before)
 
 
 # ------------------------------------------------------------------------------------------ the schedule

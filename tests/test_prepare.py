@@ -194,10 +194,10 @@ def shared(one: str, other: str) -> float:
 @pytest.mark.parametrize("prompt", ["x", "def f(n):", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500, "Write a stack"])
 def test_what_fits_is_sent_unchanged(prompt: str) -> None:
     result = prepared(prompt)
-    assert result.body == {"mode": "complete", "prompt": prompt}
+    assert result.body == {"mode": "complete", "prompt": prompt, "heal": True}
     assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
     result = prepared(prompt, mode="infill", suffix="\n)\n", filename="a.py")
-    assert result.body == {"mode": "infill", "prompt": prompt, "suffix": "\n)\n", "filename": "a.py"}
+    assert result.body == {"mode": "infill", "prompt": prompt, "heal": True, "suffix": "\n)\n", "filename": "a.py"}
     assert result.kept["parts"] == ["all"]
 
 

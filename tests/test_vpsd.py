@@ -527,6 +527,42 @@ def test_infill_with_a_file_name(vps: Vps, reference: Reference) -> None:
     assert body["prompt_tokens"] - plain["prompt_tokens"] == len(mark + reference.tokenize("a.py\n"))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "more", "start", "left"),
+    [
+        ("import os\nimport nump", {}, "y", " nump"),
+        ("def area(width, height):\n    retu", {}, "rn width * height", " retu"),
+        ("def area(width, height):\n    ", {}, "return width * height", "    "),
+        ("def area(width, height):\n    return wid", {"suffix": "\n\nprint(area(3, 4))\n"}, "th * height", " wid"),
+    ],
+)
+def test_healing(vps: Vps, reference: Reference, prompt: str, more: dict[str, Any], start: str, left: str) -> None:
+    """The word at the cursor is left to the model's own tokens, and what it has of it is not said twice."""
+    body = vps.complete(prompt, heal=True, max_tokens=8, **more)
+    raw = vps.complete(prompt, max_tokens=8, **more)
+    assert body["completion"].startswith(start)
+    assert body["total_tokens"] == 8
+    assert raw["prompt_tokens"] - body["prompt_tokens"] == len(reference.tokenize(left))
+
+
+def test_healing_ends_with_max_tokens_that_say_something(vps: Vps) -> None:
+    body = vps.complete("import os\nimport nump", heal=True, max_tokens=1)
+    assert (body["completion"], body["total_tokens"], body["finish_reason"]) == ("y", 1, "length")
+
+
+def test_healing_by_chance_says_nothing_twice(vps: Vps) -> None:
+    """Above temperature 0 the tokens are sampled: whichever they are, they begin with what the client has."""
+    for seed in range(8):
+        body = vps.complete("def area(width, height):\n    return wid", heal=True, max_tokens=1, temperature=1, seed=seed)
+        assert body["completion"][:2] == "th", body
+
+
+def test_a_prompt_of_one_word_is_not_healed(vps: Vps, reference: Reference) -> None:
+    body = vps.complete("import", heal=True, max_tokens=4)
+    assert body["prompt_tokens"] == 1
+    reference.check(reference.tokenize("import"), body["completion"], 4)
+
+
 def test_the_same_seed_gives_the_same_text(vps: Vps) -> None:
     def text(seed: int | None, **more: Any) -> str:
         return str(vps.complete("import ", seed=seed, temperature=1, **more)["completion"])
