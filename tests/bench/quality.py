@@ -280,7 +280,7 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
     best = restored = tokens = limited = 0
     for gap in gaps(count, seed=1):
         body = {"prompt": gap.prefix, "suffix": gap.suffix}
-        raw = tiers.complete(**body, max_tokens=RAW_GAP_TOKENS, stop_at="none")
+        raw = tiers.raw(**body, max_tokens=RAW_GAP_TOKENS)
         ours = tiers.complete(**body, max_tokens=RAW_GAP_TOKENS)
         text = raw["completion"]
         best += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
