@@ -62,7 +62,7 @@ if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
 # keeps the core from the very thread that they wait for when another program has taken its place: beside one busy
 # program a token can take ten times as long; with much less, the threads sleep too often on a quiet machine. libgomp
 # reads this once, when it is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import llama_cpp
 import llama_cpp.llama_cpp as _llama
@@ -467,12 +467,17 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return start
 
 
+NEVER = 1 << 30  # beyond any context
+
+
 @dataclass(slots=True)
 class Parked:
-    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these."""
+    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these. From the
+    place `chosen` on each token was the likeliest after those before it."""
 
     tokens: list[int]
     state: bytes
+    chosen: int = NEVER
 
     @property
     def size(self) -> int:
@@ -524,13 +529,13 @@ class PrefixStore:
         return self.entries[best], length
 
 
-KV_MAGIC = b"cerebrum-kv-1\n"
+KV_MAGIC = b"cerebrum-kv-2\n"
 
 
 def encode_parked(entry: Parked, key: str) -> bytes:
     """A file: magic, sha256 of all that follows, header length, header JSON, tokens as int32, state."""
     tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
-    header = json.dumps({"key": key, "tokens": len(entry.tokens), "state": len(entry.state)}).encode()
+    header = json.dumps({"key": key, "tokens": len(entry.tokens), "chosen": entry.chosen}).encode()
     rest = struct.pack("<I", len(header)) + header + tokens + entry.state
     return KV_MAGIC + hashlib.sha256(rest).digest() + rest
 
@@ -547,7 +552,7 @@ def decode_parked(data: bytes, key: str) -> Parked:
         raise ValueError("of another model, context or library")
     tokens_end = 4 + size + 4 * header["tokens"]
     tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
-    return Parked(tokens, bytes(rest[tokens_end:]))
+    return Parked(tokens, bytes(rest[tokens_end:]), int(header["chosen"]))
 
 
 # ------------------------------------------------------------------------------------------ policy: text
@@ -1687,6 +1692,11 @@ class Job:
         self.started = self.handed_over = time.monotonic()
         self.request_id = request_id_var.get()
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether each token is to be the likeliest."""
+        return not self.heal and self.fields["temperature"] == 0 and self.fields["max_tokens"] > 0
+
     def send(self, *events: Event | HttpError) -> None:
         """Called by the worker's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon is ending and nobody listens
@@ -1699,10 +1709,12 @@ class Job:
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
+    """A sequence id of the context, and the tokens whose KV it holds; from `chosen` on each of them was the likeliest
+    after those before it. `used` orders idle slots by age."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
+    chosen: int = NEVER
     run: Run | None = None
     used: float = 0.0
 
@@ -1988,7 +2000,8 @@ class Worker(threading.Thread):
         entry, stored = self.store.best(prompt)
         nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
         live = common_prefix(nearest.tokens, prompt)
-        guide = entry.tokens if entry and stored > live else nearest.tokens[:]
+        source = entry if entry and stored > live else nearest
+        guide, chosen = source.tokens[:], source.chosen
         in_place = nearest in free and live >= max(stored, MIN_PREFIX)
         slot = nearest if in_place else min(free, key=lambda slot: slot.used)
         for other in free:
@@ -2001,20 +2014,24 @@ class Worker(threading.Thread):
             slot.tokens = prompt[:live]
         elif entry and stored >= MIN_PREFIX and self.llama.restore(slot.id, entry.state):
             slot.tokens = entry.tokens[:]
-        # The last token is computed in any case: its logits are the first thing that is needed.
-        cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
+        cached = common_prefix(slot.tokens, prompt)
+        known = job.is_plain_greedy and cached == len(prompt) < len(guide) and chosen <= cached
+        # If the first token is not known, the prompt's last one is computed in any case, for the logits after it.
+        cached = min(cached, len(prompt) - (not known))
         self.llama.trim(slot.id, cached)
-        slot.tokens = prompt[:cached]
+        slot.tokens, slot.chosen = prompt[:cached], NEVER
         slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
+        if known:
+            self._begin(slot.run, guide[cached])
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
         assert self.llama
         if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
-            self.store.add(Parked(slot.tokens, self.llama.save(slot.id)))
+            self.store.add(Parked(slot.tokens, self.llama.save(slot.id), slot.chosen))
         self.llama.trim(slot.id, 0)
-        slot.tokens = []
+        slot.tokens, slot.chosen = [], NEVER
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
@@ -2097,10 +2114,16 @@ class Worker(threading.Thread):
         if not work.outputs:
             self._finish(run, "length")
             return
+        self._begin(run, self._sample(run, base + len(work.tokens) - 1))
+
+    def _begin(self, run: Run, token: int) -> None:
+        """The first token is there."""
         run.job.progress("decode", 0, run.job.fields["max_tokens"])
-        run.pending = self._sample(run, base + len(work.tokens) - 1)
+        run.pending = token
         run.first_token = time.monotonic()
-        ended = self._emit(run, run.pending)
+        if run.job.is_plain_greedy:
+            run.slot.chosen = len(run.job.prompt)
+        ended = self._emit(run, token)
         self._flush(run)
         if not ended:  # only now: it takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
