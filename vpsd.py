@@ -56,7 +56,7 @@ from typing import Any
 # which the C library asks for only if it is told so before the process starts.
 if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 # llama.cpp's threads meet at a barrier hundreds of times a token. By default they spin there for milliseconds, which
 # keeps the core from the very thread that they wait for when another program has taken its place: beside one busy
@@ -303,11 +303,11 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
 
 def share_size(costs: Costs, stretch: float) -> int:
     """How many tokens one of several streams may decode at once, so that the others do not starve. `stretch` is how
-    many times longer such decodes take than `costs` says: the longer the contexts, the more."""
+    many times longer larger decodes take than `costs` says: the longer the contexts, the more."""
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) / stretch)
 
 
-def chunk_size(missing: int, others: bool, costs: Costs, stretch: float = 1.0) -> int:
+def chunk_size(missing: int, others: bool, costs: Costs, stretch: float) -> int:
     """How many prompt tokens to read at once, beside `others`, running streams, or alone."""
     return min(missing, share_size(costs, stretch) if others else costs.longest(PREFILL_SECONDS / stretch))
 
@@ -1524,7 +1524,8 @@ class Llama:
     def logits(self, index: int) -> Any:
         """The float32[n_vocab] of batch position `index`, in place: valid until the next decode."""
         logits = llama.llama_get_logits_ith(self.context, index)
-        return np.frombuffer(self.logits_row.from_address(ctypes.addressof(logits.contents)), "f4")
+        row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
+        return np.frombuffer(row, np.float32)
 
     def greedy(self, index: int) -> int:
         """The likeliest token at batch position `index`; the first of equals, as llama.cpp's greedy sampler."""
@@ -1534,8 +1535,8 @@ class Llama:
         """Leave at batch position `index` only the tokens that the text `start` may begin with, whether they end within
         it or go on: those among the likeliest, and the tokenizer's own."""
         row = self.logits(index)
-        candidates = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist() + self.tokenize(start, False)[:1]
-        pieces = [(token, self.piece(token)) for token in candidates]
+        likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
+        pieces = [(token, self.piece(token)) for token in likeliest + self.tokenize(start, False)[:1]]
         fits = [token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]]
         kept = row[fits]
         row.fill(-np.inf)
@@ -1587,10 +1588,12 @@ class Llama:
                 raise HttpError(503, "the model has just been unloaded", "SHUTTING_DOWN")
             if fields["messages"]:
                 return self._encode_chat(fields["messages"]), b""
-            byte_level = llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE
-            start = heal_from(fields["prompt"]) if fields["heal"] and byte_level else len(fields["prompt"])
-            tokens = self._encode_text(fields, fields["prompt"][:start])
-            return (tokens, fields["prompt"][start:].encode()) if tokens else (self._encode_text(fields, fields["prompt"]), b"")
+            prompt = fields["prompt"]
+            if fields["heal"] and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
+                start = heal_from(prompt)
+                if tokens := self._encode_text(fields, prompt[:start]):
+                    return tokens, prompt[start:].encode()
+            return self._encode_text(fields, prompt), b""
 
     def _encode_text(self, fields: Mapping[str, Any], prompt: str) -> list[int]:
         if fields["suffix"] is None:
@@ -2020,10 +2023,14 @@ class Worker(threading.Thread):
         cached = min(cached, len(prompt) - (not known))
         self.llama.trim(slot.id, cached)
         slot.tokens, slot.chosen = prompt[:cached], NEVER
-        slot.run = Run(job, slot, cached, guide)
+        run = slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
         if known:
-            self._begin(slot.run, guide[cached])
+            try:
+                self._begin(run, guide[cached])
+            except Exception:
+                log.exception("request %s", job.request_id)
+                self._fail(run, HttpError(500, "internal error; see the log"))
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""

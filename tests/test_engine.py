@@ -52,6 +52,7 @@ from vpsd import (
     load_parked,
     parse_inference,
     save_parked,
+    share_size,
 )
 
 # Milliseconds of one decode, as measured on two cores: the 0.5B is faster in turn, the 1.5B in a batch.
@@ -274,15 +275,21 @@ def test_groups_hold_every_work_once_and_fit_a_batch() -> None:
         assert all(sum(sizes[i] for i in group) <= MAX_CHUNK for group in groups)
 
 
-def test_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
+def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
-    assert chunk_size(10, False, table) == 10
-    assert chunk_size(10_000, False, table) == MAX_CHUNK
-    alone, beside = chunk_size(10_000, False, table), chunk_size(10_000, True, table)
-    assert 1 < beside < alone
+    assert chunk_size(10, False, table, 1.0) == 10
+    assert chunk_size(10_000, False, table, 1.0) == MAX_CHUNK
+    beside = chunk_size(10_000, True, table, 1.0)
+    assert beside == share_size(table, 1.0)
     assert table(beside) <= vpsd.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
-    assert chunk_size(10_000, True, slow) == slow.longest(6 * 0.5)
+    assert share_size(slow, 1.0) == slow.longest(6 * 0.5)
+
+
+def test_less_is_decoded_at_once_where_the_context_is_long() -> None:
+    table = costs(SMALL)
+    assert share_size(table, 2.0) == table.longest(vpsd.PAUSE_SECONDS / 2) < share_size(table, 1.0)
+    assert chunk_size(10_000, False, table, 4.0) == table.longest(vpsd.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 # ---------------------------------------------------------------------------------------------- drafts

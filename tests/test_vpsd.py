@@ -43,6 +43,7 @@ FILES = {
 }
 PATIENCE = 120.0  # a test that waits longer has found a hang, even on a crowded machine
 TIE = 0.25  # see above
+BY_CHANCE = {"temperature": 1, "seed": 5}
 QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # ms of one decode of so many tokens
 
 pytestmark = pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
@@ -552,8 +553,9 @@ def test_healing_ends_with_max_tokens_that_say_something(vps: Vps) -> None:
 
 def test_healing_by_chance_says_nothing_twice(vps: Vps) -> None:
     """Above temperature 0 the tokens are sampled: whichever they are, they begin with what the client has."""
+    prompt = "def area(width, height):\n    return wid"
     for seed in range(8):
-        body = vps.complete("def area(width, height):\n    return wid", heal=True, max_tokens=1, temperature=1, seed=seed)
+        body = vps.complete(prompt, heal=True, max_tokens=1, temperature=1, seed=seed)
         assert body["completion"][:2] == "th", body
 
 
@@ -640,7 +642,7 @@ def test_a_repeated_prompt_is_not_computed_again(vps: Vps) -> None:
     assert again["completion"] == first["completion"]
 
 
-@pytest.mark.parametrize(("before", "after"), [({"temperature": 1, "seed": 5}, {}), ({}, {"temperature": 1, "seed": 5})])
+@pytest.mark.parametrize(("before", "after"), [(BY_CHANCE, {}), ({}, BY_CHANCE)])
 def test_a_first_token_is_known_only_from_greedy_to_greedy(
     vps: Vps, reference: Reference, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
