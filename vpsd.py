@@ -49,6 +49,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,11 @@ class Costs:
         (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
         return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
+    def beside(self, others: int, tokens: int) -> float:
+        """Seconds of `tokens` of one sequence in a decode that `others` share with a token each: what more than one
+        token adds is its own, the rest is shared."""
+        return self(others + tokens) - self(others + 1) * others / (others + 1)
+
     def longest(self, seconds: float) -> int:
         """The longest chunk that costs at most `seconds`, at least 1 and at most MAX_CHUNK."""
         return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds, key=self))
@@ -316,7 +322,7 @@ def chunk_size(missing: int, others: bool, costs: Costs, stretch: float) -> int:
 
 GRAM = 3  # tokens that must repeat before their continuation is looked at
 MAX_DRAFT = 63
-DRAFT_LENGTHS = (3, 7, 15, 31, MAX_DRAFT)
+DRAFT_LENGTHS = (1, 2, 3, 6, 7, 14, 15, 30, 31, 62, MAX_DRAFT)  # the calibrated sizes, alone or beside another stream
 NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
 RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
@@ -366,15 +372,16 @@ class Acceptance:
                     table[key] *= FORGET
 
 
-def draft_length(probability: float, limit: int, costs: Costs) -> int:
-    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay."""
-    best, rate = 0, 1.03 / costs(1)
+def draft_length(probability: float, limit: int, price: Callable[[int], float]) -> int:
+    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay.
+    `price` gives the seconds of one decode by its tokens."""
+    best, rate = 0, 1.03 / price(1)
     for length in (*(n for n in DRAFT_LENGTHS if n < limit), limit):
         if length <= 0 or length > MAX_DRAFT:
             continue
         expected = (1 - probability ** (length + 1)) / (1 - probability)
-        if expected / costs(length + 1) > rate:
-            best, rate = length, expected / costs(length + 1)
+        if expected / price(length + 1) > rate:
+            best, rate = length, expected / price(length + 1)
     return best
 
 
@@ -1737,6 +1744,7 @@ class Run:
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
+        self.beside = 0  # other streams' tokens in the same decode
         self.first_token = self.last_token = 0.0
         self.outbox: list[Event | HttpError] = []
 
@@ -2049,8 +2057,16 @@ class Worker(threading.Thread):
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
+        run.beside = self._beside(run, runs)
         draft = self._draft(run, others)
         return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _beside(self, run: Run, runs: list[Run]) -> int:
+        """How many streams' tokens will share this one's decode: more tokens then cost less than they would alone."""
+        if run.sampler.exact:
+            return 0
+        streams = sum(not (other is run or other.prefilling or other.sampler.exact) for other in runs)
+        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
     def _draft(self, run: Run, others: bool) -> list[int]:
         assert self.llama
@@ -2069,7 +2085,7 @@ class Worker(threading.Thread):
         if not tokens:
             return []
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
-        return tokens[: draft_length(probability, len(tokens), self.costs)]
+        return tokens[: draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))]
 
     def _step(self, works: list[Work]) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
@@ -2148,8 +2164,8 @@ class Worker(threading.Thread):
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
-        seconds = self.costs(drafted + 1)
-        self.acceptance.spend(seconds, (run.generated - before) * self.costs(1) - seconds if drafted else 0.0)
+        seconds, one = (self.costs.beside(run.beside, tokens) for tokens in (drafted + 1, 1))
+        self.acceptance.spend(seconds, (run.generated - before) * one - seconds if drafted else 0.0)
         if drafted:
             self.llama.trim(slot.id, len(slot.tokens))
             self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)

@@ -343,6 +343,16 @@ def test_draft_length_pays_and_fits(table: dict[int, float]) -> None:
                 assert expected / price(length + 1) > 1 / price(1)
 
 
+def test_a_draft_pays_sooner_beside_another_stream() -> None:
+    """Two streams of a token each cost 43 ms here, four tokens 52: two drafted ones are nearly free."""
+    table = costs({1: 23, 2: 43, 3: 47, 4: 52, 8: 84, 16: 118})
+    assert table.beside(0, 4) == table(4)
+    assert table.beside(1, 1) == pytest.approx(0.0215)
+    assert table.beside(1, 3) == pytest.approx(0.0215 + 0.009)
+    assert draft_length(0.6, MAX_DRAFT, table) == 0
+    assert draft_length(0.6, MAX_DRAFT, lambda tokens: table.beside(1, tokens)) == 2
+
+
 def test_draft_length_grows_with_the_acceptance() -> None:
     lengths = [draft_length(p, MAX_DRAFT, costs(SMALL)) for p in (0.5, 0.8, 0.9, 0.95, 0.99)]
     assert lengths == sorted(lengths)
