@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from typing import Any
 from servers import (
     FILES,
     ROOT,
+    SPIN,
     Question,
     Result,
     Server,
@@ -82,7 +84,7 @@ class Bench:
         if not self.options.llama_server:
             return None
         if options not in self._servers:
-            file, more = FILES[self.options.model], {"GOMP_SPINCOUNT": "10000"} if self.options.spin else {}
+            file, more = FILES[self.options.model], {SPIN: os.environ[SPIN]} if self.options.spin else {}
             server = llama_server(self.folder, self.options.llama_server, file, self.options.threads, *options, **more)
             self._servers[options] = self.stack.enter_context(server)
         return self._servers[options]
@@ -295,8 +297,7 @@ class Loop:
                 part = todo[start : start + engine.MAX_CHUNK]
                 self.llama.decode([(slot, part, 1)])
                 slot.tokens += part
-            logits = engine.llama.llama_get_logits_ith(self.llama.context, -1)
-            second, first = engine.np.partition(engine.np.ctypeslib.as_array(logits, (self.llama.n_vocab,)), -2)[-2:]
+            second, first = engine.np.partition(self.llama.logits(-1), -2)[-2:]
             todo = [self.llama.greedy(-1)]
             done += self.llama.piece(todo[0])
             if not text.encode().startswith(done):

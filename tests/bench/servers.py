@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR", "~/.cache/cerebrum/models")).expanduser()
 KEY = "the-key-of-the-benchmark"
 START_SECONDS = 120.0
+SPIN = "GOMP_SPINCOUNT"  # importing vpsd sets it in this process; a server that is started is to have its own
 sys.path.insert(0, str(ROOT))
 
 from cerebrum_common import load_models  # noqa: E402
@@ -126,8 +127,9 @@ class Server:
 
 @contextlib.contextmanager
 def running(command: list[str], more: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    inherited = {name: value for name, value in os.environ.items() if name != SPIN}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**os.environ, **more}, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env={**inherited, **more}, stdout=output, stderr=output)
         try:
             yield process
         finally:
