@@ -711,15 +711,17 @@ def test_check_load_of_one_thing() -> None:
     check_load(Load(2048 * MB, 100.0), config(), cpu=False)
 
 
-SHAPE = Shape(layers=24, kv_width=256, embedding=896, feed_forward=4864, vocabulary=151_936)
+SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=4864, vocabulary=151_936)
 
 
 def test_estimate_bytes() -> None:
     parts = estimate_bytes(491_400_064, SHAPE, 8192, "f16", 128)
     assert parts["weights"] == 491_400_064
     assert parts["kv"] == 8192 * 24 * 256 * 2  # 96 MiB
-    assert parts["compute"] == 512 * (4 * (8 * 896 + 3 * 4864) + 2 * 8192) + 8 * 128 * 151_936
-    assert estimate_bytes(0, SHAPE, 8192, "q8_0", 128)["kv"] == 8192 * 24 * 256 * 34 // 32
+    assert parts["compute"] == 256 * (4 * (8 * 896 + 3 * 4864) + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
+    quantized = estimate_bytes(0, SHAPE, 8192, "q8_0", 128)
+    assert quantized["kv"] == 8192 * 24 * 256 * 34 // 32
+    assert quantized["compute"] == 256 * (4 * (8 * 896 + 3 * 4864) + 2 * 8192) + 8 * 128 * 151_936
 
 
 def test_baton_is_passed_on_in_the_order_of_asking() -> None:

@@ -233,7 +233,7 @@ class Reference:
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
         params.n_threads = params.n_threads_batch = vpsd.usable_cores()
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama.llama_init_from_model(self.model, params)
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
 

@@ -33,7 +33,7 @@ def bare_loop(path: str, threads: int) -> None:
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 8192, 512, 512
     params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_perf = True
     context = llama.llama_init_from_model(model, params)
     buffer = ctypes.create_string_buffer(256)
