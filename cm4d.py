@@ -372,7 +372,7 @@ MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom,
 MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
 LEFT_OUT = "... lines left out"
 FURTHER_UP = "from further up in this file:"
-ASK = "Answer with the code alone, in one fenced ```{language} block, without any explanation."
+CODE_FIRST = 2000  # weight: longer code goes before the instruction, so that the next one on it finds it read
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
 WORDS = re.compile(r"[^\W\d]\w{2,}")
 LINE_START = re.compile(
@@ -829,10 +829,13 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
             instruction, code = split_instruction(prompt, language) or (prompt, "")
         asked = fit_start(instruction.strip(), room // 2 if code else room)
         sent, kept = fit(code, language, room - weigh(asked), asked)
-        block = f"```{fields['language']}\n{sent}" + "\n" * (not sent.endswith("\n")) + "```\n\n" if code else ""
-        text = f"{block}{asked}\n\n{ASK.format(language=fields['language'])}"
+        fence = f"```{fields['language']}\n"
+        block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
+        text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
         of, sizes = len(code) + len(instruction), len(sent) + len(asked)
-        body["messages"] = [{"role": "user", "content": text}]
+        # The answer begins with its fence: no chatter before the code. Asked for "the code alone", a small model leaves
+        # out the comments and steps by which it gets the code right.
+        body["messages"] = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
     else:
         spare = room - weigh(prompt[: 3 * room])
         after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""

@@ -237,6 +237,12 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
     return pairs
 
 
+def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
+    """What the assistant has said already, and is to go on with."""
+    role, content = messages[-1]
+    return content if role == "assistant" else ""
+
+
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
@@ -247,13 +253,13 @@ PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of ano
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
 MAX_CHUNK = 512  # n_batch
+MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
 LEARNING_RATE = 0.1  # of the measured times, for each decode
 STRETCH_FROM, STRETCH_RATE, MAX_STRETCH = 24, 0.3, 8.0  # of what larger decodes take over what the table says
 
 
 class Costs:
     """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond.
-MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
 
     The points follow what decodes really take, for the machine and the context's length change. One token's time is
     seen all the time and moves all points with it; the others' own times are seen only when they are used.
@@ -660,6 +666,16 @@ FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([^`\n]*)")
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 PAIRS = {")": "(", "]": "[", "}": "{"}
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+# A comment that announces what nobody asked for, and instructions that do ask for it.
+EXTRAS = re.compile(
+    r"(?:#|//)+\s*(?:some |an? |the )?"
+    r"(?:examples?|sample|usage|demo|driver|(?:unit )?test(?:s|ing)?)\b(?!.*\b(?:if|whether)\b)",
+    re.IGNORECASE,
+)
+WANTS_EXTRAS = re.compile(
+    r"\b(?:call|demo|demonstrate|examples?|main|print|program|run|script|show|tests?|usage)\b", re.IGNORECASE
+)
 
 
 class Scanner:
@@ -1206,9 +1222,12 @@ class Repeat(Stage):
 
 
 class Fences(Stage):
-    """A chat's answer: the code of its first fenced block, or all of it if it has none and begins like code."""
+    """A chat's answer: the code of its first fenced block, or all of it if it has none and begins like code.
 
-    def __init__(self, language: Language | None) -> None:
+    The answer's beginning, `begun`, may be given: then the text is what comes after it.
+    """
+
+    def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language, self.scanner = language, Scanner(language) if language else None
         self.line = ""
@@ -1216,6 +1235,11 @@ class Fences(Stage):
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts in the text
         self.in_code = True  # it does not start inside of a string or comment
+        for char in begun:
+            self.step(char)
+        if self.state == "before":  # nothing so far that is to come back
+            self.line = self.text = ""
+        self.sent = self.safe = len(self.text)
 
     def step(self, char: str) -> None:
         self.line += char
@@ -1279,16 +1303,49 @@ class Fences(Stage):
         return "" if closed else super().flush(whole)
 
 
+class Extras(Stage):
+    """An answer's code: ends before the examples or tests that a comment at the margin announces below a definition."""
+
+    def __init__(self, language: Language) -> None:
+        super().__init__()
+        self.language, self.scanner = language, Scanner(language)
+        self.line = ""
+        self.mark = 0  # the end of the last line that is not blank
+        self.defined = False
+        self.in_code = True  # the line does not start inside of a string or comment
+
+    def step(self, char: str) -> None:
+        self.text += char
+        self.line += char
+        self.scanner.step(char)
+        if char == "\n":
+            if self._may_announce() and EXTRAS.match(self.line):
+                self.end("block", self.mark)
+                return
+            self.defined = self.defined or bool(self.language.defines.match(self.line))
+            self.mark = len(self.text) if self.line.strip() else self.mark
+            self.line, self.in_code = "", not self.scanner.closer
+        if self.line.strip() and not self._may_announce():
+            self.safe = len(self.text)
+
+    def _may_announce(self) -> bool:
+        comment = self.language.line_comment
+        return self.defined and self.in_code and self.line[: len(comment)] == comment[: len(self.line)]
+
+
 class Ending:
     """Where a completion ends by itself: `feed` takes text in any pieces, and gives what may be sent and a reason.
 
     "block": what was asked for is whole; "repeat": the model starts over; "stop": the suffix or a fence follows; or
     None. `mode` is complete, infill or instruct; `stop_at` "none" turns all off but the removal of a chat's fences.
+    `prompt` is the text so far: in a chat what of the answer is given, to the instruction `asked`.
     """
 
-    def __init__(self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str) -> None:
+    def __init__(
+        self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str, asked: str = ""
+    ) -> None:
         syntax = LANGUAGES.get(language or "")
-        self.stages: list[Stage] = [Fences(syntax)] if mode == "instruct" else []
+        self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
         self.indented = False  # the cursor stands where a statement starts; models often write its indentation again
         if stop_at == "none" or syntax is None:
             return
@@ -1301,6 +1358,8 @@ class Ending:
             block = IndentedBlock if syntax.indented else BracedBlock
             gap = mode == "infill" and suffix and suffix.strip()
             self.stages.append(Gap(scanner, prompt, suffix or "") if gap else block(scanner, prompt))
+        elif not WANTS_EXTRAS.search(asked):
+            self.stages.append(Extras(syntax))
         self.stages.append(Repeat())
 
     def feed(self, text: str) -> tuple[str, str | None]:
@@ -1357,6 +1416,7 @@ class Shape:
 
     layers: int
     kv_width: int  # elements of K and V of one token in one layer
+    heads: int
     embedding: int
     feed_forward: int
     vocabulary: int
@@ -1366,6 +1426,7 @@ def estimate_bytes(file_size: int, shape: Shape, cells: int, kv_type: str, outpu
     """Bytes of weights, KV cache and compute buffers of a model, before it is loaded."""
     element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
     per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward)
+    scores = 4 * shape.heads if kv_type == "f16" else 0  # of each cell: without flash attention all at once
     return {
         "weights": file_size,
         "kv": int(cells * shape.layers * shape.kv_width * element),
@@ -1416,7 +1477,6 @@ def read_shape(path: Path) -> Shape:
         raise ModelError("not a readable GGUF file")
     try:
 
-    heads: int
         def number(key: str, default: int) -> int:
             place = lib.gguf_find_key(handle, key.encode())
             if place < 0 or lib.gguf_get_kv_type(handle, place) != GGUF_UINT32:
@@ -1426,7 +1486,6 @@ def read_shape(path: Path) -> Shape:
         place = lib.gguf_find_key(handle, b"general.architecture")
         if place < 0:
             raise ModelError("a GGUF file without an architecture")
-    scores = 4 * shape.heads if kv_type == "f16" else 0  # of each cell: without flash attention all at once
         arch = lib.gguf_get_val_str(handle, place).decode()
         heads = number(f"{arch}.attention.head_count", 1)
         kv_heads = number(f"{arch}.attention.head_count_kv", heads)
@@ -1437,6 +1496,7 @@ def read_shape(path: Path) -> Shape:
         return Shape(
             layers=number(f"{arch}.block_count", 0),
             kv_width=kv_heads * (k_width + v_width),
+            heads=heads,
             embedding=width,
             feed_forward=number(f"{arch}.feed_forward_length", 4 * width),
             vocabulary=int(lib.gguf_get_arr_n(handle, vocabulary)) if vocabulary >= 0 else 0,
@@ -1498,7 +1558,6 @@ class Llama:
         # and 196 ms without. Quantized values need it.
         params.flash_attn_type = FLASH_ATTENTION[config.kv_type]
         params.type_k = params.type_v = KV_TYPES[config.kv_type]
-            heads=heads,
         params.kv_unified = True  # one ubatch may hold tokens of several sequences; a prefix is shared without a copy
         params.no_perf = True
         params.abort_callback = self._strlen
@@ -1555,6 +1614,10 @@ class Llama:
         kept = row[fits]
         row.fill(-np.inf)
         row[fits] = kept
+
+    def computed(self, slot: int) -> int:
+        """How many tokens the slot's KV cells hold: after an abort those of whole micro-batches."""
+        return int(llama.llama_memory_seq_pos_max(self.memory, slot)) + 1
 
     def trim(self, slot: int, length: int) -> None:
         """Drop the slot's KV cells from position `length` on."""
@@ -1615,10 +1678,6 @@ class Llama:
         before, after, middle = (
             int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
         )
-    def computed(self, slot: int) -> int:
-        """How many tokens the slot's KV cells hold: after an abort those of whole micro-batches."""
-        return int(llama.llama_memory_seq_pos_max(self.memory, slot)) + 1
-
         if min(before, after, middle) < 0:
             raise HttpError(400, "suffix: expected a model with fill-in-the-middle tokens, got one without")
         file_mark = int(llama.llama_vocab_fim_sep(self.vocab))
@@ -1629,7 +1688,10 @@ class Llama:
         return [*start, *head, before, *text, after, *suffix, middle]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """The chat template around placeholders: its own text may hold control tokens, the messages' may not."""
+        """The chat template around placeholders: its own text may hold control tokens, the messages' may not. A last
+        message of the assistant's is what its answer begins with."""
+        begun = begun_answer(messages)
+        messages = messages[: len(messages) - bool(begun)]
         marks = [f"\x01{number}\x02" for number in range(len(messages))]
         chat = (llama.llama_chat_message * len(messages))(
             *(
@@ -1648,7 +1710,7 @@ class Llama:
             glue, found, rest = rest.partition(mark)
             tokens += self.tokenize(glue, number == 0, special=True)
             tokens += self.tokenize(content, False) if found else []
-        return tokens + self.tokenize(rest, False, special=True)
+        return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
 
 
 def max_outputs(config: Config) -> int:
@@ -1747,10 +1809,12 @@ class Run:
         fields = job.fields
         self.job, self.slot, self.cached = job, slot, cached
         self.sampler = Sampler(fields)
-        self.text = TextAssembler(
-            fields["stop"],
-            Ending(fields["mode"], fields["language"], fields["prompt"] or "", fields["suffix"], fields["stop_at"]),
-        )
+        mode, prompt, asked = fields["mode"], fields["prompt"], ""
+        if turns := fields["messages"]:
+            prompt = begun_answer(turns)
+            asked = " ".join(FENCED.sub("", content) for role, content in turns if role == "user")
+        ending = Ending(mode, fields["language"], prompt, fields["suffix"], fields["stop_at"], asked)
+        self.text = TextAssembler(fields["stop"], ending)
         self.guide, self.heal = guide, job.heal
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded

@@ -648,6 +648,30 @@ More
 y =»
 '''
 
+# What follows an answer's given beginning.
+BEGUN = [
+    ("a fence", "```python\n", "x = 1\n```\nThat is it.", ("x = 1\n", "stop")),
+    ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
+    ("some of the code", "```python\ndef f():\n    '''", "```\n'''\n```\n", ("```\n'''\n", "stop")),
+    ("chatter alone", "Here you", " are:\n```\ny\n```\n", ("y\n", "stop")),
+    ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
+]
+
+# (title, language, instruction, answer in a fence, how much of it comes back or None: all of it)
+F_PY, F_GO = "def f(x):\n    return x\n", "func F() int {\n\treturn 1\n}\n"
+EXTRAS = [
+    ("examples", "python", "Double it", F_PY + "\n\n# Example usage:\nprint(f(1))\n", len(F_PY)),
+    ("tests", "python", "", F_PY + "\n# Test cases\nassert f(1) == 1\n", len(F_PY)),
+    ("of Go", "go", "Double it", F_GO + "\n// Example usage\nfunc main() {\n}\n", len(F_GO)),
+    ("are wanted", "python", "Double it and test it", F_PY + "\n# Test cases\nassert f(1) == 1\n", None),
+    ("a program", "python", "Write a program", F_PY + "\n# Example usage:\nprint(f(1))\n", None),
+    ("nothing defined yet", "python", "Double it", "# Example of a dict\nd = {}\n" + F_PY, None),
+    ("another comment", "python", "Double it", F_PY + "\n# The same for lists\n" + F_PY, None),
+    ("a test of something", "python", "Double it", F_PY + "\n# Tests whether x is odd\n" + F_PY, None),
+    ("inside a function", "python", "Double it", F_PY + "    # Example\n    # Test cases\n", None),
+    ("inside a string", "python", "Double it", F_PY + "s = '''\n# Example usage\n'''\n", None),
+]
+
 REPEAT = [
     ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 9, "x = 1\nself.a = a\nself.a = a\n"),
     ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
@@ -710,6 +734,20 @@ def test_chat(case: str) -> None:
     code = text[text.index("«") + 1 : text.index("»")]
     answer = text.replace("«", "").replace("»", "")
     check("instruct", "python", "", "", answer, (textwrap.dedent(code), "stop" if head.startswith("stop") else None))
+
+
+@pytest.mark.parametrize("case", BEGUN, ids=title)
+def test_a_begun_answer(case: tuple[str, str, str, tuple[str, str | None]]) -> None:
+    _, begun, text, expected = case
+    check("instruct", "python", begun, "", text, expected)
+
+
+@pytest.mark.parametrize("case", EXTRAS, ids=title)
+def test_extras(case: tuple[str, str, str, str, int | None]) -> None:
+    _, language, asked, answer, size = case
+    expected = (answer, "stop") if size is None else (answer[:size], "block")
+    for pieces in ([f"{answer}```\n"], list(f"{answer}```\n")):
+        assert run(Ending("instruct", language, "```\n", "", "auto", asked), pieces) == expected
 
 
 @pytest.mark.parametrize("case", REPEAT, ids=title)

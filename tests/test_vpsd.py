@@ -511,6 +511,17 @@ def test_messages(vps: Vps, reference: Reference) -> None:
     reference.check(tokens, body["completion"], 16)
 
 
+def test_a_begun_answer_goes_on(vps: Vps, reference: Reference) -> None:
+    begun = "```python\n"
+    turns = [("user", "Write a function that adds two numbers."), ("assistant", begun)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    body = vps.complete(None, messages=messages, max_tokens=16, stop_at="none")
+    tokens = chat(reference, turns[0]) + reference.tokenize(begun)
+    assert body["prompt_tokens"] == len(tokens)
+    assert body["completion"].startswith("def ")
+    reference.check(tokens, body["completion"], 16)
+
+
 def test_infill(vps: Vps, reference: Reference) -> None:
     before, after = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
     body = vps.complete(before, suffix=after, max_tokens=12)
