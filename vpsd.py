@@ -246,8 +246,9 @@ def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
-CALIBRATION_ROUNDS = 5
-CALIBRATION_SECONDS = 2.0  # no further round after that
+CALIBRATION_SECONDS = 3.0  # after each size was measured once
+TRIAL_TURNS = 16  # one in so many is decoded the other way …
+TRIAL_MARGIN = 1.3  # … if that would cost at most so many times as much by the table
 DISTURBED = 0.7  # a token that takes so much less than the table says: it was made while the machine was busy
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
@@ -261,22 +262,23 @@ STRETCH_FROM, STRETCH_RATE, MAX_STRETCH = 24, 0.3, 8.0  # of what larger decodes
 class Costs:
     """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond.
 
-    The points follow what decodes really take, for the machine and the context's length change. One token's time is
-    seen all the time and moves all points with it; the others' own times are seen only when they are used.
+    The points follow what decodes really take, for the machine and the context's length change.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.sizes = sorted(table)
         self.seconds = [table[size] for size in self.sizes]
 
-    def learn(self, tokens: int, seconds: float) -> None:
-        """A decode of `tokens` took `seconds`. One that was disturbed counts for twice the usual time at most."""
+    def learn(self, tokens: int, seconds: float, usual: bool) -> None:
+        """A decode of `tokens` took `seconds`. One that was disturbed counts for twice the usual time at most. What is
+        decoded all the time (`usual`) moves all points with it, so that what is not seen keeps its proportion; a draft
+        or a trial tells only of its own size."""
         place = bisect.bisect_left(self.sizes, tokens)
         if place == len(self.sizes) or self.sizes[place] != tokens:
             return
         old = self.seconds[place]
         factor = 1 + LEARNING_RATE * (min(seconds / old, 2.0) - 1)
-        if tokens == 1:
+        if usual:
             self.seconds = [point * factor for point in self.seconds]
         else:
             self.seconds[place] = old * factor
@@ -313,6 +315,16 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def other_grouping(count: int, groups: Sequence[Sequence[int]], costs: Costs) -> list[list[int]] | None:
+    """For `count` works of one token each, grouped as `group_by_cost` says: together what it decodes in turn, and the
+    reverse; None if that cannot be about as fast. Tried now and then, or a wrong table would never be found out."""
+    together = len(groups) == 1
+    ratio = costs(count) / (count * costs(1))
+    if count < 2 or (1 / ratio if together else ratio) > TRIAL_MARGIN:
+        return None
+    return [[i] for i in range(count)] if together else [list(range(count))]
 
 
 def share_size(costs: Costs, stretch: float) -> int:
@@ -1988,7 +2000,7 @@ class Worker(threading.Thread):
         with self.baton:
             self.costs = load_costs(self.llama, self.calibration)
         self.one_token = self.costs(1)  # as calibrated
-        self.stretch = 1.0
+        self.stretch, self.turns = 1.0, 0
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -2036,11 +2048,21 @@ class Worker(threading.Thread):
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
-        groups = [[shared[i] for i in group] for group in group_by_cost([len(w.tokens) for w in shared], self.costs)]
-        for group in groups + [[work] for work in works if work.run.sampler.exact]:
-            members = [work for work in group if work.run.slot.run is work.run]
+        groups, usual = self._group([len(work.tokens) for work in shared])
+        steps = [[shared[i] for i in group] for group in groups]
+        for step in steps + [[work] for work in works if work.run.sampler.exact]:
+            members = [work for work in step if work.run.slot.run is work.run]
             if members and not self.stopping:
-                self._step(members)
+                self._step(members, usual)
+
+    def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
+        """Which works share a decode, and whether that is the usual way, not a trial."""
+        groups = group_by_cost(sizes, self.costs)
+        if len(sizes) < 2 or max(sizes) > 1:
+            return groups, True
+        self.turns += 1
+        other = None if self.turns % TRIAL_TURNS else other_grouping(len(sizes), groups, self.costs)
+        return other or groups, other is None
 
     def _recalibrate(self) -> None:
         """Measure again if the machine was busy the last time and nobody waits now."""
@@ -2164,7 +2186,7 @@ class Worker(threading.Thread):
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
         return tokens[: draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))]
 
-    def _step(self, works: list[Work]) -> None:
+    def _step(self, works: list[Work], usual: bool) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
         assert self.llama
         self.llama.abort_flag[0] = b"\x00"
@@ -2188,7 +2210,8 @@ class Worker(threading.Thread):
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError(500, "the model could not be evaluated"))
             return
-        self._learn(sum(len(work.tokens) for work in works), seconds)
+        usual = usual and all(len(work.tokens) == 1 for work in works)
+        self._learn(sum(len(work.tokens) for work in works), seconds, usual)
         base = 0
         for work in works:
             try:
@@ -2201,11 +2224,11 @@ class Worker(threading.Thread):
                 self._fail(work.run, HttpError(500, "internal error; see the log"))
             base += len(work.tokens)
 
-    def _learn(self, tokens: int, seconds: float) -> None:
+    def _learn(self, tokens: int, seconds: float, usual: bool) -> None:
         if tokens >= STRETCH_FROM:
             longer = min(max(seconds / self.costs(tokens), 0.5), MAX_STRETCH)
             self.stretch += STRETCH_RATE * (longer - self.stretch)
-        self.costs.learn(tokens, seconds)
+        self.costs.learn(tokens, seconds, usual)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         assert self.llama
@@ -2356,21 +2379,21 @@ def calibrate(model: Llama, path: Path, give_up: Callable[[], bool]) -> dict[int
 
 
 def measure_costs(model: Llama, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens: the best of up to CALIBRATION_ROUNDS, which go through
-    all sizes in turn, so that a short disturbance hits one round and not one size."""
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. Each size gets about the same
+    time, so the small ones, between which the differences count, are measured often, all through that time."""
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
-    start = time.perf_counter()
-    for count in range(CALIBRATION_ROUNDS):
-        if count and time.perf_counter() - start > CALIBRATION_SECONDS:
-            break
-        for size in CALIBRATION_SIZES:
-            if give_up():
-                return {}
-            begin = time.perf_counter()
-            if model.decode([(Slot(0), [1] * size, size)]):
-                raise ModelError("llama.cpp cannot evaluate this model")
-            table[size] = min(table[size], time.perf_counter() - begin)
-            model.trim(0, 0)
+    spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
+    while 0.0 in spent.values() or sum(spent.values()) < CALIBRATION_SECONDS:
+        if give_up():
+            return {}
+        size = min(spent, key=lambda size: spent[size])
+        begin = time.perf_counter()
+        if model.decode([(Slot(0), [1] * size, size)]):
+            raise ModelError("llama.cpp cannot evaluate this model")
+        seconds = time.perf_counter() - begin
+        model.trim(0, 0)
+        table[size] = min(table[size], seconds)
+        spent[size] += seconds
     return table
 
 
