@@ -480,6 +480,7 @@ class Drafter:
 # ------------------------------------------------------------------------------------- policy: prefixes
 
 MIN_PREFIX = 16  # tokens; a shorter common prefix is computed sooner than looked after
+STORE_SECONDS = 3.0  # of idleness, before sequences are stored that a next request may push out of the context
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -1546,6 +1547,7 @@ class Llama:
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
+        self.pieces: dict[int, bytes] = {}  # what `piece` has told
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(config.n_ctx, trained) if trained > 0 else config.n_ctx
         # The abort callback is asked for every graph node. A Python one would take the GIL each time; strlen of a
@@ -1650,12 +1652,14 @@ class Llama:
 
     def piece(self, token: int) -> bytes:
         """A token's bytes; control tokens have none."""
-        buffer = ctypes.create_string_buffer(256)
-        size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
-        if size < 0:
-            buffer = ctypes.create_string_buffer(-size)
-            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
-        return buffer.raw[:size]
+        if token not in self.pieces:
+            buffer = ctypes.create_string_buffer(256)
+            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
+            if size < 0:
+                buffer = ctypes.create_string_buffer(-size)
+                size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
+            self.pieces[token] = buffer.raw[:size]
+        return self.pieces[token]
 
     def is_end(self, token: int) -> bool:
         return bool(llama.llama_vocab_is_eog(self.vocab, token))
@@ -1897,6 +1901,12 @@ class Baton:
                 self._held = False
 
 
+def deliver(sent: Sequence[tuple[Job, list[Event | HttpError]]]) -> None:
+    """On the loop: each job's events to where its handler waits for them."""
+    for job, events in sent:
+        job.events.put_nowait(events)
+
+
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload. See the top of the file for what crosses its border."""
 
@@ -2040,7 +2050,7 @@ class Worker(threading.Thread):
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
         if not runs:
             self._recalibrate()
-            if job := self.inbox.get():
+            if job := self._wait():
                 self.waiting.append(job)
         self.waiting += self._drain()
         self._drop_cancelled()
@@ -2063,6 +2073,16 @@ class Worker(threading.Thread):
         self.turns += 1
         other = None if self.turns % TRIAL_TURNS else other_grouping(len(sizes), groups, self.costs)
         return other or groups, other is None
+
+    def _wait(self) -> Job | None:
+        """What comes next. When nothing does for a while, idle sequences are stored, for then no request waits for it:
+        one of 3,500 tokens takes a fifth of a second."""
+        with contextlib.suppress(queue.Empty):
+            return self.inbox.get(timeout=STORE_SECONDS)
+        for slot in self.slots:
+            if self.inbox.empty() and not slot.run:
+                self._store(slot)
+        return self.inbox.get()
 
     def _recalibrate(self) -> None:
         """Measure again if the machine was busy the last time and nobody waits now."""
@@ -2133,19 +2153,20 @@ class Worker(threading.Thread):
         run = slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
         if known:
-            try:
+            with self._blamed_on(run):
                 self._begin(run, guide[cached])
-            except Exception:
-                log.exception("request %s", job.request_id)
-                self._fail(run, HttpError(500, "internal error; see the log"))
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
         assert self.llama
-        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
-            self.store.add(Parked(slot.tokens, self.llama.save(slot.id), slot.chosen))
+        self._store(slot)
         self.llama.trim(slot.id, 0)
         slot.tokens, slot.chosen = [], NEVER
+
+    def _store(self, slot: Slot) -> None:
+        assert self.llama
+        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
+            self.store.add(Parked(slot.tokens[:], self.llama.save(slot.id), slot.chosen))
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
@@ -2214,15 +2235,22 @@ class Worker(threading.Thread):
         self._learn(sum(len(work.tokens) for work in works), seconds, usual)
         base = 0
         for work in works:
-            try:
+            with self._blamed_on(work.run):
                 if work.run.prefilling:
                     self._after_prefill(work, base)
                 else:
                     self._after_decode(work, base)
-            except Exception:
-                log.exception("request %s", work.run.job.request_id)
-                self._fail(work.run, HttpError(500, "internal error; see the log"))
             base += len(work.tokens)
+        self._flush(*(work.run for work in works))
+
+    @contextlib.contextmanager
+    def _blamed_on(self, run: Run) -> Iterator[None]:
+        """What goes wrong with one request ends that one alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("request %s", run.job.request_id)
+            self._fail(run, HttpError(500, "internal error; see the log"))
 
     def _learn(self, tokens: int, seconds: float, usual: bool) -> None:
         if tokens >= STRETCH_FROM:
@@ -2276,7 +2304,6 @@ class Worker(threading.Thread):
             run.accepted += accepted
             self.drafted += drafted
             self.accepted += accepted
-        self._flush(run)
 
     def _sample(self, run: Run, index: int) -> int:
         assert self.llama
@@ -2327,11 +2354,14 @@ class Worker(threading.Thread):
         run.slot.run = None
         run.slot.used = time.monotonic()
 
-    @staticmethod
-    def _flush(run: Run) -> None:
-        if run.outbox:
-            run.job.send(*run.outbox)
-            run.outbox = []
+    def _flush(self, *runs: Run) -> None:
+        """Send what is in the outboxes. At once for all: the loop's thread, woken for the first, would take its turn
+        while the next stream's token is still to be chosen."""
+        if sent := [(run.job, run.outbox) for run in runs if run.outbox]:
+            with contextlib.suppress(RuntimeError):  # as in Job.send
+                self.loop.call_soon_threadsafe(deliver, sent)
+            for run in runs:
+                run.outbox = []
 
 
 # --------------------------------------------------------------------------------- IO: files of a worker

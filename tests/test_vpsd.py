@@ -644,6 +644,18 @@ def test_the_context_is_filled_and_no_more(vps: Vps, reference: Reference, outpu
 # ---------------------------------------------------------------------------------------------- prefixes
 
 
+def test_an_idle_sequence_is_stored_before_another_request_needs_its_place(output: Path) -> None:
+    with start(output, CEREBRUM_STATE_DIR=str(output / "idle")) as vps:
+        vps.complete("x", max_tokens=0)
+        before = vps.model()["memory_mb"]
+        prompt = new_prompt(1000)
+        tokens = vps.complete(prompt, max_tokens=4)["prompt_tokens"]
+        wait_for(lambda: vps.model()["memory_mb"] > before + 5)  # 12 KB a token
+        for _ in range(3):  # in all slots, one after the other
+            vps.complete(new_prompt(), max_tokens=4)
+        assert vps.complete(prompt, max_tokens=4)["cached_tokens"] >= tokens - 1
+
+
 def test_a_repeated_prompt_is_not_computed_again(vps: Vps) -> None:
     prompt = new_prompt()
     first = vps.complete(prompt, max_tokens=4)
