@@ -35,6 +35,7 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
 FILE=''     # what :write writes to; empty after a plain prompt
 WRITABLE='' # set while result is whole, so that :write may take it
+UNFIT=''    # else why not
 INTERRUPTED='' # set by Ctrl-C
 BAR=''      # set while a progress bar is on the screen
 FILTER=''   # set when the program is a filter, and says nothing but the completion
@@ -133,7 +134,8 @@ print(json.dumps({name: value for name, value in fields.items() if value != ""})
 }
 
 # Turns server-sent events, or the JSON error that came in their place, into lines, each at once:
-#     token TEXT · progress STAGE DONE TOTAL · done MODE REASON TOKENS SECONDS MODEL · error TEXT
+#     token TEXT · progress STAGE DONE TOTAL · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
+# KEPT is "all", or "part" where a prompt was too long for the model and some of it was not sent.
 # TEXT is escaped for printf %b, as far as a line needs it: backslash \0134, newline \n, NUL \0000.
 # The "status" line that curl adds at the end passes as it is.
 json_events() {
@@ -143,8 +145,9 @@ def escaped: split("\\") | join("\\0134") | split("\n") | join("\\n") | split("\
 def event:
   if has("token") then "token \(.token | escaped)"
   elif has("progress") then .progress | "progress \(.stage) \(.done) \(.total)"
-  elif .done then "done \(.mode // "complete") \(.finish_reason // "stop") \(.total_tokens) "
-    + "\(.inference_time * 10 | round / 10) \(.model)"
+  elif .done then "done \(.mode // "complete") \(.finish_reason // "stop") "
+    + "\(if (.kept.parts // ["all"]) == ["all"] then "all" else "part" end) "
+    + "\(.total_tokens) \(.inference_time * 10 | round / 10) \(.model)"
   elif .error then "error \("\(.code): \(.message)" | escaped)"
   else empty end;
 if startswith("data:") or startswith("{")
@@ -161,8 +164,9 @@ def event(e):
     if "progress" in e:
         return "progress {stage} {done} {total}".format(**e["progress"])
     if e.get("done"):
-        e = {"mode": "complete", "finish_reason": "stop", **e}
-        return "done {mode} {finish_reason} {total_tokens} {inference_time:.1f} {model}".format(**e)
+        kept = "all" if e.get("kept", {}).get("parts", ["all"]) == ["all"] else "part"
+        e = {"mode": "complete", "finish_reason": "stop", **e, "kept": kept}
+        return "done {mode} {finish_reason} {kept} {total_tokens} {inference_time:.1f} {model}".format(**e)
     return "error " + escaped("{code}: {message}".format(**e)) if e.get("error") else ""
 for line in sys.stdin.buffer:
     line = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -221,10 +225,11 @@ print_table() {
 # ask MODE [FIELD]...: has the gap between before and after filled, and prints the completion while
 # it comes. FIELDs are added to the request, in json_object's form. Fails unless it came to its end.
 ask() {
-	local mode=$1 line kind rest stage part whole reason tokens seconds model
+	local mode=$1 line kind rest stage part whole reason kept tokens seconds model
 	local outcome='' message='' status=''
 	shift
 	WRITABLE=''
+	UNFIT=''
 	INTERRUPTED=''
 	json_object --rawfile prompt "$WORK/before" --rawfile suffix "$WORK/after" --arg mode "$mode" \
 		--arg language "$LANGUAGE" --arg model "$MODEL" --argjson max_tokens "$TOKENS" \
@@ -246,7 +251,7 @@ ask() {
 					draw_bar "$stage" "$part" "$whole"
 					;;
 				done)
-					read -r mode reason tokens seconds model <<<"$rest"
+					read -r mode reason kept tokens seconds model <<<"$rest"
 					outcome='done'
 					;;
 				error)
@@ -263,7 +268,17 @@ ask() {
 	if [[ -n $INTERRUPTED ]]; then
 		complain "interrupted"
 	elif [[ $outcome == 'done' ]]; then
-		[[ $reason == length && $mode == instruct ]] || WRITABLE=yes
+		if [[ $mode != instruct ]]; then
+			WRITABLE=yes
+		elif [[ $kept != all ]]; then
+			UNFIT='the model could not be sent all of it'
+		elif [[ $reason == length ]]; then
+			UNFIT="cut off at $TOKENS tokens"
+		elif [[ $reason == repeat ]]; then
+			UNFIT='the model began to repeat itself'
+		else
+			WRITABLE=yes
+		fi
 		[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
 	elif [[ $outcome == error ]]; then
 		complain "$message"
@@ -427,7 +442,7 @@ cmd_do() {
 	size=$(wc -c <"$WORK/before")
 	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
 	ask instruct --arg instruction "$instruction" || return
-	[[ -n $WRITABLE ]] || { complain "cut off at $TOKENS tokens, so :write will not take it"; return; }
+	[[ -n $WRITABLE ]] || { complain "$UNFIT, so :write will not take it"; return; }
 	diff_files "$WORK/original" "$WORK/result" "${FILE:-last result}"
 }
 

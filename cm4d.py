@@ -827,8 +827,12 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
         instruction, code = fields.get("instruction") or "", prompt
         if not instruction:
             instruction, code = split_instruction(prompt, language) or (prompt, "")
+            if not code and not fits(instruction, room):  # then what follows its first line is rather code
+                instruction, _, code = instruction.strip().partition("\n")
         asked = fit_start(instruction.strip(), room // 2 if code else room)
         sent, kept = fit(code, language, room - weigh(asked), asked)
+        if len(asked) < len(instruction.strip()):
+            kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
         fence = f"```{fields['language']}\n"
         block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
         text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))

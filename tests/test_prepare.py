@@ -297,6 +297,16 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
     assert "Let FileType open gzip files as well" in message["content"]
     huge = prepared("", mode="instruct", instruction="Write a stack. " * 60_000)
     assert huge.body["messages"][0]["content"].startswith("Write a stack. Write")
+    assert huge.kept["parts"] == ["instruction"]
+
+
+def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
+    text = f"Refactor this to use asyncio:\n\n{PYTHON_FILE}"
+    assert detect_mode({"prompt": text, "language": "python"}) == "instruct"
+    result = prepared(text, mode="instruct")
+    content = result.body["messages"][0]["content"]
+    assert content.endswith(f"{PYTHON_FILE[-300:]}```\n\nRefactor this to use asyncio:")
+    assert result.kept["parts"][-1] == "window"
 
 
 def test_repeated_blocks_go_once() -> None:

@@ -543,9 +543,13 @@ def test_a_long_file_asks_for_as_many_tokens_as_it_needs(env: dict[str, str], ba
         assert backend.requests.pop()[2]["max_tokens"] == tokens
 
 
-CUT = completion("on", mode="instruct", finish_reason="length")
+CUT = completion("on", mode="instruct", finish_reason="length", kept={"parts": ["all"]})
+REPEATED = completion("on", mode="instruct", finish_reason="repeat")
+FITTED = completion("on", mode="instruct", finish_reason="stop", kept={"parts": ["imports", "window"]})
 NOT_WHOLE = [
     ("cut by the limit", CUT, "cut off at 512 tokens, so :write will not take it"),
+    ("repeated itself", REPEATED, "the model began to repeat itself, so :write will not take it"),
+    ("of a part", FITTED, "the model could not be sent all of it, so :write will not take it"),
     ("failed", failed_midway, "VPS_UNAVAILABLE: backend died"),
 ]  # fmt: skip
 
