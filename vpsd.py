@@ -668,6 +668,30 @@ DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
 BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+WORD_BEFORE = re.compile(r"\w+$")
+BEFORE_QUOTES = frozenset(
+    (
+        "and",
+        "b",
+        "br",
+        "case",
+        "else",
+        "f",
+        "fr",
+        "if",
+        "in",
+        "is",
+        "l",
+        "not",
+        "or",
+        "r",
+        "rb",
+        "return",
+        "rf",
+        "u",
+        "u8",
+    )
+)
 TRIPLE_QUOTES = ('"""', "'''")
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
@@ -682,12 +706,15 @@ PAIRS = {")": "(", "]": "[", "}": "{"}
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 # A comment that announces what nobody asked for, and instructions that do ask for it.
 EXTRAS = re.compile(
-    r"(?:#|//)+\s*(?:some |an? |the )?"
-    r"(?:examples?|sample|usage|demo|driver|(?:unit )?test(?:s|ing)?)\b(?!.*\b(?:if|whether)\b)",
-    re.IGNORECASE,
+    r"(?:#|//)+[ \t]*(?:some |an? |the )?"
+    r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
+    r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
+    r"[:. \t\r]*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 WANTS_EXTRAS = re.compile(
-    r"\b(?:call|demo|demonstrate|examples?|main|print|program|run|script|show|tests?|usage)\b", re.IGNORECASE
+    r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
+    re.IGNORECASE,
 )
 
 
@@ -759,8 +786,10 @@ class Scanner:
             if self.closer:
                 if self.since < len(opener) and opener[: -self.since].endswith(self.opener):
                     return opener, closer
-            elif opener == "'":
-                return None if self.tail[-2:-1].isdigit() else (opener, closer)  # C++ and its 1'000'000
+            elif opener == "'" and (self.tail[-2:-1].isalnum() or self.tail[-2:-1] == "_"):
+                # An apostrophe in JSX, or what separates digits in C++; unless a prefix or a keyword is before it.
+                word = WORD_BEFORE.search(self.head)
+                return (opener, closer) if word and word[0].lower() in BEFORE_QUOTES else None
             elif opener == "/":
                 return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(self.head) else None
             elif opener != "#" or not self.language.directives or self.starting:
@@ -1250,8 +1279,8 @@ class Fences(Stage):
         self.in_code = True  # it does not start inside of a string or comment
         for char in begun:
             self.step(char)
-        if self.state == "before":  # nothing so far that is to come back
-            self.line = self.text = ""
+        if self.state == "before" or self.reason:  # nothing so far that goes on
+            self.state, self.reason, self.line, self.text = "before", None, "", ""
         self.sent = self.safe = len(self.text)
 
     def step(self, char: str) -> None:
@@ -1300,6 +1329,10 @@ class Fences(Stage):
                 self.safe = len(self.text)
             return
         if self.in_code and line.startswith(self.fence):
+            if not self._closes(line) and not self.text[: self.mark].strip():  # the block's opening once more
+                self.line, self.mark, self.safe = "", len(self.text), len(self.text)
+                self.sent = self.safe
+                return
             if not self.nested and self._closes(line):
                 self.end("stop", self.mark)
                 return
@@ -1314,6 +1347,11 @@ class Fences(Stage):
     def flush(self, whole: bool) -> str:
         closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.strip())
         return "" if closed else super().flush(whole)
+
+
+def wants_extras(asked: Sequence[str]) -> bool:
+    """Whether instructions ask for examples or tests, or are about code that has them."""
+    return any(WANTS_EXTRAS.search(FENCED.sub("", text)) or EXTRAS.search(text) for text in asked)
 
 
 class Extras(Stage):
@@ -1351,11 +1389,11 @@ class Ending:
 
     "block": what was asked for is whole; "repeat": the model starts over; "stop": the suffix or a fence follows; or
     None. `mode` is complete, infill or instruct; `stop_at` "none" turns all off but the removal of a chat's fences.
-    `prompt` is the text so far: in a chat what of the answer is given, to the instruction `asked`.
+    `prompt` is the text so far: in a chat what of the answer is given. `extras`: examples and tests belong to it.
     """
 
     def __init__(
-        self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str, asked: str = ""
+        self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str, extras: bool = False
     ) -> None:
         syntax = LANGUAGES.get(language or "")
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
@@ -1371,7 +1409,7 @@ class Ending:
             block = IndentedBlock if syntax.indented else BracedBlock
             gap = mode == "infill" and suffix and suffix.strip()
             self.stages.append(Gap(scanner, prompt, suffix or "") if gap else block(scanner, prompt))
-        elif not WANTS_EXTRAS.search(asked):
+        elif not extras:
             self.stages.append(Extras(syntax))
         self.stages.append(Repeat())
 
@@ -1825,11 +1863,12 @@ class Run:
         fields = job.fields
         self.job, self.slot, self.cached = job, slot, cached
         self.sampler = Sampler(fields)
-        mode, prompt, asked = fields["mode"], fields["prompt"], ""
-        if turns := fields["messages"]:
-            prompt = begun_answer(turns)
-            asked = " ".join(FENCED.sub("", content) for role, content in turns if role == "user")
-        ending = Ending(mode, fields["language"], prompt, fields["suffix"], fields["stop_at"], asked)
+        mode, prompt = fields["mode"], fields["prompt"]
+        turns = fields["messages"] or []
+        if turns or mode == "instruct":
+            prompt = begun_answer(turns) if turns else ""
+        asked = [content for role, content in turns if role == "user"]
+        ending = Ending(mode, fields["language"], prompt, fields["suffix"], fields["stop_at"], wants_extras(asked))
         self.text = TextAssembler(fields["stop"], ending)
         self.guide, self.heal = guide, job.heal
         self.drafter: Drafter | None = None
@@ -2641,8 +2680,14 @@ class Engine:
             await self.unload(idle[0].spec.id)
         check_load(self.load(), self.config, cpu=False)
 
-    async def _make_room(self, model: Model) -> None:
-        """Unload idle models, least recently used first, until `model` fits beside the reserve; else HttpError 503."""
+    def _untouched(self) -> int:
+        """Bytes that the loaded models have yet to use, by their estimates."""
+        used: int = psutil.Process().memory_info().rss - self.bare_bytes
+        return max(0, sum(worker.estimate + worker.store.size for worker in self.workers.values()) - used)
+
+    async def _make_room(self, model: Model) -> int:
+        """Unload idle models, least recently used first, until `model` fits beside the reserve; else HttpError 503.
+        Returns the bytes that it will need."""
         path = self.config.models_dir / model.file
         try:
             shape = await asyncio.to_thread(read_shape, path)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpsd import Ending
+from vpsd import Ending, wants_extras
 
 # Each case is a text: the prompt up to «, what is to be kept up to », what the model writes after that, and for an
 # infill the suffix after ‖. Its head has the language, the reason and what it shows.
@@ -220,6 +220,23 @@ function f(s) {
 }
 »
 f();
+=== javascript block: an apostrophe in JSX
+function F({ ok }) {«
+  return ok && <p>Don't</p>
+}
+»
+function g() {}
+=== cpp block: an apostrophe between hexadecimal digits
+int f() {«
+    return 0xFF'FF;
+}
+»
+int g() {}
+=== python block: prefixes of strings
+def f(x):«
+    return b'}' + x if x in'abc' else rb'{'
+»
+g()
 === javascript block: division
 function f(a, b) {
 «  return (a) / b / 2; /* } */
@@ -653,6 +670,8 @@ BEGUN = [
     ("a fence", "```python\n", "x = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
     ("some of the code", "```python\ndef f():\n    '''", "```\n'''\n```\n", ("```\n'''\n", "stop")),
+    ("a block that is closed", "```\nx\n```\nAnd", ":\n```\ny\n```\n", ("y\n", "stop")),
+    ("its fence once more", "```python\n", "```python\nx = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("chatter alone", "Here you", " are:\n```\ny\n```\n", ("y\n", "stop")),
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
 ]
@@ -666,6 +685,8 @@ EXTRAS = [
     ("are wanted", "python", "Double it and test it", F_PY + "\n# Test cases\nassert f(1) == 1\n", None),
     ("a program", "python", "Write a program", F_PY + "\n# Example usage:\nprint(f(1))\n", None),
     ("nothing defined yet", "python", "Double it", "# Example of a dict\nd = {}\n" + F_PY, None),
+    ("the code has some", "python", "Double it\n```\n# Tests\nf()\n```", F_PY + "\n# Tests\nassert f(1) == 1\n", None),
+    ("code that is called so", "python", "Write f", F_PY + "\n# Driver for the lights\n" + F_PY, None),
     ("another comment", "python", "Double it", F_PY + "\n# The same for lists\n" + F_PY, None),
     ("a test of something", "python", "Double it", F_PY + "\n# Tests whether x is odd\n" + F_PY, None),
     ("inside a function", "python", "Double it", F_PY + "    # Example\n    # Test cases\n", None),
@@ -747,7 +768,7 @@ def test_extras(case: tuple[str, str, str, str, int | None]) -> None:
     _, language, asked, answer, size = case
     expected = (answer, "stop") if size is None else (answer[:size], "block")
     for pieces in ([f"{answer}```\n"], list(f"{answer}```\n")):
-        assert run(Ending("instruct", language, "```\n", "", "auto", asked), pieces) == expected
+        assert run(Ending("instruct", language, "```\n", "", "auto", wants_extras([asked])), pieces) == expected
 
 
 @pytest.mark.parametrize("case", REPEAT, ids=title)
