@@ -704,7 +704,7 @@ SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "outp
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
-# A comment that announces what nobody asked for, and instructions that do ask for it.
+# A line that announces what nobody asked for, and instructions that do ask for it.
 EXTRAS = re.compile(
     r"(?:#|//)+[ \t]*(?:some |an? |the )?"
     r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
@@ -1839,9 +1839,9 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon is ending and nobody listens
             self.loop.call_soon_threadsafe(self.events.put_nowait, list(events))
 
-    def progress(self, stage: str, done: float, total: float) -> None:
+    def progress(self, stage: str, done: int, total: int) -> None:
         if self.fields["progress"]:
-            self.send({"progress": {"stage": stage, "done": round(done, 2), "total": total}})
+            self.send({"progress": {"stage": stage, "done": done, "total": total}})
 
 
 @dataclass(slots=True)
@@ -1949,7 +1949,9 @@ def deliver(sent: Sequence[tuple[Job, list[Event | HttpError]]]) -> None:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload. See the top of the file for what crosses its border."""
 
-    def __init__(self, model: Model, config: Config, baton: Baton, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, model: Model, config: Config, baton: Baton, loop: asyncio.AbstractEventLoop, estimate: int
+    ) -> None:
         super().__init__(name=f"worker-{model.id}", daemon=True)
         self.spec, self.config, self.baton, self.loop = model, config, baton, loop
         self.path = config.models_dir / model.file
@@ -1958,8 +1960,10 @@ class Worker(threading.Thread):
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
         self.load_progress = 0.0
-        self.memory_bytes = 0
+        self.memory_bytes = 0  # when it was loaded
+        self.estimate = estimate  # bytes that it will use in time: attention's buffers fill as contexts grow
         self.llama: Llama | None = None
+        self.store = PrefixStore(config.cache_mb * MB)
         self.jobs: set[Job] = set()  # the loop's: submitted or being prepared, so not to be unloaded
         self.last_used = time.time()
         self.drafted = self.accepted = 0
@@ -2043,11 +2047,9 @@ class Worker(threading.Thread):
         params += f" {FLASH_ATTENTION[kv_type]}"
         self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
         self.slots = [Slot(i) for i in range(self.config.max_concurrent)]
-        self.store = PrefixStore(self.config.cache_mb * MB)
         self.waiting: list[Job] = []
         self.acceptance = Acceptance()
-        with self.baton:
-            self.costs = load_costs(self.llama, self.calibration)
+        self.costs = load_costs(self.llama, self.calibration, self.baton)
         self.one_token = self.costs(1)  # as calibrated
         self.stretch, self.turns = 1.0, 0
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
@@ -2131,8 +2133,7 @@ class Worker(threading.Thread):
         for slot in self.slots:
             self._park(slot)
         self.llama.abort_flag[0] = b"\x00"
-        with self.baton:
-            table = calibrate(self.llama, self.calibration, lambda: not self.inbox.empty())
+        table = calibrate(self.llama, self.calibration, self.baton, lambda: self.stopping or not self.inbox.empty())
         if table:
             self.costs = Costs(table)
             self.one_token = self.costs(1)
@@ -2149,8 +2150,8 @@ class Worker(threading.Thread):
             if not free:
                 return
             if not self._prefix_is_coming(job.prompt):
-                self.waiting.remove(job)
                 self._start(job, free)
+                self.waiting.remove(job)  # only now: if that fails, the worker ends and tells those who wait
 
     def _prefix_is_coming(self, prompt: list[int]) -> bool:
         """Whether a running prefill will soon have computed more of this prompt than anything has now."""
@@ -2427,7 +2428,7 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
         stamp.touch()
 
 
-def load_costs(model: Llama, path: Path) -> Costs:
+def load_costs(model: Llama, path: Path, baton: Baton) -> Costs:
     """The calibration for this model file, library and thread count: from disk, or measured now and written."""
     try:
         table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
@@ -2435,32 +2436,35 @@ def load_costs(model: Llama, path: Path) -> Costs:
             return Costs(table)
     except (OSError, ValueError, AttributeError):
         pass
-    return Costs(calibrate(model, path, lambda: False))
+    return Costs(calibrate(model, path, baton, lambda: False))
 
 
-def calibrate(model: Llama, path: Path, give_up: Callable[[], bool]) -> dict[int, float]:
+def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
     """Measure and write; an empty table if `give_up` said so in between."""
-    table = measure_costs(model, give_up)
+    table = measure_costs(model, baton, give_up)
     if table:
         with contextlib.suppress(OSError):
             write_atomically(path, json.dumps(table).encode())
     return table
 
 
-def measure_costs(model: Llama, give_up: Callable[[], bool]) -> dict[int, float]:
+def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
     """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. Each size gets about the same
-    time, so the small ones, between which the differences count, are measured often, all through that time."""
+    time, so the small ones, between which the differences count, are measured often, all through that time.
+    Between two of them another model may decode."""
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
     spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
     while 0.0 in spent.values() or sum(spent.values()) < CALIBRATION_SECONDS:
         if give_up():
             return {}
         size = min(spent, key=lambda size: spent[size])
-        begin = time.perf_counter()
-        if model.decode([(Slot(0), [1] * size, size)]):
-            raise ModelError("llama.cpp cannot evaluate this model")
-        seconds = time.perf_counter() - begin
+        with baton:
+            begin = time.perf_counter()
+            code = model.decode([(Slot(0), [1] * size, size)])
+            seconds = time.perf_counter() - begin
         model.trim(0, 0)
+        if code and not give_up():
+            raise ModelError("llama.cpp cannot evaluate this model")
         table[size] = min(table[size], seconds)
         spent[size] += seconds
     return table
@@ -2548,6 +2552,7 @@ class Engine:
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[Job, None] = {}
         self.baton = Baton()
+        self.bare_bytes = psutil.Process().memory_info().rss  # of this process without a model
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
@@ -2646,8 +2651,9 @@ class Engine:
                     if self.workers.get(model_id) is worker:
                         if worker:
                             await self._end(worker)
-                        await self._make_room(self.models[model_id])
-                        worker = Worker(self.models[model_id], self.config, self.baton, asyncio.get_running_loop())
+                        need = await self._make_room(self.models[model_id])
+                        loop = asyncio.get_running_loop()
+                        worker = Worker(self.models[model_id], self.config, self.baton, loop, need)
                         self.workers[model_id] = worker
                         worker.start()
                     else:
@@ -2659,7 +2665,7 @@ class Engine:
             while not worker.ready.done():
                 if worker.load_progress > told:
                     told = worker.load_progress
-                    job.progress("loading", told, 1)
+                    job.progress("loading", round(100 * told), 100)
                 await asyncio.wait([worker.ready], timeout=LOAD_TICK_SECONDS)
             if worker.ready.exception() and self.workers.get(model_id) is worker:
                 del self.workers[model_id]
@@ -2698,9 +2704,9 @@ class Engine:
         parts = estimate_bytes(path.stat().st_size, shape, cells, self.config.kv_type, max_outputs(self.config))
         need = sum(parts.values()) / MB
         while True:
-            free = psutil.virtual_memory().available / MB - self.config.min_free_mb
+            free = (psutil.virtual_memory().available - self._untouched()) / MB - self.config.min_free_mb
             if need <= free:
-                return
+                return sum(parts.values())
             idle = self.idle_workers()
             if not idle:
                 figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())

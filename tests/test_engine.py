@@ -1134,20 +1134,20 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
 ) -> None:
     path = tmp_path / "calibration" / "key-2.json"
     load: Any = vpsd.load_costs
-    costs = load(first := Measured(monkeypatch), path)
+    costs = load(first := Measured(monkeypatch), path, Baton())
     assert first.sizes[: len(vpsd.CALIBRATION_SIZES)] == list(vpsd.CALIBRATION_SIZES)
     assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in vpsd.CALIBRATION_SIZES])
-    load(second := Measured(monkeypatch), path)
+    load(second := Measured(monkeypatch), path, Baton())
     assert second.sizes == []
     path.write_bytes(damage)
-    load(third := Measured(monkeypatch), path)
+    load(third := Measured(monkeypatch), path, Baton())
     assert set(third.sizes) == set(vpsd.CALIBRATION_SIZES)
     assert len(json.loads(path.read_text())) == len(vpsd.CALIBRATION_SIZES)
 
 
 def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    vpsd.measure_costs(model, lambda: False)
+    vpsd.measure_costs(model, Baton(), lambda: False)
     seconds = {size: model.sizes.count(size) * (0.01 + 0.03 * size) for size in vpsd.CALIBRATION_SIZES}
     largest = seconds.pop(64)
     assert largest == pytest.approx(1.93)  # once: it takes longer than its share
@@ -1158,7 +1158,7 @@ def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.Mon
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    assert vpsd.calibrate(model, tmp_path / "c.json", lambda: len(model.sizes) == 3) == {}
+    assert vpsd.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
     assert model.sizes == [1, 2, 3]
     assert list(tmp_path.iterdir()) == []
 
