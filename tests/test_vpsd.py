@@ -656,13 +656,13 @@ def test_an_idle_sequence_is_stored_before_another_request_needs_its_place(outpu
         assert vps.complete(prompt, max_tokens=4)["cached_tokens"] >= tokens - 1
 
 
-def test_a_repeated_prompt_is_not_computed_again(vps: Vps) -> None:
+def test_a_repeated_prompt_is_not_computed_again(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt()
     first = vps.complete(prompt, max_tokens=4)
     assert first["cached_tokens"] < first["prompt_tokens"] // 2
     again = vps.complete(prompt, max_tokens=4)
     assert again["cached_tokens"] == again["prompt_tokens"]  # its first token is known, too
-    assert again["completion"] == first["completion"]
+    reference.check(reference.tokenize(prompt), again["completion"], 4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(BY_CHANCE, {}), ({}, BY_CHANCE)])
@@ -776,12 +776,12 @@ def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> Non
     assert [body["draft_tokens"] for body in bodies] == [0, 0, 0]
 
 
-def test_an_earlier_answer_is_drafted_again(vps: Vps) -> None:
+def test_an_earlier_answer_is_drafted_again(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt()
-    first = vps.complete(prompt, max_tokens=40)
+    vps.complete(prompt, max_tokens=40)
     for _ in range(3):  # how long its drafts are depends on what the machine is measured to gain by them
         again = vps.complete(prompt, max_tokens=40)
-        assert again["completion"] == first["completion"]
+        reference.check(reference.tokenize(prompt), again["completion"], 40)
         if again["accepted_tokens"] >= 3:
             return
     pytest.skip("the engine finds that drafts do not pay on this machine now")
@@ -1000,7 +1000,7 @@ def test_cleanup(output: Path) -> None:
 def test_warm_sequences_outlive_the_process(output: Path, reference: Reference) -> None:
     prompt, other = new_prompt(), new_prompt()
     with start(output) as vps:
-        first = vps.complete(prompt, max_tokens=8)
+        vps.complete(prompt, max_tokens=8)
         vps.complete(other, max_tokens=1)
     folder = output / "state" / "kv" / SMALL
     names = sorted(path.name for path in folder.iterdir())
@@ -1008,7 +1008,7 @@ def test_warm_sequences_outlive_the_process(output: Path, reference: Reference) 
     with start(output) as vps:
         body = vps.complete(prompt, max_tokens=8)
         assert body["cached_tokens"] == body["prompt_tokens"]
-        assert body["completion"] == first["completion"]
+        reference.check(reference.tokenize(prompt), body["completion"], 8)
         assert vps.complete(other, max_tokens=1)["cached_tokens"] > 50
     for path in folder.iterdir():
         data = bytearray(path.read_bytes())
