@@ -246,7 +246,7 @@ def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
-CALIBRATION_SECONDS = 3.0  # after each size was measured once
+CALIBRATION_SECONDS = 0.4  # for each size, or one decode of it
 TRIAL_TURNS = 16  # one in so many is decoded the other way …
 TRIAL_MARGIN = 1.3  # … if that would cost at most so many times as much by the table
 DISTURBED = 0.7  # a token that takes so much less than the table says: it was made while the machine was busy
@@ -2454,7 +2454,8 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
     Between two of them another model may decode."""
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
     spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
-    while 0.0 in spent.values() or sum(spent.values()) < CALIBRATION_SECONDS:
+    warm = False  # the first decode after a load takes twice as long
+    while min(spent.values()) < CALIBRATION_SECONDS:
         if give_up():
             return {}
         size = min(spent, key=lambda size: spent[size])
@@ -2465,6 +2466,9 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
         model.trim(0, 0)
         if code and not give_up():
             raise ModelError("llama.cpp cannot evaluate this model")
+        if not warm:
+            warm = True
+            continue
         table[size] = min(table[size], seconds)
         spent[size] += seconds
     return table
