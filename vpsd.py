@@ -2464,7 +2464,9 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             code = model.decode([(Slot(0), [1] * size, size)])
             seconds = time.perf_counter() - begin
         model.trim(0, 0)
-        if code and not give_up():
+        if code and give_up():
+            return {}
+        if code:
             raise ModelError("llama.cpp cannot evaluate this model")
         if not warm:
             warm = True
