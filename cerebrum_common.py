@@ -766,7 +766,7 @@ LANGUAGES: dict[str, Language] = {
         ambiguous="'",
     ),
     "c": _C,
-    "cpp": replace(_C, strings=(('R"(', ')"'), *_C_STRINGS), multiline=frozenset(('R"(',)), raw=frozenset(('R"(',))),
+    "cpp": replace(_C, strings=(('R"', '"'), *_C_STRINGS), multiline=frozenset(('R"',)), raw=frozenset(('R"',))),
     "go": Language(
         "//",
         ("/*", "*/"),

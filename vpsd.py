@@ -668,30 +668,9 @@ DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
 BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
-WORD_BEFORE = re.compile(r"\w+$")
-BEFORE_QUOTES = frozenset(
-    (
-        "and",
-        "b",
-        "br",
-        "case",
-        "else",
-        "f",
-        "fr",
-        "if",
-        "in",
-        "is",
-        "l",
-        "not",
-        "or",
-        "r",
-        "rb",
-        "return",
-        "rf",
-        "u",
-        "u8",
-    )
-)
+QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
+RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
+TAIL_CHARS = 18  # of the text are remembered: the longest closing of a literal, C++'s )name" with 16 in its name
 TRIPLE_QUOTES = ('"""', "'''")
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
@@ -768,7 +747,7 @@ class Scanner:
         return [block for block in self.blocks if block[0] < indent]
 
     def step(self, char: str) -> None:
-        self.tail = self.tail[-3:] + char
+        self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
         if char in self.opener_ends and (pair := self._opening()):
             self.opener, self.closer = pair
@@ -788,8 +767,9 @@ class Scanner:
                     return opener, closer
             elif opener == "'" and (self.tail[-2:-1].isalnum() or self.tail[-2:-1] == "_"):
                 # An apostrophe in JSX, or what separates digits in C++; unless a prefix or a keyword is before it.
-                word = WORD_BEFORE.search(self.head)
-                return (opener, closer) if word and word[0].lower() in BEFORE_QUOTES else None
+                return (opener, closer) if QUOTE_AFTER.search(self.head) else None
+            elif opener == 'R"' and not RAW_BEFORE.search(self.head):
+                continue
             elif opener == "/":
                 return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(self.head) else None
             elif opener != "#" or not self.language.directives or self.starting:
@@ -860,6 +840,8 @@ class Scanner:
     def _newline(self) -> None:
         if not self.language.indented:
             self.starting, self.indent = True, 0
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( goes on to )name"
             if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
                 self.head = "" if self.head.endswith("\n") or self.last == ":" else self.head + "\n"  # : is a label's
         elif self.stack or self.last == "\\":

@@ -391,6 +391,13 @@ int f() {
 }
 »
 int main() {
+=== cpp block: a raw string with a name
+int f() {
+«    auto s = u8R"json({"a": ")"})json"; auto t = STR"a(" R"(\)";
+    return 1;
+}
+»
+int main() {
 === cpp block: a class
 template <typename T>
 class Queue {
@@ -796,7 +803,7 @@ def test_off(language: str | None, stop_at: str) -> None:
 
 
 SNIPPETS = (
-    r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#" R"( 1""".split()  # noqa: SIM905
+    r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = é r#" R"a( 1""".split()  # noqa: SIM905
 )
 PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
 
