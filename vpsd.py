@@ -31,6 +31,7 @@ import ctypes
 import fcntl
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -343,6 +344,7 @@ def chunk_size(missing: int, others: bool, costs: Costs, stretch: float) -> int:
 GRAM = 3  # tokens that must repeat before their continuation is looked at
 MAX_DRAFT = 63
 DRAFT_LENGTHS = (1, 2, 3, 6, 7, 14, 15, 30, 31, 62, MAX_DRAFT)  # the calibrated sizes, alone or beside another stream
+CHANGE = 8  # tokens at most, on either side, of a change that a copy goes on after
 NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
 RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
@@ -409,7 +411,8 @@ class Drafter:
     """Proposes the next tokens of one sequence from where its last tokens stood before: in its own prompt and output
     (source 0) or in an earlier sequence with the same prefix (source 1). It looks tokens up, it computes nothing.
 
-    After a mismatch the copy is sought again near where it was first: an edit changes a few tokens, then goes on.
+    A copy that differs somewhere goes on soon after. What took the place of what is remembered (`changes`), and
+    expected wherever the same is copied again: that is what a rename looks like.
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
@@ -422,6 +425,9 @@ class Drafter:
         self.at: tuple[int, int] | None = None
         self.run = 0  # tokens in a row that were where the pointer said
         self.trusted = 0  # the run before the last mismatch
+        self.lost = 0  # where in the own sequence that was
+        self.changes: dict[int, tuple[list[int], list[int]]] = {}  # by the first of the tokens that were replaced
+        self.within: list[int] = []  # what is still to come of such a change
         if len(guide) > common == len(tokens):
             self.at, self.run = (1, common), min(common, RUN_BUCKETS[-1])
         else:
@@ -433,20 +439,60 @@ class Drafter:
     def advance(self, token: int) -> None:
         """The sequence went on with `token`."""
         own = self.sources[0]
-        if self.at and self._at(self.at) == token:
-            self.at = self.at[0], self.at[1] + 1
-            self.run += 1
-        elif self.run:
-            self.trusted, self.run = self.run, 0
         own.append(token)
         if len(own) >= GRAM:
             self._add(0, len(own))
+        if self.run:
+            self._follow(token)
+        else:
+            self._realign()
         if not self.run:
             self._search()
 
-    def _at(self, place: tuple[int, int]) -> int | None:
+    def _follow(self, token: int) -> None:
+        """Move the pointer over `token`, or lose the place there."""
+        assert self.at
+        (source, position), within = self.at, self.within
+        expected, self.at, self.within = self._next(self.at, within)
+        if token == expected:
+            self.run += 1
+            return
+        there = self.sources[source][position : position + 1]
+        for old in there:
+            self.changes.pop(old, None)
+        if there == [token] and not within:  # for once not changed
+            self.run, self.at, self.within = self.run + 1, (source, position + 1), []
+            return
+        self.trusted, self.run, self.lost = self.run, 0, len(self.sources[0]) - 1
+        self.at, self.within = (source, position), []
+
+    def _next(self, place: tuple[int, int], within: list[int]) -> tuple[int | None, tuple[int, int], list[int]]:
+        """The token expected at `place`, or `within` a change; where the one after it is, and what it is within."""
         source, position = place
-        return self.sources[source][position] if position < len(self.sources[source]) else None
+        if within:
+            return within[0], place, within[1:]
+        tokens = self.sources[source]
+        if position >= len(tokens):
+            return None, place, []
+        old, new = self.changes.get(tokens[position], ([tokens[position]], [tokens[position]]))
+        if tokens[position : position + len(old)] != old:
+            old, new = [tokens[position]], [tokens[position]]
+        return new[0], (source, position + len(old)), new[1:]
+
+    def _realign(self) -> None:
+        """Find where the copy goes on after a change of a few tokens, and remember the change. One token is enough to
+        tell if as many have come as were replaced."""
+        came = len(self.sources[0]) - self.lost
+        if not self.at or came > CHANGE:
+            return
+        own, (source, position) = self.sources[0][-came:], self.at
+        other = self.sources[source][position : position + CHANGE + 1]
+        for replaced, sure in itertools.product(range(1, min(CHANGE, len(other))), (1, 2)):
+            new = own[: came - sure]
+            if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
+                self.changes[other[0]] = other[:replaced], new
+                self.at, self.run = (source, position + replaced + sure), sure + min(self.trusted, 16)
+                return
 
     def _search(self) -> None:
         own = self.sources[0]
@@ -473,8 +519,14 @@ class Drafter:
         """At most `limit` tokens that may come next; their likelihood is judged by `run`."""
         if not self.at or self.run < GRAM:
             return []
-        source, position = self.at
-        return self.sources[source][position : position + limit]
+        place, within = self.at, self.within
+        tokens: list[int] = []
+        while len(tokens) < limit:
+            token, place, within = self._next(place, within)
+            if token is None:
+                break
+            tokens.append(token)
+        return tokens
 
 
 # ------------------------------------------------------------------------------------- policy: prefixes
@@ -788,6 +840,8 @@ class Scanner:
             self.escaped = True
         elif self.opener == "/" and char in "[]":
             self.in_class = char == "["
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( goes on to )name"
         elif self.tail.endswith(self.closer) and self.since >= len(self.closer) and not self.in_class:
             if self.since > len(self.closer):  # after an empty string, one more quote makes it a triple one
                 self.tail = ""
@@ -840,8 +894,6 @@ class Scanner:
     def _newline(self) -> None:
         if not self.language.indented:
             self.starting, self.indent = True, 0
-        elif self.opener == 'R"' and char == "(" and self.closer == '"':
-            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( goes on to )name"
             if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
                 self.head = "" if self.head.endswith("\n") or self.last == ":" else self.head + "\n"  # : is a label's
         elif self.stack or self.last == "\\":
