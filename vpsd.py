@@ -344,7 +344,7 @@ def chunk_size(missing: int, others: bool, costs: Costs, stretch: float) -> int:
 GRAM = 3  # tokens that must repeat before their continuation is looked at
 MAX_DRAFT = 63
 DRAFT_LENGTHS = (1, 2, 3, 6, 7, 14, 15, 30, 31, 62, MAX_DRAFT)  # the calibrated sizes, alone or beside another stream
-CHANGE = 8  # tokens at most, on either side, of a change that a copy goes on after
+CHANGE = 8  # what a copy goes on after has fewer tokens, on either side
 NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
 RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
@@ -411,8 +411,8 @@ class Drafter:
     """Proposes the next tokens of one sequence from where its last tokens stood before: in its own prompt and output
     (source 0) or in an earlier sequence with the same prefix (source 1). It looks tokens up, it computes nothing.
 
-    A copy that differs somewhere goes on soon after. What took the place of what is remembered (`changes`), and
-    expected wherever the same is copied again: that is what a rename looks like.
+    A copy that differs somewhere goes on soon after. `changes` remembers what was replaced there by what, and that is
+    expected wherever the same is copied again: a rename looks like this.
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
@@ -423,11 +423,11 @@ class Drafter:
         for position in range(GRAM, len(tokens) + 1):
             self._add(0, position)
         self.at: tuple[int, int] | None = None
-        self.run = 0  # tokens in a row that were where the pointer said
+        self.run = 0  # how far the pointer can be trusted: tokens in a row that were as it said, and some from before
         self.trusted = 0  # the run before the last mismatch
-        self.lost = 0  # where in the own sequence that was
+        self.lost = 0  # where in the own sequence that was, or where the change began in which it was
         self.changes: dict[int, tuple[list[int], list[int]]] = {}  # by the first of the tokens that were replaced
-        self.within: list[int] = []  # what is still to come of such a change
+        self.done = 0  # so many tokens of the change at the pointer have come
         if len(guide) > common == len(tokens):
             self.at, self.run = (1, common), min(common, RUN_BUCKETS[-1])
         else:
@@ -438,13 +438,13 @@ class Drafter:
 
     def advance(self, token: int) -> None:
         """The sequence went on with `token`."""
-        own = self.sources[0]
+        own, lost = self.sources[0], not self.run
+        if not lost:
+            self._follow(token)
         own.append(token)
         if len(own) >= GRAM:
             self._add(0, len(own))
-        if self.run:
-            self._follow(token)
-        else:
+        if lost:
             self._realign()
         if not self.run:
             self._search()
@@ -452,41 +452,46 @@ class Drafter:
     def _follow(self, token: int) -> None:
         """Move the pointer over `token`, or lose the place there."""
         assert self.at
-        (source, position), within = self.at, self.within
-        expected, self.at, self.within = self._next(self.at, within)
+        expected, place, done = self._next(self.at, self.done)
         if token == expected:
-            self.run += 1
+            self.run, self.at, self.done = self.run + 1, place, done
             return
-        there = self.sources[source][position : position + 1]
-        for old in there:
-            self.changes.pop(old, None)
-        if there == [token] and not within:  # for once not changed
-            self.run, self.at, self.within = self.run + 1, (source, position + 1), []
-            return
-        self.trusted, self.run, self.lost = self.run, 0, len(self.sources[0]) - 1
-        self.at, self.within = (source, position), []
+        if self._change(self.at):
+            there = self.sources[self.at[0]][self.at[1]]
+            del self.changes[there]
+            if token == there and not self.done:  # for once not changed
+                self.run, self.at = self.run + 1, (self.at[0], self.at[1] + 1)
+                return
+        self.trusted, self.run = self.run, 0
+        self.lost, self.done = len(self.sources[0]) - self.done, 0
 
-    def _next(self, place: tuple[int, int], within: list[int]) -> tuple[int | None, tuple[int, int], list[int]]:
-        """The token expected at `place`, or `within` a change; where the one after it is, and what it is within."""
+    def _change(self, place: tuple[int, int]) -> tuple[list[int], list[int]] | None:
+        """The change that is expected of what stands at `place`."""
+        tokens, position = self.sources[place[0]], place[1]
+        change = self.changes.get(tokens[position]) if position < len(tokens) else None
+        return change if change and tokens[position : position + len(change[0])] == change[0] else None
+
+    def _next(self, place: tuple[int, int], done: int) -> tuple[int | None, tuple[int, int], int]:
+        """The token expected at `place`, behind `done` tokens of a change there; and the same two for the next one."""
         source, position = place
-        if within:
-            return within[0], place, within[1:]
-        tokens = self.sources[source]
-        if position >= len(tokens):
-            return None, place, []
-        old, new = self.changes.get(tokens[position], ([tokens[position]], [tokens[position]]))
-        if tokens[position : position + len(old)] != old:
-            old, new = [tokens[position]], [tokens[position]]
-        return new[0], (source, position + len(old)), new[1:]
+        if change := self._change(place):
+            old, new = change
+            last = done + 1 == len(new)
+            return new[done], (source, position + len(old)) if last else place, 0 if last else done + 1
+        if position == len(self.sources[source]):
+            return None, place, 0
+        return self.sources[source][position], (source, position + 1), 0
 
     def _realign(self) -> None:
-        """Find where the copy goes on after a change of a few tokens, and remember the change. One token is enough to
-        tell if as many have come as were replaced."""
+        """Find where the copy goes on after a change of a few tokens, and remember the change; of a mere insertion or
+        deletion together with the token behind it. One token tells it if as many have come as were replaced, else
+        two."""
         came = len(self.sources[0]) - self.lost
         if not self.at or came > CHANGE:
             return
         own, (source, position) = self.sources[0][-came:], self.at
-        other = self.sources[source][position : position + CHANGE + 1]
+        end = self.lost if source == 0 else len(self.sources[1])  # what has just come is no copy of itself
+        other = self.sources[source][position : min(position + CHANGE + 1, end)]
         for replaced, sure in itertools.product(range(1, min(CHANGE, len(other))), (1, 2)):
             new = own[: came - sure]
             if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
@@ -519,10 +524,10 @@ class Drafter:
         """At most `limit` tokens that may come next; their likelihood is judged by `run`."""
         if not self.at or self.run < GRAM:
             return []
-        place, within = self.at, self.within
+        place, done = self.at, self.done
         tokens: list[int] = []
         while len(tokens) < limit:
-            token, place, within = self._next(place, within)
+            token, place, done = self._next(place, done)
             if token is None:
                 break
             tokens.append(token)

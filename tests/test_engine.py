@@ -517,20 +517,65 @@ def test_drafter_expects_an_insertion_again() -> None:
     assert drafter.propose(60) == target[44:104]
 
 
-def test_drafter_of_random_tokens_proposes_what_was_there() -> None:
-    draw = random.Random(3)
-    tokens = [draw.randrange(6) for _ in range(30)]
-    drafter = Drafter(tokens)
-    lengths = set()
-    for _ in range(2000):
-        draft = drafter.propose(5)
-        lengths.add(len(draft))
-        assert set(draft) <= set(range(6))
-        token = draft[0] if draft and draw.random() < 0.7 else draw.randrange(6)
-        tokens.append(token)
+def drafter_of(source: list[int], target: list[int]) -> Drafter:
+    """One whose prompt held `source`, when it has written `target`."""
+    drafter = Drafter([*source, 1, 2])
+    for token in target:
         drafter.advance(token)
-    assert drafter.sources[0] == tokens
-    assert {0, 5} <= lengths <= set(range(6))
+    return drafter
+
+
+def test_drafter_learns_a_change_that_fails_within_anew() -> None:
+    parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
+    source = [token for part in parts for token in (*part, 7)]
+    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 10, *parts[2][:2]])
+    assert drafter.changes == {7: ([7], [8, 10])}
+    assert drafter.propose(41) == [*parts[2][2:], 8, 10, parts[3][0]]
+    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # within it, the old token is none that stayed
+    assert (drafter.changes, drafter.run) == ({}, 0)
+
+
+def test_drafter_keeps_a_change_that_was_not_expected() -> None:
+    source = [*FILE[:40], 7, 6, *FILE[40:80], 7, 5, *FILE[80:120], 7, 6, *FILE[120:160]]
+    drafter = drafter_of(source, [*FILE[:40], 8, *FILE[40:60]])
+    assert drafter.propose(22) == [*FILE[60:80], 7, 5]
+    for token in (*FILE[60:80], 99):
+        drafter.advance(token)
+    assert drafter.changes == {7: ([7, 6], [8])}
+
+
+def test_drafter_learns_no_long_change() -> None:
+    drafter = drafter_of(FILE, [*FILE[:40], *range(12), *FILE[41:60]])
+    assert drafter.changes == {}
+    assert drafter.propose(340) == FILE[60:]
+
+
+def test_drafter_wants_two_tokens_to_tell_a_change_of_another_length() -> None:
+    drafter = drafter_of(FILE, [*FILE[:40], 7, 8, 9, FILE[42]])
+    assert (drafter.run, drafter.propose(5)) == (0, [])
+    drafter.advance(FILE[43])
+    assert (drafter.run, drafter.propose(5)) == (2 + 16, FILE[44:49])
+
+
+def test_drafter_does_not_follow_itself() -> None:
+    drafter = Drafter([*range(100, 160), 5, 5, 5, 5])
+    for token in (900, 901, 902, *range(100, 150)):
+        drafter.advance(token)
+    assert drafter.propose(10) == list(range(150, 160))
+
+
+def test_drafter_stays_behind_the_end_of_what_there_is() -> None:
+    draw = random.Random(3)
+    for alphabet in (2, 3, 6):
+        tokens = [draw.randrange(alphabet) for _ in range(30)]
+        drafter = Drafter(tokens)
+        for _ in range(2000):
+            draft = drafter.propose(5)
+            token = draft[0] if draft and draw.random() < 0.7 else draw.randrange(alphabet)
+            tokens.append(token)
+            drafter.advance(token)
+            assert not drafter.run or drafter.at < (0, len(tokens))
+        assert drafter.sources[0] == tokens
 
 
 def test_speculation_is_lossless_whatever_is_drafted() -> None:
