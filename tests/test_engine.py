@@ -465,6 +465,14 @@ def test_drafter_of_a_short_prompt(prompt: list[int]) -> None:
     assert drafter.propose(2) == [7]  # all that follows the earlier 7 7 7
 
 
+def drafter_of(source: list[int], target: list[int]) -> Drafter:
+    """One whose prompt held `source`, when it has written `target`."""
+    drafter = Drafter([*source, 1, 2])
+    for token in target:
+        drafter.advance(token)
+    return drafter
+
+
 CHANGES = {
     "one token": ([7], [8]),
     "one by two": ([7], [8, 9]),
@@ -478,9 +486,7 @@ def test_drafter_expects_a_change_again(old: list[int], new: list[int]) -> None:
     parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
     source = [token for part in parts for token in (*part, *old)]
     target = [token for part in parts for token in (*part, *new)]
-    drafter = Drafter([*source, 1, 2])
-    for token in target[: 40 + len(new) + 2]:  # the first change, and what tells that it is over
-        drafter.advance(token)
+    drafter = drafter_of(source, target[: 40 + len(new) + 2])  # the first change, and what tells that it is over
     rest = target[40 + len(new) + 2 :]
     assert drafter.propose(len(rest) - len(new)) == rest[: len(rest) - len(new)]
     assert decode_with(drafter, rest, 63)[2] >= len(rest) - 7
@@ -489,9 +495,7 @@ def test_drafter_expects_a_change_again(old: list[int], new: list[int]) -> None:
 def test_drafter_forgets_a_change_that_is_not_made_again() -> None:
     source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
     target = [*FILE[:40], 8, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
-    drafter = Drafter([*source, 1, 2])
-    for token in target[:60]:
-        drafter.advance(token)
+    drafter = drafter_of(source, target[:60])
     assert drafter.propose(23)[21:] == [8, FILE[80]]
     for token in target[60:82]:
         drafter.advance(token)
@@ -502,27 +506,15 @@ def test_drafter_forgets_a_change_that_is_not_made_again() -> None:
 def test_drafter_drops_a_change_that_becomes_another() -> None:
     source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
     target = [*FILE[:40], 8, *FILE[40:80], 9, *FILE[80:120], 9, *FILE[120:160]]
-    drafter = Drafter([*source, 1, 2])
-    for token in target[:83]:
-        drafter.advance(token)
+    drafter = drafter_of(source, target[:83])
     assert drafter.propose(60) == target[83:143]
 
 
 def test_drafter_expects_an_insertion_again() -> None:
     source = [*FILE[:40], 5, *FILE[40:80], 5, *FILE[80:]]
     target = [*FILE[:40], 7, 5, *FILE[40:80], 7, 5, *FILE[80:]]
-    drafter = Drafter([*source, 1, 2])
-    for token in target[:44]:
-        drafter.advance(token)
+    drafter = drafter_of(source, target[:44])
     assert drafter.propose(60) == target[44:104]
-
-
-def drafter_of(source: list[int], target: list[int]) -> Drafter:
-    """One whose prompt held `source`, when it has written `target`."""
-    drafter = Drafter([*source, 1, 2])
-    for token in target:
-        drafter.advance(token)
-    return drafter
 
 
 def test_drafter_learns_a_change_that_fails_within_anew() -> None:
