@@ -350,22 +350,23 @@ RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: 
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
 PRIOR_WEIGHT = 12.0  # tokens that a prior counts for
 FORGET = 0.997  # per decoded token: a text may begin to repeat later
-CREDIT_SECONDS = 0.1  # what the first drafts of a model may lose
-CREDIT_LIMIT = 1.0
-LOSS_SHARE = 0.015  # of the time spent without drafts may be lost by trying them
+CREDIT_TOKENS = 4.0  # what the first drafts of a model may lose, in the time of so many tokens without drafts
+CREDIT_LIMIT = 10.0  # what repeating text may earn for text that does not repeat
+LOSS_SHARE = 0.01  # of the time spent without drafts may be lost by trying them
 
 
 class Acceptance:
     """How often drafted tokens were right, by the length of the repeated run and by whether decoding is greedy.
 
     Owned by a worker and kept over its requests. `credit` bounds what drafts may lose: it grows by a share of the
-    time spent without them and by what they win, and falls by what they lose.
+    time spent without them and by what they win, and falls by what they lose. Its unit is the time of one token without
+    drafts.
     """
 
     def __init__(self) -> None:
         self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(RUN_BUCKETS))}
         self.wrong = dict(self.right)
-        self.credit = CREDIT_SECONDS
+        self.credit = CREDIT_TOKENS
 
     @staticmethod
     def bucket(run: int) -> int:
@@ -384,9 +385,9 @@ class Acceptance:
         self.right[key] += accepted
         self.wrong[key] += accepted < drafted
 
-    def spend(self, seconds: float, gained: float) -> None:
-        """Book one decode: `seconds` it took by the table, `gained` over plain decoding (0 without a draft)."""
-        earned = gained if gained else LOSS_SHARE * seconds
+    def spend(self, cost: float, gained: float) -> None:
+        """Book one decode: what it cost by the table, and `gained` over plain decoding (0 without a draft)."""
+        earned = gained if gained else LOSS_SHARE * cost
         self.credit = min(CREDIT_LIMIT, self.credit + earned)
         if not gained:
             for table in (self.right, self.wrong):
@@ -2374,8 +2375,8 @@ class Worker(threading.Thread):
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
-        seconds, one = (self.costs.beside(run.beside, tokens) for tokens in (drafted + 1, 1))
-        self.acceptance.spend(seconds, (run.generated - before) * one - seconds if drafted else 0.0)
+        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
+        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
             self.llama.trim(slot.id, len(slot.tokens))
             self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)

@@ -350,14 +350,14 @@ def test_acceptance_bucket(run: int, bucket: int) -> None:
 
 def test_credit_bounds_what_drafts_may_lose() -> None:
     seen = Acceptance()
-    assert seen.credit == pytest.approx(vpsd.CREDIT_SECONDS)
-    seen.spend(0.08, -0.05)
-    seen.spend(0.08, -0.05)
+    assert seen.credit == pytest.approx(vpsd.CREDIT_TOKENS)
+    seen.spend(5.0, -2.0)
+    seen.spend(5.0, -2.0)
     assert seen.credit == pytest.approx(0.0)
     seen.spend(1.0, 0.0)
     assert seen.credit == pytest.approx(vpsd.LOSS_SHARE)
     for _ in range(100):
-        seen.spend(0.08, 0.2)
+        seen.spend(5.0, 2.0)
     assert seen.credit == vpsd.CREDIT_LIMIT
 
 
