@@ -439,13 +439,13 @@ class Drafter:
 
     def advance(self, token: int) -> None:
         """The sequence went on with `token`."""
-        own, lost = self.sources[0], not self.run
-        if not lost:
+        own, known = self.sources[0], bool(self.run)
+        if known:
             self._follow(token)
         own.append(token)
         if len(own) >= GRAM:
             self._add(0, len(own))
-        if lost:
+        if not known:
             self._realign()
         if not self.run:
             self._search()

@@ -802,9 +802,8 @@ def test_off(language: str | None, stop_at: str) -> None:
     assert run(Ending("instruct", language, "", "", stop_at), ["```\nx\n```\nbye"]) == ("x\n", "stop")
 
 
-SNIPPETS = (
-    r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = é r#" R"a( 1""".split()  # noqa: SIM905
-)
+SNIPPETS = r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#"
+    R"( R"a( 1""".split()  # noqa: SIM905
 PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
 
 
