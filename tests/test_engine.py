@@ -1284,3 +1284,16 @@ def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(DATA + b"more")
     with pytest.raises(vpsd.ModelError, match="fetch it again"):
         check()
+
+
+@pytest.mark.parametrize("missing", ["pre", "suf", "mid"])
+def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """None of our models lacks them, so the library's answer is made up."""
+    for name in ("pre", "suf", "mid"):
+        monkeypatch.setattr(vpsd.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
+    model = object.__new__(vpsd.Llama)
+    model.vocab = None
+    with pytest.raises(HttpError) as refused:
+        model._encode_text({"suffix": "y", "filename": None}, "x")
+    assert (refused.value.status, refused.value.code) == (400, "INVALID_REQUEST")
+    assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
