@@ -3086,6 +3086,16 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     shutil.rmtree(folder)
 
 
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder hold. pip removes its temporary ones at any time, also while they are counted."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
 def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> None:
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -3094,7 +3104,7 @@ def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> N
                "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
-            bar.show(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+            bar.show(bytes_below(folder))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.25)
         if process.returncode:

