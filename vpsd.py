@@ -427,7 +427,7 @@ class Drafter:
         self.run = 0  # how far the pointer can be trusted: tokens in a row that were as it said, and some from before
         self.trusted = 0  # the run before the last mismatch
         self.lost = 0  # where in the own sequence that was, or where the change began in which it was
-        self.changes: dict[int, tuple[list[int], list[int]]] = {}  # by the first of the tokens that were replaced
+        self.changes: dict[tuple[int, ...], list[int]] = {}  # what came, by the tokens that it replaced
         self.done = 0  # so many tokens of the change at the pointer have come
         if len(guide) > common == len(tokens):
             self.at, self.run = (1, common), min(common, RUN_BUCKETS[-1])
@@ -457,20 +457,22 @@ class Drafter:
         if token == expected:
             self.run, self.at, self.done = self.run + 1, place, done
             return
-        if self._change(self.at):
-            there = self.sources[self.at[0]][self.at[1]]
-            del self.changes[there]
-            if token == there and not self.done:  # for once not changed
+        if change := self._change(self.at):
+            del self.changes[change[0]]
+            if token == change[0][0] and not self.done:  # for once not changed
                 self.run, self.at = self.run + 1, (self.at[0], self.at[1] + 1)
                 return
         self.trusted, self.run = self.run, 0
         self.lost, self.done = len(self.sources[0]) - self.done, 0
 
-    def _change(self, place: tuple[int, int]) -> tuple[list[int], list[int]] | None:
-        """The change that is expected of what stands at `place`."""
+    def _change(self, place: tuple[int, int]) -> tuple[tuple[int, ...], list[int]] | None:
+        """The change that is expected of what stands at `place`: of the longest, where one begins like another."""
         tokens, position = self.sources[place[0]], place[1]
-        change = self.changes.get(tokens[position]) if position < len(tokens) else None
-        return change if change and tokens[position : position + len(change[0])] == change[0] else None
+        for length in range(CHANGE, 0, -1) if self.changes else ():
+            old = tuple(tokens[position : position + length])
+            if old in self.changes:
+                return old, self.changes[old]
+        return None
 
     def _next(self, place: tuple[int, int], done: int) -> tuple[int | None, tuple[int, int], int]:
         """The token expected at `place`, behind `done` tokens of a change there; and the same two for the next one."""
@@ -496,7 +498,7 @@ class Drafter:
         for replaced, sure in itertools.product(range(1, min(CHANGE, len(other))), (1, 2)):
             new = own[: came - sure]
             if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
-                self.changes[other[0]] = other[:replaced], new
+                self.changes[tuple(other[:replaced])] = new
                 self.at, self.run = (source, position + replaced + sure), sure + min(self.trusted, 16)
                 return
 

@@ -522,7 +522,7 @@ def test_drafter_learns_a_change_that_fails_within_anew() -> None:
     parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
     source = [token for part in parts for token in (*part, 7)]
     drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 10, *parts[2][:2]])
-    assert drafter.changes == {7: ([7], [8, 10])}
+    assert drafter.changes == {(7,): [8, 10]}
     assert drafter.propose(41) == [*parts[2][2:], 8, 10, parts[3][0]]
     drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # within it, the old token is none that stayed
     assert (drafter.changes, drafter.run) == ({}, 0)
@@ -534,7 +534,28 @@ def test_drafter_keeps_a_change_that_was_not_expected() -> None:
     assert drafter.propose(22) == [*FILE[60:80], 7, 5]
     for token in (*FILE[60:80], 99):
         drafter.advance(token)
-    assert drafter.changes == {7: ([7, 6], [8])}
+    assert drafter.changes == {(7, 6): [8]}
+
+
+def test_drafter_tells_changes_apart_that_begin_alike() -> None:
+    parts = [FILE[start : start + 40] for start in range(0, 240, 40)]
+    source = [*parts[0], 7, 6, *parts[1], 7, 5, *parts[2], 7, 6, *parts[3], 7, 5, *parts[4], 7, *parts[5]]
+    target = [*parts[0], 8, *parts[1], 9, *parts[2], 8, *parts[3], 9, *parts[4], 7, *parts[5]]
+    drafter = drafter_of(source, target[:85])
+    assert drafter.changes == {(7, 6): [8], (7, 5): [9]}
+    assert drafter.propose(60) == target[85:145]
+    for token in target[85:145]:
+        drafter.advance(token)
+    assert drafter.propose(60) == target[145:205]
+
+
+def test_drafter_expects_the_longer_of_two_changes_that_begin_alike() -> None:
+    parts = [FILE[start : start + 40] for start in range(0, 160, 40)]
+    source = [*parts[0], 7, 5, *parts[1], 7, *parts[2], 7, 5, *parts[3]]
+    target = [*parts[0], 9, *parts[1], 8, *parts[2], 9, *parts[3]]
+    drafter = drafter_of(source, target[:90])
+    assert drafter.changes == {(7, 5): [9], (7,): [8]}
+    assert drafter.propose(60) == target[90:150]
 
 
 def test_drafter_learns_no_long_change() -> None:
