@@ -9,7 +9,7 @@
 Who owns what
 - The event loop owns sockets and all bookkeeping of `Engine`. One `Worker` thread for each loaded model owns that
   model's llama context; nobody else touches it. Only a `Job` crosses over, by the worker's inbox; its events come
-  back by `call_soon_threadsafe`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
+  back by the `Outlet`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
 - A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
   slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
 - `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
@@ -84,6 +84,7 @@ from cerebrum_common import (
     Response,
     Route,
     Server,
+    chunk,
     describe,
     load_models,
     log,
@@ -1859,14 +1860,17 @@ RESUME_BACKLOG = 64
 class Job:
     """One request on its way through a worker. The loop writes `cancelled`, the worker only reads it.
 
-    Events arrive in `events` on the loop; a list is one network write.
+    Events arrive on the loop, and a list is one network write: tokens by `send_now`, where the answer is a stream
+    whose client keeps up, all else in `events`, where the handler waits for it.
     """
 
-    def __init__(self, fields: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
-        self.fields, self.loop = fields, loop
+    def __init__(self, fields: dict[str, Any], outlet: Outlet) -> None:
+        self.fields, self.outlet = fields, outlet
         self.prompt: list[int] = []
         self.heal = b""  # what the completion begins with and the client already has
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
+        self.send_now: Callable[[bytes], bool] | None = None
+        self.sent = 0.0  # when `send_now` last took something
         self.cancelled = False
         self.started = self.handed_over = time.monotonic()
         self.request_id = request_id_var.get()
@@ -1876,14 +1880,9 @@ class Job:
         """Whether each token is to be the likeliest."""
         return not self.heal and self.fields["temperature"] == 0 and self.fields["max_tokens"] > 0
 
-    def send(self, *events: Event | HttpError) -> None:
-        """Called by the worker's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon is ending and nobody listens
-            self.loop.call_soon_threadsafe(self.events.put_nowait, list(events))
-
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.fields["progress"]:
-            self.send({"progress": {"stage": stage, "done": done, "total": total}})
+            self.outlet.put([(self, [{"progress": {"stage": stage, "done": done, "total": total}}])])
 
 
 @dataclass(slots=True)
@@ -1982,10 +1981,52 @@ class Baton:
                 self._held = False
 
 
-def deliver(sent: Sequence[tuple[Job, list[Event | HttpError]]]) -> None:
-    """On the loop: each job's events to where its handler waits for them."""
-    for job, events in sent:
-        job.events.put_nowait(events)
+# As os.eventfd_write, which releases the interpreter's lock meanwhile.
+_eventfd_write = ctypes.PyDLL(None).eventfd_write
+_eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
+
+
+class Outlet:
+    """The way of events from the workers' threads to the loop, and there to clients and handlers.
+
+    To wake the loop by `call_soon_threadsafe` is to hand it the interpreter's lock, and the worker, whose next
+    llama_decode would release it, has it back only when the loop has sent the token: a hundredth of a token's time.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._sent: deque[tuple[Job, list[Event | HttpError]]] = deque()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(self._fd, self._deliver)
+
+    def put(self, sent: Sequence[tuple[Job, list[Event | HttpError]]]) -> None:
+        """Called by any thread."""
+        self._sent += sent
+        _eventfd_write(self._fd, 1)
+
+    def close(self) -> None:
+        """When no thread is left that could put."""
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def _deliver(self) -> None:
+        os.eventfd_read(self._fd)
+        while self._sent:
+            job, events = self._sent.popleft()
+            if not send_tokens(job, events):
+                job.events.put_nowait(events)
+
+
+def send_tokens(job: Job, events: list[Event | HttpError]) -> bool:
+    """Send events straight to the client, without waking a task, if they are nothing but tokens and it keeps up."""
+    if job.send_now is None or job.cancelled or not job.events.empty():
+        return False
+    if isinstance(events[-1], HttpError) or "token" not in events[-1]:
+        return False
+    if not job.send_now(chunk(b"".join(map(sse_event, events)))):  # type: ignore[arg-type]
+        return False
+    job.sent = time.monotonic()
+    return True
 
 
 class Worker(threading.Thread):
@@ -2117,7 +2158,7 @@ class Worker(threading.Thread):
                 self._fail(slot.run, HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
             self._park(slot)
         for job in [*self.waiting, *self._drain()]:
-            job.send(HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
+            job.outlet.put([(job, [HttpError(503, "the backend is shutting down", "SHUTTING_DOWN")])])
         save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
         self.store = PrefixStore(0)
         self.llama.close()
@@ -2437,11 +2478,9 @@ class Worker(threading.Thread):
         run.slot.used = time.monotonic()
 
     def _flush(self, *runs: Run) -> None:
-        """Send what is in the outboxes. At once for all: the loop's thread, woken for the first, would take its turn
-        while the next stream's token is still to be chosen."""
+        """Send what is in the outboxes, at once for all."""
         if sent := [(run.job, run.outbox) for run in runs if run.outbox]:
-            with contextlib.suppress(RuntimeError):  # as in Job.send
-                self.loop.call_soon_threadsafe(deliver, sent)
+            runs[0].job.outlet.put(sent)
             for run in runs:
                 run.outbox = []
 
@@ -2600,6 +2639,7 @@ class Engine:
         self.workers: dict[str, Worker] = {}
         self.jobs: dict[Job, None] = {}
         self.baton = Baton()
+        self.outlet = Outlet(asyncio.get_running_loop())
         self.bare_bytes = psutil.Process().memory_info().rss  # of this process without a model
         self.cpu = CpuMeter()
         self.started = time.monotonic()
@@ -2645,7 +2685,7 @@ class Engine:
             raise HttpError(429, f"expected at most {self.config.max_concurrent} requests at a time")
         idle = any(worker.spec.id != fields["model"] for worker in self.idle_workers())
         check_load(self.load(), self.config, memory=not idle)
-        job = Job(fields, asyncio.get_running_loop())
+        job = Job(fields, self.outlet)
         self.jobs[job] = None
         for old in older:
             self.finish(old)
@@ -2797,6 +2837,7 @@ class Engine:
         for job in list(self.jobs):
             self.finish(job)
         await asyncio.gather(*(self._end(worker) for worker in list(self.workers.values())))
+        self.outlet.close()
 
 
 # ---------------------------------------------------------------------------------------------- handlers
@@ -2823,12 +2864,14 @@ def is_loaded(worker: Worker | None) -> bool:
 
 
 async def next_events(job: Job, engine: Engine, seconds: float) -> list[Event | HttpError]:
-    """The job's next events; an empty list after `seconds` without any."""
-    try:
-        async with asyncio.timeout(seconds):
-            events = await job.events.get()
-    except TimeoutError:
-        return []
+    """The job's next events; an empty list after `seconds` in which nothing was sent either."""
+    events: list[Event | HttpError] = []
+    silent = 0.0
+    while not events and silent < seconds:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds - silent):
+                events = await job.events.get()
+        silent = time.monotonic() - job.sent
     if job.events.qsize() == RESUME_BACKLOG and (worker := engine.workers.get(job.fields["model"])):
         worker.wake()
     return events
@@ -2874,7 +2917,7 @@ async def inference_stream(engine: Engine, request: Request) -> Response:
         engine.finish(job)
         starter.cancel()
         raise
-    return Response(events=stream_events(engine, job, starter, first))
+    return Response(events=stream_events(engine, job, starter, first), connect=partial(setattr, job, "send_now"))
 
 
 async def stream_events(

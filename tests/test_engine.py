@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -11,10 +12,12 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +36,9 @@ from vpsd import (
     Drafter,
     Ending,
     FetchError,
+    Job,
     Load,
+    Outlet,
     Parked,
     PrefixStore,
     Shape,
@@ -52,6 +57,7 @@ from vpsd import (
     heal_from,
     load_config,
     load_parked,
+    next_events,
     other_grouping,
     parse_inference,
     save_parked,
@@ -822,6 +828,88 @@ def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
     whole = assembler("</s>")
     assert whole.feed(b"a</") == ("a", None)
     assert whole.flush() == "</"
+
+
+# ---------------------------------------------------------------------------------------------- delivery
+
+TOKEN: vpsd.Event = {"token": "x", "total_tokens": 1}
+PROGRESS: vpsd.Event = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
+
+
+class Client:
+    """A job, and the client's end of its stream, which keeps up or does not."""
+
+    def __init__(self, keeps_up: bool = True) -> None:
+        self.keeps_up, self.got = keeps_up, list[bytes]()
+        self.job = Job({"model": "m"}, None)  # type: ignore[arg-type]
+        self.job.send_now = self.send_now
+
+    def send_now(self, data: bytes) -> bool:
+        if self.keeps_up:
+            self.got.append(data)
+        return self.keeps_up
+
+    def queued(self) -> list[list[vpsd.Event | HttpError]]:
+        return [self.job.events.get_nowait() for _ in range(self.job.events.qsize())]
+
+
+def passed(*sent: tuple[Job, list[vpsd.Event | HttpError]]) -> None:
+    """Put it all from another thread, and let the loop deliver it."""
+
+    async def scenario() -> None:
+        outlet = Outlet(asyncio.get_running_loop())
+        await asyncio.to_thread(outlet.put, sent)
+        heard = Client()
+        await asyncio.to_thread(outlet.put, [(heard.job, [{"done": True}])])
+        async with asyncio.timeout(20):
+            assert await heard.job.events.get() == [{"done": True}]
+        outlet.close()
+
+    asyncio.run(scenario())
+
+
+def test_tokens_go_to_a_client_that_keeps_up_as_one_chunk() -> None:
+    client, before = Client(), time.monotonic()
+    passed((client.job, [TOKEN, TOKEN | {"total_tokens": 2}]))
+    first = b'data: {"token": "x", "total_tokens": 1}\n\n'
+    assert client.got == [b"52\r\n" + first + first.replace(b"1", b"2") + b"\r\n"]
+    assert client.queued() == []
+    assert before <= client.job.sent <= time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("keeps_up", "change", "last"),
+    [
+        (False, {}, TOKEN),
+        (True, {"send_now": None}, TOKEN),  # not a stream, or its head is not sent yet
+        (True, {"cancelled": True}, TOKEN),
+        (True, {}, {"done": True}),
+        (True, {}, HttpError(500, "m")),
+    ],
+)
+def test_all_else_goes_to_the_handler(keeps_up: bool, change: dict[str, Any], last: vpsd.Event | HttpError) -> None:
+    client = Client(keeps_up)
+    for name, value in change.items():
+        setattr(client.job, name, value)
+    passed((client.job, [TOKEN, last]))
+    assert client.queued() == [[TOKEN, last]]
+    assert client.got == []
+
+
+def test_tokens_never_overtake_what_the_handler_has_yet_to_send() -> None:
+    client = Client()
+    passed((client.job, [TOKEN]), (client.job, [PROGRESS]), (client.job, [TOKEN]), (client.job, [TOKEN]))
+    assert len(client.got) == 1
+    assert client.queued() == [[PROGRESS], [TOKEN], [TOKEN]]
+
+
+def test_a_stream_is_silent_only_when_nothing_went_to_the_client_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((100.0, 100.001))  # at the end of the first wait and of the second
+    monkeypatch.setattr(vpsd, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    job = Client().job
+    job.sent = 100.0
+    assert asyncio.run(next_events(job, None, 0.001)) == []  # type: ignore[arg-type]
+    assert list(times) == []
 
 
 # --------------------------------------------------------------------------------------------- admission
