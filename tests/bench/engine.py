@@ -6,6 +6,7 @@ Prints one line of JSON. Each part is a median over rounds, and each round has p
 figure over llama-server's. Without --llama-server the parts that need it are left out.
 
     one       one stream, tokens/s, also without drafts (`plain`)               to reach >= 1.0
+    long      the same after a prompt of 1,500 tokens                                     >= 1.0
     two       two streams at once, tokens/s together                            >= 1.25 (0.5B), >= 1.0 (1.5B)
     rewrite   writing a file of 70 lines once more, the first time and again, tokens/s, against its default
               (>= 2.2) and the fastest of its draft-free modes (>= 1.0)
@@ -117,16 +118,21 @@ class Bench:
         return found
 
 
-def one(bench: Bench) -> dict[str, Any]:
+def one(bench: Bench, before: int = 0) -> dict[str, Any]:
     drafted = 0
 
     def measure(server: Server, number: int) -> float:
         nonlocal drafted
-        result = server.complete(prose(number), bench.tokens)
+        prompt = Question(f"{words(number, before)}\n{prose(number)}" if before else prose(number))
+        result = server.complete(prompt, bench.tokens)
         drafted += result.done.get("draft_tokens", 0)
         return result.rate
 
     return bench.compare(measure, plain=True) | {"draft_tokens": drafted}
+
+
+def long(bench: Bench) -> dict[str, Any]:
+    return one(bench, 1500 // bench.share)
 
 
 def two(bench: Bench) -> dict[str, Any]:
@@ -325,6 +331,7 @@ def ties(bench: Bench) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": one,
+    "long": long,
     "two": two,
     "rewrite": rewrite_files,
     "ttft": ttft,
