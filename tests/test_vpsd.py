@@ -776,15 +776,14 @@ def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> Non
     assert [body["draft_tokens"] for body in bodies] == [0, 0, 0]
 
 
-def test_an_earlier_answer_is_drafted_again(vps: Vps, reference: Reference) -> None:
+def test_an_earlier_answer_is_drafted_again(output: Path, reference: Reference) -> None:
+    """By a daemon of its own: what others' drafts have cost decides how much is drafted."""
     prompt = new_prompt()
-    vps.complete(prompt, max_tokens=40)
-    for _ in range(3):  # how long its drafts are depends on what the machine is measured to gain by them
+    with start(output) as vps:
+        vps.complete(prompt, max_tokens=40)
         again = vps.complete(prompt, max_tokens=40)
-        reference.check(reference.tokenize(prompt), again["completion"], 40)
-        if again["accepted_tokens"] >= 3:
-            return
-    pytest.skip("the engine finds that drafts do not pay on this machine now")
+    reference.check(reference.tokenize(prompt), again["completion"], 40)
+    assert again["accepted_tokens"] >= 3
 
 
 # ------------------------------------------------------------------------------------------ cancellation
