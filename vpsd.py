@@ -1880,9 +1880,13 @@ class Job:
         """Whether each token is to be the likeliest."""
         return not self.heal and self.fields["temperature"] == 0 and self.fields["max_tokens"] > 0
 
+    def send(self, *events: Event | HttpError) -> None:
+        """Called by any thread."""
+        self.outlet.put((self, list(events)))
+
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.fields["progress"]:
-            self.outlet.put([(self, [{"progress": {"stage": stage, "done": done, "total": total}}])])
+            self.send({"progress": {"stage": stage, "done": done, "total": total}})
 
 
 @dataclass(slots=True)
@@ -1999,8 +2003,8 @@ class Outlet:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.add_reader(self._fd, self._deliver)
 
-    def put(self, sent: Sequence[tuple[Job, list[Event | HttpError]]]) -> None:
-        """Called by any thread."""
+    def put(self, *sent: tuple[Job, list[Event | HttpError]]) -> None:
+        """Called by any thread. What is put together wakes the loop once."""
         self._sent += sent
         _eventfd_write(self._fd, 1)
 
@@ -2021,7 +2025,7 @@ def send_tokens(job: Job, events: list[Event | HttpError]) -> bool:
     """Send events straight to the client, without waking a task, if they are nothing but tokens and it keeps up."""
     if job.send_now is None or job.cancelled or not job.events.empty():
         return False
-    if isinstance(events[-1], HttpError) or "token" not in events[-1]:
+    if isinstance(events[-1], HttpError) or "token" not in events[-1]:  # only the last can be none
         return False
     if not job.send_now(chunk(b"".join(map(sse_event, events)))):  # type: ignore[arg-type]
         return False
@@ -2158,7 +2162,7 @@ class Worker(threading.Thread):
                 self._fail(slot.run, HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
             self._park(slot)
         for job in [*self.waiting, *self._drain()]:
-            job.outlet.put([(job, [HttpError(503, "the backend is shutting down", "SHUTTING_DOWN")])])
+            job.send(HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
         save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
         self.store = PrefixStore(0)
         self.llama.close()
@@ -2480,7 +2484,7 @@ class Worker(threading.Thread):
     def _flush(self, *runs: Run) -> None:
         """Send what is in the outboxes, at once for all."""
         if sent := [(run.job, run.outbox) for run in runs if run.outbox]:
-            runs[0].job.outlet.put(sent)
+            runs[0].job.outlet.put(*sent)
             for run in runs:
                 run.outbox = []
 

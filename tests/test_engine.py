@@ -858,11 +858,10 @@ def passed(*sent: tuple[Job, list[vpsd.Event | HttpError]]) -> None:
 
     async def scenario() -> None:
         outlet = Outlet(asyncio.get_running_loop())
-        await asyncio.to_thread(outlet.put, sent)
-        heard = Client()
-        await asyncio.to_thread(outlet.put, [(heard.job, [{"done": True}])])
+        last = Client().job
+        await asyncio.to_thread(outlet.put, *sent, (last, [{"done": True}]))
         async with asyncio.timeout(20):
-            assert await heard.job.events.get() == [{"done": True}]
+            assert await last.events.get() == [{"done": True}]
         outlet.close()
 
     asyncio.run(scenario())

@@ -6,7 +6,7 @@ Prints one line of JSON. Each part is a median over rounds, and each round has p
 figure over llama-server's. Without --llama-server the parts that need it are left out.
 
     one       one stream, tokens/s, also without drafts (`plain`)               to reach >= 1.0
-    long      the same after a prompt of 1,500 tokens                                     >= 1.0
+    long      the same after a prompt of 1,500 tokens
     two       two streams at once, tokens/s together                            >= 1.25 (0.5B), >= 1.0 (1.5B)
     rewrite   writing a file of 70 lines once more, the first time and again, tokens/s, against its default
               (>= 2.2) and the fastest of its draft-free modes (>= 1.0)
