@@ -788,6 +788,7 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
     screen.type(":multi\r")
     screen.expect("... ")
     screen.type("one\r")
+    screen.expect("one\r\n")  # Return draws the old prompt once more; the next one says that Ctrl-C is a key again
     screen.expect("... ")
     screen.type("two\x03")
     screen.expect(PROMPT)
