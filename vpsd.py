@@ -255,6 +255,7 @@ DISTURBED = 0.7  # a token that takes so much less than the table says: it was m
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
+JOIN_SECONDS = 0.02  # a prompt that comes so soon after another began to be read is read together with it
 MAX_CHUNK = 512  # n_batch
 MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
 LEARNING_RATE = 0.1  # of the measured times, for each decode
@@ -335,9 +336,13 @@ def share_size(costs: Costs, stretch: float) -> int:
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) / stretch)
 
 
-def chunk_size(missing: int, others: bool, costs: Costs, stretch: float) -> int:
-    """How many prompt tokens to read at once, beside `others`, running streams, or alone."""
-    return min(missing, share_size(costs, stretch) if others else costs.longest(PREFILL_SECONDS / stretch))
+def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs, stretch: float) -> int:
+    """How many tokens of a prompt that lacks `missing` to read at once; beside running `streams` so few that these do not
+    starve. `reading` is what all prompts lack that are being read, this one's too: no more than twice the least of it,
+    so that a short prompt does not wait for a long one, and two of about one length are read as one."""
+    if streams:
+        return min(missing, share_size(costs, stretch))
+    return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading) / stretch))
 
 
 # --------------------------------------------------------------------------------------- policy: drafts
@@ -540,7 +545,7 @@ class Drafter:
 
 # ------------------------------------------------------------------------------------- policy: prefixes
 
-MIN_PREFIX = 16  # tokens; a shorter common prefix is computed sooner than looked after
+MIN_PREFIX = 16  # tokens; a shorter sequence is computed sooner than looked after
 STORE_SECONDS = 3.0  # of idleness, before sequences are stored that a next request may push out of the context
 
 
@@ -2054,12 +2059,20 @@ class Worker(threading.Thread):
         self.jobs: set[Job] = set()  # the loop's: submitted or being prepared, so not to be unloaded
         self.last_used = time.time()
         self.drafted = self.accepted = 0
-        self.running: list[Run] = []  # in the llama_decode that is under way; written here, read by `cancel`
+        self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by the loop
+        self.step_began = 0.0  # that decode
 
     # -- called by the event loop
 
     def submit(self, job: Job) -> None:
+        """Of two prompts that come together the first is being read when the second is here. That is aborted, for to
+        read both in one decode takes less than to read one after the other."""
         self.inbox.put(job)
+        running = self.running
+        begun = time.perf_counter() - self.step_began < JOIN_SECONDS
+        if self.llama and running and begun and all(run.prefilling and not run.sampler.exact for run in running):
+            if any(not slot.run for slot in self.slots):
+                self.llama.abort()
 
     def cancel(self, job: Job) -> None:
         """The client left, or a newer request took its place. A decode that works for nobody else is aborted."""
@@ -2180,9 +2193,7 @@ class Worker(threading.Thread):
             self._recalibrate()
             if job := self._wait():
                 self.waiting.append(job)
-        self.waiting += self._drain()
-        self._drop_cancelled()
-        self._start_waiting()
+        self._take()
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
@@ -2192,6 +2203,15 @@ class Worker(threading.Thread):
             members = [work for work in step if work.run.slot.run is work.run]
             if members and not self.stopping:
                 self._step(members, usual)
+
+    def _take(self) -> None:
+        """Start what came, and what comes meanwhile: to store the sequence whose slot it gets may take milliseconds."""
+        while True:
+            self.waiting += self._drain()
+            self._drop_cancelled()
+            self._start_waiting()
+            if self.inbox.empty():
+                return
 
     def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
         """Which works share a decode, and whether that is the usual way, not a trial."""
@@ -2259,18 +2279,20 @@ class Worker(threading.Thread):
         live = common_prefix(nearest.tokens, prompt)
         source = entry if entry and stored > live else nearest
         guide, chosen = source.tokens[:], source.chosen
-        in_place = nearest in free and live >= max(stored, MIN_PREFIX)
+        from_store = stored > live and stored >= MIN_PREFIX
+        in_place = nearest in free and not from_store
         slot = nearest if in_place else min(free, key=lambda slot: slot.used)
         for other in free:
             if other is not slot or not in_place:
                 self._park(other)
-        if in_place:
-            pass
-        elif live >= max(stored, MIN_PREFIX):
+            elif len(slot.tokens) > 2 * live:  # more is lost than kept
+                self._store(slot)
+        if entry and from_store:
+            if self.llama.restore(slot.id, entry.state):
+                slot.tokens = entry.tokens[:]
+        elif not in_place:
             self.llama.copy_prefix(nearest.id, slot.id, live)
             slot.tokens = prompt[:live]
-        elif entry and stored >= MIN_PREFIX and self.llama.restore(slot.id, entry.state):
-            slot.tokens = entry.tokens[:]
         cached = common_prefix(slot.tokens, prompt)
         known = job.is_plain_greedy and cached == len(prompt) < len(guide) and chosen <= cached
         # If the first token is not known, the prompt's last one is computed in any case, for the logits after it.
@@ -2300,7 +2322,10 @@ class Worker(threading.Thread):
         others = any(other is not run for other in runs)
         if run.pending is None:
             missing = len(prompt) - len(slot.tokens)
-            size = chunk_size(missing - (run.sampler.exact and missing > 1), others, self.costs, self.stretch)
+            reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
+            streams = len(reading) < len(runs)
+            whole = missing - (run.sampler.exact and missing > 1)
+            size = chunk_size(whole, reading, streams, self.costs, self.stretch)
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
@@ -2343,7 +2368,7 @@ class Worker(threading.Thread):
             return
         try:
             with self.baton:
-                begin = time.perf_counter()
+                begin = self.step_began = time.perf_counter()
                 code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
                 seconds = time.perf_counter() - begin
         finally:

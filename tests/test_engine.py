@@ -317,9 +317,9 @@ def test_groups_hold_every_work_once_and_fit_a_batch() -> None:
 
 def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
-    assert chunk_size(10, False, table, 1.0) == 10
-    assert chunk_size(10_000, False, table, 1.0) == MAX_CHUNK
-    beside = chunk_size(10_000, True, table, 1.0)
+    assert chunk_size(10, [10], False, table, 1.0) == 10
+    assert chunk_size(10_000, [10_000], False, table, 1.0) == MAX_CHUNK
+    beside = chunk_size(10_000, [10_000], True, table, 1.0)
     assert beside == share_size(table, 1.0)
     assert table(beside) <= vpsd.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
@@ -329,7 +329,16 @@ def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
 def test_less_is_decoded_at_once_where_the_context_is_long() -> None:
     table = costs(SMALL)
     assert share_size(table, 2.0) == table.longest(vpsd.PAUSE_SECONDS / 2) < share_size(table, 1.0)
-    assert chunk_size(10_000, False, table, 4.0) == table.longest(vpsd.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert chunk_size(10_000, [10_000], False, table, 4.0) == table.longest(vpsd.PREFILL_SECONDS / 4) < MAX_CHUNK
+
+
+def test_two_prompts_are_read_as_one_unless_the_shorter_would_wait() -> None:
+    table = costs(SMALL)
+    assert [chunk_size(missing, [70, 40], False, table, 1.0) for missing in (70, 40)] == [70, 40]
+    assert [chunk_size(missing, [900, 40], False, table, 1.0) for missing in (900, 40)] == [80, 40]
+    half = table.longest(vpsd.PREFILL_SECONDS / 2)
+    assert [chunk_size(missing, [900, 800], False, table, 1.0) for missing in (900, 800)] == [half, half]
+    assert share_size(table, 1.0) < half
 
 
 # ---------------------------------------------------------------------------------------------- drafts
