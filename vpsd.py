@@ -249,8 +249,8 @@ def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CALIBRATION_SECONDS = 0.4  # for each size, or one decode of it
-TRIAL_TURNS = 16  # one in so many is decoded the other way …
-TRIAL_MARGIN = 1.3  # … if that would cost at most so many times as much by the table
+TRIAL_TURNS, MAX_TRIAL_TURNS = 16, 64  # one in so many is decoded the other way, the more the longer nothing changed …
+TRIAL_MARGIN = 1.3  # … and if that would cost at most so many times as much by the table
 DISTURBED = 0.7  # a token that takes so much less than the table says: it was made while the machine was busy
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
@@ -330,6 +330,24 @@ def other_grouping(count: int, groups: Sequence[Sequence[int]], costs: Costs) ->
     return [[i] for i in range(count)] if together else [list(range(count))]
 
 
+class Trials:
+    """When to decode the other way: seldom where that has not changed what is the cheapest, for it costs a little."""
+
+    def __init__(self) -> None:
+        self.together: bool | None = None
+        self.every, self.turns = TRIAL_TURNS, 0
+
+    def due(self, together: bool) -> bool:
+        """Count a turn that would be decoded `together`, or one after the other."""
+        if together != self.together:
+            self.together, self.every, self.turns = together, TRIAL_TURNS, 0
+        self.turns += 1
+        if self.turns < self.every:
+            return False
+        self.every, self.turns = min(2 * self.every, MAX_TRIAL_TURNS), 0
+        return True
+
+
 def share_size(costs: Costs, stretch: float) -> int:
     """How many tokens one of several streams may decode at once, so that the others do not starve. `stretch` is how
     many times longer larger decodes take than `costs` says: the longer the contexts, the more."""
@@ -337,9 +355,9 @@ def share_size(costs: Costs, stretch: float) -> int:
 
 
 def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs, stretch: float) -> int:
-    """How many tokens of a prompt that lacks `missing` to read at once; beside running `streams` so few that these do not
-    starve. `reading` is what all prompts lack that are being read, this one's too: no more than twice the least of it,
-    so that a short prompt does not wait for a long one, and two of about one length are read as one."""
+    """How many tokens of a prompt that lacks `missing` to read at once; beside running `streams` so few that these do
+    not starve. `reading` is what all prompts lack that are being read, this one's too: no more than twice the least of
+    it, so that a short prompt does not wait for a long one, and two of about one length are read as one."""
     if streams:
         return min(missing, share_size(costs, stretch))
     return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading) / stretch))
@@ -2070,9 +2088,9 @@ class Worker(threading.Thread):
         self.inbox.put(job)
         running = self.running
         begun = time.perf_counter() - self.step_began < JOIN_SECONDS
-        if self.llama and running and begun and all(run.prefilling and not run.sampler.exact for run in running):
-            if any(not slot.run for slot in self.slots):
-                self.llama.abort()
+        reading = running and all(run.prefilling and not run.sampler.exact for run in running)
+        if self.llama and begun and reading and not all(slot.run for slot in self.slots):
+            self.llama.abort()
 
     def cancel(self, job: Job) -> None:
         """The client left, or a newer request took its place. A decode that works for nobody else is aborted."""
@@ -2151,7 +2169,7 @@ class Worker(threading.Thread):
         self.acceptance = Acceptance()
         self.costs = load_costs(self.llama, self.calibration, self.baton)
         self.one_token = self.costs(1)  # as calibrated
-        self.stretch, self.turns = 1.0, 0
+        self.stretch, self.trials = 1.0, Trials()
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -2218,8 +2236,7 @@ class Worker(threading.Thread):
         groups = group_by_cost(sizes, self.costs)
         if len(sizes) < 2 or max(sizes) > 1:
             return groups, True
-        self.turns += 1
-        other = None if self.turns % TRIAL_TURNS else other_grouping(len(sizes), groups, self.costs)
+        other = other_grouping(len(sizes), groups, self.costs) if self.trials.due(len(groups) == 1) else None
         return other or groups, other is None
 
     def _wait(self) -> Job | None:

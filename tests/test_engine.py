@@ -44,6 +44,7 @@ from vpsd import (
     Shape,
     StopStrings,
     TextAssembler,
+    Trials,
     bytes_below,
     check_load,
     chunk_size,
@@ -304,6 +305,14 @@ def test_trials_find_out_that_two_streams_are_faster_together() -> None:
         for _ in range(vpsd.TRIAL_TURNS):
             table.learn(1, real[1], usual=True)
     assert group_by_cost([1, 1], table) == [[0, 1]]
+
+
+def test_trials_become_rare_until_something_changes() -> None:
+    trials = Trials()
+    due = [turn for turn in range(1, 260) if trials.due(True)]
+    assert due == [16, 16 + 32, 16 + 32 + 64, 16 + 32 + 2 * 64, 16 + 32 + 3 * 64]
+    assert [turn for turn in range(1, 40) if trials.due(False)] == [16]
+    assert [turn for turn in range(1, 20) if trials.due(True)] == [16]
 
 
 def test_groups_hold_every_work_once_and_fit_a_batch() -> None:
