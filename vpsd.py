@@ -258,7 +258,7 @@ PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often
 JOIN_SECONDS = 0.02  # a prompt that comes so soon after another began to be read is read together with it
 MAX_CHUNK = 512  # n_batch
 MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
-LEARNING_RATE = 0.1  # of the measured times, for each decode
+LEARNING_RATE, TRIAL_RATE = 0.1, 0.5  # of the measured times, for each decode; for a trial, of which there are few
 STRETCH_FROM, STRETCH_RATE, MAX_STRETCH = 24, 0.3, 8.0  # of what larger decodes take over what the table says
 
 
@@ -272,7 +272,7 @@ class Costs:
         self.sizes = sorted(table)
         self.seconds = [table[size] for size in self.sizes]
 
-    def learn(self, tokens: int, seconds: float, usual: bool) -> None:
+    def learn(self, tokens: int, seconds: float, usual: bool, rate: float = LEARNING_RATE) -> None:
         """A decode of `tokens` took `seconds`. One that was disturbed counts for twice the usual time at most. What is
         decoded all the time (`usual`) moves all points with it, so that what is not seen keeps its proportion; a draft
         or a trial tells only of its own size."""
@@ -280,7 +280,7 @@ class Costs:
         if place == len(self.sizes) or self.sizes[place] != tokens:
             return
         old = self.seconds[place]
-        factor = 1 + LEARNING_RATE * (min(seconds / old, 2.0) - 1)
+        factor = 1 + rate * (min(seconds / old, 2.0) - 1)
         if usual:
             self.seconds = [point * factor for point in self.seconds]
         else:
@@ -2215,12 +2215,12 @@ class Worker(threading.Thread):
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
-        groups, usual = self._group([len(work.tokens) for work in shared])
+        groups, trial = self._group([len(work.tokens) for work in shared])
         steps = [[shared[i] for i in group] for group in groups]
         for step in steps + [[work] for work in works if work.run.sampler.exact]:
             members = [work for work in step if work.run.slot.run is work.run]
             if members and not self.stopping:
-                self._step(members, usual)
+                self._step(members, trial)
 
     def _take(self) -> None:
         """Start what came, and what comes meanwhile: to store the sequence whose slot it gets may take milliseconds."""
@@ -2232,12 +2232,12 @@ class Worker(threading.Thread):
                 return
 
     def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
-        """Which works share a decode, and whether that is the usual way, not a trial."""
+        """Which works share a decode, and whether that is a trial, not the usual way."""
         groups = group_by_cost(sizes, self.costs)
         if len(sizes) < 2 or max(sizes) > 1:
-            return groups, True
+            return groups, False
         other = other_grouping(len(sizes), groups, self.costs) if self.trials.due(len(groups) == 1) else None
-        return other or groups, other is None
+        return other or groups, other is not None
 
     def _wait(self) -> Job | None:
         """What comes next. When nothing does for a while, idle sequences are stored, for then no request waits for it:
@@ -2376,7 +2376,7 @@ class Worker(threading.Thread):
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
         return tokens[: draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))]
 
-    def _step(self, works: list[Work], usual: bool) -> None:
+    def _step(self, works: list[Work], trial: bool) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
         assert self.llama
         self.llama.abort_flag[0] = b"\x00"
@@ -2400,8 +2400,8 @@ class Worker(threading.Thread):
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError(500, "the model could not be evaluated"))
             return
-        usual = usual and all(len(work.tokens) == 1 for work in works)
-        self._learn(sum(len(work.tokens) for work in works), seconds, usual)
+        usual = not trial and all(len(work.tokens) == 1 for work in works)
+        self._learn(sum(len(work.tokens) for work in works), seconds, usual, TRIAL_RATE if trial else LEARNING_RATE)
         base = 0
         for work in works:
             with self._blamed_on(work.run):
@@ -2421,11 +2421,11 @@ class Worker(threading.Thread):
             log.exception("request %s", run.job.request_id)
             self._fail(run, HttpError(500, "internal error; see the log"))
 
-    def _learn(self, tokens: int, seconds: float, usual: bool) -> None:
+    def _learn(self, tokens: int, seconds: float, usual: bool, rate: float) -> None:
         if tokens >= STRETCH_FROM:
             longer = min(max(seconds / self.costs(tokens), 0.5), MAX_STRETCH)
             self.stretch += STRETCH_RATE * (longer - self.stretch)
-        self.costs.learn(tokens, seconds, usual)
+        self.costs.learn(tokens, seconds, usual, rate)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         assert self.llama
