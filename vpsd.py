@@ -176,7 +176,7 @@ def usable_cores() -> int:
 # ----------------------------------------------------------------------------------- policy: the request
 
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
-FLASH_ATTENTION = {"f16": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, "q8_0": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED}
+FLASH_ATTENTION = (llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 MAX_TOKENS = 2048
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 
@@ -1539,16 +1539,40 @@ class Shape:
     vocabulary: int
 
 
-def estimate_bytes(file_size: int, shape: Shape, cells: int, kv_type: str, outputs: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Room:
+    """What a context has room for: for each slot tokens, and those of a draft; and those of a micro-batch."""
+
+    tokens: int
+    draft: int
+    micro_batch: int
+    flash_attention: bool
+
+
+SHORT = Room(tokens=384, draft=15, micro_batch=128, flash_attention=True)
+
+
+def rooms(n_ctx: int, kv_type: str) -> list[Room]:
+    """The contexts that a model gets: the long one, and one for short sequences where that is faster.
+
+    On a CPU, flash attention skips the keys of other sequences but goes through the own ones once for each token. A
+    token behind 100 takes 4 % less with it; 16 tokens behind 2,000 take 1.3 times as long. Quantized values need it.
+    """
+    long = Room(n_ctx, MAX_DRAFT, MICRO_BATCH, flash_attention=kv_type != "f16" or n_ctx <= SHORT.tokens)
+    return [long] if long.flash_attention else [long, SHORT]
+
+
+def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type: str) -> dict[str, int]:
     """Bytes of weights, KV cache and compute buffers of a model, before it is loaded."""
     element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
-    per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward)
-    scores = 4 * shape.heads if kv_type == "f16" else 0  # of each cell: without flash attention all at once
-    return {
-        "weights": file_size,
-        "kv": int(cells * shape.layers * shape.kv_width * element),
-        "compute": MICRO_BATCH * (per_token + (scores + 2) * cells) + 2 * 4 * outputs * shape.vocabulary,
-    }
+    kv, compute = 0.0, 0
+    for room in rooms(n_ctx, kv_type):
+        cells, outputs = slots * room.tokens, slots * (room.draft + 1)
+        per_cell = 2 if room.flash_attention else 4 * shape.heads + 2  # without it, the scores of all cells at once
+        per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
+        kv += cells * shape.layers * shape.kv_width * element
+        compute += room.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary
+    return {"weights": file_size, "kv": int(kv), "compute": compute}
 
 
 # ---------------------------------------------------------------------------------------- IO: llama.cpp
@@ -1659,22 +1683,29 @@ class Llama:
         self.abort_flag = ctypes.create_string_buffer(2)
         self.vocab_lock, self.closed = threading.Lock(), False  # a prompt may still be read when its client has left
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
-        self.context = self._make_context(config)
-        self.memory = llama.llama_get_memory(self.context)
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
+        self.long: Any = None
+        self.short: Any = None
+        long, *short = rooms(self.n_ctx, config.kv_type)
+        self.long = self._make_context(config, long)
+        if short:
+            self.short = self._make_context(config, *short)
+        self.context = self.long  # of the latest decode
+        if self.short and not self._try_to_move():
+            llama.llama_free(self.short)
+            self.short = None
 
-    def _make_context(self, config: Config) -> Any:
+    def _make_context(self, config: Config, room: Room) -> Any:
         params = llama.llama_context_default_params()
-        params.n_ctx = self.n_ctx * config.max_concurrent
-        params.n_batch, params.n_ubatch = MAX_CHUNK, MICRO_BATCH
+        params.n_ctx = room.tokens * config.max_concurrent
+        params.n_batch, params.n_ubatch = MAX_CHUNK, room.micro_batch
         params.n_seq_max = config.max_concurrent
-        params.n_outputs_max = max_outputs(config)  # the logits buffer would otherwise be 300 MB
+        # Of a token and its draft, for every slot: the logits buffer would otherwise be 300 MB.
+        params.n_outputs_max = config.max_concurrent * (room.draft + 1)
         params.n_threads = params.n_threads_batch = config.threads
-        # On a CPU, flash attention goes through the keys once for each token: 16 tokens after 3,500 took 420 ms with it
-        # and 196 ms without. Quantized values need it.
-        params.flash_attn_type = FLASH_ATTENTION[config.kv_type]
+        params.flash_attn_type = FLASH_ATTENTION[room.flash_attention]
         params.type_k = params.type_v = KV_TYPES[config.kv_type]
         params.kv_unified = True  # one ubatch may hold tokens of several sequences; a prefix is shared without a copy
         params.no_perf = True
@@ -1682,15 +1713,27 @@ class Llama:
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
         context = llama.llama_init_from_model(self.model, params)
         if not context:
-            llama.llama_model_free(self.model)
+            self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         return context
+
+    def _try_to_move(self) -> bool:
+        """Whether a sequence can go from one context to the other: not where the model keeps more than keys and values,
+        or those of a window only."""
+        slot = Slot(0, short=True)
+        if self.decode([(slot, [0], 1)]):
+            return False
+        slot.tokens = [0]
+        moved = self.move(slot) and self.computed(slot) == 1
+        self.trim(slot, 0)
+        return moved
 
     def close(self) -> None:
         with self.vocab_lock:
             self.closed = True
         llama.llama_batch_free(self.batch)
-        llama.llama_free(self.context)
+        for context in filter(None, (self.long, self.short)):
+            llama.llama_free(context)
         llama.llama_model_free(self.model)
 
     def abort(self) -> None:
@@ -1699,9 +1742,10 @@ class Llama:
 
     def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
         """One `llama_decode` that appends to each slot its tokens, with logits for the last so many of them: 0, or 2 if
-        it was aborted; anything else is a fault."""
+        it was aborted; anything else is a fault. The slots are of one context."""
         index = 0
         batch = self.batch
+        self.context = self._context(parts[0][0])
         for slot, tokens, outputs in parts:
             for i, token in enumerate(tokens):
                 batch.token[index] = token
@@ -1733,26 +1777,52 @@ class Llama:
         row.fill(-np.inf)
         row[fits] = kept
 
-    def computed(self, slot: int) -> int:
+    def _context(self, slot: Slot) -> Any:
+        return self.short if slot.short else self.long
+
+    def _memory(self, slot: Slot) -> Any:
+        return llama.llama_get_memory(self._context(slot))
+
+    def computed(self, slot: Slot) -> int:
         """How many tokens the slot's KV cells hold: after an abort those of whole micro-batches."""
-        return int(llama.llama_memory_seq_pos_max(self.memory, slot)) + 1
+        return int(llama.llama_memory_seq_pos_max(self._memory(slot), slot.id)) + 1
 
-    def trim(self, slot: int, length: int) -> None:
+    def trim(self, slot: Slot, length: int) -> None:
         """Drop the slot's KV cells from position `length` on."""
-        llama.llama_memory_seq_rm(self.memory, slot, length, -1)
+        llama.llama_memory_seq_rm(self._memory(slot), slot.id, length, -1)
 
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        llama.llama_memory_seq_cp(self.memory, source, target, 0, length)
+    def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
+        """Let the empty `target` share the first cells of `source`, in its context."""
+        target.short = source.short
+        llama.llama_memory_seq_cp(self._memory(source), source.id, target.id, 0, length)
 
-    def save(self, slot: int) -> bytes:
-        size = llama.llama_state_seq_get_size(self.context, slot)
+    def save(self, slot: Slot) -> bytes:
+        size = llama.llama_state_seq_get_size(self._context(slot), slot.id)
         buffer = (ctypes.c_uint8 * size)()
-        written = llama.llama_state_seq_get_data(self.context, buffer, size, slot)
+        written = llama.llama_state_seq_get_data(self._context(slot), buffer, size, slot.id)
         return bytes(memoryview(buffer)[:written])
 
-    def restore(self, slot: int, state: bytes) -> bool:
+    def restore(self, slot: Slot, state: bytes) -> bool:
+        """Fill the slot with what `save` gave for a slot of either context."""
+        if self.short:
+            try:
+                state = arrange_values(state, by_element=not slot.short)
+            except ValueError as error:
+                log.warning("a sequence's state: %s", error)
+                return False
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot)) == len(state)
+        return int(llama.llama_state_seq_set_data(self._context(slot), buffer, len(state), slot.id)) == len(state)
+
+    def is_short(self, length: int) -> bool:
+        """Whether a sequence of so many tokens, and a draft, has room in the context for short ones."""
+        return self.short is not None and length + SHORT.draft < SHORT.tokens
+
+    def move(self, slot: Slot) -> bool:
+        """Take the slot's sequence to the other context. False if that fails; then it is lost."""
+        state = self.save(slot) if slot.tokens else b""
+        self.trim(slot, 0)
+        slot.short = not slot.short
+        return not state or self.restore(slot, state)
 
     def piece(self, token: int) -> bytes:
         """A token's bytes; control tokens have none."""
@@ -1833,9 +1903,37 @@ class Llama:
         return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
 
 
-def max_outputs(config: Config) -> int:
-    """Positions of one decode whose logits are kept: a token and its draft for every slot."""
-    return config.max_concurrent * (MAX_DRAFT + 1)
+def arrange_values(state: bytes, by_element: bool) -> bytes:
+    """A sequence's serialised state for a context without flash attention, which keeps the values of a layer element by
+    element, or for one with it, which keeps them token by token. They have 16 bits. ValueError if it has another form
+    than llama.cpp's `llama_kv_cache::state_write` gives the state of a plain transformer."""
+    try:
+        (count,) = struct.unpack_from("<I", state, 12)  # after magic, sequence and number of streams
+        at = 16 + 12 * count  # a position, how many sequences, and which, for each token
+        now, layers = struct.unpack_from("<II", state, at)
+        if now == by_element:
+            return state
+        data = bytearray(state)
+        struct.pack_into("<I", data, at, by_element)
+        at += 8
+        for _ in range(layers):
+            at += 12 + count * struct.unpack_from("<iQ", data, at)[1]  # the keys: type, bytes of a token
+        for _ in range(layers):
+            if by_element:
+                kind, row = struct.unpack_from("<iQ", data, at)
+                struct.pack_into("<iII", data, at, kind, 2, row // 2)
+            else:
+                kind, _, width = struct.unpack_from("<iII", data, at)
+                row = 2 * width
+                struct.pack_into("<iQ", data, at, kind, row)
+            values = np.frombuffer(data, np.uint16, count * row // 2, at + 12)
+            values[:] = values.reshape((count, -1) if by_element else (-1, count)).T.ravel()
+            at += 12 + count * row
+    except struct.error as error:
+        raise ValueError(f"cut short: {error}") from None
+    if at != len(state):
+        raise ValueError(f"expected {at} bytes, got {len(state)}")
+    return bytes(data)
 
 
 class Sampler:
@@ -1914,11 +2012,12 @@ class Job:
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence id of the context, and the tokens whose KV it holds; from `chosen` on each of them was the likeliest
-    after those before it. `used` orders idle slots by age."""
+    """A sequence id of both contexts, and the tokens whose KV one of them holds, the `short` or the long one; from
+    `chosen` on each of the tokens was the likeliest after those before it. `used` orders idle slots by age."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
+    short: bool = False
     chosen: int = NEVER
     run: Run | None = None
     used: float = 0.0
@@ -1943,6 +2042,7 @@ class Run:
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
         self.beside = 0  # other streams' tokens in the same decode
+        self.outgrown = False  # its drafts, the context for short sequences
         self.first_token = self.last_token = 0.0
         self.outbox: list[Event | HttpError] = []
 
@@ -2162,7 +2262,6 @@ class Worker(threading.Thread):
         self.llama = Llama(self.path, self.config, progress)
         kv_type = self.config.kv_type
         params = f"{llama_cpp.__version__} {self.llama.n_ctx} {self.config.max_concurrent} {kv_type}"
-        params += f" {FLASH_ATTENTION[kv_type]}"
         self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
         self.slots = [Slot(i) for i in range(self.config.max_concurrent)]
         self.waiting: list[Job] = []
@@ -2213,6 +2312,7 @@ class Worker(threading.Thread):
                 self.waiting.append(job)
         self._take()
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
+        runs = self._gather(runs)
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
         groups, trial = self._group([len(work.tokens) for work in shared])
@@ -2230,6 +2330,17 @@ class Worker(threading.Thread):
             self._start_waiting()
             if self.inbox.empty():
                 return
+
+    def _gather(self, runs: list[Run]) -> list[Run]:
+        """Bring all that runs into one context, where it may share decodes: the short one while everything fits."""
+        assert self.llama
+        fits = self.llama.is_short
+        short = all(run.slot.short and not run.outgrown and fits(len(run.slot.tokens)) for run in runs)
+        for run in runs:
+            if run.slot.short and not short and not self.llama.move(run.slot):
+                run.slot.tokens = []
+                self._fail(run, HttpError(500, "the model could not be evaluated"))
+        return [run for run in runs if run.slot.run is run]
 
     def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
         """Which works share a decode, and whether that is a trial, not the usual way."""
@@ -2305,16 +2416,21 @@ class Worker(threading.Thread):
             elif len(slot.tokens) > 2 * live:  # more is lost than kept
                 self._store(slot)
         if entry and from_store:
-            if self.llama.restore(slot.id, entry.state):
+            slot.short = self.llama.is_short(len(entry.tokens))
+            if self.llama.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
         elif not in_place:
-            self.llama.copy_prefix(nearest.id, slot.id, live)
+            self.llama.copy_prefix(nearest, slot, live)
             slot.tokens = prompt[:live]
         cached = common_prefix(slot.tokens, prompt)
+        self.llama.trim(slot, cached)
+        slot.tokens = prompt[:cached]
+        if slot.short != self.llama.is_short(len(prompt)) and not self.llama.move(slot):
+            cached = 0
         known = job.is_plain_greedy and cached == len(prompt) < len(guide) and chosen <= cached
         # If the first token is not known, the prompt's last one is computed in any case, for the logits after it.
         cached = min(cached, len(prompt) - (not known))
-        self.llama.trim(slot.id, cached)
+        self.llama.trim(slot, cached)
         slot.tokens, slot.chosen = prompt[:cached], NEVER
         run = slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
@@ -2326,13 +2442,13 @@ class Worker(threading.Thread):
         """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
         assert self.llama
         self._store(slot)
-        self.llama.trim(slot.id, 0)
+        self.llama.trim(slot, 0)
         slot.tokens, slot.chosen = [], NEVER
 
     def _store(self, slot: Slot) -> None:
         assert self.llama
         if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
-            self.store.add(Parked(slot.tokens[:], self.llama.save(slot.id), slot.chosen))
+            self.store.add(Parked(slot.tokens[:], self.llama.save(slot), slot.chosen))
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
@@ -2374,7 +2490,10 @@ class Worker(threading.Thread):
         if not tokens:
             return []
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
-        return tokens[: draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))]
+        length = draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))
+        if run.slot.short and length > SHORT.draft:
+            run.outgrown, length = True, SHORT.draft
+        return tokens[:length]
 
     def _step(self, works: list[Work], trial: bool) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
@@ -2394,8 +2513,8 @@ class Worker(threading.Thread):
             for work in works:
                 slot = work.run.slot
                 if work.run.prefilling:  # what was read before the abort stays useful as a prefix
-                    slot.tokens += work.tokens[: max(0, self.llama.computed(slot.id) - len(slot.tokens))]
-                self.llama.trim(slot.id, len(slot.tokens))
+                    slot.tokens += work.tokens[: max(0, self.llama.computed(slot) - len(slot.tokens))]
+                self.llama.trim(slot, len(slot.tokens))
                 if code != 2:
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError(500, "the model could not be evaluated"))
@@ -2467,7 +2586,7 @@ class Worker(threading.Thread):
         cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
         self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
-            self.llama.trim(slot.id, len(slot.tokens))
+            self.llama.trim(slot, len(slot.tokens))
             self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)
             run.drafted += drafted
             run.accepted += accepted
@@ -2581,16 +2700,16 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
     Between two of them another model may decode."""
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
     spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
-    warm = False  # the first decode after a load takes twice as long
+    warm, slot = False, Slot(0)  # the first decode after a load takes twice as long
     while min(spent.values()) < CALIBRATION_SECONDS:
         if give_up():
             return {}
         size = min(spent, key=lambda size: spent[size])
         with baton:
             begin = time.perf_counter()
-            code = model.decode([(Slot(0), [1] * size, size)])
+            code = model.decode([(slot, [1] * size, size)])
             seconds = time.perf_counter() - begin
-        model.trim(0, 0)
+        model.trim(slot, 0)
         if code and give_up():
             return {}
         if code:
@@ -2834,8 +2953,8 @@ class Engine:
         except ModelError as error:
             log.error("model %s: %s", model.id, error)
             raise HttpError(500, f"model {model.id} ({model.file}): {error}", "MODEL_LOAD_FAILED") from None
-        cells = self.config.n_ctx * self.config.max_concurrent
-        parts = estimate_bytes(path.stat().st_size, shape, cells, self.config.kv_type, max_outputs(self.config))
+        config = self.config
+        parts = estimate_bytes(path.stat().st_size, shape, config.n_ctx, config.max_concurrent, config.kv_type)
         need = sum(parts.values()) / MB
         while True:
             free = (psutil.virtual_memory().available - self._untouched()) / MB - self.config.min_free_mb

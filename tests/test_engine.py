@@ -61,6 +61,7 @@ from vpsd import (
     next_events,
     other_grouping,
     parse_inference,
+    rooms,
     save_parked,
     share_size,
 )
@@ -966,13 +967,20 @@ SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=486
 
 
 def test_estimate_bytes() -> None:
-    parts = estimate_bytes(491_400_064, SHAPE, 8192, "f16", 128)
-    assert parts["weights"] == 491_400_064
-    assert parts["kv"] == 8192 * 24 * 256 * 2  # 96 MiB
-    assert parts["compute"] == 256 * (4 * (8 * 896 + 3 * 4864) + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
-    quantized = estimate_bytes(0, SHAPE, 8192, "q8_0", 128)
-    assert quantized["kv"] == 8192 * 24 * 256 * 34 // 32
-    assert quantized["compute"] == 256 * (4 * (8 * 896 + 3 * 4864) + 2 * 8192) + 8 * 128 * 151_936
+    parts = estimate_bytes(491_400_064, SHAPE, 4096, 2, "f16")
+    layer = 4 * (8 * 896 + 3 * 4864)
+    long = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
+    short = 128 * (layer + 2 * 768) + 8 * 32 * 151_936
+    assert parts == {"weights": 491_400_064, "kv": (8192 + 768) * 24 * 256 * 2, "compute": long + short}
+    quantized = estimate_bytes(0, SHAPE, 4096, 2, "q8_0")
+    compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
+    assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
+
+
+def test_short_sequences_have_a_context_of_their_own_where_the_long_one_has_no_flash_attention() -> None:
+    assert [(room.tokens, room.flash_attention) for room in rooms(4096, "f16")] == [(4096, False), (384, True)]
+    assert [(room.tokens, room.flash_attention) for room in rooms(4096, "q8_0")] == [(4096, True)]
+    assert [(room.tokens, room.flash_attention) for room in rooms(384, "f16")] == [(384, True)]
 
 
 def test_baton_is_passed_on_in_the_order_of_asking() -> None:
@@ -1350,8 +1358,8 @@ class Measured:
         self.now += 0.01 + 0.03 * len(tokens)
         return 0
 
-    def trim(self, slot: int, length: int) -> None:
-        assert (slot, length) == (0, 0)
+    def trim(self, slot: Any, length: int) -> None:
+        assert (slot.id, length) == (0, 0)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff", b'{"1": 0.1}', b'{"1": -1}'])

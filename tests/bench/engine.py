@@ -297,7 +297,7 @@ class Loop:
         chat = isinstance(prompt, Question)
         todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
         slot, done = engine.Slot(0), b""
-        self.llama.trim(0, 0)
+        self.llama.trim(slot, 0)
         for _ in range(most):
             for start in range(0, len(todo), engine.MAX_CHUNK):
                 part = todo[start : start + engine.MAX_CHUNK]
