@@ -12,6 +12,7 @@ Who owns what
   back by the `Outlet`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
 - A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
   slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
+  Short sequences live in a context of their own, see `rooms`; one that outgrows it is moved.
 - `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
 
 It refuses: to start without a key, to load what does not fit in memory, to start work while other programs use the
@@ -367,7 +368,7 @@ def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs
 
 GRAM = 3  # tokens that must repeat before their continuation is looked at
 MAX_DRAFT = 63
-DRAFT_LENGTHS = (1, 2, 3, 6, 7, 14, 15, 30, 31, 62, MAX_DRAFT)  # the calibrated sizes, alone or beside another stream
+
 CHANGE = 8  # what a copy goes on after has fewer tokens, on either side
 NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
 RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
@@ -419,16 +420,18 @@ class Acceptance:
                     table[key] *= FORGET
 
 
-def draft_length(probability: float, limit: int, price: Callable[[int], float]) -> int:
-    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay.
-    `price` gives the seconds of one decode by its tokens."""
-    best, rate = 0, 1.03 / price(1)
-    for length in (*(n for n in DRAFT_LENGTHS if n < limit), limit):
-        if length <= 0 or length > MAX_DRAFT:
+def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) -> int:
+    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay. It is
+    `limit` or makes, with a token each of `others`, a decode of a calibrated size: 28 to 31 tokens take as long as 32.
+    """
+    best, rate = 0, 1.03 / costs.beside(others, 1)
+    for length in (*(size - 1 - others for size in costs.sizes), limit):
+        if not 0 < length <= limit:
             continue
         expected = (1 - probability ** (length + 1)) / (1 - probability)
-        if expected / price(length + 1) > rate:
-            best, rate = length, expected / price(length + 1)
+        price = costs.beside(others, length + 1)
+        if expected / price > rate:
+            best, rate = length, expected / price
     return best
 
 
@@ -1688,10 +1691,10 @@ class Llama:
             self.batch.n_seq_id[i] = 1
         self.long: Any = None
         self.short: Any = None
-        long, *short = rooms(self.n_ctx, config.kv_type)
-        self.long = self._make_context(config, long)
-        if short:
-            self.short = self._make_context(config, *short)
+        contexts = rooms(self.n_ctx, config.kv_type)
+        self.long = self._make_context(config, contexts[0])
+        if len(contexts) > 1:
+            self.short = self._make_context(config, contexts[1])
         self.context = self.long  # of the latest decode
         if self.short and not self._try_to_move():
             llama.llama_free(self.short)
@@ -2042,7 +2045,7 @@ class Run:
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
         self.beside = 0  # other streams' tokens in the same decode
-        self.outgrown = False  # its drafts, the context for short sequences
+        self.outgrown = False  # by its drafts, the context for short sequences
         self.first_token = self.last_token = 0.0
         self.outbox: list[Event | HttpError] = []
 
@@ -2425,7 +2428,8 @@ class Worker(threading.Thread):
         cached = common_prefix(slot.tokens, prompt)
         self.llama.trim(slot, cached)
         slot.tokens = prompt[:cached]
-        if slot.short != self.llama.is_short(len(prompt)) and not self.llama.move(slot):
+        short = self.llama.is_short(len(prompt)) and all(other.short for other in self.slots if other.run)
+        if slot.short != short and not self.llama.move(slot):
             cached = 0
         known = job.is_plain_greedy and cached == len(prompt) < len(guide) and chosen <= cached
         # If the first token is not known, the prompt's last one is computed in any case, for the logits after it.
@@ -2477,7 +2481,7 @@ class Worker(threading.Thread):
         assert self.llama
         assert run.drafter
         room = min(
-            MAX_DRAFT,
+            SHORT.draft if run.slot.short else MAX_DRAFT,
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
             share_size(self.costs, self.stretch) - 1 if others else MAX_DRAFT,
@@ -2490,10 +2494,7 @@ class Worker(threading.Thread):
         if not tokens:
             return []
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
-        length = draft_length(probability, len(tokens), partial(self.costs.beside, run.beside))
-        if run.slot.short and length > SHORT.draft:
-            run.outgrown, length = True, SHORT.draft
-        return tokens[:length]
+        return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
 
     def _step(self, works: list[Work], trial: bool) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
@@ -2586,6 +2587,7 @@ class Worker(threading.Thread):
         cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
         self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
+            run.outgrown |= accepted == drafted >= SHORT.draft
             self.llama.trim(slot, len(slot.tokens))
             self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)
             run.drafted += drafted

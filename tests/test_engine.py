@@ -45,6 +45,7 @@ from vpsd import (
     StopStrings,
     TextAssembler,
     Trials,
+    arrange_values,
     bytes_below,
     check_load,
     chunk_size,
@@ -410,7 +411,17 @@ def test_a_draft_pays_sooner_beside_another_stream() -> None:
     assert table.beside(1, 1) == pytest.approx(0.0215)
     assert table.beside(1, 3) == pytest.approx(0.0215 + 0.009)
     assert draft_length(0.6, MAX_DRAFT, table) == 0
-    assert draft_length(0.6, MAX_DRAFT, lambda tokens: table.beside(1, tokens)) == 2
+    assert draft_length(0.6, MAX_DRAFT, table, 1) == 2
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_draft_fills_a_decode_of_a_calibrated_size_or_is_whole(others: int) -> None:
+    table = costs(LARGE)
+    filling = {size - 1 - others for size in LARGE}
+    for limit in (40, MAX_DRAFT):
+        lengths = {draft_length(p / 100, limit, table, others) for p in range(50, 100)}
+        assert 15 - others in lengths
+        assert lengths <= filling | {0, limit}
 
 
 def test_draft_length_grows_with_the_acceptance() -> None:
@@ -737,6 +748,38 @@ def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
         decode_parked(data + b"\0", "key")
 
 
+def state_of(by_element: bool) -> bytes:
+    """As llama.cpp serialises 3 tokens in 2 layers: keys of 2 elements, values of 4, these by token or by element."""
+    head = struct.pack("<IiII", 0x67677371, 1, 1, 3) + b"".join(struct.pack("<iIi", n, 1, 1) for n in range(3))
+    parts = [head, struct.pack("<II", by_element, 2)]
+    for layer in range(2):
+        parts += [struct.pack("<iQ", 1, 4), struct.pack("<6H", *range(100 * layer, 100 * layer + 6))]
+    for layer in range(2):
+        rows = [[1000 * (layer + 1) + 10 * token + element for element in range(4)] for token in range(3)]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        parts.append(struct.pack("<iII", 1, 2, 4) if by_element else struct.pack("<iQ", 1, 8))
+        parts += [struct.pack(f"<{len(values)}H", *values) for values in (columns if by_element else rows)]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_values_are_arranged_as_the_context_keeps_them(kept: bool, wanted: bool) -> None:
+    assert arrange_values(state_of(kept), wanted) == state_of(wanted)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_state_of_another_form_is_refused(kept: bool) -> None:
+    data = state_of(kept)
+    for end in range(60, len(data)):  # from where the arrangement is said on
+        with pytest.raises(ValueError, match=r"cut short|expected|buffer"):
+            arrange_values(data[:end], not kept)
+    with pytest.raises(ValueError, match=f"expected {len(data)} bytes, got {len(data) + 1}"):
+        arrange_values(data + b"x", not kept)
+    with pytest.raises(ValueError, match="cut short"):
+        arrange_values(b"", kept)
+
+
 def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> None:
     entries = [Parked([number], b"state %d" % number) for number in range(12)]
     save_parked(tmp_path / "kv", "key", entries)
@@ -929,6 +972,36 @@ def test_a_stream_is_silent_only_when_nothing_went_to_the_client_either(monkeypa
     job.sent = 100.0
     assert asyncio.run(next_events(job, None, 0.001)) == []  # type: ignore[arg-type]
     assert list(times) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "aborted"),
+    [
+        ({}, True),
+        ({"age": 1.0}, False),  # most of it is read
+        ({"pending": 5}, False),  # a stream would be held up
+        ({"exact": True}, False),  # it shares no decode
+        ({"free": False}, False),
+        ({"running": False}, False),
+    ],
+)
+def test_the_reading_of_a_prompt_begins_again_with_one_that_comes_just_after(
+    change: dict[str, Any], aborted: bool
+) -> None:
+    case = {"age": 0.0, "pending": None, "exact": False, "free": True, "running": True} | change
+    config = load_config({"CEREBRUM_API_KEY": "key"}, Path(vpsd.__file__).parent)
+    loop = asyncio.new_event_loop()
+    worker: Any = vpsd.Worker(config.models[0], config, Baton(), loop, 0)
+    loop.close()
+    calls: list[bool] = []
+    worker.llama = SimpleNamespace(abort=lambda: calls.append(True))
+    run = SimpleNamespace(prefilling=case["pending"] is None, sampler=SimpleNamespace(exact=case["exact"]))
+    worker.slots = [SimpleNamespace(run=run), SimpleNamespace(run=None if case["free"] else run)]
+    worker.running = [run] if case["running"] else []
+    worker.step_began = time.perf_counter() - case["age"]
+    worker.submit(job := object())
+    assert worker.inbox.get_nowait() is job
+    assert calls == [True] * aborted
 
 
 # --------------------------------------------------------------------------------------------- admission

@@ -721,6 +721,49 @@ def test_two_at_once_with_the_same_prefix_compute_it_once(vps: Vps, reference: R
     reference.check(reference.tokenize(preamble + " two"), body["completion"], 8)
 
 
+def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Reference) -> None:
+    one, two = (f"# kept in place: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
+    first, second = reference.tokenize(one), reference.tokenize(two)
+    common = vpsd.common_prefix(first, second)
+    assert 3 < common < vpsd.MIN_PREFIX < len(first)
+    vps.complete(one, max_tokens=40)
+    body = vps.complete(two, max_tokens=8)
+    assert body["cached_tokens"] == common
+    reference.check(second, body["completion"], 8)
+    again = vps.complete(one, max_tokens=1)  # it was stored, for most of it would have been lost
+    assert again["cached_tokens"] == len(first)
+
+
+def test_a_sequence_that_outgrows_the_context_for_short_ones_goes_on_in_the_other(
+    vps: Vps, reference: Reference
+) -> None:
+    short = vpsd.SHORT.tokens - vpsd.SHORT.draft
+    prompt = new_prompt(short - 40)
+    tokens = reference.tokenize(prompt)
+    assert short - 80 < len(tokens) < short
+    body = vps.complete(prompt, max_tokens=100)
+    reference.check(tokens, body["completion"], 100)
+    # And back, for the same prompt is a short one again, and to the long one, for one that goes on.
+    again = vps.complete(prompt, max_tokens=24)
+    assert again["cached_tokens"] == len(tokens)
+    reference.check(tokens, again["completion"], 24)
+    longer = prompt + ", " + new_prompt(100)
+    body = vps.complete(longer, max_tokens=24)
+    assert body["cached_tokens"] >= len(tokens) - 1
+    reference.check(reference.tokenize(longer), body["completion"], 24)
+
+
+def test_a_short_one_beside_a_long_one(vps: Vps, reference: Reference) -> None:
+    long, short = new_prompt(600), PROMPTS[0] + " # beside"
+    with vps.stream(long, max_tokens=48) as stream:
+        events = stream.events()
+        first = next(event for event in events if "token" in event)
+        body = vps.complete(short, max_tokens=24)
+        text = first["token"] + "".join(event.get("token", "") for event in events)
+    reference.check(reference.tokenize(short), body["completion"], 24)
+    reference.check(reference.tokenize(long), text, 48)
+
+
 def test_max_tokens_0_warms_the_cache(vps: Vps) -> None:
     prompt = new_prompt()
     warm = vps.complete(prompt, max_tokens=0)
