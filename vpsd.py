@@ -2514,7 +2514,9 @@ class Worker(threading.Thread):
             for work in works:
                 slot = work.run.slot
                 if work.run.prefilling:  # what was read before the abort stays useful as a prefix
-                    slot.tokens += work.tokens[: max(0, self.llama.computed(slot) - len(slot.tokens))]
+                    # Less the last one: where the other sequences' part was aborted, its logits are gone.
+                    read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
+                    slot.tokens += work.tokens[: max(0, read)]
                 self.llama.trim(slot, len(slot.tokens))
                 if code != 2:
                     log.error("llama_decode answered %d", code)
