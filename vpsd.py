@@ -368,7 +368,6 @@ def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs
 
 GRAM = 3  # tokens that must repeat before their continuation is looked at
 MAX_DRAFT = 63
-
 CHANGE = 8  # what a copy goes on after has fewer tokens, on either side
 NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
 RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
@@ -2456,7 +2455,6 @@ class Worker(threading.Thread):
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
-        others = any(other is not run for other in runs)
         if run.pending is None:
             missing = len(prompt) - len(slot.tokens)
             reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
@@ -2467,7 +2465,7 @@ class Worker(threading.Thread):
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        draft = self._draft(run, others)
+        draft = self._draft(run, others=len(runs) > 1)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
