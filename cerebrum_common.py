@@ -35,7 +35,7 @@ import tomllib
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -584,7 +584,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# -------------------------------------------------------------------------------------- models, languages
+# ----------------------------------------------------------------------------------------------- models
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,8 +602,9 @@ class Model:
     sources: tuple[dict[str, Any], ...] = ()
 
 
-def load_models(path: Path) -> tuple[Model, ...]:
-    """models.toml to its models, in order of preference. ValueError says which entry is wrong and how."""
+def load_models(path: Path, languages: Collection[str]) -> tuple[Model, ...]:
+    """models.toml to its models, in order of preference; each lists some of `languages`. ValueError says which entry is
+    wrong and how."""
     try:
         entries = tomllib.loads(path.read_text("utf-8")).get("models")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -611,7 +612,7 @@ def load_models(path: Path) -> tuple[Model, ...]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected at least one [[models]]")
     try:
-        models = tuple(_read_model(entry, number) for number, entry in enumerate(entries, 1))
+        models = tuple(_read_model(entry, number, tuple(languages)) for number, entry in enumerate(entries, 1))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if len({model.id for model in models}) != len(models):
@@ -619,7 +620,7 @@ def load_models(path: Path) -> tuple[Model, ...]:
     return models
 
 
-def _read_model(entry: Any, number: int) -> Model:
+def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
     required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
     kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
     if not isinstance(entry, dict):
@@ -638,8 +639,8 @@ def _read_model(entry: Any, number: int) -> Model:
     ):
         if not re.fullmatch(pattern, value):
             raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
-    if unknown := [language for language in model.languages if language not in tuple(LANGUAGES)]:
-        raise ValueError(f"model {number}: expected languages of {', '.join(LANGUAGES)}, got {unknown}")
+    if unknown := [language for language in model.languages if language not in languages]:
+        raise ValueError(f"model {number}: expected languages of {', '.join(languages)}, got {unknown}")
     if not all(isinstance(source, dict) for source in model.sources):
         raise ValueError(f"model {number}: expected tables as 'sources'")
     return model
@@ -649,137 +650,6 @@ def route_language(models: Sequence[Model], language: str, present: Collection[s
     """The first model that lists `language` among those `present` on the VPS (None: not known, so all of them)."""
     listed = [model for model in models if language in model.languages]
     return next((model for model in listed if present is None or model.id in present), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Language:
-    """The syntax of one language, as far as preparing a prompt and ending a completion need it."""
-
-    line_comment: str
-    block_comment: tuple[str, str] | None
-    strings: tuple[tuple[str, str], ...]  # (opening, closing); longer openings first
-    multiline: frozenset[str]  # the openings of strings that may contain a line end
-    indented: bool  # blocks are made by indentation, else by braces
-    imports: re.Pattern[str]  # a line that imports
-    defines: re.Pattern[str]  # a line that defines the name in its first group that took part
-    containers: re.Pattern[str]  # the header of a block whose members are completed one by one
-    function: str = ""  # begins a function that may be called above its definition
-    raw: frozenset[str] = frozenset()  # the openings of strings without escapes
-    ambiguous: str = ""  # openings told from an operator by what is around them: a regex or / , a char or a lifetime
-    directives: bool = False  # a line that starts with # is the preprocessor's
-
-
-# The patterns below are searched for in whole files of strangers, so no repetition in them is unbounded: each costs a
-# line at most a few hundred steps, whatever it holds.
-_C_STRINGS = (('"', '"'), ("'", "'"))
-_IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
-_CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
-_C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
-_C_DEFINES = (
-    r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
-    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
-    r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
-    rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
-    r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
-    r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
-    rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
-    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
-    rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
-    r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
-)
-_JS_DEFINES = (
-    r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
-    r"(?:function\b[ \t]*\*?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t])[ \t]*([\w$]+)"
-    r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
-    r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
-    r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
-    rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
-)
-_RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
-_JS = Language(
-    "//",
-    ("/*", "*/"),
-    (*_C_STRINGS, ("`", "`")),
-    frozenset("`"),
-    False,
-    re.compile(
-        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()",
-        re.M,
-    ),
-    re.compile(_JS_DEFINES, re.M),
-    re.compile(
-        r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
-        r"|^\s*(?:describe|context|suite)\s*\(",
-        re.M,
-    ),
-    function="function",
-    ambiguous="/",
-)
-_C = Language(
-    "//",
-    ("/*", "*/"),
-    _C_STRINGS,
-    frozenset(),
-    False,
-    re.compile(
-        r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
-    ),
-    re.compile(_C_DEFINES, re.M),
-    re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
-    directives=True,
-)
-LANGUAGES: dict[str, Language] = {
-    "python": Language(
-        "#",
-        None,
-        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
-        frozenset({'"""', "'''"}),
-        True,
-        re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
-        re.compile(
-            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)"
-            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))",
-            re.M,
-        ),
-        re.compile(r"class\b"),
-        function="def",
-    ),
-    "javascript": _JS,
-    "typescript": _JS,
-    "rust": Language(
-        "//",
-        ("/*", "*/"),
-        (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
-        frozenset(('r##"', 'r#"', 'r"', '"')),
-        False,
-        re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
-        re.compile(
-            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}"
-            r"(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{0,20}\")?)[ \t]+){0,4}"
-            r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
-            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))",
-            re.M,
-        ),
-        re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
-        function="fn",
-        raw=frozenset(('r##"', 'r#"', 'r"')),
-        ambiguous="'",
-    ),
-    "c": _C,
-    "cpp": replace(_C, strings=(('R"', '"'), *_C_STRINGS), multiline=frozenset(('R"',)), raw=frozenset(('R"',))),
-    "go": Language(
-        "//",
-        ("/*", "*/"),
-        (*_C_STRINGS, ("`", "`")),
-        frozenset("`"),
-        False,
-        re.compile(r"^(?:import\b|package[ \t])", re.M),
-        re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
-        re.compile(r"(?!)"),  # Go's methods stand on their own
-        function="func",
-        raw=frozenset("`"),
-    ),
-}
 
 
 # ------------------------------------------------------------------------------------------- connections

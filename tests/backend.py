@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cerebrum_code import LANGUAGES
 from cerebrum_common import Access, ChunkedDecoder, Server, load_models, own_names
 from cm4d import ROUTES, Config, Gateway, parse_vps_url
 
@@ -224,7 +225,7 @@ def parse_reply(raw: bytes) -> Reply:
 @contextlib.asynccontextmanager
 async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIterator[Pi]:
     """A Pi whose VPS is on `port`. With `probing` the first probe has ended."""
-    models = load_models(ROOT / "models.toml")
+    models = load_models(ROOT / "models.toml", LANGUAGES)
     settings = {"key": KEY, "models": models, "vps": parse_vps_url(f"http://127.0.0.1:{port}"), **config}
     gateway = Gateway(Config(**settings))
     server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))

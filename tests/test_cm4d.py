@@ -35,12 +35,13 @@ from backend import (
 )
 
 import cm4d
+from cerebrum_code import LANGUAGES
 from cerebrum_common import ConfigError, Environment, load_models
 from cm4d import load_config, parse_vps_url, prompt_budget, read_completion
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
-LANGUAGES = "python, javascript, typescript, rust, c, cpp, go"
+KNOWN = "python, javascript, typescript, rust, c, cpp, go"
 
 
 def run(scenario: Any) -> None:
@@ -109,8 +110,8 @@ GOOD_FIELDS = {"prompt": "x =", "language": "python"}
         ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
         ("prompt", 7, "prompt: expected a non-empty string, got the number 7"),
         ("language", None, "language: expected a non-empty string, got nothing"),
-        ("language", "Python", f'language: expected one of {LANGUAGES}, got the string "Python"'),
-        ("language", "ruby", f'language: expected one of {LANGUAGES}, got the string "ruby"'),
+        ("language", "Python", f'language: expected one of {KNOWN}, got the string "Python"'),
+        ("language", "ruby", f'language: expected one of {KNOWN}, got the string "ruby"'),
         ("max_tokens", 0, "max_tokens: expected an integer from 1 to 2048, got the number 0"),
         ("max_tokens", 2049, "max_tokens: expected an integer from 1 to 2048, got the number 2049"),
         ("max_tokens", 1.5, "max_tokens: expected an integer from 1 to 2048, got the number 1.5"),
@@ -146,7 +147,7 @@ def test_a_bad_field_is_named(field: str, value: Any, message: str):
 @pytest.mark.parametrize("field", [{"stop": ["a"] * 17}, {"stop": [""]}, {"stop": [1]}, {"seed": -1}, {"seed": 1.5}])
 def test_further_fields_have_ranges(field: dict[str, Any]):
     with pytest.raises(cm4d.HttpError) as caught:
-        read_completion(GOOD_FIELDS | field, load_models(ROOT / "models.toml"))
+        read_completion(GOOD_FIELDS | field, load_models(ROOT / "models.toml", LANGUAGES))
     assert (caught.value.status, caught.value.message.partition(":")[0]) == (400, next(iter(field)))
 
 
@@ -175,7 +176,7 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
 
 
 def test_an_empty_prompt_is_fine_where_something_else_says_what_to_do():
-    models = load_models(ROOT / "models.toml")
+    models = load_models(ROOT / "models.toml", LANGUAGES)
     assert read_completion({"prompt": "", "language": "go", "suffix": "}\n"}, models)["mode"] == "infill"
     assert (
         read_completion({"prompt": "", "language": "go", "instruction": "Write a queue"}, models)["mode"] == "instruct"

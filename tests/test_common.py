@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import cerebrum_common as common
+from cerebrum_code import LANGUAGES
 from cerebrum_common import (
-    LANGUAGES,
     ConfigError,
     Environment,
     Field,
@@ -178,7 +178,7 @@ languages = ["python"]
 
 
 def test_the_table_of_models() -> None:
-    models = load_models(ROOT / "models.toml")
+    models = load_models(ROOT / "models.toml", LANGUAGES)
     assert [model.id for model in models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
     present = {model.id for model in models}
     chosen = {language: route_language(models, language, present) for language in LANGUAGES}
@@ -223,17 +223,17 @@ def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "models.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        load_models(path)
+        load_models(path, LANGUAGES)
     assert str(error.value).startswith(str(path))
 
 
 def test_no_models_file(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(ValueError, match=r"No such file|Is a directory"):
-            load_models(path)
+            load_models(path, LANGUAGES)
     (tmp_path / "m").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="m: "):
-        load_models(tmp_path / "m")
+        load_models(tmp_path / "m", LANGUAGES)
 
 
 # --------------------------------------------------------------------------------------------------- logs

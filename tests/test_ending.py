@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpsd import Ending, wants_extras
+from cerebrum_code import Ending, wants_extras
 
 # Each case is a text: the prompt up to «, what is to be kept up to », what the model writes after that, and for an
 # infill the suffix after ‖. Its head has the language, the reason and what it shows.

@@ -22,9 +22,11 @@ from typing import Any
 
 import pytest
 
+import cerebrum_engine as engine
 import vpsd
+from cerebrum_code import Ending, StopStrings
 from cerebrum_common import ConfigError, HttpError, Model
-from vpsd import (
+from cerebrum_engine import (
     KV_MAGIC,
     MAX_CHUNK,
     MAX_DRAFT,
@@ -32,39 +34,39 @@ from vpsd import (
     Acceptance,
     Baton,
     Costs,
-    CpuMeter,
     Drafter,
-    Ending,
-    FetchError,
     Job,
-    Load,
     Outlet,
     Parked,
     PrefixStore,
     Shape,
-    StopStrings,
     TextAssembler,
     Trials,
     arrange_values,
-    bytes_below,
-    check_load,
     chunk_size,
     common_prefix,
     decode_parked,
     draft_length,
     encode_parked,
     estimate_bytes,
-    fetch,
     group_by_cost,
     heal_from,
-    load_config,
     load_parked,
-    next_events,
     other_grouping,
-    parse_inference,
     rooms,
     save_parked,
     share_size,
+)
+from vpsd import (
+    CpuMeter,
+    FetchError,
+    Load,
+    bytes_below,
+    check_load,
+    fetch,
+    load_config,
+    next_events,
+    parse_inference,
 )
 
 # Milliseconds of one decode, as measured on two cores: the 0.5B is faster in turn, the 1.5B in a batch.
@@ -304,8 +306,8 @@ def test_trials_find_out_that_two_streams_are_faster_together() -> None:
         table = Costs({1: 10.0, 2: wrong})
         for _ in range(trials):
             assert group_by_cost([1, 1], table) == [[0], [1]]
-            table.learn(2, 18.0, False, vpsd.TRIAL_RATE)
-            for _ in range(vpsd.TRIAL_TURNS):
+            table.learn(2, 18.0, False, engine.TRIAL_RATE)
+            for _ in range(engine.TRIAL_TURNS):
                 table.learn(1, 10.0, usual=True)
         assert group_by_cost([1, 1], table) == [[0, 1]]
 
@@ -333,22 +335,22 @@ def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
     assert chunk_size(10_000, [10_000], False, table, 1.0) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], True, table, 1.0)
     assert beside == share_size(table, 1.0)
-    assert table(beside) <= vpsd.PAUSE_SECONDS < table(beside + 1)
+    assert table(beside) <= engine.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
     assert share_size(slow, 1.0) == slow.longest(6 * 0.5)
 
 
 def test_less_is_decoded_at_once_where_the_context_is_long() -> None:
     table = costs(SMALL)
-    assert share_size(table, 2.0) == table.longest(vpsd.PAUSE_SECONDS / 2) < share_size(table, 1.0)
-    assert chunk_size(10_000, [10_000], False, table, 4.0) == table.longest(vpsd.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert share_size(table, 2.0) == table.longest(engine.PAUSE_SECONDS / 2) < share_size(table, 1.0)
+    assert chunk_size(10_000, [10_000], False, table, 4.0) == table.longest(engine.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 def test_two_prompts_are_read_as_one_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
     assert [chunk_size(missing, [70, 40], False, table, 1.0) for missing in (70, 40)] == [70, 40]
     assert [chunk_size(missing, [900, 40], False, table, 1.0) for missing in (900, 40)] == [80, 40]
-    half = table.longest(vpsd.PREFILL_SECONDS / 2)
+    half = table.longest(engine.PREFILL_SECONDS / 2)
     assert [chunk_size(missing, [900, 800], False, table, 1.0) for missing in (900, 800)] == [half, half]
     assert share_size(table, 1.0) < half
 
@@ -358,14 +360,14 @@ def test_two_prompts_are_read_as_one_unless_the_shorter_would_wait() -> None:
 
 def test_acceptance_begins_with_the_prior_and_follows_what_it_sees() -> None:
     seen = Acceptance()
-    assert seen.probability(True, 3) == pytest.approx(vpsd.PRIORS[0])
-    assert seen.probability(True, 40) == pytest.approx(vpsd.PRIORS[-1])
-    assert seen.probability(False, 3) == pytest.approx(0.9 * vpsd.PRIORS[0])
+    assert seen.probability(True, 3) == pytest.approx(engine.PRIORS[0])
+    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])
+    assert seen.probability(False, 3) == pytest.approx(0.9 * engine.PRIORS[0])
     for _ in range(100):
         seen.learn(True, 3, 7, 0)
     assert seen.probability(True, 3) < 0.1
-    assert seen.probability(True, 40) == pytest.approx(vpsd.PRIORS[-1])  # other runs are judged by themselves
-    assert seen.probability(False, 3) == pytest.approx(0.9 * vpsd.PRIORS[0])
+    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])  # other runs are judged by themselves
+    assert seen.probability(False, 3) == pytest.approx(0.9 * engine.PRIORS[0])
     for _ in range(100):
         seen.learn(True, 3, 7, 7)
     assert seen.probability(True, 3) > 0.8
@@ -378,15 +380,15 @@ def test_acceptance_bucket(run: int, bucket: int) -> None:
 
 def test_credit_bounds_what_drafts_may_lose() -> None:
     seen = Acceptance()
-    assert seen.credit == pytest.approx(vpsd.CREDIT_TOKENS)
+    assert seen.credit == pytest.approx(engine.CREDIT_TOKENS)
     seen.spend(5.0, -2.0)
     seen.spend(5.0, -2.0)
     assert seen.credit == pytest.approx(0.0)
     seen.spend(1.0, 0.0)
-    assert seen.credit == pytest.approx(vpsd.LOSS_SHARE)
+    assert seen.credit == pytest.approx(engine.LOSS_SHARE)
     for _ in range(100):
         seen.spend(5.0, 2.0)
-    assert seen.credit == vpsd.CREDIT_LIMIT
+    assert seen.credit == engine.CREDIT_LIMIT
 
 
 @pytest.mark.parametrize("table", [SMALL, LARGE])
@@ -895,8 +897,8 @@ def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
 
 # ---------------------------------------------------------------------------------------------- delivery
 
-TOKEN: vpsd.Event = {"token": "x", "total_tokens": 1}
-PROGRESS: vpsd.Event = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
+TOKEN: engine.Event = {"token": "x", "total_tokens": 1}
+PROGRESS: engine.Event = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
 
 
 class Client:
@@ -912,11 +914,11 @@ class Client:
             self.got.append(data)
         return self.keeps_up
 
-    def queued(self) -> list[list[vpsd.Event | HttpError]]:
+    def queued(self) -> list[list[engine.Event | HttpError]]:
         return [self.job.events.get_nowait() for _ in range(self.job.events.qsize())]
 
 
-def passed(*sent: tuple[Job, list[vpsd.Event | HttpError]]) -> None:
+def passed(*sent: tuple[Job, list[engine.Event | HttpError]]) -> None:
     """Put it all from another thread, and let the loop deliver it."""
 
     async def scenario() -> None:
@@ -949,7 +951,7 @@ def test_tokens_go_to_a_client_that_keeps_up_as_one_chunk() -> None:
         (True, {}, HttpError(500, "m")),
     ],
 )
-def test_all_else_goes_to_the_handler(keeps_up: bool, change: dict[str, Any], last: vpsd.Event | HttpError) -> None:
+def test_all_else_goes_to_the_handler(keeps_up: bool, change: dict[str, Any], last: engine.Event | HttpError) -> None:
     client = Client(keeps_up)
     for name, value in change.items():
         setattr(client.job, name, value)
@@ -991,7 +993,7 @@ def test_the_reading_of_a_prompt_begins_again_with_one_that_comes_just_after(
     case = {"age": 0.0, "pending": None, "exact": False, "free": True, "running": True} | change
     config = load_config({"CEREBRUM_API_KEY": "key"}, Path(vpsd.__file__).parent)
     loop = asyncio.new_event_loop()
-    worker: Any = vpsd.Worker(config.models[0], config, Baton(), loop, 0)
+    worker: Any = engine.Worker(config.models[0], Path("/nonexistent"), config.engine, Baton(), loop, 0)
     loop.close()
     calls: list[bool] = []
     worker.llama = SimpleNamespace(abort=lambda: calls.append(True))
@@ -1158,9 +1160,10 @@ def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
 def test_config_defaults() -> None:
     defaults = config()
     assert (defaults.host, defaults.port, defaults.key) == ("127.0.0.1", 9000, "")
-    assert (defaults.n_ctx, defaults.max_concurrent, defaults.draft, defaults.kv_type) == (4096, 2, True, "f16")
+    engine = defaults.engine
+    assert (engine.n_ctx, engine.max_concurrent, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
     assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)
-    assert 1 <= defaults.threads <= 256
+    assert 1 <= engine.threads <= 256
     assert [model.id for model in defaults.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
 
 
@@ -1398,7 +1401,7 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: 
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     script = tmp_path / "vpsd.py"  # beside no .env
     root = Path(vpsd.__file__).parent
-    for name in ("vpsd.py", "cerebrum_common.py", "models.toml"):
+    for name in ("vpsd.py", *(path.name for path in root.glob("cerebrum_*.py")), "models.toml"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
     done = subprocess.run(
         [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60
@@ -1410,8 +1413,8 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: 
 
 
 def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
-    vpsd.write_atomically(tmp_path / "new" / "file", b"one")
-    vpsd.write_atomically(tmp_path / "new" / "file", b"two")
+    engine.write_atomically(tmp_path / "new" / "file", b"one")
+    engine.write_atomically(tmp_path / "new" / "file", b"two")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
     assert (tmp_path / "new" / "file").read_bytes() == b"two"
 
@@ -1440,24 +1443,24 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "calibration" / "key-2.json"
-    load: Any = vpsd.load_costs
+    load: Any = engine.load_costs
     costs = load(first := Measured(monkeypatch), path, Baton())
-    assert first.sizes[: len(vpsd.CALIBRATION_SIZES) + 1] == [1, *vpsd.CALIBRATION_SIZES]  # the first one warms up
-    assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in vpsd.CALIBRATION_SIZES])
+    assert first.sizes[: len(engine.CALIBRATION_SIZES) + 1] == [1, *engine.CALIBRATION_SIZES]  # the first one warms up
+    assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in engine.CALIBRATION_SIZES])
     load(second := Measured(monkeypatch), path, Baton())
     assert second.sizes == []
     path.write_bytes(damage)
     load(third := Measured(monkeypatch), path, Baton())
-    assert set(third.sizes) == set(vpsd.CALIBRATION_SIZES)
-    assert len(json.loads(path.read_text())) == len(vpsd.CALIBRATION_SIZES)
+    assert set(third.sizes) == set(engine.CALIBRATION_SIZES)
+    assert len(json.loads(path.read_text())) == len(engine.CALIBRATION_SIZES)
 
 
 def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    vpsd.measure_costs(model, Baton(), lambda: False)
+    engine.measure_costs(model, Baton(), lambda: False)
     del model.sizes[0]  # which warms up
-    counts = [model.sizes.count(size) for size in vpsd.CALIBRATION_SIZES]
-    assert counts == [math.ceil(0.4 / (0.01 + 0.03 * size)) for size in vpsd.CALIBRATION_SIZES]
+    counts = [model.sizes.count(size) for size in engine.CALIBRATION_SIZES]
+    assert counts == [math.ceil(0.4 / (0.01 + 0.03 * size)) for size in engine.CALIBRATION_SIZES]
     assert counts[-1] == 1  # though that alone takes longer
 
 
@@ -1471,12 +1474,12 @@ def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) 
         return int(decode(parts))
 
     model.decode = cold_at_first
-    assert vpsd.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
+    assert engine.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
 
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    assert vpsd.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
+    assert engine.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
     assert model.sizes == [1, 1, 2]
     assert list(tmp_path.iterdir()) == []
 
@@ -1487,18 +1490,18 @@ def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
     right = hashlib.sha256(DATA).hexdigest()
 
     def check(sha256: str = right, stopping: bool = False) -> None:
-        vpsd.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
+        engine.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
 
     check("")
     assert not (tmp_path / "state").exists()
-    with pytest.raises(vpsd.ModelError, match="cancelled"):
+    with pytest.raises(engine.ModelError, match="cancelled"):
         check(stopping=True)
-    with pytest.raises(vpsd.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"):
+    with pytest.raises(engine.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"):
         check("0" * 64)
     check()
     check(stopping=True)  # not read again
     path.write_bytes(DATA + b"more")
-    with pytest.raises(vpsd.ModelError, match="fetch it again"):
+    with pytest.raises(engine.ModelError, match="fetch it again"):
         check()
 
 
@@ -1506,8 +1509,8 @@ def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
 def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """None of our models lacks them, so the library's answer is made up."""
     for name in ("pre", "suf", "mid"):
-        monkeypatch.setattr(vpsd.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
-    model = object.__new__(vpsd.Llama)
+        monkeypatch.setattr(engine.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
+    model = object.__new__(engine.Llama)
     model.vocab = None
     with pytest.raises(HttpError) as refused:
         model._encode_text({"suffix": "y", "filename": None}, "x")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cerebrum_common import LANGUAGES
+from cerebrum_code import LANGUAGES
 
 DEFINES = {
     "python": [

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from cerebrum_code import Prepared, Ratio, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
-from cm4d import Prepared, Ratio, detect_mode, prepare, weigh
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
 

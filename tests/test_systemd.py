@@ -121,7 +121,7 @@ def install_cm4(machine: Machine) -> None:
     machine.run("""
         adduser --quiet --system --group --no-create-home cerebrum
         install -d /opt/cerebrum-pi && cd /src
-        cp cm4d.py cerebrum_common.py models.toml /opt/cerebrum-pi/
+        cp cm4d.py cerebrum_*.py models.toml /opt/cerebrum-pi/
         cp systemd/cerebrum-cm4.service /etc/systemd/system/
         ./generate_api_key.sh --write /opt/cerebrum-pi/.env
         chown cerebrum: /opt/cerebrum-pi/.env
@@ -131,7 +131,7 @@ def install_cm4(machine: Machine) -> None:
 def install_backend(machine: Machine) -> None:
     machine.run("""
         install -d /opt/cerebrum-backend && cd /opt/cerebrum-backend
-        cp /src/vpsd.py /src/cerebrum_common.py /src/models.toml .
+        cp /src/vpsd.py /src/cerebrum_*.py /src/models.toml .
         python3 -m venv --without-pip --system-site-packages venv
         cp -r /llama_cpp venv/lib/python3*/site-packages/
         ln -s /models models

@@ -33,8 +33,9 @@ import psutil
 import pytest
 from wire import KEY, Daemon, daemon
 
+import cerebrum_engine as engine
 import vpsd
-from vpsd import llama
+from cerebrum_engine import llama
 
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR", "~/.cache/cerebrum/models")).expanduser()
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
@@ -228,15 +229,15 @@ class Reference:
     the text is short, for that moves logits as much as another batch size does."""
 
     def __init__(self, path: Path) -> None:
-        vpsd.start_library()
+        engine.start_library()
         self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
-        params.n_threads = params.n_threads_batch = vpsd.usable_cores()
+        params.n_threads = params.n_threads_batch = engine.usable_cores()
         self.contexts = []
-        for params.flash_attn_type in vpsd.FLASH_ATTENTION:
+        for params.flash_attn_type in engine.FLASH_ATTENTION:
             self.contexts.append(llama.llama_init_from_model(self.model, params))
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
 
@@ -262,7 +263,7 @@ class Reference:
 
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], list[float]]:
         """Tokens up to the end or `most`, and by how much each won."""
-        context = self.contexts[len(prompt) + most <= vpsd.SHORT.tokens]
+        context = self.contexts[len(prompt) + most <= engine.SHORT.tokens]
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         tokens, gaps, todo = list[int](), list[float](), prompt
         while True:
@@ -288,7 +289,7 @@ class Reference:
         if text == b"".join(pieces).decode("utf-8", "replace"):
             return
         got, wanted = text.encode(), b"".join(pieces)
-        same = vpsd.common_prefix(got, wanted)
+        same = engine.common_prefix(got, wanted)
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         last = max(number for number, start in enumerate(starts) if start <= same)
         # "be" in the place of "b" is seen only where another token than "e" follows that "b".
@@ -725,15 +726,15 @@ def test_two_at_once_with_the_same_prefix_compute_it_once(vps: Vps, reference: R
         body = vps.complete(preamble + " two", max_tokens=8)
         done = list(events)[-1]
     assert done["cached_tokens"] < common // 4
-    assert body["cached_tokens"] >= common - 1 - vpsd.MIN_PREFIX
+    assert body["cached_tokens"] >= common - 1 - engine.MIN_PREFIX
     reference.check(reference.tokenize(preamble + " two"), body["completion"], 8)
 
 
 def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Reference) -> None:
     one, two = (f"# kept in place: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
     first, second = reference.tokenize(one), reference.tokenize(two)
-    common = vpsd.common_prefix(first, second)
-    assert 3 < common < vpsd.MIN_PREFIX < len(first)
+    common = engine.common_prefix(first, second)
+    assert 3 < common < engine.MIN_PREFIX < len(first)
     vps.complete(one, max_tokens=40)
     body = vps.complete(two, max_tokens=8)
     assert body["cached_tokens"] == common
@@ -745,7 +746,7 @@ def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Ref
 def test_a_sequence_that_outgrows_the_context_for_short_ones_goes_on_in_the_other(
     vps: Vps, reference: Reference
 ) -> None:
-    short = vpsd.SHORT.tokens - vpsd.SHORT.draft
+    short = engine.SHORT.tokens - engine.SHORT.draft
     prompt = new_prompt(short - 40)
     tokens = reference.tokenize(prompt)
     assert short - 80 < len(tokens) < short
@@ -787,7 +788,7 @@ def test_nothing_is_kept_without_a_budget(output: Path) -> None:
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # it is still in its slot
         small.complete(new_prompt(), max_tokens=1)
         small.complete(new_prompt(), max_tokens=1)
-        assert small.complete(prompt, max_tokens=1)["cached_tokens"] < vpsd.MIN_PREFIX
+        assert small.complete(prompt, max_tokens=1)["cached_tokens"] < engine.MIN_PREFIX
 
 
 # ----------------------------------------------------------------------------------------------- drafts
@@ -1143,7 +1144,7 @@ def test_too_little_memory_to_start_work(output: Path) -> None:
 
 def test_a_model_that_does_not_fit(output: Path) -> None:
     spare = 500  # less than the weights with their KV cache and buffers
-    reserve = psutil.virtual_memory().available // vpsd.MB - spare
+    reserve = psutil.virtual_memory().available // engine.MB - spare
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
@@ -1211,7 +1212,7 @@ def test_two_models_at_once(output: Path, reference: Reference) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
 def test_the_least_recently_used_model_makes_room(output: Path) -> None:
-    reserve = psutil.virtual_memory().available // vpsd.MB - 1900  # room for one of them
+    reserve = psutil.virtual_memory().available // engine.MB - 1900  # room for one of them
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve)) as vps:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
@@ -1243,7 +1244,7 @@ def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
 @pytest.mark.slow
 def test_soak(output: Path, reference: Reference) -> None:
     """A mix of requests, a third of them cancelled at random: no wrong text, no leak, nothing left active."""
-    draw = vpsd.np.random.default_rng(1)
+    draw = engine.np.random.default_rng(1)
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
         sizes: list[float] = []

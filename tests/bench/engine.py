@@ -35,7 +35,6 @@ from typing import Any
 
 from servers import (
     FILES,
-    ROOT,
     SPIN,
     Question,
     Result,
@@ -49,7 +48,7 @@ from servers import (
     words,
 )
 
-import vpsd as engine  # found by the path that servers has set
+import cerebrum_engine as engine  # found by the path that servers has set
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
@@ -287,9 +286,8 @@ class Loop:
     """One token at a time, the likeliest each time, in this process."""
 
     def __init__(self, model: str, threads: int) -> None:
-        settings = {"CEREBRUM_THREADS": str(threads), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
         engine.start_library()
-        config = engine.load_config({"CEREBRUM_MAX_CONCURRENT": "1", **settings}, Path("/nonexistent"))
+        config = engine.Settings(threads, 4096, "f16", 0, False, 1, Path("/nonexistent"))
         self.llama = engine.Llama(FILES[model], config, lambda _: True)
 
     def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
@@ -362,7 +360,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short rounds, to see that it works")
     options = parser.parse_args()
     if not options.threads:
-        from vpsd import usable_cores
+        from cerebrum_engine import usable_cores
 
         options.threads = usable_cores()
     if not FILES[options.model].exists():

@@ -24,7 +24,7 @@ from servers import FILES, median, prose, vpsd
 
 def bare_loop(path: str, threads: int) -> None:
     """Reads `[prompt, tokens]` lines, writes `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
-    from vpsd import llama, np, start_library  # which also sets how long llama.cpp's threads spin
+    from cerebrum_engine import llama, np, start_library  # which also sets how long llama.cpp's threads spin
 
     start_library()
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.threads:
-        from vpsd import usable_cores
+        from cerebrum_engine import usable_cores
 
         options.threads = usable_cores()
     if options.bare:

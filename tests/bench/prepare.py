@@ -19,7 +19,7 @@ import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from cm4d import prepare
+from cerebrum_code import prepare
 
 MODULES = (argparse, ast, inspect, subprocess, tarfile, typing)
 FILES = [Path(str(module.__file__)).read_text("utf-8") for module in MODULES]

@@ -27,9 +27,10 @@ START_SECONDS = 120.0
 SPIN = "GOMP_SPINCOUNT"  # importing vpsd sets it in this process; a server that is started is to have its own
 sys.path.insert(0, str(ROOT))
 
+from cerebrum_code import LANGUAGES  # noqa: E402
 from cerebrum_common import load_models  # noqa: E402
 
-FILES = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml")}
+FILES = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml", LANGUAGES)}
 
 # ------------------------------------------------------------------------------------------- the servers
 

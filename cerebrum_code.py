@@ -1,0 +1,1561 @@
+"""Source code: the languages that are known, what of a file is sent to a model, and where a completion ends.
+
+Pure knowledge: no socket, no clock, no environment, and no state that outlives a request (but `Ratio`, which its
+owner keeps). `detect_mode` says how a request is to be asked, `prepare` makes a prompt of it that fits, `Ending` cuts
+what the model writes where the thing asked for is whole. Standard library only.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import string
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice, pairwise, takewhile
+from typing import Any
+
+from cerebrum_common import HttpError
+
+# ------------------------------------------------------------------------------------------------------------ languages
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """The syntax of one language, as far as preparing a prompt and ending a completion need it."""
+
+    line_comment: str
+    block_comment: tuple[str, str] | None
+    strings: tuple[tuple[str, str], ...]  # (opening, closing); longer openings first
+    multiline: frozenset[str]  # the openings of strings that may contain a line end
+    indented: bool  # blocks are made by indentation, else by braces
+    imports: re.Pattern[str]  # a line that imports
+    defines: re.Pattern[str]  # a line that defines the name in its first group that took part
+    containers: re.Pattern[str]  # the header of a block whose members are completed one by one
+    function: str = ""  # begins a function that may be called above its definition
+    raw: frozenset[str] = frozenset()  # the openings of strings without escapes
+    ambiguous: str = ""  # openings told from an operator by what is around them: a regex or / , a char or a lifetime
+    directives: bool = False  # a line that starts with # is the preprocessor's
+
+
+# The patterns below are searched for in whole files of strangers, so no repetition in them is unbounded: each costs a
+# line at most a few hundred steps, whatever it holds.
+_C_STRINGS = (('"', '"'), ("'", "'"))
+_IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
+_CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
+_C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
+_C_DEFINES = (
+    r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
+    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
+    r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
+    rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
+    r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
+    r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
+    rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
+    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+    rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+    r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
+)
+_JS_DEFINES = (
+    r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
+    r"(?:function\b[ \t]*\*?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t])[ \t]*([\w$]+)"
+    r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
+    r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
+    r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
+    rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
+)
+_RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
+_JS = Language(
+    "//",
+    ("/*", "*/"),
+    (*_C_STRINGS, ("`", "`")),
+    frozenset("`"),
+    False,
+    re.compile(
+        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()",
+        re.M,
+    ),
+    re.compile(_JS_DEFINES, re.M),
+    re.compile(
+        r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
+        r"|^\s*(?:describe|context|suite)\s*\(",
+        re.M,
+    ),
+    function="function",
+    ambiguous="/",
+)
+_C = Language(
+    "//",
+    ("/*", "*/"),
+    _C_STRINGS,
+    frozenset(),
+    False,
+    re.compile(
+        r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
+    ),
+    re.compile(_C_DEFINES, re.M),
+    re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
+    directives=True,
+)
+LANGUAGES: dict[str, Language] = {
+    "python": Language(
+        "#",
+        None,
+        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        frozenset({'"""', "'''"}),
+        True,
+        re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
+        re.compile(
+            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)"
+            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))",
+            re.M,
+        ),
+        re.compile(r"class\b"),
+        function="def",
+    ),
+    "javascript": _JS,
+    "typescript": _JS,
+    "rust": Language(
+        "//",
+        ("/*", "*/"),
+        (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
+        frozenset(('r##"', 'r#"', 'r"', '"')),
+        False,
+        re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
+        re.compile(
+            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}"
+            r"(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{0,20}\")?)[ \t]+){0,4}"
+            r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
+            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))",
+            re.M,
+        ),
+        re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
+        function="fn",
+        raw=frozenset(('r##"', 'r#"', 'r"')),
+        ambiguous="'",
+    ),
+    "c": _C,
+    "cpp": replace(_C, strings=(('R"', '"'), *_C_STRINGS), multiline=frozenset(('R"',)), raw=frozenset(('R"',))),
+    "go": Language(
+        "//",
+        ("/*", "*/"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("`"),
+        False,
+        re.compile(r"^(?:import\b|package[ \t])", re.M),
+        re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
+        re.compile(r"(?!)"),  # Go's methods stand on their own
+        function="func",
+        raw=frozenset("`"),
+    ),
+}
+
+
+# ------------------------------------------------------------------------------- policy: ways to ask
+
+LINE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
+DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
+VERBS = (
+    "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
+    "|document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|insert|list|make|merge"
+    "|migrate|modernize|modify|move|optimi[sz]e|parse|port|print|produce|provide|read|reduce|refactor|remove|rename"
+    "|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell"
+    "|test|transform|translate|turn|update|use|validate|vectorize|wrap|write"
+)
+# No language here begins a line with these and a word; SQL begins one with `create table` and `explain select`.
+PLAIN_VERBS = (
+    "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor|rewrite|simplify"
+    "|translate|write) (?!(?:analyze|database|function|index|materialized|or|schema|select|table|temporary|trigger|type"
+    r"|unique|user|view)\b)[\w`\"']"
+)
+ASKS = re.compile(
+    r"(?:please|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|help me|you are an?)\b"
+    r"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
+    rf"|given {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
+    r"|(?:an? |the )?(?:[\w+#]+ )?(?:function|program|script|class|method|module|code|snippet) (?:for|that|to|which) \w"
+    rf"|(?:{VERBS})(?: up)? {DETERMINER} |{PLAIN_VERBS}",
+    re.IGNORECASE,
+)
+# Most comments over code begin with a verb as well. An instruction transforms "this", or something "in this function".
+THINGS = r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct|tests?|type)"
+EDITS = re.compile(
+    r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
+    r"|(?:clean up|complete|convert|debug|document|explain|finish|fix|improve|make|migrate|modernize|optimi[sz]e|port"
+    r"|restructure|review|rewrite|shorten|simplify|speed up|test|translate|turn|vectorize)"
+    r" (?:this|these|the following)\b"
+    rf"|(?!use\b)(?:{VERBS}) .{{0,80}}\b(?:(?:this|these|the following) {THINGS}|{THINGS} below)\b"
+    r"|make it |add (?:comments|docstrings?|error handling|logging|type (?:annotations|hints)|(?:unit )?tests)\b)",
+    re.IGNORECASE,
+)
+OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|else|do))$")
+
+
+def syntax(name: str) -> Language:
+    """The syntax of a language; most that models.toml may add are like C."""
+    return LANGUAGES.get(name, LANGUAGES["c"])
+
+
+def detect_mode(fields: Mapping[str, Any]) -> str:
+    """`complete`, `infill` or `instruct`: what `mode` says, else what the other fields and the prompt show.
+
+    HttpError 400 names the field that contradicts. A plain prompt that could be either is completed.
+    """
+    mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
+    suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
+    if suffix and instruction:
+        raise HttpError(400, f"instruction: expected nothing beside suffix, got {len(instruction)} characters")
+    if mode == "auto" and suffix.strip():
+        mode = "infill"
+    elif mode == "auto":
+        asks = instruction or split_instruction(prompt, syntax(fields["language"]))
+        mode = "instruct" if asks else "complete"
+    elif suffix and mode != "infill":
+        raise HttpError(400, f"suffix: expected nothing with mode {mode}, got {len(suffix)} characters")
+    elif instruction and mode != "instruct":
+        raise HttpError(400, f"instruction: expected nothing with mode {mode}, got {len(instruction)} characters")
+    if mode == "infill" and fields.get("suffix") is None:
+        raise HttpError(400, "suffix: expected the text after the cursor with mode infill, got nothing")
+    if mode != "infill" and not prompt and not instruction:
+        raise HttpError(400, 'prompt: expected a non-empty string, got the string ""')
+    return mode
+
+
+def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
+    """(instruction, code) if the prompt is plainly an instruction, alone or above code; else None.
+
+    `Write a stack` → ("Write a stack", ""); `# Make this async` over a whole function → the comment and the function;
+    over a signature without a body → None, for that is a comment about code that is still to be written.
+    """
+    text = prompt.strip()
+    first = text.partition("\n")[0].rstrip()
+    if len(first) <= LINE_CHARACTERS and ASKS.match(first) and not first.endswith((";", "{", "(", "=")):
+        return prompt, ""
+    comment, code = _leading_comment(prompt.lstrip(), language)
+    return (comment, code) if EDITS.match(comment) and _is_whole(code, language) else None
+
+
+def _leading_comment(text: str, language: Language) -> tuple[str, str]:
+    """The comment that the text begins with, without its signs, and what follows it."""
+    if language.block_comment and text.startswith(language.block_comment[0]):
+        comment, _, code = text.partition(language.block_comment[1])
+        return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
+    lines, end = list[str](), 0
+    while text.startswith(language.line_comment, end) and len(lines) < 20:
+        stop = text.find("\n", end) + 1 or len(text)
+        lines.append(text[end:stop].strip().lstrip(language.line_comment[0]).strip())
+        end = stop
+    return " ".join(lines), text[end:]
+
+
+def _is_whole(code: str, language: Language) -> bool:
+    """Whether `code` has some lines and ends where a block may end, rather than where more has to be typed."""
+    end = code.rstrip()
+    if "\n" not in end.strip() or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
+        return False
+    if language.indented and end.endswith(('"""', "'''")):
+        return False  # a docstring and no body yet
+    return all(code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]"))
+
+
+# --------------------------------------------------------------------------- policy: fitting a prompt
+
+FIRST_RATIO = 3.0  # weight per token before a model has told
+MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen one file in fifty has less than 3.5
+# What a character weighs by its kind, in fifths, from a regression of Qwen's tokens over files in five languages. Most
+# words are one token whatever their length, digits are one each, and many signs; indentation costs nearly nothing.
+FIFTHS = {b"a": 3, b"A": 5, b"0": 32, b"+": 11, b" ": 10, b"  ": -16, b"\n": 8, b"\xff": 10}
+KINDS = bytes(
+    code if chr(code) in " \n"  # what is not listed costs as much as a digit: control characters
+    else b"a"[0] if chr(code) in string.ascii_lowercase + "\t\r"
+    else b"A"[0] if chr(code) in string.ascii_uppercase
+    else b"+"[0] if chr(code) in string.punctuation
+    else b"0"[0] if code < 128
+    else 0xFF
+    for code in range(256)
+)  # fmt: skip
+TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
+SUFFIX_SHARE = 8  # an infill's suffix gets one in so many: it follows the prefix, so each keystroke reads it anew
+MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom, and leaving it out saves nothing
+MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
+LEFT_OUT = "... lines left out"
+FURTHER_UP = "from further up in this file:"
+CODE_FIRST = 2000  # weight: longer code goes before the instruction, so that the next one on it finds it read
+NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
+WORDS = re.compile(r"[^\W\d]\w{2,}")
+LINE_START = re.compile(
+    r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
+)
+INDENT = re.compile(r"[ \t]{0,80}")
+DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
+DOCSTRING_MARK = '"""'
+PARAGRAPH_END = re.compile(r"\n\s*\n")
+LEADS = ("@", "#[", "template")  # what belongs to a definition right below, beside comments
+MAX_COMMENT = 800  # characters: a longer comment above a definition, or signature around something, is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the VPS is sent (`prompt` or `messages`, …), what of the request it kept, and its weight for `Ratio`."""
+
+    body: dict[str, Any]
+    kept: dict[str, Any]
+    weight: int
+
+
+@dataclass(slots=True)
+class Ratio:
+    """Weight per token of each model's prompts, learned from the token counts that the VPS reports.
+
+    It errs low: too high costs a refused prompt, too low only some lines. So a lower observation counts at once and a
+    higher one slowly; and it is given in steps, because a new ratio moves the window and so costs the prefix cache.
+    """
+
+    low: dict[str, float] = field(default_factory=dict)
+    given: dict[str, float] = field(default_factory=dict)
+
+    def get(self, model: str) -> float:
+        return self.given.get(model, FIRST_RATIO)
+
+    def learn(self, model: str, weight: int, tokens: int) -> None:
+        if tokens < 256:
+            return  # a template and three words say nothing about code
+        old, new = self.low.get(model, FIRST_RATIO), weight / tokens
+        low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
+        self.low[model] = low
+        if not 0 <= low - self.get(model) < 0.4:  # more than a step, or it would flap between two
+            self.given[model] = int(low * 4) / 4
+
+
+def weigh(text: str) -> int:
+    """What a text takes of the context, in characters of average code: with a ratio it gives an estimate of tokens."""
+    kinds = text.encode("utf-8", "replace").translate(KINDS)
+    return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
+
+
+@dataclass(slots=True, eq=False)
+class Definition:
+    """A line that defines `name`; `start` is where the line does, `parent` the definition around it."""
+
+    name: str
+    start: int
+    indent: int
+    parent: Definition | None
+
+    def chain(self) -> tuple[Definition, ...]:
+        """The definitions around this one and itself, outermost first."""
+        return (*(self.parent.chain() if self.parent else ()), self)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of the text that is sent, and the definitions around it, whose headers go with it."""
+
+    start: int
+    end: int
+    around: tuple[Definition, ...] = ()
+
+
+class Source:
+    """A text in a language, and its definitions. All positions are character offsets into `text`."""
+
+    def __init__(self, text: str, language: Language) -> None:
+        self.text, self.language = text, language
+        self.mark = f"{language.line_comment} {LEFT_OUT}" + ("\r\n" if "\r\n" in text[:4096] else "\n")
+        self.definitions: list[Definition] = []
+        self.by_name: dict[str, list[Definition]] = {}
+        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # what `enclosing` has found
+        stack: list[Definition] = []
+        for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
+            start, name = match.start(), match[match.lastindex or 0]
+            indent = len(self.indent(start))
+            while stack and (stack[-1].indent >= indent or len(stack) > MAX_NESTING):
+                stack.pop()
+            stack.append(Definition(name, start, indent, stack[-1] if stack else None))
+            self.definitions.append(stack[-1])
+            self.by_name.setdefault(name, []).append(stack[-1])
+
+    def indent(self, start: int) -> str:
+        match = INDENT.match(self.text, start)
+        return match[0] if match else ""
+
+    def line_end(self, position: int) -> int:
+        return self.text.find("\n", position) + 1 or len(self.text)
+
+    def starts_line(self, position: int) -> bool:
+        return self.text[position - 1 : position] in ("", "\n")
+
+    def statement(self, start: int, stop: int) -> int:
+        """The first of the least indented statements that begin in the range, else a line's start, else its own."""
+        text, comment = self.text, self.language.block_comment
+        inside = ""  # what ends a docstring or a comment that the range begins in
+        if self.language.indented:
+            inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
+        elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
+            inside = comment[1]
+        if inside and (end := text.find(inside, start, stop)) >= 0:
+            start = min(self.line_end(end), stop)
+        found = [match for match in LINE_START.finditer(text, start, stop) if self.starts_line(match.start())]
+        if not found:
+            return text.find("\n", start, stop) + 1 or start
+        return min(found, key=lambda match: match.end() - match.start()).start()
+
+    def signature_end(self, definition: Definition) -> int:
+        """Past the line that ends a signature, which may take several."""
+        start, end = definition.start, self.line_end(definition.start)
+        for _ in range(20):
+            if self.text.count("(", start, end) <= self.text.count(")", start, end):
+                break
+            end = self.line_end(end)
+        if not self.language.indented and self.text.startswith("{", end + len(self.indent(end))):
+            end = self.line_end(end)
+        return end
+
+    def signature(self, definition: Definition) -> str:
+        return self.text[definition.start : self.signature_end(definition)]
+
+    def lead(self, definition: Definition) -> int:
+        """Where the comments, decorators and attributes right above a definition begin."""
+        text, start, comment = self.text, definition.start, self.language.block_comment
+        for _ in range(12):
+            above = text.rfind("\n", 0, max(0, start - 1)) + 1
+            line = text[above : min(start, above + 200)].strip()
+            if comment and line.endswith(comment[1]):
+                above = text.rfind("\n", 0, max(0, text.rfind(comment[0], 0, start))) + 1
+            elif not line.startswith((*LEADS, self.language.line_comment)):
+                break
+            if above >= start or start - above > MAX_COMMENT:
+                break
+            start = above
+        return start
+
+    def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
+        """The first line in the range that is not inside the definition, by its indentation (in every language)."""
+        return _outside(definition.indent, self.language.indented).search(self.text, start, stop)
+
+    def whole(self, definition: Definition, limit: int) -> Piece | None:
+        """The definition with what belongs to it above, or None if that is over `limit` characters."""
+        start, body = self.lead(definition), self.signature_end(definition)
+        stop = min(start + limit, len(self.text))
+        left = self.leaves(definition, body, stop)
+        if body > stop or (left is None and stop < len(self.text)):
+            return None
+        if left and left[0].endswith("}"):
+            end = self.line_end(left.start())
+        else:
+            end = self._last_line(body, left.start() if left else stop)
+        return Piece(start, end, definition.chain()[:-1])
+
+    def _last_line(self, start: int, end: int) -> int:
+        """Past the last line of a range that is neither blank nor a comment, which may be about what follows."""
+        lines = self.text[start:end].splitlines(keepends=True)
+        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.line_comment)):
+            lines.pop()
+        return start + sum(map(len, lines))
+
+    def outline(self, definition: Definition) -> list[Piece]:
+        """A definition that is too large: its docstring, and the signatures around that and of its members."""
+        body, around = self.signature_end(definition), definition.chain()
+        docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
+        members = [member for member in self.definitions if member.parent is definition]
+        signatures = [Piece(member.start, self.signature_end(member), around) for member in members[:40]]
+        return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
+
+    def enclosing(self, position: int) -> tuple[Definition, ...]:
+        """The definitions around a position, outermost first."""
+        if position in self.enclosed:
+            return self.enclosed[position]
+        index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
+        found: list[Definition] = []
+        for definition in self.definitions[index].chain() if index >= 0 else ():
+            if self.leaves(definition, max(self.signature_end(definition), position - 65_536), position):
+                break
+            if self.signature_end(definition) - definition.start <= MAX_COMMENT:
+                found.append(definition)
+        self.enclosed[position] = tuple(found)
+        return self.enclosed[position]
+
+    def imports(self, stop: int) -> Iterator[Piece]:
+        """The imports before `stop`, each with all of its lines."""
+        end = 0
+        for match in islice(self.language.imports.finditer(self.text, 0, stop), MAX_IMPORTS):
+            if match.start() < end:
+                continue
+            end = self.line_end(match.end())
+            line = self.text[match.start() : end]
+            for opening, closing in ("()", "{}"):
+                if line.count(opening) > line.count(closing):
+                    found = self.text.find(closing, end, min(end + 4000, stop))
+                    end = self.line_end(found) if found >= 0 else end
+            yield Piece(match.start(), end)
+
+    def spans(self, pieces: Iterable[Piece]) -> list[tuple[int, int, tuple[Definition, ...]]]:
+        """Start, end and what is open after it of each piece and of the signatures around it, in the text's order."""
+        found = {(piece.start, piece.end, piece.around) for piece in pieces}
+        for _, _, around in list(found):
+            for depth, one in enumerate(around, 1):
+                found.add((one.start, self.signature_end(one), around[:depth]))
+        return sorted(found, key=lambda span: (span[0], -span[1], len(span[2])))
+
+    def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
+        """The pieces in the text's order with the signatures around them, up to where the window starts. A mark stands
+        for what is left out between them, and a brace closes what the window is not in."""
+        spans = self.spans(pieces if window is None else [*pieces, Piece(window, window, self.enclosing(window))])
+        opened: tuple[Definition, ...] = ()
+        out, at = list[str](), spans[0][0] if window is None else 0
+        for start, end, around in spans:
+            if start < at:
+                continue  # inside of one before
+            common = sum(one is other for one, other in zip(opened, around, strict=False))
+            closed, gap = opened[common:], self.text[at:start]
+            if not gap.strip():
+                out.append(gap[-200:])
+            elif closed and gap.strip(" \t\r\n}"):
+                out += [self.indent(opened[-1].start), "    ", self.mark]
+            elif not closed:
+                out += [self.indent(start), self.mark]
+            if not self.language.indented:
+                braced = (one for one in reversed(closed) if "{" in self.signature(one))
+                out += [self.indent(one.start) + "}\n" for one in braced]
+            out.append(self.text[start:end])
+            opened, at = around, end
+        return "".join(out)
+
+
+@lru_cache(200)
+def _outside(indent: int, indented: bool) -> re.Pattern[str]:
+    """A line outside of the block of a definition with this indentation. Brackets that close it, Python's comments,
+    an opening brace on its own line, labels and `where` are still inside; a closing brace is its last line."""
+    inside = r"[\s#)\]}]" if indented else r"[\s#){\]]|where\b|\w+:\s*$"
+    return re.compile(rf"^[ \t]{{0,{indent}}}(?!{inside}).", re.M)
+
+
+class Fit:
+    """What of a text that is too long is sent: imports, definitions that are needed, and a window up to its end.
+
+    While someone types at the end only the end of the result may change, or the VPS reads it all anew. So all that
+    comes first is decided by the text before `still`, a position that moves in steps; what the lines behind it need is
+    put between them, as comments, and a new need changes nothing before the statement that has it.
+    """
+
+    def __init__(self, text: str, language: Language, room: int, about: str) -> None:
+        self.source, self.room, self.about = Source(text, language), room, about
+        step = 1 << max(7, (room // 4).bit_length() - 1)
+        behind = (step + step // 4) * 9 // 8  # what the lines behind `still` may weigh
+        while True:
+            self.cell = step // 4
+            self.still = max(0, len(text) - self.cell) // step * step
+            if step <= 128 or weigh(text[self.still :]) <= behind:
+                break
+            step //= 2  # digits or rare characters
+        self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position (0: before all)
+        self.paid: set[tuple[Definition, int]] = set()  # the signatures that are sent around it, and where
+        room -= behind + self.room // 8  # an eighth for what is put between the lines behind `still`
+        self.start = self.window_start(room * (3 if about else 5) // 8)
+        self.select(room)
+        self.start = self.window_start(room - weigh(self.source.render(self.taken, self.start)))
+        self.taken = {piece: 0 for piece in self.taken if piece.end <= self.start}
+        self.annotate()
+
+    def window_start(self, room: int) -> int:
+        """Where a statement begins from which on the text before `still` fits into the room."""
+        text, cell = self.source.text, self.cell
+        grid = range(max(0, self.still - 3 * max(room, 0)) // cell * cell, self.still, cell)
+        for position in grid[bisect_left(grid, -room, key=lambda position: -weigh(text[position : self.still])) :]:
+            start = self.source.statement(position, position + cell // 2) if position else 0
+            if weigh(text[start : self.still]) <= room:
+                return start
+        return self.still
+
+    def select(self, room: int) -> None:
+        """Take the imports and definitions before the window that it needs, and what resembles the instruction."""
+        text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
+        if self.about:
+            self.take(self.resembling(), room * 3 // 8)
+        used = {name for name, _ in names}
+        imports = list(self.source.imports(self.start))
+        imports.sort(key=lambda piece: used.isdisjoint(WORDS.findall(text, piece.start, piece.end)))
+        self.take(([[piece]] for piece in imports), room // 8)
+        self.take(self.needed(names), room // 4)
+
+    def annotate(self) -> None:
+        """Take what the lines behind `still` need, each before the cell of those lines that needs it first."""
+        end, half, room = len(self.source.text), self.cell // 2, self.room // 8
+        for edge, following in pairwise([*range(self.still, end - half, self.cell), end]):
+            place = self.source.statement(edge, edge + half)
+            if place >= self.start and self.source.starts_line(place):
+                names = names_in(self.source.text, edge + half * (edge > self.still), following + half)
+                room = self.take(self.needed(names), room, place)
+
+    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int = 0) -> int:
+        """For each thing that is wanted, the first form of it that there is room for; returns the room that is left."""
+        for forms in wanted:
+            for pieces in forms:
+                new = [piece for piece in pieces if piece not in self.taken]
+                around = {(definition, place) for piece in new for definition in piece.around} - self.paid
+                texts = [self.source.text[piece.start : piece.end] for piece in new]
+                texts += [self.source.signature(definition) for definition, _ in around]
+                cost = sum(self.cost(text, place) for text in texts)
+                if cost <= room:
+                    room -= cost
+                    self.taken |= dict.fromkeys(new, place)
+                    self.paid |= around
+                    break
+            if room < 60:
+                break
+        return room
+
+    def cost(self, text: str, place: int) -> int:
+        """What a piece weighs with the mark before it, and as comments if it does not come first."""
+        return weigh(text) + len(self.source.mark) + (text.count("\n") + 2) * len(self.comment(place)) * (place > 0)
+
+    def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
+        """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
+        and only if few have the name."""
+        around = self.source.enclosing(self.start)
+        for name, member in names:
+            named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
+            known = [one for one in named if member or not one.indent or one.parent in around]
+            if known and known[-1].start < self.start and len(known) <= 3:
+                yield from map(self.forms, known[-1:] if self.source.language.indented else known)
+
+    def forms(self, definition: Definition) -> Iterator[list[Piece]]:
+        """A definition whole; what has a block also in outline, and its signature alone."""
+        if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
+            yield [whole]
+        if self.source.signature(definition).rstrip().endswith((":", "{")):
+            outline = self.source.outline(definition)
+            yield from (outline, outline[:1])
+
+    def resembling(self) -> Iterator[Iterable[list[Piece]]]:
+        """Definitions before the window, by how many of the instruction's words they contain; rare words weigh more."""
+        definitions, text = self.source.definitions, self.source.text
+        text = text.lower() if text.isascii() else text  # else positions could move
+        starts = [definition.start for definition in definitions if definition.start < self.start]
+        scores: Counter[int] = Counter()
+        for word in sorted({word.lower() for word in WORDS.findall(self.about, 0, 2000)})[:40]:
+            found = islice(re.finditer(re.escape(word), text), 2000)
+            units = {bisect_right(starts, match.start()) - 1 for match in found} - {-1}
+            for unit in units:
+                scores[unit] += 100 // len(units) + 100 * (definitions[unit].name.lower() == word)
+        for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
+            yield self.forms(definitions[unit])
+
+    def comment(self, place: int) -> str:
+        return f"{self.source.indent(place)}{self.source.language.line_comment} "
+
+    def result(self) -> str:
+        out = [self.source.render([piece for piece, place in self.taken.items() if not place], self.start)]
+        at = self.start
+        for place in sorted({*self.taken.values(), 0})[1:]:
+            note = self.source.render(piece for piece, before in self.taken.items() if before == place)
+            out += [self.source.text[at:place], self.comment(place), FURTHER_UP, "\n"]
+            out += [self.comment(place) + line for line in note.splitlines(keepends=True)]
+            at = place
+        return "".join([*out, self.source.text[at:]])
+
+    def kept(self) -> dict[str, Any]:
+        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`,
+        `lines` being those of the window."""
+        definitions, imports, names = self.source.definitions, False, dict[str, None]()
+        for piece in self.taken:
+            index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
+            if index < len(definitions) and definitions[index].start < piece.end:
+                names[definitions[index].name] = None
+            elif piece.around:
+                names[piece.around[-1].name] = None
+            else:
+                imports = True
+        parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
+        lines = len(self.source.text[self.start :].splitlines())
+        return {"parts": parts, "lines": lines, "definitions": list(names)}
+
+
+def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
+    """The names that begin in a range, each once, and whether it is a member: `a.b` → `("a", False), ("b", True)`."""
+    found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
+    return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
+
+
+def without_repeated(text: str, mark: str) -> str:
+    """The text without the paragraphs that come again, word for word, nearer to its end."""
+    seen, out, end = set[str](), list[str](), len(text)
+    for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(text))]):
+        block = text[start:end].strip()
+        if len(block) < MIN_REPEATED or block not in seen:
+            out.append(text[start:end])
+        elif out[-1] is not mark:
+            out.append(mark)
+        seen.add(block)
+        end = start
+    return "".join(reversed(out))
+
+
+def fits(text: str, room: int) -> bool:
+    return len(text) <= 3 * room and weigh(text) <= room
+
+
+def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
+    """What of `text` is sent if it may weigh `room`, and a description of it; all of it, unchanged, if it fits."""
+    if fits(text, room):
+        return text, {"parts": ["all"]}
+    text = without_repeated(text, f"{language.line_comment} {LEFT_OUT}\n")
+    if fits(text, room):
+        return text, {"parts": ["all", "repeated once"]}
+    share = room
+    while share > 600:
+        fitted = Fit(text, language, share, about)
+        if weigh(result := fitted.result()) <= room:
+            return result, fitted.kept()
+        share //= 2
+    return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
+
+
+def fit_start(text: str, room: int) -> str:
+    """The start of `text` that weighs at most `room`, in whole lines if it has any."""
+    if fits(text, room):
+        return text
+    text = text[: 3 * max(room, 0)]
+    while weigh(text) > room:
+        text = text[: len(text) * room // weigh(text)]
+    return text[: text.rfind("\n") + 1] or text
+
+
+def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> Prepared:
+    """The VPS's fields for a request in a mode that `detect_mode` gave, so that its prompt has at most `budget` tokens.
+
+    `ratio` is the model's from `Ratio`. What fits is sent as it is, byte for byte. `kept` says what was sent:
+    `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": 158, "definitions":
+    ["Account"]}`; parts are ["all"] if nothing was left out.
+    """
+    language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
+    room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
+    body: dict[str, Any] = {"mode": mode}
+    if mode == "instruct":
+        instruction, code = fields.get("instruction") or "", prompt
+        if not instruction:
+            instruction, code = split_instruction(prompt, language) or (prompt, "")
+            if not code and not fits(instruction, room):  # then what follows its first line is rather code
+                instruction, _, code = instruction.strip().partition("\n")
+        asked = fit_start(instruction.strip(), room // 2 if code else room)
+        sent, kept = fit(code, language, room - weigh(asked), asked)
+        if len(asked) < len(instruction.strip()):
+            kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
+        fence = f"```{fields['language']}\n"
+        block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
+        text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
+        of, sizes = len(code) + len(instruction), len(sent) + len(asked)
+        # The answer begins with its fence: no chatter before the code. Asked for "the code alone", a small model leaves
+        # out the comments and steps by which it gets the code right.
+        body["messages"] = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
+    else:
+        spare = room - weigh(prompt[: 3 * room])
+        after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
+        sent, kept = fit(prompt, language, room - weigh(after))
+        if len(after) < len(suffix):
+            kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
+        text, of, sizes = sent + after, len(prompt) + len(suffix), len(sent) + len(after)
+        body |= {"prompt": sent, "heal": True} | ({"suffix": after} if mode == "infill" else {})
+    if fields.get("filename"):
+        body["filename"] = fields["filename"]
+    return Prepared(body, {"characters": sizes, "of": of, **kept}, weigh(text))
+
+
+# --------------------------------------------------------------------------------------------------------- stop strings
+
+
+class StopStrings:
+    """Cuts the text at the first stop string, across token borders; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text before any stop string that can be sent, whether one was found)."""
+        text = self.held + text
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.held = ""
+            return text[: min(found)[1]], True  # the first to be complete, however the text was cut into tokens
+        keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ------------------------------------------------------------------------------- policy: the natural end
+#
+# A completion passes through one or two stages. A stage takes one character at a time, so that no split of the text
+# into tokens can change the outcome, and decides how much of its text may go out (`safe`) and whether it is over
+# (`reason`, and `safe` is then where). What is undecided waits, seldom more than a line's beginning.
+
+REST_CHARS = 64  # of the cursor's line after the cursor, compared with what is written
+EARLY_CHARS = 12  # so much of the suffix's line, written again, is no coincidence: the rest need not be computed
+AHEAD_CHARS = 20  # how far, white space not counted, an infill may look for the suffix after its first line
+SURE_AHEAD_CHARS = 56  # the same if the suffix stands too deep to follow that line
+HEADER_COLUMNS = 4  # how much deeper a body is than its header, at least usually
+CHATTER_CHARS = 4000  # before a chat's first fence; if there is none by then, it was no chatter
+REPEATED_LINES = 6  # the same line so often in a row is a model that starts over ...
+REPEATED_DATA = 24  # ... unless it is data (a comma at its end) or only closes something
+REPEATED_COPIES = 3  # of a block of two or more lines
+PERIOD_LINES = 24  # in such a block
+PERIOD_CHARS = 160  # a line that ends in so much of one short pattern never ends
+
+FUNCTION = re.compile(r"(?:async\s+)?def\b")
+DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
+COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
+CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
+BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
+RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
+TAIL_CHARS = 18  # of the text are remembered: the longest closing of a literal, C++'s )name" with 16 in its name
+TRIPLE_QUOTES = ('"""', "'''")
+CODE = re.compile(
+    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
+)
+CALL = re.compile(r"(\w+)\(")
+CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))\s*$")
+FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([^`\n]*)")
+SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
+PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
+PAIRS = {")": "(", "]": "[", "}": "{"}
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+# A line that announces what nobody asked for, and instructions that do ask for it.
+EXTRAS = re.compile(
+    r"(?:#|//)+[ \t]*(?:some |an? |the )?"
+    r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
+    r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
+    r"[:. \t\r]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+WANTS_EXTRAS = re.compile(
+    r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
+    re.IGNORECASE,
+)
+
+
+class Scanner:
+    """Follows source code character by character: its strings, comments, brackets and statements.
+
+    `closer` ends the literal or comment that the text is in ("" in code). `stack` holds the open brackets, each with
+    the code before it in its statement and its line's indentation; `head` is the code of the statement so far, `last`
+    its last character. `starting`: only white space has come since a line (in Python: a statement) began, `indent`
+    columns of it. For Python, `blocks` are the (indentation, header) of those open after the last whole statement.
+    """
+
+    def __init__(self, language: Language, text: str = "") -> None:
+        self.language = language
+        self.comments = [(language.line_comment, "\n"), *filter(None, [language.block_comment])]
+        self.comments += [("#", "\n")] * language.directives
+        literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
+        self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
+        self.opener_ends = {opener[-1] for opener, _ in self.openers}
+        self.opener = self.closer = self.tail = self.head = self.last = ""
+        self.since = 0  # characters since the literal or comment opened
+        self.escaped = self.in_class = False
+        self.stack: list[tuple[str, str, int]] = []
+        self.unmatched = 0  # closing brackets of what was opened before the text
+        self.blocks: list[tuple[int, str]] = []
+        self.fresh = False  # the innermost block has no body yet, but perhaps a docstring
+        self.starting, self.indent = True, 0
+        self.margin: int | None = None  # the least indentation of any statement
+        for char in text:
+            self.step(char)
+
+    @property
+    def in_comment(self) -> bool:
+        return (self.opener, self.closer) in self.comments
+
+    @property
+    def in_parens(self) -> bool:
+        return bool(self.stack) and self.stack[-1][0] in "(["
+
+    @property
+    def opened(self) -> int | None:
+        """The indentation of the header right before this point, if it opened a block that has no body yet."""
+        if not self.language.indented:
+            return self.stack[-1][2] if self.last == "{" and self.stack else None
+        if self.head.strip():
+            return self.indent if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip()) else None
+        return self.blocks[-1][0] if self.fresh else None
+
+    def enclosing(self, indent: int) -> list[tuple[int, str]]:
+        """The open blocks that a statement at this indentation is in."""
+        return [block for block in self.blocks if block[0] < indent]
+
+    def step(self, char: str) -> None:
+        self.tail = self.tail[1 - TAIL_CHARS :] + char
+        self.since += 1
+        if char in self.opener_ends and (pair := self._opening()):
+            self.opener, self.closer = pair
+            self.since, self.escaped, self.in_class, self.starting = 0, False, False, False
+        elif self.closer:
+            self._in_literal(char)
+        else:
+            self._in_code(char)
+
+    def _opening(self) -> tuple[str, str] | None:
+        """The literal or comment whose opening the last character completes, in code or right after a shorter one."""
+        for opener, closer in self.openers:
+            if not self.tail.endswith(opener):
+                continue
+            if self.closer:
+                if self.since < len(opener) and opener[: -self.since].endswith(self.opener):
+                    return opener, closer
+            elif opener == "'" and (self.tail[-2:-1].isalnum() or self.tail[-2:-1] == "_"):
+                # An apostrophe in JSX, or what separates digits in C++; unless a prefix or a keyword is before it.
+                return (opener, closer) if QUOTE_AFTER.search(self.head) else None
+            elif opener == 'R"' and not RAW_BEFORE.search(self.head):
+                continue
+            elif opener == "/":
+                return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(self.head) else None
+            elif opener != "#" or not self.language.directives or self.starting:
+                return opener, closer
+        return None
+
+    def _in_literal(self, char: str) -> None:
+        if self.since == 2 and self.opener == "'" in self.language.ambiguous and char != "'" and self.tail[-2] != "\\":
+            self.closer = ""  # a lifetime
+            self._in_code(char)
+            return
+        comment = self.in_comment
+        if self.escaped:
+            self.escaped = False
+        elif char == "\\" and self.opener not in self.language.raw and (not comment or self.language.directives):
+            self.escaped = True
+        elif self.opener == "/" and char in "[]":
+            self.in_class = char == "["
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( goes on to )name"
+        elif self.tail.endswith(self.closer) and self.since >= len(self.closer) and not self.in_class:
+            if self.since > len(self.closer):  # after an empty string, one more quote makes it a triple one
+                self.tail = ""
+            self.closer = ""
+            self.last = self.last if comment else '"'
+            if char == "\n":
+                self._in_code(char)
+        elif char == "\n" and self.opener not in self.language.multiline and self.closer != "*/":
+            self.closer = ""  # never closed
+            self._in_code(char)
+        elif self.opener == "`" and self.tail.endswith("${") and "/" in self.language.ambiguous:
+            self.stack.append(("${", self.head, self.indent))
+            self.closer = ""
+
+    def _in_code(self, char: str) -> None:
+        if char == "\n":
+            self._newline()
+            return
+        if self.starting and char in " \t":
+            self.indent += 1 if char == " " else 8 - self.indent % 8
+            return
+        self.starting = False
+        if char in "([{":
+            self.stack.append((char, self.head, self.indent))
+            self.head = "" if char == "{" and not self.language.indented else self.head + char
+        elif char in PAIRS:
+            self._close(char)
+        elif char == ";" and not self.language.indented and not self.in_parens:
+            self.head = ""
+        else:
+            self.head = (self.head if len(self.head) < 1000 else self.head[:500]) + char
+        self.last = self.last if char in " \t\r" else char
+
+    def _close(self, char: str) -> None:
+        depth = len(self.stack) - 1
+        while depth >= 0 and self.stack[depth][0][-1] != PAIRS[char]:
+            depth = -1 if self.stack[depth][0] == "{" else depth - 1  # a stray ) does not close a block
+        if depth < 0:
+            self.unmatched += 1
+            return
+        kind, header, _ = self.stack[depth]
+        del self.stack[depth:]
+        if kind == "${":
+            self.opener, self.closer, self.since = "`", "`", 9
+        elif char != "}" or self.language.indented:
+            self.head += char
+        else:
+            self.head = header + "{}" if self.in_parens else ""
+
+    def _newline(self) -> None:
+        if not self.language.indented:
+            self.starting, self.indent = True, 0
+            if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
+                self.head = "" if self.head.endswith("\n") or self.last == ":" else self.head + "\n"  # : is a label's
+        elif self.stack or self.last == "\\":
+            self.last = self.last.strip("\\")
+        else:
+            head = self.head.strip()
+            if head and head.lower() != "r":  # else a comment or a docstring
+                self.blocks, self.fresh = self.enclosing(self.indent), self.last == ":"
+                self.blocks += [(self.indent, head)] * self.fresh
+                self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
+            self.starting, self.indent, self.head, self.last = True, 0, "", ""
+
+
+class Stage:
+    """Text in, text out, until `reason`. `step` sees each character, and moves `safe`, the length that may go out."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.safe = self.sent = 0
+        self.reason: str | None = None
+
+    def step(self, char: str) -> None:
+        raise NotImplementedError
+
+    def end(self, reason: str, at: int) -> None:
+        self.reason, self.safe = reason, max(at, self.safe)
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        for char in piece:
+            self.step(char)
+            if self.reason:
+                break
+        out, self.sent = self.text[self.sent : self.safe], self.safe
+        return out, self.reason
+
+    def flush(self, whole: bool) -> str:
+        """What is left when the tokens end: because the model says so (`whole`), or because no more are allowed."""
+        return self.text[self.sent :]
+
+
+class Lines(Stage):
+    """Code that is judged where a line begins (`outside`) and where it ends (`ended`).
+
+    `mark` is the end of the last line that is not blank: there the completion ends if what follows is outside.
+    """
+
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__()
+        self.scanner, self.prompt = scanner, prompt
+        self.line = prompt[prompt.rfind("\n") + 1 :]  # the line so far, with what the prompt has of it
+        self.held = scanner.starting  # the line has not shown yet whether it is outside
+        self.mark = self.before = 0
+        self.dropped = 0  # of the last line end, if the completion ends there
+        self.ticks = 0  # of a fence, which is no code in any of the languages
+
+    def is_boundary(self) -> bool:
+        """Whether the line end just read is one that counts."""
+        return not self.scanner.closer
+
+    def outside(self, word: str) -> str | None:
+        """Why the line that begins with `word` is past the end; "": it is not; None: more of it must be seen."""
+        raise NotImplementedError
+
+    def ended(self, line: str) -> str | None:
+        """Why the completion is over with this line, if it is."""
+        raise NotImplementedError
+
+    def undefined(self) -> list[str]:
+        """How the definitions would begin of functions that the text calls and nothing so far defines."""
+        written, keyword = self.prompt + self.text[: self.mark], self.scanner.language.function
+        names = set(CALL.findall(self.text[: self.mark])) if keyword else set()
+        starts = (f"{keyword} {name}(" for name in names)
+        return [start for start in starts if start not in written]
+
+    def helps(self, word: str) -> str | None:
+        """`outside` of what follows a whole function: "" if it defines one that the text calls."""
+        starts = self.undefined()
+        if any(map(word.startswith, starts)):
+            return ""
+        return None if any(start.startswith(word) for start in starts) else "block"
+
+    def step(self, char: str) -> None:
+        self.ticks = self.ticks + 1 if char == "`" and (self.ticks or not self.scanner.closer) else 0
+        self.text += char
+        self.scanner.step(char)
+        reason: str | None = None
+        if self.ticks == len("```"):
+            self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
+        elif char == "\n" and self.is_boundary():
+            line, self.line, self.held = self.line.strip(), "", True
+            if line:
+                self.before, self.mark = self.mark, len(self.text) - self.dropped
+            reason = self.ended(line)
+        else:
+            self.line = "" if char == "\n" else self.line + char
+            if self.held and not self.ticks and (word := self.line.strip()):
+                reason = self.outside(word)
+                self.held = reason != ""
+            if not self.held:
+                self.safe = len(self.text) - self.ticks
+        if reason:
+            self.end(reason, self.mark)
+
+
+def continues(word: str) -> str | None:
+    """`outside` of what follows a closed block that may have an `else`: "" if it is one, None if it may become one."""
+    name = re.match(r"\w*", word)
+    if name and name[0] != word:
+        return "" if name[0] in CLAUSES else "block"
+    return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
+
+
+class IndentedBlock(Lines):
+    """Python: ends before the first statement outside of the block that was asked for.
+
+    That is the outermost function open at the cursor (a class is completed method by method), else the outermost
+    other block, else the first definition that the model writes; what a statement in progress outside of all blocks
+    asks for ends at a blank line. If only white space precedes the cursor on its line, the first line written tells
+    by its indentation which blocks are open.
+    """
+
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__(scanner, prompt)
+        self.base: int | None = None  # lines indented no deeper are outside; -1: there is no outside; None: not known
+        self.clauses = self.statement = self.blank = False
+        head = scanner.head.strip()
+        if head or scanner.fresh:
+            blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
+            self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks)
+            self.statement = self.base == -1
+
+    def _choose(self, blocks: list[tuple[int, str]]) -> None:
+        functions = [block for block in blocks if FUNCTION.match(block[1])]
+        others = [block for block in blocks if not self.scanner.language.containers.match(block[1])]
+        # In the middle of a file, the header of the outermost block may have been cut off.
+        margin = self.scanner.indent if self.scanner.margin is None else self.scanner.margin
+        self.base, header = (functions or others or blocks[-1:] or [(min(margin, self.scanner.indent) - 1, "def")])[0]
+        self.clauses = not DEFINITION.match(header)
+
+    def is_boundary(self) -> bool:
+        return self.scanner.starting
+
+    def ended(self, line: str) -> str | None:
+        blocks, self.blank = self.scanner.blocks, not line
+        if self.base == -1 and blocks and DEFINITION.match(blocks[0][1]):
+            self.base, self.clauses = 0, False
+        return "block" if self.statement and self.base == -1 and self.blank and self.mark else None
+
+    def outside(self, word: str) -> str | None:
+        scanner = self.scanner
+        if scanner.in_comment and (self.base is None or not self.blank):
+            return ""  # right below code, a comment belongs to it
+        if self.base is None:
+            self._choose(scanner.enclosing(scanner.indent))
+        assert self.base is not None
+        if scanner.indent > self.base or word[0] in PAIRS:
+            return ""
+        if scanner.indent < self.base:
+            return "block"
+        return continues(word) if self.clauses else self.helps(word)
+
+
+class BracedBlock(Lines):
+    """The other languages: ends after the line that closes the block that was asked for, chosen as for Python.
+
+    The outermost open block whose members are not completed one by one (a function, at last with everything in it);
+    else the statement or signature in progress; else the innermost class, impl or namespace; else the first
+    function or class that the model writes. Closing brackets that follow in lines of their own come along.
+    """
+
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__(scanner, prompt)
+        self.base: int | None = None  # the depth of brackets at which it has ended; None: none is open yet
+        self.statement = self.clauses = False
+        self.closed = False  # and the next line may still be an `else` or a closing bracket
+        braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket[0] == "{"]
+        things = [depth for depth in braces if not scanner.language.containers.search(scanner.stack[depth][1])]
+        if things:
+            self._open(things[0])
+        elif scanner.head.strip() or scanner.in_parens:
+            self.statement, self.base = True, braces[-1] + 1 if braces else 0
+        elif braces:
+            self._open(braces[-1])
+
+    def _open(self, depth: int) -> None:
+        """The block asked for is `stack[depth]`; as an argument of a call it is the call."""
+        stack = self.scanner.stack
+        self.clauses = bool(CONTROL.search(stack[depth][1]))
+        while depth and stack[depth - 1][0] in "([":
+            depth -= 1
+        self.base = depth
+
+    def step(self, char: str) -> None:
+        super().step(char)
+        stack = self.scanner.stack
+        if self.base is None and len(stack) == 1 and char == "{" == stack[0][0]:
+            header = stack[0][1]
+            if BRACED_DEFINITION.search(header) and not CONTROL.search(header):
+                self._open(0)
+
+    def ended(self, line: str) -> str | None:
+        scanner = self.scanner
+        if self.base is None or len(scanner.stack) > self.base:
+            return None
+        if self.statement and scanner.last not in ("}", ";"):
+            return "block" if not line and self.mark else None
+        if not self.statement and scanner.last in tuple(",=(&|+?.:"):
+            return None
+        self.closed = True
+        return None if scanner.stack or self.clauses or self.undefined() else "block"
+
+    def outside(self, word: str) -> str | None:
+        if not self.closed:
+            return ""
+        reason = "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
+        self.closed = reason != ""
+        return reason
+
+
+class Gap(Lines):
+    """An infill: ends where the suffix begins again, with its line if only that is missing, or with its block.
+
+    Indentation tells which: `below` is the suffix's first line. If it is deeper than a header at the cursor (or one
+    just written), the body is there; if not, it is missing, and the gap goes on until its block is left or closed.
+    """
+
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+        super().__init__(scanner, prompt)
+        rest, _, after = suffix.partition("\n")
+        self.inline = bool(self.line.strip())
+        self.whole = not self.line and bool(rest.strip())  # whole lines are missing, with their line ends
+        self.dropped = int(not self.whole)
+        self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
+        below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
+        self.below, self.below_indent = below.strip(), len(below) - len(below.lstrip()) if below else -1
+        self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
+        self.indent = scanner.indent if self.inline else None  # of the gap's first statement
+        self.limit: int | None = None  # Python: the gap is a body, and lines indented no deeper are outside
+        self.floor: int | None = None  # others: the gap is a body, and what closes more brackets is outside
+        self.target: int | None = None  # others: the gap ends with the line that gets to this depth
+        self.enough: int | None = None  # the gap could end here, and does unless the suffix is found further on
+        self.ahead, self.bound = AHEAD_CHARS, 0  # so much further, and not to lines indented less
+        if scanner.opened is not None:
+            self._open_body(scanner.opened)
+        # Where in `rest` something closes that was opened before the cursor: what writes that, writes `rest`.
+        then = copy.deepcopy(scanner)
+        self.offset = next((place for place, char in enumerate(self.rest) if self._leaves(then, char)), None)
+        self.rest_depth = max(self.depth, len(then.stack))
+
+    def _leaves(self, scanner: Scanner, char: str) -> bool:
+        """Step; whether that has closed the string or bracket that the cursor was in."""
+        scanner.step(char)
+        if self.literal:
+            return not scanner.closer
+        return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
+
+    def _open_body(self, indent: int) -> bool:
+        """A header is indented so: whether its body is missing from the suffix."""
+        if self.below_indent > indent:
+            return False
+        depth = len(self.scanner.stack)
+        if self.scanner.language.indented:
+            self.limit = indent
+        elif self.below[:1] in PAIRS and self.below_indent == indent:
+            self.floor = depth
+        else:
+            self.target = depth - 1
+        return True
+
+    def is_boundary(self) -> bool:
+        return self.literal or not self.scanner.closer
+
+    def outside(self, word: str) -> str | None:
+        scanner = self.scanner
+        if len(word) == 1:
+            if self.floor is not None and len(scanner.stack) < self.floor:
+                return "block"
+            if self.limit is not None and self.enough is None and scanner.indent <= self.limit and not scanner.stack:
+                if not self.limit or self.indent == self.limit:
+                    return "block"  # a definition at the left margin, or one that the gap brought
+                self.enough = self.mark
+            if self.indent is None and not scanner.in_comment:
+                self.indent = scanner.indent
+        if self.below.startswith(word) and scanner.indent == self.below_indent:
+            return "stop" if len(word) >= EARLY_CHARS else None
+        if self.enough is not None and (len(scanner.stack) < self.depth or scanner.indent < self.bound):
+            self.mark = self.enough
+            return "block"
+        return ""
+
+    def ended(self, line: str) -> str | None:
+        scanner, depth = self.scanner, len(self.scanner.stack)
+        inline, self.inline = self.inline, False
+        if line and line == self.below and self.was_held and not inline:
+            self.mark = self.before
+            return "stop"
+        if self.target is not None:
+            return "block" if depth <= self.target else None
+        if self.enough is None and self.indent is not None and line and line[0] != "@":
+            self._ended(scanner, depth, self.indent)
+        return None
+
+    def _ended(self, scanner: Scanner, depth: int, indent: int) -> None:
+        """The gap's first line has ended, or one of its body."""
+        header = scanner.language.indented and scanner.fresh
+        if self.limit is None and self.floor is None:
+            if self.below_indent <= indent and (depth > self.depth or header):
+                if header or scanner.last == "{":
+                    self._open_body(indent)
+                return
+            self.enough = self.mark
+            if self.below_indent > indent + HEADER_COLUMNS * (depth > self.depth or header):
+                self.ahead, self.bound = SURE_AHEAD_CHARS, 0  # a header is missing yet
+                return
+        self.bound = min(indent, self.below_indent)
+
+    def step(self, char: str) -> None:
+        if self.rest:
+            self._in_line(char)
+            return
+        self.was_held = self.held
+        super().step(char)
+        if self.enough is not None and not self.reason:
+            self.safe = self.enough
+            self.ahead -= not char.isspace()
+            if self.ahead < 0:
+                self.end("block", self.enough)
+
+    def _in_line(self, char: str) -> None:
+        """The suffix goes on in the cursor's line: end where `rest` begins, or would."""
+        scanner, rest, position = self.scanner, self.rest, len(self.text)
+        self.text += char
+        if self._leaves(scanner, char) and self.offset is not None:
+            self._cut(position - self.offset, position)
+        elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
+            self._cut(position - len(rest), position)
+        elif len(rest) >= EARLY_CHARS and self.text.endswith(rest[:EARLY_CHARS]):
+            self.end("stop", position + 1 - EARLY_CHARS)
+        else:
+            # What looks like the beginning of `rest` waits for the line's end: it may be the best place to cut.
+            shown = rest[:3] if rest[0].isalnum() or rest[0].isspace() else rest[0]
+            first = self.text.find(shown, self.safe)
+            alive = next((size for size in (2, 1) if self.text.endswith(shown[:size])), 0)
+            self.safe = first if first >= 0 else max(self.safe, position + 1 - alive)
+
+    def _cut(self, at: int, stop: int) -> None:
+        """End at `at` if `rest` stands there, else where most of it does, else at `stop`."""
+        if at < self.safe or self.text[at:stop] != self.rest[: stop - at]:
+            sizes = range(min(len(self.rest), stop), 0, -1)
+            found = (self.text.find(self.rest[:size], self.safe, stop) for size in sizes)
+            at = next((place for place in found if place >= 0), stop)
+        self.end("stop", at)
+
+    def flush(self, whole: bool) -> str:
+        text = self.text[self.sent : None if whole else self.enough]
+        return text + "\n" * (whole and self.whole and bool(self.text.strip()) and self.text[-1] != "\n")
+
+
+class Repeat(Stage):
+    """The last stage: ends a text that starts over, the same line or block of lines again and again.
+
+    Two copies go out; the third waits until it is known to be one too many, or to differ after all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = ""
+        self.lines: list[str] = []
+        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: how many lines in a row equal the one n before them
+        self.hold: int | None = None
+
+    def step(self, char: str) -> None:
+        self.text += char
+        position = len(self.text)
+        if char != "\n":
+            self.line += char
+            if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
+                tail = self.line[-PERIOD_CHARS:]
+                if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
+                    self.end("repeat", position)
+        elif line := self.line.strip():
+            self.line = ""
+            self._ended(line, position)
+        if self.hold is None and not self.reason:
+            self.safe = position
+
+    def _ended(self, line: str, position: int) -> None:
+        lines, runs = self.lines, self.runs
+        lines.append(line)
+        for period in range(1, min(PERIOD_LINES + 1, len(lines))):
+            runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0
+        periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
+        if not periods:
+            self.hold = None
+        elif self.hold is None:
+            self.hold = position
+        for period in periods:
+            light = all(text.endswith(",") or not any(map(str.isalnum, text)) for text in lines[-period:])
+            most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
+            if runs[period] + period >= most:
+                self.end("repeat", self.hold or position)
+
+
+class Fences(Stage):
+    """A chat's answer: the code of its first fenced block, or all of it if it has none and begins like code.
+
+    The answer's beginning, `begun`, may be given: then the text is what comes after it.
+    """
+
+    def __init__(self, language: Language | None, begun: str) -> None:
+        super().__init__()
+        self.language, self.scanner = language, Scanner(language) if language else None
+        self.line = ""
+        self.state = "before"  # the block; "inside" it; "skipped", a block of shell commands
+        self.fence, self.margin, self.nested = "```", 0, 0
+        self.mark = 0  # where the line starts in the text
+        self.in_code = True  # it does not start inside of a string or comment
+        for char in begun:
+            self.step(char)
+        if self.state == "before" or self.reason:  # nothing so far that goes on
+            self.state, self.reason, self.line, self.text = "before", None, "", ""
+        self.sent = self.safe = len(self.text)
+
+    def step(self, char: str) -> None:
+        self.line += char
+        if self.state == "inside":
+            self._inside(char)
+            return
+        self.text += char
+        if char == "\n" and self.state == "skipped":
+            self.state = "before" if self.line.strip() == self.fence else "skipped"
+            self.line = self.text = ""
+        elif char == "\n" or len(self.text) >= CHATTER_CHARS:
+            self._before(self.line)
+            self.line = "" if char == "\n" else self.line
+
+    def _before(self, line: str) -> None:
+        """Chatter so far: is this line the fence that opens the block, or code without one?"""
+        if match := FENCE.fullmatch(line.strip()):
+            self.fence, self.margin, self.text = match[1], len(line) - len(line.lstrip()), ""
+            shell = self.language and match[2].strip().lower() in SHELLS
+            self.state = "skipped" if shell else "inside"
+        elif len(self.text) >= CHATTER_CHARS or (self.text.strip() == line.strip() and self._is_code(line.rstrip())):
+            self.state, self.safe = "inside", len(self.text)
+            self.mark = self.safe
+            if self.scanner:
+                for char in self.text:
+                    self.scanner.step(char)
+
+    def _is_code(self, line: str) -> bool:
+        language = self.language
+        if not language or not line or PROSE.fullmatch(line):
+            return False
+        starts = (language.line_comment, "@", "#include", "#define", *(language.block_comment or ())[:1])
+        known = language.imports.match(line) or language.defines.match(line)
+        return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
+
+    def _inside(self, char: str) -> None:
+        if self.margin and not self.line.strip(" ") and len(self.line) <= self.margin:
+            return  # a fence in a list is indented, and its lines with it
+        self.text += char
+        if self.scanner:
+            self.scanner.step(char)
+        line = self.line.strip()
+        if char != "\n":
+            if not (self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))):
+                self.safe = len(self.text)
+            return
+        if self.in_code and line.startswith(self.fence):
+            if not self._closes(line) and not self.text[: self.mark].strip():  # the block's opening once more
+                self.line, self.mark, self.safe = "", len(self.text), len(self.text)
+                self.sent = self.safe
+                return
+            if not self.nested and self._closes(line):
+                self.end("stop", self.mark)
+                return
+            self.nested += -1 if self._closes(line) else 1
+        self.line = ""
+        self.mark = self.safe = len(self.text)
+        self.in_code = self.scanner is None or not self.scanner.closer
+
+    def _closes(self, line: str) -> bool:
+        return line.startswith(self.fence) and not line.strip(self.fence[0])
+
+    def flush(self, whole: bool) -> str:
+        closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.strip())
+        return "" if closed else super().flush(whole)
+
+
+def wants_extras(asked: Sequence[str]) -> bool:
+    """Whether instructions ask for examples or tests, or are about code that has them."""
+    return any(WANTS_EXTRAS.search(FENCED.sub("", text)) or EXTRAS.search(text) for text in asked)
+
+
+class Extras(Stage):
+    """An answer's code: ends before the examples or tests that a comment at the margin announces below a definition."""
+
+    def __init__(self, language: Language) -> None:
+        super().__init__()
+        self.language, self.scanner = language, Scanner(language)
+        self.line = ""
+        self.mark = 0  # the end of the last line that is not blank
+        self.defined = False
+        self.in_code = True  # the line does not start inside of a string or comment
+
+    def step(self, char: str) -> None:
+        self.text += char
+        self.line += char
+        self.scanner.step(char)
+        if char == "\n":
+            if self._may_announce() and EXTRAS.match(self.line):
+                self.end("block", self.mark)
+                return
+            self.defined = self.defined or bool(self.language.defines.match(self.line))
+            self.mark = len(self.text) if self.line.strip() else self.mark
+            self.line, self.in_code = "", not self.scanner.closer
+        if self.line.strip() and not self._may_announce():
+            self.safe = len(self.text)
+
+    def _may_announce(self) -> bool:
+        comment = self.language.line_comment
+        return self.defined and self.in_code and self.line[: len(comment)] == comment[: len(self.line)]
+
+
+class Ending:
+    """Where a completion ends by itself: `feed` takes text in any pieces, and gives what may be sent and a reason.
+
+    "block": what was asked for is whole; "repeat": the model starts over; "stop": the suffix or a fence follows; or
+    None. `mode` is complete, infill or instruct; `stop_at` "none" turns all off but the removal of a chat's fences.
+    `prompt` is the text so far: in a chat what of the answer is given. `extras`: examples and tests belong to it.
+    """
+
+    def __init__(
+        self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str, extras: bool = False
+    ) -> None:
+        syntax = LANGUAGES.get(language or "")
+        self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
+        self.indented = False  # the cursor stands where a statement starts; models often write its indentation again
+        if stop_at == "none" or syntax is None:
+            return
+        if mode != "instruct":
+            scanner = Scanner(syntax, prompt)
+            if scanner.closer in TRIPLE_QUOTES and CODE.search(prompt, prompt.rfind(scanner.closer)):
+                scanner = Scanner(syntax, scanner.closer + prompt)  # the prompt begins within a docstring
+            header = -1 if scanner.opened is None else scanner.opened
+            self.indented = scanner.starting and scanner.indent > max(0, header)
+            block = IndentedBlock if syntax.indented else BracedBlock
+            gap = mode == "infill" and suffix and suffix.strip()
+            self.stages.append(Gap(scanner, prompt, suffix or "") if gap else block(scanner, prompt))
+        elif not extras:
+            self.stages.append(Extras(syntax))
+        self.stages.append(Repeat())
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """What may be sent now, and why the completion is over, if it is."""
+        if self.indented:
+            text = text.lstrip(" \t")
+            self.indented = not text
+        reason = None
+        for stage in self.stages:
+            text, why = stage.feed(text)
+            if reason and not why:
+                text += stage.flush(whole=True)
+            reason = why or reason
+        return text, reason
+
+    def flush(self, whole: bool = True) -> str:
+        """What is left to send when the tokens end without a reason of ours; not `whole`: max_tokens cut it short."""
+        text = ""
+        for stage in self.stages:
+            text, why = stage.feed(text)
+            text += "" if why else stage.flush(whole)
+        return text
