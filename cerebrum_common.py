@@ -68,21 +68,24 @@ LINGER_SECONDS = 1.0  # after the last answer: time for the client to read it be
 
 # ---------------------------------------------------------------------------------------------- errors
 
-CODES = {
-    400: "INVALID_REQUEST", 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED",
-    408: "TIMEOUT", 409: "CONFLICT", 411: "LENGTH_REQUIRED", 413: "PAYLOAD_TOO_LARGE", 414: "URI_TOO_LONG",
-    415: "UNSUPPORTED_MEDIA_TYPE", 417: "EXPECTATION_FAILED", 421: "MISDIRECTED_REQUEST", 429: "RATE_LIMIT",
-    431: "HEADERS_TOO_LARGE", 500: "INTERNAL_ERROR", 501: "NOT_IMPLEMENTED", 503: "OVERLOADED",
-    505: "VERSION_NOT_SUPPORTED",
+# Every code that either daemon answers with, and its HTTP status. Of several codes with one status the first also
+# gives the reason phrase.
+STATUSES = {
+    "INVALID_REQUEST": 400, "UNAUTHORIZED": 401, "FORBIDDEN": 403, "NOT_FOUND": 404, "MODEL_NOT_FOUND": 404,
+    "METHOD_NOT_ALLOWED": 405, "TIMEOUT": 408, "SUPERSEDED": 409, "MODEL_BUSY": 409, "LENGTH_REQUIRED": 411,
+    "PAYLOAD_TOO_LARGE": 413, "URI_TOO_LONG": 414, "UNSUPPORTED_MEDIA_TYPE": 415, "EXPECTATION_FAILED": 417,
+    "MISDIRECTED_REQUEST": 421, "RATE_LIMIT": 429, "HEADERS_TOO_LARGE": 431, "INTERNAL_ERROR": 500,
+    "MODEL_LOAD_FAILED": 500, "NOT_IMPLEMENTED": 501, "OVERLOADED": 503, "VPS_UNAVAILABLE": 503,
+    "RESOURCE_EXHAUSTED": 503, "SHUTTING_DOWN": 503, "VERSION_NOT_SUPPORTED": 505,
 }  # fmt: skip
-REASONS = {200: "OK", 204: "No Content"} | {status: code.replace("_", " ").title() for status, code in CODES.items()}
-
+REASONS = {status: code.replace("_", " ").title() for code, status in reversed(STATUSES.items())}
+REASONS |= {200: "OK", 204: "No Content"}
 
 Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An answer that is not a success: `status`, `code`, a message fit for the client, and the connection's fate.
+    """An answer that is not a success: its `code` and the status that goes with it, and a message fit for the client.
 
     `close` ends the connection after the answer (the framing can no longer be trusted); `extra` are further
     members of the JSON object; `headers` are further response headers.
@@ -90,16 +93,15 @@ class HttpError(Exception):
 
     def __init__(
         self,
-        status: int,
+        code: str,
         message: str,
-        code: str = "",
         *,
         close: bool = False,
         extra: Mapping[str, Any] | None = None,
         headers: Headers = (),
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code or CODES[status]
+        self.status, self.message, self.code = STATUSES[code], message, code
         self.close, self.extra, self.headers = close, extra or {}, headers
 
 
@@ -107,19 +109,19 @@ class ClientGone(ConnectionError):
     """The other side closed, reset, or reads nothing any more. Never an error of ours, never logged as one."""
 
 
-def malformed(message: str, status: int = 400) -> HttpError:
+def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
     """An error in the message's framing: answered, and then the connection is closed."""
-    return HttpError(status, message, close=True)
+    return HttpError(code, message, close=True)
 
 
 def too_busy() -> HttpError:
-    return malformed("too many connections; try again later", 503)
+    return malformed("too many connections; try again later", "OVERLOADED")
 
 
 def internal_error(exception: Exception) -> HttpError:
     """A fault of ours: the traceback goes to the log, the client learns the request id and nothing else."""
     log.error("internal error", exc_info=exception)
-    return HttpError(500, "internal error; the log has the details under this request's id")
+    return HttpError("INTERNAL_ERROR", "internal error; the log has the details under this request's id")
 
 
 def timestamp() -> str:
@@ -192,7 +194,7 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
     if end >= 0:
         return end + 4
     if len(buffer) >= MAX_HEAD_BYTES:
-        raise malformed(f"expected a head of at most {MAX_HEAD_BYTES} bytes", 431)
+        raise malformed(f"expected a head of at most {MAX_HEAD_BYTES} bytes", "HEADERS_TOO_LARGE")
     return None
 
 
@@ -207,7 +209,7 @@ def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
     _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
     if end < 0:
         if len(buffer) >= start + MAX_LINE_BYTES:
-            raise malformed(f"expected a request line of at most {MAX_LINE_BYTES} bytes", 414)
+            raise malformed(f"expected a request line of at most {MAX_LINE_BYTES} bytes", "URI_TOO_LONG")
         return None
     if end + 2 > scanned:
         parse_request_line(bytes(buffer[start:end]))
@@ -226,11 +228,11 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
         raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
     method, target, version = (part.decode("ascii") for part in match.groups())
     if version not in ("HTTP/1.1", "HTTP/1.0"):
-        raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", 505)
+        raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
-        raise malformed("expected a known method in capital letters, other than CONNECT", 501)
+        raise malformed("expected a known method in capital letters, other than CONNECT", "NOT_IMPLEMENTED")
     if len(target) > MAX_TARGET_BYTES:
-        raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", 414)
+        raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG")
     if target == "*" and method == "OPTIONS":
         return method, target, "", version
     return method, *parse_target(target), version
@@ -268,7 +270,7 @@ def host_name(value: str) -> str:
 def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
     """Header lines, without line ends, to lower-case names and values; a repeated list header is joined by commas."""
     if len(lines) > MAX_HEADERS:
-        raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", 431)
+        raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE")
     headers: dict[str, str] = {}
     for line in lines:
         match = HEADER_LINE.fullmatch(line)
@@ -291,7 +293,7 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if coding.lower() != "chunked":
-        raise malformed("expected the Transfer-Encoding 'chunked' alone", 501)
+        raise malformed("expected the Transfer-Encoding 'chunked' alone", "NOT_IMPLEMENTED")
     return None, True
 
 
@@ -384,7 +386,7 @@ class ChunkedDecoder:
         self._step = ChunkedDecoder._line_end if self._left else ChunkedDecoder._trailers
         self._total += self._left + len(match[2])
         if self._limit is not None and self._total > self._limit:
-            raise malformed(f"expected a body of at most {self._limit} bytes", 413)
+            raise malformed(f"expected a body of at most {self._limit} bytes", "PAYLOAD_TOO_LARGE")
         return match.end()
 
     def _line_end(self, buffer: bytes, at: int) -> int | None:
@@ -402,7 +404,7 @@ class ChunkedDecoder:
             raise malformed("expected trailers with CRLF line ends and no control characters")
         if end == 1:
             if len(section) == MAX_TRAILER_BYTES:
-                raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", 431)
+                raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
             return None
         parse_headers(section[:end].split(b"\r\n")[:-1])
         self.done, self.rest = True, buffer[at + end + 2 :]
@@ -439,15 +441,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
     except UnicodeDecodeError:
-        raise HttpError(400, "expected a body in UTF-8") from None
+        raise HttpError("INVALID_REQUEST", "expected a body in UTF-8") from None
     except RecursionError:
-        raise HttpError(400, f"expected JSON of at most {MAX_JSON_DEPTH} levels") from None
+        raise HttpError("INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels") from None
     except json.JSONDecodeError as error:
-        raise HttpError(400, f"expected a JSON object: {error.msg} at character {error.pos}") from None
+        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}") from None
     except ValueError as error:
-        raise HttpError(400, f"expected a JSON object: {error}") from None
+        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error}") from None
     if not isinstance(value, dict):
-        raise HttpError(400, f"expected a JSON object, got {describe(value)}")
+        raise HttpError("INVALID_REQUEST", f"expected a JSON object, got {describe(value)}")
     return value
 
 
@@ -522,18 +524,18 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
     for name, rule in fields.items():
         if name not in members:
             if rule.required:
-                raise HttpError(400, f"{name}: expected {rule.expected()}, got nothing")
+                raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got nothing")
             values[name] = rule.default
             continue
         value = members[name]
         if rule.kind is list and isinstance(value, str):
             value = [value]
         if not rule.accepts(value):
-            raise HttpError(400, f"{name}: expected {rule.expected()}, got {describe(members[name])}")
+            raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got {describe(members[name])}")
         try:
             "".join(value if isinstance(value, list) else [value if isinstance(value, str) else ""]).encode()
         except UnicodeEncodeError:
-            raise HttpError(400, f"{name}: expected Unicode text, got a lone surrogate") from None
+            raise HttpError("INVALID_REQUEST", f"{name}: expected Unicode text, got a lone surrogate") from None
         values[name] = float(value) if rule.kind is float else value
     return values
 
@@ -692,9 +694,11 @@ class Access:
         # A browser that was led here by rebound DNS sends the foreign name as Host. It sends an authority only to
         # a proxy, so there a short name of the LAN, which nobody can register, passes.
         if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
-            raise HttpError(421, "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS")
+            raise HttpError(
+                "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+            )
         if "origin" in head.headers and not self.allows_origin(head):
-            raise HttpError(403, "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
+            raise HttpError("FORBIDDEN", "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
         if public or not self.key or self.is_preflight(head):
             return
         given = head.headers.get("x-api-key", "")
@@ -702,7 +706,7 @@ class Access:
             given = head.headers["authorization"][7:].strip(" ")
         if not hmac.compare_digest(given.encode("latin-1"), self.key.encode("utf-8")):
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 wants one
-            raise HttpError(401, "expected the API key in the header X-API-Key", headers=challenge)
+            raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
 
     def allows_origin(self, head: Head) -> bool:
         origin = head.headers.get("origin", "").lower()
@@ -781,7 +785,7 @@ class Connection:
                 raise too_busy() from None
             if self.idle:
                 return None
-            raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", 408) from None
+            raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
 
     async def _read_head(self) -> bytes:
         scanned = 0
@@ -797,11 +801,11 @@ class Connection:
             async with asyncio.timeout(BODY_SECONDS):
                 return await (self._read_chunks() if head.chunked else self._read_bytes(head.length or 0))
         except TimeoutError:
-            raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", 408) from None
+            raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
 
     async def _read_bytes(self, length: int) -> bytes:
         if length > MAX_BODY_BYTES:
-            raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {length}", 413)
+            raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {length}", "PAYLOAD_TOO_LARGE")
         while len(self.buffer) < length:
             if not await self.fill():
                 raise ClientGone
@@ -1071,14 +1075,16 @@ class Server:
             raise too_busy()
         self.access.check(head, public)
         if not methods and head.path != "*":
-            raise HttpError(404, f"expected a path of this API, got {json.dumps(head.path[:100])}")
+            raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
         allowed = set(methods) or {route.method for known in self.routes.values() for route in known.values()}
         allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
         if head.method == "OPTIONS":
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow), open=public), ""
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
-            raise HttpError(405, f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),))
+            raise HttpError(
+                "METHOD_NOT_ALLOWED", f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),)
+            )
         return methods[method], parameter
 
     async def _options(self, request: Request, allow: str) -> Response:
@@ -1120,17 +1126,17 @@ def check_body(head: Head, route: Route) -> None:
     """HttpError if the head announces a body that `route` does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
-        raise malformed("expected no Expect but 100-continue", 417)
+        raise malformed("expected no Expect but 100-continue", "EXPECTATION_FAILED")
     if head.length is not None and head.length > MAX_BODY_BYTES:
-        raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", 413)
+        raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", "PAYLOAD_TOO_LARGE")
     if head.has_body and "content-encoding" in head.headers:
-        raise HttpError(415, "expected a body without Content-Encoding")
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected a body without Content-Encoding")
     if not route.json:
         return
     if not head.chunked and head.length is None:
-        raise HttpError(411, "expected a Content-Length or chunks")
+        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
     if not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
-        raise HttpError(415, "expected the Content-Type application/json")
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
 
 
 JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)

@@ -879,7 +879,7 @@ class Llama:
         has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
-                raise HttpError(503, "the model has just been unloaded", "SHUTTING_DOWN")
+                raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
             if fields["messages"]:
                 return self._encode_chat(fields["messages"]), b""
             prompt = fields["prompt"]
@@ -896,7 +896,9 @@ class Llama:
             int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
         )
         if min(before, after, middle) < 0:
-            raise HttpError(400, "suffix: expected a model with fill-in-the-middle tokens, got one without")
+            raise HttpError(
+                "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
+            )
         file_mark = int(llama.llama_vocab_fim_sep(self.vocab))
         name = fields["filename"]
         head = [file_mark, *self.tokenize(name + "\n", False)] if name and file_mark >= 0 else []
@@ -1249,15 +1251,15 @@ class Worker(threading.Thread):
         except ModelError as error:
             self._free()
             if self.stopping:
-                self._report(HttpError(503, f"model {self.spec.id}: loading was given up", "SHUTTING_DOWN"))
+                self._report(HttpError("SHUTTING_DOWN", f"model {self.spec.id}: loading was given up"))
                 return
             log.error("model %s: %s; llama.cpp said: %s", self.spec.id, error, " | ".join(_log_tail)[-1000:])
-            self._report(HttpError(500, f"model {self.spec.id} ({self.spec.file}): {error}", "MODEL_LOAD_FAILED"))
+            self._report(HttpError("MODEL_LOAD_FAILED", f"model {self.spec.id} ({self.spec.file}): {error}"))
             return
         except Exception:
             self._free()
             log.exception("model %s: loading failed", self.spec.id)
-            self._report(HttpError(500, f"model {self.spec.id}: loading failed; see the log", "MODEL_LOAD_FAILED"))
+            self._report(HttpError("MODEL_LOAD_FAILED", f"model {self.spec.id}: loading failed; see the log"))
             return
         self._report(None)
         try:
@@ -1319,10 +1321,10 @@ class Worker(threading.Thread):
         assert self.llama
         for slot in self.slots:
             if slot.run:
-                self._fail(slot.run, HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
+                self._fail(slot.run, HttpError("SHUTTING_DOWN", "the backend is shutting down"))
             self._park(slot)
         for job in [*self.waiting, *self._drain()]:
-            job.send(HttpError(503, "the backend is shutting down", "SHUTTING_DOWN"))
+            job.send(HttpError("SHUTTING_DOWN", "the backend is shutting down"))
         save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
         self.store = PrefixStore(0)
         self.llama.close()
@@ -1369,7 +1371,7 @@ class Worker(threading.Thread):
         for run in runs:
             if run.slot.short and not short and not self.llama.move(run.slot):
                 run.slot.tokens = []
-                self._fail(run, HttpError(500, "the model could not be evaluated"))
+                self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
         return [run for run in runs if run.slot.run is run]
 
     def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
@@ -1546,7 +1548,7 @@ class Worker(threading.Thread):
                 self.llama.trim(slot, len(slot.tokens))
                 if code != 2:
                     log.error("llama_decode answered %d", code)
-                    self._fail(work.run, HttpError(500, "the model could not be evaluated"))
+                    self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
             return
         usual = not trial and all(len(work.tokens) == 1 for work in works)
         self._learn(sum(len(work.tokens) for work in works), seconds, usual, TRIAL_RATE if trial else LEARNING_RATE)
@@ -1567,7 +1569,7 @@ class Worker(threading.Thread):
             yield
         except Exception:
             log.exception("request %s", run.job.request_id)
-            self._fail(run, HttpError(500, "internal error; see the log"))
+            self._fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
 
     def _learn(self, tokens: int, seconds: float, usual: bool, rate: float) -> None:
         if tokens >= STRETCH_FROM:

@@ -50,7 +50,6 @@ from typing import TYPE_CHECKING, Any
 
 from cerebrum_code import LANGUAGES, Ratio, detect_mode, prepare
 from cerebrum_common import (
-    CODES,
     READ_BYTES,
     STATUS_LINE,
     Access,
@@ -221,11 +220,11 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     languages = list(dict.fromkeys(language for model in models for language in model.languages))
     if fields["language"] not in languages:
         got = describe(fields["language"])
-        raise HttpError(400, f"language: expected one of {', '.join(languages)}, got {got}")
+        raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
         got = describe(fields["model"])
-        raise HttpError(404, f"model: expected one of {', '.join(ids)}, got {got}", "MODEL_NOT_FOUND")
+        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
     return fields | {"mode": detect_mode(fields)}
 
 
@@ -326,12 +325,14 @@ class VpsFailure(HttpError):
     """The VPS, or the way to it, is at fault: 503, and the breaker counts it. `reason` is never an exception's."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(503, f"VPS backend is unavailable ({reason})", "VPS_UNAVAILABLE")
+        super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
         self.reason = reason
 
 
-PASSED_ON = frozenset({400, 404, 409, 429, 503})  # with the VPS's own code and message
-STATUSES = {CODES[status]: status for status in PASSED_ON} | {"MODEL_NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 503}
+PASSED_ON = frozenset(  # codes of the VPS that tell the client something; all others are VPS_UNAVAILABLE
+    {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
+    | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
+)
 EXPLAINED = {
     401: "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and of the VPS do not match",
     421: "VPS backend does not know the name it was asked by: add the host of the Pi's CEREBRUM_VPS_URL to"
@@ -361,10 +362,10 @@ def refusal(status: int, body: bytes, key: str) -> HttpError:
     if ours is None or status < 400:
         return VpsFailure(f"it answered {status}, and not as a Cerebrum backend does")
     message, code, more = ours
-    if status in PASSED_ON:
-        return HttpError(status, message, code, extra=more)
+    if code in PASSED_ON:
+        return HttpError(code, message, extra=more)
     explained = EXPLAINED.get(status, f"VPS backend answered {status} {code}")
-    return HttpError(503, explained, "VPS_UNAVAILABLE")
+    return HttpError("VPS_UNAVAILABLE", explained)
 
 
 def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
@@ -497,7 +498,7 @@ def read_event(event: bytes, key: str) -> tuple[str, Any] | None:
         if ours is None:
             raise VpsFailure("it sent an error without message and code")
         message, code, more = ours
-        raise HttpError(STATUSES.get(code, 503), message, code, extra=more)
+        raise HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
@@ -800,7 +801,7 @@ class Gateway:
         with self._slot(job):
             ticket = self.breaker.admit(time.monotonic())
             if ticket is None:
-                raise HttpError(503, "VPS backend is unavailable (circuit breaker open)", "VPS_UNAVAILABLE")
+                raise HttpError("VPS_UNAVAILABLE", "VPS backend is unavailable (circuit breaker open)")
             job.ticket = ticket
             try:
                 async with contextlib.AsyncExitStack() as stack:
@@ -835,7 +836,7 @@ class Gateway:
         counted = [other for other in self.active if not other.superseded]
         older = [other for other in counted if session is not None and other.fields["session"] == session]
         if len(counted) - len(older) >= limit:
-            raise HttpError(429, f"expected at most {limit} completions at a time; try again later")
+            raise HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
         for other in older:
             other.superseded = True
         self.active.append(job)

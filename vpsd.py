@@ -183,9 +183,9 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     fields = read_fields(members, FIELDS_WITH_SUFFIX if members.get("suffix") else FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
     if (fields["prompt"] is None) == (fields["messages"] is None):
-        raise HttpError(400, "prompt: expected a non-empty string, or messages instead of it")
+        raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
-        raise HttpError(400, "suffix: expected only beside prompt, not beside messages")
+        raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
     return fields
@@ -200,7 +200,7 @@ def text_length(fields: Mapping[str, Any]) -> int:
 def parse_messages(value: Any) -> list[tuple[str, str]]:
     """`[{"role", "content"}, …]` to pairs."""
     if not isinstance(value, list) or not 1 <= len(value) <= 100:
-        raise HttpError(400, f"messages: expected an array of 1 to 100 messages, got {describe(value)}")
+        raise HttpError("INVALID_REQUEST", f"messages: expected an array of 1 to 100 messages, got {describe(value)}")
     rules = {
         "role": Field(str, choices=("system", "user", "assistant"), required=True),
         "content": Field(str, required=True),
@@ -208,11 +208,11 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
     pairs = []
     for number, message in enumerate(value):
         if not isinstance(message, dict):
-            raise HttpError(400, f"messages[{number}]: expected an object, got {describe(message)}")
+            raise HttpError("INVALID_REQUEST", f"messages[{number}]: expected an object, got {describe(message)}")
         try:
             fields = read_fields(message, rules)
         except HttpError as error:
-            raise HttpError(400, f"messages[{number}].{error.message}") from None
+            raise HttpError("INVALID_REQUEST", f"messages[{number}].{error.message}") from None
         pairs.append((fields["role"], fields["content"]))
     return pairs
 
@@ -240,7 +240,7 @@ def check_load(load: Load, config: Config, *, memory: bool = True, cpu: bool = T
 
 
 def exhausted(message: str) -> HttpError:
-    return HttpError(503, message, "RESOURCE_EXHAUSTED")
+    return HttpError("RESOURCE_EXHAUSTED", message)
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -315,12 +315,11 @@ class Engine:
         model = self.models.get(model_id)
         if not model:
             known = ", ".join(self.models)
-            raise HttpError(404, f"model: expected one of {known}, got {describe(model_id)}", "MODEL_NOT_FOUND")
+            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
         if not (self.config.models_dir / model.file).is_file():
             raise HttpError(
-                404,
-                f"model {model.id}: the file {model.file} is missing; on the VPS run: python3 vpsd.py fetch {model.id}",
                 "MODEL_NOT_FOUND",
+                f"model {model.id}: the file {model.file} is missing; on the VPS run: python3 vpsd.py fetch {model.id}",
             )
         return model
 
@@ -330,14 +329,14 @@ class Engine:
         session = fields["session"]
         older = [job for job in self.jobs if session and job.fields["session"] == session]
         if len(self.jobs) - len(older) >= self.config.max_concurrent:
-            raise HttpError(429, f"expected at most {self.config.max_concurrent} requests at a time")
+            raise HttpError("RATE_LIMIT", f"expected at most {self.config.max_concurrent} requests at a time")
         idle = any(worker.spec.id != fields["model"] for worker in self.idle_workers())
         check_load(self.load(), self.config, memory=not idle)
         job = Job(fields, self.outlet)
         self.jobs[job] = None
         for old in older:
             self.finish(old)
-            old.events.put_nowait([HttpError(409, "a newer request of this session took its place", "SUPERSEDED")])
+            old.events.put_nowait([HttpError("SUPERSEDED", "a newer request of this session took its place")])
         self.requests_total += 1
         return job
 
@@ -368,7 +367,7 @@ class Engine:
         n_ctx, most = worker.llama.n_ctx, job.fields["max_tokens"]
         if len(tokens) >= n_ctx or not tokens:
             raise HttpError(
-                400,
+                "INVALID_REQUEST",
                 f"prompt: expected at most {n_ctx - 1} tokens, got {len(tokens)}",
                 extra={"prompt_tokens": len(tokens), "n_ctx": n_ctx},
             )
@@ -438,7 +437,7 @@ class Engine:
             shape = await asyncio.to_thread(read_shape, path)
         except ModelError as error:
             log.error("model %s: %s", model.id, error)
-            raise HttpError(500, f"model {model.id} ({model.file}): {error}", "MODEL_LOAD_FAILED") from None
+            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {error}") from None
         settings = self.config.engine
         parts = estimate_bytes(path.stat().st_size, shape, settings.n_ctx, settings.max_concurrent, settings.kv_type)
         need = sum(parts.values()) / MB
@@ -476,7 +475,7 @@ class Engine:
         if not worker or worker.stopping:
             return None
         if worker.jobs or not worker.ready.done():
-            raise HttpError(409, f"model {model_id} is busy; expected an idle one", "MODEL_BUSY")
+            raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
         return await self._end(worker)
 
     def idle_models(self) -> list[str]:
@@ -641,7 +640,7 @@ async def unload(engine: Engine, request: Request) -> Response:
     model_id = request.parameter
     if model_id not in engine.models:
         known = ", ".join(engine.models)
-        raise HttpError(404, f"model: expected one of {known}, got {describe(model_id)}", "MODEL_NOT_FOUND")
+        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
     freed = await engine.unload(model_id)
     return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
 

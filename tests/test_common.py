@@ -103,7 +103,7 @@ def test_lone_surrogates_are_no_text() -> None:
 
 
 def test_shapes() -> None:
-    error = HttpError(400, "no", extra={"n_ctx": 4})
+    error = HttpError("INVALID_REQUEST", "no", extra={"n_ctx": 4})
     body = error_body(error)
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"])

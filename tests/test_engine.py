@@ -948,7 +948,7 @@ def test_tokens_go_to_a_client_that_keeps_up_as_one_chunk() -> None:
         (True, {"send_now": None}, TOKEN),  # not a stream, or its head is not sent yet
         (True, {"cancelled": True}, TOKEN),
         (True, {}, {"done": True}),
-        (True, {}, HttpError(500, "m")),
+        (True, {}, HttpError("INTERNAL_ERROR", "m")),
     ],
 )
 def test_all_else_goes_to_the_handler(keeps_up: bool, change: dict[str, Any], last: engine.Event | HttpError) -> None:

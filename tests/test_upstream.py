@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
     "an error with a header as its code": ([error(503, "A\r\nB: c")], 503, UNAVAILABLE, "503", True),
     "its 400": ([error(400, "INVALID_REQUEST")], 400, "INVALID_REQUEST", "says the VPS", False),
     "its 404": ([error(404, "MODEL_NOT_FOUND")], 404, "MODEL_NOT_FOUND", "says the VPS", False),
-    "its 409": ([error(409, "CONFLICT")], 409, "CONFLICT", "says the VPS", False),
+    "its 409": ([error(409, "SUPERSEDED")], 409, "SUPERSEDED", "says the VPS", False),
     "its 429": ([error(429, "RATE_LIMIT")], 429, "RATE_LIMIT", "says the VPS", False),
     "its 503": ([error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says the VPS", False),
     "its 503 after a 100": ([head(100), error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says", False),

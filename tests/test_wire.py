@@ -397,7 +397,7 @@ async def stream(state: State, request: Request) -> Response:
         yield common.sse_event({"token": "ä", "total_tokens": 1})
         match request.json().get("fail"):
             case "http":
-                raise HttpError(503, "expected more", "VPS_UNAVAILABLE")
+                raise HttpError("VPS_UNAVAILABLE", "expected more")
             case "bug":
                 raise KeyError("secret")
         yield common.sse_event({"done": True})
