@@ -144,7 +144,6 @@ DISTURBED = 0.7  # a token that takes so much less than the table says: it was m
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
-JOIN_SECONDS = 0.02  # a prompt that comes so soon after another began to be read is read together with it
 MAX_CHUNK = 512  # n_batch
 MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
 LEARNING_RATE, TRIAL_RATE = 0.1, 0.5  # of the measured times, for each decode; for a trial, of which there are few
@@ -1210,19 +1209,11 @@ class Worker(threading.Thread):
         self.last_used = time.time()
         self.drafted = self.accepted = 0
         self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by the loop
-        self.step_began = 0.0  # that decode
 
     # -- called by the event loop
 
     def submit(self, job: Job) -> None:
-        """Of two prompts that come together the first is being read when the second is here. That is aborted, for to
-        read both in one decode takes less than to read one after the other."""
         self.inbox.put(job)
-        running = self.running
-        begun = time.perf_counter() - self.step_began < JOIN_SECONDS
-        reading = running and all(run.prefilling and not run.sampler.exact for run in running)
-        if self.llama and begun and reading and not all(slot.run for slot in self.slots):
-            self.llama.abort()
 
     def cancel(self, job: Job) -> None:
         """The client left, or a newer request took its place. A decode that works for nobody else is aborted."""
@@ -1533,7 +1524,7 @@ class Worker(threading.Thread):
             return
         try:
             with self.baton:
-                begin = self.step_began = time.perf_counter()
+                begin = time.perf_counter()
                 code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
                 seconds = time.perf_counter() - begin
         finally:

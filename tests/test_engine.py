@@ -976,36 +976,6 @@ def test_a_stream_is_silent_only_when_nothing_went_to_the_client_either(monkeypa
     assert list(times) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "aborted"),
-    [
-        ({}, True),
-        ({"age": 1.0}, False),  # most of it is read
-        ({"pending": 5}, False),  # a stream would be held up
-        ({"exact": True}, False),  # it shares no decode
-        ({"free": False}, False),
-        ({"running": False}, False),
-    ],
-)
-def test_the_reading_of_a_prompt_begins_again_with_one_that_comes_just_after(
-    change: dict[str, Any], aborted: bool
-) -> None:
-    case = {"age": 0.0, "pending": None, "exact": False, "free": True, "running": True} | change
-    config = load_config({"CEREBRUM_API_KEY": "key"}, Path(vpsd.__file__).parent)
-    loop = asyncio.new_event_loop()
-    worker: Any = engine.Worker(config.models[0], Path("/nonexistent"), config.engine, Baton(), loop, 0)
-    loop.close()
-    calls: list[bool] = []
-    worker.llama = SimpleNamespace(abort=lambda: calls.append(True))
-    run = SimpleNamespace(prefilling=case["pending"] is None, sampler=SimpleNamespace(exact=case["exact"]))
-    worker.slots = [SimpleNamespace(run=run), SimpleNamespace(run=None if case["free"] else run)]
-    worker.running = [run] if case["running"] else []
-    worker.step_began = time.perf_counter() - case["age"]
-    worker.submit(job := object())
-    assert worker.inbox.get_nowait() is job
-    assert calls == [True] * aborted
-
-
 # --------------------------------------------------------------------------------------------- admission
 
 
