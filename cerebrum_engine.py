@@ -468,17 +468,12 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return start
 
 
-NEVER = 1 << 30  # beyond any context
-
-
 @dataclass(slots=True)
 class Parked:
-    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these. From the
-    place `chosen` on each token was the likeliest after those before it."""
+    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these."""
 
     tokens: list[int]
     state: bytes
-    chosen: int = NEVER
 
     @property
     def size(self) -> int:
@@ -530,13 +525,13 @@ class PrefixStore:
         return self.entries[best], length
 
 
-KV_MAGIC = b"cerebrum-kv-2\n"
+KV_MAGIC = b"cerebrum-kv-3\n"
 
 
 def encode_parked(entry: Parked, key: str) -> bytes:
     """A file: magic, sha256 of all that follows, header length, header JSON, tokens as int32, state."""
     tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
-    header = json.dumps({"key": key, "tokens": len(entry.tokens), "chosen": entry.chosen}).encode()
+    header = json.dumps({"key": key, "tokens": len(entry.tokens)}).encode()
     rest = struct.pack("<I", len(header)) + header + tokens + entry.state
     return KV_MAGIC + hashlib.sha256(rest).digest() + rest
 
@@ -553,7 +548,7 @@ def decode_parked(data: bytes, key: str) -> Parked:
         raise ValueError("of another model, context or library")
     tokens_end = 4 + size + 4 * header["tokens"]
     tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
-    return Parked(tokens, bytes(rest[tokens_end:]), int(header["chosen"]))
+    return Parked(tokens, bytes(rest[tokens_end:]))
 
 
 # ------------------------------------------------------------------------------------------ policy: text
@@ -1027,11 +1022,6 @@ class Job:
         self.started = self.handed_over = time.monotonic()
         self.request_id = request_id_var.get()
 
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether each token is to be the likeliest."""
-        return not self.heal and self.fields["temperature"] == 0 and self.fields["max_tokens"] > 0
-
     def send(self, *events: Event | HttpError) -> None:
         """Called by any thread."""
         self.outlet.put((self, list(events)))
@@ -1043,13 +1033,12 @@ class Job:
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence id of both contexts, and the tokens whose KV one of them holds, the `short` or the long one; from
-    `chosen` on each of the tokens was the likeliest after those before it. `used` orders idle slots by age."""
+    """A sequence id of both contexts, and the tokens whose KV one of them holds, the `short` or the long one. `used`
+    orders idle slots by age."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
     short: bool = False
-    chosen: int = NEVER
     run: Run | None = None
     used: float = 0.0
 
@@ -1429,7 +1418,7 @@ class Worker(threading.Thread):
         nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
         live = common_prefix(nearest.tokens, prompt)
         source = entry if entry and stored > live else nearest
-        guide, chosen = source.tokens[:], source.chosen
+        guide = source.tokens[:]
         from_store = stored > live and stored >= MIN_PREFIX
         in_place = nearest in free and not from_store
         slot = nearest if in_place else min(free, key=lambda slot: slot.used)
@@ -1451,28 +1440,24 @@ class Worker(threading.Thread):
         short = self.llama.is_short(len(prompt)) and all(other.short for other in self.slots if other.run)
         if slot.short != short and not self.llama.move(slot):
             cached = 0
-        known = job.is_plain_greedy and cached == len(prompt) < len(guide) and chosen <= cached
-        # If the first token is not known, the prompt's last one is computed in any case, for the logits after it.
-        cached = min(cached, len(prompt) - (not known))
+        # The prompt's last token is computed in any case, for the logits after it.
+        cached = min(cached, len(prompt) - 1)
         self.llama.trim(slot, cached)
-        slot.tokens, slot.chosen = prompt[:cached], NEVER
-        run = slot.run = Run(job, slot, cached, guide)
+        slot.tokens = prompt[:cached]
+        slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
-        if known:
-            with self._blamed_on(run):
-                self._begin(run, guide[cached])
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
         assert self.llama
         self._store(slot)
         self.llama.trim(slot, 0)
-        slot.tokens, slot.chosen = [], NEVER
+        slot.tokens = []
 
     def _store(self, slot: Slot) -> None:
         assert self.llama
         if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
-            self.store.add(Parked(slot.tokens[:], self.llama.save(slot), slot.chosen))
+            self.store.add(Parked(slot.tokens[:], self.llama.save(slot)))
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
@@ -1585,8 +1570,6 @@ class Worker(threading.Thread):
         run.job.progress("decode", 0, run.job.fields["max_tokens"])
         run.pending = token
         run.first_token = time.monotonic()
-        if run.job.is_plain_greedy:
-            run.slot.chosen = len(run.job.prompt)
         ended = self._emit(run, token)
         self._flush(run)
         if not ended:  # only now: it takes a millisecond for each thousand tokens

@@ -722,7 +722,7 @@ def test_store_covers_and_best() -> None:
     assert store.best([9]) == (None, 0)
 
 
-ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens", 2)
+ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 
 
 def test_parked_comes_back() -> None:
