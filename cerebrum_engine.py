@@ -138,41 +138,35 @@ def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CALIBRATION_SECONDS = 0.4  # for each size, or one decode of it
-TRIAL_TURNS, MAX_TRIAL_TURNS = 16, 64  # one in so many is decoded the other way, the more the longer nothing changed …
-TRIAL_MARGIN = 1.3  # … and if that would cost at most so many times as much by the table
-DISTURBED = 0.7  # a token that takes so much less than the table says: it was made while the machine was busy
+LEARN_FROM_TOKENS = 24  # smaller decodes vary too much to judge the machine by
+LEARNING_RATE = 0.3
+MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # one odd decode must not change the plan by more
+DISTURBED = 0.7  # a slowdown below this means that the calibration ran while the machine was busy
 PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
 PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
 MAX_CHUNK = 512  # n_batch
 MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
-LEARNING_RATE, TRIAL_RATE = 0.1, 0.5  # of the measured times, for each decode; for a trial, of which there are few
-STRETCH_FROM, STRETCH_RATE, MAX_STRETCH = 24, 0.3, 8.0  # of what larger decodes take over what the table says
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: measured points, straight lines between and beyond.
+    """Seconds of one `llama_decode` by its number of tokens: calibrated points, straight lines between and beyond.
 
-    The points follow what decodes really take, for the machine and the context's length change.
+    The table itself never changes, since grouping and drafting depend on its proportions only. `slowdown` is how many
+    times longer chunks really take than the table says. It grows with the length of the contexts, and bounds the
+    chunks whose absolute time matters.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.sizes = sorted(table)
         self.seconds = [table[size] for size in self.sizes]
+        self.slowdown = 1.0
 
-    def learn(self, tokens: int, seconds: float, usual: bool, rate: float = LEARNING_RATE) -> None:
-        """A decode of `tokens` took `seconds`. One that was disturbed counts for twice the usual time at most. What is
-        decoded all the time (`usual`) moves all points with it, so that what is not seen keeps its proportion; a draft
-        or a trial tells only of its own size."""
-        place = bisect.bisect_left(self.sizes, tokens)
-        if place == len(self.sizes) or self.sizes[place] != tokens:
-            return
-        old = self.seconds[place]
-        factor = 1 + rate * (min(seconds / old, 2.0) - 1)
-        if usual:
-            self.seconds = [point * factor for point in self.seconds]
-        else:
-            self.seconds[place] = old * factor
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A decode of `tokens` took `seconds`."""
+        if tokens >= LEARN_FROM_TOKENS:
+            seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
+            self.slowdown += LEARNING_RATE * (seen - self.slowdown)
 
     def __call__(self, tokens: int) -> float:
         if len(self.sizes) == 1:
@@ -187,8 +181,8 @@ class Costs:
         return self(others + tokens) - self(others + 1) * others / (others + 1)
 
     def longest(self, seconds: float) -> int:
-        """The longest chunk that costs at most `seconds`, at least 1 and at most MAX_CHUNK."""
-        return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds, key=self))
+        """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most MAX_CHUNK."""
+        return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds / self.slowdown, key=self))
 
 
 def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
@@ -208,47 +202,21 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
     return groups
 
 
-def other_grouping(count: int, groups: Sequence[Sequence[int]], costs: Costs) -> list[list[int]] | None:
-    """For `count` works of one token each, grouped as `group_by_cost` says: together what it decodes in turn, and the
-    reverse; None if that cannot be about as fast. Tried now and then, or a wrong table would never be found out."""
-    together = len(groups) == 1
-    ratio = costs(count) / (count * costs(1))
-    if count < 2 or (1 / ratio if together else ratio) > TRIAL_MARGIN:
-        return None
-    return [[i] for i in range(count)] if together else [list(range(count))]
+def share_size(costs: Costs) -> int:
+    """Tokens that one of several streams may decode at once without starving the others."""
+    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)))
 
 
-class Trials:
-    """When to decode the other way: seldom where that has not changed what is the cheapest, for it costs a little."""
+def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs) -> int:
+    """Tokens to read next of a prompt that lacks `missing`.
 
-    def __init__(self) -> None:
-        self.together: bool | None = None
-        self.every, self.turns = TRIAL_TURNS, 0
-
-    def due(self, together: bool) -> bool:
-        """Count a turn that would be decoded `together`, or one after the other."""
-        if together != self.together:
-            self.together, self.every, self.turns = together, TRIAL_TURNS, 0
-        self.turns += 1
-        if self.turns < self.every:
-            return False
-        self.every, self.turns = min(2 * self.every, MAX_TRIAL_TURNS), 0
-        return True
-
-
-def share_size(costs: Costs, stretch: float) -> int:
-    """How many tokens one of several streams may decode at once, so that the others do not starve. `stretch` is how
-    many times longer larger decodes take than `costs` says: the longer the contexts, the more."""
-    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)) / stretch)
-
-
-def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs, stretch: float) -> int:
-    """How many tokens of a prompt that lacks `missing` to read at once; beside running `streams` so few that these do
-    not starve. `reading` is what all prompts lack that are being read, this one's too: no more than twice the least of
-    it, so that a short prompt does not wait for a long one, and two of about one length are read as one."""
+    Beside running `streams` a chunk is bounded by the pause that it makes in them. Otherwise `reading` holds what each
+    prompt under way lacks, this one included: a chunk is at most twice the shortest of them, so a short prompt does not
+    wait for a long one, and two of similar length are read in one decode.
+    """
     if streams:
-        return min(missing, share_size(costs, stretch))
-    return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading) / stretch))
+        return min(missing, share_size(costs))
+    return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading)))
 
 
 # --------------------------------------------------------------------------------------- policy: drafts
@@ -1279,8 +1247,6 @@ class Worker(threading.Thread):
         self.waiting: list[Job] = []
         self.acceptance = Acceptance()
         self.costs = load_costs(self.llama, self.calibration, self.baton)
-        self.one_token = self.costs(1)  # as calibrated
-        self.stretch, self.trials = 1.0, Trials()
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -1327,12 +1293,12 @@ class Worker(threading.Thread):
         runs = self._gather(runs)
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
-        groups, trial = self._group([len(work.tokens) for work in shared])
+        groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
         steps = [[shared[i] for i in group] for group in groups]
         for step in steps + [[work] for work in works if work.run.sampler.exact]:
             members = [work for work in step if work.run.slot.run is work.run]
             if members and not self.stopping:
-                self._step(members, trial)
+                self._step(members)
 
     def _take(self) -> None:
         """Start what came, and what comes meanwhile: to store the sequence whose slot it gets may take milliseconds."""
@@ -1354,14 +1320,6 @@ class Worker(threading.Thread):
                 self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
         return [run for run in runs if run.slot.run is run]
 
-    def _group(self, sizes: list[int]) -> tuple[list[list[int]], bool]:
-        """Which works share a decode, and whether that is a trial, not the usual way."""
-        groups = group_by_cost(sizes, self.costs)
-        if len(sizes) < 2 or max(sizes) > 1:
-            return groups, False
-        other = other_grouping(len(sizes), groups, self.costs) if self.trials.due(len(groups) == 1) else None
-        return other or groups, other is not None
-
     def _wait(self) -> Job | None:
         """What comes next. When nothing does for a while, idle sequences are stored, for then no request waits for it:
         one of 3,500 tokens takes a fifth of a second."""
@@ -1373,9 +1331,9 @@ class Worker(threading.Thread):
         return self.inbox.get()
 
     def _recalibrate(self) -> None:
-        """Measure again if the machine was busy the last time and nobody waits now."""
+        """Calibrate again when nobody waits and the last calibration ran on a busy machine."""
         assert self.llama
-        if self.costs(1) > DISTURBED * self.one_token or any(slot.run for slot in self.slots):
+        if self.costs.slowdown > DISTURBED or any(slot.run for slot in self.slots):
             return
         for slot in self.slots:
             self._park(slot)
@@ -1383,7 +1341,6 @@ class Worker(threading.Thread):
         table = calibrate(self.llama, self.calibration, self.baton, lambda: self.stopping or not self.inbox.empty())
         if table:
             self.costs = Costs(table)
-            self.one_token = self.costs(1)
 
     def _drop_cancelled(self) -> None:
         self.waiting = [job for job in self.waiting if not job.cancelled]
@@ -1466,7 +1423,7 @@ class Worker(threading.Thread):
             reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
             streams = len(reading) < len(runs)
             whole = missing - (run.sampler.exact and missing > 1)
-            size = chunk_size(whole, reading, streams, self.costs, self.stretch)
+            size = chunk_size(whole, reading, streams, self.costs)
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
@@ -1488,7 +1445,7 @@ class Worker(threading.Thread):
             SHORT.draft if run.slot.short else MAX_DRAFT,
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
-            share_size(self.costs, self.stretch) - 1 if others else MAX_DRAFT,
+            share_size(self.costs) - 1 if others else MAX_DRAFT,
         )
         if not self.config.draft or run.sampler.exact or run.heal or room <= 0:
             return []
@@ -1500,7 +1457,7 @@ class Worker(threading.Thread):
         probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
         return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
 
-    def _step(self, works: list[Work], trial: bool) -> None:
+    def _step(self, works: list[Work]) -> None:
         """One llama_decode and what follows from it for each of its sequences."""
         assert self.llama
         self.llama.abort_flag[0] = b"\x00"
@@ -1526,8 +1483,7 @@ class Worker(threading.Thread):
                     log.error("llama_decode answered %d", code)
                     self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
             return
-        usual = not trial and all(len(work.tokens) == 1 for work in works)
-        self._learn(sum(len(work.tokens) for work in works), seconds, usual, TRIAL_RATE if trial else LEARNING_RATE)
+        self.costs.learn(sum(len(work.tokens) for work in works), seconds)
         base = 0
         for work in works:
             with self._blamed_on(work.run):
@@ -1546,12 +1502,6 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("request %s", run.job.request_id)
             self._fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-
-    def _learn(self, tokens: int, seconds: float, usual: bool, rate: float) -> None:
-        if tokens >= STRETCH_FROM:
-            longer = min(max(seconds / self.costs(tokens), 0.5), MAX_STRETCH)
-            self.stretch += STRETCH_RATE * (longer - self.stretch)
-        self.costs.learn(tokens, seconds, usual, rate)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         assert self.llama
