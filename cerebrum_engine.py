@@ -6,7 +6,6 @@ Who owns what
   `llama_decode` by the abort byte.
 - A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
   slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
-  Short sequences live in a context of their own, see `rooms`; one that outgrows it is moved.
 - `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
 
 Shortcut: a model's jinja chat template is never run (CVE-2024-34359); llama.cpp's own table of templates is used.
@@ -98,40 +97,23 @@ class Shape:
     vocabulary: int
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a context has room for: for each slot tokens, and those of a draft; and those of a micro-batch."""
-
-    tokens: int
-    draft: int
-    micro_batch: int
-    flash_attention: bool
-
-
-SHORT = Room(tokens=384, draft=15, micro_batch=128, flash_attention=True)
-
-
-def rooms(n_ctx: int, kv_type: str) -> list[Room]:
-    """The contexts that a model gets: the long one, and one for short sequences where that is faster.
-
-    On a CPU, flash attention skips the keys of other sequences but goes through the own ones once for each token. A
-    token behind 100 takes 4 % less with it; 16 tokens behind 2,000 take 1.3 times as long. Quantized values need it.
-    """
-    long = Room(n_ctx, MAX_DRAFT, MICRO_BATCH, flash_attention=kv_type != "f16" or n_ctx <= SHORT.tokens)
-    return [long] if long.flash_attention else [long, SHORT]
+def needs_flash_attention(kv_type: str) -> bool:
+    """On a CPU flash attention is slower behind long contexts: decoding 16 tokens behind 2,000 takes 1.3 times as long.
+    Only a quantized cache cannot do without."""
+    return kv_type != "f16"
 
 
 def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type: str) -> dict[str, int]:
     """Bytes of weights, KV cache and compute buffers of a model, before it is loaded."""
     element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
-    kv, compute = 0.0, 0
-    for room in rooms(n_ctx, kv_type):
-        cells, outputs = slots * room.tokens, slots * (room.draft + 1)
-        per_cell = 2 if room.flash_attention else 4 * shape.heads + 2  # without it, the scores of all cells at once
-        per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
-        kv += cells * shape.layers * shape.kv_width * element
-        compute += room.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary
-    return {"weights": file_size, "kv": int(kv), "compute": compute}
+    cells, outputs = slots * n_ctx, slots * (MAX_DRAFT + 1)
+    per_cell = 2 if needs_flash_attention(kv_type) else 4 * shape.heads + 2  # without it, the scores of all cells
+    per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
+    return {
+        "weights": file_size,
+        "kv": int(cells * shape.layers * shape.kv_width * element),
+        "compute": MICRO_BATCH * per_token + 2 * 4 * outputs * shape.vocabulary,
+    }
 
 
 # ------------------------------------------------------------------------------------- policy: schedule
@@ -675,54 +657,31 @@ class Llama:
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
-        self.long: Any = None
-        self.short: Any = None
-        contexts = rooms(self.n_ctx, config.kv_type)
-        self.long = self._make_context(config, contexts[0])
-        if len(contexts) > 1:
-            self.short = self._make_context(config, contexts[1])
-        self.context = self.long  # of the latest decode
-        if self.short and not self._try_to_move():
-            llama.llama_free(self.short)
-            self.short = None
-
-    def _make_context(self, config: Settings, room: Room) -> Any:
         params = llama.llama_context_default_params()
-        params.n_ctx = room.tokens * config.max_concurrent
-        params.n_batch, params.n_ubatch = MAX_CHUNK, room.micro_batch
+        params.n_ctx = self.n_ctx * config.max_concurrent
+        params.n_batch, params.n_ubatch = MAX_CHUNK, MICRO_BATCH
         params.n_seq_max = config.max_concurrent
         # Of a token and its draft, for every slot: the logits buffer would otherwise be 300 MB.
-        params.n_outputs_max = config.max_concurrent * (room.draft + 1)
+        params.n_outputs_max = config.max_concurrent * (MAX_DRAFT + 1)
         params.n_threads = params.n_threads_batch = config.threads
-        params.flash_attn_type = FLASH_ATTENTION[room.flash_attention]
+        params.flash_attn_type = FLASH_ATTENTION[needs_flash_attention(config.kv_type)]
         params.type_k = params.type_v = KV_TYPES[config.kv_type]
         params.kv_unified = True  # one ubatch may hold tokens of several sequences; a prefix is shared without a copy
         params.no_perf = True
         params.abort_callback = self._strlen
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
-        context = llama.llama_init_from_model(self.model, params)
-        if not context:
+        self.context = llama.llama_init_from_model(self.model, params)
+        if not self.context:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
-        return context
-
-    def _try_to_move(self) -> bool:
-        """Whether a sequence can go from one context to the other: not where the model keeps more than keys and values,
-        or those of a window only."""
-        slot = Slot(0, short=True)
-        if self.decode([(slot, [0], 1)]):
-            return False
-        slot.tokens = [0]
-        moved = self.move(slot) and self.computed(slot) == 1
-        self.trim(slot, 0)
-        return moved
+        self.memory = llama.llama_get_memory(self.context)
 
     def close(self) -> None:
         with self.vocab_lock:
             self.closed = True
         llama.llama_batch_free(self.batch)
-        for context in filter(None, (self.long, self.short)):
-            llama.llama_free(context)
+        if self.context:
+            llama.llama_free(self.context)
         llama.llama_model_free(self.model)
 
     def abort(self) -> None:
@@ -731,10 +690,9 @@ class Llama:
 
     def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
         """One `llama_decode` that appends to each slot its tokens, with logits for the last so many of them: 0, or 2 if
-        it was aborted; anything else is a fault. The slots are of one context."""
+        it was aborted; anything else is a fault."""
         index = 0
         batch = self.batch
-        self.context = self._context(parts[0][0])
         for slot, tokens, outputs in parts:
             for i, token in enumerate(tokens):
                 batch.token[index] = token
@@ -766,52 +724,28 @@ class Llama:
         row.fill(-np.inf)
         row[fits] = kept
 
-    def _context(self, slot: Slot) -> Any:
-        return self.short if slot.short else self.long
-
-    def _memory(self, slot: Slot) -> Any:
-        return llama.llama_get_memory(self._context(slot))
-
     def computed(self, slot: Slot) -> int:
         """How many tokens the slot's KV cells hold: after an abort those of whole micro-batches."""
-        return int(llama.llama_memory_seq_pos_max(self._memory(slot), slot.id)) + 1
+        return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
     def trim(self, slot: Slot, length: int) -> None:
         """Drop the slot's KV cells from position `length` on."""
-        llama.llama_memory_seq_rm(self._memory(slot), slot.id, length, -1)
+        llama.llama_memory_seq_rm(self.memory, slot.id, length, -1)
 
     def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
-        """Let the empty `target` share the first cells of `source`, in its context."""
-        target.short = source.short
-        llama.llama_memory_seq_cp(self._memory(source), source.id, target.id, 0, length)
+        """Let the empty `target` share the first cells of `source`."""
+        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
 
     def save(self, slot: Slot) -> bytes:
-        size = llama.llama_state_seq_get_size(self._context(slot), slot.id)
+        size = llama.llama_state_seq_get_size(self.context, slot.id)
         buffer = (ctypes.c_uint8 * size)()
-        written = llama.llama_state_seq_get_data(self._context(slot), buffer, size, slot.id)
+        written = llama.llama_state_seq_get_data(self.context, buffer, size, slot.id)
         return bytes(memoryview(buffer)[:written])
 
     def restore(self, slot: Slot, state: bytes) -> bool:
-        """Fill the slot with what `save` gave for a slot of either context."""
-        if self.short:
-            try:
-                state = arrange_values(state, by_element=not slot.short)
-            except ValueError as error:
-                log.warning("a sequence's state: %s", error)
-                return False
+        """Fill the empty slot with what `save` gave for any slot; False if llama.cpp does not take it."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return int(llama.llama_state_seq_set_data(self._context(slot), buffer, len(state), slot.id)) == len(state)
-
-    def is_short(self, length: int) -> bool:
-        """Whether a sequence of so many tokens, and a draft, has room in the context for short ones."""
-        return self.short is not None and length + SHORT.draft < SHORT.tokens
-
-    def move(self, slot: Slot) -> bool:
-        """Take the slot's sequence to the other context. False if that fails; then it is lost."""
-        state = self.save(slot) if slot.tokens else b""
-        self.trim(slot, 0)
-        slot.short = not slot.short
-        return not state or self.restore(slot, state)
+        return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot.id)) == len(state)
 
     def piece(self, token: int) -> bytes:
         """A token's bytes; control tokens have none."""
@@ -894,39 +828,6 @@ class Llama:
         return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
 
 
-def arrange_values(state: bytes, by_element: bool) -> bytes:
-    """A sequence's serialised state for a context without flash attention, which keeps the values of a layer element by
-    element, or for one with it, which keeps them token by token. They have 16 bits. ValueError if it has another form
-    than llama.cpp's `llama_kv_cache::state_write` gives the state of a plain transformer."""
-    try:
-        (count,) = struct.unpack_from("<I", state, 12)  # after magic, sequence and number of streams
-        at = 16 + 12 * count  # a position, how many sequences, and which, for each token
-        now, layers = struct.unpack_from("<II", state, at)
-        if now == by_element:
-            return state
-        data = bytearray(state)
-        struct.pack_into("<I", data, at, by_element)
-        at += 8
-        for _ in range(layers):
-            at += 12 + count * struct.unpack_from("<iQ", data, at)[1]  # the keys: type, bytes of a token
-        for _ in range(layers):
-            if by_element:
-                kind, row = struct.unpack_from("<iQ", data, at)
-                struct.pack_into("<iII", data, at, kind, 2, row // 2)
-            else:
-                kind, _, width = struct.unpack_from("<iII", data, at)
-                row = 2 * width
-                struct.pack_into("<iQ", data, at, kind, row)
-            values = np.frombuffer(data, np.uint16, count * row // 2, at + 12)
-            values[:] = values.reshape((count, -1) if by_element else (-1, count)).T.ravel()
-            at += 12 + count * row
-    except struct.error as error:
-        raise ValueError(f"cut short: {error}") from None
-    if at != len(state):
-        raise ValueError(f"expected {at} bytes, got {len(state)}")
-    return bytes(data)
-
-
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 
 
@@ -1001,12 +902,10 @@ class Job:
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence id of both contexts, and the tokens whose KV one of them holds, the `short` or the long one. `used`
-    orders idle slots by age."""
+    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    short: bool = False
     run: Run | None = None
     used: float = 0.0
 
@@ -1030,7 +929,6 @@ class Run:
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
         self.beside = 0  # other streams' tokens in the same decode
-        self.outgrown = False  # by its drafts, the context for short sequences
         self.first_token = self.last_token = 0.0
         self.outbox: list[Event | HttpError] = []
 
@@ -1290,7 +1188,6 @@ class Worker(threading.Thread):
                 self.waiting.append(job)
         self._take()
         runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
-        runs = self._gather(runs)
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
         groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
@@ -1308,17 +1205,6 @@ class Worker(threading.Thread):
             self._start_waiting()
             if self.inbox.empty():
                 return
-
-    def _gather(self, runs: list[Run]) -> list[Run]:
-        """Bring all that runs into one context, where it may share decodes: the short one while everything fits."""
-        assert self.llama
-        fits = self.llama.is_short
-        short = all(run.slot.short and not run.outgrown and fits(len(run.slot.tokens)) for run in runs)
-        for run in runs:
-            if run.slot.short and not short and not self.llama.move(run.slot):
-                run.slot.tokens = []
-                self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
-        return [run for run in runs if run.slot.run is run]
 
     def _wait(self) -> Job | None:
         """What comes next. When nothing does for a while, idle sequences are stored, for then no request waits for it:
@@ -1385,7 +1271,6 @@ class Worker(threading.Thread):
             elif len(slot.tokens) > 2 * live:  # more is lost than kept
                 self._store(slot)
         if entry and from_store:
-            slot.short = self.llama.is_short(len(entry.tokens))
             if self.llama.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
         elif not in_place:
@@ -1394,9 +1279,6 @@ class Worker(threading.Thread):
         cached = common_prefix(slot.tokens, prompt)
         self.llama.trim(slot, cached)
         slot.tokens = prompt[:cached]
-        short = self.llama.is_short(len(prompt)) and all(other.short for other in self.slots if other.run)
-        if slot.short != short and not self.llama.move(slot):
-            cached = 0
         # The prompt's last token is computed in any case, for the logits after it.
         cached = min(cached, len(prompt) - 1)
         self.llama.trim(slot, cached)
@@ -1442,7 +1324,7 @@ class Worker(threading.Thread):
         assert self.llama
         assert run.drafter
         room = min(
-            SHORT.draft if run.slot.short else MAX_DRAFT,
+            MAX_DRAFT,
             run.job.fields["max_tokens"] - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
             share_size(self.costs) - 1 if others else MAX_DRAFT,
@@ -1541,7 +1423,6 @@ class Worker(threading.Thread):
         cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
         self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
-            run.outgrown |= accepted == drafted >= SHORT.draft
             self.llama.trim(slot, len(slot.tokens))
             self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)
             run.drafted += drafted

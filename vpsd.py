@@ -12,7 +12,6 @@ Who owns what
   back by the `Outlet`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
 - A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
   slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
-  Short sequences live in a context of their own, see `rooms`; one that outgrows it is moved.
 - `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
 
 It refuses: to start without a key, to load what does not fit in memory, to start work while other programs use the

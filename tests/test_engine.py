@@ -41,7 +41,6 @@ from cerebrum_engine import (
     PrefixStore,
     Shape,
     TextAssembler,
-    arrange_values,
     chunk_size,
     common_prefix,
     decode_parked,
@@ -51,7 +50,6 @@ from cerebrum_engine import (
     group_by_cost,
     heal_from,
     load_parked,
-    rooms,
     save_parked,
     share_size,
 )
@@ -701,38 +699,6 @@ def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
         decode_parked(data + b"\0", "key")
 
 
-def state_of(by_element: bool) -> bytes:
-    """As llama.cpp serialises 3 tokens in 2 layers: keys of 2 elements, values of 4, these by token or by element."""
-    head = struct.pack("<IiII", 0x67677371, 1, 1, 3) + b"".join(struct.pack("<iIi", n, 1, 1) for n in range(3))
-    parts = [head, struct.pack("<II", by_element, 2)]
-    for layer in range(2):
-        parts += [struct.pack("<iQ", 1, 4), struct.pack("<6H", *range(100 * layer, 100 * layer + 6))]
-    for layer in range(2):
-        rows = [[1000 * (layer + 1) + 10 * token + element for element in range(4)] for token in range(3)]
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        parts.append(struct.pack("<iII", 1, 2, 4) if by_element else struct.pack("<iQ", 1, 8))
-        parts += [struct.pack(f"<{len(values)}H", *values) for values in (columns if by_element else rows)]
-    return b"".join(parts)
-
-
-@pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_values_are_arranged_as_the_context_keeps_them(kept: bool, wanted: bool) -> None:
-    assert arrange_values(state_of(kept), wanted) == state_of(wanted)
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_state_of_another_form_is_refused(kept: bool) -> None:
-    data = state_of(kept)
-    for end in range(60, len(data)):  # from where the arrangement is said on
-        with pytest.raises(ValueError, match=r"cut short|expected|buffer"):
-            arrange_values(data[:end], not kept)
-    with pytest.raises(ValueError, match=f"expected {len(data)} bytes, got {len(data) + 1}"):
-        arrange_values(data + b"x", not kept)
-    with pytest.raises(ValueError, match="cut short"):
-        arrange_values(b"", kept)
-
-
 def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> None:
     entries = [Parked([number], b"state %d" % number) for number in range(12)]
     save_parked(tmp_path / "kv", "key", entries)
@@ -965,18 +931,11 @@ SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=486
 def test_estimate_bytes() -> None:
     parts = estimate_bytes(491_400_064, SHAPE, 4096, 2, "f16")
     layer = 4 * (8 * 896 + 3 * 4864)
-    long = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
-    short = 128 * (layer + 2 * 768) + 8 * 32 * 151_936
-    assert parts == {"weights": 491_400_064, "kv": (8192 + 768) * 24 * 256 * 2, "compute": long + short}
+    compute = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
+    assert parts == {"weights": 491_400_064, "kv": 8192 * 24 * 256 * 2, "compute": compute}
     quantized = estimate_bytes(0, SHAPE, 4096, 2, "q8_0")
     compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
     assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
-
-
-def test_short_sequences_have_a_context_of_their_own_where_the_long_one_has_no_flash_attention() -> None:
-    assert [(room.tokens, room.flash_attention) for room in rooms(4096, "f16")] == [(4096, False), (384, True)]
-    assert [(room.tokens, room.flash_attention) for room in rooms(4096, "q8_0")] == [(4096, True)]
-    assert [(room.tokens, room.flash_attention) for room in rooms(384, "f16")] == [(384, True)]
 
 
 def test_baton_is_passed_on_in_the_order_of_asking() -> None:

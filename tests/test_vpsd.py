@@ -224,8 +224,7 @@ def new_prompt(tokens: int = 64) -> str:
 
 
 class Reference:
-    """llama_decode, one token at a time, and the likeliest token each time; as the engine with flash attention where
-    the text is short, for that moves logits as much as another batch size does."""
+    """llama_decode, one token at a time, and the likeliest token each time."""
 
     def __init__(self, path: Path) -> None:
         engine.start_library()
@@ -235,14 +234,12 @@ class Reference:
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
         params.n_threads = params.n_threads_batch = engine.usable_cores()
-        self.contexts = []
-        for params.flash_attn_type in engine.FLASH_ATTENTION:
-            self.contexts.append(llama.llama_init_from_model(self.model, params))
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = llama.llama_init_from_model(self.model, params)
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
 
     def close(self) -> None:
-        for context in self.contexts:
-            llama.llama_free(context)
+        llama.llama_free(self.context)
         llama.llama_model_free(self.model)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
@@ -262,14 +259,13 @@ class Reference:
 
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], list[float]]:
         """Tokens up to the end or `most`, and by how much each won."""
-        context = self.contexts[len(prompt) + most <= engine.SHORT.tokens]
-        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         tokens, gaps, todo = list[int](), list[float](), prompt
         while True:
             for start in range(0, len(todo), 512):
                 part = (llama.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
-                assert llama.llama_decode(context, llama.llama_batch_get_one(part, len(part))) == 0
-            logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (self.n_vocab,))
+                assert llama.llama_decode(self.context, llama.llama_batch_get_one(part, len(part))) == 0
+            logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
             token = int(logits.argmax())
             second, first = np.partition(logits, -2)[-2:]
             gaps.append(float(first - second))
@@ -720,25 +716,6 @@ def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Ref
     reference.check(second, body["completion"], 8)
     again = vps.complete(one, max_tokens=1)  # it was stored, for most of it would have been lost
     assert again["cached_tokens"] == len(first)
-
-
-def test_a_sequence_that_outgrows_the_context_for_short_ones_goes_on_in_the_other(
-    vps: Vps, reference: Reference
-) -> None:
-    short = engine.SHORT.tokens - engine.SHORT.draft
-    prompt = new_prompt(short - 40)
-    tokens = reference.tokenize(prompt)
-    assert short - 80 < len(tokens) < short
-    body = vps.complete(prompt, max_tokens=100)
-    reference.check(tokens, body["completion"], 100)
-    # And back, for the same prompt is a short one again, and to the long one, for one that goes on.
-    again = vps.complete(prompt, max_tokens=24)
-    assert again["cached_tokens"] == len(tokens)
-    reference.check(tokens, again["completion"], 24)
-    longer = prompt + ", " + new_prompt(100)
-    body = vps.complete(longer, max_tokens=24)
-    assert body["cached_tokens"] >= len(tokens) - 1
-    reference.check(reference.tokenize(longer), body["completion"], 24)
 
 
 def test_a_short_one_beside_a_long_one(vps: Vps, reference: Reference) -> None:

@@ -294,11 +294,9 @@ class Loop:
         """By how much the first token won that `text` does not have; None if it has all."""
         chat = isinstance(prompt, Question)
         todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
-        slot, done = engine.Slot(0, short=self.llama.is_short(len(todo))), b""
+        slot, done = engine.Slot(0), b""
         self.llama.trim(slot, 0)
         for _ in range(most):
-            if slot.short and not self.llama.is_short(len(slot.tokens)):
-                self.llama.move(slot)
             for start in range(0, len(todo), engine.MAX_CHUNK):
                 part = todo[start : start + engine.MAX_CHUNK]
                 self.llama.decode([(slot, part, 1)])
