@@ -1,19 +1,30 @@
-"""llama.cpp: one loaded model, and the thread that schedules, drafts and keeps prefixes for it.
+"""llama.cpp: one loaded model, and the thread that schedules, drafts and keeps prefixes for it. Without HTTP:
+
+    import pathlib, queue
+    from cerebrum_engine import CompletionRequest, Job, Settings, Worker, start_library
+    start_library()
+    worker = Worker("qwen", pathlib.Path("model.gguf"), Settings())
+    worker.start()
+    events, batch = queue.SimpleQueue(), [{}]
+    worker.submit(worker.prepare(Job(CompletionRequest("def fibonacci(n):", language="python"), events.put)))
+    while "done" not in batch[-1]:
+        batch = events.get()
+        print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Only a `Job`
-  crosses over, by the worker's inbox; its events come back by the `Outlet`. A job is cancelled by a flag, and a running
-  `llama_decode` by the abort byte.
-- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
-  slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
-- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
+  crosses over, by the worker's inbox. Its events come back by a function of the job's, called by the worker's thread,
+  and a job that was submitted always gets a last one. A job is cancelled by a flag, and a running `llama_decode` by a
+  byte that llama.cpp's abort callback reads.
+- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the slot is
+  needed. Then it is parked in `PrefixStore` as bytes, which are also what is written to disk on unload.
+- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. One decodes at a time.
 
-Shortcut: a model's jinja chat template is never run (CVE-2024-34359); llama.cpp's own table of templates is used.
+Shortcut: a model's jinja chat template is never run (CVE-2024-34359). llama.cpp's own table of templates is used.
 """
 
 from __future__ import annotations
 
-import asyncio
 import bisect
 import codecs
 import contextlib
@@ -30,14 +41,15 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# llama.cpp's threads meet at a barrier hundreds of times a token. By default they spin there for milliseconds, which
-# keeps the core from the very thread that they wait for when another program has taken its place: beside one busy
-# program a token can take ten times as long; with much less, the threads sleep too often on a quiet machine. libgomp
-# reads this once, when it is loaded.
+# llama.cpp's threads meet at a barrier hundreds of times for each token, and by default they spin there for
+# milliseconds. If another program occupies a core, the spinning keeps the thread that everyone waits for from running,
+# and a token can take ten times as long. A much lower value makes the threads sleep too often on a quiet machine.
+# libgomp reads the variable once, when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import llama_cpp
@@ -46,34 +58,21 @@ import numpy as np
 import psutil
 
 from cerebrum_code import Ending, StopStrings, wants_extras
-from cerebrum_common import HttpError, Model, chunk, log, request_id_var, sse_event, timestamp
+from cerebrum_common import HttpError, log, request_id_var
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 MB = 1 << 20
 
-# ------------------------------------------------------------------------------------------------------------ settings
-
+# ---------------------------------------------------------------------------------- settings and requests
 
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
+MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 FLASH_ATTENTION = (llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How models are run: threads of llama.cpp, tokens of context of each of `max_concurrent` sequences, the KV cache's
-    type, megabytes of parked sequences, whether to draft, and the folder of what outlives the process."""
-
-    threads: int
-    n_ctx: int
-    kv_type: str
-    cache_mb: int
-    draft: bool
-    max_concurrent: int
-    state_dir: Path
-
-
 def usable_cores() -> int:
-    """Physical cores among the CPUs that this process may use: a second hardware thread only makes llama.cpp wait."""
+    """Number of physical cores among the CPUs that this process may use. A second thread on a core only makes llama.cpp
+    wait."""
     cpus = os.sched_getaffinity(0)
     siblings = set()
     for cpu in cpus:
@@ -82,12 +81,55 @@ def usable_cores() -> int:
     return len(siblings)
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How models are run, the same for all of a process."""
+
+    threads: int = field(default_factory=usable_cores)
+    n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
+    sequences: int = 2  # at a time
+    kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
+    cache_mb: int = 256  # of parked sequences, in memory and on disk
+    draft: bool = True
+    state_dir: Path = Path.home() / ".local/state/cerebrum"  # calibration and parked sequences
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What a completion is asked for. The caller has checked the ranges.
+
+    Either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text, is given. A `suffix` makes it
+    fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[tuple[str, str]] | None = None
+    suffix: str | None = None
+    filename: str = ""
+    language: str | None = None
+    mode: str = "complete"  # or infill, instruct
+    stop_at: str = "auto"  # or none
+    stop: Sequence[str] = ()
+    max_tokens: int = 512  # 0 only reads the prompt into the cache
+    temperature: float = 0.4
+    top_p: float = 0.95
+    seed: int | None = None  # the same seed gives the same text
+    heal: bool = False
+    progress: bool = False
+
+
+def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
+    """The beginning of the answer, if the messages end with one; the model continues it."""
+    role, content = messages[-1]
+    return content if role == "assistant" else ""
+
+
 # ---------------------------------------------------------------------------------------------------- policy: memory
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a GGUF's header tells of the memory that it will need."""
+    """The dimensions in a GGUF's header that decide how much memory the model needs."""
 
     layers: int
     kv_width: int  # elements of K and V of one token in one layer
@@ -98,13 +140,13 @@ class Shape:
 
 
 def needs_flash_attention(kv_type: str) -> bool:
-    """On a CPU flash attention is slower behind long contexts: decoding 16 tokens behind 2,000 takes 1.3 times as long.
-    Only a quantized cache cannot do without."""
+    """Only a quantized cache needs flash attention. On a CPU it is slower for long contexts: decoding 16 tokens after
+    2,000 takes 1.3 times as long."""
     return kv_type != "f16"
 
 
 def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type: str) -> dict[str, int]:
-    """Bytes of weights, KV cache and compute buffers of a model, before it is loaded."""
+    """Bytes that a model will need when loaded: its weights, KV cache and compute buffers."""
     element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
     cells, outputs = slots * n_ctx, slots * (MAX_DRAFT + 1)
     per_cell = 2 if needs_flash_attention(kv_type) else 4 * shape.heads + 2  # without it, the scores of all cells
@@ -119,24 +161,24 @@ def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
-CALIBRATION_SECONDS = 0.4  # for each size, or one decode of it
-LEARN_FROM_TOKENS = 24  # smaller decodes vary too much to judge the machine by
+CALIBRATION_SECONDS = 0.4  # spent on each size; at least one decode
+LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
 LEARNING_RATE = 0.3
-MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # one odd decode must not change the plan by more
-DISTURBED = 0.7  # a slowdown below this means that the calibration ran while the machine was busy
-PAUSE_SECONDS = 0.25  # how long a running stream may pause while a chunk of another prompt is read …
-PAUSE_TOKENS = 6  # … or this many of its own tokens' time, where that is longer
-PREFILL_SECONDS = 2.0  # one chunk of a prompt when nobody else waits: how often progress is reported
+MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits what a single odd decode can do
+DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
+PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read …
+PAUSE_TOKENS = 6  # … or the time of this many of its own tokens, if that is longer
+PREFILL_SECONDS = 2.0  # longest chunk when no stream is running: progress is reported after each
 MAX_CHUNK = 512  # n_batch
-MICRO_BATCH = 256  # n_ubatch: as fast as more, with half of the memory for attention
+MICRO_BATCH = 256  # n_ubatch: as fast as larger ones, with half of the memory for attention
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: calibrated points, straight lines between and beyond.
+    """Seconds of one `llama_decode` by its number of tokens: calibrated points, interpolated linearly.
 
-    The table itself never changes, since grouping and drafting depend on its proportions only. `slowdown` is how many
-    times longer chunks really take than the table says. It grows with the length of the contexts, and bounds the
-    chunks whose absolute time matters.
+    The table never changes, because grouping and drafting depend only on its proportions. `slowdown` is the measured
+    time of chunks divided by the table's. It grows with the length of the contexts, and matters where a chunk must not
+    take longer than some time.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
@@ -158,8 +200,8 @@ class Costs:
         return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
     def beside(self, others: int, tokens: int) -> float:
-        """Seconds of `tokens` of one sequence in a decode that `others` share with a token each: what more than one
-        token adds is its own, the rest is shared."""
+        """The share of one sequence in a decode of its `tokens` and one token of each of `others`, in seconds. Every
+        sequence pays an equal part of a decode of one token each; this one also pays for its further tokens."""
         return self(others + tokens) - self(others + 1) * others / (others + 1)
 
     def longest(self, seconds: float) -> int:
@@ -168,9 +210,9 @@ class Costs:
 
 
 def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
-    """Which works (by index) share a `llama_decode`: those that together cost less than one after the other.
+    """Which works (by index) share a `llama_decode`: those that cost less together than one after the other.
 
-    Two single tokens are slower together on a 0.5B and faster on a 1.5B; a token beside a chunk is nearly free.
+    Two single tokens may be slower together (0.5B) or faster (1.5B). A token beside a chunk is nearly free.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -185,16 +227,16 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
 
 
 def share_size(costs: Costs) -> int:
-    """Tokens that one of several streams may decode at once without starving the others."""
+    """How many tokens one of several streams may decode at once without starving the others."""
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)))
 
 
 def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs) -> int:
-    """Tokens to read next of a prompt that lacks `missing`.
+    """How many of a prompt's `missing` tokens to read next.
 
-    Beside running `streams` a chunk is bounded by the pause that it makes in them. Otherwise `reading` holds what each
-    prompt under way lacks, this one included: a chunk is at most twice the shortest of them, so a short prompt does not
-    wait for a long one, and two of similar length are read in one decode.
+    While other `streams` are running, the chunk is limited by how long they may pause. Otherwise it is at most twice as
+    long as the shortest prompt being read (`reading` has the missing tokens of each, including this one). A short
+    prompt then does not wait for a long one, and two of similar length are read in one decode.
     """
     if streams:
         return min(missing, share_size(costs))
@@ -203,51 +245,52 @@ def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs
 
 # --------------------------------------------------------------------------------------- policy: drafts
 
-GRAM = 3  # tokens that must repeat before their continuation is looked at
+GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
 MAX_DRAFT = 63
-CHANGE = 8  # what a copy goes on after has fewer tokens, on either side
-NEAR = 48  # after a changed token a copy usually goes on within so many tokens of where it was
-RUN_BUCKETS = (GRAM, 5, 8, 12, 16, 24, 32)  # repeated tokens before the draft: the more, the better it is
-PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)
-PRIOR_WEIGHT = 12.0  # tokens that a prior counts for
-FORGET = 0.997  # per decoded token: a text may begin to repeat later
-CREDIT_TOKENS = 4.0  # what the first drafts of a model may lose, in the time of so many tokens without drafts
-CREDIT_LIMIT = 10.0  # what repeating text may earn for text that does not repeat
+MAX_CHANGE = 8  # tokens of a change in a copy, old or new; after a longer one the copy is searched for anew
+NEAR = 48  # after a change the copy usually continues within this many tokens
+STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # acceptance is counted separately from each of these lengths on
+PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # acceptance of each before anything is known
+PRIOR_WEIGHT = 12.0  # in tokens
+FORGET = 0.997  # for each decoded token, since a text may begin to repeat late
+CREDIT_TOKENS = 4.0  # initial credit of a model
+CREDIT_LIMIT = 10.0  # repeating text cannot earn more for text that does not repeat
 LOSS_SHARE = 0.01  # of the time spent without drafts may be lost by trying them
 
 
 class Acceptance:
-    """How often drafted tokens were right, by the length of the repeated run and by whether decoding is greedy.
+    """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy.
 
-    Owned by a worker and kept over its requests. `credit` bounds what drafts may lose: it grows by a share of the
-    time spent without them and by what they win, and falls by what they lose. Its unit is the time of one token without
-    drafts.
+    Owned by a worker and kept across requests. `credit` limits what drafts may lose, in units of the time of one token
+    without drafts. It grows by a share of the time spent without drafts and by what drafts win, and falls by what they
+    lose.
     """
 
     def __init__(self) -> None:
-        self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(RUN_BUCKETS))}
+        self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(STREAKS))}
         self.wrong = dict(self.right)
         self.credit = CREDIT_TOKENS
 
     @staticmethod
-    def bucket(run: int) -> int:
-        return bisect.bisect_right(RUN_BUCKETS, run) - 1
+    def bucket(streak: int) -> int:
+        return bisect.bisect_right(STREAKS, streak) - 1
 
-    def probability(self, greedy: bool, run: int) -> float:
-        """That the next drafted token is right."""
-        key = greedy, self.bucket(run)
+    def probability(self, greedy: bool, streak: int) -> float:
+        """Probability that the next drafted token is right."""
+        key = greedy, self.bucket(streak)
         prior = PRIORS[key[1]] * (1.0 if greedy else 0.9)
         return (self.right[key] + prior * PRIOR_WEIGHT) / (self.right[key] + self.wrong[key] + PRIOR_WEIGHT)
 
-    def learn(self, greedy: bool, run: int, drafted: int, accepted: int) -> None:
-        key = greedy, self.bucket(run)
+    def learn(self, greedy: bool, streak: int, drafted: int, accepted: int) -> None:
+        """Of a draft of `drafted` tokens the first `accepted` were right."""
+        key = greedy, self.bucket(streak)
         for table in (self.right, self.wrong):
             table[key] *= FORGET**accepted
         self.right[key] += accepted
         self.wrong[key] += accepted < drafted
 
     def spend(self, cost: float, gained: float) -> None:
-        """Book one decode: what it cost by the table, and `gained` over plain decoding (0 without a draft)."""
+        """Book one decode: its cost by the table, and the tokens `gained` over plain decoding (0 without a draft)."""
         earned = gained if gained else LOSS_SHARE * cost
         self.credit = min(CREDIT_LIMIT, self.credit + earned)
         if not gained:
@@ -257,8 +300,10 @@ class Acceptance:
 
 
 def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) -> int:
-    """How many tokens to draft: the length with the most expected tokens per second, 0 if drafting does not pay. It is
-    `limit` or makes, with a token each of `others`, a decode of a calibrated size: 28 to 31 tokens take as long as 32.
+    """The draft length with the most expected tokens per second; 0 if drafting does not pay.
+
+    Only `limit` and lengths that fill a decode of a calibrated size (with one token of each of `others`) are
+    considered: 28 to 31 tokens take as long as 32.
     """
     best, rate = 0, 1.03 / costs.beside(others, 1)
     for length in (*(size - 1 - others for size in costs.sizes), limit):
@@ -272,28 +317,28 @@ def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) 
 
 
 class Drafter:
-    """Proposes the next tokens of one sequence from where its last tokens stood before: in its own prompt and output
-    (source 0) or in an earlier sequence with the same prefix (source 1). It looks tokens up, it computes nothing.
+    """Proposes the next tokens of one sequence by looking up what followed the same tokens before: in the sequence
+    itself (source 0), or in an earlier sequence with the same prefix (source 1).
 
-    A copy that differs somewhere goes on soon after. `changes` remembers what was replaced there by what, and that is
-    expected wherever the same is copied again: a rename looks like this.
+    Text that is copied with changes goes on after each change. `changes` maps replaced tokens to the tokens that came
+    in their place, and the same change is expected wherever the same tokens are copied again, as in a rename.
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
         self.sources = [list(tokens), list(guide)]
-        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # places after each GRAM tokens
         for position in range(max(GRAM, common), len(guide) + 1):
             self._add(1, position)
         for position in range(GRAM, len(tokens) + 1):
             self._add(0, position)
-        self.at: tuple[int, int] | None = None
-        self.run = 0  # how far the pointer can be trusted: tokens in a row that were as it said, and some from before
-        self.trusted = 0  # the run before the last mismatch
-        self.lost = 0  # where in the own sequence that was, or where the change began in which it was
-        self.changes: dict[tuple[int, ...], list[int]] = {}  # what came, by the tokens that it replaced
-        self.done = 0  # so many tokens of the change at the pointer have come
+        self.at: tuple[int, int] | None = None  # source and position of the token expected next
+        self.streak = 0  # consecutive tokens the draft predicted correctly; after a change some are credited
+        self.before_change = 0  # the streak before the latest mismatch
+        self.changed_from = 0  # position in the own sequence where the latest change began
+        self.changes: dict[tuple[int, ...], list[int]] = {}
+        self.done = 0  # how many tokens of the change expected at `at` have come
         if len(guide) > common == len(tokens):
-            self.at, self.run = (1, common), min(common, RUN_BUCKETS[-1])
+            self.at, self.streak = (1, common), min(common, STREAKS[-1])
         else:
             self._search()
 
@@ -302,7 +347,7 @@ class Drafter:
 
     def advance(self, token: int) -> None:
         """The sequence went on with `token`."""
-        own, known = self.sources[0], bool(self.run)
+        own, known = self.sources[0], bool(self.streak)
         if known:
             self._follow(token)
         own.append(token)
@@ -310,35 +355,35 @@ class Drafter:
             self._add(0, len(own))
         if not known:
             self._realign()
-        if not self.run:
+        if not self.streak:
             self._search()
 
     def _follow(self, token: int) -> None:
-        """Move the pointer over `token`, or lose the place there."""
+        """Move past `token` if it was expected; otherwise the streak ends."""
         assert self.at
         expected, place, done = self._next(self.at, self.done)
         if token == expected:
-            self.run, self.at, self.done = self.run + 1, place, done
+            self.streak, self.at, self.done = self.streak + 1, place, done
             return
         if change := self._change(self.at):
             del self.changes[change[0]]
-            if token == change[0][0] and not self.done:  # for once not changed
-                self.run, self.at = self.run + 1, (self.at[0], self.at[1] + 1)
+            if token == change[0][0] and not self.done:  # this time it was left unchanged
+                self.streak, self.at = self.streak + 1, (self.at[0], self.at[1] + 1)
                 return
-        self.trusted, self.run = self.run, 0
-        self.lost, self.done = len(self.sources[0]) - self.done, 0
+        self.before_change, self.streak = self.streak, 0
+        self.changed_from, self.done = len(self.sources[0]) - self.done, 0
 
     def _change(self, place: tuple[int, int]) -> tuple[tuple[int, ...], list[int]] | None:
-        """The change that is expected of what stands at `place`: of the longest, where one begins like another."""
+        """The change expected at `place`; the longest one if several begin alike."""
         tokens, position = self.sources[place[0]], place[1]
-        for length in range(CHANGE, 0, -1) if self.changes else ():
+        for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
             old = tuple(tokens[position : position + length])
             if old in self.changes:
                 return old, self.changes[old]
         return None
 
     def _next(self, place: tuple[int, int], done: int) -> tuple[int | None, tuple[int, int], int]:
-        """The token expected at `place`, behind `done` tokens of a change there; and the same two for the next one."""
+        """The token expected at `place` after `done` tokens of a change there, and then the next place and `done`."""
         source, position = place
         if change := self._change(place):
             old, new = change
@@ -349,23 +394,26 @@ class Drafter:
         return self.sources[source][position], (source, position + 1), 0
 
     def _realign(self) -> None:
-        """Find where the copy goes on after a change of a few tokens, and remember the change; of a mere insertion or
-        deletion together with the token behind it. One token tells it if as many have come as were replaced, else
-        two."""
-        came = len(self.sources[0]) - self.lost
-        if not self.at or came > CHANGE:
+        """After a change, find where the copy continues, and remember the change.
+
+        A replacement of equal length is confirmed by one matching token, any other by two. An insertion or deletion is
+        remembered together with the token after it.
+        """
+        came = len(self.sources[0]) - self.changed_from
+        if not self.at or came > MAX_CHANGE:
             return
         own, (source, position) = self.sources[0][-came:], self.at
-        end = self.lost if source == 0 else len(self.sources[1])  # what has just come is no copy of itself
-        other = self.sources[source][position : min(position + CHANGE + 1, end)]
-        for replaced, sure in itertools.product(range(1, min(CHANGE, len(other))), (1, 2)):
+        end = self.changed_from if source == 0 else len(self.sources[1])  # the change itself is not part of the copy
+        other = self.sources[source][position : min(position + MAX_CHANGE + 1, end)]
+        for replaced, sure in itertools.product(range(1, min(MAX_CHANGE, len(other))), (1, 2)):
             new = own[: came - sure]
             if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
                 self.changes[tuple(other[:replaced])] = new
-                self.at, self.run = (source, position + replaced + sure), sure + min(self.trusted, 16)
+                self.at, self.streak = (source, position + replaced + sure), sure + min(self.before_change, 16)
                 return
 
     def _search(self) -> None:
+        """Find the place after an earlier occurrence of the latest tokens, if possible near the place just lost."""
         own = self.sources[0]
         places = [place for place in self.index.get(tuple(own[-GRAM:]), ())[-16:] if place != (0, len(own))]
         if not places:
@@ -373,22 +421,22 @@ class Drafter:
         near = [place for place in places if self.at and self.at[0] == place[0] and abs(place[1] - self.at[1]) <= NEAR]
         if near and self.at:
             self.at = min(near, key=lambda place: abs(place[1] - self.at[1]))  # type: ignore[index]
-            self.run = self._matched(self.at) + min(self.trusted, 16)
+            self.streak = self._matched(self.at) + min(self.before_change, 16)
         else:
             self.at = max(places, key=lambda place: (self._matched(place), place[1]))
-            self.run = self._matched(self.at)
+            self.streak = self._matched(self.at)
 
     def _matched(self, place: tuple[int, int]) -> int:
-        """How many of the last tokens also stand before `place`."""
+        """How many of the latest tokens also precede `place`."""
         own, other, count = self.sources[0], self.sources[place[0]], 0
-        limit = min(RUN_BUCKETS[-1], len(own), place[1])
+        limit = min(STREAKS[-1], len(own), place[1])
         while count < limit and own[-1 - count] == other[place[1] - 1 - count]:
             count += 1
         return count
 
     def propose(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next; their likelihood is judged by `run`."""
-        if not self.at or self.run < GRAM:
+        """At most `limit` tokens that may come next. `streak` tells how likely they are."""
+        if not self.at or self.streak < GRAM:
             return []
         place, done = self.at, self.done
         tokens: list[int] = []
@@ -402,12 +450,12 @@ class Drafter:
 
 # ------------------------------------------------------------------------------------- policy: prefixes
 
-MIN_PREFIX = 16  # tokens; a shorter sequence is computed sooner than looked after
-STORE_SECONDS = 3.0  # of idleness, before sequences are stored that a next request may push out of the context
+MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
+STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens `a` and `b` (of one type) have in common at their beginning."""
+    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
     limit = min(len(a), len(b))
     start = 0
     while start < limit and a[start : start + 64] == b[start : start + 64]:
@@ -420,7 +468,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(slots=True)
 class Parked:
-    """A sequence outside of the context: its tokens and llama.cpp's serialised KV state for exactly these."""
+    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these."""
 
     tokens: list[int]
     state: bytes
@@ -431,7 +479,7 @@ class Parked:
 
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes, least recently useful out first. Owned by one worker."""
+    """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker."""
 
     def __init__(self, budget: int) -> None:
         self.budget, self.size = budget, 0
@@ -439,7 +487,7 @@ class PrefixStore:
         self._next = 0
 
     def covers(self, tokens: list[int]) -> bool:
-        """Whether an entry already begins with `tokens`; it then counts as useful."""
+        """Whether an entry begins with `tokens`. If so, the entry counts as just used."""
         for key, entry in self.entries.items():
             if len(entry.tokens) >= len(tokens) and entry.tokens[: len(tokens)] == tokens:
                 self.entries.move_to_end(key)
@@ -447,7 +495,7 @@ class PrefixStore:
         return False
 
     def add(self, entry: Parked) -> None:
-        """Keep `entry`, drop what it extends, then what is over the budget."""
+        """Keep `entry`, and drop the entries that it extends, then the oldest ones over the budget."""
         if entry.size > self.budget:
             return
         for key, old in list(self.entries.items()):
@@ -463,7 +511,7 @@ class PrefixStore:
         self.size -= self.entries.pop(key).size
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
-        """The entry with the longest prefix in common with `prompt`, and that length."""
+        """The entry with the longest common prefix with `prompt`, and the length of that prefix."""
         best, length = None, 0
         for key, entry in self.entries.items():
             common = common_prefix(entry.tokens, prompt)
@@ -479,7 +527,7 @@ KV_MAGIC = b"cerebrum-kv-3\n"
 
 
 def encode_parked(entry: Parked, key: str) -> bytes:
-    """A file: magic, sha256 of all that follows, header length, header JSON, tokens as int32, state."""
+    """The bytes of a file: magic, sha256 of the rest, length of the header, header as JSON, tokens as int32, state."""
     tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
     header = json.dumps({"key": key, "tokens": len(entry.tokens)}).encode()
     rest = struct.pack("<I", len(header)) + header + tokens + entry.state
@@ -487,7 +535,7 @@ def encode_parked(entry: Parked, key: str) -> bytes:
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
-    """The entry of a file made for `key`; ValueError if the file is damaged, cut short or of another model."""
+    """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for another key."""
     start = len(KV_MAGIC) + 32
     rest = memoryview(data)[start:]
     if not data.startswith(KV_MAGIC) or hashlib.sha256(rest).digest() != data[len(KV_MAGIC) : start]:
@@ -495,7 +543,7 @@ def decode_parked(data: bytes, key: str) -> Parked:
     (size,) = struct.unpack_from("<I", rest)
     header = json.loads(bytes(rest[4 : 4 + size]))
     if header["key"] != key:
-        raise ValueError("of another model, context or library")
+        raise ValueError("made for another model, context or library")
     tokens_end = 4 + size + 4 * header["tokens"]
     tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
     return Parked(tokens, bytes(rest[tokens_end:]))
@@ -503,30 +551,30 @@ def decode_parked(data: bytes, key: str) -> Parked:
 
 # ------------------------------------------------------------------------------------------ policy: text
 
-# The word before the cursor, with the character that tokenizers take together with it, or the white space there. Not a
-# long word, nor one of a script without spaces: all of its tokens are to be decoded.
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space there. Long
+# words and scripts without spaces are left alone, because every healed token costs a decode.
 UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
-HEAL_CANDIDATES = 512  # the likeliest tokens that are looked at
+HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 
 
 def heal_from(prompt: str) -> int:
-    """Where in `prompt` the text begins that the model's own tokens shall say again ("token healing").
+    """Where the text begins that the model is to write again in tokens of its own ("token healing").
 
-    After the tokens of `imp` a model seldom writes `ort`: in what it has read, that was one token, ` import`.
+    A model seldom writes `ort` after the tokens of `imp`, because its training text has one token there, ` import`.
     """
     match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
     return match.start() if match else len(prompt)
 
 
 class TextAssembler:
-    """Tokens' bytes to text that may be sent: whole UTF-8 characters, up to a stop string or the natural end."""
+    """Turns tokens' bytes into text that may be sent: whole characters, up to a stop string or the natural end."""
 
     def __init__(self, stops: Sequence[str], ending: Ending) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stops, self.ending = StopStrings(stops), ending
 
     def feed(self, data: bytes) -> tuple[str, str | None]:
-        """(text to send now, why the completion has ended or None)."""
+        """The text to send now, and why the completion has ended (None: it goes on)."""
         text, stopped = self.stops.feed(self.decoder.decode(data))
         text, reason = self.ending.feed(text)
         if stopped and not reason:
@@ -534,26 +582,20 @@ class TextAssembler:
         return text, reason
 
     def flush(self, whole: bool = True) -> str:
-        """What is still held when the tokens have ended: by the model's own end (`whole`), or cut short."""
-        text, stopped = self.stops.feed(self.decoder.decode(b"", final=True))
-        text, reason = self.ending.feed(text if stopped else text + self.stops.held)
+        """The text still held back when the tokens end, by the model's own end (`whole`) or by a limit. The bytes of an
+        incomplete character are dropped."""
+        text, reason = self.ending.feed(self.stops.held)
         return text if reason else text + self.ending.flush(whole)
 
 
 # ---------------------------------------------------------------------------------------- IO: llama.cpp
 
 
-def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
-    """What the assistant has said already, and is to go on with."""
-    role, content = messages[-1]
-    return content if role == "assistant" else ""
-
-
 class ModelError(Exception):
-    """A model file that llama.cpp cannot load; the message is fit for a client."""
+    """A model file that llama.cpp cannot load. The message is fit for a client."""
 
 
-_log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's last words, for our log when a load fails
+_log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's latest messages, logged when a load fails
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -562,6 +604,7 @@ def _keep_log(_level: int, text: bytes, _data: Any) -> None:
 
 
 def start_library() -> None:
+    """Once in a process, before the first worker starts."""
     llama.llama_log_set(_keep_log, None)
     llama.llama_backend_init()
 
@@ -574,9 +617,9 @@ class _GgufInit(ctypes.Structure):
 
 
 def read_shape(path: Path) -> Shape:
-    """The memory-relevant part of a GGUF's header, by llama.cpp's own reader. ModelError if it is not a GGUF."""
+    """The dimensions in a GGUF's header, read by llama.cpp's own reader. ModelError if the file is not a GGUF."""
     lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    lib.ggml_log_set(_keep_log, None)  # a copy of what llama.cpp has loaded: the wheel holds it under several names
+    lib.ggml_log_set(_keep_log, None)  # the wheel has this library under several names; this is another copy of it
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
     for name, result in {"find_key": ctypes.c_int64, "get_val_str": ctypes.c_char_p, "get_val_u32": ctypes.c_uint32,
@@ -599,14 +642,16 @@ def read_shape(path: Path) -> Shape:
         if place < 0:
             raise ModelError("a GGUF file without an architecture")
         arch = lib.gguf_get_val_str(handle, place).decode()
-        heads = number(f"{arch}.attention.head_count", 1)
+        heads, layers = number(f"{arch}.attention.head_count", 1), number(f"{arch}.block_count", 0)
         kv_heads = number(f"{arch}.attention.head_count_kv", heads)
         width = number(f"{arch}.embedding_length", 0)
+        if min(heads, layers, width) < 1:
+            raise ModelError("expected at least one layer, head and embedding dimension in the header")
         vocabulary = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
         k_width = number(f"{arch}.attention.key_length", width // heads)
         v_width = number(f"{arch}.attention.value_length", width // heads)
         return Shape(
-            layers=number(f"{arch}.block_count", 0),
+            layers=layers,
             kv_width=kv_heads * (k_width + v_width),
             heads=heads,
             embedding=width,
@@ -618,7 +663,7 @@ def read_shape(path: Path) -> Shape:
 
 
 def fingerprint(path: Path) -> str:
-    """What a cache made for this model file is keyed by: size, time of change, first and last MiB."""
+    """The key of caches made for a model file: a hash of its size, modification time, first and last MiB."""
     stat = path.stat()
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     with path.open("rb") as file:
@@ -629,16 +674,17 @@ def fingerprint(path: Path) -> str:
 
 
 class Llama:
-    """One model and its context: the ctypes calls and nothing else. Used by its worker's thread alone, except
-    `encode`, which reads only the vocabulary, and `abort`, which sets a byte.
+    """One model and its context: the ctypes calls and nothing else.
+
+    Used only by its worker's thread, except for `encode`, which reads the vocabulary, and `abort`, which sets a byte.
     """
 
-    def __init__(self, path: Path, config: Settings, progress: Callable[[float], bool]) -> None:
+    def __init__(self, path: Path, settings: Settings, progress: Callable[[float], bool]) -> None:
         callback = llama.llama_progress_callback(lambda done, _data: progress(done))
         params = llama.llama_model_default_params()
         params.progress_callback = callback
-        # Not mapped: many weights are repacked in memory, and the file's pages would stay beside them. What the system
-        # counts as available would hold the mapped ones too, and a second model seem to fit.
+        # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
+        # mapped pages as available memory, so a second model would seem to fit.
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self.model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
@@ -646,27 +692,29 @@ class Llama:
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
-        self.pieces: dict[int, bytes] = {}  # what `piece` has told
+        self.pieces: dict[int, bytes] = {}  # a cache for `piece`
         trained = int(llama.llama_model_n_ctx_train(self.model))
-        self.n_ctx = min(config.n_ctx, trained) if trained > 0 else config.n_ctx
-        # The abort callback is asked for every graph node. A Python one would take the GIL each time; strlen of a
-        # one-byte string is a C function of the same shape that answers whether the byte is set.
+        self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
+        # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
+        # library's strlen has a matching signature, and on a string of at most one byte it tells whether the byte is
+        # set.
         self.abort_flag = ctypes.create_string_buffer(2)
-        self.vocab_lock, self.closed = threading.Lock(), False  # a prompt may still be read when its client has left
+        # A prompt may still be encoded while its client has left and the model is being unloaded.
+        self.vocab_lock, self.closed = threading.Lock(), False
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
         params = llama.llama_context_default_params()
-        params.n_ctx = self.n_ctx * config.max_concurrent
+        params.n_ctx = self.n_ctx * settings.sequences
         params.n_batch, params.n_ubatch = MAX_CHUNK, MICRO_BATCH
-        params.n_seq_max = config.max_concurrent
-        # Of a token and its draft, for every slot: the logits buffer would otherwise be 300 MB.
-        params.n_outputs_max = config.max_concurrent * (MAX_DRAFT + 1)
-        params.n_threads = params.n_threads_batch = config.threads
-        params.flash_attn_type = FLASH_ATTENTION[needs_flash_attention(config.kv_type)]
-        params.type_k = params.type_v = KV_TYPES[config.kv_type]
-        params.kv_unified = True  # one ubatch may hold tokens of several sequences; a prefix is shared without a copy
+        params.n_seq_max = settings.sequences
+        # One token and its draft for every slot. By default the logits buffer would take 300 MB.
+        params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.flash_attn_type = FLASH_ATTENTION[needs_flash_attention(settings.kv_type)]
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.kv_unified = True  # lets sequences share a micro-batch, and a prefix without copying it
         params.no_perf = True
         params.abort_callback = self._strlen
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
@@ -685,12 +733,12 @@ class Llama:
         llama.llama_model_free(self.model)
 
     def abort(self) -> None:
-        """Make a running `decode` end soon; called from the event loop."""
+        """Make a running `decode` end soon. Called by any thread."""
         self.abort_flag[0] = b"\x01"
 
     def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
-        """One `llama_decode` that appends to each slot its tokens, with logits for the last so many of them: 0, or 2 if
-        it was aborted; anything else is a fault."""
+        """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get logits). Returns 0,
+        or 2 if it was aborted; anything else is a fault."""
         index = 0
         batch = self.batch
         for slot, tokens, outputs in parts:
@@ -704,18 +752,19 @@ class Llama:
         return int(llama.llama_decode(self.context, batch))
 
     def logits(self, index: int) -> Any:
-        """The float32[n_vocab] of batch position `index`, in place: valid until the next decode."""
+        """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next decode."""
         logits = llama.llama_get_logits_ith(self.context, index)
         row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
         return np.frombuffer(row, np.float32)
 
     def greedy(self, index: int) -> int:
-        """The likeliest token at batch position `index`; the first of equals, as llama.cpp's greedy sampler."""
+        """The likeliest token at batch position `index`; of equally likely ones the first, as in llama.cpp's greedy
+        sampler."""
         return int(self.logits(index).argmax())
 
     def restrict(self, index: int, start: bytes) -> None:
-        """Leave at batch position `index` only the tokens that the text `start` may begin with, whether they end within
-        it or go on: those among the likeliest, and the tokenizer's own."""
+        """Exclude at batch position `index` every token that contradicts the text `start`. A token may cover a part of
+        `start` or go beyond it. Only the likeliest tokens are checked, and the tokenizer's own choice."""
         row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
         pieces = [(token, self.piece(token)) for token in likeliest + self.tokenize(start, False)[:1]]
@@ -725,7 +774,7 @@ class Llama:
         row[fits] = kept
 
     def computed(self, slot: Slot) -> int:
-        """How many tokens the slot's KV cells hold: after an abort those of whole micro-batches."""
+        """How many tokens the slot's KV cells hold. After an abort, whole micro-batches of the decode are in them."""
         return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
     def trim(self, slot: Slot, length: int) -> None:
@@ -737,6 +786,7 @@ class Llama:
         llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
 
     def save(self, slot: Slot) -> bytes:
+        """The slot's KV state, for `restore`."""
         size = llama.llama_state_seq_get_size(self.context, slot.id)
         buffer = (ctypes.c_uint8 * size)()
         written = llama.llama_state_seq_get_data(self.context, buffer, size, slot.id)
@@ -748,7 +798,7 @@ class Llama:
         return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot.id)) == len(state)
 
     def piece(self, token: int) -> bytes:
-        """A token's bytes; control tokens have none."""
+        """A token's bytes. Control tokens have none."""
         if token not in self.pieces:
             buffer = ctypes.create_string_buffer(256)
             size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
@@ -762,31 +812,32 @@ class Llama:
         return bool(llama.llama_vocab_is_eog(self.vocab, token))
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
-        """Text to tokens; `first` adds what the model wants at the beginning, `special` reads control tokens."""
+        """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
+        the names of control tokens in the text become those tokens."""
         data = text.encode() if isinstance(text, str) else text
         room = len(data) + 8
         tokens = (llama.llama_token * room)()
         count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
         return list(tokens[: max(0, count)])
 
-    def encode(self, fields: Mapping[str, Any]) -> tuple[list[int], bytes]:
-        """A request's prompt to tokens: plain, fill-in-the-middle or chat; and the end of its text that they leave to
-        the model's own tokens (`heal`). What a user sends is text, never control tokens. HttpError 400 if the model
-        has no fill-in-the-middle tokens."""
+    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes]:
+        """A request's prompt as tokens (plain, fill-in-the-middle or chat), and the end of its text that is left out
+        for healing. What a user sends is always text, never control tokens. HttpError 400 if a suffix is given and the
+        model has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
-            if fields["messages"]:
-                return self._encode_chat(fields["messages"]), b""
-            prompt = fields["prompt"]
-            if fields["heal"] and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
+            if request.messages:
+                return self._encode_chat(request.messages), b""
+            prompt = request.prompt or ""
+            if request.heal and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
                 start = heal_from(prompt)
-                if tokens := self._encode_text(fields, prompt[:start]):
+                if tokens := self._encode_text(request, prompt[:start]):
                     return tokens, prompt[start:].encode()
-            return self._encode_text(fields, prompt), b""
+            return self._encode_text(request, prompt), b""
 
-    def _encode_text(self, fields: Mapping[str, Any], prompt: str) -> list[int]:
-        if fields["suffix"] is None:
+    def _encode_text(self, request: CompletionRequest, prompt: str) -> list[int]:
+        if request.suffix is None:
             return self.tokenize(prompt, True)
         before, after, middle = (
             int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
@@ -796,15 +847,16 @@ class Llama:
                 "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
             )
         file_mark = int(llama.llama_vocab_fim_sep(self.vocab))
-        name = fields["filename"]
+        name = request.filename
         head = [file_mark, *self.tokenize(name + "\n", False)] if name and file_mark >= 0 else []
         start = self.tokenize("", True)
-        text, suffix = self.tokenize(prompt, False), self.tokenize(fields["suffix"], False)
+        text, suffix = self.tokenize(prompt, False), self.tokenize(request.suffix, False)
         return [*start, *head, before, *text, after, *suffix, middle]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """The chat template around placeholders: its own text may hold control tokens, the messages' may not. A last
-        message of the assistant's is what its answer begins with."""
+        """Apply the chat template to placeholders, then put the messages in their places: the template's own text may
+        contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
+        it."""
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
         marks = [f"\x01{number}\x02" for number in range(len(messages))]
@@ -828,30 +880,28 @@ class Llama:
         return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
 
 
-MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
-
-
 class Sampler:
-    """The next token of one request: the likeliest at temperature 0, else top-k 40, top-p, min-p, temperature, seed.
+    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40, top-p, min-p,
+    temperature and the seed.
 
-    With drafts the target is sampled at each position in turn, one random number a token, so drafts change nothing but
-    the rounding of the logits, by the size of the batch. Where the text must come again (`exact`: by a seed) nothing is
-    drafted or batched, and the prompt's last token is decoded alone, whether or not the rest is cached.
+    Drafts do not change what is chosen: each position is sampled in turn, with one random number a token. But the size
+    of a batch changes how logits are rounded. A request with a seed must give the same text again (`exact`), so nothing
+    of it is drafted or batched, and the prompt's last token is decoded alone whether or not the rest is cached.
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.greedy = fields["temperature"] == 0
-        self.exact = fields["seed"] is not None and not self.greedy
+    def __init__(self, request: CompletionRequest) -> None:
+        self.greedy = request.temperature == 0
+        self.exact = request.seed is not None and not self.greedy
         self.chain = None
         if self.greedy:
             return
         self.chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        seed = fields["seed"] if fields["seed"] is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
         for sampler in (
             llama.llama_sampler_init_top_k(40),
-            llama.llama_sampler_init_top_p(fields["top_p"], 1),
+            llama.llama_sampler_init_top_p(request.top_p, 1),
             llama.llama_sampler_init_min_p(0.05, 1),
-            llama.llama_sampler_init_temp(fields["temperature"]),
+            llama.llama_sampler_init_temp(request.temperature),
             llama.llama_sampler_init_dist(seed),
         ):
             llama.llama_sampler_chain_add(self.chain, sampler)
@@ -868,36 +918,35 @@ class Sampler:
 
 # -------------------------------------------------------------------------------------------- IO: worker
 
-Event = dict[str, Any]  # what goes over the wire as one SSE event; or an HttpError in its place
-MAX_BACKLOG = 256  # events that a client has not read yet, before its job pauses
-RESUME_BACKLOG = 64
+Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+MAX_BACKLOG = 256  # deliveries that a client has not read yet, before its job pauses
+RESUME_BACKLOG = 64  # whoever reads the deliveries calls `Worker.wake` when so few are left
 
 
 class Job:
-    """One request on its way through a worker. The loop writes `cancelled`, the worker only reads it.
+    """A request on its way through a worker.
 
-    Events arrive on the loop, and a list is one network write: tokens by `send_now`, where the answer is a stream
-    whose client keeps up, all else in `events`, where the handler waits for it.
+    The worker's thread calls `deliver` with a list of events, the last of which is a done event or an HttpError. It
+    pauses the job while `unread()` is MAX_BACKLOG or more. `cancelled` is written by the other side only.
     """
 
-    def __init__(self, fields: dict[str, Any], outlet: Outlet) -> None:
-        self.fields, self.outlet = fields, outlet
+    def __init__(
+        self,
+        request: CompletionRequest,
+        deliver: Callable[[list[Event | HttpError]], None],
+        unread: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.request, self.deliver, self.unread = request, deliver, unread
         self.prompt: list[int] = []
+        self.max_tokens = request.max_tokens
         self.heal = b""  # what the completion begins with and the client already has
-        self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
-        self.send_now: Callable[[bytes], bool] | None = None
-        self.sent = 0.0  # when `send_now` last took something
         self.cancelled = False
-        self.started = self.handed_over = time.monotonic()
+        self.started = self.submitted = time.monotonic()
         self.request_id = request_id_var.get()
 
-    def send(self, *events: Event | HttpError) -> None:
-        """Called by any thread."""
-        self.outlet.put((self, list(events)))
-
     def progress(self, stage: str, done: int, total: int) -> None:
-        if self.fields["progress"]:
-            self.send({"progress": {"stage": stage, "done": done, "total": total}})
+        if self.request.progress:
+            self.deliver([{"progress": {"stage": stage, "done": done, "total": total}}])
 
 
 @dataclass(slots=True)
@@ -914,17 +963,13 @@ class Run:
     """A job in its slot: what has been decoded, what is still to do, and the counters for the result."""
 
     def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
-        fields = job.fields
-        self.job, self.slot, self.cached = job, slot, cached
-        self.sampler = Sampler(fields)
-        mode, prompt = fields["mode"], fields["prompt"]
-        turns = fields["messages"] or []
-        if turns or mode == "instruct":
-            prompt = begun_answer(turns) if turns else ""
+        request, turns = job.request, job.request.messages or ()
+        self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
+        prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
         asked = [content for role, content in turns if role == "user"]
-        ending = Ending(mode, fields["language"], prompt, fields["suffix"], fields["stop_at"], wants_extras(asked))
-        self.text = TextAssembler(fields["stop"], ending)
-        self.guide, self.heal = guide, job.heal
+        ending = Ending(request.mode, request.language, prompt, request.suffix, request.stop_at, wants_extras(asked))
+        self.text = TextAssembler(request.stop, ending)
+        self.sampler = Sampler(request)
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
@@ -938,21 +983,18 @@ class Run:
 
     def result(self, reason: str) -> Event:
         """The done event."""
-        fields, now = self.job.fields, time.monotonic()
+        job, now = self.job, time.monotonic()
         span = self.last_token - self.first_token
         return {
             "done": True,
-            "language": fields["language"] or "",
-            "model": fields["model"],
             "total_tokens": self.generated,
-            "inference_time": round(now - self.job.started, 3),
-            "timestamp": timestamp(),
-            "mode": fields["mode"],
+            "inference_time": round(now - job.started, 3),
+            "mode": job.request.mode,
             "finish_reason": reason,
-            "prompt_tokens": len(self.job.prompt),
+            "prompt_tokens": len(job.prompt),
             "cached_tokens": self.cached,
-            "load_time": round(self.job.handed_over - self.job.started, 4),
-            "ttft": round(self.first_token - self.job.handed_over, 4) if self.first_token else None,
+            "load_time": round(job.submitted - job.started, 4),
+            "ttft": round(self.first_token - job.submitted, 4) if self.first_token else None,
             "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
@@ -961,7 +1003,7 @@ class Run:
 
 @dataclass(slots=True)
 class Work:
-    """What one sequence wants of the next decode: tokens to append, and how many of the last give logits."""
+    """What one sequence wants of the next decode: tokens to append, the last `outputs` of them with logits."""
 
     run: Run
     tokens: list[int]
@@ -969,9 +1011,14 @@ class Work:
 
 
 class Baton:
-    """A lock that is passed on in the order of asking, so that two models take turns decode by decode."""
+    """What the workers of one process share: whose turn it is to compute.
+
+    llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
+    one decode, and it is passed on in the order of asking. `active` are the workers with running sequences.
+    """
 
     def __init__(self) -> None:
+        self.active: set[Worker] = set()
         self._lock = threading.Lock()
         self._waiting: deque[threading.Lock] = deque()
         self._held = False
@@ -993,85 +1040,74 @@ class Baton:
             else:
                 self._held = False
 
+    def note(self, worker: Worker, running: bool) -> None:
+        """`worker` has running sequences, or none any more."""
+        with self._lock:
+            (self.active.add if running else self.active.discard)(worker)
 
-# As os.eventfd_write, which releases the interpreter's lock meanwhile.
-_eventfd_write = ctypes.PyDLL(None).eventfd_write
-_eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
-
-
-class Outlet:
-    """The way of events from the workers' threads to the loop, and there to clients and handlers.
-
-    To wake the loop by `call_soon_threadsafe` is to hand it the interpreter's lock, and the worker, whose next
-    llama_decode would release it, has it back only when the loop has sent the token: a hundredth of a token's time.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._sent: deque[tuple[Job, list[Event | HttpError]]] = deque()
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.add_reader(self._fd, self._deliver)
-
-    def put(self, *sent: tuple[Job, list[Event | HttpError]]) -> None:
-        """Called by any thread. What is put together wakes the loop once."""
-        self._sent += sent
-        _eventfd_write(self._fd, 1)
-
-    def close(self) -> None:
-        """When no thread is left that could put."""
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)
-
-    def _deliver(self) -> None:
-        os.eventfd_read(self._fd)
-        while self._sent:
-            job, events = self._sent.popleft()
-            if not send_tokens(job, events):
-                job.events.put_nowait(events)
-
-
-def send_tokens(job: Job, events: list[Event | HttpError]) -> bool:
-    """Send events straight to the client, without waking a task, if they are nothing but tokens and it keeps up."""
-    if job.send_now is None or job.cancelled or not job.events.empty():
-        return False
-    if isinstance(events[-1], HttpError) or "token" not in events[-1]:  # only the last can be none
-        return False
-    if not job.send_now(chunk(b"".join(map(sse_event, events)))):  # type: ignore[arg-type]
-        return False
-    job.sent = time.monotonic()
-    return True
+    def shared(self, worker: Worker) -> bool:
+        """Whether another worker has running sequences, which wait while this one computes."""
+        with self._lock:
+            return bool(self.active - {worker})
 
 
 class Worker(threading.Thread):
-    """Owns one model's llama context, from load to unload. See the top of the file for what crosses its border."""
+    """Owns one model's llama context, from load to unload.
 
-    def __init__(
-        self, model: Model, path: Path, config: Settings, baton: Baton, loop: asyncio.AbstractEventLoop, estimate: int
-    ) -> None:
-        super().__init__(name=f"worker-{model.id}", daemon=True)
-        self.spec, self.config, self.baton, self.loop = model, config, baton, loop
-        self.path = path
+    `ready` and `ended` are settled by the thread: `ready` when the model is loaded (or with the HttpError that tells
+    why not), `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
+    """
+
+    def __init__(self, name: str, path: Path, settings: Settings, sha256: str = "", baton: Baton | None = None) -> None:
+        super().__init__(name=f"worker-{name}", daemon=True)
+        self.model, self.path, self.settings, self.sha256 = name, path, settings, sha256
+        self.baton = baton or Baton()
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.ready: Future[None] = Future()
+        self.ended: Future[None] = Future()
         self.stopping = False
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
         self.load_progress = 0.0
-        self.memory_bytes = 0  # when it was loaded
-        self.estimate = estimate  # bytes that it will use in time: attention's buffers fill as contexts grow
+        self.memory_bytes = 0  # that loading added
         self.llama: Llama | None = None
-        self.store = PrefixStore(config.cache_mb * MB)
-        self.jobs: set[Job] = set()  # the loop's: submitted or being prepared, so not to be unloaded
-        self.last_used = time.time()
+        self.store = PrefixStore(settings.cache_mb * MB)
+        self.slots = [Slot(i) for i in range(settings.sequences)]
+        self.waiting: list[Job] = []
         self.drafted = self.accepted = 0
-        self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by the loop
+        self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by all
+        self._door = threading.Lock()  # between a job that is handed over and the end of the thread
+        self._closed = False
+        self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
 
-    # -- called by the event loop
+    # -- called by any other thread
+
+    def prepare(self, job: Job) -> Job:
+        """Turn the job's prompt into tokens, once the model is loaded. HttpError 400 with the figures if they do not
+        fit into the context. A megabyte of text takes a second: an event loop leaves this to a thread."""
+        self.ready.result()
+        assert self.llama
+        job.prompt, job.heal = self.llama.encode(job.request)
+        count, n_ctx = len(job.prompt), self.llama.n_ctx
+        if not 0 < count < n_ctx:
+            raise HttpError(
+                "INVALID_REQUEST",
+                f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
+                extra={"prompt_tokens": count, "n_ctx": n_ctx},
+            )
+        job.max_tokens = min(job.request.max_tokens, n_ctx - count)
+        return job
 
     def submit(self, job: Job) -> None:
-        self.inbox.put(job)
+        """Hand a prepared job over; its events begin to arrive."""
+        job.progress("queued", 0, 1)
+        job.submitted = time.monotonic()
+        with self._door:
+            if not self._closed:
+                self.inbox.put(job)
+                return
+        job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """The client left, or a newer request took its place. A decode that works for nobody else is aborted."""
+        """Nobody wants the job's result any more. A decode that works for cancelled jobs alone is aborted."""
         job.cancelled = True
         self.inbox.put(None)
         running = self.running
@@ -1083,7 +1119,7 @@ class Worker(threading.Thread):
         self.inbox.put(None)
 
     def stop(self) -> None:
-        """End the thread after the decode that is under way; sequences are saved to disk first."""
+        """End the thread soon, without waiting for it; sequences are saved to disk first."""
         self.stopping = True
         self.inbox.put(None)
         if self.llama:
@@ -1094,55 +1130,46 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             self._load()
-        except ModelError as error:
-            self._free()
-            if self.stopping:
-                self._report(HttpError("SHUTTING_DOWN", f"model {self.spec.id}: loading was given up"))
-                return
-            log.error("model %s: %s; llama.cpp said: %s", self.spec.id, error, " | ".join(_log_tail)[-1000:])
-            self._report(HttpError("MODEL_LOAD_FAILED", f"model {self.spec.id} ({self.spec.file}): {error}"))
-            return
-        except Exception:
-            self._free()
-            log.exception("model %s: loading failed", self.spec.id)
-            self._report(HttpError("MODEL_LOAD_FAILED", f"model {self.spec.id}: loading failed; see the log"))
-            return
-        self._report(None)
+        except Exception as error:
+            failure = self._load_failure(error)
+            self._close()
+            self.ready.set_exception(failure)
+        else:
+            self.ready.set_result(None)
+            self._serve()
+            self._close()
+        self.ended.set_result(None)
+
+    def _serve(self) -> None:
         try:
             while not self.stopping:
                 self._turn()
         except Exception:
-            log.exception("model %s: the worker failed; it is loaded anew for the next request", self.spec.id)
+            log.exception("model %s: the worker failed; the next request loads the model again", self.model)
             self.stopping = True
-        finally:
-            self._close()
+            self._farewell = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
 
-    def _free(self) -> None:
-        if self.llama:
-            self.llama.close()
-
-    def _report(self, error: HttpError | None) -> None:
-        def settle() -> None:
-            if not self.ready.done():
-                self.ready.set_exception(error) if error else self.ready.set_result(None)
-
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(settle)
+    def _load_failure(self, error: Exception) -> HttpError:
+        if self.stopping:
+            return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
+        if isinstance(error, ModelError):
+            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
+            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
+        log.error("model %s: loading failed", self.model, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def _load(self) -> None:
         before = psutil.Process().memory_info().rss
-        check_digest(self.path, self.spec.sha256, self.config.state_dir, lambda: self.stopping)
+        settings = self.settings
+        check_digest(self.path, self.sha256, settings.state_dir, lambda: self.stopping)
 
         def progress(done: float) -> bool:
             self.load_progress = done
             return not self.stopping
 
-        self.llama = Llama(self.path, self.config, progress)
-        kv_type = self.config.kv_type
-        params = f"{llama_cpp.__version__} {self.llama.n_ctx} {self.config.max_concurrent} {kv_type}"
+        self.llama = Llama(self.path, settings, progress)
+        params = f"{llama_cpp.__version__} {self.llama.n_ctx} {settings.sequences} {settings.kv_type}"
         self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
-        self.slots = [Slot(i) for i in range(self.config.max_concurrent)]
-        self.waiting: list[Job] = []
         self.acceptance = Acceptance()
         self.costs = load_costs(self.llama, self.calibration, self.baton)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
@@ -1150,28 +1177,45 @@ class Worker(threading.Thread):
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
         log.info(
             "model %s loaded: %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.spec.id, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),
+            self.model, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),
         )  # fmt: skip
 
     @property
     def calibration(self) -> Path:
-        return self.config.state_dir / "calibration" / f"{self.key[:32]}-{self.config.threads}.json"
+        return self.settings.state_dir / "calibration" / f"{self.key[:32]}-{self.settings.threads}.json"
 
     @property
     def kv_dir(self) -> Path:
-        return self.config.state_dir / "kv" / self.spec.id
+        return self.settings.state_dir / "kv" / self.model
 
     def _close(self) -> None:
-        assert self.llama
-        for slot in self.slots:
-            if slot.run:
-                self._fail(slot.run, HttpError("SHUTTING_DOWN", "the backend is shutting down"))
-            self._park(slot)
+        """Answer every job, save the parked sequences, free the model: each step even if the one before it fails."""
+        with self._door:
+            self._closed = True
+        self.baton.note(self, running=False)
+        for run in [slot.run for slot in self.slots if slot.run]:
+            with self._logged("ending a request"):
+                self._fail(run, self._farewell)
         for job in [*self.waiting, *self._drain()]:
-            job.send(HttpError("SHUTTING_DOWN", "the backend is shutting down"))
-        save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
+            with self._logged("refusing a request"):
+                job.deliver([self._farewell])
+        if not self.llama:
+            return
+        if self.ready.done():  # else the slots hold nothing yet
+            with self._logged("saving parked sequences"):
+                for slot in self.slots:
+                    self._park(slot)
+                save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
         self.store = PrefixStore(0)
-        self.llama.close()
+        with self._logged("freeing the model"):
+            self.llama.close()
+
+    @contextlib.contextmanager
+    def _logged(self, step: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            log.exception("model %s: %s failed", self.model, step)
 
     def _drain(self) -> Iterator[Job]:
         with contextlib.suppress(queue.Empty):
@@ -1179,15 +1223,20 @@ class Worker(threading.Thread):
                 if job := self.inbox.get_nowait():
                     yield job
 
+    def _runs(self) -> list[Run]:
+        """The running sequences whose clients keep up."""
+        return [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
+
     def _turn(self) -> None:
         """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
-        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
-        if not runs:
+        if not self._runs():
+            self.baton.note(self, running=False)
             self._recalibrate()
             if job := self._wait():
                 self.waiting.append(job)
         self._take()
-        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.events.qsize() < MAX_BACKLOG]
+        runs = self._runs()
+        self.baton.note(self, running=bool(runs))
         works = [self._next_work(run, runs) for run in runs]
         shared = [work for work in works if not work.run.sampler.exact]
         groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
@@ -1198,7 +1247,7 @@ class Worker(threading.Thread):
                 self._step(members)
 
     def _take(self) -> None:
-        """Start what came, and what comes meanwhile: to store the sequence whose slot it gets may take milliseconds."""
+        """Start what has come, and what comes meanwhile: parking a sequence to free its slot can take milliseconds."""
         while True:
             self.waiting += self._drain()
             self._drop_cancelled()
@@ -1207,8 +1256,8 @@ class Worker(threading.Thread):
                 return
 
     def _wait(self) -> Job | None:
-        """What comes next. When nothing does for a while, idle sequences are stored, for then no request waits for it:
-        one of 3,500 tokens takes a fifth of a second."""
+        """The next job, or None for a mere wake-up. Idle sequences are stored after STORE_SECONDS of quiet, when no
+        request has to wait for that: one of 3,500 tokens takes a fifth of a second."""
         with contextlib.suppress(queue.Empty):
             return self.inbox.get(timeout=STORE_SECONDS)
         for slot in self.slots:
@@ -1239,9 +1288,16 @@ class Worker(threading.Thread):
             free = [slot for slot in self.slots if not slot.run]
             if not free:
                 return
-            if not self._prefix_is_coming(job.prompt):
+            if self._prefix_is_coming(job.prompt):
+                continue
+            self.waiting.remove(job)
+            try:
                 self._start(job, free)
-                self.waiting.remove(job)  # only now: if that fails, the worker ends and tells those who wait
+            except Exception:
+                log.exception("request %s could not be started", job.request_id)
+                for slot in free:  # whatever was half done there
+                    self._forget(slot)
+                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _prefix_is_coming(self, prompt: list[int]) -> bool:
         """Whether a running prefill will soon have computed more of this prompt than anything has now."""
@@ -1276,41 +1332,41 @@ class Worker(threading.Thread):
         elif not in_place:
             self.llama.copy_prefix(nearest, slot, live)
             slot.tokens = prompt[:live]
-        cached = common_prefix(slot.tokens, prompt)
-        self.llama.trim(slot, cached)
-        slot.tokens = prompt[:cached]
         # The prompt's last token is computed in any case, for the logits after it.
-        cached = min(cached, len(prompt) - 1)
+        cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
         self.llama.trim(slot, cached)
         slot.tokens = prompt[:cached]
         slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
 
     def _park(self, slot: Slot) -> None:
-        """Move an idle slot's sequence to the store, so that the cells of the running ones are all there are."""
-        assert self.llama
+        """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
         self._store(slot)
-        self.llama.trim(slot, 0)
-        slot.tokens = []
+        self._forget(slot)
 
     def _store(self, slot: Slot) -> None:
         assert self.llama
         if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
             self.store.add(Parked(slot.tokens[:], self.llama.save(slot)))
 
+    def _forget(self, slot: Slot) -> None:
+        assert self.llama
+        self.llama.trim(slot, 0)
+        slot.tokens = []
+
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.job.prompt, run.slot
         if run.pending is None:
             missing = len(prompt) - len(slot.tokens)
             reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
-            streams = len(reading) < len(runs)
+            streams = len(reading) < len(runs) or self.baton.shared(self)
             whole = missing - (run.sampler.exact and missing > 1)
             size = chunk_size(whole, reading, streams, self.costs)
             end = len(slot.tokens) + size
-            outputs = int(end == len(prompt) and run.job.fields["max_tokens"] > 0)
+            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        draft = self._draft(run, others=len(runs) > 1)
+        draft = self._draft(run, others=len(runs) > 1 or self.baton.shared(self))
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
@@ -1325,18 +1381,18 @@ class Worker(threading.Thread):
         assert run.drafter
         room = min(
             MAX_DRAFT,
-            run.job.fields["max_tokens"] - run.generated - 1,
+            run.job.max_tokens - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
             share_size(self.costs) - 1 if others else MAX_DRAFT,
         )
-        if not self.config.draft or run.sampler.exact or run.heal or room <= 0:
+        if not self.settings.draft or run.sampler.exact or run.heal or room <= 0:
             return []
-        if self.acceptance.credit <= 0 and run.drafter.run < RUN_BUCKETS[-1]:
+        if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
             return []
         tokens = run.drafter.propose(room)
         if not tokens:
             return []
-        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.run)
+        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.streak)
         return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
 
     def _step(self, works: list[Work]) -> None:
@@ -1354,16 +1410,7 @@ class Worker(threading.Thread):
         finally:
             self.running = []
         if code:
-            for work in works:
-                slot = work.run.slot
-                if work.run.prefilling:  # what was read before the abort stays useful as a prefix
-                    # Less the last one: where the other sequences' part was aborted, its logits are gone.
-                    read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
-                    slot.tokens += work.tokens[: max(0, read)]
-                self.llama.trim(slot, len(slot.tokens))
-                if code != 2:
-                    log.error("llama_decode answered %d", code)
-                    self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+            self._after_failure(works, code)
             return
         self.costs.learn(sum(len(work.tokens) for work in works), seconds)
         base = 0
@@ -1374,7 +1421,22 @@ class Worker(threading.Thread):
                 else:
                     self._after_decode(work, base)
             base += len(work.tokens)
-        self._flush(*(work.run for work in works))
+        for work in works:
+            self._flush(work.run)
+
+    def _after_failure(self, works: list[Work], code: int) -> None:
+        """The decode was aborted (code 2), or llama.cpp could not do it."""
+        assert self.llama
+        for work in works:
+            slot = work.run.slot
+            if work.run.prefilling:  # what was read before the abort stays useful as a prefix
+                # But not the prompt's last token: its logits are missing, so it has to be decoded again.
+                read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
+                slot.tokens += work.tokens[: max(0, read)]
+            self.llama.trim(slot, len(slot.tokens))
+            if code != 2:
+                log.error("llama_decode answered %d", code)
+                self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
     @contextlib.contextmanager
     def _blamed_on(self, run: Run) -> Iterator[None]:
@@ -1384,9 +1446,9 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("request %s", run.job.request_id)
             self._fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+            self._forget(run.slot)  # its tokens and its cells may no longer agree
 
     def _after_prefill(self, work: Work, base: int) -> None:
-        assert self.llama
         run, slot = work.run, work.run.slot
         slot.tokens += work.tokens
         run.job.progress("prefill", len(slot.tokens), len(run.job.prompt))
@@ -1395,14 +1457,9 @@ class Worker(threading.Thread):
         if not work.outputs:
             self._finish(run, "length")
             return
-        self._begin(run, self._sample(run, base + len(work.tokens) - 1))
-
-    def _begin(self, run: Run, token: int) -> None:
-        """The first token is there."""
-        run.job.progress("decode", 0, run.job.fields["max_tokens"])
-        run.pending = token
-        run.first_token = time.monotonic()
-        ended = self._emit(run, token)
+        run.job.progress("decode", 0, run.job.max_tokens)
+        run.pending = self._sample(run, base + len(work.tokens) - 1)
+        ended = self._emit(run, run.pending)
         self._flush(run)
         if not ended:  # only now: it takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
@@ -1412,7 +1469,7 @@ class Worker(threading.Thread):
         """Accept drafted tokens as long as the target's own choice at each position is the drafted one."""
         assert self.llama
         run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
-        before, repeated = run.generated, run.drafter.run if run.drafter else 0
+        before, streak = run.generated, run.drafter.streak if run.drafter else 0
         accepted = 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
@@ -1424,7 +1481,7 @@ class Worker(threading.Thread):
         self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
             self.llama.trim(slot, len(slot.tokens))
-            self.acceptance.learn(run.sampler.greedy, repeated, drafted, accepted)
+            self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
             run.drafted += drafted
             run.accepted += accepted
             self.drafted += drafted
@@ -1439,23 +1496,23 @@ class Worker(threading.Thread):
     def _emit(self, run: Run, token: int) -> bool:
         """Account for one sampled token; True if the completion ends with it."""
         assert self.llama
+        run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
         if self.llama.is_end(token):
             self._finish(run, "stop")
             return True
         piece = self.llama.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
-        run.last_token = time.monotonic()
-        if not run.generated:
-            run.first_token = run.last_token
-        run.generated += bool(piece) or not known  # one that only says what the client has is none for it
+        run.generated += bool(piece) or not known  # a token that repeats what the client has does not count
         if run.drafter:
             run.drafter.advance(token)
         text, reason = run.text.feed(piece)
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})
         full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
-        if not reason and (run.generated >= run.job.fields["max_tokens"] or full):
+        if not reason and (run.generated >= run.job.max_tokens or full):
             reason = "length"
             self._finish(run, reason)
         elif reason:
@@ -1474,24 +1531,23 @@ class Worker(threading.Thread):
 
     def _release(self, run: Run) -> None:
         """The slot is idle again; its sequence stays, as a prefix of what may come."""
-        self._flush(run)
-        run.sampler.close()
         run.slot.run = None
         run.slot.used = time.monotonic()
+        run.sampler.close()
+        self._flush(run)
 
-    def _flush(self, *runs: Run) -> None:
-        """Send what is in the outboxes, at once for all."""
-        if sent := [(run.job, run.outbox) for run in runs if run.outbox]:
-            runs[0].job.outlet.put(*sent)
-            for run in runs:
-                run.outbox = []
+    def _flush(self, run: Run) -> None:
+        """Deliver what is in the outbox."""
+        if run.outbox:
+            events, run.outbox = run.outbox, []
+            run.job.deliver(events)
 
 
 # --------------------------------------------------------------------------------- IO: files of a worker
 
 
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file is the one that models.toml means. The result is remembered by size and time."""
+    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by size and time."""
     if not sha256:
         return
     stat = path.stat()
@@ -1512,7 +1568,7 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
 
 
 def load_costs(model: Llama, path: Path, baton: Baton) -> Costs:
-    """The calibration for this model file, library and thread count: from disk, or measured now and written."""
+    """The calibration for this model file, library and thread count: read from disk, or measured now and written."""
     try:
         table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
         if tuple(sorted(table)) == CALIBRATION_SIZES and min(table.values()) > 0:
@@ -1523,7 +1579,7 @@ def load_costs(model: Llama, path: Path, baton: Baton) -> Costs:
 
 
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Measure and write; an empty table if `give_up` said so in between."""
+    """Measure and write the table. Returns an empty one if `give_up()` became true in between."""
     table = measure_costs(model, baton, give_up)
     if table:
         with contextlib.suppress(OSError):
@@ -1532,12 +1588,14 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. Each size gets about the same
-    time, so the small ones, between which the differences count, are measured often, all through that time.
-    Between two of them another model may decode."""
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several.
+
+    Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
+    Another model may decode between two measurements.
+    """
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
     spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
-    warm, slot = False, Slot(0)  # the first decode after a load takes twice as long
+    warm, slot = False, Slot(0)  # the first decode after a load takes twice as long and is not counted
     while min(spent.values()) < CALIBRATION_SECONDS:
         if give_up():
             return {}
@@ -1560,6 +1618,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
 
 
 def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file in one step. Its folder is created for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         file.write(data)
@@ -1567,11 +1626,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:
-    """Write a model's warm sequences, the most useful last; what was there before goes."""
+    """Write a model's parked sequences, the most recently used last, in place of those that were there before."""
     try:
         names = set()
         for order, entry in enumerate(entries):
-            name = f"{order:04d}.kv"  # in the order of use
+            name = f"{order:04d}.kv"
             write_atomically(folder / name, encode_parked(entry, key))
             names.add(name)
         if folder.is_dir():
@@ -1579,11 +1638,11 @@ def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:
                 if path.name not in names:
                     path.unlink()
     except OSError as error:
-        log.warning("warm sequences not saved: %s", error.strerror)
+        log.warning("parked sequences not saved: %s", error.strerror)
 
 
 def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
-    """Read them back, least useful first. A damaged or foreign file is removed."""
+    """Read them back, the least recently used first. A damaged or foreign file is removed."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -1592,6 +1651,6 @@ def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
                 raise ValueError("over the budget")
             yield decode_parked(path.read_bytes(), key)
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            log.info("warm sequence %s removed: %s", path.name, error)
+            log.info("parked sequence %s removed: %s", path.name, error)
             with contextlib.suppress(OSError):
                 path.unlink()

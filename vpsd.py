@@ -6,20 +6,21 @@
     curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
          -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
 
-Who owns what
-- The event loop owns sockets and all bookkeeping of `Engine`. One `Worker` thread for each loaded model owns that
-  model's llama context; nobody else touches it. Only a `Job` crosses over, by the worker's inbox; its events come
-  back by the `Outlet`. The loop cancels a job by a flag, and a running `llama_decode` by the abort byte.
-- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the
-  slot is needed; then it is parked in `PrefixStore` as bytes, which is also what is written to disk on unload.
-- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl; one decodes at a time.
+It refuses to start without a key, to load a model that does not fit into memory, to start work while other programs use
+the CPU, a third request at a time, and prompts that do not fit into the context.
 
-It refuses: to start without a key, to load what does not fit in memory, to start work while other programs use the
-CPU, a third request at a time, prompts over the context. Shortcut: a model's jinja chat template is never run
-(CVE-2024-34359); llama.cpp's own table of templates is used.
+Who owns what: the event loop owns sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
+its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`, from the start of its load until its memory
+is free again; its `Worker` (cerebrum_engine.py) is a thread that owns the llama context. Only a `Job` crosses over to
+it, and its events come back to the loop.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (an import below would fail less clearly)
+    sys.exit("vpsd.py: expected Python 3.11 or newer, got " + sys.version.split()[0])
 
 import argparse
 import asyncio
@@ -33,18 +34,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# A token reads all weights once. Found in pages of 4 KiB, those of a 1.5B took an eighth longer than in pages of 2 MiB,
-# which the C library asks for only if it is told so before the process starts.
+# Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of 2 MiB
+# (measured with a 1.5B). The C library asks for those only if told before the process starts.
 if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -64,6 +64,7 @@ from cerebrum_common import (
     Route,
     Server,
     describe,
+    internal_error,
     load_models,
     log,
     notify,
@@ -80,10 +81,10 @@ from cerebrum_engine import (
     MB,
     RESUME_BACKLOG,
     Baton,
+    CompletionRequest,
     Event,
     Job,
     ModelError,
-    Outlet,
     Settings,
     Worker,
     estimate_bytes,
@@ -91,6 +92,10 @@ from cerebrum_engine import (
     start_library,
     usable_cores,
 )
+
+HERE = Path(__file__).resolve().parent
+# For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
+PYTHON = sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
 
 # ------------------------------------------------------------------------------------------------ config
 
@@ -107,12 +112,15 @@ class Config:
     hosts: frozenset[str]
     origins: frozenset[str]
     engine: Settings
-    max_concurrent: int
     max_cpu_percent: float
     min_free_mb: float
     idle_minutes: float
     log_level: str
     log_file: str
+
+    @property
+    def max_concurrent(self) -> int:
+        return self.engine.sequences
 
 
 def load_config(environ: Mapping[str, str], folder: Path) -> Config:
@@ -126,7 +134,6 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
-    max_concurrent = env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16)
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
@@ -138,13 +145,12 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
         engine=Settings(
             threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
             n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
+            sequences=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
             kv_type=kv_type,
             cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
             draft=env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1,
-            max_concurrent=max_concurrent,
             state_dir=Path(env.text("CEREBRUM_STATE_DIR", str(home / ".local/state/cerebrum"))).expanduser(),
         ),
-        max_concurrent=max_concurrent,
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
         idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
@@ -190,12 +196,6 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def text_length(fields: Mapping[str, Any]) -> int:
-    """Characters of a parsed request that are to become tokens."""
-    contents = (content for _, content in fields["messages"] or ())
-    return sum(map(len, (fields["prompt"] or "", fields["suffix"] or "", *contents)))
-
-
 def parse_messages(value: Any) -> list[tuple[str, str]]:
     """`[{"role", "content"}, …]` to pairs."""
     if not isinstance(value, list) or not 1 <= len(value) <= 100:
@@ -220,42 +220,34 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class Headroom:
     """What this machine has to spare: bytes available, and percent of all CPUs that other programs use."""
 
     available: int
     others_percent: float
 
 
-def check_load(load: Load, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
+def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
     """HttpError 503 RESOURCE_EXHAUSTED with the figures, if a completion may not start now."""
-    if memory and load.available < config.min_free_mb * MB:
-        raise exhausted(f"expected {config.min_free_mb:.0f} MB of memory available, got {load.available / MB:.0f} MB")
-    if cpu and load.others_percent > config.max_cpu_percent:
-        raise exhausted(
+    if memory and headroom.available < config.min_free_mb * MB:
+        raise HttpError(
+            "RESOURCE_EXHAUSTED",
+            f"expected {config.min_free_mb:.0f} MB of memory available, got {headroom.available / MB:.0f} MB",
+        )
+    if cpu and headroom.others_percent > config.max_cpu_percent:
+        raise HttpError(
+            "RESOURCE_EXHAUSTED",
             f"expected other programs to use at most {config.max_cpu_percent:.0f} % of the CPU, "
-            f"got {load.others_percent:.0f} %"
+            f"got {headroom.others_percent:.0f} %",
         )
 
 
-def exhausted(message: str) -> HttpError:
-    return HttpError("RESOURCE_EXHAUSTED", message)
-
-
-# -------------------------------------------------------------------------------------------- the engine
-
-KEEPALIVE_SECONDS = 5.0  # a stream says something at least so often
-HEAD_SECONDS = 2.0  # a stream's first event may take so long before its 200 is sent without knowing how it ends
-LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
-SAMPLE_SECONDS = 1.0  # of the CPU meter
-ENCODE_AT_ONCE_CHARS = 8192  # made into tokens in about a millisecond, sooner than another thread would begin
-CLEANUP_SECONDS = 30.0
-DRAIN_SECONDS = 5.0  # requests that run at SIGTERM have so long to end
+# --------------------------------------------------------------------------------- IO: the machine's load
 
 
 class CpuMeter:
-    """Percent of all CPUs that are busy, and that *others* keep busy: one generation alone keeps every core busy, and
-    it must not lock the second out."""
+    """Percent of all CPUs that are busy, and that *others* keep busy. One generation keeps every core busy by itself,
+    and must not lock the second one out."""
 
     def __init__(self) -> None:
         self.system_percent = self.others_percent = 0.0
@@ -265,7 +257,7 @@ class CpuMeter:
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
         own = psutil.Process().cpu_times()
-        idle = times.idle + times.iowait + times.steal  # what the host gives to its other guests is not this system's
+        idle = times.idle + times.iowait + times.steal  # steal went to other guests of the host: not this system's use
         return sum(times[:8]), idle, own.user + own.system
 
     def sample(self) -> None:
@@ -277,394 +269,12 @@ class CpuMeter:
             self.last = now
 
 
-class Engine:
-    """All bookkeeping, on the event loop: which models are loaded, which jobs run, what the machine can bear."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.models = {model.id: model for model in config.models}
-        self.workers: dict[str, Worker] = {}
-        self.jobs: dict[Job, None] = {}
-        self.baton = Baton()
-        self.outlet = Outlet(asyncio.get_running_loop())
-        self.bare_bytes = psutil.Process().memory_info().rss  # of this process without a model
-        self.cpu = CpuMeter()
-        self.started = time.monotonic()
-        self.requests_total = 0
-        self.drafted = self.accepted = 0  # of models that have been unloaded
-        self.loading = asyncio.Lock()  # memory is judged for one load at a time
-
-    async def tend(self) -> None:
-        """For ever: read the CPU meter, and unload what nobody has used for long."""
-        next_cleanup = time.monotonic() + CLEANUP_SECONDS
-        while True:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            self.cpu.sample()
-            if time.monotonic() >= next_cleanup:
-                next_cleanup = time.monotonic() + CLEANUP_SECONDS
-                for model_id in self.idle_models():
-                    log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
-                    await self.unload(model_id)
-
-    def load(self) -> Load:
-        return Load(psutil.virtual_memory().available, self.cpu.others_percent)
-
-    def model(self, model_id: str) -> Model:
-        """A model of models.toml whose file is here, or HttpError 404 MODEL_NOT_FOUND that says how to get it."""
-        model = self.models.get(model_id)
-        if not model:
-            known = ", ".join(self.models)
-            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
-        if not (self.config.models_dir / model.file).is_file():
-            raise HttpError(
-                "MODEL_NOT_FOUND",
-                f"model {model.id}: the file {model.file} is missing; on the VPS run: python3 vpsd.py fetch {model.id}",
-            )
-        return model
-
-    def admit(self, fields: dict[str, Any]) -> Job:
-        """Count a request in, or HttpError: unknown model, a third at a time, no memory or CPU to spare."""
-        self.model(fields["model"])
-        session = fields["session"]
-        older = [job for job in self.jobs if session and job.fields["session"] == session]
-        if len(self.jobs) - len(older) >= self.config.max_concurrent:
-            raise HttpError("RATE_LIMIT", f"expected at most {self.config.max_concurrent} requests at a time")
-        idle = any(worker.spec.id != fields["model"] for worker in self.idle_workers())
-        check_load(self.load(), self.config, memory=not idle)
-        job = Job(fields, self.outlet)
-        self.jobs[job] = None
-        for old in older:
-            self.finish(old)
-            old.events.put_nowait([HttpError("SUPERSEDED", "a newer request of this session took its place")])
-        self.requests_total += 1
-        return job
-
-    def finish(self, job: Job) -> None:
-        """The job no longer counts, whether it ended or its client left; what it still computes is stopped."""
-        self.jobs.pop(job, None)
-        job.cancelled = True
-        if worker := self.workers.get(job.fields["model"]):
-            if job in worker.jobs:
-                worker.jobs.discard(job)
-                worker.last_used = time.time()
-                worker.cancel(job)
-            wanted = any(other.fields["model"] == worker.spec.id for other in self.jobs)
-            if not wanted and not worker.ready.done():
-                worker.stop()  # nobody waits for this load any more
-
-    async def start(self, job: Job) -> None:
-        """Load the model if need be, turn the prompt into tokens, hand over. HttpError 400 if it does not fit."""
-        await self._relieve(job.fields["model"])
-        worker = await self._loaded(job)
-        if job.cancelled:
-            return
-        assert worker.llama
-        if text_length(job.fields) <= ENCODE_AT_ONCE_CHARS:
-            tokens, job.heal = worker.llama.encode(job.fields)
-        else:
-            tokens, job.heal = await asyncio.to_thread(worker.llama.encode, job.fields)
-        n_ctx, most = worker.llama.n_ctx, job.fields["max_tokens"]
-        if len(tokens) >= n_ctx or not tokens:
-            raise HttpError(
-                "INVALID_REQUEST",
-                f"prompt: expected at most {n_ctx - 1} tokens, got {len(tokens)}",
-                extra={"prompt_tokens": len(tokens), "n_ctx": n_ctx},
-            )
-        job.fields["max_tokens"] = min(most, n_ctx - len(tokens))
-        job.prompt = tokens
-        job.progress("queued", 0, 1)
-        job.handed_over = time.monotonic()
-        worker.submit(job)
-
-    async def _loaded(self, job: Job) -> Worker:
-        model_id = job.fields["model"]
-        while True:
-            worker = self.workers.get(model_id)
-            if worker is None or worker.stopping:
-                async with self.loading:
-                    if self.workers.get(model_id) is worker:
-                        if worker:
-                            await self._end(worker)
-                        model = self.models[model_id]
-                        need = await self._make_room(model)
-                        loop = asyncio.get_running_loop()
-                        worker = Worker(
-                            model, self.config.models_dir / model.file, self.config.engine, self.baton, loop, need
-                        )
-                        self.workers[model_id] = worker
-                        worker.start()
-                    else:
-                        worker = self.workers.get(model_id)
-            if worker is None:
-                continue
-            worker.jobs.add(job)
-            told = -1.0
-            while not worker.ready.done():
-                if worker.load_progress > told:
-                    told = worker.load_progress
-                    job.progress("loading", round(100 * told), 100)
-                await asyncio.wait([worker.ready], timeout=LOAD_TICK_SECONDS)
-            if worker.ready.exception() and self.workers.get(model_id) is worker:
-                del self.workers[model_id]
-            worker.ready.result()
-            return worker
-
-    def idle_workers(self) -> list[Worker]:
-        """Workers that may be unloaded, the least recently used first."""
-        idle = (worker for worker in self.workers.values() if is_loaded(worker) and not worker.jobs)
-        return sorted(idle, key=lambda worker: worker.last_used)
-
-    async def _relieve(self, model_id: str) -> None:
-        """Below the reserve, unload idle models but the wanted one; HttpError 503 if that is not enough."""
-        while self.load().available < self.config.min_free_mb * MB:
-            idle = [worker for worker in self.idle_workers() if worker.spec.id != model_id]
-            if not idle:
-                break
-            await self.unload(idle[0].spec.id)
-        check_load(self.load(), self.config, cpu=False)
-
-    def _untouched(self) -> int:
-        """Bytes that the loaded models have yet to use, by their estimates."""
-        used: int = psutil.Process().memory_info().rss - self.bare_bytes
-        return max(0, sum(worker.estimate + worker.store.size for worker in self.workers.values()) - used)
-
-    async def _make_room(self, model: Model) -> int:
-        """Unload idle models, least recently used first, until `model` fits beside the reserve; else HttpError 503.
-        Returns the bytes that it will need."""
-        path = self.config.models_dir / model.file
-        try:
-            shape = await asyncio.to_thread(read_shape, path)
-        except ModelError as error:
-            log.error("model %s: %s", model.id, error)
-            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {error}") from None
-        settings = self.config.engine
-        parts = estimate_bytes(path.stat().st_size, shape, settings.n_ctx, settings.max_concurrent, settings.kv_type)
-        need = sum(parts.values()) / MB
-        while True:
-            free = (psutil.virtual_memory().available - self._untouched()) / MB - self.config.min_free_mb
-            if need <= free:
-                return sum(parts.values())
-            idle = self.idle_workers()
-            if not idle:
-                figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
-                raise exhausted(
-                    f"model {model.id} needs {need:.0f} MB ({figures}); "
-                    f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
-                )
-            await self.unload(idle[0].spec.id)
-
-    async def _end(self, worker: Worker) -> float:
-        """Stop a worker, wait for its thread, and return the megabytes that the process gave back."""
-        before = psutil.Process().memory_info().rss
-        worker.stop()
-        await asyncio.to_thread(worker.join)
-        self.drafted += worker.drafted
-        self.accepted += worker.accepted
-        worker.drafted = worker.accepted = 0
-        if self.workers.get(worker.spec.id) is worker:
-            del self.workers[worker.spec.id]
-        worker.llama = None
-        ctypes.CDLL(None).malloc_trim(0)
-        freed: float = before - psutil.Process().memory_info().rss
-        return round(max(0.0, freed) / MB, 1)
-
-    async def unload(self, model_id: str) -> float | None:
-        """Unload a model and return the megabytes freed, None if it was not loaded; HttpError 409 while it is busy."""
-        worker = self.workers.get(model_id)
-        if not worker or worker.stopping:
-            return None
-        if worker.jobs or not worker.ready.done():
-            raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
-        return await self._end(worker)
-
-    def idle_models(self) -> list[str]:
-        """Models that nobody has used for the configured minutes."""
-        limit = time.time() - 60 * self.config.idle_minutes
-        return [worker.spec.id for worker in self.idle_workers() if worker.last_used <= limit]
-
-    async def stop(self) -> None:
-        for job in list(self.jobs):
-            self.finish(job)
-        await asyncio.gather(*(self._end(worker) for worker in list(self.workers.values())))
-        self.outlet.close()
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
-# ---------------------------------------------------------------------------------------------- handlers
-
-
-async def health(engine: Engine, _request: Request) -> Response:
-    return Response(
-        {
-            "status": "healthy",
-            "timestamp": timestamp(),
-            "cpu_percent": round(engine.cpu.system_percent, 1),
-            "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
-            "models_loaded": loaded_models(engine),
-        }
-    )
-
-
-def loaded_models(engine: Engine) -> list[str]:
-    return [worker.spec.id for worker in engine.workers.values() if is_loaded(worker)]
-
-
-def is_loaded(worker: Worker | None) -> bool:
-    return worker is not None and worker.ready.done() and not worker.ready.exception() and not worker.stopping
-
-
-async def next_events(job: Job, engine: Engine, seconds: float) -> list[Event | HttpError]:
-    """The job's next events; an empty list after `seconds` in which nothing was sent either."""
-    events: list[Event | HttpError] = []
-    silent = 0.0
-    while not events and silent < seconds:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds - silent):
-                events = await job.events.get()
-        silent = time.monotonic() - job.sent
-    if job.events.qsize() == RESUME_BACKLOG and (worker := engine.workers.get(job.fields["model"])):
-        worker.wake()
-    return events
-
-
-async def start_job(engine: Engine, job: Job) -> None:
-    """Bring the job to its worker; whatever goes wrong on the way is its last event."""
-    try:
-        await engine.start(job)
-    except HttpError as error:
-        job.events.put_nowait([error])
-
-
-async def inference(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference: the completion in one piece."""
-    job = engine.admit(parse_inference(request.json()))
-    starter = asyncio.create_task(start_job(engine, job))
-    text: list[str] = []
-    try:
-        while True:
-            for event in await next_events(job, engine, KEEPALIVE_SECONDS):
-                if isinstance(event, HttpError):
-                    raise event
-                if "token" in event:
-                    text.append(event["token"])
-                elif "done" in event:
-                    result = {name: value for name, value in event.items() if name not in ("done", "language")}
-                    return Response({"completion": "".join(text), **result})
-    finally:
-        engine.finish(job)
-        starter.cancel()
-
-
-async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error that comes soon is a status; after that it is an event."""
-    job = engine.admit(parse_inference(request.json()))
-    starter = asyncio.create_task(start_job(engine, job))
-    try:
-        first = await next_events(job, engine, HEAD_SECONDS)
-        if first and isinstance(first[0], HttpError):
-            raise first[0]
-    except BaseException:
-        engine.finish(job)
-        starter.cancel()
-        raise
-    return Response(events=stream_events(engine, job, starter, first), connect=partial(setattr, job, "send_now"))
-
-
-async def stream_events(
-    engine: Engine, job: Job, starter: asyncio.Task[None], first: list[Event | HttpError]
-) -> AsyncIterator[bytes]:
-    """Blocks of SSE events up to the done event; comments while there is nothing to say."""
-    try:
-        events = first
-        while True:
-            block: list[bytes] = []
-            for event in events:
-                if isinstance(event, HttpError):
-                    if block:
-                        yield b"".join(block)
-                    raise event
-                block.append(sse_event(event))
-            yield b"".join(block) or SSE_COMMENT
-            if events and "done" in events[-1]:  # type: ignore[operator]
-                return
-            events = await next_events(job, engine, KEEPALIVE_SECONDS)
-    finally:
-        engine.finish(job)
-        starter.cancel()
-
-
-async def models(engine: Engine, _request: Request) -> Response:
-    """GET /v1/models: every model of models.toml; `available` says whether its file is here."""
-    entries = []
-    for model in engine.models.values():
-        path = engine.config.models_dir / model.file
-        worker = engine.workers.get(model.id)
-        entry: dict[str, Any] = {
-            "id": model.id,
-            "loaded": is_loaded(worker),
-            "path": str(path),
-            "available": path.is_file(),
-            "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
-        }
-        if worker and is_loaded(worker):
-            used = time.gmtime(worker.last_used)
-            entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
-            entry["last_used"] = time.strftime("%Y-%m-%dT%H:%M:%S", used) + f".{int(worker.last_used % 1 * 1e6):06d}"
-        entries.append(entry)
-    return Response({"models": entries})
-
-
-async def stats(engine: Engine, _request: Request) -> Response:
-    memory = psutil.virtual_memory()
-    workers = engine.workers.values()
-    drafted = engine.drafted + sum(worker.drafted for worker in workers)
-    accepted = engine.accepted + sum(worker.accepted for worker in workers)
-    return Response(
-        {
-            "cpu_percent": round(engine.cpu.system_percent, 1),
-            "memory_total_mb": round(memory.total / MB, 1),
-            "memory_available_mb": round(memory.available / MB, 1),
-            "memory_used_mb": round((memory.total - memory.available) / MB, 1),
-            "models_loaded": len(loaded_models(engine)),
-            "requests_total": engine.requests_total,
-            "requests_active": len(engine.jobs),
-            "uptime": round(time.monotonic() - engine.started, 1),
-            "cpu_percent_others": round(engine.cpu.others_percent, 1),
-            "draft_tokens": drafted,
-            "accepted_tokens": accepted,
-        }
-    )
-
-
-async def unload(engine: Engine, request: Request) -> Response:
-    model_id = request.parameter
-    if model_id not in engine.models:
-        known = ", ".join(engine.models)
-        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
-    freed = await engine.unload(model_id)
-    return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
-
-
-async def cleanup(engine: Engine, _request: Request) -> Response:
-    unloaded, freed = [], 0.0
-    for model_id in engine.idle_models():
-        freed += await engine.unload(model_id) or 0.0
-        unloaded.append(model_id)
-    return Response({"models_unloaded": unloaded, "memory_freed_mb": round(freed, 1)})
-
-
-# ------------------------------------------------------------------------------------------------ routes
-
-ROUTES = (
-    Route("GET", "/health", health, open=True),
-    Route("POST", "/v1/inference", inference, json=True, watched=True),
-    Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
-    Route("GET", "/v1/models", models),
-    Route("GET", "/v1/stats", stats),
-    Route("POST", "/v1/unload/{id}", unload),
-    Route("POST", "/v1/cleanup", cleanup),
-)
-
-# ------------------------------------------------------------------------------------------------- fetch
+# --------------------------------------------------------------------------------------------- IO: fetch
 
 
 class FetchError(Exception):
@@ -822,28 +432,493 @@ def fetch_command(model_id: str | None, config: Config) -> int:
     return 0
 
 
+# -------------------------------------------------------------------------------------------- the engine
+
+KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
+HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
+LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
+SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
+CLEANUP_SECONDS = 30.0  # between two looks for models that nobody has used
+DRAIN_SECONDS = 5.0  # how long running requests may take to end after SIGTERM
+
+
+class Completion:
+    """A request that has been admitted: its job, and what has come back of it. Lives on the event loop."""
+
+    def __init__(self, model: str, session: str | None, request: CompletionRequest) -> None:
+        loop = asyncio.get_running_loop()
+        self.model, self.session = model, session
+        self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
+        self.worker: Worker | None = None  # once it is handed over
+        self.starter: asyncio.Task[None] | None = None  # brings it there
+
+        def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
+            loop.call_soon_threadsafe(self.events.put_nowait, events)
+
+        self.job = Job(request, deliver, self.events.qsize)
+
+    async def next_events(self, seconds: float) -> list[Event | HttpError]:
+        """What came next; an empty list if nothing did within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                events = await self.events.get()
+        except TimeoutError:
+            return []
+        if self.worker and self.events.qsize() == RESUME_BACKLOG:
+            self.worker.wake()
+        if isinstance(events[-1], dict) and "done" in events[-1]:
+            events[-1] = self._result(events[-1])
+        return events
+
+    def _result(self, done: Event) -> Event:
+        """The done event with the members that the daemon knows, in the order of the API's text."""
+        known = {"done": True, "language": self.job.request.language or "", "model": self.model}
+        figures = {name: done[name] for name in ("total_tokens", "inference_time")}
+        return known | figures | {"timestamp": timestamp()} | done
+
+
+class EventStream:
+    """A completion's events as blocks of SSE, comments while there is nothing to say, up to the done event.
+
+    Not an async generator: one that was never started runs no `finally`, and a client that leaves at that moment would
+    keep its place for ever.
+    """
+
+    def __init__(self, engine: Engine, completion: Completion, first: list[Event | HttpError]) -> None:
+        self._engine, self._completion = engine, completion
+        self._waiting: list[list[Event | HttpError]] = [first]
+        self._error: HttpError | None = None
+        self._done = False
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._error:
+            raise self._error
+        if self._done:
+            raise StopAsyncIteration
+        events = self._waiting.pop() if self._waiting else await self._completion.next_events(KEEPALIVE_SECONDS)
+        block = b""
+        for event in events:
+            if isinstance(event, HttpError):
+                self._error = event
+                return block or await anext(self)  # what came before the error is sent first
+            block += sse_event(event)
+            self._done = "done" in event
+        return block or SSE_COMMENT
+
+    async def aclose(self) -> None:
+        self._engine.finish(self._completion)
+
+
+@dataclass(eq=False)
+class Instance:
+    """A model that is being loaded, is loaded, or is being unloaded. Lives on the event loop."""
+
+    model: Model
+    worker: Worker
+    estimate: int  # bytes that it will use in time: attention's buffers fill as contexts grow
+    ready: asyncio.Future[None]  # the worker's, for the loop
+    completions: set[Completion] = field(default_factory=set)  # in the worker or on their way: it must stay
+    last_used: float = 0.0  # seconds since the epoch
+    gone: asyncio.Task[None] | None = None  # ends when all of its memory is free
+
+    @property
+    def loaded(self) -> bool:
+        return self.ready.done() and not self.ready.exception() and not self.worker.stopping
+
+    @property
+    def idle(self) -> bool:
+        return self.loaded and not self.completions
+
+
+class Engine:
+    """All bookkeeping, on the event loop: which models are loaded, what runs, what the machine can bear."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.models = {model.id: model for model in config.models}
+        self.instances: dict[str, Instance] = {}
+        self.completions: dict[Completion, None] = {}
+        self.baton = Baton()
+        self.bare_bytes = rss_bytes()  # of this process without a model
+        self.cpu = CpuMeter()
+        self.started = time.monotonic()
+        self.requests_total = 0
+        self.drafted = self.accepted = 0  # of models that have been unloaded
+        self.loading = asyncio.Lock()  # memory is judged for one load at a time
+
+    # Admission.
+
+    def model(self, model_id: str) -> Model:
+        """A model of models.toml whose file is here, or HttpError 404 MODEL_NOT_FOUND that says how to get it."""
+        model = self.models.get(model_id)
+        if not model:
+            known = ", ".join(self.models)
+            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+        if not (self.config.models_dir / model.file).is_file():
+            raise HttpError(
+                "MODEL_NOT_FOUND",
+                f"model {model.id}: the file {model.file} is missing; "
+                f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}",
+            )
+        return model
+
+    def admit(self, fields: dict[str, Any]) -> Completion:
+        """Count a request in and start it. HttpError: unknown model, a third at a time, no memory or CPU to spare."""
+        request = {name: value for name, value in fields.items() if name not in ("model", "session")}
+        model, session = fields["model"], fields["session"]
+        self.model(model)
+        older = [other for other in self.completions if session and other.session == session]
+        if len(self.completions) - len(older) >= self.config.max_concurrent:
+            raise HttpError("RATE_LIMIT", f"expected at most {self.config.max_concurrent} requests at a time")
+        others = [instance for instance in self.instances.values() if instance.model.id != model]
+        may_free = any(other.idle or other.worker.stopping for other in others)
+        check_headroom(self.headroom(), self.config, memory=not may_free)
+        completion = Completion(model, session, CompletionRequest(**request))
+        self.completions[completion] = None
+        for old in older:
+            self.finish(old)
+            old.events.put_nowait([HttpError("SUPERSEDED", "a newer request of this session took its place")])
+        self.requests_total += 1
+        completion.starter = asyncio.create_task(self._start(completion))
+        return completion
+
+    def finish(self, completion: Completion) -> None:
+        """The completion has ended or its client left: give its place back, and stop what still computes for it."""
+        self.completions.pop(completion, None)
+        completion.job.cancelled = True
+        if completion.starter:
+            completion.starter.cancel()
+        instance = self.instances.get(completion.model)
+        if not instance or completion not in instance.completions:
+            return
+        instance.completions.discard(completion)
+        instance.last_used = time.time()
+        instance.worker.cancel(completion.job)
+        if not instance.completions and not instance.ready.done():
+            instance.worker.stop()  # nobody waits for this load any more
+
+    def headroom(self) -> Headroom:
+        return Headroom(psutil.virtual_memory().available, self.cpu.others_percent)
+
+    # From a completion to its worker.
+
+    async def _start(self, completion: Completion) -> None:
+        """Bring the completion to its worker. Whatever goes wrong on the way is its last event."""
+        try:
+            await self._relieve(completion.model)
+            instance = await self._loaded(completion)
+            await asyncio.to_thread(instance.worker.prepare, completion.job)
+            completion.worker = instance.worker
+            instance.worker.submit(completion.job)
+        except HttpError as error:
+            completion.events.put_nowait([error])
+        except Exception as exception:
+            completion.events.put_nowait([internal_error(exception)])
+
+    async def _loaded(self, completion: Completion) -> Instance:
+        """The instance of the completion's model, loaded first if need be; HttpError if that fails."""
+        model_id, told = completion.model, -1.0
+        while (instance := self.instances.get(model_id)) is None or instance.worker.stopping:
+            if instance:
+                await wait_gone([instance])
+                continue
+            async with self.loading:
+                if model_id not in self.instances:
+                    await self._load(self.models[model_id])
+        instance.completions.add(completion)
+        while not instance.ready.done():
+            if instance.worker.load_progress > told:
+                told = instance.worker.load_progress
+                completion.job.progress("loading", round(100 * told), 100)
+            await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
+        instance.ready.result()
+        return instance
+
+    async def _load(self, model: Model) -> None:
+        """Begin to load a model that fits; HttpError if none can."""
+        need = await self._make_room(model)
+        worker = Worker(model.id, self.config.models_dir / model.file, self.config.engine, model.sha256, self.baton)
+        ready = asyncio.wrap_future(worker.ready)
+        ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
+        instance = self.instances[model.id] = Instance(model, worker, need, ready, last_used=time.time())
+        instance.gone = asyncio.create_task(self._reap(instance))
+        worker.start()
+
+    async def _reap(self, instance: Instance) -> None:
+        """Forget the instance when its worker has ended, for whatever reason, and return its memory to the system."""
+        await asyncio.wait([asyncio.wrap_future(instance.worker.ended)])
+        instance.worker.join()  # returns at once
+        self.drafted += instance.worker.drafted
+        self.accepted += instance.worker.accepted
+        instance.worker.llama = None
+        del self.instances[instance.model.id]
+        ctypes.CDLL(None).malloc_trim(0)
+
+    # Memory.
+
+    async def _relieve(self, wanted: str) -> None:
+        """Below the reserve, unload idle models but the wanted one; HttpError 503 if that is not enough."""
+        while self.headroom().available < self.config.min_free_mb * MB and await self._free_one(spared=wanted):
+            pass
+        check_headroom(self.headroom(), self.config, cpu=False)
+
+    async def _make_room(self, model: Model) -> int:
+        """Unload idle models until `model` fits beside the reserve; HttpError 503 with the figures if it cannot.
+        Returns the bytes that it will need."""
+        parts = await asyncio.to_thread(self._estimate, model)
+        need = sum(parts.values()) / MB
+        while need > (free := self._free_mb()):
+            if not await self._free_one():
+                figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
+                raise HttpError(
+                    "RESOURCE_EXHAUSTED",
+                    f"model {model.id} needs {need:.0f} MB ({figures}); "
+                    f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB",
+                )
+        return sum(parts.values())
+
+    def _estimate(self, model: Model) -> dict[str, int]:
+        path, settings = self.config.models_dir / model.file, self.config.engine
+        try:
+            return estimate_bytes(
+                path.stat().st_size, read_shape(path), settings.n_ctx, settings.sequences, settings.kv_type
+            )
+        except (ModelError, OSError) as error:
+            reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
+            log.error("model %s: %s", model.id, error)
+            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
+
+    def _free_mb(self) -> float:
+        """Megabytes for one more model: beside the reserve, and what the loaded ones are estimated to use yet."""
+        instances = self.instances.values()
+        used = rss_bytes() - self.bare_bytes
+        untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
+        available: int = psutil.virtual_memory().available
+        return (available - untouched) / MB - self.config.min_free_mb
+
+    async def _free_one(self, spared: str = "") -> bool:
+        """Wait for a model that is being unloaded, else unload the idle one that was not used for longest. False if
+        there is neither."""
+        if ending := [instance for instance in self.instances.values() if instance.worker.stopping]:
+            await wait_gone(ending)
+            return True
+        idle = [instance for instance in self.instances.values() if instance.idle and instance.model.id != spared]
+        if idle:
+            await self._unload(min(idle, key=lambda instance: instance.last_used))
+        return bool(idle)
+
+    async def _unload(self, instance: Instance) -> float:
+        """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
+        before = rss_bytes()
+        instance.worker.stop()
+        await wait_gone([instance])
+        return round(max(0, before - rss_bytes()) / MB, 1)
+
+    async def unload(self, model_id: str) -> float | None:
+        """Unload a model and return the megabytes freed, None if it was not loaded; HttpError 409 while it is busy."""
+        instance = self.instances.get(model_id)
+        if not instance or instance.worker.stopping:
+            return None
+        if not instance.idle:
+            raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
+        return await self._unload(instance)
+
+    async def unload_unused(self) -> dict[str, float]:
+        """Unload what nobody has used for the configured minutes: the megabytes freed, by model."""
+        freed: dict[str, float] = {}
+        while unused := self._unused():  # anew each time, since a request may have come meanwhile
+            freed[unused[0].model.id] = await self._unload(unused[0])
+        return freed
+
+    def _unused(self) -> list[Instance]:
+        limit = time.time() - 60 * self.config.idle_minutes
+        return [instance for instance in self.instances.values() if instance.idle and instance.last_used <= limit]
+
+    # From start to stop.
+
+    async def tend(self) -> None:
+        """For ever: read the CPU meter, and unload what nobody has used for long."""
+        next_cleanup = time.monotonic() + CLEANUP_SECONDS
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            self.cpu.sample()
+            if time.monotonic() >= next_cleanup:
+                next_cleanup = time.monotonic() + CLEANUP_SECONDS
+                for model_id in await self.unload_unused():
+                    log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
+
+    async def stop(self) -> None:
+        """End what runs, save what is worth keeping, unload everything."""
+        for completion in list(self.completions):
+            self.finish(completion)
+        instances = list(self.instances.values())
+        for instance in instances:
+            instance.worker.stop()
+        await wait_gone(instances)
+
+
+async def wait_gone(instances: Sequence[Instance]) -> None:
+    """Until all of them are gone. Cancelling the wait leaves them to end."""
+    if tasks := [instance.gone for instance in instances if instance.gone]:
+        await asyncio.wait(tasks)
+
+
+# ---------------------------------------------------------------------------------------------- handlers
+
+
+async def health(engine: Engine, _request: Request) -> Response:
+    """GET /health, without a key."""
+    return Response(
+        {
+            "status": "healthy",
+            "timestamp": timestamp(),
+            "cpu_percent": round(engine.cpu.system_percent, 1),
+            "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
+            "models_loaded": loaded_models(engine),
+        }
+    )
+
+
+def loaded_models(engine: Engine) -> list[str]:
+    return [model_id for model_id, instance in engine.instances.items() if instance.loaded]
+
+
+async def inference(engine: Engine, request: Request) -> Response:
+    """POST /v1/inference: the completion in one piece."""
+    completion = engine.admit(parse_inference(request.json()))
+    text: list[str] = []
+    try:
+        while True:
+            for event in await completion.next_events(KEEPALIVE_SECONDS):
+                if isinstance(event, HttpError):
+                    raise event
+                if "token" in event:
+                    text.append(event["token"])
+                elif "done" in event:
+                    result = {name: value for name, value in event.items() if name not in ("done", "language")}
+                    return Response({"completion": "".join(text), **result})
+    finally:
+        engine.finish(completion)
+
+
+async def inference_stream(engine: Engine, request: Request) -> Response:
+    """POST /v1/inference/stream. An error that comes soon is a status; after that it is an event."""
+    completion = engine.admit(parse_inference(request.json()))
+    try:
+        first = await completion.next_events(HEAD_SECONDS)
+        if first and isinstance(first[0], HttpError):
+            raise first[0]
+    except BaseException:
+        engine.finish(completion)
+        raise
+    return Response(events=EventStream(engine, completion, first))
+
+
+async def models(engine: Engine, _request: Request) -> Response:
+    """GET /v1/models: every model of models.toml; `available` says whether its file is here."""
+    entries = []
+    for model in engine.models.values():
+        path = engine.config.models_dir / model.file
+        instance = engine.instances.get(model.id)
+        worker = instance.worker if instance and instance.loaded else None
+        entry: dict[str, Any] = {
+            "id": model.id,
+            "loaded": worker is not None,
+            "path": str(path),
+            "available": path.is_file(),
+            "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
+        }
+        if worker and instance:
+            used = datetime.fromtimestamp(instance.last_used, UTC).replace(tzinfo=None)
+            entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
+            entry["last_used"] = used.isoformat(timespec="microseconds")
+        entries.append(entry)
+    return Response({"models": entries})
+
+
+async def stats(engine: Engine, _request: Request) -> Response:
+    """GET /v1/stats: the text's fields, what other programs use of the CPU, and how drafting went."""
+    memory = psutil.virtual_memory()
+    workers = [instance.worker for instance in engine.instances.values()]
+    return Response(
+        {
+            "cpu_percent": round(engine.cpu.system_percent, 1),
+            "memory_total_mb": round(memory.total / MB, 1),
+            "memory_available_mb": round(memory.available / MB, 1),
+            "memory_used_mb": round((memory.total - memory.available) / MB, 1),
+            "models_loaded": len(loaded_models(engine)),
+            "requests_total": engine.requests_total,
+            "requests_active": len(engine.completions),
+            "uptime": round(time.monotonic() - engine.started, 1),
+            "cpu_percent_others": round(engine.cpu.others_percent, 1),
+            "draft_tokens": engine.drafted + sum(worker.drafted for worker in workers),
+            "accepted_tokens": engine.accepted + sum(worker.accepted for worker in workers),
+        }
+    )
+
+
+async def unload(engine: Engine, request: Request) -> Response:
+    """POST /v1/unload/{id}"""
+    model_id = request.parameter
+    if model_id not in engine.models:
+        known = ", ".join(engine.models)
+        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+    freed = await engine.unload(model_id)
+    return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
+
+
+async def cleanup(engine: Engine, _request: Request) -> Response:
+    """POST /v1/cleanup: unload what has been idle for long."""
+    freed = await engine.unload_unused()
+    return Response({"models_unloaded": list(freed), "memory_freed_mb": round(sum(freed.values()), 1)})
+
+
+# ------------------------------------------------------------------------------------------------ routes
+
+ROUTES = (
+    Route("GET", "/health", health, open=True),
+    Route("POST", "/v1/inference", inference, json=True, watched=True),
+    Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/stats", stats),
+    Route("POST", "/v1/unload/{id}", unload),
+    Route("POST", "/v1/cleanup", cleanup),
+)
+
 # ------------------------------------------------------------------------------------------------- serve
 
 
-async def serve(config: Config) -> None:
-    """Start, listen, wait for a signal, drain, save, end."""
-    engine = Engine(config)
-    server = Server(engine, ROUTES, Access(config.key, config.hosts, config.origins))
+async def serve(config: Config) -> int:
+    """Listen and answer until a signal comes; then drain, save, end. Returns the exit status."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    port = await server.start(config.host, config.port)
+    engine = Engine(config)
+    server = Server(engine, ROUTES, Access(config.key, config.hosts, config.origins))
+    try:
+        port = await server.start(config.host, config.port)
+    except OSError as error:
+        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+        return 1
     host = f"[{config.host}]" if ":" in config.host else config.host
     log.info("listening on http://%s:%d", host, port)
     notify("READY=1")
     tending = asyncio.create_task(engine.tend())
-    await stop.wait()
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({tending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    failed = tending.done()
+    if failed:
+        log.error("the housekeeping has failed", exc_info=tending.exception())
     notify("STOPPING=1")
     log.info("stopping")
     tending.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
+    return int(failed)  # systemd starts it again
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -853,7 +928,7 @@ def main(arguments: Sequence[str]) -> int:
     fetching.add_argument("model", nargs="?")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(os.environ, Path(__file__).resolve().parent)
+        config = load_config(os.environ, HERE)
         if options.command == "fetch":
             return fetch_command(options.model, config)
         if not config.key:
@@ -864,13 +939,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     start_library()
     try:
-        asyncio.run(serve(config))
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
-        return 1
+        return asyncio.run(serve(config))
     finally:
         logging.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

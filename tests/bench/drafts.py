@@ -1,0 +1,103 @@
+"""What the drafter's memory of changes is worth: files of the standard library written once more with a change.
+
+    python tests/bench/drafts.py [--model qwen_0_5b]
+
+Nothing is generated: the tokens of the changed file are fed to the drafter as if the model had chosen them, and every
+decode counts with its time from a table measured with a 1.5B on two cores (Intel with AMX), so the result is the same
+on every machine. Prints one line of JSON. For each kind of change: tokens/s without drafts, with drafts that forget
+every change, and with the drafter as it is; `ratio` is the last over the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+from servers import FILES, rewrite
+
+import cerebrum_engine as engine  # found by the path that servers has set
+from cerebrum_engine import STREAKS, Acceptance, Costs, Drafter, draft_length, llama
+
+SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
+CHANGES: dict[str, Callable[[str], str]] = {
+    "none": lambda source: source,
+    "rename a variable": lambda source: source.replace("self", "this"),
+    "make functions async": lambda source: source.replace("def ", "async def "),
+    "comment every block": lambda source: source.replace(":\n", ":\n    # step\n"),
+}
+FILE_COUNT, LINES = 8, 70
+
+
+class Forgetful(Drafter):
+    """Finds where a copy goes on after a change, but never expects the same change again."""
+
+    def _realign(self) -> None:
+        super()._realign()
+        self.changes.clear()
+
+
+def tokenizer(model: str) -> Callable[[str], list[int]]:
+    engine.start_library()
+    params = llama.llama_model_default_params()
+    params.vocab_only = True
+    loaded = llama.llama_model_load_from_file(str(FILES[model]).encode(), params)
+    vocab = llama.llama_model_get_vocab(loaded)
+
+    def tokenize(text: str) -> list[int]:
+        data = text.encode()
+        buffer = (llama.llama_token * (len(data) + 8))()
+        return list(buffer[: llama.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)])
+
+    return tokenize
+
+
+def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
+    """The time of all decodes that write `target`, drafted as the worker does."""
+    acceptance, position, spent = Acceptance(), 1, 0.0
+    drafter.advance(target[0])
+    while position < len(target):
+        draft, streak = drafter.propose(engine.MAX_DRAFT), drafter.streak
+        allowed = draft and (acceptance.credit > 0 or streak >= STREAKS[-1])
+        draft = draft[: draft_length(acceptance.probability(True, streak), len(draft), costs)] if allowed else []
+        accepted, start = 0, position
+        for drafted in [*draft, None]:
+            token = target[position]
+            drafter.advance(token)
+            position += 1
+            accepted += token == drafted
+            if token != drafted or position == len(target):
+                break
+        spent += costs(len(draft) + 1)
+        cost = costs(len(draft) + 1) / costs(1)
+        acceptance.spend(cost, position - start - cost if draft else 0.0)
+        if draft:
+            acceptance.learn(True, streak, len(draft), accepted)
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures what remembering changes saves when a file is rewritten.")
+    parser.add_argument("--model", default="qwen_0_5b", help="whose tokenizer is used")
+    tokenize, costs = tokenizer(parser.parse_args().model), Costs(SECONDS)
+    found = {}
+    for name, change in CHANGES.items():
+        tokens, seconds = 0, {Forgetful: 0.0, Drafter: 0.0}
+        for number in range(FILE_COUNT):
+            prompt = rewrite(number, LINES)
+            source = prompt.partition("```python\n")[2].partition("\n```")[0]
+            target = tokenize(change(source) + "\n```")
+            tokens += len(target)
+            for kind in seconds:
+                seconds[kind] += seconds_of(kind(tokenize(prompt)), target, costs)
+        found[name] = {
+            "plain": round(1 / costs(1), 1),
+            "forgetful": round(tokens / seconds[Forgetful], 1),
+            "drafter": round(tokens / seconds[Drafter], 1),
+            "ratio": round(seconds[Forgetful] / seconds[Drafter], 3),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What vpsd admits: requests, the machine's load, configuration and command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vpsd
+from cerebrum_common import ConfigError, HttpError
+from cerebrum_engine import MB
+from vpsd import (
+    CpuMeter,
+    Headroom,
+    check_headroom,
+    load_config,
+    parse_inference,
+)
+
+# ------------------------------------------------------------------------------------------- the request
+
+BASE = {"model": "m", "prompt": "p"}
+SAID = {"role": "user", "content": "x"}
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "model: expected a string from 1 to 200 characters, got nothing"),
+    ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
+    (BASE | {"model": ""}, 'model: expected a string from 1 to 200 characters, got the string ""'),
+    (BASE | {"model": 5}, "model: expected a string from 1 to 200 characters, got the number 5"),
+    (BASE | {"prompt": ""}, 'prompt: expected a non-empty string, got the string ""'),
+    (BASE | {"prompt": None}, "prompt: expected a non-empty string, got null"),
+    (BASE | {"prompt": ["p"]}, "prompt: expected a non-empty string, got an array of 1"),
+    (BASE | {"prompt": "\ud800"}, "prompt: expected Unicode text, got a lone surrogate"),
+    (BASE | {"max_tokens": -1}, "max_tokens: expected an integer from 0 to 2048, got the number -1"),
+    (BASE | {"max_tokens": 2049}, "max_tokens: expected an integer from 0 to 2048, got the number 2049"),
+    (BASE | {"max_tokens": True}, "max_tokens: expected an integer from 0 to 2048, got the boolean true"),
+    (BASE | {"max_tokens": 1.5}, "max_tokens: expected an integer from 0 to 2048, got the number 1.5"),
+    (BASE | {"max_tokens": "8"}, 'max_tokens: expected an integer from 0 to 2048, got the string "8"'),
+    (BASE | {"temperature": -0.1}, "temperature: expected a number from 0 to 1, got the number -0.1"),
+    (BASE | {"temperature": 1.1}, "temperature: expected a number from 0 to 1, got the number 1.1"),
+    (BASE | {"temperature": False}, "temperature: expected a number from 0 to 1, got the boolean false"),
+    (BASE | {"top_p": 0}, "top_p: expected a number above 0 to 1, got the number 0"),
+    (BASE | {"top_p": 1.01}, "top_p: expected a number above 0 to 1, got the number 1.01"),
+    (BASE | {"stop": 5}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got the number 5"),
+    (BASE | {"stop": [""]}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 1"),
+    (
+        BASE | {"stop": ["a"] * 17},
+        "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 17",
+    ),
+    (BASE | {"stop": [1]}, "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 1"),
+    (BASE | {"suffix": 1}, "suffix: expected a string, got the number 1"),
+    (
+        BASE | {"filename": "x" * 1001},
+        'filename: expected a string from 0 to 1000 characters, got the string "' + "x" * 35 + "…",
+    ),
+    (
+        BASE | {"language": "cobol"},
+        'language: expected one of python, javascript, typescript, rust, c, cpp, go, got the string "cobol"',
+    ),
+    (BASE | {"mode": "chat"}, 'mode: expected one of complete, infill, instruct, got the string "chat"'),
+    (BASE | {"stop_at": "end"}, 'stop_at: expected one of auto, none, got the string "end"'),
+    (BASE | {"progress": 1}, "progress: expected true or false, got the number 1"),
+    (BASE | {"session": ""}, 'session: expected a string from 1 to 200 characters, got the string ""'),
+    (BASE | {"messages": [SAID]}, "prompt: expected a non-empty string, or messages instead of it"),
+    ({"model": "m", "messages": []}, "messages: expected an array of 1 to 100 messages, got an array of 0"),
+    ({"model": "m", "messages": [SAID] * 101}, "messages: expected an array of 1 to 100 messages, got an array of 101"),
+    ({"model": "m", "messages": {}}, "messages: expected an array of 1 to 100 messages, got an object of 0"),
+    ({"model": "m", "messages": None}, "messages: expected an array of 1 to 100 messages, got null"),
+    ({"model": "m", "messages": ["x"]}, 'messages[0]: expected an object, got the string "x"'),
+    (
+        {"model": "m", "messages": [SAID, {"role": "tool", "content": "x"}]},
+        'messages[1].role: expected one of system, user, assistant, got the string "tool"',
+    ),
+    ({"model": "m", "messages": [{"role": "user"}]}, "messages[0].content: expected a string, got nothing"),
+    (
+        {"model": "m", "messages": [{"role": "user", "content": 5}]},
+        "messages[0].content: expected a string, got the number 5",
+    ),
+    (
+        {"model": "m", "messages": [SAID], "suffix": "s"},
+        "suffix: expected only beside prompt, not beside messages",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS])
+def test_bad_request(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(HttpError) as caught:
+        parse_inference(body)
+    assert (caught.value.status, caught.value.code, caught.value.message) == (400, "INVALID_REQUEST", message)
+
+
+def test_request_defaults() -> None:
+    assert parse_inference(BASE) == {
+        "model": "m",
+        "prompt": "p",
+        "messages": None,
+        "max_tokens": 512,
+        "temperature": 0.4,
+        "top_p": 0.95,
+        "seed": None,
+        "stop": [],
+        "suffix": None,
+        "filename": "",
+        "language": None,
+        "mode": "complete",
+        "stop_at": "auto",
+        "heal": False,
+        "progress": False,
+        "session": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "value"),
+    [
+        (BASE | {"stop": "x"}, "stop", ["x"]),
+        (BASE | {"temperature": 0}, "temperature", 0.0),
+        (BASE | {"temperature": 1}, "temperature", 1.0),
+        (BASE | {"max_tokens": 0}, "max_tokens", 0),
+        (BASE | {"seed": 2**32 - 2}, "seed", 2**32 - 2),
+        (BASE | {"suffix": ""}, "mode", "infill"),
+        (BASE | {"suffix": "", "mode": "complete"}, "mode", "complete"),
+        ({"model": "m", "messages": [SAID]}, "mode", "instruct"),
+        ({"model": "m", "messages": [SAID]}, "messages", [("user", "x")]),
+        (BASE | {"unknown": 1}, "mode", "complete"),
+    ],
+)
+def test_request_value(body: dict[str, Any], name: str, value: Any) -> None:
+    fields = parse_inference(body)
+    assert fields[name] == value
+    assert type(fields[name]) is type(value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_seed_that_llama_cpp_would_take_as_random(seed: int) -> None:
+    with pytest.raises(HttpError, match=r"^seed: expected an integer from 0 to "):
+        parse_inference(BASE | {"seed": seed})
+
+
+# --------------------------------------------------------------------------------------------- admission
+
+
+def config(**more: str) -> vpsd.Config:
+    """By these variables alone: no .env lies in that folder."""
+    given = {"CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")), **more}
+    return load_config(given, Path("/nonexistent"))
+
+
+@pytest.mark.parametrize(
+    ("headroom", "message"),
+    [
+        (Headroom(1024 * MB, 70.0), None),
+        (Headroom(1023 * MB, 0.0), "expected 1024 MB of memory available, got 1023 MB"),
+        (Headroom(2048 * MB, 71.0), "expected other programs to use at most 70 % of the CPU, got 71 %"),
+        (Headroom(0, 100.0), "expected 1024 MB of memory available, got 0 MB"),
+    ],
+)
+def test_check_headroom(headroom: Headroom, message: str | None) -> None:
+    if message is None:
+        check_headroom(headroom, config())
+        return
+    with pytest.raises(HttpError) as caught:
+        check_headroom(headroom, config())
+    assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
+
+
+def test_check_headroom_of_one_thing() -> None:
+    check_headroom(Headroom(0, 0.0), config(), memory=False)
+    check_headroom(Headroom(2048 * MB, 100.0), config(), cpu=False)
+
+
+def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)])
+    monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
+    meter = CpuMeter()
+    assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
+    meter.sample()  # of 20 CPU seconds 5 were idle and 10 our own
+    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
+    meter.sample()  # no time has passed
+    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
+    meter.sample()  # the two clocks do not tick together: never below 0
+    assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
+
+
+def test_cpu_meter_reads_this_machine() -> None:
+    total, idle, own = CpuMeter._read()
+    assert 0 < idle < total
+    assert own > 0
+
+
+# ------------------------------------------------------------------------------------------------ config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CEREBRUM_VPS_PORT", "65536", "expected a number from 0 to 65535, got '65536'"),
+        ("CEREBRUM_THREADS", "0", "expected a number from 1 to 256, got '0'"),
+        ("CEREBRUM_THREADS", "two", "expected a number from 1 to 256, got 'two'"),
+        ("CEREBRUM_N_CTX", "100", "expected a number from 256 to 131072, got '100'"),
+        ("CEREBRUM_KV_TYPE", "q4_0", "expected one of f16, q8_0, got 'q4_0'"),
+        ("CEREBRUM_CACHE_MB", "-1", "expected a number from 0 to 65536, got '-1'"),
+        ("CEREBRUM_DRAFT", "2", "expected a number from 0 to 1, got '2'"),
+        ("CEREBRUM_DRAFT", "0.5", "expected an integer, got 0.5"),
+        ("CEREBRUM_MAX_CONCURRENT", "0", "expected a number from 1 to 16, got '0'"),
+        ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
+        ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
+        ("CEREBRUM_IDLE_MINUTES", "nan", "expected a number from 0 to 1.04858e+06, got 'nan'"),
+    ],
+)
+def test_config_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**{name: value})
+    assert str(caught.value) == f"{name}: {message}"
+
+
+def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_MODELS_FILE: .*No such file"):
+        config(CEREBRUM_MODELS_FILE=str(tmp_path / "none.toml"))
+
+
+def test_config_defaults() -> None:
+    defaults = config()
+    assert (defaults.host, defaults.port, defaults.key) == ("127.0.0.1", 9000, "")
+    engine = defaults.engine
+    assert (engine.n_ctx, engine.sequences, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
+    assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)
+    assert 1 <= engine.threads <= 256
+    assert [model.id for model in defaults.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["fetch", "nonsense"],
+            1,
+            "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'nonsense'",
+        ),
+        ([], 2, "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"),
+    ],
+)
+def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    script = tmp_path / "vpsd.py"  # beside no .env
+    root = Path(vpsd.__file__).parent
+    for name in ("vpsd.py", *(path.name for path in root.glob("cerebrum_*.py")), "models.toml"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)

