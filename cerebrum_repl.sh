@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Talks to Cerebrum from a terminal: type code and watch it being completed. See --help and :help.
 #
-# Needs bash 4.2, curl, and jq 1.6 or python3. A completion is one pipeline, curl | decoder | loop.
-# The decoder is a single process for the whole stream, which turns each server-sent event into one
-# line; the loop prints it. The loop runs in this shell (lastpipe), so that it can set variables, and
-# Ctrl-C reaches curl directly: its connection closes, and with that the server stops generating.
+# Needs bash 4.2, curl and python3 (3.6). A completion is one pipeline, curl | json_events | loop. json_events is
+# one process for the whole stream and turns each server-sent event into a line; the loop prints it.
+# The loop runs in this shell (lastpipe) because it sets variables. Ctrl-C reaches curl directly: the
+# connection closes, and the server stops generating.
 
 set -u
 shopt -s lastpipe || exit 1
@@ -106,54 +106,32 @@ clear_bar() {
 }
 
 #
-# JSON, by jq where there is one, else by python3
+# JSON
 #
 
-if command -v jq >/dev/null; then
-	JSON=jq
-elif command -v python3 >/dev/null; then
-	JSON=python3
-else
-	die "needs jq or python3"
-fi
+command -v python3 >/dev/null || die "needs python3"
 
-# Prints one object of its arguments, which are as jq takes them: --arg NAME TEXT, --argjson NAME JSON
-# and --rawfile NAME PATH. Empty ones are left out.
+# json_object [--arg NAME TEXT | --argjson NAME JSON | --rawfile NAME PATH]...: prints an object of these
+# members, without those that are empty strings.
 json_object() {
-	case $JSON in
-		jq) jq -nc "$@" '$ARGS.named | with_entries(select(.value != ""))' ;;
-		python3) python3 -ISc '
+	python3 -ISc '
 import json, sys
-fields = {}
+members = {}
 for kind, name, value in zip(*[iter(sys.argv[1:])] * 3):
     if kind == "--rawfile":
         value = open(value, encoding="utf-8", errors="replace", newline="").read()
-    fields[name] = json.loads(value) if kind == "--argjson" else value
-print(json.dumps({name: value for name, value in fields.items() if value != ""}))' "$@" ;;
-	esac
+    members[name] = json.loads(value) if kind == "--argjson" else value
+print(json.dumps({name: value for name, value in members.items() if value != ""}))' "$@"
 }
 
-# Turns server-sent events, or the JSON error that came in their place, into lines, each at once:
+# json_events: turns server-sent events, or the JSON error that came in their place, into lines, each
+# printed at once:
 #     token TEXT · progress STAGE DONE TOTAL · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
-# KEPT is "all", or "part" where a prompt was too long for the model and some of it was not sent.
-# TEXT is escaped for printf %b, as far as a line needs it: backslash \0134, newline \n, NUL \0000.
-# The "status" line that curl adds at the end passes as it is.
+# KEPT is "all", or "part" if the prompt was too long for the model and was sent in part. In TEXT a
+# backslash is \0134, a newline \n and NUL \0000, for printf %b. The "status" line that curl adds at the
+# end passes unchanged.
 json_events() {
-	case $JSON in
-		jq) jq -Rr --unbuffered '
-def escaped: split("\\") | join("\\0134") | split("\n") | join("\\n") | split("\u0000") | join("\\0000");
-def event:
-  if has("token") then "token \(.token | escaped)"
-  elif has("progress") then .progress | "progress \(.stage) \(.done) \(.total)"
-  elif .done then "done \(.mode // "complete") \(.finish_reason // "stop") "
-    + "\(if (.kept.parts // ["all"]) == ["all"] then "all" else "part" end) "
-    + "\(.total_tokens) \(.inference_time * 10 | round / 10) \(.model)"
-  elif .error then "error \("\(.code): \(.message)" | escaped)"
-  else empty end;
-if startswith("data:") or startswith("{")
-then try (ltrimstr("data:") | fromjson | event) catch "error the server sent what is no event"
-elif startswith("status ") then . else empty end' ;;
-		python3) python3 -ISc '
+	python3 -ISc '
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 def escaped(text):
@@ -172,24 +150,18 @@ for line in sys.stdin.buffer:
     line = line.decode("utf-8", "replace").rstrip("\r\n")
     if line.startswith(("data:", "{")):
         try:
-            line = event(json.loads(line.removeprefix("data:")))
+            line = event(json.loads(line[5:] if line[0] == "d" else line))
         except (ValueError, TypeError, LookupError, AttributeError):
-            line = "error the server sent what is no event"
+            line = "error expected an event of Cerebrum, got something else"
     elif not line.startswith("status "):
         continue
     sys.stdout.buffer.write((line + "\n").encode("utf-8", "replace"))
-    sys.stdout.flush()' ;;
-	esac
+    sys.stdout.flush()'
 }
 
-# Prints an answer of /v1/models or /v1/stats as lines of NAME<tab>VALUE.
+# json_table: prints an answer of /v1/models or /v1/stats as lines of NAME<tab>VALUE.
 json_table() {
-	case $JSON in
-		jq) jq -r '
-if .error then "\(.code)\t\(.message)"
-elif .models then .models[] | "\(.id)\t\(.languages | join(" "))\(if .available == false then " (not available)" else "" end)"
-else to_entries[] | "\(.key)\t\(.value)" end' ;;
-		python3) python3 -ISc '
+	python3 -ISc '
 import json, sys
 answer = json.load(sys.stdin)
 if answer.get("error"):
@@ -200,8 +172,7 @@ elif "models" in answer:
 else:
     rows = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in answer.items()]
 for row in rows:
-    print(*row, sep="\t")' ;;
-	esac
+    print(*row, sep="\t")'
 }
 
 #
