@@ -26,19 +26,22 @@ TOKENS=512
 TEMPERATURE=0.4
 MAX_TOKENS=2048 # the most that the API takes
 
-# The texts are files in $WORK, since a bash variable cannot hold every byte that a file can:
-#     before, after   both sides of the gap that is being filled
-#     completion      what was generated for it, exactly as it came
-#     result          before + completion + after; of an instruction just the completion
-#     original        $FILE as it was when it was read
+# The texts of a completion are files in a directory, since a bash variable cannot hold every byte:
+#     original        the file as it was read; empty for a plain prompt
+#     before, after   the text on both sides of the gap
+#     completion      what was generated for the gap, byte for byte
+#     result          before + completion + after; for an instruction the completion alone
+# A command prepares them in $NEXT, and an answer makes them the last result, in $LAST. A command that
+# gets no answer changes neither the last result nor its file nor the language.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
-FILE=''     # what :write writes to; empty after a plain prompt
-WRITABLE='' # set while result is whole, so that :write may take it
-UNFIT=''    # else why not
+NEXT=$WORK/none
+LAST=$WORK/none
+FILE=''        # the file of the last result, for :write; empty after a plain prompt
+UNFIT=''       # why the last result must not be written to $FILE; empty if it may be
 INTERRUPTED='' # set by Ctrl-C
-BAR=''      # set while a progress bar is on the screen
-FILTER=''   # set when the program is a filter, and says nothing but the completion
+BAR=''         # set while a progress bar is on the screen
+FILTER=''      # set when the program is a filter and prints nothing but the completion
 
 #
 # The terminal
@@ -120,7 +123,7 @@ members = {}
 for kind, name, value in zip(*[iter(sys.argv[1:])] * 3):
     if kind == "--rawfile":
         value = open(value, encoding="utf-8", errors="replace", newline="").read()
-    members[name] = json.loads(value) if kind == "--argjson" else value
+    members[name] = json.loads(value) if kind == "--argjson" else value.encode("utf-8", "replace").decode()
 print(json.dumps({name: value for name, value in members.items() if value != ""}))' "$@"
 }
 
@@ -187,23 +190,35 @@ call_api() {
 }
 
 print_table() {
-	call_api "$1" | json_table | while IFS=$'\t' read -r name value; do
+	local name value
+	call_api "$1" >"$WORK/answer" 2>"$WORK/curl" || { complain "$(<"$WORK/curl")"; return; }
+	json_table <"$WORK/answer" >"$WORK/table" 2>/dev/null ||
+		{ complain "$URL$1: expected an answer of Cerebrum, got something else"; return; }
+	while IFS=$'\t' read -r name value; do
 		printf '%-24s %s\n' "$(print_text "$name")" "$(print_text "$value")"
-	done
-	((PIPESTATUS[0] == 0)) || return 1
+	done <"$WORK/table"
 }
 
-# ask MODE [FIELD]...: has the gap between before and after filled, and prints the completion while
-# it comes. FIELDs are added to the request, in json_object's form. Fails unless it came to its end.
+#
+# Completions
+#
+
+# prepare: makes a new $NEXT.
+prepare() {
+	[[ $NEXT == "$LAST" ]] || rm -rf "$NEXT"
+	NEXT=$(mktemp -d "$WORK/XXXXXX") && touch "$NEXT"/{original,before,after}
+}
+
+# ask MODE FILE LANGUAGE [MEMBER]...: has the gap in $NEXT filled, prints the completion as it arrives, and
+# makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
+# json_object's form. Fails unless the completion came to its end.
 ask() {
-	local mode=$1 line kind rest stage part whole reason kept tokens seconds model
-	local outcome='' message='' status=''
-	shift
-	WRITABLE=''
-	UNFIT=''
-	INTERRUPTED=''
-	json_object --rawfile prompt "$WORK/before" --rawfile suffix "$WORK/after" --arg mode "$mode" \
-		--arg language "$LANGUAGE" --arg model "$MODEL" --argjson max_tokens "$TOKENS" \
+	local mode=$1 file=$2 language=$3 line kind rest stage part whole
+	local finished='' reason='' kept='' tokens='' seconds='' model='' status='' message='' full=''
+	shift 3
+	[[ -z $INTERRUPTED ]] || { complain "interrupted"; return; }
+	json_object --rawfile prompt "$NEXT/before" --rawfile suffix "$NEXT/after" --arg mode "$mode" \
+		--arg language "$language" --arg model "$MODEL" --argjson max_tokens "$TOKENS" \
 		--argjson temperature "$TEMPERATURE" --argjson progress true "$@" |
 		call_api /v1/complete/stream -N -H 'Content-Type: application/json' -H 'Expect:' \
 			--data-binary @- -w '\nstatus %{http_code}\n' 2>"$WORK/curl" |
@@ -214,7 +229,7 @@ ask() {
 			case $kind in
 				token)
 					clear_bar
-					printf '%b' "$rest" >&3
+					printf '%b' "$rest" >&3 || full=yes
 					print_token "$rest"
 					;;
 				progress)
@@ -223,82 +238,148 @@ ask() {
 					;;
 				done)
 					read -r mode reason kept tokens seconds model <<<"$rest"
-					outcome='done'
+					finished=yes
 					;;
-				error)
-					printf -v message '%b' "$rest"
-					outcome=error
-					;;
+				error) printf -v message '%b' "$rest" ;;
 				status) status=$rest ;;
 			esac
-		done 3>"$WORK/completion"
+		done 3>"$NEXT/completion"
 	clear_bar
-	[[ ! -s $WORK/completion ]] || { [[ -n $FILTER && ! -t 1 ]] || echo; }
-	make_result "$mode"
+	[[ ! -s $NEXT/completion ]] || { [[ -n $FILTER && ! -t 1 ]] || echo; }
 
 	if [[ -n $INTERRUPTED ]]; then
-		complain "interrupted"
-	elif [[ $outcome == 'done' ]]; then
-		if [[ $mode != instruct ]]; then
-			WRITABLE=yes
-		elif [[ $kept != all ]]; then
-			UNFIT='the model could not be sent all of it'
-		elif [[ $reason == length ]]; then
-			UNFIT="cut off at $TOKENS tokens"
-		elif [[ $reason == repeat ]]; then
-			UNFIT='the model began to repeat itself'
-		else
-			WRITABLE=yes
-		fi
-		[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
-	elif [[ $outcome == error ]]; then
-		complain "$message"
-	elif [[ $status == 200 ]]; then
-		complain "the stream broke off before its end"
-	elif [[ $status == 000 || -z $status ]]; then
-		complain "$(<"$WORK/curl")"
+		message=interrupted
+	elif [[ -z $finished && -z $message ]]; then
+		case $status in
+			200) message='the stream broke off before its end' ;;
+			'' | 000) message=$(<"$WORK/curl") message=${message:-no answer from $URL} ;;
+			*) message="HTTP $status from $URL" ;;
+		esac
+	fi
+	if [[ -z $message || -s $NEXT/completion ]]; then
+		make_result "$mode" "$file" || full=yes
+		[[ -z $full ]] || message="no room for the whole result in ${TMPDIR:-/tmp}"
+		keep_result "$file" "$language" "${message:-$(unfit "$mode" "$kept" "$reason")}"
+	fi
+	[[ -z $message ]] || { complain "$message"; return; }
+	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
+}
+
+# unfit MODE KEPT REASON: prints why a completion that came to its end must not replace a file, if it must not.
+# Only the answer to an instruction replaces text; the others add to it.
+unfit() {
+	case $1:$2:$3 in
+		instruct:part:*) printf 'the model could not be sent all of it' ;;
+		instruct:*:length) printf 'cut off at %d tokens' "$TOKENS" ;;
+		instruct:*:repeat) printf 'the model began to repeat itself' ;;
+	esac
+}
+
+# make_result MODE FILE. A changed file ends in a newline unless the original has none.
+make_result() {
+	if [[ $1 != instruct ]]; then
+		cat "$NEXT/before" && match_line_ends <"$NEXT/completion" && cat "$NEXT/after"
 	else
-		complain "HTTP $status from $URL"
+		{
+			cat "$NEXT/completion"
+			if lacks_newline "$NEXT/completion" && ! { [[ -n $2 ]] && lacks_newline "$NEXT/original"; }; then
+				echo
+			fi
+		} | match_line_ends
+	fi >"$NEXT/result"
+}
+
+lacks_newline() {
+	[[ -s $1 && -n $(tail -c 1 "$1") ]]
+}
+
+# match_line_ends: copies stdin, with line ends of CRLF if the original has no others. A model answers in LF.
+match_line_ends() {
+	local lines
+	lines=$(wc -l <"$NEXT/original")
+	if ((lines > 0 && $(grep -c $'\r$' "$NEXT/original") >= lines)); then
+		python3 -ISc '
+import sys
+text = sys.stdin.buffer.read()
+sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
+	else
+		cat
 	fi
 }
 
-make_result() {
-	if [[ $1 != instruct ]]; then
-		cat "$WORK"/{before,completion,after}
-	else
-		cat "$WORK/completion"
-		[[ ! -s $WORK/completion || -z $(tail -c 1 "$WORK/completion") ]] || echo
-	fi >"$WORK/result"
+# keep_result FILE LANGUAGE UNFIT: makes $NEXT the last result.
+keep_result() {
+	local old=$LAST
+	LAST=$NEXT
+	FILE=$1
+	LANGUAGE=$2
+	UNFIT=$3
+	rm -rf "$old"
 }
 
 #
 # Files
 #
 
-# Sets LANGUAGE by a file's ending; an unknown one leaves it as it is.
+# language_of PATH: prints the language of a file by its ending, the present one if the ending is unknown.
 language_of() {
 	case ${1##*.} in
-		py | pyi) LANGUAGE=python ;;
-		js | mjs | cjs | jsx) LANGUAGE=javascript ;;
-		ts | mts | cts | tsx) LANGUAGE=typescript ;;
-		rs) LANGUAGE=rust ;;
-		c | h) LANGUAGE=c ;;
-		cc | cpp | cxx | hh | hpp | hxx) LANGUAGE=cpp ;;
-		go) LANGUAGE=go ;;
+		py | pyi) echo python ;;
+		js | mjs | cjs | jsx) echo javascript ;;
+		ts | mts | cts | tsx) echo typescript ;;
+		rs) echo rust ;;
+		c | h) echo c ;;
+		cc | cpp | cxx | hh | hpp | hxx) echo cpp ;;
+		go) echo go ;;
+		*) printf '%s' "$LANGUAGE" ;;
 	esac
 }
 
 expand_home() {
-	printf '%s' "${1/#~\//${HOME-}/}"
+	printf '%s' "${1/#~\//"${HOME-}"/}"
 }
 
-open_file() {
-	local path
-	path=$(expand_home "$1")
-	[[ -f $path && -r $path ]] || { complain "$path: no such file, or not readable"; return; }
-	cat "$path" >"$WORK/original"
-	FILE=$path
-	language_of "$path"
+# read_original PATH: copies a file to $NEXT/original.
+read_original() {
+	[[ -f $1 && -r $1 ]] || { complain "$1: no such file, or not readable"; return; }
+	cat <"$1" >"$NEXT/original" || complain "$1: not read to its end"
+}
+
+# replace_file SOURCE PATH: puts a copy of SOURCE at PATH in one step: until the copy is on the disk, the old file
+# stays. It keeps its mode, owner, ACL and the links that lead to it. On failure prints the reason.
+replace_file() {
+	python3 -ISc '
+import errno, os, shutil, signal, stat, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes too late
+source, path = sys.argv[1], os.path.realpath(sys.argv[2])
+draft = "{}.{}.new".format(path, os.getpid())
+
+def write(file):
+    if os.path.exists(path):
+        old, new = os.stat(path), os.fstat(file.fileno())
+        if not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, "not writable")
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(draft, old.st_uid, old.st_gid)
+        shutil.copystat(path, draft)
+    with open(source, "rb") as text:
+        file.write(text.read())
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(draft, path)
+
+try:
+    with open(draft, "xb") as file:
+        try:
+            write(file)
+        except OSError:
+            os.unlink(draft)
+            raise
+except OSError as error:
+    print(error.strerror)
+    sys.exit(1)' "$@"
 }
 
 # diff_files OLD NEW NAME
@@ -356,10 +437,9 @@ cmd_help() {
 }
 
 cmd_prompt() {
-	printf '%s' "$1" >"$WORK/before"
-	: >"$WORK/after"
-	FILE=''
-	ask auto
+	prepare || return
+	printf '%s' "$1" >"$NEXT/before" || return
+	ask auto '' "$LANGUAGE"
 }
 
 cmd_multi() {
@@ -371,74 +451,82 @@ cmd_multi() {
 }
 
 cmd_file() {
-	open_file "$1" || return
-	cat "$WORK/original" >"$WORK/before"
-	: >"$WORK/after"
-	ask complete
+	local path
+	path=$(expand_home "$1")
+	[[ -n $path ]] || { complain "expected :file PATH"; return; }
+	prepare && read_original "$path" && cat "$NEXT/original" >"$NEXT/before" || return
+	ask complete "$path" "$(language_of "$path")"
 }
 
 # The gap is where an editor's cursor is at the end of the line: before its newline.
 cmd_infill() {
-	local size
-	[[ $1 =~ ^(.+):([1-9][0-9]{0,8})$ ]] || { complain "expected :infill PATH:LINE, with lines counted from 1"; return; }
-	local path=${BASH_REMATCH[1]} number=${BASH_REMATCH[2]}
-	open_file "$path" || return
-	((number <= $(grep -c '' "$WORK/original"))) || { complain "$path has no line $number"; return; }
-	size=$(head -n "$number" "$WORK/original" | sed '$s/\r$//' | wc -c)
-	[[ -n $(head -n "$number" "$WORK/original" | tail -c 1) ]] || size=$((size - 1))
-	head -c "$size" "$WORK/original" >"$WORK/before"
-	tail -c "+$((size + 1))" "$WORK/original" >"$WORK/after"
-	if [[ -s $WORK/after ]]; then
-		ask infill --arg filename "${path##*/}"
+	local path number=${1##*:} size
+	path=$(expand_home "${1%:*}")
+	[[ $1 == ?*:* && $number =~ ^[1-9][0-9]{0,8}$ ]] ||
+		{ complain "expected :infill PATH:LINE, with lines counted from 1"; return; }
+	prepare && read_original "$path" || return
+	((number <= $(grep -c '' "$NEXT/original"))) || { complain "$path has no line $number"; return; }
+	size=$(head -n "$number" "$NEXT/original" | sed $'$s/\r$//' | wc -c)
+	[[ -n $(head -n "$number" "$NEXT/original" | tail -c 1) ]] || size=$((size - 1))
+	head -c "$size" "$NEXT/original" >"$NEXT/before" || return
+	tail -c "+$((size + 1))" "$NEXT/original" >"$NEXT/after" || return
+	if [[ -s $NEXT/after ]]; then
+		ask infill "$path" "$(language_of "$path")" --arg filename "${path##*/}"
 	else
-		ask complete
+		ask complete "$path" "$(language_of "$path")"
 	fi
 }
 
 # A changed file is about as long as it was, so this asks for as many tokens as the file may have.
 cmd_do() {
-	local instruction=$1 TOKENS=$TOKENS size
-	if [[ $1 =~ ^@([^[:space:]]+)[[:space:]]+(.+)$ ]]; then
-		instruction=${BASH_REMATCH[2]}
-		open_file "${BASH_REMATCH[1]}" || return
-		cat "$WORK/original" >"$WORK/before"
-	elif [[ -n $instruction && -s $WORK/result ]]; then
-		cat "$WORK/result" >"$WORK/before"
-		[[ -n $FILE ]] || cat "$WORK/result" >"$WORK/original"
+	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size
+	local of_file='^@("([^"]+)"|([^[:space:]]+))[[:space:]]+(.+)$'
+	prepare || return
+	if [[ $1 =~ $of_file ]]; then
+		instruction=${BASH_REMATCH[4]}
+		path=$(expand_home "${BASH_REMATCH[2]}${BASH_REMATCH[3]}")
+		language=$(language_of "$path")
+		read_original "$path" && cat "$NEXT/original" >"$NEXT/before" || return
+	elif [[ -n $instruction && -s $LAST/result ]]; then
+		base=$UNFIT
+		cat "$LAST/result" >"$NEXT/before" || return
+		if [[ -n $FILE ]]; then cat "$LAST/original"; else cat "$LAST/result"; fi >"$NEXT/original" || return
 	else
-		complain "expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION"
+		complain 'expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION'
 		return
 	fi
-	: >"$WORK/after"
-	size=$(wc -c <"$WORK/before")
+	size=$(wc -c <"$NEXT/before")
 	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
-	ask instruct --arg instruction "$instruction" || return
-	[[ -n $WRITABLE ]] || { complain "$UNFIT, so :write will not take it"; return; }
-	diff_files "$WORK/original" "$WORK/result" "${FILE:-last result}"
+	ask instruct "$path" "$language" --arg instruction "$instruction" || return
+	[[ -z $base ]] || UNFIT='it was made from a result that is not whole'
+	[[ -z $UNFIT ]] || { complain "$UNFIT, so :write will not take it"; return; }
+	diff_files "$LAST/original" "$LAST/result" "${FILE:-last result}"
 }
 
 cmd_write() {
+	local reason
 	[[ -n $FILE ]] || { complain "the last result belongs to no file; :save PATH makes one"; return; }
-	[[ -n $WRITABLE ]] || { complain "the last result is not whole; :save PATH keeps it all the same"; return; }
-	cmp -s "$WORK/original" "$FILE" || { complain "$FILE has changed since it was read"; return; }
-	cat "$WORK/result" >"$FILE" || return
-	cat "$WORK/result" >"$WORK/original"
+	[[ -z $UNFIT ]] || { complain "the last result is not whole; :save PATH keeps it all the same"; return; }
+	cmp -s -- "$LAST/original" "$FILE" || { complain "$FILE has changed since it was read"; return; }
+	reason=$(replace_file "$LAST/result" "$FILE") || { complain "$FILE: $reason; it is as it was"; return; }
+	cat "$LAST/result" >"$LAST/original" || return
 	echo "wrote $FILE"
 }
 
 cmd_last() {
-	[[ -s $WORK/result ]] || { complain "there is no result yet"; return; }
-	print_file "$WORK/result"
+	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
+	print_file "$LAST/result"
 }
 
 # cmd_save PATH [FORCE]
 cmd_save() {
-	local path
+	local path reason
 	path=$(expand_home "$1")
 	[[ -n $path ]] || { complain "expected :save PATH"; return; }
-	[[ -s $WORK/result ]] || { complain "there is no result yet"; return; }
+	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
 	[[ ! -s $path || -n ${2-} ]] || { complain "$path exists; :save! $path replaces it"; return; }
-	cat "$WORK/result" >"$path" && echo "saved $path"
+	reason=$(replace_file "$LAST/result" "$path") || { complain "$path: $reason; nothing was saved"; return; }
+	echo "saved $path"
 }
 
 cmd_lang() {
@@ -539,9 +627,8 @@ cmd_filter() {
 	local text
 	FILTER=yes
 	IFS= read -r -d '' text
-	printf '%s' "${text%$'\n'}" >"$WORK/before"
-	: >"$WORK/after"
-	ask auto
+	prepare && printf '%s' "${text%$'\n'}" >"$NEXT/before" || return
+	ask auto '' "$LANGUAGE"
 }
 
 run_line() {

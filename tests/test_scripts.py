@@ -281,6 +281,7 @@ def no_event(line: bytes) -> Script:
     return script
 
 
+NO_EVENT = "expected an event of Cerebrum, got something else"
 FAILURES: list[tuple[str, Script, str, str]] = [
     ("error event", failed_midway, "half", "VPS_UNAVAILABLE: backend died"),
     ("no done", broken_off, "half", "the stream broke off before its end"),
@@ -288,9 +289,9 @@ FAILURES: list[tuple[str, Script, str, str]] = [
     ("our JSON error", answer_of(400, "application/json", OURS.encode()), "", SAID_BY_OURS),
     ("HTML", answer_of(502, "text/html", b"<html>\n<h1>Bad</h1>\n"), "", "HTTP 502 from {url}"),
     ("other JSON", answer_of(404, "application/json", b'{"detail":"x"}'), "", "HTTP 404 from {url}"),
-    ("not JSON", no_event(b"data: {nonsense\n\n"), "half", "expected an event of Cerebrum, got something else"),
-    ("not an object", no_event(b"data: [1]\n\n"), "half", "expected an event of Cerebrum, got something else"),
-    ("token of another type", no_event(b'data: {"token": 7}\n\n'), "half", "expected an event of Cerebrum, got something else"),
+    ("not JSON", no_event(b"data: {nonsense\n\n"), "half", NO_EVENT),
+    ("not an object", no_event(b"data: [1]\n\n"), "half", NO_EVENT),
+    ("token of another type", no_event(b'data: {"token": 7}\n\n'), "half", NO_EVENT),
 ]  # fmt: skip
 
 
@@ -405,6 +406,19 @@ def test_models_and_stats(env: dict[str, str], backend: Backend) -> None:
     assert [name for name, _ in words[3:]] == list(stats)
     assert [json.loads(value) for _, value in words[3:]] == list(stats.values())
     assert [path for path, _, _ in backend.requests] == ["/v1/models", "/v1/stats"]
+
+
+@pytest.mark.parametrize(("command", "path"), [(":model", "/v1/models"), (":stats", "/v1/stats")])
+def test_an_answer_that_is_not_ours(env: dict[str, str], backend: Backend, command: str, path: str) -> None:
+    backend.scripts.append(answer_of(200, "text/html", b"<html>"))
+    _, err = converse(env, command)
+    assert err == f"cerebrum_repl.sh: {backend.url}{path}: expected an answer of Cerebrum, got something else\n"
+
+
+def test_stats_of_nobody(env: dict[str, str]) -> None:
+    out, err = converse(env | {"CEREBRUM_URL": "http://127.0.0.1:1"}, ":stats")
+    assert out == ""
+    assert re.fullmatch(r"cerebrum_repl.sh: curl: \(7\) Failed to connect to 127.0.0.1 port 1 .*\n", err)
 
 
 def test_last_and_save(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -579,6 +593,192 @@ def test_a_file_that_changed_meanwhile_is_not_written(env: dict[str, str], backe
     assert path.read_text() == "edited\n"
 
 
+REFUSED = answer_of(503, "application/json", json.dumps({"error": True, "message": "no", "code": "X"}).encode())
+NOTHING_CAME = [  # a command that gets no answer, what the server says to it, what the REPL says
+    (":infill {b}:99", None, "{b} has no line 99"),
+    (":file {b}x", None, "{b}x: no such file, or not readable"),
+    (":do @{b}x shout", None, "{b}x: no such file, or not readable"),
+    (":file {b}", REFUSED, "X: no"),
+    (":infill {b}:1", REFUSED, "X: no"),
+    (":do @{b} shout", REFUSED, "X: no"),
+    (":do shout", REFUSED, "X: no"),
+    ("fn f() {{", REFUSED, "X: no"),
+]
+
+
+@pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
+def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
+    env: dict[str, str], backend: Backend, tmp_path: Path, command: str, script: Script | None, said: str
+) -> None:
+    a, b = tmp_path / "a.py", tmp_path / "b.rs"
+    a.write_text("a\n")
+    b.write_text("b\n")
+    backend.scripts += [completion("A\n"), *([script] if script else [])]
+    out, err = converse(env, f":file {a}", command.format(b=b), ":last", ":write", ":lang")
+    assert err == f"cerebrum_repl.sh: {said.format(b=b)}\n"
+    assert out.endswith(f"block]\na\nA\nwrote {a}\nlanguage: python\n")
+    assert (a.read_text(), b.read_text()) == ("a\nA\n", "b\n")
+
+
+def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
+    env: dict[str, str], backend: Backend, tmp_path: Path
+) -> None:
+    a, b = tmp_path / "a.py", tmp_path / "b.rs"
+    a.write_text("a\n")
+    b.write_text("b\n")
+    backend.scripts += [completion("A\n"), broken_off, completion("whole\n", mode="instruct")]
+    out, err = converse(env, f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
+    not_whole = "cerebrum_repl.sh: the last result is not whole; :save PATH keeps it all the same"
+    assert err.splitlines() == [
+        "cerebrum_repl.sh: the stream broke off before its end",
+        not_whole,
+        "cerebrum_repl.sh: it was made from a result that is not whole, so :write will not take it",
+        not_whole,
+    ]
+    assert "block]\nhalf\nb\nhalfwhole\n" in out
+    assert [body["prompt"] for _, _, body in backend.requests] == ["a\n", "b\n", "b\nhalf"]
+    assert (a.read_text(), b.read_text()) == ("a\n", "b\n")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("command", [":write", ":save! {path}"])
+def test_a_full_disk_loses_no_file(env: dict[str, str], backend: Backend, small_disk: Path, command: str) -> None:
+    path = small_disk / "x.py"
+    path.write_text("x" * 40_000)
+    backend.scripts.append(completion("y" * 40_000))
+    out, err = converse(env, f":file {path}", command.format(path=path))
+    outcome = "it is as it was" if command == ":write" else "nothing was saved"
+    assert err == f"cerebrum_repl.sh: {path}: No space left on device; {outcome}\n"
+    assert path.read_text() == "x" * 40_000
+    assert os.listdir(small_disk) == ["x.py"]
+    assert "wrote" not in out
+
+
+def test_a_result_that_the_temporary_directory_cannot_hold_is_not_written(
+    env: dict[str, str], backend: Backend, small_disk: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("x" * 10_000)
+    backend.scripts.append(completion(*["y" * 10_000] * 2))
+    _, err = converse(env | {"TMPDIR": str(small_disk)}, f":file {path}", ":write")
+    assert err.splitlines()[-2:] == [
+        f"cerebrum_repl.sh: no room for the whole result in {small_disk}",
+        "cerebrum_repl.sh: the last result is not whole; :save PATH keeps it all the same",
+    ]
+    assert path.read_text() == "x" * 10_000
+
+
+def test_writing_keeps_links_modes_and_owners(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link.py"
+    folder.mkdir()
+    real = folder / "real.py"
+    real.write_text("x\n")
+    real.chmod(0o750)
+    owner = (65534, 65534) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(real, *owner)
+    link.symlink_to("folder/real.py")
+    backend.scripts.append(completion("y\n"))
+    assert converse(env, f":file {link}", ":write")[1] == ""
+    status = real.stat()
+    assert (real.read_text(), stat.S_IMODE(status.st_mode)) == ("x\ny\n", 0o750)
+    assert (status.st_uid, status.st_gid) == owner
+    assert link.is_symlink()
+    assert os.listdir(folder) == ["real.py"]
+
+
+def test_only_a_file_is_replaced(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    backend.scripts.append(completion("y"))
+    _, err = converse(env, "x", f":save {tmp_path}/fifo", f":save! {tmp_path}", f":save {tmp_path}/none/x")
+    assert err.splitlines() == [
+        f"cerebrum_repl.sh: {tmp_path}/fifo: not a regular file; nothing was saved",
+        f"cerebrum_repl.sh: {tmp_path}: not a regular file; nothing was saved",
+        f"cerebrum_repl.sh: {tmp_path}/none/x: No such file or directory; nothing was saved",
+    ]
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+
+
+def test_a_file_that_may_only_be_read_is_not_replaced(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("x")
+    path.chmod(0o444)
+    backend.scripts.append(completion("y"))
+    without_override = [str(shutil.which("setpriv")), "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    commands = f":file {path}\n:write\n".encode()
+    result = subprocess.run([*without_override, REPL], env=env, input=commands, capture_output=True, check=True)
+    assert result.stderr.decode() == f"cerebrum_repl.sh: {path}: not writable; it is as it was\n"
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["-n.go", "a  b.go", "%s & \\n.go", "é.go", "~.go", "@x.go"])
+def test_any_name_of_a_file(
+    env: dict[str, str], backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.write_text("a\n")
+    backend.scripts += [completion("b\n"), completion("!"), completion("c\n", mode="instruct")]
+    _, err = converse(
+        env, f":file {name}", ":write", f":infill {name}:1", ":write", f':do @"{name}" it', ":write", ":save -copy.go"
+    )
+    assert err == ""
+    bodies = [body for _, _, body in backend.requests]
+    assert [body["prompt"] for body in bodies] == ["a\n", "a", "a!\nb\n"]
+    assert bodies[1]["filename"] == name
+    assert (path.read_text(), Path("-copy.go").read_text()) == ("c\n", "c\n")
+
+
+def test_a_name_that_is_not_utf_8(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.py"
+    Path(os.fsdecode(path)).write_text("a\n")
+    backend.scripts.append(completion("b"))
+    result = run(env, b":infill " + path + b":1\n:write\n")
+    assert result.stderr == b""
+    assert backend.requests[0][2]["filename"] == "?.py"
+    assert Path(os.fsdecode(path)).read_text() == "ab\n"
+
+
+LINE_ENDS = [  # the file, what a model answers to an instruction, what is written
+    (b"a\r\nb\r\n", "A\nB\n", b"A\r\nB\r\n"),
+    (b"a\r\nb\r\n", "A\r\nB", b"A\r\nB\r\n"),
+    (b"a\r\nb", "A\nB", b"A\r\nB"),
+    (b"a\nb\r\n", "A\nB\n", b"A\nB\n"),
+    (b"a\nb\n", "A\nB", b"A\nB\n"),
+    (b"a\nb", "A\nB", b"A\nB"),
+    (b"", "A", b"A\n"),
+]
+
+
+@pytest.mark.parametrize(("before", "answer", "after"), LINE_ENDS)
+def test_a_changed_file_keeps_its_line_ends(
+    env: dict[str, str], backend: Backend, tmp_path: Path, before: bytes, answer: str, after: bytes
+) -> None:
+    path = tmp_path / "x.py"
+    path.write_bytes(before)
+    backend.scripts.append(completion(answer, mode="instruct"))
+    assert converse(env, f":do @{path} shout", ":write")[1] == ""
+    assert path.read_bytes() == after
+
+
+def test_a_gap_in_a_file_of_crlf_is_filled_with_crlf(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_bytes(b"if x:\r\nelse:\r\n")
+    backend.scripts.append(completion("\n    y\n    z"))
+    assert converse(env, f":infill {path}:1", ":write")[1] == ""
+    assert path.read_bytes() == b"if x:\r\n    y\r\n    z\r\nelse:\r\n"
+
+
 # ------------------------------------------------------------------------------------------ terminal
 
 
@@ -666,6 +866,34 @@ def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Te
     assert left == [True]
     screen.type("\x04")
     assert screen.process.wait(DEADLINE_S) == 0
+
+
+def test_ctrl_c_leaves_the_last_result_as_it_was(
+    terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path
+) -> None:
+    def silent(answer: Answer) -> None:
+        answer.head()
+        asked.set()
+        answer.wait_until_client_leaves()
+
+    asked = threading.Event()
+    a, b = tmp_path / "a.py", tmp_path / "b.rs"
+    a.write_text("a\n")
+    b.write_text("b\n")
+    backend.scripts += [completion("A\n"), silent]
+    screen = terminal()
+    screen.expect(PROMPT)
+    screen.type(f":file {a}\r")
+    screen.expect("block]")
+    screen.expect(PROMPT)
+    screen.type(f":file {b}\r")
+    assert asked.wait(DEADLINE_S)
+    screen.type("\x03")
+    screen.expect("cerebrum_repl.sh: interrupted")
+    screen.expect(PROMPT)
+    screen.type(":write\r")
+    screen.expect(f"wrote {a}")
+    assert (a.read_text(), b.read_text()) == ("a\nA\n", "b\n")
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line(terminal: Callable[..., Terminal], backend: Backend) -> None:
