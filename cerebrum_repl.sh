@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Talks to Cerebrum from a terminal: type code and watch it being completed. See --help and :help.
+# Cerebrum in a terminal: type code and watch it being completed. See --help and :help.
 #
-# Needs bash 4.2, curl and python3 (3.6). A completion is one pipeline, curl | json_events | loop. json_events is
-# one process for the whole stream and turns each server-sent event into a line; the loop prints it.
-# The loop runs in this shell (lastpipe) because it sets variables. Ctrl-C reaches curl directly: the
-# connection closes, and the server stops generating.
+# Needs bash 4.2, curl and python3 (3.6 or newer). A completion is one pipeline: curl | json_events | a loop.
+# json_events is one process for the whole stream and turns each server-sent event into a line, which the
+# loop prints. The loop runs in this shell (lastpipe) because it sets variables. Ctrl-C reaches curl
+# directly: the connection closes, and the server stops generating.
 
 set -u
 shopt -s lastpipe || exit 1
@@ -18,21 +18,21 @@ URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
 KEY=${CEREBRUM_CM4_API_KEY:-}
 HISTORY=${XDG_STATE_HOME:-${HOME-}/.local/state}/cerebrum/repl_history
 HISTSIZE=1000
-HISTTIMEFORMAT='' # shows no times, but has them in the file, where they keep pasted lines together
+HISTTIMEFORMAT='' # `history` shows no times; the file has them, since they keep pasted lines together
 
 LANGUAGE=python
-MODEL='' # empty: the server chooses by language
+MODEL='' # empty: the server chooses by the language
 TOKENS=512
 TEMPERATURE=0.4
-MAX_TOKENS=2048 # the most that the API takes
+MAX_TOKENS=2048 # the limit of the API
 
 # The texts of a completion are files in a directory, since a bash variable cannot hold every byte:
 #     original        the file as it was read; empty for a plain prompt
 #     before, after   the text on both sides of the gap
 #     completion      what was generated for the gap, byte for byte
 #     result          before + completion + after; for an instruction the completion alone
-# A command prepares them in $NEXT, and an answer makes them the last result, in $LAST. A command that
-# gets no answer changes neither the last result nor its file nor the language.
+# A command prepares them in $NEXT; its answer makes them the last result, in $LAST. A command without an
+# answer changes neither the last result nor its file nor the language.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
 NEXT=$WORK/none
@@ -57,15 +57,15 @@ complain() {
 	return 1
 }
 
-# Prints a text without control characters, so that nothing a model says can act on a terminal.
+# print_text TEXT: prints a text without its control characters: a model must not control the terminal.
 C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
 print_text() {
-	local LC_ALL=C # bytes, whatever the locale
+	local LC_ALL=C # so that a pattern matches bytes
 	local text=${1//["$C0"]/}
 	printf '%s' "${text//$'\xc2'[$'\x80'-$'\x9f']/}" # the C1 controls in UTF-8
 }
 
-# print_token ESCAPED: as json_events escapes it.
+# print_token TEXT, escaped as by json_events.
 print_token() {
 	local text
 	if [[ -t 1 ]]; then
@@ -85,13 +85,13 @@ print_file() {
 	fi
 }
 
-# draw_bar STAGE DONE TOTAL: on stderr, and only where a person sees it. A queue has no bar, since how
-# long it lasts is not known.
+# draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
+# since nobody knows how long it takes.
 draw_bar() {
 	local label number='^[0-9]{1,9}$' bar='########################'
 	[[ -t 2 ]] || return 0
 	case $1 in
-		queued) label='waiting for a free place' ;;
+		queued) label='waiting for a free slot' ;;
 		loading) label='loading the model' ;;
 		prefill) label='reading the prompt' ;;
 		*) return 0 ;; # decode: the tokens themselves are the progress
@@ -182,7 +182,7 @@ for row in rows:
 # The API
 #
 
-# call_api PATH [CURL OPTION]...: the key goes through a pipe, since arguments can be seen in `ps`.
+# call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments.
 call_api() {
 	local path=$1
 	shift
@@ -269,7 +269,7 @@ ask() {
 # Only the answer to an instruction replaces text; the others add to it.
 unfit() {
 	case $1:$2:$3 in
-		instruct:part:*) printf 'the model could not be sent all of it' ;;
+		instruct:part:*) printf 'made from a part of the text, which is too long for the model' ;;
 		instruct:*:length) printf 'cut off at %d tokens' "$TOKENS" ;;
 		instruct:*:repeat) printf 'the model began to repeat itself' ;;
 	esac
@@ -394,43 +394,43 @@ diff_files() {
 
 cmd_usage() {
 	cat <<-EOF
-	Usage: $PROGRAM [OPTION]...      talk to Cerebrum; :help there tells the commands
-	       $PROGRAM [OPTION]... -    complete what is on stdin, print just the completion
+	Usage: $PROGRAM [OPTION]...      start a conversation; type :help there
+	       $PROGRAM [OPTION]... -    complete stdin and print nothing but the completion
 
 	  -l, --lang LANGUAGE   the language (default: python)
 	  -m, --model ID        the model (default: the server's choice for the language)
-	  -n, --tokens N        at most so many tokens, 1 to $MAX_TOKENS (default: $TOKENS)
+	  -n, --tokens N        at most N tokens, 1 to $MAX_TOKENS (default: $TOKENS)
 	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
-	      --url URL         where Cerebrum is (default: \$CEREBRUM_URL, else http://127.0.0.1:7000)
+	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else http://127.0.0.1:7000)
 	  -h, --help
 
-	As a filter it takes one newline at the end of stdin for echo's and drops it. It exits with 0 if
-	the completion came to its end, with 1 if not, and with 2 if it was called wrongly.
-	The key in \$CEREBRUM_CM4_API_KEY, if any, is sent as X-API-Key.
+	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if the
+	completion reached its end, 1 if it did not, and 2 if an argument was wrong.
+	If \$CEREBRUM_CM4_API_KEY is set, its key is sent as X-API-Key.
 	EOF
 }
 
 cmd_help() {
 	cat <<-'EOF'
-	Type code to have it completed, or say what you want.
+	Type code to complete it, or describe what you want.
 
 	  :multi                type several lines; :done sends them
 	  :file PATH            complete a file at its end
-	  :infill PATH:LINE     fill the gap at the end of line LINE, between the text before and after
-	  :do INSTRUCTION       change the last result by an instruction, and show what changes
-	  :do @PATH INSTRUCTION the same for a file
+	  :infill PATH:LINE     fill the gap at the end of line LINE, between the text before and after it
+	  :do INSTRUCTION       change the last result as instructed and show the difference
+	  :do @PATH INSTRUCTION change a file; write @"PATH" if the path has spaces
 	  :write                write the last result to its file
 	  :last                 show the last result: your code together with its completion
-	  :save PATH            save it in a new file (:save! also in one that exists)
+	  :save PATH            save the last result as a new file (:save! also replaces a file)
 
-	  :lang [LANGUAGE]      show or set the language; files set it by their ending
-	  :model [ID]           list the models or set one; "auto" leaves it to the server
-	  :tokens [N]           show or set the most tokens of a completion
+	  :lang [LANGUAGE]      show or set the language; a file's ending sets it too
+	  :model [ID]           list the models, or choose one; "auto" leaves the choice to the server
+	  :tokens [N]           show or set the maximum length of a completion
 	  :temp [T]             show or set the temperature, 0 to 1
-	  :stats                how the server is doing
-	  :history              what was typed
+	  :stats                show the state of the server
+	  :history              show what you typed
 	  :clear                clear the screen
-	  :exit                 leave, as Ctrl-D does
+	  :exit                 leave; so does Ctrl-D
 
 	Ctrl-C stops a completion.
 	EOF
@@ -458,7 +458,7 @@ cmd_file() {
 	ask complete "$path" "$(language_of "$path")"
 }
 
-# The gap is where an editor's cursor is at the end of the line: before its newline.
+# The gap is at the end of the line, before its newline, where an editor's cursor would be.
 cmd_infill() {
 	local path number=${1##*:} size
 	path=$(expand_home "${1%:*}")
@@ -477,7 +477,7 @@ cmd_infill() {
 	fi
 }
 
-# A changed file is about as long as it was, so this asks for as many tokens as the file may have.
+# A changed file is about as long as the original, so the limit is the number of tokens that the file may have.
 cmd_do() {
 	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size
 	local of_file='^@("([^"]+)"|([^[:space:]]+))[[:space:]]+(.+)$'
@@ -498,17 +498,17 @@ cmd_do() {
 	size=$(wc -c <"$NEXT/before")
 	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
 	ask instruct "$path" "$language" --arg instruction "$instruction" || return
-	[[ -z $base ]] || UNFIT='it was made from a result that is not whole'
-	[[ -z $UNFIT ]] || { complain "$UNFIT, so :write will not take it"; return; }
+	[[ -z $base ]] || UNFIT='made from a result that is not whole'
+	[[ -z $UNFIT ]] || { complain "$UNFIT, so :write will refuse it"; return; }
 	diff_files "$LAST/original" "$LAST/result" "${FILE:-last result}"
 }
 
 cmd_write() {
 	local reason
-	[[ -n $FILE ]] || { complain "the last result belongs to no file; :save PATH makes one"; return; }
-	[[ -z $UNFIT ]] || { complain "the last result is not whole; :save PATH keeps it all the same"; return; }
+	[[ -n $FILE ]] || { complain "the last result belongs to no file; save it by :save PATH"; return; }
+	[[ -z $UNFIT ]] || { complain "the last result is not whole; :save PATH saves it nevertheless"; return; }
 	cmp -s -- "$LAST/original" "$FILE" || { complain "$FILE has changed since it was read"; return; }
-	reason=$(replace_file "$LAST/result" "$FILE") || { complain "$FILE: $reason; it is as it was"; return; }
+	reason=$(replace_file "$LAST/result" "$FILE") || { complain "$FILE: $reason; the file is unchanged"; return; }
 	cat "$LAST/result" >"$LAST/original" || return
 	echo "wrote $FILE"
 }
@@ -569,9 +569,9 @@ cmd_temp() {
 # The conversation
 #
 
-# Bash does not leave `read -e` on a signal that it traps, so while a line is read Ctrl-C is no signal
-# but a key, which puts itself into the line and ends it. And `read` takes no more than the first of
-# several lines that are pasted at once, so Return hides the newlines among them as NEWLINE.
+# Bash does not leave `read -e` on a signal that it traps. Therefore Ctrl-C is no signal while a line is read but a
+# key: it puts itself into the line and ends the line. And `read` takes only the first of several lines
+# pasted at once, so Return first replaces the newlines among them by NEWLINE.
 NEWLINE=$'\036'
 hide_newlines() {
 	READLINE_LINE=${READLINE_LINE//$'\n'/$NEWLINE}
@@ -583,12 +583,12 @@ start_readline() {
 		bind -m "$map" '"\C-c": "\C-v\C-c\C-j"'
 		bind -m "$map" -x '"\C-x\C-m": hide_newlines'
 		bind -m "$map" '"\C-m": "\C-x\C-m\C-j"'
-	done 2>/dev/null # bash warns that a script does not edit lines; its `read -e` does
+	done 2>/dev/null # bash warns that line editing is off, but `read -e` turns it on
 	(umask 077 && mkdir -p "${HISTORY%/*}" && touch "$HISTORY") || die "cannot keep the history in $HISTORY"
 	history -r "$HISTORY"
 }
 
-# read_line PROMPT: sets LINE. Fails at the end of input and at Ctrl-C, which sets INTERRUPTED.
+# read_line PROMPT: sets LINE. Fails at the end of input and at Ctrl-C; the latter sets INTERRUPTED.
 read_line() {
 	local terminal='' status
 	INTERRUPTED=''
@@ -615,7 +615,7 @@ cmd_repl() {
 	trap 'INTERRUPTED=yes' INT
 	if [[ -t 0 ]]; then
 		start_readline
-		echo "Cerebrum at $URL. :help tells what you can do."
+		echo "Cerebrum at $URL. Type :help for the commands."
 	fi
 	while read_line "$LANGUAGE> " || [[ -n $INTERRUPTED ]]; do
 		[[ -n $INTERRUPTED ]] || run_line "$LINE"

@@ -387,7 +387,7 @@ def test_commands_that_ask_nothing(env: dict[str, str], backend: Backend) -> Non
     assert out == "language: python\ntokens: 512\ntemperature: 0.4\n"
     assert err.splitlines() == [
         "cerebrum_repl.sh: there is no result yet",
-        "cerebrum_repl.sh: the last result belongs to no file; :save PATH makes one",
+        "cerebrum_repl.sh: the last result belongs to no file; save it by :save PATH",
         "cerebrum_repl.sh: expected :save PATH",
         "cerebrum_repl.sh: expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION",
         "cerebrum_repl.sh: no such command: :nonsense; see :help",
@@ -541,7 +541,7 @@ def test_the_last_completion_is_changed_by_an_instruction(env: dict[str, str], b
     assert backend.requests[1][2]["prompt"] == "def f():\n  x"
     assert "--- last result\n+++ last result (new)\n" in out
     assert "\n-  x\n\\ No newline at end of file\n+  y\n" in out
-    assert err == "cerebrum_repl.sh: the last result belongs to no file; :save PATH makes one\n"
+    assert err == "cerebrum_repl.sh: the last result belongs to no file; save it by :save PATH\n"
 
 
 def test_a_long_file_asks_for_as_many_tokens_as_it_needs(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -557,9 +557,9 @@ CUT = completion("on", mode="instruct", finish_reason="length", kept={"parts": [
 REPEATED = completion("on", mode="instruct", finish_reason="repeat")
 FITTED = completion("on", mode="instruct", finish_reason="stop", kept={"parts": ["imports", "window"]})
 NOT_WHOLE = [
-    ("cut by the limit", CUT, "cut off at 512 tokens, so :write will not take it"),
-    ("repeated itself", REPEATED, "the model began to repeat itself, so :write will not take it"),
-    ("of a part", FITTED, "the model could not be sent all of it, so :write will not take it"),
+    ("cut by the limit", CUT, "cut off at 512 tokens, so :write will refuse it"),
+    ("repeated itself", REPEATED, "the model began to repeat itself, so :write will refuse it"),
+    ("of a part", FITTED, "made from a part of the text, which is too long for the model, so :write will refuse it"),
     ("failed", failed_midway, "VPS_UNAVAILABLE: backend died"),
 ]  # fmt: skip
 
@@ -574,7 +574,7 @@ def test_half_an_answer_never_replaces_a_file(
     _, err = converse(env, f":do @{path} it", ":write")
     assert err.splitlines() == [
         f"cerebrum_repl.sh: {said}",
-        "cerebrum_repl.sh: the last result is not whole; :save PATH keeps it all the same",
+        "cerebrum_repl.sh: the last result is not whole; :save PATH saves it nevertheless",
     ]
     assert path.read_text() == "one\ntwo\n"
 
@@ -628,11 +628,11 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
     b.write_text("b\n")
     backend.scripts += [completion("A\n"), broken_off, completion("whole\n", mode="instruct")]
     out, err = converse(env, f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
-    not_whole = "cerebrum_repl.sh: the last result is not whole; :save PATH keeps it all the same"
+    not_whole = "cerebrum_repl.sh: the last result is not whole; :save PATH saves it nevertheless"
     assert err.splitlines() == [
         "cerebrum_repl.sh: the stream broke off before its end",
         not_whole,
-        "cerebrum_repl.sh: it was made from a result that is not whole, so :write will not take it",
+        "cerebrum_repl.sh: made from a result that is not whole, so :write will refuse it",
         not_whole,
     ]
     assert "block]\nhalf\nb\nhalfwhole\n" in out
@@ -658,7 +658,7 @@ def test_a_full_disk_loses_no_file(env: dict[str, str], backend: Backend, small_
     path.write_text("x" * 40_000)
     backend.scripts.append(completion("y" * 40_000))
     out, err = converse(env, f":file {path}", command.format(path=path))
-    outcome = "it is as it was" if command == ":write" else "nothing was saved"
+    outcome = "the file is unchanged" if command == ":write" else "nothing was saved"
     assert err == f"cerebrum_repl.sh: {path}: No space left on device; {outcome}\n"
     assert path.read_text() == "x" * 40_000
     assert os.listdir(small_disk) == ["x.py"]
@@ -674,7 +674,7 @@ def test_a_result_that_the_temporary_directory_cannot_hold_is_not_written(
     _, err = converse(env | {"TMPDIR": str(small_disk)}, f":file {path}", ":write")
     assert err.splitlines()[-2:] == [
         f"cerebrum_repl.sh: no room for the whole result in {small_disk}",
-        "cerebrum_repl.sh: the last result is not whole; :save PATH keeps it all the same",
+        "cerebrum_repl.sh: the last result is not whole; :save PATH saves it nevertheless",
     ]
     assert path.read_text() == "x" * 10_000
 
@@ -717,7 +717,7 @@ def test_a_file_that_may_only_be_read_is_not_replaced(env: dict[str, str], backe
     without_override = [str(shutil.which("setpriv")), "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
     commands = f":file {path}\n:write\n".encode()
     result = subprocess.run([*without_override, REPL], env=env, input=commands, capture_output=True, check=True)
-    assert result.stderr.decode() == f"cerebrum_repl.sh: {path}: not writable; it is as it was\n"
+    assert result.stderr.decode() == f"cerebrum_repl.sh: {path}: not writable; the file is unchanged\n"
     assert path.read_text() == "x"
 
 
@@ -970,7 +970,7 @@ def test_the_bar_shows_progress_and_is_gone_before_the_first_token(
     screen.expect(PROMPT)
     screen.type("x\r")
     screen.expect(ENTER)
-    assert screen.expect("\r\x1b[Kwaiting for a free place") == ""
+    assert screen.expect("\r\x1b[Kwaiting for a free slot") == ""
     assert screen.expect("\r\x1b[Kloading the model [######                  ] 25 %") == ""
     assert screen.expect("\r\x1b[Kreading the prompt [############            ] 50 %") == ""
     assert screen.expect("\r\x1b[Kreading the prompt") == ""
