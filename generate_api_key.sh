@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Makes a key for X-API-Key: 32 random bytes, written URL-safe (43 characters).
+# Makes a key for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts it into .env files.
 set -euo pipefail
-export LC_ALL=C # an .env is copied byte for byte, whatever its encoding
+export LC_ALL=C # copies an .env byte for byte, whatever its encoding
 umask 077
 
 usage() {
 	cat <<-EOF
 	Usage: ${0##*/}                    print a new key
-	       ${0##*/} --write FILE...    set the same new key as CEREBRUM_API_KEY in each .env FILE
+	       ${0##*/} --write FILE...    set a new key as CEREBRUM_API_KEY in each .env FILE
+	       ${0##*/} --set FILE...      set the key that is typed, or that is the first line of stdin
 
-	With --write the key is not printed. Each FILE is created when absent, keeps all its other
-	lines, becomes mode 600, and is replaced in one step. The Pi and the VPS need the same key:
-	    ${0##*/} --write cerebrum-pi/.env cerebrum-backend/.env
+	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither prints
+	the key. Each FILE is created if absent, keeps its other lines, becomes mode 600 and is replaced in
+	one step. --set also takes a line "CEREBRUM_API_KEY=...", as an .env has it.
 	EOF
 }
 
@@ -27,9 +28,22 @@ new_key() {
 	printf '%s\n' "$key"
 }
 
-# Copies an .env from stdin to stdout with the key set: where it was set first, else at the end.
-# In plain bash, since an argument of awk or sed would show the key in `ps`.
-set_key() {
+# Prints the key that is on stdin. A terminal does not show it while it is typed.
+read_key() {
+	local key
+	[[ ! -t 0 ]] || printf 'CEREBRUM_API_KEY (not shown): ' >&2
+	IFS= read -rs key || [[ -n $key ]] || die "expected a key on stdin, got none"
+	[[ ! -t 0 ]] || echo >&2
+	key=${key%$'\r'}
+	key=${key#CEREBRUM_API_KEY=}
+	# What systemd and the daemons read from an .env as it stands, without quotes.
+	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] || die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
+	printf '%s\n' "$key"
+}
+
+# replace_key KEY: copies an .env from stdin to stdout with the key set, at its first place or at the end.
+# In plain bash, since `ps` would show the key as an argument of awk or sed.
+replace_key() {
 	local key=$1 line written=
 	local assignment='^[[:space:]]*(export[[:space:]]+)?CEREBRUM_API_KEY[[:space:]]*='
 	while IFS= read -r line || [[ -n $line ]]; do # the last line may lack its newline
@@ -46,11 +60,10 @@ set_key() {
 drafts=()
 trap '((${#drafts[@]} == 0)) || rm -f -- "${drafts[@]}"' EXIT
 
-# All drafts are written before the first file is replaced, so that a bad path leaves every key as it was.
-cmd_write() {
-	local key file target draft i targets=()
-	(($# > 0)) || die "--write needs at least one FILE" 2
-	key=$(new_key)
+# write_key KEY FILE...: writes every draft before it replaces a file, so a bad path or a full disk changes none.
+write_key() {
+	local key=$1 file target draft i targets=()
+	shift
 	for file in "$@"; do
 		target=$(readlink -f -- "$file") || die "$file: no such directory"
 		[[ ! -e $target || -f $target ]] || die "$file: not a regular file"
@@ -59,10 +72,10 @@ cmd_write() {
 		drafts+=("$draft")
 		targets+=("$target")
 		if [[ -e $target ]]; then
-			set_key "$key" <"$target" >"$draft"
+			replace_key "$key" <"$target" >"$draft"
 			chown --reference="$target" -- "$draft" 2>/dev/null || die "$file: belongs to another user"
 		else
-			set_key "$key" </dev/null >"$draft"
+			replace_key "$key" </dev/null >"$draft"
 		fi
 	done
 	for i in "${!targets[@]}"; do
@@ -74,7 +87,12 @@ cmd_write() {
 
 case "${1-}" in
 	"") new_key ;;
-	--write) shift; cmd_write "$@" ;;
+	--write | --set)
+		(($# > 1)) || die "$1 needs at least one FILE" 2
+		if [[ $1 == --write ]]; then key=$(new_key); else key=$(read_key); fi
+		shift
+		write_key "$key" "$@"
+		;;
 	-h | --help) usage ;;
 	*) usage >&2; exit 2 ;;
 esac

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What `make` needs more than a line for: preparing a machine, and starting both daemons for a person
-# who wants to see a completion. It is no way to deploy: systemd/ is.
+# Prepares this machine and starts both daemons on it, for `make`: a way to try Cerebrum. To deploy it, see
+# README.md.
 #
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started
-#     ./run.sh setup [test]    only prepare: system packages, .venv, the default model (and with
-#                              "test" what tests and linters need)
+#     ./run.sh setup [test]    only prepare: system packages, .venv, the default model; "test" adds the
+#                              packages of tests and linters
 #
-# Only the completion goes to stdout, so that it can be piped.
+# stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 MODEL=qwen_0_5b
 PYTHON=.venv/bin/python
-STATE=.run # logs of pip and the daemons
+STATE=.run # the logs of pip and of the daemons
 START_SECONDS=60
 
 note() { printf '%s\n' "$*" >&2; }
@@ -23,7 +23,7 @@ die() {
 	exit 1
 }
 
-# What runs in the background, each in a session of its own: Ctrl-C does not reach it, this does.
+# Each background process has a session of its own, which Ctrl-C does not reach; stop_all does.
 PIDS=()
 stop_all() {
 	local pid
@@ -46,7 +46,7 @@ have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; 
 # need_system SET: installs the Debian packages that are missing, or names them all in one line.
 need_system() {
 	local packages=()
-	command -v python3 >/dev/null || packages+=(python3)
+	if command -v python3 >/dev/null; then check_python; else packages+=(python3); fi
 	have_venv || packages+=(python3-venv)
 	command -v curl >/dev/null || packages+=(curl)
 	if ! have_llama; then
@@ -64,8 +64,13 @@ need_system() {
 		export DEBIAN_FRONTEND=noninteractive
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
 	fi
+	check_python
+}
+
+# Debian 11 has 3.9.
+check_python() {
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-		die "needs Python 3.11 or newer; python3 is $(python3 --version)"
+		die "expected Python 3.11 or newer, got $(python3 --version)"
 }
 
 # requirements SET: one requirement a line, from pyproject.toml.
@@ -81,7 +86,7 @@ requirements() {
 	EOF
 }
 
-# with_clock LABEL COMMAND...: runs a long silent command, shows how long it has been at it.
+# with_clock LABEL COMMAND...: runs a long silent command and shows the elapsed time.
 with_clock() {
 	local label=$1 log=$STATE/setup.log pid
 	shift
@@ -97,7 +102,7 @@ with_clock() {
 	[[ ! -t 2 ]] || printf '\r\e[K' >&2
 	if ! wait "$pid"; then
 		tail -n 30 "$log" >&2
-		die "failed: $label; all of its output is in $log"
+		die "failed: $label; the whole output is in $log"
 	fi
 	PIDS=()
 	note "$label: done in $SECONDS s"
@@ -124,12 +129,12 @@ setup() {
 # Run
 #
 
-# start NAME PORT_VARIABLE COMMAND...: starts a daemon and sets ADDRESS to where it listens: on its
-# usual port, or on a free one if that is taken.
+# start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that is taken, and
+# sets ADDRESS to its URL.
 start() {
 	local name=$1 variable=$2 log=$STATE/$1.log pid
 	shift 2
-	: >"$log" # the last run's would name another port
+	: >"$log" # the previous log names another port
 	env "$variable=$(free_port "$variable")" setsid "$@" >>"$log" 2>&1 </dev/null &
 	pid=$!
 	PIDS+=("$pid")
@@ -137,19 +142,19 @@ start() {
 	ADDRESS=$(sed -n 's|.*listening on http://[^ ]*:\([0-9]*\).*|http://127.0.0.1:\1|p' "$log" | head -n 1)
 }
 
-# The port that the variable or its default asks for, or 0 (any) when something listens there.
+# free_port VARIABLE: prints the port that the variable or its default names, or 0 (any free port) if it is taken.
 free_port() {
 	local port=${!1:-}
 	[[ -n $port ]] || port=$(sed -n "s/^$1=//p" .env)
 	[[ -n $port ]] || case $1 in CEREBRUM_CM4_PORT) port=7000 ;; *) port=9000 ;; esac
 	if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-		note "port $port is taken, using another one"
+		note "port $port is taken; using another one"
 		port=0
 	fi
 	printf '%s' "$port"
 }
 
-# wait_for NAME PID COMMAND...: until COMMAND succeeds, while PID lives.
+# wait_for NAME PID COMMAND...: waits until COMMAND succeeds; gives up when PID ends or time is up.
 wait_for() {
 	local name=$1 pid=$2 deadline=$((SECONDS + START_SECONDS))
 	shift 2
@@ -165,7 +170,7 @@ run() {
 	[[ -n ${CEREBRUM_API_KEY:-} ]] || grep -qs '^CEREBRUM_API_KEY=.' .env || ./generate_api_key.sh --write .env >&2
 
 	start vpsd CEREBRUM_VPS_PORT "$PYTHON" vpsd.py
-	# For a try, this machine only; a deployed Pi listens on the LAN.
+	# This machine only; a deployed Pi listens on the LAN.
 	export CEREBRUM_VPS_URL=$ADDRESS CEREBRUM_CM4_HOST=${CEREBRUM_CM4_HOST:-127.0.0.1}
 	start cm4d CEREBRUM_CM4_PORT "$PYTHON" -s -S cm4d.py
 	export CEREBRUM_URL=$ADDRESS no_proxy=127.0.0.1
@@ -173,7 +178,7 @@ run() {
 	note "Cerebrum is up at $CEREBRUM_URL"
 
 	if [[ -t 0 && -t 1 ]]; then
-		set -m # gives the REPL the terminal, so that its Ctrl-C is not make's
+		set -m # gives the REPL the terminal, so that Ctrl-C does not reach make
 		./cerebrum_repl.sh
 	else
 		note 'def fibonacci(n):'

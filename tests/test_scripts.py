@@ -6,6 +6,7 @@ for output or for an event of the server, until a deadline; it never sleeps.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -30,6 +31,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")
+RUN = str(ROOT / "run.sh")
 DEADLINE_S = 10.0
 
 # ------------------------------------------------------------------------------------------- backend
@@ -1024,8 +1026,9 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
 # ----------------------------------------------------------------------------------------------- key
 
 
-def keygen(*args: str) -> tuple[int, str, str]:
-    result = subprocess.run([KEYGEN, *args], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+def keygen(*args: str, stdin: str = "") -> tuple[int, str, str]:
+    command = [KEYGEN, *args]
+    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -1087,3 +1090,66 @@ def test_one_bad_path_changes_no_file(
     assert (code, out, err) == (1 if paths else 2, "", f"generate_api_key.sh: {said}\n")
     assert Path("good").read_text() == "CEREBRUM_API_KEY=old\n"
     assert os.listdir() == ["good"]
+
+
+@pytest.mark.parametrize("stdin", ["k-_1\n", "k-_1", "CEREBRUM_API_KEY=k-_1\r\n", "k-_1\nnext line"])
+def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
+    path = tmp_path / ".env"
+    path.write_text("A=1\n")
+    assert keygen("--set", str(path), stdin=stdin) == (0, f"CEREBRUM_API_KEY set in: {path}\n", "")
+    assert path.read_text() == "A=1\nCEREBRUM_API_KEY=k-_1\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [
+        ("", "expected a key on stdin, got none"),
+        ("\n", "expected a key of letters, digits and ._~+/=- on stdin, got something else"),
+        ("two words\n", "expected a key of letters, digits and ._~+/=- on stdin, got something else"),
+        ("CEREBRUM_API_KEY='k'\n", "expected a key of letters, digits and ._~+/=- on stdin, got something else"),
+    ],
+)
+def test_what_is_no_key_changes_no_file(tmp_path: Path, stdin: str, said: str) -> None:
+    path = tmp_path / ".env"
+    path.write_text("CEREBRUM_API_KEY=old\n")
+    assert keygen("--set", str(path), stdin=stdin) == (1, "", f"generate_api_key.sh: {said}\n")
+    assert path.read_text() == "CEREBRUM_API_KEY=old\n"
+
+
+def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
+    screen = Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))
+    try:
+        screen.expect("CEREBRUM_API_KEY (not shown): ")
+        screen.type("hush-hush\r")
+        assert screen.expect(f"CEREBRUM_API_KEY set in: {tmp_path}/.env\r\n") == "\r\n"
+    finally:
+        screen.close()
+    assert (tmp_path / ".env").read_text() == "CEREBRUM_API_KEY=hush-hush\n"
+
+
+def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
+    path = small_disk / ".env"
+    path.write_text("CEREBRUM_API_KEY=old\n")
+    with (small_disk / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+        while rest.write(bytes(4096)):
+            pass
+    code, out, err = keygen("--write", str(path))
+    assert (code, out) == (1, "")
+    assert "No space left on device" in err
+    assert path.read_text() == "CEREBRUM_API_KEY=old\n"
+    assert sorted(os.listdir(small_disk)) == [".env", "rest"]
+
+
+# --------------------------------------------------------------------------------------------- run.sh
+
+
+def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
+    """As on Debian 11, before anything is installed."""
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.9.2 ;; *) exit 1 ;; esac\n")
+    old.chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run([RUN, "setup"], env=environ, capture_output=True, text=True, check=False)
+    said = "run.sh: expected Python 3.11 or newer, got Python 3.9.2\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
