@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = ROOT / ".run/debian"
 PACKAGES = "ca-certificates curl iproute2 python3 systemd-sysv"  # what the README takes for granted
 MODEL = "qwen_1_5b"  # the one that the README fetches
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0  # a busy machine loads a model in a minute
 BUILD_SECONDS = 1800.0  # llama.cpp takes 4 minutes on two idle cores
 NEEDED = ("debootstrap", "systemd-nspawn", "nsenter")
 NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe")
@@ -256,7 +256,8 @@ def test_an_address_that_is_not_up_yet_is_tried_again(cerebrum: Machine, unit: s
     cerebrum.run(f"systemctl stop {unit}; cp -p {env} {env}.good; echo CEREBRUM_{name}_HOST=100.64.0.2 >>{env}")
     cerebrum.run(f"systemctl start --no-block {unit}")
     until(lambda: int(cerebrum.show(unit, "NRestarts")) >= 2, f"{unit} is tried again and again")
-    assert cerebrum.show(unit, "ExecMainStatus") == "1"
+    waiting = ["auto-restart", "1"]
+    until(lambda: [cerebrum.show(unit, key) for key in ("SubState", "ExecMainStatus")] == waiting, "it exits with 1")
     cerebrum.run("ip address add 100.64.0.2/32 dev lo")
     until(lambda: cerebrum.show(unit, "ActiveState") == "active", f"{unit} is up with its address")
     cerebrum.run(f"ip address delete 100.64.0.2/32 dev lo; mv {env}.good {env}; systemctl restart {unit}")
