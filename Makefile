@@ -1,5 +1,5 @@
-# Every target is safe to repeat: what is there already is not done again. ./run.sh prepares what
-# these need: system packages, .venv, the default model.
+# Every target may be repeated; it does again only what is missing. ./run.sh prepares the system packages,
+# .venv and the default model.
 
 PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh .ci/run
@@ -7,7 +7,7 @@ BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine qual
 
 .PHONY: help run test test-slow lint bench fuzz clean
 
-help: ## this list
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 run: ## from nothing to a completion: prepare, start both daemons, open the REPL
@@ -17,8 +17,9 @@ test: ## the tests, with the default model
 	@./run.sh setup test
 	$(PYTHON) -m pytest
 
-test-slow: ## the tests that take minutes or need root, such as booting the systemd units
+test-slow: ## the tests that take minutes, need root or a second model (1.1 GB)
 	@./run.sh setup test
+	$(PYTHON) vpsd.py fetch qwen_1_5b
 	$(PYTHON) -m pytest -m slow
 
 lint: ## ruff, mypy --strict, shellcheck
@@ -28,15 +29,15 @@ lint: ## ruff, mypy --strict, shellcheck
 	$(PYTHON) -m mypy
 	shellcheck $(SCRIPTS)
 
-# One after another, since two at a time would measure each other.
+# One after another, since two at a time would disturb each other.
 bench: ## the benchmarks, one line of JSON each
 	@./run.sh setup test
 	@for benchmark in $(BENCHMARKS); do $(PYTHON) $$benchmark || exit 1; done
 
-fuzz: ## random bytes against both daemons' sockets
+fuzz: ## random bytes, sent to both daemons
 	@./run.sh setup test
 	$(PYTHON) tests/fuzz_sockets.py
 
-clean: ## remove what make built; models and the .env stay
+clean: ## remove what make built, but not the models and the .env
 	rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
