@@ -872,6 +872,7 @@ class Exchange:
         self.head: Head | None = None  # not read yet, or malformed
         self.keep = False
         self.quiet = False
+        self.frame: Callable[[bytes], bytes] | None = None  # how events are sent, once a stream has begun
         self.started = time.perf_counter()
 
     def begin(self, head: Head, keep: bool) -> None:
@@ -891,37 +892,42 @@ class Exchange:
         self.log(response.status)
 
     async def fail(self, error: HttpError) -> None:
+        """Answer with an error: a status if nothing has been sent yet, else an event and no clean end."""
         self.keep = self.keep and not error.close
-        await self.send(Response(error_body(error), error.status, headers=error.headers))
+        if self.frame is None:
+            return await self.send(Response(error_body(error), error.status, headers=error.headers))
+        self.keep = False
+        await self.connection.write(self.frame(error_event(error)))
+        self.log(error.status)
+        return None
 
     async def stream(self, response: Response) -> None:
-        """Send events as they come: as chunks, to HTTP/1.0 until the end of the connection."""
+        """Send events as they come: as chunks, or to HTTP/1.0 until the connection ends.
+
+        The first block is asked for before the head is sent. An error up to there is still a status, and a generator
+        that holds something has always been started by the time anything can fail: its `finally` runs.
+        """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
-        frame: Callable[[bytes], bytes] = chunk if chunked else bytes
-        last = b"0\r\n\r\n" if chunked else b""
         headers = [("Content-Type", "text/event-stream; charset=utf-8")]
         headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
         headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        write, status = self.connection.write, response.status
-        try:
-            # The head inside it too: a client that leaves there must not leave the events open.
-            async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
-                await write(self._encode_head(status, headers))
-                self.connection.streaming = chunked
-                if response.connect:
-                    response.connect(self.connection.send_now)
+        connection = self.connection
+        async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
+            block = await anext(events, b"")
+            frame = self.frame = chunk if chunked else bytes
+            await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
+            connection.streaming = chunked
+            if response.connect:
+                response.connect(connection.send_now)
+            try:
                 async for block in events:
-                    await write(frame(block))
-        except ClientGone:
-            raise
-        except Exception as exception:
-            error = exception if isinstance(exception, HttpError) else internal_error(exception)
-            last, status, self.keep = frame(error_event(error)), error.status, False
-        finally:
-            self.connection.streaming = False
-        await write(last)
-        self.log(status)
+                    if block:  # an empty chunk would be the end
+                        await connection.write(frame(block))
+            finally:
+                connection.streaming = False
+        await connection.write(b"0\r\n\r\n" if chunked else b"")
+        self.log(response.status)
 
     def _encode_head(self, status: int, more: Sequence[tuple[str, str]]) -> bytes:
         headers = [
@@ -1109,17 +1115,16 @@ class Server:
             await asyncio.gather(task, gone, return_exceptions=True)
 
     async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
-        """Call the handler and send what it returns. Here, and once more in a stream, any exception is an answer."""
+        """Call the handler and send what it returns. Here any exception becomes an answer."""
         try:
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
-            if response.events is None:
-                return await exchange.send(response)
+            # No await between the handler and `stream`: nothing can come between its events and their start.
+            await (exchange.send(response) if response.events is None else exchange.stream(response))
         except ClientGone:
             raise
         except Exception as exception:
-            return await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
-        return await exchange.stream(response)
+            await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
 
 
 def check_body(head: Head, route: Route) -> None:

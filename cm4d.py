@@ -6,9 +6,10 @@
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-Every completion is one async generator, `Gateway.complete`: it takes a slot, asks the breaker, routes the language
-to a model, fits the prompt, asks the VPS's streaming endpoint on a connection of its own, and yields blocks of
-whole SSE events. `/v1/complete/stream` sends those as they come, `/v1/complete` collects them.
+Every completion is one async generator, `Gateway.complete`. It takes a place, asks the breaker, routes the language to
+a model, fits the prompt and asks the VPS's streaming endpoint on a connection of its own. It yields pairs of (kind,
+value) that know nothing of the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
+answer.
 
 It refuses: a third completion at a time (429), anything while the breaker is open (503), an answer of the VPS whose
 framing or JSON is not exact, redirects, and an end without a done event; then the client gets an error event and
@@ -51,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 from cerebrum_code import LANGUAGES, Ratio, detect_mode, prepare
 from cerebrum_common import (
     READ_BYTES,
+    SSE_COMMENT,
     STATUS_LINE,
     Access,
     ChunkedDecoder,
@@ -85,32 +87,6 @@ if TYPE_CHECKING:
     import ssl
 
 HERE = Path(__file__).resolve().parent
-
-# ---------------------------------------------------------------------------------------------- limits
-
-CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; a dead VPS shall not cost more
-HEAD_SECONDS = 10.0  # the VPS sends its head before it loads or reads anything
-IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
-STREAM_SECONDS = 7200.0  # 2,048 tokens at half a token a second, and the queue before them
-ASIDE_SECONDS = 2.0  # for /health and /v1/models, which the VPS answers in milliseconds
-MAX_ERROR_BYTES = 65_536  # an error's JSON
-MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
-MAX_EVENT_BYTES = 262_144  # one SSE event; a token has 60 bytes
-MAX_COLLECTED_BYTES = 2 << 20  # of events for /v1/complete; 2,048 tokens are about 150 KB
-MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
-
-PROBE_SECONDS = 5.0  # between two probes, +- 20 %
-MODELS_SECONDS = 60.0  # after so long the VPS's list of models is asked for again
-DRAIN_SECONDS = 10.0  # running completions have so long when we are told to stop
-
-FAILURES_TO_OPEN = 3  # in a row
-OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause; each failed trial doubles it up to the second
-JITTER = 0.2  # of every pause, so that several Pis do not come back in step
-TRIAL_SECONDS = 180.0  # for a trial to bring a token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
-
-DEFAULT_N_CTX = 4096  # until the VPS has told
-MARGIN_TOKENS = 8  # of n_ctx that are never used
-REFIT = 0.95  # of the weight per token that the VPS has just counted: for the one retry
 
 # --------------------------------------------------------------------------------------- configuration
 
@@ -228,6 +204,11 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     return fields | {"mode": detect_mode(fields)}
 
 
+DEFAULT_N_CTX = 4096  # until the VPS has told
+MARGIN_TOKENS = 8  # of n_ctx that are never used
+REFIT = 0.95  # of the weight per token that the VPS has just counted: for the one retry
+
+
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     """How many tokens a prompt may have. An answer that wants most of the context gets at most three quarters of it.
 
@@ -238,6 +219,12 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
+
+
+FAILURES_TO_OPEN = 3  # in a row
+OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause; each failed trial doubles it up to the second
+JITTER = 0.2  # of every pause, so that several Pis do not come back in step
+TRIAL_SECONDS = 180.0  # for a trial to bring a token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
 
 
 class Breaker:
@@ -329,6 +316,7 @@ class VpsFailure(HttpError):
         self.reason = reason
 
 
+MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
 PASSED_ON = frozenset(  # codes of the VPS that tell the client something; all others are VPS_UNAVAILABLE
     {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
     | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
@@ -466,29 +454,33 @@ class Events:
         return data[:end]
 
 
-def take_apart(block: bytes, key: str) -> Iterator[tuple[str, Any]]:
-    """A block of whole events to what becomes of each: ("tokens", bytes), ("pass", bytes) and ("done", dict).
+MAX_EVENT_BYTES = 262_144  # one SSE event; a token has 60 bytes
+Pair = tuple[str, Any]  # (kind, value), as `Gateway.complete` describes them
+
+
+def take_apart(block: bytes, key: str) -> Iterator[Pair]:
+    """A block of whole events to pairs; ("done", dict) has the event's members as the VPS sent them.
 
     An error event is raised as the error that it tells. VpsFailure for an event that is not JSON.
     """
     position = 0
     while position < len(block):
         if match := TOKENS.match(block, position):
-            yield "tokens", match[0]
+            yield "text", match[0]
             position = match.end()
             continue
         end = block.index(b"\n\n", position)
-        if event := read_event(block[position:end], key):
-            yield event
+        if pair := read_event(block[position:end], key):
+            yield pair
         position = end + 2
 
 
-def read_event(event: bytes, key: str) -> tuple[str, Any] | None:
+def read_event(event: bytes, key: str) -> Pair | None:
     """One event, without its last line ends, as in `take_apart`; None for one that nobody knows."""
     lines = event.split(b"\n")
     data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
     if not data:
-        return ("pass", event + b"\n\n") if event.startswith(b":") else None
+        return ("idle", None) if event.startswith(b":") else None
     try:
         members = parse_json(data)
     except HttpError:
@@ -502,11 +494,44 @@ def read_event(event: bytes, key: str) -> tuple[str, Any] | None:
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
-        return "tokens", sse_event(members)
-    return ("pass", sse_event(members)) if isinstance(members.get("progress"), dict) else None
+        return "text", sse_event(members)
+    progress = members.get("progress")
+    return ("progress", progress) if isinstance(progress, dict) else None
+
+
+def read_text(events: bytes) -> str:
+    """The text in a block of whole native token events.
+
+    >>> read_text(b'data: {"token": "a", "total_tokens": 1}\\n\\ndata: {"token": "b", "total_tokens": 2}\\n\\n')
+    'ab'
+    """
+    return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
+
+
+def write_event(kind: str, value: Any) -> bytes:
+    """A pair as native SSE; b"" for one that has no event."""
+    match kind:
+        case "text":
+            return bytes(value)
+        case "idle":
+            return SSE_COMMENT
+        case "progress":
+            return sse_event({"progress": value})
+        case "done":
+            return sse_event({"done": True, **value})
+    return b""
 
 
 # -------------------------------------------------------------------------------------- IO: the VPS
+
+
+CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; a dead VPS shall not cost more
+HEAD_SECONDS = 10.0  # the VPS sends its head before it loads or reads anything
+IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
+STREAM_SECONDS = 7200.0  # 2,048 tokens at half a token a second, and the queue before them
+ASIDE_SECONDS = 2.0  # for /health and /v1/models, which the VPS answers in milliseconds
+MAX_ERROR_BYTES = 65_536  # an error's JSON
+MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
 
 
 class Watchdog:
@@ -704,7 +729,35 @@ def make_tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
+async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
+    """The VPS's events as pairs; the last one is ("done", its members).
+
+    The done event is held until the body's framing has ended too: whether an answer is finished must not depend on how
+    its bytes were split. VpsFailure for every other end.
+    """
+    events = Events()
+    done: dict[str, Any] | None = None
+    while payload := await answer.read(express=not events.rest and done is None):
+        for kind, value in take_apart(events.feed(payload), key):
+            if done is not None and kind in ("text", "done"):
+                raise VpsFailure("it sent events after the last one")
+            if kind == "done":
+                done = value
+            else:
+                yield kind, value
+    if events.rest:
+        raise VpsFailure("it ended in the middle of an event")
+    if done is None:
+        raise VpsFailure("it ended without saying that it is done")
+    yield "done", done
+
+
 # ------------------------------------------------------------------------------------------- the gateway
+
+
+PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+MODELS_SECONDS = 60.0  # after so long the VPS's list of models is asked for again
+MAX_COLLECTED_BYTES = 2 << 20  # of events for /v1/complete; 2,048 tokens are about 150 KB
 
 
 @dataclass(slots=True, eq=False)
@@ -793,10 +846,17 @@ class Gateway:
 
     # Completing.
 
-    async def complete(self, job: Job) -> AsyncGenerator[bytes, None]:
-        """One completion. The first item is empty and says that the VPS has begun to answer: errors before it are
-        HTTP errors. Then blocks of whole SSE events; the last one is the done event. Everything that it holds is
-        given back when it ends, fails or is closed, which works only once it has been started."""
+    async def complete(self, job: Job) -> AsyncGenerator[Pair, None]:
+        """One completion, whatever the client's API and whatever the backend's, as pairs of (kind, value):
+
+            ("started", None)   first: the backend answers; until here an error can still be an HTTP status
+            ("idle", None)      nothing new, but the backend is alive
+            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
+            ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
+            ("done", dict)      last: the result, which is the native done event without its `done`
+
+        Every other end is an HttpError. What it holds is taken in its body and given back when it ends or is closed.
+        """
         self.requests_total += 1
         with self._slot(job):
             ticket = self.breaker.admit(time.monotonic())
@@ -806,15 +866,15 @@ class Gateway:
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     answer = await self._ask(job, stack)
-                    yield b""
+                    yield "started", None
                     answer.express = functools.partial(self._express, job)
-                    async for kind, block in relay(answer, self.config.key):
-                        if kind == "tokens":
-                            self._tokens(job, block.count(b"\n\n"))
+                    async for kind, value in relay(answer, self.config.key):
+                        if kind == "text":
+                            self._tokens(job, value.count(b"\n\n"))
                         elif kind == "done":
                             self._tokens(job, 0)
-                            block = sse_event({"done": True, **self._result(job, block)})
-                        yield block
+                            value = self._result(job, value)
+                        yield kind, value
             except VpsFailure as failure:
                 self._failed(job.ticket, failure)
                 raise
@@ -917,30 +977,6 @@ def job_seconds(job: Job) -> float:
     return round(time.perf_counter() - job.started, 3)
 
 
-async def relay(answer: Answer, key: str) -> AsyncGenerator[tuple[str, Any], None]:
-    """The VPS's events: ("tokens" | "pass", bytes of whole events), at last ("done", its members).
-
-    The done event is held until the body's framing has ended too: an answer is finished or it is not, and which
-    of them shall not depend on how its bytes were split. VpsFailure for every other end.
-    """
-    events = Events()
-    done: dict[str, Any] | None = None
-    while payload := await answer.read(express=not events.rest and done is None):
-        block = events.feed(payload)
-        for kind, value in take_apart(block, key):
-            if done is not None and kind != "pass":
-                raise VpsFailure("it sent events after the last one")
-            if kind == "done":
-                done = value
-            else:
-                yield kind, value
-    if events.rest:
-        raise VpsFailure("it ended in the middle of an event")
-    if done is None:
-        raise VpsFailure("it ended without saying that it is done")
-    yield "done", done
-
-
 # -------------------------------------------------------------------------------------------- handlers
 
 
@@ -957,27 +993,30 @@ async def health(gateway: Gateway, request: Request) -> Response:
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """A completion as SSE, token by token."""
     job = Job(read_completion(request.json(), gateway.config.models))
-    events = gateway.complete(job)
-    await anext(events)
-    return Response(events=events, connect=functools.partial(setattr, job, "send_now"))
+    return Response(events=native_stream(gateway.complete(job)), connect=functools.partial(setattr, job, "send_now"))
+
+
+async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[bytes, None]:
+    """Blocks of whole SSE events. The first one is empty: the head goes out when the backend begins to answer."""
+    async with contextlib.aclosing(pairs):
+        async for kind, value in pairs:
+            yield value if kind == "text" else write_event(kind, value)
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
-    """A completion in one piece, collected from the same events."""
+    """A completion in one piece, collected from the same pairs."""
     fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
-    completion, size, last = io.StringIO(), 0, b""
-    async with contextlib.aclosing(gateway.complete(Job(fields))) as events:
-        async for block in events:
-            size += len(block)
-            if size > MAX_COLLECTED_BYTES:
-                raise VpsFailure("its completion is too long")
-            for event in block.split(b"\n\n"):
-                if event.startswith(b"data: "):
-                    last = event
-                    completion.write(json.loads(event[6:]).get("token", ""))
-    result = json.loads(last[6:])
-    del result["done"]
-    return Response({"completion": completion.getvalue(), **result})
+    text, size, result = io.StringIO(), 0, {}
+    async with contextlib.aclosing(gateway.complete(Job(fields))) as pairs:
+        async for kind, value in pairs:
+            if kind == "text":
+                size += len(value)
+                if size > MAX_COLLECTED_BYTES:
+                    raise VpsFailure("its completion is too long")
+                text.write(read_text(value))
+            elif kind == "done":
+                result = value
+    return Response({"completion": text.getvalue(), **result})
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -1035,6 +1074,9 @@ ROUTES = (
 )
 
 # ----------------------------------------------------------------------------------------------- start
+
+
+DRAIN_SECONDS = 10.0  # running completions have so long when we are told to stop
 
 
 async def serve(config: Config) -> None:

@@ -28,6 +28,7 @@ from backend import (
     answer,
     chunk,
     error,
+    event,
     head,
     pi_for,
     token,
@@ -37,7 +38,7 @@ from backend import (
 import cm4d
 from cerebrum_code import LANGUAGES
 from cerebrum_common import ConfigError, Environment, load_models
-from cm4d import load_config, parse_vps_url, prompt_budget, read_completion
+from cm4d import load_config, parse_vps_url, prompt_budget, read_completion, read_text
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -199,6 +200,29 @@ def test_complete_has_the_fields_of_the_text_and_the_vps():
             assert told == {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2}
             assert (reply.json["inference_time"], reply.json["mode"]) == (0.25, "complete")
             assert (reply.json["finish_reason"], reply.json["prompt_tokens"]) == ("stop", 5)
+
+    run(scenario())
+
+
+def test_the_seam_yields_pairs_that_any_api_can_render():
+    progress = {"stage": "prefill", "done": 1, "total": 2}
+    told = [chunk(b": hello\n\n"), chunk(event(progress=progress)), chunk(token("a", 1) + token("b", 2)), chunk(DONE)]
+
+    async def scenario() -> None:
+        script = [CHUNKED, *told, b"0\r\n\r\n"]
+        async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
+            fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
+            *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(cm4d.Job(fields))]
+            assert pairs == [
+                ("started", None), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
+            ]  # fmt: skip
+            assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
+            assert "done" not in result
+            assert read_text(pairs[-1][1]) == "ab"
+            broken = pi.gateway.complete(cm4d.Job(fields))
+            assert await anext(broken) == ("started", None)
+            with pytest.raises(cm4d.VpsFailure, match="in the middle of its answer"):
+                await anext(broken)
 
     run(scenario())
 

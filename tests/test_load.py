@@ -257,8 +257,9 @@ def test_sending_past_the_iterator_ends_with_the_stream() -> None:
     sent: list[bool] = []
 
     async def events() -> AsyncIterator[bytes]:
-        sent.append(sends[0](common.chunk(b": a\n\n")))
-        yield b": b\n\n"
+        yield b": a\n\n"
+        sent.append(sends[0](common.chunk(b": b\n\n")))
+        yield b": c\n\n"
 
     async def handle(state: Any, request: Request) -> Response:
         return Response(events=events(), connect=sends.append)
@@ -266,13 +267,63 @@ def test_sending_past_the_iterator_ends_with_the_stream() -> None:
     async def run() -> None:
         async with serving() as (server, port), connect(port) as (reader, writer):
             server.routes["/lane"] = {"POST": Route("POST", "/lane", handle, json=True)}
-            for version, body in (("HTTP/1.1", b": a\n\n: b\n\n"), ("HTTP/1.0", b": b\n\n")):
+            for version, body in (("HTTP/1.1", b": a\n\n: b\n\n: c\n\n"), ("HTTP/1.0", b": a\n\n: c\n\n")):
                 writer.write(sized(BODY, version=version).replace(b"@POST", b"/lane"))
                 assert (await read_reply(reader)).body == body
                 assert sends.pop()(b"x") is False
 
     asyncio.run(run())
     assert sent == [True, False]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watched: bool) -> None:
+    """What a handler takes and its events give back is given back, even if not one byte of them can be sent."""
+    taken: list[str] = []
+    given = asyncio.Event()
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            yield b": a\n\n"
+        finally:
+            taken.pop()
+            given.set()
+
+    async def run() -> None:
+        async with serving() as (server, port), connect(port) as (reader, writer):
+
+            async def handle(state: Any, request: Request) -> Response:
+                taken.append("a place")
+                for connection in server.connections.values():
+                    connection.transport.abort()  # as a reset that comes while the handler runs
+                return Response(events=events())
+
+            server.routes["/held"] = {"POST": Route("POST", "/held", handle, json=True, watched=watched)}
+            writer.write(sized(BODY).replace(b"@POST", b"/held"))
+            with contextlib.suppress(ConnectionResetError):
+                assert await closed(reader) == b""
+            async with asyncio.timeout(PATIENCE):
+                await given.wait()
+            assert taken == []
+
+    asyncio.run(run())
+
+
+def test_an_error_before_the_first_event_is_a_status() -> None:
+    async def events() -> AsyncIterator[bytes]:
+        raise common.HttpError("RATE_LIMIT", "expected fewer")
+        yield b""
+
+    async def handle(state: Any, request: Request) -> Response:
+        return Response(events=events())
+
+    async def run() -> None:
+        async with serving() as (server, port):
+            server.routes["/refused"] = {"POST": Route("POST", "/refused", handle, json=True)}
+            reply = await ask(port, sized(BODY).replace(b"@POST", b"/refused"))
+            assert (reply.status, reply.json()["code"], reply.whole) == (429, "RATE_LIMIT", True)
+
+    asyncio.run(run())
 
 
 def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:

@@ -459,7 +459,7 @@ def classified(pieces: list[bytes], line_end: bytes = b"\n") -> list[tuple[str, 
 def test_events_are_the_same_for_every_split(line_end: bytes):
     text = STREAM.replace(b"\n\n", line_end * 2)
     expected = classified([STREAM])
-    assert [kind for kind, _ in expected] == ["tokens", "pass", "pass", "tokens", "tokens", "done"]
+    assert [kind for kind, _ in expected] == ["text", "idle", "progress", "text", "text", "done"]
     assert classified([text[i : i + 1] for i in range(len(text))], line_end) == expected
     for at in range(len(text)):
         assert classified([text[:at], text[at:]], line_end) == expected
