@@ -323,12 +323,14 @@ class ChunkedDecoder:
     """Decodes a chunked body that arrives in any split: `feed` gives payload; `rest` is what came after the end.
 
     Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line,
-    413 over `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB.
+    413 over `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. `before` is
+    then the payload that the same call decoded before the fault.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.done = False
         self.rest = b""
+        self.before = b""
         self._held = b""  # the begin of a size line or of the trailers, never payload
         self._left = 0  # payload bytes still missing from the chunk that we are inside
         self._step = ChunkedDecoder._size  # reads what follows that payload
@@ -341,8 +343,16 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
-        buffer, position = self._held + data, 0
         pieces: list[bytes] = []
+        try:
+            self._decode(self._held + data, pieces)
+        except HttpError:
+            self.before = b"".join(pieces)
+            raise
+        return b"".join(pieces)
+
+    def _decode(self, buffer: bytes, pieces: list[bytes]) -> None:
+        position = 0
         while not self.done:
             if self._left:
                 piece = buffer[position : position + self._left]
@@ -358,7 +368,6 @@ class ChunkedDecoder:
                 break
             position = end
         self._held = buffer[position:]
-        return b"".join(pieces)
 
     def _whole_chunks(self, buffer: bytes, at: int, pieces: list[bytes]) -> int:
         """Past the chunks that are whole and exact: nearly all of a stream, and 3 times as fast as the steps."""

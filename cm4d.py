@@ -366,37 +366,49 @@ def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
 
 
 class Body:
-    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close."""
+    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close.
+
+    `failure` is the first fault of the body. It is kept rather than raised, because the payload before a fault counts:
+    what a client sees must not depend on how the bytes were split.
+    """
 
     def __init__(self, length: int | None, chunked: bool) -> None:
+        self.done = length == 0
+        self.failure: VpsFailure | None = None
         self._chunks = ChunkedDecoder() if chunked else None
         self._left = length
-        self.done = length == 0
-
-    def feed(self, data: bytes) -> bytes:
-        """The payload in `data`. VpsFailure when it goes on past its end, HttpError when a chunk is malformed."""
-        if self._chunks:
-            data = self._chunks.feed(data)
-            self.done, past = self._chunks.done, bool(self._chunks.rest)
-        elif self._left is not None:
-            past = len(data) > self._left
-            self._left -= len(data)
-            self.done = self._left == 0
-        else:
-            past = False
-        if past:
-            raise VpsFailure("its answer goes on past its end")
-        return data
 
     @property
     def between_chunks(self) -> bool:
         return self._chunks is not None and self._chunks.between
 
-    def end(self) -> None:
-        """The connection has ended: VpsFailure if the body has not."""
-        if self._chunks or self._left:
-            raise VpsFailure("it ended in the middle of its answer")
-        self.done = True
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`, up to the end of the body or its first fault."""
+        payload, past = b"", data
+        if self._chunks and not self.done:
+            payload, past = self._feed_chunks(self._chunks, data)
+        elif not self.done:
+            payload, past = (data, b"") if self._left is None else (data[: self._left], data[self._left :])
+            if self._left is not None:
+                self._left -= len(payload)
+                self.done = self._left == 0
+        if past:
+            self.failure = self.failure or VpsFailure("its answer goes on past its end")
+        return payload
+
+    def _feed_chunks(self, chunks: ChunkedDecoder, data: bytes) -> tuple[bytes, bytes]:
+        try:
+            payload = chunks.feed(data)
+        except HttpError:
+            self.failure = VpsFailure("it sent a malformed chunk")
+            return chunks.before, b""
+        self.done = chunks.done
+        return payload, chunks.rest
+
+    def end(self, cut: str) -> None:
+        """The connection has ended: by a plain close, or by what `cut` says. A fault unless the body is whole."""
+        if not self.done and (cut or self._chunks or self._left):
+            self.failure = VpsFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
 def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
@@ -437,21 +449,35 @@ class Events:
     """Cuts a stream into blocks of whole SSE events, whatever its splits. Line ends may be LF or CRLF."""
 
     def __init__(self) -> None:
-        self.rest = b""  # the beginning of an event
+        self._rest = bytearray()  # the beginning of an event
+        self._cr = b""  # perhaps half of a CRLF
+
+    @property
+    def inside(self) -> bool:
+        """An event has begun and has not ended."""
+        return bool(self._rest or self._cr)
 
     def feed(self, data: bytes) -> bytes:
-        """The events that `data` completes, with LF line ends, or b"". VpsFailure for one that has no end."""
-        data = self.rest + data
-        if b"\r" in data:
-            held = data.endswith(b"\r")  # perhaps half of a CRLF
-            data = data[: len(data) - held].replace(b"\r\n", b"\n") + b"\r" * held
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            end = 0
-        self.rest = data[end:]
-        if len(self.rest) > MAX_EVENT_BYTES:
-            raise VpsFailure("it sent an event without end")
-        return data[:end]
+        """The events that `data` completes, with LF line ends, or b"". VpsFailure for an event that is too long.
+
+        `data` is at most one read, so only an event that began in an earlier one can be too long, and no event of the
+        same block comes before it.
+        """
+        if self._cr or b"\r" in data:
+            data = self._cr + data
+            self._cr = b"\r" if data.endswith(b"\r") else b""
+            data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
+        if not self._rest and data.endswith(b"\n\n"):
+            return data
+        begun = len(self._rest)
+        self._rest += data
+        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
+        block = bytes(self._rest[:end]) if end > 1 else b""
+        del self._rest[: len(block)]
+        # Of an event without an end yet, the last byte may belong to its line ends.
+        if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
+            raise VpsFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
+        return block
 
 
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token has 60 bytes
@@ -528,6 +554,7 @@ def write_event(kind: str, value: Any) -> bytes:
 CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; a dead VPS shall not cost more
 HEAD_SECONDS = 10.0  # the VPS sends its head before it loads or reads anything
 IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
+CLOSE_SECONDS = 0.5  # after its answer the VPS closes, as we ask it to; bytes instead of the close are a fault
 STREAM_SECONDS = 7200.0  # 2,048 tokens at half a token a second, and the queue before them
 ASIDE_SECONDS = 2.0  # for /health and /v1/models, which the VPS answers in milliseconds
 MAX_ERROR_BYTES = 65_536  # an error's JSON
@@ -564,12 +591,18 @@ class Reader(asyncio.StreamReader):
     waking it is half of what relaying a token costs. It is set only while that task waits with nothing left over."""
 
     express: Callable[[bytes], bool] | None = None
+    broken = False  # the stream has ended by a reset
 
     def feed_data(self, data: Any) -> None:
         if self.express and self.express(data):
             return
         self.express = None
         super().feed_data(data)
+
+    def set_exception(self, exc: Exception) -> None:
+        """A reset. StreamReader would forget what came before it and has not been read yet."""
+        self.broken = True
+        self.feed_eof()
 
 
 class Answer:
@@ -609,26 +642,33 @@ class Answer:
         """More of the body's payload; b"" once it is whole. VpsFailure when that can never be. With `express` whole
         chunks may take the express lane instead."""
         body = self._body
+        while not body.failure:
+            data, self._ahead = self._ahead, b""
+            data = data or await (self._receive_last() if body.done else self._receive(express))
+            if payload := body.feed(data):
+                return payload
+            if not data:
+                broken = "the connection broke" if self._reader.broken else ""
+                body.end("it stopped" if self._watchdog.expired else broken)
+                if not body.failure:
+                    return b""
+        raise body.failure
+
+    async def _receive(self, express: bool) -> bytes:
+        self._watchdog.since = self._now()
+        self._reader.express = self._pass_by if express and self._body.between_chunks else None
         try:
-            while not body.done:
-                data, self._ahead = self._ahead, b""
-                if not data:
-                    self._watchdog.since = self._now()
-                    self._reader.express = self._pass_by if express and body.between_chunks else None
-                    data = await self._reader.read(READ_BYTES)
-                    self._watchdog.since = float("inf")
-                if not data:
-                    if self._watchdog.expired:
-                        raise VpsFailure("it stopped in the middle of its answer")
-                    body.end()
-                elif payload := body.feed(data):
-                    return payload
-        except VpsFailure:
-            raise
-        except HttpError:
-            raise VpsFailure("it sent a malformed chunk") from None
-        except OSError:
-            raise VpsFailure("the connection broke in the middle of its answer") from None
+            return await self._reader.read(READ_BYTES)
+        finally:
+            # Disarmed even if nothing has been waited for: a later token must not overtake what was read here.
+            self._reader.express = None
+            self._watchdog.since = float("inf")
+
+    async def _receive_last(self) -> bytes:
+        """What follows a whole body: nothing but the close that we asked for. Who does not close is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                return await self._reader.read(READ_BYTES)
         return b""
 
     def _pass_by(self, data: bytes) -> bool:
@@ -737,7 +777,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """
     events = Events()
     done: dict[str, Any] | None = None
-    while payload := await answer.read(express=not events.rest and done is None):
+    while payload := await answer.read(express=not events.inside and done is None):
         for kind, value in take_apart(events.feed(payload), key):
             if done is not None and kind in ("text", "done"):
                 raise VpsFailure("it sent events after the last one")
@@ -745,7 +785,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
                 done = value
             else:
                 yield kind, value
-    if events.rest:
+    if events.inside:
         raise VpsFailure("it ended in the middle of an event")
     if done is None:
         raise VpsFailure("it ended without saying that it is done")

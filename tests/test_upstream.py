@@ -31,7 +31,6 @@ from backend import (
 )
 
 import cm4d
-from cerebrum_common import HttpError
 from cm4d import Body, Events, Reader, VpsFailure, is_chunk_of_token, take_apart
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
@@ -91,6 +90,9 @@ REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
 
 # After it every fault is an error event and a cut: (script, events before the error, a part of its message).
 BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
+    "resets after the head": ([CHUNKED, RESET], [], "the connection broke in the middle of its answer"),
+    "resets between chunks": ([CHUNKED, A, RESET], [TOKEN_A], "the connection broke in the middle of its answer"),
+    "resets without a framing": ([CLOSING, token("a", 1) + DONE, RESET], [TOKEN_A], "the connection broke"),
     "dies after the head": ([CHUNKED], [], "in the middle of its answer"),
     "dies between chunks": ([CHUNKED, A], [TOKEN_A], "in the middle of its answer"),
     "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
@@ -105,8 +107,11 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
     "a negative chunk size": ([CHUNKED, A, b"-5\r\nabcde\r\n"], [TOKEN_A], "malformed chunk"),
     "a chunk longer than it says": ([CHUNKED, A, b"3\r\nabcdef\r\n"], [TOKEN_A], "malformed chunk"),
+    "a token in a chunk longer than it says": ([CHUNKED, A, B[:-2] + b"x"], [TOKEN_A, TOKEN_B], "malformed chunk"),
+    "a broken last chunk": ([CHUNKED, A, B + b"0\r\nx y\r\n\r\n"], [TOKEN_A, TOKEN_B], "malformed chunk"),
     "shorter than its length": ([length_of(token("a", 1), 500)], [TOKEN_A], "in the middle of its answer"),
     "longer than its length": ([length_of(token("a", 1) + DONE + b"\n", len(token("a", 1) + DONE))], [TOKEN_A], "past"),
+    "longer than its length, without done": ([length_of(token("a", 1) + B, len(token("a", 1)))], [TOKEN_A], "past"),
     "chunks past the last one": ([CHUNKED, A, chunk(DONE), END + A], [TOKEN_A], "past its end"),
     "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
     "two dones": ([CHUNKED, chunk(DONE), chunk(DONE), END], [], "after the last one"),
@@ -163,40 +168,37 @@ def test_refused(name: str, split: bool):
     run(scenario())
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+def joined(script: list[Any]) -> list[Any]:
+    """The script with neighbouring writes as one, so that the fault comes in the same read as what was good."""
+    steps: list[Any] = []
+    for step in script:
+        if isinstance(step, bytes) and steps and isinstance(steps[-1], bytes):
+            steps[-1] += step
+        else:
+            steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken(name: str, split: bool):
+def test_broken(name: str, how: str):
+    """The whole events before a fault, then the error, then the cut, however the bytes were split."""
     script, before, part = BROKEN[name]
-    if split and name in ENDS_BEFORE_IT:
-        pytest.skip("may be whole before it is spoiled")
+    script = joined(script) if how == "one write" else script
 
     async def scenario() -> None:
-        async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+        async with Backend([script], split=how == "bytes") as backend, pi_for(backend.port, probing=False) as pi:
             reply = await pi.stream()
             assert (reply.status, reply.clean) == (200, False)
             *events, last = reply.events
-            if name not in LOSES_WHAT_IT_SENT_AT_ONCE or split:
-                assert events == before
+            assert events == before
             assert (last["error"], last["code"]) == (True, UNAVAILABLE)
             assert part in last["message"]
             check_error(await pi.complete(), 503, UNAVAILABLE, part)
             assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.breaker.describe(0)["failures"] in (1, 2)
+            assert pi.gateway.breaker.describe(0)["failures"] == (1 if before else 2)
 
     run(scenario())
-
-
-# Nobody waits for what may come after the end; the connection is not used again.
-ENDS_BEFORE_IT = {"longer than its length", "chunks past the last one"}
-
-# A fault of the framing spoils the whole read that it comes in, so tokens in the same read may be lost with it.
-LOSES_WHAT_IT_SENT_AT_ONCE = {
-    "a broken chunk size",
-    "a negative chunk size",
-    "a chunk longer than it says",
-    "longer than its length",
-    "chunks past the last one",
-}
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
@@ -338,7 +340,7 @@ def test_megabytes_without_an_event_are_cut(flood: bytes):
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
             reply = await pi.stream()
             assert reply.events[0] == TOKEN_A
-            assert "an event without end" in reply.events[1]["message"]
+            assert "an event of more than 262144 bytes" in reply.events[1]["message"]
             await backend.left.wait()
             assert backend.sent < 16 << 20  # what the kernel's buffers take in; ours take 256 KiB
 
@@ -451,7 +453,7 @@ def classified(pieces: list[bytes], line_end: bytes = b"\n") -> list[tuple[str, 
         for kind, value in take_apart(events.feed(piece), "k"):
             whole = [part + b"\n\n" for part in value.split(b"\n\n")[:-1]] if isinstance(value, bytes) else [value]
             seen += [(kind, part) for part in whole]
-    assert events.rest == b"" or line_end != b"\n"
+    assert not events.inside
     return seen
 
 
@@ -526,23 +528,82 @@ def test_reader_falls_back_to_its_buffer():
     run(scenario())
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(
-    ("body", "feeds", "outcome"),
+    ("body", "data", "payload", "done", "failure"),
     [
-        (Body(3, False), [b"ab", b"c"], b"abc"),
-        (Body(3, False), [b"abcd"], VpsFailure),
-        (Body(None, False), [b"ab", b"", b"c"], b"abc"),
-        (Body(None, True), [b"2\r\nab\r\n", b"1\r\nc\r\n0\r\n\r\n"], b"abc"),
-        (Body(None, True), [b"0\r\n\r\nx"], VpsFailure),
-        (Body(None, True), [b"zz\r\n"], HttpError),
+        (lambda: Body(3, False), b"abc", b"abc", True, ""),
+        (lambda: Body(3, False), b"ab", b"ab", False, "it ended in the middle of its answer"),
+        (lambda: Body(3, False), b"abcd", b"abc", True, "its answer goes on past its end"),
+        (lambda: Body(None, False), b"abc", b"abc", False, ""),
+        (lambda: Body(None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", True, ""),
+        (lambda: Body(None, True), b"2\r\nab\r\n", b"ab", False, "it ended in the middle of its answer"),
+        (lambda: Body(None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", True, "its answer goes on past its end"),
+        (lambda: Body(None, True), b"2\r\nab\r\nzz\r\n", b"ab", False, "it sent a malformed chunk"),
+        (lambda: Body(None, True), b"2\r\nab0\r\n\r\n", b"ab", False, "it sent a malformed chunk"),
     ],
 )
-def test_body(body: Body, feeds: list[bytes], outcome: Any):
-    if isinstance(outcome, bytes):
-        assert b"".join(body.feed(data) for data in feeds) == outcome
-    else:
-        with pytest.raises(outcome):
-            [body.feed(data) for data in feeds]
+def test_body(body: Any, data: bytes, payload: bytes, done: bool, failure: str, split: bool):
+    body, got = body(), b""
+    for piece in [data[i : i + 1] for i in range(len(data))] if split else [data]:
+        got += body.feed(piece)
+    if not body.failure:
+        body.end("")
+    assert (got, body.done) == (payload, done)
+    assert (body.failure.reason if body.failure else "") == failure
+
+
+@pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
+def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
+    text = A + chunk(b"data: " + b"x" * 300_000 + b"\n\n")
+
+    async def scenario() -> None:
+        script = [CHUNKED, *(text[at : at + size] for at in range(0, len(text), size))]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            first, last = (await pi.stream()).events
+            assert first == TOKEN_A
+            assert "an event of more than 262144 bytes" in last["message"]
+
+    run(scenario())
+
+
+def test_an_event_is_too_long_or_not_however_it_is_split():
+    longest = b"data: " + b"x" * (cm4d.MAX_EVENT_BYTES - 6)
+    for event_, good in ((longest, True), (longest + b"x", False)):
+        for line_ends in (b"\n\n", b"\r\n\r\n"):
+            data = event_ + line_ends + b": next\n\n"
+            for step in (65_536, 65_537, 65_535, 60_001):
+                begun = len(event_) - 10
+                pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
+                pieces += [bytes([byte]) for byte in data[begun:]]
+                events = Events()
+                if good:
+                    assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
+                else:
+                    with pytest.raises(VpsFailure, match="an event of more than 262144 bytes"):
+                        list(map(events.feed, pieces))
+
+
+def test_nothing_that_was_read_is_overtaken_on_the_express_lane():
+    """What is in the reader's buffer is read without waiting. The lane must not stay armed after that."""
+
+    async def scenario() -> None:
+        reader = Reader()
+        upstream = cm4d.Answer(reader, asyncio.get_running_loop())  # type: ignore[arg-type]
+        lane: list[bytes] = []
+        upstream.express = lambda data: not lane.append(data)  # type: ignore[func-returns-value]
+        try:
+            reader.feed_data(CHUNKED)
+            await upstream.read_head("text/event-stream")
+            reader.feed_data(chunk(b": hello\n\n" + token("a", 1)))
+            first = await upstream.read(express=True)
+            reader.feed_data(B)  # while its reader is still busy with the first
+            assert (first, lane) == (b": hello\n\n" + token("a", 1), [])
+            assert await upstream.read(express=True) == token("b", 2)
+        finally:
+            upstream.close()
+
+    run(scenario())
 
 
 def test_json_of_a_list_of_models_that_lies():
