@@ -105,6 +105,11 @@ class HttpError(Exception):
         self.close, self.extra, self.headers = close, extra or {}, headers
 
 
+class ListenError(OSError):
+    """The address cannot be listened on now. Unlike a wrong configuration this may mend itself: an interface that is
+    not up yet at boot, a port that a predecessor still holds."""
+
+
 class ClientGone(ConnectionError):
     """The other side closed, reset, or reads nothing any more. Never an error of ours, never logged as one."""
 
@@ -976,8 +981,11 @@ class Server:
         self._listener: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port that was really bound."""
-        self._listener = await asyncio.start_server(self._accept, host, port, limit=READ_BYTES, backlog=MAX_ACCEPTS)
+        """Listen; returns the port that was really bound. ListenError if that fails."""
+        try:
+            self._listener = await asyncio.start_server(self._accept, host, port, limit=READ_BYTES, backlog=MAX_ACCEPTS)
+        except OSError as error:
+            raise ListenError(error.errno, error.strerror) from None
         for listening in self._listener.sockets:
             # asyncio accepts as many at one go as the backlog is long; the kernel's own queue shall be longer.
             with socket.socket(fileno=os.dup(listening.fileno())) as twin:

@@ -60,6 +60,7 @@ from cerebrum_common import (
     Environment,
     Field,
     HttpError,
+    ListenError,
     Model,
     Request,
     Response,
@@ -94,6 +95,7 @@ VPS_URL = re.compile(
     r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
 )
 KEY = re.compile(r"[!-~]*")
+HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,13 @@ def load_config(environ: Environment) -> Config:
     for name, key in keys.items():
         if not KEY.fullmatch(key):
             raise ConfigError(f"{name}: expected printable ASCII without spaces")
+    host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
+    if not HOST.fullmatch(host):
+        raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
         vps=parse_vps_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")),
         models=models,
-        host=environ.text("CEREBRUM_CM4_HOST", "0.0.0.0"),
+        host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         key=keys["CEREBRUM_API_KEY"],
         client_key=keys["CEREBRUM_CM4_API_KEY"],
@@ -1127,11 +1132,7 @@ async def serve(config: Config) -> None:
     gateway = Gateway(config)
     server = Server(gateway, ROUTES, Access(config.client_key, own_names(config.hosts), config.origins))
     probing = asyncio.create_task(gateway.probe_forever())
-    try:
-        port = await server.start(config.host, config.port)
-    except OSError as error:
-        where = f"{config.host}, port {config.port}: {error.strerror}"
-        raise ConfigError(f"CEREBRUM_CM4_HOST, CEREBRUM_CM4_PORT: cannot listen on {where}") from None
+    port = await server.start(config.host, config.port)
     log.info("listening on http://%s:%d", f"[{config.host}]" if ":" in config.host else config.host, port)
     notify("READY=1")
     stopping = asyncio.create_task(told.wait())
@@ -1145,15 +1146,20 @@ async def serve(config: Config) -> None:
 
 
 def main() -> int:
+    """The exit status: 2 for a wrong configuration, which no restart mends, and 1 for what one may mend."""
     try:
         config = load_config(read_environment(os.environ, HERE))
         set_up_logging(config.log_level, config.log_file)
-        if not config.key:
-            log.warning("CEREBRUM_API_KEY is not set: the VPS will refuse every completion")
-        asyncio.run(serve(config))
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
+    if not config.key:
+        log.warning("CEREBRUM_API_KEY is not set: the VPS will refuse every completion")
+    try:
+        asyncio.run(serve(config))
+    except ListenError as error:
+        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+        return 1
     return 0
 
 

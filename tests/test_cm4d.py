@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -605,7 +606,7 @@ def test_a_running_stream_may_end_after_sigterm():
     ("name", "value"),
     [
         ("CEREBRUM_CM4_PORT", "x"),
-        ("CEREBRUM_CM4_HOST", "192.0.2.1"),
+        ("CEREBRUM_CM4_HOST", "two words"),
         ("CEREBRUM_LOG_LEVEL", "LOUD"),
         ("CEREBRUM_VPS_URL", "x"),
     ],
@@ -615,3 +616,26 @@ def test_a_start_that_fails_says_which_variable_is_wrong(name: str, value: str):
         log.wait(rf"^cm4d\.py: {name}[:,]")
         assert process.wait(10) == 2
     assert not any("Traceback" in line for line in log.lines)
+
+
+@pytest.mark.parametrize("what", ["an address that is not up", "a port that is taken"])
+def test_an_address_that_cannot_be_listened_on_yet_is_no_wrong_configuration(what: str):
+    """The unit starts the daemon again after a status of 1, and never after 2."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        host = "127.0.0.1" if "port" in what else "192.0.2.1"
+        with cm4(CEREBRUM_CM4_HOST=host, CEREBRUM_CM4_PORT=port) as (process, log):
+            log.wait(rf" - ERROR - \[-\] cannot listen on {host} port {port}: .")
+            assert process.wait(10) == 1
+    assert [line for line in log.lines if "Traceback" in line or "CEREBRUM_CM4" in line] == []
+    assert sum("cannot listen" in line for line in log.lines) == 1
+
+
+def test_another_fault_of_the_system_does_not_read_as_an_address(monkeypatch: pytest.MonkeyPatch):
+    async def serve(config: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cm4d, "serve", serve)
+    monkeypatch.setattr(cm4d, "set_up_logging", lambda level, file: None)
+    with pytest.raises(OSError, match="No space left on device"):
+        cm4d.main()
