@@ -959,7 +959,7 @@ class Exchange:
         """`POST /v1/complete 200 1.23s`; 499 is nginx's number for a client that left before its answer."""
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
-        log.log(level, "%s %d %.2fs", ascii(what)[1:-1], status, time.perf_counter() - self.started)
+        log.log(level, "%s %d %.2fs", what, status, time.perf_counter() - self.started)
 
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -1218,10 +1218,29 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**values, **environ})
 
 
-class _RequestIdFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
+def printable(text: str) -> str:
+    """The text with escapes for what could act on a terminal or forge a line: line ends, controls, bidi overrides."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class LogFormatter(logging.Formatter):
+    """`2025-12-25 12:00:00 - INFO - [request id] message`, one line whatever outside text the message has.
+
+    A traceback follows on lines of its own, indented, so that none of them can pass for a record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
         record.request_id = request_id_var.get()
-        return True
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
 
 
 def set_up_logging(level: str, file: str) -> None:
@@ -1237,10 +1256,8 @@ def set_up_logging(level: str, file: str) -> None:
             handlers.append(RotatingFileHandler(file, maxBytes=5_000_000, backupCount=3, encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"CEREBRUM_LOG_FILE: cannot write {file}: {error.strerror}") from None
-    form = logging.Formatter("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:
-        handler.setFormatter(form)
-        handler.addFilter(_RequestIdFilter())
+        handler.setFormatter(LogFormatter())
         log.addHandler(handler)
     log.setLevel(level.upper())
     log.propagate = False

@@ -332,6 +332,7 @@ EXPLAINED = {
     " CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what could act on a client's terminal
 
 
 def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
@@ -341,9 +342,10 @@ def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
     message, code = members.get("message"), members.get("code")
     if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
         return None
-    message = message[:MAX_MESSAGE_CHARACTERS]
+    message = CONTROLS.sub(" ", message)
+    message = message.replace(key, "***") if key else message  # before it is cut, or half of the key could be left
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if type(members.get(name)) is int}
-    return message.replace(key, "***") if key else message, code, more
+    return message[:MAX_MESSAGE_CHARACTERS], code, more
 
 
 def refusal(status: int, body: bytes, key: str) -> HttpError:

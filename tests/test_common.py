@@ -263,6 +263,36 @@ def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("_logger")
+@pytest.mark.parametrize(
+    ("text", "logged"),
+    [
+        ("a\r\n2025-12-25 12:00:00 - INFO - [x] forged", r"a\r\n2025-12-25 12:00:00 - INFO - [x] forged"),
+        ("\x1b[2Jgone\x07\0\x7f", r"\x1b[2Jgone\x07\x00\x7f"),
+        ("/\u2028x\x85 \u202ecod", r"/\u2028x\x85 \u202ecod"),
+        ("half \ud83d", r"half \ud83d"),
+        ("größer 日本 😀", "größer 日本 😀"),
+    ],
+)
+def test_outside_text_stays_on_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, logged: str
+) -> None:
+    set_up_logging("info", str(tmp_path / "log"))
+    common.log.info("%s", text)
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        common.log.error("internal error", exc_info=error)
+    out = (tmp_path / "log").read_text()
+    assert capsys.readouterr().out == out
+    first, second, *rest = out.split("\n")
+    assert first.endswith(f" - INFO - [-] {logged}")
+    assert second.endswith(" - ERROR - [-] internal error")
+    assert rest.pop() == ""
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
+
+
+@pytest.mark.usefixtures("_logger")
 def test_bad_log_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"):
         set_up_logging("loud", "")

@@ -239,6 +239,28 @@ def test_an_error_event_is_passed_on_with_its_code():
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
+        (f"the key {KEY}", "the key ***"),
+        ("x" * (cm4d.MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (cm4d.MAX_MESSAGE_CHARACTERS - 9) + "***"),
+        ("größer 😀", "größer 😀"),
+    ],
+)
+def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
+    refused = error(503, "RESOURCE_EXHAUSTED", message)
+    broken = [CHUNKED, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
+
+    async def scenario() -> None:
+        async with Backend([[refused], broken, broken]) as backend, pi_for(backend.port) as pi:
+            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
+            for message in ((await pi.complete()).json["message"], (await pi.stream()).events[-1]["message"]):
+                assert message == told
+
+    run(scenario())
+
+
 def test_progress_and_comments_are_passed_on():
     progress = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
     script = [CHUNKED, chunk(b": keep-alive\n\n"), chunk(event(**progress)), A, B, chunk(DONE), END]

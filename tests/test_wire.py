@@ -689,15 +689,15 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         asyncio.run(play(server, raw, count, 1))
         return [
-            re.sub(r"[0-9]\.[0-9]{2}s$", "0.00s", f"{record.levelname} {record.getMessage()}")
+            re.sub(r"[0-9]\.[0-9]{2}s$", "0.00s", common.LogFormatter().format(record).split(" - ", 1)[1])
             for record in caplog.records
             if record.name == "cerebrum"
         ]
 
     forged = "/%E2%80%A8x%C2%85%20200%201.00s"
-    assert logged(sized(BODY)) == ["INFO POST /v1/complete 200 0.00s"]
-    assert logged(get(forged)) == ["INFO GET /\\u2028x\\x85 200 1.00s 404 0.00s"]
-    assert logged(HELLO) == ["INFO - - 400 0.00s"]
+    assert logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
+    assert logged(get(forged)) == ["INFO - [-] GET /\\u2028x\\x85 200 1.00s 404 0.00s"]
+    assert logged(HELLO) == ["INFO - [-] - - 400 0.00s"]
     assert logged(b"", 0) == []
 
 
