@@ -40,6 +40,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import random
 import re
 import signal
@@ -321,6 +322,16 @@ class VpsFailure(HttpError):
         self.reason = reason
 
 
+BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
+
+
+class Misfit(HttpError):
+    """The VPS is there, but the two are not configured for each other. 503; the breaker does not count it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("VPS_UNAVAILABLE", message)
+
+
 MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
 PASSED_ON = frozenset(  # codes of the VPS that tell the client something; all others are VPS_UNAVAILABLE
     {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
@@ -359,8 +370,9 @@ def refusal(status: int, body: bytes, key: str) -> HttpError:
     message, code, more = ours
     if code in PASSED_ON:
         return HttpError(code, message, extra=more)
-    explained = EXPLAINED.get(status, f"VPS backend answered {status} {code}")
-    return HttpError("VPS_UNAVAILABLE", explained)
+    if status in EXPLAINED:
+        return Misfit(EXPLAINED[status])
+    return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
 
 
 def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
@@ -835,7 +847,7 @@ class Gateway:
         self.requests_total = 0
         self.active: list[Job] = []
         self.probes = 0  # so many have ended
-        self.reachable = False  # by the last probe or completion
+        self.trouble = "VPS backend has not been asked yet"  # why the last probe or completion failed; "": it did not
         self.response_ms: float | None = None  # of the last good probe
         self.contexts: dict[str, int] | None = None  # n_ctx of the models that the VPS has; None: never told
         self._contexts_until = 0.0
@@ -847,12 +859,12 @@ class Gateway:
 
     @property
     def available(self) -> bool:
-        return self.reachable and self.breaker.state != "open"
+        return not self.trouble and self.breaker.state != "open"
 
     # Probing: the only place that asks /health.
 
     async def probe_forever(self) -> None:
-        """Keeps `reachable`, `response_ms` and `contexts` true: asks every 5 s, and when woken."""
+        """Keep `trouble`, `response_ms` and `contexts` true: ask every 5 s, and when woken."""
         while True:
             self._wake.clear()
             await self._probe()
@@ -868,26 +880,28 @@ class Gateway:
         started = time.monotonic()
         try:
             await self.upstream.get("/health", MAX_ERROR_BYTES)
+            now = time.monotonic()
+            self.response_ms = round((now - started) * 1000, 1)
+            self.breaker.healthy(now)
+            if self.trouble or now >= self._contexts_until:
+                await self._learn_models()
         except HttpError as error:
-            self._found(False, error.message)
-            return
-        now = time.monotonic()
-        self.response_ms = round((now - started) * 1000, 1)
-        self.breaker.healthy(now)
-        if not self.reachable or now >= self._contexts_until:
-            await self._learn_models()
-        self._found(True, "VPS backend is available")
+            self._found(error.message)
+        else:
+            self._found("")
 
-    def _found(self, reachable: bool, message: str) -> None:
-        if reachable != self.reachable or not self.probes:
-            (log.info if reachable else log.warning)("%s", message)
-        self.reachable = reachable
+    def _found(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or "VPS backend is available")
+        self.trouble = trouble
 
     async def _learn_models(self) -> None:
-        """What the VPS has. If it does not tell, what was known stays."""
+        """Learn what the VPS has. If it does not tell, what was known stays; Misfit if it does not let us ask."""
         self._contexts_until = time.monotonic() + MODELS_SECONDS
         try:
             self.contexts = read_contexts(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
+        except Misfit:
+            raise
         except HttpError as error:
             log.warning("no list of models: %s", error.message)
 
@@ -908,7 +922,7 @@ class Gateway:
         with self._slot(job):
             ticket = self.breaker.admit(time.monotonic())
             if ticket is None:
-                raise HttpError("VPS_UNAVAILABLE", "VPS backend is unavailable (circuit breaker open)")
+                raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
             job.ticket = ticket
             try:
                 async with contextlib.AsyncExitStack() as stack:
@@ -924,6 +938,9 @@ class Gateway:
                         yield kind, value
             except VpsFailure as failure:
                 self._failed(job.ticket, failure)
+                raise
+            except Misfit as error:
+                self._found(error.message)
                 raise
             finally:
                 self.breaker.left(job.ticket)
@@ -956,13 +973,13 @@ class Gateway:
         """So many valid tokens, or a whole answer, have come."""
         job.tokens += count
         job.ticket = self.breaker.succeeded(job.ticket)
-        if not self.reachable:
-            self._found(True, "VPS backend is available")
+        if self.trouble:
+            self._found("")
 
     def _failed(self, ticket: int, failure: VpsFailure) -> None:
         self.breaker.failed(ticket, time.monotonic())
         log.warning("%s; the breaker is %s", failure.message, self.breaker.state)
-        self.reachable = False
+        self.trouble = failure.message
         self._wake.set()  # a probe tells at once whether that was all of it
 
     async def _ask(self, job: Job, stack: contextlib.AsyncExitStack) -> Answer:
@@ -1028,13 +1045,12 @@ def job_seconds(job: Job) -> float:
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """What the probe and the traffic say; the VPS is not asked."""
-    up = gateway.available
-    body: dict[str, Any] = {"status": "healthy" if up else "unhealthy", "timestamp": timestamp(), "vps_available": up}
-    body["uptime"] = round(time.monotonic() - gateway.started, 1)
-    if not up:
-        body |= {"error": True, "message": "VPS backend is unreachable", "code": "VPS_UNAVAILABLE"}
-    return Response(body, 200 if up else 503)
+    """What the last probe and the traffic have shown; the VPS is not asked. 503 says what is wrong with it."""
+    uptime = round(time.monotonic() - gateway.started, 1)
+    if gateway.available:
+        return Response({"status": "healthy", "timestamp": timestamp(), "vps_available": True, "uptime": uptime})
+    message = gateway.trouble or BREAKER_OPEN
+    raise HttpError("VPS_UNAVAILABLE", message, extra={"status": "unhealthy", "vps_available": False, "uptime": uptime})
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:

@@ -302,6 +302,40 @@ def test_health_and_stats_and_models_while_the_vps_is_down():
     run(scenario())
 
 
+def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
+    unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
+    words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and of the VPS do not match"
+
+    async def scenario() -> None:
+        async with Backend(models=unauthorized) as backend, pi_for(backend.port) as pi:
+            reply = await pi.get("/health")
+            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+            assert (reply.json["status"], reply.json["vps_available"]) == ("unhealthy", False)
+            assert (await pi.get("/v1/stats")).json["vps_available"] is False
+            reply = await pi.complete()
+            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            backend.models = answer(200, MODELS)
+            await until(lambda: pi.gateway.available)
+            assert (await pi.get("/health")).status == 200
+            assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+def test_a_key_that_is_refused_while_healthy_is_noticed_at_once():
+    async def scenario() -> None:
+        async with Backend([[error(401, "UNAUTHORIZED")], GOOD]) as backend, pi_for(backend.port) as pi:
+            assert (await pi.stream()).status == 503
+            reply = await pi.get("/health")
+            assert (reply.status, "do not match" in reply.json["message"]) == (503, True)
+            assert (await pi.stream()).clean
+            assert (await pi.get("/health")).status == 200
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     "health",
     [answer(500, {}), answer(200, [1]), head(200, "Content-Length: 2") + b"no", head(302, "Location: /x"), b"nonsense"],
