@@ -41,6 +41,7 @@ import functools
 import io
 import json
 import logging
+import math
 import random
 import re
 import signal
@@ -375,6 +376,27 @@ def refusal(status: int, body: bytes, key: str) -> HttpError:
     return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
 
 
+COUNT = Field(int, 0, 10**9)
+SECONDS = Field(float, 0, 10**9)
+RESULT = {"total_tokens": COUNT, "inference_time": SECONDS, "prompt_tokens": COUNT, "finish_reason": Field(str, 1, 40)}
+OURS = frozenset(  # what a result or an error of ours is made of, so no backend may set it
+    {"completion", "language", "model", "timestamp", "mode", "kept", "done", "token", "error", "message", "code"}
+)
+
+
+def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
+    """What a done event tells, without what is ours to say and without members that have a wrong type or range.
+
+    >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
+    {'prompt_tokens': 5, 'ttft': 0.25}
+    """
+    return {
+        name: value
+        for name, value in done.items()
+        if name not in OURS and (name not in RESULT or RESULT[name].accepts(value))
+    }
+
+
 def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
     """The VPS's /v1/models to the n_ctx of each model that it has."""
     listed = answer.get("models")
@@ -539,7 +561,9 @@ def read_event(event: bytes, key: str) -> Pair | None:
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
-        return "text", sse_event(members)
+        if not COUNT.accepts(members.get("total_tokens")):
+            raise VpsFailure("it sent a token without its number")
+        return "text", sse_event({"token": members["token"], "total_tokens": members["total_tokens"]})
     progress = members.get("progress")
     return ("progress", progress) if isinstance(progress, dict) else None
 
@@ -824,11 +848,13 @@ class Job:
     """One completion: what was asked, which model answers, how it was asked there, and what has come back."""
 
     fields: dict[str, Any]
+    limit: float = math.inf  # bytes of text events that its client's API can take
     model: str = ""
     mode: str = ""
     kept: dict[str, Any] = field(default_factory=dict)
     weight: int = 0  # of the prompt that was sent, for the ratio
     tokens: int = 0  # relayed so far
+    size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer one of its session has taken its slot
     send_now: Callable[[bytes], bool] | None = None  # the client's end of the express lane
@@ -931,6 +957,9 @@ class Gateway:
                     answer.express = functools.partial(self._express, job)
                     async for kind, value in relay(answer, self.config.key):
                         if kind == "text":
+                            job.size += len(value)
+                            if job.size > job.limit:
+                                raise VpsFailure("its completion is too long")
                             self._tokens(job, value.count(b"\n\n"))
                         elif kind == "done":
                             self._tokens(job, 0)
@@ -1022,23 +1051,18 @@ class Gateway:
 
     def _result(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
         """The text's fields, then whatever else the VPS tells."""
-        if type(counted := done.get("prompt_tokens")) is int:
+        told = read_result(done)
+        if counted := told.get("prompt_tokens"):
             self.ratio.learn(job.model, job.weight, counted)
-        total, seconds = done.get("total_tokens"), done.get("inference_time")
-        result = {
+        ours = {
             "language": job.fields["language"],
             "model": job.model,
-            "total_tokens": total if type(total) is int else job.tokens,
-            "inference_time": round(float(seconds), 3) if isinstance(seconds, int | float) else job_seconds(job),
+            "total_tokens": told.pop("total_tokens", job.tokens),
+            "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.started)), 3),
             "timestamp": timestamp(),
             "mode": job.mode,
         }
-        more = {name: value for name, value in done.items() if name not in result and name != "done"}
-        return result | more | ({"kept": job.kept} if job.kept else {})
-
-
-def job_seconds(job: Job) -> float:
-    return round(time.perf_counter() - job.started, 3)
+        return ours | told | ({"kept": job.kept} if job.kept else {})
 
 
 # -------------------------------------------------------------------------------------------- handlers
@@ -1069,13 +1093,10 @@ async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[byt
 async def complete(gateway: Gateway, request: Request) -> Response:
     """A completion in one piece, collected from the same pairs."""
     fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
-    text, size, result = io.StringIO(), 0, {}
-    async with contextlib.aclosing(gateway.complete(Job(fields))) as pairs:
+    text, result = io.StringIO(), {}
+    async with contextlib.aclosing(gateway.complete(Job(fields, limit=MAX_COLLECTED_BYTES))) as pairs:
         async for kind, value in pairs:
             if kind == "text":
-                size += len(value)
-                if size > MAX_COLLECTED_BYTES:
-                    raise VpsFailure("its completion is too long")
                 text.write(read_text(value))
             elif kind == "done":
                 result = value

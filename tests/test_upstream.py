@@ -121,6 +121,8 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "not UTF-8": ([CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')], [TOKEN_A], "not JSON"),
     "deep nesting": ([CHUNKED, A, chunk(b"data: " + b"[" * 9000 + b"\n\n")], [TOKEN_A], "not JSON"),
     "NaN": ([CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END], [TOKEN_A], "not JSON"),
+    "a token without its number": ([CHUNKED, A, chunk(event(token="b"))], [TOKEN_A], "without its number"),
+    "a token with a wrong number": ([CHUNKED, A, chunk(event(token="b", total_tokens=True))], [TOKEN_A], "its number"),
     "an error without a code": ([CHUNKED, A, chunk(event(error=True, message="m"))], [TOKEN_A], "without message"),
 }  # fmt: skip
 
@@ -221,6 +223,45 @@ def test_whole(name: str, split: bool):
                 "prompt_tokens": 5,
             } | ({"kept": done["kept"]} if "kept" in done else {})
             assert (await pi.complete()).json["completion"] == "ab"
+
+    run(scenario())
+
+
+HONEST: dict[str, Any] = {"done": True, "total_tokens": 2, "inference_time": 0.25, "prompt_tokens": 5}
+LIES: list[dict[str, Any]] = [
+    {name: value}
+    for name in ("language", "model", "mode", "timestamp", "completion", "token", "message", "code", "kept")
+    for value in ("lies", 5, None, {"a": [1]}, True)
+] + [
+    {name: value}
+    for name in ("total_tokens", "inference_time", "prompt_tokens", "finish_reason")
+    for value in (True, None, "5", -1, 10**19, [], {})
+    if name != "finish_reason" or value != "5"
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_a_done_event_that_lies_cannot_override_what_is_ours(lie: dict[str, Any]):
+    script = [CHUNKED, A, B, chunk(event(**HONEST | {"ttft": None, "x": [1]} | lie)), END]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            whole = await pi.complete()
+            stream = await pi.stream()
+            assert (whole.status, stream.clean) == (200, True)
+            for result in (whole.json, stream.events[-1]):
+                expected = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
+                assert {name: result[name] for name in expected} == expected
+                assert 0 <= result["inference_time"] < 20
+                assert type(result["inference_time"]) is float
+                assert len(result["timestamp"]) == 26
+                assert result.get("prompt_tokens", 5) == 5
+                assert result["kept"]["parts"] == ["all"]
+                assert (result["ttft"], result["x"]) == (None, [1])
+                assert not {"token", "message", "code", "error", "finish_reason"} & set(result)
+            assert whole.json["completion"] == "ab"
+            assert "done" not in whole.json
+            assert "completion" not in stream.events[-1]
 
     run(scenario())
 
@@ -374,6 +415,7 @@ def test_a_collected_answer_without_end_is_cut():
         async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
             check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
             await backend.left.wait()
+            assert pi.gateway.breaker.describe(0)["failures"] == 1
 
     run(scenario())
 
