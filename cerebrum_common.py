@@ -673,11 +673,16 @@ def route_language(models: Sequence[Model], language: str, present: Collection[s
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`."""
+    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`, `address` the client's.
+
+    `end` ends this request from outside its handler: the handler is cancelled, and the error is its answer.
+    """
 
     head: Head
     body: bytes
     parameter: str = ""
+    address: str = ""
+    end: Callable[[HttpError], None] = lambda _: None
 
     def json(self) -> dict[str, Any]:
         return parse_json(self.body)
@@ -887,12 +892,20 @@ class Exchange:
         self.keep = False
         self.quiet = False
         self.frame: Callable[[bytes], bytes] | None = None  # how events are sent, once a stream has begun
+        self.task: asyncio.Task[None] | None = None  # that calls the handler and sends its answer
+        self.verdict: HttpError | None = None  # why that task was cancelled, if `end` has done it
         self.started = time.perf_counter()
 
     def begin(self, head: Head, keep: bool) -> None:
         self.head, self.keep = head, keep
         self.started = time.perf_counter()
         request_id_var.set(head.request_id)
+
+    def end(self, error: HttpError) -> None:
+        """Cancel what is being done for this request, and answer with `error` instead."""
+        if self.task and not self.task.done():
+            self.verdict = error
+            self.task.cancel()
 
     async def send(self, response: Response) -> None:
         """A whole response; a HEAD request gets the same without the body."""
@@ -1084,7 +1097,8 @@ class Server:
         exchange.quiet = route.open
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request = Request(head, await connection.read_body(head), parameter)
+        body = await connection.read_body(head)
+        request = Request(head, body, parameter, connection.address, exchange.end)
         await (self._watch if route.watched else self._call)(exchange, route, request)
 
     def _route(self, head: Head, over: bool) -> tuple[Route, str]:
@@ -1133,6 +1147,7 @@ class Server:
 
     async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
         """Call the handler and send what it returns. Here any exception becomes an answer."""
+        exchange.task = asyncio.current_task()
         try:
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
@@ -1140,6 +1155,10 @@ class Server:
             await (exchange.send(response) if response.events is None else exchange.stream(response))
         except ClientGone:
             raise
+        except asyncio.CancelledError:
+            if exchange.verdict is None:
+                raise
+            await exchange.fail(exchange.verdict)
         except Exception as exception:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
 

@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import asyncio
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -193,7 +194,7 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress", "session")
+PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -209,6 +210,14 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         got = describe(fields["model"])
         raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
     return fields | {"mode": detect_mode(fields)}
+
+
+def session_of(address: str, session: str | None) -> str:
+    """What tells one session from all others, here and on the VPS, which sees the Pi's address alone; "" for none.
+
+    Two clients may call their sessions by the same name, and must not end each other's requests.
+    """
+    return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
 DEFAULT_N_CTX = 4096  # until the VPS has told
@@ -848,6 +857,8 @@ class Job:
     """One completion: what was asked, which model answers, how it was asked there, and what has come back."""
 
     fields: dict[str, Any]
+    session: str = ""  # from `session_of`; "": none
+    end: Callable[[HttpError], None] = lambda _: None  # ends it for its client, whatever it is waiting for
     limit: float = math.inf  # bytes of text events that its client's API can take
     model: str = ""
     mode: str = ""
@@ -856,7 +867,8 @@ class Job:
     tokens: int = 0  # relayed so far
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
-    superseded: bool = False  # a newer one of its session has taken its slot
+    superseded: bool = False  # a newer one of its session has ended it
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # it holds nothing any more
     send_now: Callable[[bytes], bool] | None = None  # the client's end of the express lane
     started: float = field(default_factory=time.perf_counter)
 
@@ -945,34 +957,55 @@ class Gateway:
         Every other end is an HttpError. What it holds is taken in its body and given back when it ends or is closed.
         """
         self.requests_total += 1
-        with self._slot(job):
-            ticket = self.breaker.admit(time.monotonic())
-            if ticket is None:
-                raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-            job.ticket = ticket
-            try:
-                async with contextlib.AsyncExitStack() as stack:
-                    answer = await self._ask(job, stack)
-                    yield "started", None
-                    answer.express = functools.partial(self._express, job)
-                    async for kind, value in relay(answer, self.config.key):
-                        if kind == "text":
-                            job.size += len(value)
-                            if job.size > job.limit:
-                                raise VpsFailure("its completion is too long")
-                            self._tokens(job, value.count(b"\n\n"))
-                        elif kind == "done":
-                            self._tokens(job, 0)
-                            value = self._result(job, value)
-                        yield kind, value
-            except VpsFailure as failure:
-                self._failed(job.ticket, failure)
-                raise
-            except Misfit as error:
-                self._found(error.message)
-                raise
-            finally:
-                self.breaker.left(job.ticket)
+        async with self._place(job), contextlib.AsyncExitStack() as stack:
+            answer = await self._ask(job, stack)
+            yield "started", None
+            answer.express = functools.partial(self._express, job)
+            async for kind, value in relay(answer, self.config.key):
+                if kind == "text":
+                    job.size += len(value)
+                    if job.size > job.limit:
+                        raise VpsFailure("its completion is too long")
+                    self._tokens(job, value.count(b"\n\n"))
+                elif kind == "done":
+                    self._tokens(job, 0)
+                    value = self._result(job, value)
+                yield kind, value
+
+    @contextlib.asynccontextmanager
+    async def _place(self, job: Job) -> AsyncIterator[None]:
+        """A place among the running completions, and the breaker's leave to ask. HttpError 429 or 503.
+
+        A newer completion of a session ends the older one, if it is let in itself, and asks the VPS only when the
+        older one has let go of it: the VPS never has more than `max_concurrent` requests of ours.
+        """
+        running = [other for other in self.active if not other.superseded]
+        older = [other for other in running if job.session and other.session == job.session]
+        if len(running) - len(older) >= self.config.max_concurrent:
+            limit = self.config.max_concurrent
+            raise HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
+        ticket = self.breaker.admit(time.monotonic())
+        if ticket is None:
+            raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+        job.ticket = ticket
+        self.active.append(job)
+        try:
+            for other in older:
+                other.superseded = True
+                other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
+            for other in [other for other in self.active if other.superseded]:
+                await other.gone.wait()
+            yield
+        except VpsFailure as failure:
+            self._failed(job.ticket, failure)
+            raise
+        except Misfit as error:
+            self._found(error.message)
+            raise
+        finally:
+            self.active.remove(job)
+            job.gone.set()
+            self.breaker.left(job.ticket)
 
     def _express(self, job: Job, data: bytes) -> bool:
         """The express lane: one chunk with one token goes to the client as it came, if the client is not behind."""
@@ -980,23 +1013,6 @@ class Gateway:
             return False
         self._tokens(job, 1)
         return True
-
-    @contextlib.contextmanager
-    def _slot(self, job: Job) -> Iterator[None]:
-        """A place among the completions that run. A newer one of a session takes the older one's: the VPS ends that
-        one as soon as it hears of the newer, so it no longer counts."""
-        limit, session = self.config.max_concurrent, job.fields["session"]
-        counted = [other for other in self.active if not other.superseded]
-        older = [other for other in counted if session is not None and other.fields["session"] == session]
-        if len(counted) - len(older) >= limit:
-            raise HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
-        for other in older:
-            other.superseded = True
-        self.active.append(job)
-        try:
-            yield
-        finally:
-            self.active.remove(job)
 
     def _tokens(self, job: Job, count: int) -> None:
         """So many valid tokens, or a whole answer, have come."""
@@ -1039,6 +1055,8 @@ class Gateway:
         prepared = prepare(fields, fields["mode"], prompt_budget(n_ctx, fields["max_tokens"]), ratio)
         job.mode, job.kept, job.weight = str(prepared.body["mode"]), prepared.kept, prepared.weight
         passed = {name: fields[name] for name in PASSED_TO_VPS if fields[name] is not None}
+        if job.session:
+            passed["session"] = job.session
         if fields["language"] in LANGUAGES:  # the VPS knows how others end as little as we do
             passed["language"] = fields["language"]
         body = {"model": job.model, **passed, **prepared.body}
@@ -1077,9 +1095,15 @@ async def health(gateway: Gateway, request: Request) -> Response:
     raise HttpError("VPS_UNAVAILABLE", message, extra={"status": "unhealthy", "vps_available": False, "uptime": uptime})
 
 
+def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
+    """A native request as a Job."""
+    fields = read_completion(request.json(), gateway.config.models)
+    return Job(fields, session_of(request.address, fields["session"]), request.end, limit)
+
+
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """A completion as SSE, token by token."""
-    job = Job(read_completion(request.json(), gateway.config.models))
+    job = read_job(gateway, request)
     return Response(events=native_stream(gateway.complete(job)), connect=functools.partial(setattr, job, "send_now"))
 
 
@@ -1092,9 +1116,10 @@ async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[byt
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """A completion in one piece, collected from the same pairs."""
-    fields = read_completion(request.json(), gateway.config.models) | {"progress": False}
+    job = read_job(gateway, request, limit=MAX_COLLECTED_BYTES)
+    job.fields["progress"] = False
     text, result = io.StringIO(), {}
-    async with contextlib.aclosing(gateway.complete(Job(fields, limit=MAX_COLLECTED_BYTES))) as pairs:
+    async with contextlib.aclosing(gateway.complete(job)) as pairs:
         async for kind, value in pairs:
             if kind == "text":
                 text.write(read_text(value))

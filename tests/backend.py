@@ -1,5 +1,8 @@
 """A scripted VPS for tests: it tells the truth about its health and models, and answers a completion by its script.
 
+As vpsd does, it ends a completion when a newer one of the same session comes: with 409 SUPERSEDED, or with an error
+event once the answer has begun.
+
 A script is a list of steps: bytes to send, `RESET`, `HANG` (until the other side leaves), `Flood`, or a callable
 (for example an asyncio.Event's `wait`) that is awaited. After the last step the connection is closed.
 """
@@ -65,6 +68,7 @@ def error(status: int, code: str, message: str = "says the VPS", **more: Any) ->
     return answer(status, {"error": True, "message": message, "code": code, "timestamp": "2025-12-25", **more})
 
 
+SUPERSEDED: dict[str, Any] = {"error": True, "message": "a newer request of this session came", "code": "SUPERSEDED"}
 MODELS: dict[str, Any] = {"models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]}
 HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
 
@@ -80,6 +84,8 @@ class Backend:
     port: int = 0
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sent: int = 0  # bytes of completions
+    running: int = 0  # completions that are being answered
+    most_running: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)  # a completion's connection has ended
     begun: asyncio.Event = field(default_factory=asyncio.Event)  # a completion has been asked for
 
@@ -92,6 +98,7 @@ class Backend:
 
     async def __aenter__(self) -> Backend:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._sessions: dict[str, asyncio.Task[None]] = {}  # the newest completion of each
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -121,11 +128,35 @@ class Backend:
             return
         script = self.scripts[min(len(self.completions), len(self.scripts)) - 1]
         self.begun.set()
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await self._play(script, str(json.loads(body).get("session", "")), reader, writer)
+        finally:
+            self.running -= 1
+            self.left.set()
+
+    async def _play(
+        self, script: Sequence[Any], session: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        playing, begun = asyncio.current_task(), False
+        assert playing is not None
+        if session:
+            if older := self._sessions.get(session):
+                older.cancel("superseded")
+            self._sessions[session] = playing
         try:
             for step in script:
+                begun = begun or isinstance(step, bytes)
                 await self._step(step, reader, writer)
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args != ("superseded",):
+                raise
+            told = chunk(event(**SUPERSEDED)) if begun else error(409, "SUPERSEDED", SUPERSEDED["message"])
+            writer.write(told)
         finally:
-            self.left.set()
+            if self._sessions.get(session) is playing:
+                del self._sessions[session]
 
     async def _step(self, step: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if step is RESET:
@@ -180,10 +211,17 @@ class Pi:
     """A gateway and its server, in this process."""
 
     gateway: Gateway
+    server: Server
     port: int
+    address: str = "127.0.0.1"  # that its client asks from
+
+    def from_address(self, address: str) -> Pi:
+        """The same Pi, asked by another client."""
+        return Pi(self.gateway, self.server, self.port, address)
 
     async def open(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[Any, Any]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16)
+        local = (self.address, 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16, local_addr=local)
         payload = b"" if body is None else json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -230,7 +268,7 @@ async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIter
     gateway = Gateway(Config(**settings))
     server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))
     task = asyncio.create_task(gateway.probe_forever()) if probing else None
-    pi = Pi(gateway, await server.start("127.0.0.1", 0))
+    pi = Pi(gateway, server, await server.start("127.0.0.1", 0))
     try:
         if probing:
             await until(lambda: gateway.probes > 0)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from backend import (
     MODELS,
     ROOT,
     Backend,
+    Flood,
+    Reply,
     answer,
     chunk,
     error,
@@ -157,8 +160,8 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
             await pi.stream()
-            more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "session": "s", "max_tokens": 9}
-            await pi.complete(**more, temperature=0, language="rust")
+            more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
+            await pi.complete(**more, temperature=0, language="rust", session="s" * 200)
             first, second = backend.completions
             assert first == {
                 "model": "qwen_0_5b",
@@ -173,6 +176,7 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
             }
             expected = more | {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
             assert {name: second[name] for name in expected} == expected
+            assert re.fullmatch("[0-9a-f]{64}", second["session"])
 
     run(scenario())
 
@@ -442,20 +446,186 @@ def test_slots_are_given_back_after_every_kind_of_error():
     run(scenario())
 
 
-def test_a_newer_completion_of_a_session_takes_the_slot_of_the_older():
+# --------------------------------------------------------------------------------------------- sessions
+
+TOKEN_A = {"token": "a", "total_tokens": 1}
+HANGS: dict[str, list[Any]] = {
+    "before its head": [HANG],
+    "after its head": [CHUNKED, HANG],
+    "after a token": [CHUNKED, chunk(token("a", 1)), HANG],
+}
+
+
+def check_superseded(
+    reply: Reply, path: str, begun: bool, message: str = "a newer request of this session took"
+) -> None:
+    """409, or an error event and a cut once a stream has begun."""
+    if path.endswith("stream") and begun:
+        assert (reply.status, reply.clean, reply.events[-1]["code"]) == (200, False, "SUPERSEDED")
+        assert message in reply.events[-1]["message"]
+    else:
+        assert (reply.status, reply.clean, reply.json["code"]) == (409, True, "SUPERSEDED")
+        assert message in reply.json["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
+    """By the Pi itself: a VPS that hangs cannot keep the older one, nor its place."""
+
+    async def scenario() -> None:
+        scripts = [HANGS[hang], GOOD]
+        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
+            await backend.begun.wait()
+            assert (await pi.stream(session="another")).status == 429
+            newer = await pi.stream(session="editor")
+            assert (newer.status, newer.clean) == (200, True)
+            check_superseded(await older, path, begun=hang != "before its head")
+            await backend.left.wait()
+            assert backend.most_running == 1, "the newer one was sent while the older still ran"
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+def test_a_completion_that_is_still_connecting_can_be_superseded(monkeypatch: pytest.MonkeyPatch):
+    connecting, connect = asyncio.Event(), cm4d.Upstream._connect
+
+    async def never(upstream: Any) -> Any:
+        connecting.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            monkeypatch.setattr(cm4d.Upstream, "_connect", never)
+            older = asyncio.create_task(pi.complete(session="editor"))
+            await connecting.wait()
+            monkeypatch.setattr(cm4d.Upstream, "_connect", connect)
+            assert (await pi.complete(session="editor")).status == 200
+            check_superseded(await older, "/v1/complete", begun=False)
+
+    run(scenario())
+
+
+def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
+    async def scenario() -> None:
+        scripts = [[CHUNKED, Flood(chunk(token("a", 1)) * 1000)], GOOD]
+        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            _, writer = await pi.open("POST", "/v1/complete/stream", GOOD_FIELDS | {"session": "editor"})
+            await until(
+                lambda: any(c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values())
+            )
+            assert (await pi.stream(session="editor")).clean
+            await backend.left.wait()
+            assert pi.gateway.requests_active == 0
+            writer.transport.abort()
+
+    run(scenario())
+
+
+def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
+    """Each ends the one before, and the VPS never has more than max_concurrent of them, even if it answers none."""
+
+    async def scenario() -> None:
+        async with Backend([[HANG]]) as backend, pi_for(backend.port, max_concurrent=2) as pi:
+            flood = [asyncio.create_task(pi.complete(session=f"editor {n % 2}")) for n in range(60)]
+            done: set[Any] = set()
+            while len(done) < 58:
+                done, _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+                flood_left = [task for task in flood if not task.done()]
+                await asyncio.sleep(0)
+            for task in done:
+                check_superseded(task.result(), "/v1/complete", begun=False)
+            await until(lambda: backend.running == 2)
+            assert backend.most_running == 2
+            assert pi.gateway.requests_active == 2
+            for task in flood_left:
+                task.cancel()
+
+    run(scenario())
+
+
+def test_a_session_belongs_to_its_client():
     async def scenario() -> None:
         go = asyncio.Event()
         slow = [CHUNKED, go.wait, *GOOD[1:]]
-        async with Backend([slow]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            older = asyncio.create_task(pi.stream(session="editor"))
+        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+            mine = asyncio.create_task(pi.stream(session="editor"))
             await until(lambda: len(backend.completions) == 1)
-            assert (await pi.stream(session="another")).status == 429
-            newer = asyncio.create_task(pi.stream(session="editor"))
+            theirs = asyncio.create_task(pi.from_address("127.0.0.2").stream(session="editor"))
             await until(lambda: len(backend.completions) == 2)
-            assert (await pi.stream(session="another")).status == 429
             go.set()
-            assert [(await task).status for task in (older, newer)] == [200, 200]
-            assert pi.gateway.requests_active == 0
+            assert [reply.clean for reply in await asyncio.gather(mine, theirs)] == [True, True]
+            assert len({body["session"] for body in backend.completions}) == 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "code"),
+    [
+        ({"max_tokens": 0}, 400, "INVALID_REQUEST"),
+        ({"language": "cobol"}, 400, "INVALID_REQUEST"),
+        ({"model": "gpt"}, 404, "MODEL_NOT_FOUND"),
+        ({}, 503, "VPS_UNAVAILABLE"),
+    ],
+)
+def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], status: int, code: str):
+    async def scenario() -> None:
+        go = asyncio.Event()
+        slow = [CHUNKED, go.wait, *GOOD[1:]]
+        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+            older = asyncio.create_task(pi.stream(session="editor"))
+            await backend.begun.wait()
+            if not more:
+                for _ in range(cm4d.FAILURES_TO_OPEN):
+                    pi.gateway.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
+            newer = await pi.complete(session="editor", **more)
+            assert (newer.status, newer.json["code"]) == (status, code)
+            go.set()
+            assert (await older).clean
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
+@pytest.mark.parametrize("hang", HANGS)
+def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
+    """Two Pis behind one address are one client for the VPS, which then decides."""
+
+    async def scenario() -> None:
+        async with (
+            Backend([HANGS[hang], GOOD]) as backend,
+            pi_for(backend.port) as pi,
+            pi_for(backend.port) as other,
+        ):
+            older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
+            await backend.begun.wait()
+            if hang == "after a token":
+                await until(lambda: pi.gateway.active[0].tokens == 1)
+            assert (await other.complete(session="editor")).json["completion"] == "ab"
+            check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
+def test_a_model_that_cannot_be_loaded_is_500(path: str):
+    told = {"error": True, "message": "out of memory", "code": "MODEL_LOAD_FAILED"}
+    scripts = [[error(500, "MODEL_LOAD_FAILED", "out of memory")], [CHUNKED, chunk(event(**told))]]
+
+    async def scenario() -> None:
+        async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+            reply = await pi.ask("POST", path, GOOD_FIELDS)
+            assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
+            reply = await pi.ask("POST", path, GOOD_FIELDS)
+            if path.endswith("stream"):
+                assert (reply.status, reply.clean, reply.events) == (200, False, [told])
+            else:
+                assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
+            assert pi.gateway.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
