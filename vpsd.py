@@ -58,6 +58,7 @@ from cerebrum_common import (
     ConfigError,
     Field,
     HttpError,
+    ListenError,
     Model,
     Request,
     Response,
@@ -488,9 +489,9 @@ class EventStream:
     keep its place for ever.
     """
 
-    def __init__(self, engine: Engine, completion: Completion, first: list[Event | HttpError]) -> None:
+    def __init__(self, engine: Engine, completion: Completion) -> None:
         self._engine, self._completion = engine, completion
-        self._waiting: list[list[Event | HttpError]] = [first]
+        self._patience = HEAD_SECONDS
         self._error: HttpError | None = None
         self._done = False
 
@@ -502,14 +503,14 @@ class EventStream:
             raise self._error
         if self._done:
             raise StopAsyncIteration
-        events = self._waiting.pop() if self._waiting else await self._completion.next_events(KEEPALIVE_SECONDS)
         block = b""
-        for event in events:
+        for event in await self._completion.next_events(self._patience):
             if isinstance(event, HttpError):
                 self._error = event
                 return block or await anext(self)  # what came before the error is sent first
             block += sse_event(event)
             self._done = "done" in event
+        self._patience = KEEPALIVE_SECONDS
         return block or SSE_COMMENT
 
     async def aclose(self) -> None:
@@ -809,16 +810,8 @@ async def inference(engine: Engine, request: Request) -> Response:
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error that comes soon is a status; after that it is an event."""
-    completion = engine.admit(parse_inference(request.json()))
-    try:
-        first = await completion.next_events(HEAD_SECONDS)
-        if first and isinstance(first[0], HttpError):
-            raise first[0]
-    except BaseException:
-        engine.finish(completion)
-        raise
-    return Response(events=EventStream(engine, completion, first))
+    """POST /v1/inference/stream. An error that comes within HEAD_SECONDS is a status; after that it is an event."""
+    return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()))))
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -905,7 +898,7 @@ async def serve(config: Config) -> int:
     server = Server(engine, ROUTES, Access(config.key, config.hosts, config.origins))
     try:
         port = await server.start(config.host, config.port)
-    except OSError as error:
+    except ListenError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     host = f"[{config.host}]" if ":" in config.host else config.host

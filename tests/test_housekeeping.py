@@ -297,7 +297,7 @@ def test_a_model_without_room_is_refused_with_the_figures(monkeypatch: pytest.Mo
 def test_a_stream_that_was_never_started_gives_its_place_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         completion = await house.loaded(A)
-        stream = EventStream(house.engine, completion, [{"token": "x", "total_tokens": 1}])
+        stream = EventStream(house.engine, completion)
         async with contextlib.aclosing(stream):
             pass  # the client has reset before the head was written
         assert house.engine.completions == {}
@@ -310,7 +310,8 @@ def test_a_stream_sends_what_came_before_an_error_first(monkeypatch: pytest.Monk
     async def scenario(house: House) -> None:
         completion = await house.loaded(A)
         error = HttpError("INTERNAL_ERROR", "fault")
-        stream = EventStream(house.engine, completion, [{"token": "x", "total_tokens": 1}, error])
+        completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
+        stream = EventStream(house.engine, completion)
         assert await anext(stream) == b'data: {"token": "x", "total_tokens": 1}\n\n'
         with pytest.raises(HttpError) as raised:
             await anext(stream)
