@@ -34,7 +34,7 @@ import time
 import tomllib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,7 @@ MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # and room for a method and a version
 MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies needs 2 KiB; a head is held in memory whole
 MAX_HEADERS = 100  # no client known to us sends 30
 MAX_BODY_BYTES = 1 << 20  # the longest source file that a prompt is made of
+MAX_BODIES_BYTES = 16 << 20  # of all connections together; parsing one can cost 20 times its size, for a moment
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so they only have to be survived
 MAX_CHUNK_LINE_BYTES = 256  # a chunk size has 16 digits; the rest is room for an extension that nobody reads
 MAX_PIPELINED_BYTES = 65_536  # read ahead while a request runs, to see whether its client is still there
@@ -696,7 +697,7 @@ class Route:
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
     open: bool = False  # needs no key, answers over the connection limit, and is logged at DEBUG
-    json: bool = False  # takes a JSON body; without it a body is read and ignored
+    json: bool = False  # takes a JSON body; without it a body is read and dropped
     watched: bool = False  # may run long: the handler is cancelled when its client leaves
 
 
@@ -814,30 +815,29 @@ class Connection:
                 raise ClientGone
         return self.take(end)
 
-    async def read_body(self, head: Head) -> bytes:
-        """The whole body, by the framing that the head announced; ClientGone at an early end."""
+    async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
+        """Give `sink` the body piece by piece, by the framing that the head announced; ClientGone at an early end."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                return await (self._read_chunks() if head.chunked else self._read_bytes(head.length or 0))
+                await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
 
-    async def _read_bytes(self, length: int) -> bytes:
-        if length > MAX_BODY_BYTES:
-            raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {length}", "PAYLOAD_TOO_LARGE")
-        while len(self.buffer) < length:
-            if not await self.fill():
+    async def _read_bytes(self, length: int, sink: Callable[[bytes], None]) -> None:
+        while length:
+            if not self.buffer and not await self.fill():
                 raise ClientGone
-        return self.take(length)
+            piece = self.take(min(length, READ_BYTES))
+            length -= len(piece)
+            sink(piece)
 
-    async def _read_chunks(self) -> bytes:
-        decoder, body = ChunkedDecoder(MAX_BODY_BYTES), bytearray()
+    async def _read_chunks(self, sink: Callable[[bytes], None]) -> None:
+        decoder = ChunkedDecoder(MAX_BODY_BYTES)
         while not decoder.done:
             if not self.buffer and not await self.fill():
                 raise ClientGone
-            body += decoder.feed(self.take(READ_BYTES))
+            sink(decoder.feed(self.take(READ_BYTES)))
         self.buffer[:0] = decoder.rest
-        return bytes(body)
 
     async def wait_gone(self) -> None:
         """Returns when the client has left. A half-close counts as leaving, as with nginx: from here the two look
@@ -990,6 +990,7 @@ class Server:
         self.connections: dict[asyncio.Task[None], Connection] = {}
         self.overflow: dict[asyncio.Task[None], None] = {}  # those of them over the limit, oldest first
         self.clients: Counter[str] = Counter()  # those of them within it, by address
+        self.body_bytes = 0  # of request bodies that are being read or answered
         self.stopping = False
         self._listener: asyncio.Server | None = None
 
@@ -1003,6 +1004,8 @@ class Server:
             # asyncio accepts as many at one go as the backlog is long; the kernel's own queue shall be longer.
             with socket.socket(fileno=os.dup(listening.fileno())) as twin:
                 twin.listen(1024)
+                # asyncio reads all that the kernel has, up to 256 KiB a connection, whatever the reader's limit.
+                twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def stop(self, grace: float) -> None:
@@ -1091,15 +1094,35 @@ class Server:
             if exchange.keep:
                 with contextlib.suppress(HttpError):  # for its request has been answered already
                     exchange.keep = False
-                    await connection.read_body(head)
+                    await connection.read_body(head, discard)
                     exchange.keep = True
             return
         exchange.quiet = route.open
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await connection.read_body(head)
-        request = Request(head, body, parameter, connection.address, exchange.end)
-        await (self._watch if route.watched else self._call)(exchange, route, request)
+        with self._hold() as (body, hold):
+            await connection.read_body(head, hold if route.json else discard)
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end)
+            body.clear()
+            await (self._watch if route.watched else self._call)(exchange, route, request)
+
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
+        """A body, and what adds to it as long as the bodies of all connections together are within their limit."""
+        body, held = bytearray(), 0
+
+        def hold(piece: bytes) -> None:
+            nonlocal held
+            if self.body_bytes + len(piece) > MAX_BODIES_BYTES:
+                raise malformed("too many requests are being sent; try again later", "OVERLOADED")
+            body.extend(piece)
+            held += len(piece)
+            self.body_bytes += len(piece)
+
+        try:
+            yield body, hold
+        finally:
+            self.body_bytes -= held
 
     def _route(self, head: Head, over: bool) -> tuple[Route, str]:
         """The route and its path parameter, for those who may know: routing and the key see the same path."""
@@ -1161,6 +1184,10 @@ class Server:
             await exchange.fail(exchange.verdict)
         except Exception as exception:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
+
+
+def discard(piece: bytes) -> None:
+    """Where the bodies go that nobody looks at."""
 
 
 def check_body(head: Head, route: Route) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_wire import BODY, get, serving, sized
+from test_wire import BODY, chunked, get, serving, sized, without
 from wire import HEALTH, PATIENCE, ROOT, ask, connect, daemon, read_reply
 
 import cerebrum_common as common
@@ -546,7 +546,124 @@ def test_the_overflow_is_bounded_and_the_newest_is_heard(monkeypatch: pytest.Mon
     asyncio.run(run())
 
 
+def in_chunks(body: bytes) -> bytes:
+    pieces = (body[at : at + 4000] for at in range(0, len(body), 4000))
+    return b"".join(map(common.chunk, pieces)) + b"0\r\n\r\n"
+
+
+def upload(size: int, framing: str, key: bool = True) -> bytes:
+    """A good completion request of `size` bytes."""
+    body = BODY[:-1] + b', "a": "' + b"x" * (size - len(BODY) - 9) + b'"}'
+    raw = sized(body) if framing == "length" else chunked(in_chunks(body))
+    return (raw if key else without(raw, "X-API-Key")).replace(b"@POST", b"/v1/complete")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("refused", ["no key", "wrong path", "wrong method", "no JSON endpoint"])
+def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> None:
+    raw = upload(1_000_000, framing, key=refused != "no key")
+    path, method = {"wrong path": ("/x", "POST"), "wrong method": ("/v1/complete", "PUT")}.get(refused, ("", ""))
+    if path:
+        raw = raw.replace(b"POST /v1/complete", f"{method} {path}".encode())
+    if refused == "no JSON endpoint":
+        raw = raw.replace(b"/v1/complete", b"/v1/unload/x")
+    status = {"no key": 401, "wrong path": 404, "wrong method": 405, "no JSON endpoint": 200}[refused]
+
+    async def run() -> None:
+        async with serving() as (server, port), connect(port) as (reader, writer):
+            writer.write(raw[:-100])
+            await writer.drain()
+            await until(lambda: server.connections)
+            (connection,) = server.connections.values()
+            if status != 200:
+                assert (await read_reply(reader)).status == status
+            # All that the kernel has taken from us has been read once the server waits for more.
+            await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
+            assert len(connection.buffer) <= common.READ_BYTES
+            assert server.body_bytes == 0
+            writer.write(raw[-100:])
+            if status == 200:
+                assert (await read_reply(reader)).status == 200
+            writer.write(HEALTH)
+            assert (await read_reply(reader)).status == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_the_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
+    monkeypatch.setattr(common, "MAX_BODIES_BYTES", 150_000)
+    raw = upload(100_000, framing)
+
+    async def run() -> None:
+        async with serving() as (server, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
+            writer.write(raw[:-10])
+            await until(lambda: server.body_bytes > 95_000)
+            writer2.write(raw)
+            reply = await read_reply(reader2)
+            assert (reply.status, reply.json()["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
+            assert await closed(reader2) == b""
+            assert (await ask(port, HEALTH)).status == 200
+            writer.write(raw[-10:])
+            assert (await read_reply(reader)).status == 200
+            await until(lambda: server.body_bytes == 0)
+            assert (await ask(port, raw)).status == 200
+
+    asyncio.run(run())
+
+
+def test_a_body_counts_until_it_is_answered() -> None:
+    async def run() -> None:
+        async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
+            writer.write(SLOW)
+            await slow.begun.wait()
+            assert server.body_bytes == len(BODY)
+            slow.release.set()
+            assert (await read_reply(reader)).status == 200
+            await until(lambda: server.body_bytes == 0)
+
+    asyncio.run(run())
+
+
 # --------------------------------------------------------------------------------- the daemons under attack
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("key", [True, False])
+def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framing: str, key: bool) -> None:
+    """128 connections with 1 MiB each, which the daemon once held all at once; /health answers in the middle."""
+    raw = upload(1_048_000, framing, key)
+
+    async def attack(port: int) -> set[int]:
+        go, sent = asyncio.Event(), 0
+
+        async def one() -> int:
+            nonlocal sent
+            async with connect(port) as (reader, writer):
+                writer.write(raw[:-10])
+                with contextlib.suppress(ConnectionError):  # who is refused is cut after its answer
+                    await writer.drain()
+                sent += 1
+                await go.wait()
+                writer.write(raw[-10:])
+                try:
+                    return (await read_reply(reader)).status
+                except ConnectionError:
+                    return 0
+
+        attackers = [asyncio.create_task(one()) for _ in range(128)]
+        await until(lambda: sent == 128)
+        assert "status" in (await ask(port, HEALTH)).json()
+        go.set()
+        return set(await asyncio.gather(*attackers))
+
+    with daemon("cm4d", tmp_path) as process:
+        asyncio.run(ask(process.port, HEALTH))
+        statuses = asyncio.run(attack(process.port))
+        # The Pi has no VPS here, and two places.
+        assert statuses <= ({503, 429, 404, 0} if key else {401})
+        assert process.peak_rss_kb() < 110_000
+        assert process.complaints() == ""
 
 
 @pytest.mark.parametrize("name", ["cm4d", "vpsd"])

@@ -127,8 +127,14 @@ class Daemon:
     log: list[str] = field(default_factory=list)
 
     def rss_kb(self) -> int:
+        return self._memory("VmRSS:")
+
+    def peak_rss_kb(self) -> int:
+        return self._memory("VmHWM:")
+
+    def _memory(self, line: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0])
+        return int(status.split(line)[1].split()[0])
 
     def stdout(self) -> str:
         return (self.output / "stdout").read_text()
