@@ -440,7 +440,10 @@ def test_slots_are_given_back_after_every_kind_of_error():
 
     async def scenario() -> None:
         async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            assert [(await pi.stream()).status for _ in scripts] == [404, 503, 200, 200]
+            replies = [await pi.stream() for _ in scripts]
+            assert [reply.status for reply in replies] == [404, 503, 200, 200]
+            assert [reply.json["code"] for reply in replies[:2]] == ["MODEL_NOT_FOUND", "VPS_UNAVAILABLE"]
+            assert [reply.clean for reply in replies[2:]] == [False, True]
             assert pi.gateway.requests_active == 0
 
     run(scenario())
@@ -675,7 +678,7 @@ def test_a_model_that_has_gone_is_looked_for_again():
     async def scenario() -> None:
         scripts = [[error(404, "MODEL_NOT_FOUND")], GOOD]
         async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).status == 404
+            assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
             backend.models = answer(200, MODELS)
             pi.gateway._wake.set()
             await until(lambda: pi.gateway.contexts == {"qwen_0_5b": 4096})

@@ -75,7 +75,7 @@ def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.
                 writer.write(b"a")
                 await asyncio.wait({answer}, timeout=0.02)
             assert answer.result().status == 408
-            assert 0.2 <= time.monotonic() - started < 2
+            assert time.monotonic() - started >= 0.2
 
     asyncio.run(run())
 
@@ -492,7 +492,7 @@ def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
             await until(lambda: len(server.connections) == 5)
             reply = await ask(port, get("/v1/models"))
             assert (reply.status, reply.json()["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
-            assert (await ask(port, get("/nothing"))).status == 503
+            assert (await ask(port, get("/nothing"))).json()["code"] == "OVERLOADED"
             reply = await ask(port, HEALTH)
             assert (reply.status, reply.one("Connection")) == (200, "close")
             peers[0][1].write(get("/v1/models"))
@@ -700,7 +700,7 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
         process = stack.enter_context(daemon(name, tmp_path))
         before = process.rss_kb()
         seconds = asyncio.run(attack(process.port))
-        assert max(seconds) < 2
+        assert max(seconds) < common.HEAD_SECONDS / 2  # none of them waited for the attackers' deadline
         assert process.rss_kb() - before < 20_000
         assert (asyncio.run(ask(process.port, HEALTH))).json()["timestamp"]
         assert process.complaints() == ""
@@ -715,13 +715,17 @@ def raise_open_files() -> Any:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+FRAMING_CODES = {"INVALID_REQUEST", "PAYLOAD_TOO_LARGE", "URI_TOO_LONG", "HEADERS_TOO_LARGE"}
+
+
 def test_flat_memory_under_endless_heads_and_bodies(tmp_path: Path) -> None:
     """Heads, chunk lines and trailers without end: each is cut, and nothing stays."""
 
     async def attack(port: int) -> None:
         async def one(raw: bytes) -> None:
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                assert (await ask(port, raw)).status in (400, 404, 413, 414, 431)
+                reply = await ask(port, raw)
+                assert reply.json()["code"] in FRAMING_CODES
 
         head = (
             sized(BODY).split(b"Content-Length")[0].replace(b"@POST", b"/v1/complete")

@@ -443,5 +443,7 @@ def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
             "/v1/complete" if name == "cm4d" else "/v1/inference",
             json.dumps({**MEMBERS, "model": "qwen_0_5b"}).encode(),
         )
-        assert asyncio.run(ask(process.port, raw)).status in (404, 503)
+        reply = asyncio.run(ask(process.port, raw))
+        # Neither has a model, and this Pi has no VPS.
+        assert reply.json()["code"] == {"cm4d": "VPS_UNAVAILABLE", "vpsd": "MODEL_NOT_FOUND"}[name]
         assert process.complaints() == ""
