@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import string
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +61,7 @@ _C_DEFINES = (
 )
 _JS_DEFINES = (
     r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
-    r"(?:function\b[ \t]*\*?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t])[ \t]*([\w$]+)"
+    r"(?:function\b[ \t]*(?:\*[ \t]*)?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t]+)([\w$]+)"
     r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
     r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
     r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
@@ -293,11 +293,13 @@ LINE_START = re.compile(
     r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
 )
 INDENT = re.compile(r"[ \t]{0,80}")
-DOCSTRING = re.compile(r"""[ \t]*[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
+DOCSTRING = re.compile(r"""[ \t]{0,80}[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
 DOCSTRING_MARK = '"""'
 PARAGRAPH_END = re.compile(r"\n\s*\n")
 LEADS = ("@", "#[", "template")  # what belongs to a definition right below, beside comments
 MAX_COMMENT = 800  # characters: a longer comment above a definition, or signature around something, is left out
+MAX_SIGNATURE = 4000  # characters: what goes on longer is no signature, and its first line stands for it
+MAX_CANDIDATES = 250  # definitions that are tried for a window; 10,000 characters of ordinary code need fewer than 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +349,7 @@ class Definition:
     start: int
     indent: int
     parent: Definition | None
+    members: list[Definition] = field(default_factory=list)  # the first 40
 
     def chain(self) -> tuple[Definition, ...]:
         """The definitions around this one and itself, outermost first."""
@@ -377,7 +380,10 @@ class Source:
             indent = len(self.indent(start))
             while stack and (stack[-1].indent >= indent or len(stack) > MAX_NESTING):
                 stack.pop()
-            stack.append(Definition(name, start, indent, stack[-1] if stack else None))
+            parent = stack[-1] if stack else None
+            stack.append(Definition(name, start, indent, parent))
+            if parent and len(parent.members) < 40:
+                parent.members.append(stack[-1])
             self.definitions.append(stack[-1])
             self.by_name.setdefault(name, []).append(stack[-1])
 
@@ -408,8 +414,12 @@ class Source:
 
     def signature_end(self, definition: Definition) -> int:
         """Past the line that ends a signature, which may take several."""
-        start, end = definition.start, self.line_end(definition.start)
+        start = definition.start
+        first = end = self.line_end(start)
         for _ in range(20):
+            if end > start + MAX_SIGNATURE:
+                end = first
+                break
             if self.text.count("(", start, end) <= self.text.count(")", start, end):
                 break
             end = self.line_end(end)
@@ -424,10 +434,11 @@ class Source:
         """Where the comments, decorators and attributes right above a definition begin."""
         text, start, comment = self.text, definition.start, self.language.block_comment
         for _ in range(12):
-            above = text.rfind("\n", 0, max(0, start - 1)) + 1
+            lowest = max(0, start - MAX_COMMENT - 2)
+            above = text.rfind("\n", lowest, max(0, start - 1)) + 1
             line = text[above : min(start, above + 200)].strip()
             if comment and line.endswith(comment[1]):
-                above = text.rfind("\n", 0, max(0, text.rfind(comment[0], 0, start))) + 1
+                above = text.rfind("\n", lowest, max(0, text.rfind(comment[0], lowest, start))) + 1
             elif not line.startswith((*LEADS, self.language.line_comment)):
                 break
             if above >= start or start - above > MAX_COMMENT:
@@ -463,8 +474,7 @@ class Source:
         """A definition that is too large: its docstring, and the signatures around that and of its members."""
         body, around = self.signature_end(definition), definition.chain()
         docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
-        members = [member for member in self.definitions if member.parent is definition]
-        signatures = [Piece(member.start, self.signature_end(member), around) for member in members[:40]]
+        signatures = [Piece(member.start, self.signature_end(member), around) for member in definition.members]
         return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
@@ -619,11 +629,16 @@ class Fit:
         """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
         and only if few have the name."""
         around = self.source.enclosing(self.start)
-        for name, member in names:
-            named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
-            known = [one for one in named if member or not one.indent or one.parent in around]
-            if known and known[-1].start < self.start and len(known) <= 3:
-                yield from map(self.forms, known[-1:] if self.source.language.indented else known)
+        found = (one for name, member in names for one in self.named(name, member, around))
+        return map(self.forms, islice(found, MAX_CANDIDATES))
+
+    def named(self, name: str, member: bool, around: tuple[Definition, ...]) -> list[Definition]:
+        """The definitions that a name means, if they are few and before the window."""
+        named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
+        known = [one for one in named if member or not one.indent or one.parent in around]
+        if not known or known[-1].start >= self.start or len(known) > 3:
+            return []
+        return known[-1:] if self.source.language.indented else known
 
     def forms(self, definition: Definition) -> Iterator[list[Piece]]:
         """A definition whole; what has a block also in outline, and its signature alone."""
@@ -771,26 +786,63 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
 
 
 class StopStrings:
-    """Cuts the text at the first stop string, across token borders; holds back what may be the beginning of one."""
+    """Cuts the text at the first stop string, across token borders; holds back what may be the beginning of one.
+
+    Knuth, Morris and Pratt's search, once for each string: `matched` says how much of it the text ends with.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
-        self.held = ""
+        self.borders = [borders(stop) for stop in self.stops]
+        self.matched = [0] * len(self.stops)
+        self.longest, self.size = "", 0  # of the matches
+
+    @property
+    def held(self) -> str:
+        """What is held back: the beginning of a stop string."""
+        return self.longest[: self.size]
 
     def feed(self, text: str) -> tuple[str, bool]:
         """(text before any stop string that can be sent, whether one was found)."""
-        text = self.held + text
-        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
-        if found:
-            self.held = ""
-            return text[: min(found)[1]], True  # the first to be complete, however the text was cut into tokens
-        keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        for place, char in enumerate(text, self.size + 1):
+            complete = self._step(char)
+            if complete:  # the first, however the text was cut into tokens; of two at once the longer
+                out, self.size = self._first(place - complete, text), 0
+                return out, True
+        size = max(self.matched, default=0)
+        out = self._first(self.size + len(text) - size, text)
+        if size:
+            self.longest = self.stops[self.matched.index(size)]
+        self.size = size
+        return out, False
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    def _first(self, size: int, text: str) -> str:
+        """So many characters of what is held and of `text`."""
+        return self.longest[: min(size, self.size)] + text[: max(0, size - self.size)]
+
+    def _step(self, char: str) -> int:
+        """The length of the longest stop string that `char` completes."""
+        complete = 0
+        for number, (stop, border) in enumerate(zip(self.stops, self.borders, strict=True)):
+            size = self.matched[number]
+            while size and stop[size] != char:
+                size = border[size - 1]
+            size += stop[size] == char
+            self.matched[number] = size
+            if size == len(stop):
+                complete = max(complete, size)
+        return complete
+
+
+def borders(text: str) -> list[int]:
+    """For each beginning of a text, the length of its longest proper beginning that is also its end."""
+    found = [0] * len(text)
+    for place in range(1, len(text)):
+        size = found[place - 1]
+        while size and text[place] != text[size]:
+            size = found[size - 1]
+        found[place] = size + (text[place] == text[size])
+    return found
 
 
 # ------------------------------------------------------------------------------- policy: the natural end
@@ -818,22 +870,27 @@ CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try
 BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
+WORD_CHARS = 8  # of the statement so far are looked at: the longest word that matters, and the character before it
+HEAD_CHARS = 1000  # of a statement are remembered; in a longer one the first half of them, and what is new
+STRAY_BRACKETS = 20  # open ones that a closing one of another kind may pass over; a correct program has none
+LINE_CHARS = 500  # of a line, from its first one that is not blank, are compared with anything
+NAME_CHARS = 100  # a longer name is nobody's helper
 TAIL_CHARS = 18  # of the text are remembered: the longest closing of a literal, C++'s )name" with 16 in its name
 TRIPLE_QUOTES = ('"""', "'''")
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
-CALL = re.compile(r"(\w+)\(")
+CALL = re.compile(rf"(?<!\w)(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
-REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))\s*$")
-FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([^`\n]*)")
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
+FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 # A line that announces what nobody asked for, and instructions that do ask for it.
 EXTRAS = re.compile(
-    r"(?:#|//)+[ \t]*(?:some |an? |the )?"
+    r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
     r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
     r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
     r"[:. \t\r]*$",
@@ -915,11 +972,12 @@ class Scanner:
                     return opener, closer
             elif opener == "'" and (self.tail[-2:-1].isalnum() or self.tail[-2:-1] == "_"):
                 # An apostrophe in JSX, or what separates digits in C++; unless a prefix or a keyword is before it.
-                return (opener, closer) if QUOTE_AFTER.search(self.head) else None
-            elif opener == 'R"' and not RAW_BEFORE.search(self.head):
+                return (opener, closer) if QUOTE_AFTER.search(self.head[-WORD_CHARS:]) else None
+            elif opener == 'R"' and not RAW_BEFORE.search(self.head[-WORD_CHARS:]):
                 continue
             elif opener == "/":
-                return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(self.head) else None
+                before = self.head.rstrip()[-WORD_CHARS:]
+                return (opener, closer) if self.last != '"' and REGEX_BEFORE.search(before) else None
             elif opener != "#" or not self.language.directives or self.starting:
                 return opener, closer
         return None
@@ -949,7 +1007,7 @@ class Scanner:
             self.closer = ""  # never closed
             self._in_code(char)
         elif self.opener == "`" and self.tail.endswith("${") and "/" in self.language.ambiguous:
-            self.stack.append(("${", self.head, self.indent))
+            self.stack.append(("${", "", self.indent))
             self.closer = ""
 
     def _in_code(self, char: str) -> None:
@@ -960,22 +1018,36 @@ class Scanner:
             self.indent += 1 if char == " " else 8 - self.indent % 8
             return
         self.starting = False
-        if char in "([{":
+        if char == "{" and not self.language.indented:
             self.stack.append((char, self.head, self.indent))
-            self.head = "" if char == "{" and not self.language.indented else self.head + char
+            self.head = ""
+        elif char in "([{":
+            self.stack.append((char, "", self.indent))
+            self._add(char)
         elif char in PAIRS:
             self._close(char)
         elif char == ";" and not self.language.indented and not self.in_parens:
             self.head = ""
         else:
-            self.head = (self.head if len(self.head) < 1000 else self.head[:500]) + char
+            self._add(char)
         self.last = self.last if char in " \t\r" else char
 
+    def _add(self, code: str) -> None:
+        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
+
+    def _opener_of(self, char: str) -> int | None:
+        """Where in the stack the bracket is that `char` closes; a stray ) does not close a block."""
+        for depth in range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1):
+            kind = self.stack[depth][0]
+            if kind[-1] == PAIRS[char]:
+                return depth
+            if kind == "{":
+                break
+        return None
+
     def _close(self, char: str) -> None:
-        depth = len(self.stack) - 1
-        while depth >= 0 and self.stack[depth][0][-1] != PAIRS[char]:
-            depth = -1 if self.stack[depth][0] == "{" else depth - 1  # a stray ) does not close a block
-        if depth < 0:
+        depth = self._opener_of(char)
+        if depth is None:
             self.unmatched += 1
             return
         kind, header, _ = self.stack[depth]
@@ -983,15 +1055,20 @@ class Scanner:
         if kind == "${":
             self.opener, self.closer, self.since = "`", "`", 9
         elif char != "}" or self.language.indented:
-            self.head += char
+            self._add(char)
         else:
-            self.head = header + "{}" if self.in_parens else ""
+            self.head = ""
+            if self.in_parens:
+                self._add(header + "{}")
 
     def _newline(self) -> None:
         if not self.language.indented:
             self.starting, self.indent = True, 0
             if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
-                self.head = "" if self.head.endswith("\n") or self.last == ":" else self.head + "\n"  # : is a label's
+                if self.head.endswith("\n") or self.last == ":":  # a label's
+                    self.head = ""
+                else:
+                    self._add("\n")
         elif self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
         else:
@@ -1007,9 +1084,12 @@ class Stage:
     """Text in, text out, until `reason`. `step` sees each character, and moves `safe`, the length that may go out."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.text: list[str] = []  # its characters: each += on a string attribute would copy all of it
         self.safe = self.sent = 0
         self.reason: str | None = None
+
+    def cut(self, start: int, stop: int | None = None) -> str:
+        return "".join(self.text[start:stop])
 
     def step(self, char: str) -> None:
         raise NotImplementedError
@@ -1022,12 +1102,17 @@ class Stage:
             self.step(char)
             if self.reason:
                 break
-        out, self.sent = self.text[self.sent : self.safe], self.safe
+        out, self.sent = self.cut(self.sent, self.safe), self.safe
         return out, self.reason
 
     def flush(self, whole: bool) -> str:
         """What is left when the tokens end: because the model says so (`whole`), or because no more are allowed."""
-        return self.text[self.sent :]
+        return self.cut(self.sent)
+
+
+def compared(line: str) -> str:
+    """What of a line is compared with anything."""
+    return line.lstrip()[:LINE_CHARS]
 
 
 class Lines(Stage):
@@ -1038,8 +1123,9 @@ class Lines(Stage):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
-        self.scanner, self.prompt = scanner, prompt
-        self.line = prompt[prompt.rfind("\n") + 1 :]  # the line so far, with what the prompt has of it
+        self.scanner = scanner
+        # The line so far without its indentation, with what the prompt has of it.
+        self.line = compared(prompt[prompt.rfind("\n") + 1 :])
         self.held = scanner.starting  # the line has not shown yet whether it is outside
         self.mark = self.before = 0
         self.dropped = 0  # of the last line end, if the completion ends there
@@ -1057,35 +1143,24 @@ class Lines(Stage):
         """Why the completion is over with this line, if it is."""
         raise NotImplementedError
 
-    def undefined(self) -> list[str]:
-        """How the definitions would begin of functions that the text calls and nothing so far defines."""
-        written, keyword = self.prompt + self.text[: self.mark], self.scanner.language.function
-        names = set(CALL.findall(self.text[: self.mark])) if keyword else set()
-        starts = (f"{keyword} {name}(" for name in names)
-        return [start for start in starts if start not in written]
-
-    def helps(self, word: str) -> str | None:
-        """`outside` of what follows a whole function: "" if it defines one that the text calls."""
-        starts = self.undefined()
-        if any(map(word.startswith, starts)):
-            return ""
-        return None if any(start.startswith(word) for start in starts) else "block"
-
     def step(self, char: str) -> None:
         self.ticks = self.ticks + 1 if char == "`" and (self.ticks or not self.scanner.closer) else 0
-        self.text += char
+        self.text.append(char)
         self.scanner.step(char)
         reason: str | None = None
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
         elif char == "\n" and self.is_boundary():
-            line, self.line, self.held = self.line.strip(), "", True
+            line, self.line, self.held = self.line.rstrip(), "", True
             if line:
                 self.before, self.mark = self.mark, len(self.text) - self.dropped
             reason = self.ended(line)
         else:
-            self.line = "" if char == "\n" else self.line + char
-            if self.held and not self.ticks and (word := self.line.strip()):
+            if char == "\n":
+                self.line = ""
+            elif len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
+                self.line += char
+            if self.held and not self.ticks and (word := self.line.rstrip()):
                 reason = self.outside(word)
                 self.held = reason != ""
             if not self.held:
@@ -1102,7 +1177,48 @@ def continues(word: str) -> str | None:
     return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
 
 
-class IndentedBlock(Lines):
+class Block(Lines):
+    """Lines up to the end of a block, and of the functions right below it that it calls and that were not there."""
+
+    def __init__(self, scanner: Scanner, prompt: str) -> None:
+        super().__init__(scanner, prompt)
+        function = scanner.language.function
+        self.header = f"{function} "
+        self.defines = re.compile(rf"{function} (\w{{1,{NAME_CHARS}}})\(") if function else None
+        self.unread, self.read = prompt, 0  # of the prompt, and how much of the text `missing` has read
+        self.known: set[str] = set()  # names of functions that are called or defined
+        self.undefined: list[str] = []  # and of those that are called only, sorted
+
+    def missing(self) -> list[str]:
+        """The names of functions, sorted, that the text calls and nothing so far defines."""
+        if self.defines and self.read < self.mark:
+            lines, self.read = self.cut(self.read, self.mark), self.mark
+            written, self.unread = self.unread + lines, ""
+            for name in self.defines.findall(written):
+                self.known.add(name)
+                place = bisect_left(self.undefined, name)
+                if self.undefined[place : place + 1] == [name]:
+                    del self.undefined[place]
+            called = set(CALL.findall(lines)) - self.known
+            self.known |= called
+            for name in called:
+                insort(self.undefined, name)
+        return self.undefined
+
+    def helps(self, word: str) -> str | None:
+        """`outside` of what follows a whole function: "" if it defines one that the text calls."""
+        missing, header = self.missing(), self.header
+        if not missing or not word.startswith(header):
+            return None if missing and header.startswith(word) else "block"
+        name, bracket, _ = word[len(header) :].partition("(")
+        place = bisect_left(missing, name)
+        first = missing[place] if place < len(missing) else ""
+        if bracket:
+            return "" if first == name else "block"
+        return None if first.startswith(name) else "block"
+
+
+class IndentedBlock(Block):
     """Python: ends before the first statement outside of the block that was asked for.
 
     That is the outermost function open at the cursor (a class is completed method by method), else the outermost
@@ -1152,7 +1268,7 @@ class IndentedBlock(Lines):
         return continues(word) if self.clauses else self.helps(word)
 
 
-class BracedBlock(Lines):
+class BracedBlock(Block):
     """The other languages: ends after the line that closes the block that was asked for, chosen as for Python.
 
     The outermost open block whose members are not completed one by one (a function, at last with everything in it);
@@ -1199,7 +1315,7 @@ class BracedBlock(Lines):
         if not self.statement and scanner.last in tuple(",=(&|+?.:"):
             return None
         self.closed = True
-        return None if scanner.stack or self.clauses or self.undefined() else "block"
+        return None if scanner.stack or self.clauses or self.missing() else "block"
 
     def outside(self, word: str) -> str | None:
         if not self.closed:
@@ -1219,12 +1335,12 @@ class Gap(Lines):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt)
         rest, _, after = suffix.partition("\n")
-        self.inline = bool(self.line.strip())
-        self.whole = not self.line and bool(rest.strip())  # whole lines are missing, with their line ends
+        self.inline = bool(self.line)
+        self.whole = prompt[-1:] in ("", "\n") and bool(rest.strip())  # whole lines are missing, with their line ends
         self.dropped = int(not self.whole)
         self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
-        self.below, self.below_indent = below.strip(), len(below) - len(below.lstrip()) if below else -1
+        self.below, self.below_indent = compared(below).rstrip(), len(below) - len(below.lstrip()) if below else -1
         self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
         self.indent = scanner.indent if self.inline else None  # of the gap's first statement
         self.limit: int | None = None  # Python: the gap is a body, and lines indented no deeper are outside
@@ -1235,9 +1351,13 @@ class Gap(Lines):
         if scanner.opened is not None:
             self._open_body(scanner.opened)
         # Where in `rest` something closes that was opened before the cursor: what writes that, writes `rest`.
-        then = copy.deepcopy(scanner)
+        then = copy.copy(scanner)
+        then.stack = scanner.stack.copy()
         self.offset = next((place for place, char in enumerate(self.rest) if self._leaves(then, char)), None)
         self.rest_depth = max(self.depth, len(then.stack))
+        self.recent = ""  # the last characters, to find the beginning of `rest` among them
+        self.shown = self.rest[:3] if self.rest[:1].isalnum() or self.rest[:1].isspace() else self.rest[:1]
+        self.found: int | None = None  # where `shown` is, and waits
 
     def _leaves(self, scanner: Scanner, char: str) -> bool:
         """Step; whether that has closed the string or bracket that the cursor was in."""
@@ -1321,31 +1441,33 @@ class Gap(Lines):
     def _in_line(self, char: str) -> None:
         """The suffix goes on in the cursor's line: end where `rest` begins, or would."""
         scanner, rest, position = self.scanner, self.rest, len(self.text)
-        self.text += char
+        self.text.append(char)
+        self.recent = (self.recent + char)[-EARLY_CHARS:]
         if self._leaves(scanner, char) and self.offset is not None:
             self._cut(position - self.offset, position)
         elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
             self._cut(position - len(rest), position)
-        elif len(rest) >= EARLY_CHARS and self.text.endswith(rest[:EARLY_CHARS]):
+        elif len(self.recent) == EARLY_CHARS and rest.startswith(self.recent):
             self.end("stop", position + 1 - EARLY_CHARS)
-        else:
+        elif self.found is None:
             # What looks like the beginning of `rest` waits for the line's end: it may be the best place to cut.
-            shown = rest[:3] if rest[0].isalnum() or rest[0].isspace() else rest[0]
-            first = self.text.find(shown, self.safe)
-            alive = next((size for size in (2, 1) if self.text.endswith(shown[:size])), 0)
-            self.safe = first if first >= 0 else max(self.safe, position + 1 - alive)
+            if self.recent.endswith(self.shown):
+                self.safe = self.found = position + 1 - len(self.shown)
+            else:
+                alive = next((size for size in (2, 1) if self.recent.endswith(self.shown[:size])), 0)
+                self.safe = max(self.safe, position + 1 - alive)
 
     def _cut(self, at: int, stop: int) -> None:
         """End at `at` if `rest` stands there, else where most of it does, else at `stop`."""
-        if at < self.safe or self.text[at:stop] != self.rest[: stop - at]:
-            sizes = range(min(len(self.rest), stop), 0, -1)
-            found = (self.text.find(self.rest[:size], self.safe, stop) for size in sizes)
-            at = next((place for place in found if place >= 0), stop)
+        if at < self.safe or self.cut(at, stop) != self.rest[: stop - at]:
+            held = self.cut(self.safe, stop)
+            found = (held.find(self.rest[:size]) for size in range(len(self.rest), 0, -1))
+            at = next((self.safe + place for place in found if place >= 0), stop)
         self.end("stop", at)
 
     def flush(self, whole: bool) -> str:
-        text = self.text[self.sent : None if whole else self.enough]
-        return text + "\n" * (whole and self.whole and bool(self.text.strip()) and self.text[-1] != "\n")
+        text = self.cut(self.sent, None if whole else self.enough)
+        return text + "\n" * (whole and self.whole and self.text[-1:] != ["\n"] and bool(self.cut(0).strip()))
 
 
 class Repeat(Stage):
@@ -1356,38 +1478,38 @@ class Repeat(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line = ""
-        self.lines: list[str] = []
+        self.line: list[str] = []  # its characters
+        self.lines: list[tuple[str, bool]] = []  # and whether it is data, or only closes something
         self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: how many lines in a row equal the one n before them
         self.hold: int | None = None
 
     def step(self, char: str) -> None:
-        self.text += char
+        self.text.append(char)
         position = len(self.text)
         if char != "\n":
-            self.line += char
+            self.line.append(char)
             if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
-                tail = self.line[-PERIOD_CHARS:]
+                tail = "".join(self.line[-PERIOD_CHARS:])
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
-        elif line := self.line.strip():
-            self.line = ""
+        elif line := "".join(self.line).strip():
+            self.line.clear()
             self._ended(line, position)
         if self.hold is None and not self.reason:
             self.safe = position
 
     def _ended(self, line: str, position: int) -> None:
         lines, runs = self.lines, self.runs
-        lines.append(line)
+        lines.append((line, line.endswith(",") or not any(map(str.isalnum, line))))
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
-            runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0
+            runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
         if not periods:
             self.hold = None
         elif self.hold is None:
             self.hold = position
         for period in periods:
-            light = all(text.endswith(",") or not any(map(str.isalnum, text)) for text in lines[-period:])
+            light = all(data for _, data in lines[-period:])
             most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
             if runs[period] + period >= most:
                 self.end("repeat", self.hold or position)
@@ -1402,39 +1524,43 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language, self.scanner = language, Scanner(language) if language else None
-        self.line = ""
         self.state = "before"  # the block; "inside" it; "skipped", a block of shell commands
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts in the text
-        self.in_code = True  # it does not start inside of a string or comment
+        self.line = ""  # of the block, without its indentation
+        self.left = 0  # spaces of the block's own indentation that the line may still begin with
+        self.in_code = True  # the line does not start inside of a string or comment
+        self.begun = False  # a line that is not blank has come, before the block or in it
         for char in begun:
             self.step(char)
         if self.state == "before" or self.reason:  # nothing so far that goes on
-            self.state, self.reason, self.line, self.text = "before", None, "", ""
+            self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
         self.sent = self.safe = len(self.text)
 
     def step(self, char: str) -> None:
-        self.line += char
         if self.state == "inside":
             self._inside(char)
             return
-        self.text += char
+        self.text.append(char)
         if char == "\n" and self.state == "skipped":
-            self.state = "before" if self.line.strip() == self.fence else "skipped"
-            self.line = self.text = ""
+            self.state = "before" if self.cut(0).strip() == self.fence else "skipped"
+            self.text, self.mark = [], 0
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
-            self._before(self.line)
-            self.line = "" if char == "\n" else self.line
+            self._before(self.cut(self.mark))
 
     def _before(self, line: str) -> None:
         """Chatter so far: is this line the fence that opens the block, or code without one?"""
         if match := FENCE.fullmatch(line.strip()):
-            self.fence, self.margin, self.text = match[1], len(line) - len(line.lstrip()), ""
+            self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
+            self.left = self.margin = len(line) - len(line.lstrip())
             shell = self.language and match[2].strip().lower() in SHELLS
             self.state = "skipped" if shell else "inside"
-        elif len(self.text) >= CHATTER_CHARS or (self.text.strip() == line.strip() and self._is_code(line.rstrip())):
-            self.state, self.safe = "inside", len(self.text)
-            self.mark = self.safe
+            return
+        self.mark = len(self.text)
+        first, self.begun = not self.begun, self.begun or bool(line.strip())
+        if self.mark >= CHATTER_CHARS or (first and self._is_code(line.rstrip())):
+            self.state, self.safe = "inside", self.mark
+            self.line = "" if line.endswith("\n") else compared(line)
             if self.scanner:
                 for char in self.text:
                     self.scanner.step(char)
@@ -1448,26 +1574,30 @@ class Fences(Stage):
         return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
 
     def _inside(self, char: str) -> None:
-        if self.margin and not self.line.strip(" ") and len(self.line) <= self.margin:
+        if char == " " and self.left:
+            self.left -= 1
             return  # a fence in a list is indented, and its lines with it
-        self.text += char
+        self.left = self.margin if char == "\n" else 0
+        self.text.append(char)
         if self.scanner:
             self.scanner.step(char)
-        line = self.line.strip()
+        if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
+            self.line += char
+        line = self.line.rstrip()
         if char != "\n":
             if not (self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))):
                 self.safe = len(self.text)
             return
         if self.in_code and line.startswith(self.fence):
-            if not self._closes(line) and not self.text[: self.mark].strip():  # the block's opening once more
-                self.line, self.mark, self.safe = "", len(self.text), len(self.text)
+            if not self._closes(line) and not self.begun:  # the block's opening once more
+                self.line, self.mark, self.safe, self.begun = "", len(self.text), len(self.text), True
                 self.sent = self.safe
                 return
             if not self.nested and self._closes(line):
                 self.end("stop", self.mark)
                 return
             self.nested += -1 if self._closes(line) else 1
-        self.line = ""
+        self.line, self.begun = "", self.begun or bool(line)
         self.mark = self.safe = len(self.text)
         self.in_code = self.scanner is None or not self.scanner.closer
 
@@ -1475,7 +1605,7 @@ class Fences(Stage):
         return line.startswith(self.fence) and not line.strip(self.fence[0])
 
     def flush(self, whole: bool) -> str:
-        closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.strip())
+        closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.rstrip())
         return "" if closed else super().flush(whole)
 
 
@@ -1496,8 +1626,9 @@ class Extras(Stage):
         self.in_code = True  # the line does not start inside of a string or comment
 
     def step(self, char: str) -> None:
-        self.text += char
-        self.line += char
+        self.text.append(char)
+        if len(self.line) < LINE_CHARS or char == "\n":
+            self.line += char
         self.scanner.step(char)
         if char == "\n":
             if self._may_announce() and EXTRAS.match(self.line):
