@@ -28,11 +28,15 @@ new_key() {
 	printf '%s\n' "$key"
 }
 
-# Prints the key that is on stdin. A terminal does not show it while it is typed.
+# Prints the key that is on stdin. Runs in a subshell, whose end turns the echo of a terminal on again.
 read_key() {
 	local key
-	[[ ! -t 0 ]] || printf 'CEREBRUM_API_KEY (not shown): ' >&2
-	IFS= read -rs key || [[ -n $key ]] || die "expected a key on stdin, got none"
+	if [[ -t 0 ]]; then
+		trap 'stty echo' EXIT
+		stty -echo # before the prompt: what is typed early is not shown either
+		printf 'CEREBRUM_API_KEY (not shown): ' >&2
+	fi
+	IFS= read -r key || [[ -n $key ]] || die "expected a key on stdin, got none"
 	[[ ! -t 0 ]] || echo >&2
 	key=${key%$'\r'}
 	key=${key#CEREBRUM_API_KEY=}

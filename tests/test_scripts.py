@@ -38,7 +38,7 @@ DEADLINE_S = 10.0
 
 
 class Answer:
-    """What a script writes to: one HTTP response, raw enough to break off anywhere."""
+    """One HTTP response, written by a script, which may break off anywhere."""
 
     def __init__(self, handler: BaseHTTPRequestHandler) -> None:
         self.handler = handler
@@ -342,7 +342,7 @@ def test_help_names_every_option() -> None:
 
 
 def converse(env: dict[str, str], *lines: str) -> tuple[str, str]:
-    """What the REPL says on stdout and on stderr when these lines are typed (or piped) into it."""
+    """The stdout and stderr of the REPL with these lines as its stdin."""
     result = run(env, "".join(line + "\n" for line in lines).encode())
     assert result.returncode == 0
     return result.stdout.decode(), result.stderr.decode()
@@ -1145,7 +1145,7 @@ def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
 
 
 def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
-    """As on Debian 11, before anything is installed."""
+    """Before anything is installed, with the Python of Debian 11."""
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.9.2 ;; *) exit 1 ;; esac\n")
     old.chmod(0o755)
