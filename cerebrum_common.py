@@ -560,17 +560,12 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
 
 @dataclass(slots=True)
 class Response:
-    """What a handler returns: a JSON-able `body`, or `events`, an iterator over blocks of whole SSE events.
-
-    `connect` is given `Connection.send_now`, by which the handler's side may send whole chunks itself while the
-    iterator is being waited for.
-    """
+    """What a handler returns: a JSON-able `body`, or `events`, an iterator over blocks of whole SSE events."""
 
     body: Any = None
     status: int = 200
     events: AsyncIterator[bytes] | None = None
     headers: Headers = ()
-    connect: Callable[[Callable[[bytes], bool]], None] | None = None
 
 
 def sse_event(data: Mapping[str, Any]) -> bytes:
@@ -676,7 +671,8 @@ def route_language(models: Sequence[Model], language: str, present: Collection[s
 class Request:
     """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`, `address` the client's.
 
-    `end` ends this request from outside its handler: the handler is cancelled, and the error is its answer.
+    `end` ends this request from outside its handler: the handler is cancelled, and the error is its answer. `send_now`
+    is `Connection.send_now`, for whole chunks that need not wait for the iterator of `Response.events`.
     """
 
     head: Head
@@ -684,6 +680,7 @@ class Request:
     parameter: str = ""
     address: str = ""
     end: Callable[[HttpError], None] = lambda _: None
+    send_now: Callable[[bytes], bool] = lambda _: False
 
     def json(self) -> dict[str, Any]:
         return parse_json(self.body)
@@ -945,8 +942,6 @@ class Exchange:
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             connection.streaming = chunked
-            if response.connect:
-                response.connect(connection.send_now)
             try:
                 async for block in events:
                     if block:  # an empty chunk would be the end
@@ -1102,7 +1097,7 @@ class Server:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self._hold() as (body, hold):
             await connection.read_body(head, hold if route.json else discard)
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end)
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end, connection.send_now)
             body.clear()
             await (self._watch if route.watched else self._call)(exchange, route, request)
 

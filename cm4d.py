@@ -869,7 +869,7 @@ class Job:
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer one of its session has ended it
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # it holds nothing any more
-    send_now: Callable[[bytes], bool] | None = None  # the client's end of the express lane
+    send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -1009,7 +1009,7 @@ class Gateway:
 
     def _express(self, job: Job, data: bytes) -> bool:
         """The express lane: one chunk with one token goes to the client as it came, if the client is not behind."""
-        if job.send_now is None or not is_chunk_of_token(data) or not job.send_now(data):
+        if not is_chunk_of_token(data) or not job.send_now(data):
             return False
         self._tokens(job, 1)
         return True
@@ -1104,7 +1104,8 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """A completion as SSE, token by token."""
     job = read_job(gateway, request)
-    return Response(events=native_stream(gateway.complete(job)), connect=functools.partial(setattr, job, "send_now"))
+    job.send_now = request.send_now
+    return Response(events=native_stream(gateway.complete(job)))
 
 
 async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[bytes, None]:

@@ -256,13 +256,15 @@ def test_sending_past_the_iterator_ends_with_the_stream() -> None:
     sends: list[Any] = []
     sent: list[bool] = []
 
-    async def events() -> AsyncIterator[bytes]:
+    async def events(send_now: Any) -> AsyncIterator[bytes]:
+        sent.append(send_now(common.chunk(b"too early")))
         yield b": a\n\n"
-        sent.append(sends[0](common.chunk(b": b\n\n")))
+        sent.append(send_now(common.chunk(b": b\n\n")))
         yield b": c\n\n"
 
     async def handle(state: Any, request: Request) -> Response:
-        return Response(events=events(), connect=sends.append)
+        sends.append(request.send_now)
+        return Response(events=events(request.send_now))
 
     async def run() -> None:
         async with serving() as (server, port), connect(port) as (reader, writer):
@@ -273,7 +275,7 @@ def test_sending_past_the_iterator_ends_with_the_stream() -> None:
                 assert sends.pop()(b"x") is False
 
     asyncio.run(run())
-    assert sent == [True, False]
+    assert sent == [False, True, False, False]
 
 
 @pytest.mark.parametrize("watched", [False, True])
