@@ -7,17 +7,17 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 Every completion is one async generator, `Gateway.complete`. It takes a place, asks the breaker, routes the language to
-a model, fits the prompt and asks the VPS's streaming endpoint on a connection of its own. It yields pairs of (kind,
-value) that know nothing of the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
-answer.
+a model, fits the prompt and sends it to the VPS on a connection of its own. It yields pairs of (kind, value) that do
+not depend on the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON answer.
 
-It refuses: a third completion at a time (429), anything while the breaker is open (503), an answer of the VPS whose
-framing or JSON is not exact, redirects, and an end without a done event; then the client gets an error event and
-a cut. It never sends a POST twice once a byte of it is out, and never uses a connection to the VPS twice.
+It refuses a third completion at a time (429) and every completion while the breaker is open (503). From the VPS it
+refuses redirects, framing or JSON that is not exact, and a stream that ends without a done event: the client gets all
+whole events up to the fault, then an error event, then a cut. A POST is never sent again once a byte of it is out, and
+a connection to the VPS is used for one request only.
 
-Who owns what: `Gateway` owns the slots, the breaker, the learned ratios and what is known of the VPS; its probe task
-alone asks `/health` and `/v1/models`. All of it lives on the event loop's thread; there is no other thread.
-Standard library only, with the cerebrum_*.py and models.toml beside it.
+Who owns what: `Gateway` owns the places, the breaker, the learned ratios and what is known of the VPS. Its probe task
+keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. Everything runs on the
+event loop's thread; there is no other thread. Standard library only, with cerebrum_*.py and models.toml beside it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here))  # which `python3 -I` leaves out
-    # asyncio and hmac load OpenSSL if they find it: 6 MB of 30, and only a VPS behind https needs it.
+    sys.path.insert(0, str(here))  # `python3 -I` leaves it out
+    # asyncio and hmac load OpenSSL where they find it: 6 MB of 30, needed only for a VPS behind https.
     dotenv = here / ".env"
-    readable = dotenv.read_text(errors="replace") if os.access(dotenv, os.R_OK) else ""
+    readable = dotenv.read_text(errors="replace") if dotenv.is_file() and os.access(dotenv, os.R_OK) else ""
     if "https://" not in os.environ.get("CEREBRUM_VPS_URL", "") + readable:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
 
@@ -114,7 +114,7 @@ class Vps:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the environment decides. `key` goes to the VPS; `client_key` (empty: none) is asked of clients."""
+    """The settings. `key` is sent to the VPS; `client_key` is expected from clients (empty: from nobody)."""
 
     vps: Vps
     models: tuple[Model, ...]
@@ -192,13 +192,13 @@ FIELDS = {
     "session": Field(str, 1, 200),
     "model": Field(str, 1),
 }
-# At the start of a file there is nothing before the cursor.
+# At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
-    """The checked fields of a completion. HttpError 400 names the field; 404 a model that models.toml does not list."""
+    """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = list(dict.fromkeys(language for model in models for language in model.languages))
@@ -213,20 +213,21 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
 
 
 def session_of(address: str, session: str | None) -> str:
-    """What tells one session from all others, here and on the VPS, which sees the Pi's address alone; "" for none.
+    """A name for the session that is unique across clients, or "" without one.
 
-    Two clients may call their sessions by the same name, and must not end each other's requests.
+    Two clients may choose the same string and must not end each other's requests. The VPS sees only the Pi's address,
+    so it gets this name as well.
     """
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
-DEFAULT_N_CTX = 4096  # until the VPS has told
-MARGIN_TOKENS = 8  # of n_ctx that are never used
-REFIT = 0.95  # of the weight per token that the VPS has just counted: for the one retry
+DEFAULT_N_CTX = 4096  # until the VPS tells its own
+MARGIN_TOKENS = 8  # of n_ctx, never used
+REFIT = 0.95  # the one retry assumes this share of the weight per token that the VPS has just counted
 
 
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
-    """How many tokens a prompt may have. An answer that wants most of the context gets at most three quarters of it.
+    """The largest prompt in tokens. An answer gets at most three quarters of the context, however long it may be.
 
     >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
     (3520, 448)
@@ -236,19 +237,18 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 # ------------------------------------------------------------------------------------- policy: breaker
 
-
 FAILURES_TO_OPEN = 3  # in a row
-OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause; each failed trial doubles it up to the second
-JITTER = 0.2  # of every pause, so that several Pis do not come back in step
-TRIAL_SECONDS = 180.0  # for a trial to bring a token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
+OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles it
+JITTER = 0.2  # +- this share of every pause: several Pis should not come back in step
+TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
 
 
 class Breaker:
-    """When not to ask the VPS at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) come from outside.
+    """Decides when not to ask the VPS at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
 
-    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed;
-    from half-open a failed or overdue trial opens it again, for twice as long. `admit` gives a ticket: the
-    generation, which every change of state counts up, so that a late result of an older one says nothing.
+    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
+    From half-open, a failed or overdue trial opens it again for twice as long. `admit` returns a ticket, which is the
+    number of the current state: results under an older ticket are late and count for nothing.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -262,7 +262,7 @@ class Breaker:
         self._trial = False  # half-open: a trial is under way
 
     def admit(self, now: float) -> int | None:
-        """A ticket for one request, or None: do not ask."""
+        """A ticket for one request; None means do not ask."""
         self._expire(now)
         if self.state == "closed":
             return self._generation
@@ -272,7 +272,7 @@ class Breaker:
         return self._generation
 
     def succeeded(self, ticket: int) -> int:
-        """A valid token came. Returns the ticket under which the same request goes on."""
+        """A valid token came. Returns the ticket that the same request carries from here on."""
         if ticket != self._generation:
             return ticket
         self.failures = 0
@@ -282,7 +282,7 @@ class Breaker:
         return self._generation
 
     def failed(self, ticket: int, now: float) -> None:
-        """The VPS, or the way to it, has failed this request."""
+        """The VPS, or the network on the way to it, failed this request."""
         if ticket != self._generation:
             return
         self.failures += 1
@@ -293,12 +293,12 @@ class Breaker:
             self.opens += 1
 
     def left(self, ticket: int) -> None:
-        """The request is over without (a further) verdict: refused, or its client left. The trial is free again."""
+        """The request ended without a verdict, refused or left by its client. A trial becomes free again."""
         if ticket == self._generation:
             self._trial = False
 
     def healthy(self, now: float) -> None:
-        """The VPS has answered /health."""
+        """The VPS answered /health."""
         if self.state == "open" and now >= self._until:
             self._change("half-open")
 
@@ -325,7 +325,7 @@ class Breaker:
 
 
 class VpsFailure(HttpError):
-    """The VPS, or the way to it, is at fault: 503, and the breaker counts it. `reason` is never an exception's."""
+    """The VPS or the network on the way to it is at fault: 503, counted by the breaker. `reason` is our own wording."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
@@ -336,14 +336,14 @@ BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
 
 class Misfit(HttpError):
-    """The VPS is there, but the two are not configured for each other. 503; the breaker does not count it."""
+    """The VPS is there, but the two are not configured for each other: 503, not counted by the breaker."""
 
     def __init__(self, message: str) -> None:
         super().__init__("VPS_UNAVAILABLE", message)
 
 
 MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
-PASSED_ON = frozenset(  # codes of the VPS that tell the client something; all others are VPS_UNAVAILABLE
+PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
     {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
     | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
 )
@@ -357,20 +357,21 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what could act on
 
 
 def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(message, code, further members) if this JSON value is an error as both daemons write it, else None."""
+    """(message, code, further members) if this JSON value is an error in the form of both daemons, else None."""
     if not isinstance(members, dict) or members.get("error") is not True:
         return None
     message, code = members.get("message"), members.get("code")
     if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
         return None
     message = CONTROLS.sub(" ", message)
-    message = message.replace(key, "***") if key else message  # before it is cut, or half of the key could be left
+    message = message.replace(key, "***") if key else message  # before the cut, which could leave half of the key
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if type(members.get(name)) is int}
     return message[:MAX_MESSAGE_CHARACTERS], code, more
 
 
 def refusal(status: int, body: bytes, key: str) -> HttpError:
-    """An answer other than 200 to the error that the client gets. VpsFailure unless it is one of our own errors."""
+    """The error for the client when the VPS answers with a status other than 200. VpsFailure if no Cerebrum backend
+    would answer that way."""
     try:
         ours = our_error(parse_json(body), key)
     except HttpError:
@@ -388,13 +389,13 @@ def refusal(status: int, body: bytes, key: str) -> HttpError:
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
 RESULT = {"total_tokens": COUNT, "inference_time": SECONDS, "prompt_tokens": COUNT, "finish_reason": Field(str, 1, 40)}
-OURS = frozenset(  # what a result or an error of ours is made of, so no backend may set it
+OURS = frozenset(  # members that a result or an error of ours consists of: no backend may set them
     {"completion", "language", "model", "timestamp", "mode", "kept", "done", "token", "error", "message", "code"}
 )
 
 
 def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
-    """What a done event tells, without what is ours to say and without members that have a wrong type or range.
+    """The members of a done event that may be passed on: none of ours, and none of a wrong type or range.
 
     >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
     {'prompt_tokens': 5, 'ttft': 0.25}
@@ -407,7 +408,7 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
-    """The VPS's /v1/models to the n_ctx of each model that it has."""
+    """The n_ctx of each model that the VPS has, from its /v1/models."""
     listed = answer.get("models")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     present = [entry for entry in entries if isinstance(entry.get("id"), str) and entry.get("available") is not False]
@@ -418,8 +419,8 @@ def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
 class Body:
     """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close.
 
-    `failure` is the first fault of the body. It is kept rather than raised, because the payload before a fault counts:
-    what a client sees must not depend on how the bytes were split.
+    `failure` is its first fault. It is kept rather than raised, because the payload before it still counts: what a
+    client sees must not depend on how the bytes were split.
     """
 
     def __init__(self, length: int | None, chunked: bool) -> None:
@@ -434,14 +435,16 @@ class Body:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its first fault."""
-        payload, past = b"", data
-        if self._chunks and not self.done:
+        if self.done:
+            payload, past = b"", data
+        elif self._chunks:
             payload, past = self._feed_chunks(self._chunks, data)
-        elif not self.done:
-            payload, past = (data, b"") if self._left is None else (data[: self._left], data[self._left :])
-            if self._left is not None:
-                self._left -= len(payload)
-                self.done = self._left == 0
+        elif self._left is not None:
+            payload, past = data[: self._left], data[self._left :]
+            self._left -= len(payload)
+            self.done = self._left == 0
+        else:
+            payload, past = data, b""
         if past:
             self.failure = self.failure or VpsFailure("its answer goes on past its end")
         return payload
@@ -456,14 +459,14 @@ class Body:
         return payload, chunks.rest
 
     def end(self, cut: str) -> None:
-        """The connection has ended: by a plain close, or by what `cut` says. A fault unless the body is whole."""
+        """The connection has ended, by a plain close or as `cut` says. That is a fault unless the body is whole."""
         if not self.done and (cut or self._chunks or self._left):
             self.failure = VpsFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
 def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
-    """A whole response head to its status and body. HttpError or VpsFailure if it is not exact HTTP/1.x, or a 200 that
-    says to be of another media type than `kind`."""
+    """A whole response head to its status and body. HttpError or VpsFailure if it is not exact HTTP/1.x, or if it is a
+    200 of another media type than `kind`."""
     first, *lines = block[:-4].split(b"\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
@@ -479,8 +482,8 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
 
 # ----------------------------------------------------------------------------------- policy: the events
 
-# Nearly everything that passes is a run of token events exactly as vpsd writes them: relayed as it came. Whatever
-# else is valid is parsed, and costs microseconds; the possessive `++` keeps a long run from being tried twice.
+# Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed untouched. Any other valid
+# event is parsed, which costs microseconds. The possessive `++` keeps the regex from backtracking into a long run.
 TOKEN = (
     rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
     rb', "total_tokens": [0-9]{1,9}\}\n\n'
@@ -495,8 +498,11 @@ def is_chunk_of_token(data: bytes) -> bool:
     return match is not None and int(match[1], 16) == len(match[2])
 
 
+MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
+
+
 class Events:
-    """Cuts a stream into blocks of whole SSE events, whatever its splits. Line ends may be LF or CRLF."""
+    """Cuts a stream that arrives in any split into blocks of whole SSE events. Line ends may be LF or CRLF."""
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
@@ -510,8 +516,8 @@ class Events:
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". VpsFailure for an event that is too long.
 
-        `data` is at most one read, so only an event that began in an earlier one can be too long, and no event of the
-        same block comes before it.
+        `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
+        long, and it is the first of its block: raising loses no event.
         """
         if self._cr or b"\r" in data:
             data = self._cr + data
@@ -524,20 +530,19 @@ class Events:
         end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
         block = bytes(self._rest[:end]) if end > 1 else b""
         del self._rest[: len(block)]
-        # Of an event without an end yet, the last byte may belong to its line ends.
+        # The last byte of an unfinished event may be the first of its two line ends.
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise VpsFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
         return block
 
 
-MAX_EVENT_BYTES = 262_144  # one SSE event; a token has 60 bytes
 Pair = tuple[str, Any]  # (kind, value), as `Gateway.complete` describes them
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """A block of whole events to pairs; ("done", dict) has the event's members as the VPS sent them.
+    """A block of whole events to pairs; ("done", dict) holds the members as the VPS sent them.
 
-    An error event is raised as the error that it tells. VpsFailure for an event that is not JSON.
+    An error event is raised as its error. VpsFailure for an event that is not JSON.
     """
     position = 0
     while position < len(block):
@@ -552,7 +557,7 @@ def take_apart(block: bytes, key: str) -> Iterator[Pair]:
 
 
 def read_event(event: bytes, key: str) -> Pair | None:
-    """One event, without its last line ends, as in `take_apart`; None for one that nobody knows."""
+    """One event, without its final line ends, to a pair as in `take_apart`; None for an unknown one."""
     lines = event.split(b"\n")
     data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
     if not data:
@@ -587,7 +592,7 @@ def read_text(events: bytes) -> str:
 
 
 def write_event(kind: str, value: Any) -> bytes:
-    """A pair as native SSE; b"" for one that has no event."""
+    """A pair as native SSE, or b"" for a pair that has no event."""
     match kind:
         case "text":
             return bytes(value)
@@ -602,20 +607,22 @@ def write_event(kind: str, value: Any) -> bytes:
 
 # -------------------------------------------------------------------------------------- IO: the VPS
 
-
-CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; a dead VPS shall not cost more
-HEAD_SECONDS = 10.0  # the VPS sends its head before it loads or reads anything
+CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead VPS
+HEAD_SECONDS = 10.0  # the VPS sends its head before it loads a model or reads a prompt
 IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
-CLOSE_SECONDS = 0.5  # after its answer the VPS closes, as we ask it to; bytes instead of the close are a fault
-STREAM_SECONDS = 7200.0  # 2,048 tokens at half a token a second, and the queue before them
-ASIDE_SECONDS = 2.0  # for /health and /v1/models, which the VPS answers in milliseconds
+CLOSE_SECONDS = 0.5  # the VPS closes right after its answer, as we ask; bytes instead of the close are a fault
+STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
+ASIDE_SECONDS = 2.0  # /health and /v1/models, which the VPS answers in milliseconds
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
 
 
 class Watchdog:
-    """Cuts a connection on which nothing came for IDLE_SECONDS. One timer a stream, moved only when it runs out:
-    asyncio.timeout around each read would cost more than the read. `since` is infinite while nobody is reading."""
+    """Cuts a connection that stays silent for IDLE_SECONDS while we read from it.
+
+    It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
+    read. `since` is when the current read began, infinite while nobody reads.
+    """
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self._loop = asyncio.get_running_loop()
@@ -639,11 +646,14 @@ class Watchdog:
 
 
 class Reader(asyncio.StreamReader):
-    """A StreamReader with an express lane: what `express` takes is gone before the reading task has to be woken, and
-    waking it is half of what relaying a token costs. It is set only while that task waits with nothing left over."""
+    """A StreamReader with an express lane: what `express` takes goes out without waking the reading task.
+
+    Waking the task is a third of the cost of relaying a token. The lane is open only while that task waits for bytes
+    and nothing that came earlier is still unsent.
+    """
 
     express: Callable[[bytes], bool] | None = None
-    broken = False  # the stream has ended by a reset
+    broken = False  # the stream ended by a reset
 
     def feed_data(self, data: Any) -> None:
         if self.express and self.express(data):
@@ -652,7 +662,7 @@ class Reader(asyncio.StreamReader):
         super().feed_data(data)
 
     def set_exception(self, exc: Exception) -> None:
-        """A reset. StreamReader would forget what came before it and has not been read yet."""
+        """A reset. StreamReader itself would drop the bytes before it that are not read yet."""
         self.broken = True
         self.feed_eof()
 
@@ -663,15 +673,15 @@ class Answer:
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport) -> None:
         self.status = 0
         self._reader = reader
-        self._ahead = b""  # came in one read with the head
+        self._ahead = b""  # what came in one read with the head
         self._body = Body(0, False)
         self._watchdog = Watchdog(transport)
         self._now = asyncio.get_running_loop().time
-        self.express: Callable[[bytes], bool] | None = None  # takes bytes that need not be looked at further
+        self.express: Callable[[bytes], bool] | None = None  # sends whole chunks on, and says whether it did
         self.close = self._watchdog.stop
 
     async def read_head(self, kind: str) -> None:
-        """Read up to the end of the head, past 1xx ones. HttpError or VpsFailure as in `parse_answer`."""
+        """Read the head, skipping those with status 1xx. HttpError or VpsFailure as in `parse_answer`."""
         buffer, scanned, skipped = b"", 0, 0
         while True:
             end = scan_head(buffer, scanned) if buffer else None
@@ -691,8 +701,8 @@ class Answer:
                 raise VpsFailure(f"it answered {self.status}")
 
     async def read(self, express: bool = False) -> bytes:
-        """More of the body's payload; b"" once it is whole. VpsFailure when that can never be. With `express` whole
-        chunks may take the express lane instead."""
+        """More of the body's payload, b"" once it is whole, or VpsFailure. With `express`, whole chunks that arrive
+        while this waits may take the express lane."""
         body = self._body
         while not body.failure:
             data, self._ahead = self._ahead, b""
@@ -712,12 +722,12 @@ class Answer:
         try:
             return await self._reader.read(READ_BYTES)
         finally:
-            # Disarmed even if nothing has been waited for: a later token must not overtake what was read here.
+            # Close the lane even if the read did not have to wait: a later token must not overtake these bytes.
             self._reader.express = None
             self._watchdog.since = float("inf")
 
     async def _receive_last(self) -> bytes:
-        """What follows a whole body: nothing but the close that we asked for. Who does not close is not waited for."""
+        """What follows a whole body: b"" for the close that we asked for, or if no close comes soon."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 return await self._reader.read(READ_BYTES)
@@ -730,7 +740,7 @@ class Answer:
         return True
 
     async def read_all(self, limit: int) -> bytes:
-        """The whole body, at most `limit` bytes."""
+        """The whole body. VpsFailure over `limit` bytes."""
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
@@ -742,12 +752,12 @@ class Answer:
 
 @contextlib.contextmanager
 def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """What the VPS and the network do to us inside it, as VpsFailure; no exception's own text reaches a client."""
+    """Turns whatever the VPS and the network do inside it into VpsFailure. No exception's own text reaches a client."""
     try:
         yield
     except TimeoutError:
         raise VpsFailure("it did not answer in time") from None
-    except (OSError, UnicodeError):  # UnicodeError: a host name that no resolver takes
+    except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
         raise VpsFailure(broken) from None
     except VpsFailure:
         raise
@@ -756,7 +766,7 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
 
 
 class Upstream:
-    """Asks the VPS: one connection for each request, so that a late answer can never reach another one."""
+    """Asks the VPS, on a new connection for each request: a late answer can never reach another request."""
 
     def __init__(self, config: Config) -> None:
         self._vps, self._key = config.vps, config.key
@@ -764,8 +774,8 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[Answer]:
-        """Send one request once, and yield its 200, of which the head has been read. HttpError for a refusal,
-        VpsFailure if nothing came in time or it is malformed. A POST's answer is a stream, a GET's is JSON."""
+        """Send one request once and yield its 200, whose head has been read. HttpError if the VPS refuses, VpsFailure
+        if its answer is late or malformed. The answer to a POST is a stream, to a GET it is JSON."""
         kind, seconds = ("text/event-stream", HEAD_SECONDS) if body is not None else ("application/json", ASIDE_SECONDS)
         reader, transport = await self._connect()
         answer = Answer(reader, transport)
@@ -783,7 +793,7 @@ class Upstream:
             transport.abort()
 
     async def get(self, path: str, limit: int) -> dict[str, Any]:
-        """The JSON object that a GET gives, within ASIDE_SECONDS for the head and as much for the body."""
+        """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
         async with self.ask("GET", path) as answer:
             with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
@@ -799,7 +809,7 @@ class Upstream:
                     transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
             except ConnectionRefusedError:
                 raise VpsFailure("connection refused") from None
-        # The kernel would take in megabytes that a client who does not read has no use for.
+        # By default the kernel takes in megabytes, although the client may have stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
@@ -815,7 +825,7 @@ class Upstream:
 
 
 def make_tls() -> ssl.SSLContext:
-    """The system's certificates; imported only where CEREBRUM_VPS_URL says https."""
+    """A context with the system's certificates. ssl is imported only where CEREBRUM_VPS_URL says https."""
     import ssl
 
     return ssl.create_default_context()
@@ -824,8 +834,8 @@ def make_tls() -> ssl.SSLContext:
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """The VPS's events as pairs; the last one is ("done", its members).
 
-    The done event is held until the body's framing has ended too: whether an answer is finished must not depend on how
-    its bytes were split. VpsFailure for every other end.
+    The done event is held until the body has ended as well: whether a stream counts as finished must not depend on how
+    its bytes were split. Every other end is a VpsFailure.
     """
     events = Events()
     done: dict[str, Any] | None = None
@@ -846,35 +856,34 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
 
 # ------------------------------------------------------------------------------------------- the gateway
 
-
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
-MODELS_SECONDS = 60.0  # after so long the VPS's list of models is asked for again
-MAX_COLLECTED_BYTES = 2 << 20  # of events for /v1/complete; 2,048 tokens are about 150 KB
+MODELS_SECONDS = 60.0  # the age at which the list of the VPS's models is asked for again
+MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One completion: what was asked, which model answers, how it was asked there, and what has come back."""
+    """One completion: what the client asked, what was sent to the VPS, and what has come back."""
 
-    fields: dict[str, Any]
-    session: str = ""  # from `session_of`; "": none
-    end: Callable[[HttpError], None] = lambda _: None  # ends it for its client, whatever it is waiting for
+    fields: dict[str, Any]  # as `read_completion` gives them
+    session: str = ""  # from `session_of`; "" without one
+    end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
     limit: float = math.inf  # bytes of text events that its client's API can take
+    send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
     model: str = ""
     mode: str = ""
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)  # how much of the prompt was sent
     weight: int = 0  # of the prompt that was sent, for the ratio
     tokens: int = 0  # relayed so far
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
-    superseded: bool = False  # a newer one of its session has ended it
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # it holds nothing any more
-    send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
+    superseded: bool = False  # a newer request of its session has ended it
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds nothing any more
     started: float = field(default_factory=time.perf_counter)
 
 
 class Gateway:
-    """All state of the Pi. Owns the slots, the breaker, the ratios, and what is known of the VPS."""
+    """All state of the Pi. Owns the places, the breaker, the ratios, and what is known of the VPS."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -884,10 +893,10 @@ class Gateway:
         self.started = time.monotonic()
         self.requests_total = 0
         self.active: list[Job] = []
-        self.probes = 0  # so many have ended
-        self.trouble = "VPS backend has not been asked yet"  # why the last probe or completion failed; "": it did not
+        self.probes = 0  # that have ended
+        self.trouble = "VPS backend has not been asked yet"  # what is wrong with the VPS; "": nothing
         self.response_ms: float | None = None  # of the last good probe
-        self.contexts: dict[str, int] | None = None  # n_ctx of the models that the VPS has; None: never told
+        self.contexts: dict[str, int] | None = None  # n_ctx of each model of the VPS; None until a list came
         self._contexts_until = 0.0
         self._wake = asyncio.Event()  # probe now
 
@@ -902,7 +911,7 @@ class Gateway:
     # Probing: the only place that asks /health.
 
     async def probe_forever(self) -> None:
-        """Keep `trouble`, `response_ms` and `contexts` true: ask every 5 s, and when woken."""
+        """Keep `trouble`, `response_ms` and `contexts` up to date: probe every 5 s, and when woken."""
         while True:
             self._wake.clear()
             await self._probe()
@@ -934,7 +943,7 @@ class Gateway:
         self.trouble = trouble
 
     async def _learn_models(self) -> None:
-        """Learn what the VPS has. If it does not tell, what was known stays; Misfit if it does not let us ask."""
+        """Ask which models the VPS has. If it fails to answer, the last list stays; Misfit if it does not let us in."""
         self._contexts_until = time.monotonic() + MODELS_SECONDS
         try:
             self.contexts = read_contexts(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
@@ -946,15 +955,16 @@ class Gateway:
     # Completing.
 
     async def complete(self, job: Job) -> AsyncGenerator[Pair, None]:
-        """One completion, whatever the client's API and whatever the backend's, as pairs of (kind, value):
+        """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
-            ("started", None)   first: the backend answers; until here an error can still be an HTTP status
+            ("started", None)   first: the backend answers. An error before this pair can still be an HTTP status.
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
             ("done", dict)      last: the result, which is the native done event without its `done`
 
-        Every other end is an HttpError. What it holds is taken in its body and given back when it ends or is closed.
+        A completion that fails raises HttpError. Whatever it holds is acquired in this body, so it is released when the
+        generator ends or is closed; a generator that was never started holds nothing.
         """
         self.requests_total += 1
         async with self._place(job), contextlib.AsyncExitStack() as stack:
@@ -974,10 +984,10 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job) -> AsyncIterator[None]:
-        """A place among the running completions, and the breaker's leave to ask. HttpError 429 or 503.
+        """A place among the running completions and the breaker's permission, or HttpError 429 or 503.
 
-        A newer completion of a session ends the older one, if it is let in itself, and asks the VPS only when the
-        older one has let go of it: the VPS never has more than `max_concurrent` requests of ours.
+        A newer completion that is admitted ends the older one of its session. It waits until the older one has let go
+        of the VPS, which therefore never works on more than `max_concurrent` of our requests.
         """
         running = [other for other in self.active if not other.superseded]
         older = [other for other in running if job.session and other.session == job.session]
@@ -1008,14 +1018,14 @@ class Gateway:
             self.breaker.left(job.ticket)
 
     def _express(self, job: Job, data: bytes) -> bool:
-        """The express lane: one chunk with one token goes to the client as it came, if the client is not behind."""
+        """The express lane: send one chunk with one token on as it came, unless the client is behind."""
         if not is_chunk_of_token(data) or not job.send_now(data):
             return False
         self._tokens(job, 1)
         return True
 
     def _tokens(self, job: Job, count: int) -> None:
-        """So many valid tokens, or a whole answer, have come."""
+        """Count valid tokens; a whole answer without any counts as a success too."""
         job.tokens += count
         job.ticket = self.breaker.succeeded(job.ticket)
         if self.trouble:
@@ -1025,10 +1035,10 @@ class Gateway:
         self.breaker.failed(ticket, time.monotonic())
         log.warning("%s; the breaker is %s", failure.message, self.breaker.state)
         self.trouble = failure.message
-        self._wake.set()  # a probe tells at once whether that was all of it
+        self._wake.set()  # a probe finds out at once whether the VPS is gone
 
     async def _ask(self, job: Job, stack: contextlib.AsyncExitStack) -> Answer:
-        """Choose the model, fit the prompt and send it; once more if the VPS has counted too many tokens."""
+        """Choose the model, fit the prompt and send it; fit and send it again if the VPS counts too many tokens."""
         if self.contexts is None:
             await self._learn_models()
         job.model = self._route(job.fields)
@@ -1046,7 +1056,7 @@ class Gateway:
         if fields["model"] is not None:
             return str(fields["model"])
         language, models = fields["language"], self.config.models
-        # If the VPS has none for this language, its 404 says which file is missing and how to get it.
+        # If the VPS has no model for this language, its 404 says which file is missing and how to get it.
         model = route_language(models, language, self.contexts) or route_language(models, language, None)
         return model.id if model else models[0].id
 
@@ -1057,7 +1067,7 @@ class Gateway:
         passed = {name: fields[name] for name in PASSED_TO_VPS if fields[name] is not None}
         if job.session:
             passed["session"] = job.session
-        if fields["language"] in LANGUAGES:  # the VPS knows how others end as little as we do
+        if fields["language"] in LANGUAGES:  # where a completion ends is known for these alone
             passed["language"] = fields["language"]
         body = {"model": job.model, **passed, **prepared.body}
         try:
@@ -1068,7 +1078,7 @@ class Gateway:
             raise
 
     def _result(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
-        """The text's fields, then whatever else the VPS tells."""
+        """The result's own members, then whatever else the VPS tells about it."""
         told = read_result(done)
         if counted := told.get("prompt_tokens"):
             self.ratio.learn(job.model, job.weight, counted)
@@ -1087,7 +1097,7 @@ class Gateway:
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """What the last probe and the traffic have shown; the VPS is not asked. 503 says what is wrong with it."""
+    """GET /health: the VPS's state as the last probe and the traffic have shown it. 503 says what is wrong."""
     uptime = round(time.monotonic() - gateway.started, 1)
     if gateway.available:
         return Response({"status": "healthy", "timestamp": timestamp(), "vps_available": True, "uptime": uptime})
@@ -1102,21 +1112,21 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
-    """A completion as SSE, token by token."""
+    """POST /v1/complete/stream: a completion as SSE, token by token."""
     job = read_job(gateway, request)
     job.send_now = request.send_now
     return Response(events=native_stream(gateway.complete(job)))
 
 
 async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events. The first one is empty: the head goes out when the backend begins to answer."""
+    """Blocks of whole SSE events. The first is empty: it sends the head as soon as the backend answers."""
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            yield value if kind == "text" else write_event(kind, value)
+            yield write_event(kind, value)
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
-    """A completion in one piece, collected from the same pairs."""
+    """POST /v1/complete: a completion in one piece."""
     job = read_job(gateway, request, limit=MAX_COLLECTED_BYTES)
     job.fields["progress"] = False
     text, result = io.StringIO(), {}
@@ -1130,7 +1140,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """The models of models.toml. `available`: the VPS can be reached, and has that model's file."""
+    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file."""
     present = (gateway.contexts or {}) if gateway.available else {}
     listed = [
         {
@@ -1147,7 +1157,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
-    """`vps_response_time_ms` is that of the last good probe, null before the first; requests are completions."""
+    """GET /v1/stats. `vps_response_time_ms` is the last good probe's, null before one; requests are completions."""
     now = time.monotonic()
     body = {
         "uptime": round(now - gateway.started, 1),
@@ -1185,8 +1195,7 @@ ROUTES = (
 
 # ----------------------------------------------------------------------------------------------- start
 
-
-DRAIN_SECONDS = 10.0  # running completions have so long when we are told to stop
+DRAIN_SECONDS = 10.0  # given to running completions when we are told to stop
 
 
 async def serve(config: Config) -> None:
@@ -1207,11 +1216,11 @@ async def serve(config: Config) -> None:
     await server.stop(DRAIN_SECONDS)
     probing.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await probing  # it ends by itself only with an error, which ends us
+        await probing  # if it ended by itself, its error ends the daemon
 
 
 def main() -> int:
-    """The exit status: 2 for a wrong configuration, which no restart mends, and 1 for what one may mend."""
+    """Returns the exit status: 2 for a wrong configuration, which no restart can mend, 1 for what one may mend."""
     try:
         config = load_config(read_environment(os.environ, HERE))
         set_up_logging(config.log_level, config.log_file)
