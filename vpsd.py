@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 (an import below would fail less clearly)
-    sys.exit("vpsd.py: expected Python 3.11 or newer, got " + sys.version.split()[0])
+if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+    print("vpsd.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import asyncio
@@ -29,6 +30,7 @@ import ctypes
 import fcntl
 import hashlib
 import http.client
+import importlib.util
 import logging
 import os
 import shutil
@@ -43,11 +45,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of 2 MiB
-# (measured with a 1.5B). The C library asks for those only if told before the process starts.
-if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+if __name__ == "__main__":
+    if missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
+        wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
+        print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
+        sys.exit(2)
+    # Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of
+    # 2 MiB (measured with a 1.5B). The C library asks for those only if told before the process starts.
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import psutil
 

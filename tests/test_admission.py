@@ -253,3 +253,15 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: 
         [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
+
+
+def test_a_python_without_the_libraries_is_refused() -> None:
+    root = Path(vpsd.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-S", str(root / "vpsd.py"), "fetch"], capture_output=True, text=True, timeout=60, check=False
+    )
+    said = (
+        "vpsd.py: expected a Python with llama-cpp-python and psutil, such as venv/bin/python; "
+        f"{sys.executable} lacks llama_cpp, numpy, psutil\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
