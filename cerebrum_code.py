@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice, pairwise, takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from cerebrum_common import HttpError
@@ -285,7 +285,6 @@ SUFFIX_SHARE = 8  # an infill's suffix gets one in so many: it follows the prefi
 MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom, and leaving it out saves nothing
 MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
 LEFT_OUT = "... lines left out"
-FURTHER_UP = "from further up in this file:"
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so that the next one on it finds it read
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
 WORDS = re.compile(r"[^\W\d]\w{2,}")
@@ -394,9 +393,6 @@ class Source:
     def line_end(self, position: int) -> int:
         return self.text.find("\n", position) + 1 or len(self.text)
 
-    def starts_line(self, position: int) -> bool:
-        return self.text[position - 1 : position] in ("", "\n")
-
     def statement(self, start: int, stop: int) -> int:
         """The first of the least indented statements that begin in the range, else a line's start, else its own."""
         text, comment = self.text, self.language.block_comment
@@ -407,10 +403,8 @@ class Source:
             inside = comment[1]
         if inside and (end := text.find(inside, start, stop)) >= 0:
             start = min(self.line_end(end), stop)
-        found = [match for match in LINE_START.finditer(text, start, stop) if self.starts_line(match.start())]
-        if not found:
-            return text.find("\n", start, stop) + 1 or start
-        return min(found, key=lambda match: match.end() - match.start()).start()
+        found = min(LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None)
+        return found.start() if found else text.find("\n", start, stop) + 1 or start
 
     def signature_end(self, definition: Definition) -> int:
         """Past the line that ends a signature, which may take several."""
@@ -513,13 +507,14 @@ class Source:
                 found.add((one.start, self.signature_end(one), around[:depth]))
         return sorted(found, key=lambda span: (span[0], -span[1], len(span[2])))
 
-    def render(self, pieces: Iterable[Piece], window: int | None = None) -> str:
-        """The pieces in the text's order with the signatures around them, up to where the window starts. A mark stands
-        for what is left out between them, and a brace closes what the window is not in."""
-        spans = self.spans(pieces if window is None else [*pieces, Piece(window, window, self.enclosing(window))])
+    def render(self, pieces: Iterable[Piece], window: int) -> str:
+        """The pieces in the text's order with the signatures around them, up to where the window starts.
+
+        A mark stands for what is left out between them, and a brace closes what the window is not in.
+        """
         opened: tuple[Definition, ...] = ()
-        out, at = list[str](), spans[0][0] if window is None else 0
-        for start, end, around in spans:
+        out, at = list[str](), 0
+        for start, end, around in self.spans([*pieces, Piece(window, window, self.enclosing(window))]):
             if start < at:
                 continue  # inside of one before
             common = sum(one is other for one, other in zip(opened, around, strict=False))
@@ -549,29 +544,29 @@ def _outside(indent: int, indented: bool) -> re.Pattern[str]:
 class Fit:
     """What of a text that is too long is sent: imports, definitions that are needed, and a window up to its end.
 
-    While someone types at the end only the end of the result may change, or the VPS reads it all anew. So all that
-    comes first is decided by the text before `still`, a position that moves in steps; what the lines behind it need is
-    put between them, as comments, and a new need changes nothing before the statement that has it.
+    While someone types at the end, only the end of the prompt may change: whatever follows the first change must be
+    prefilled again. So everything is chosen by the text before `still`, a position that moves in steps of about a
+    quarter of the room; the text behind it is sent as it is.
     """
 
-    def __init__(self, text: str, language: Language, room: int, about: str) -> None:
-        self.source, self.room, self.about = Source(text, language), room, about
+    def __init__(self, source: Source, room: int, about: str) -> None:
+        self.source, self.room, self.about = source, room, about
+        text = source.text
         step = 1 << max(7, (room // 4).bit_length() - 1)
-        behind = (step + step // 4) * 9 // 8  # what the lines behind `still` may weigh
+        behind = (step + step // 4) * 9 // 8  # what the text behind `still` may weigh
         while True:
             self.cell = step // 4
             self.still = max(0, len(text) - self.cell) // step * step
             if step <= 128 or weigh(text[self.still :]) <= behind:
                 break
             step //= 2  # digits or rare characters
-        self.taken: dict[Piece, int] = {}  # what is sent beside the window, and before which position (0: before all)
-        self.paid: set[tuple[Definition, int]] = set()  # the signatures that are sent around it, and where
-        room -= behind + self.room // 8  # an eighth for what is put between the lines behind `still`
+        self.taken: dict[Piece, None] = {}  # what is sent beside the window, in the order of choice
+        self.paid: set[Definition] = set()  # those whose signatures are sent around a piece
+        room -= behind
         self.start = self.window_start(room * (3 if about else 5) // 8)
         self.select(room)
-        self.start = self.window_start(room - weigh(self.source.render(self.taken, self.start)))
-        self.taken = {piece: 0 for piece in self.taken if piece.end <= self.start}
-        self.annotate()
+        self.start = self.window_start(room - weigh(source.render(self.taken, self.start)))
+        self.taken = {piece: None for piece in self.taken if piece.end <= self.start}
 
     def window_start(self, room: int) -> int:
         """Where a statement begins from which on the text before `still` fits into the room."""
@@ -594,36 +589,22 @@ class Fit:
         self.take(([[piece]] for piece in imports), room // 8)
         self.take(self.needed(names), room // 4)
 
-    def annotate(self) -> None:
-        """Take what the lines behind `still` need, each before the cell of those lines that needs it first."""
-        end, half, room = len(self.source.text), self.cell // 2, self.room // 8
-        for edge, following in pairwise([*range(self.still, end - half, self.cell), end]):
-            place = self.source.statement(edge, edge + half)
-            if place >= self.start and self.source.starts_line(place):
-                names = names_in(self.source.text, edge + half * (edge > self.still), following + half)
-                room = self.take(self.needed(names), room, place)
-
-    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int, place: int = 0) -> int:
-        """For each thing that is wanted, the first form of it that there is room for; returns the room that is left."""
+    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int) -> None:
+        """Of each thing that is wanted, take the first form that there is room for."""
         for forms in wanted:
             for pieces in forms:
                 new = [piece for piece in pieces if piece not in self.taken]
-                around = {(definition, place) for piece in new for definition in piece.around} - self.paid
+                around = {definition for piece in new for definition in piece.around} - self.paid
                 texts = [self.source.text[piece.start : piece.end] for piece in new]
-                texts += [self.source.signature(definition) for definition, _ in around]
-                cost = sum(self.cost(text, place) for text in texts)
+                texts += [self.source.signature(definition) for definition in around]
+                cost = sum(weigh(text) + len(self.source.mark) for text in texts)
                 if cost <= room:
                     room -= cost
-                    self.taken |= dict.fromkeys(new, place)
+                    self.taken |= dict.fromkeys(new)
                     self.paid |= around
                     break
             if room < 60:
                 break
-        return room
-
-    def cost(self, text: str, place: int) -> int:
-        """What a piece weighs with the mark before it, and as comments if it does not come first."""
-        return weigh(text) + len(self.source.mark) + (text.count("\n") + 2) * len(self.comment(place)) * (place > 0)
 
     def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
         """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
@@ -662,18 +643,8 @@ class Fit:
         for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
             yield self.forms(definitions[unit])
 
-    def comment(self, place: int) -> str:
-        return f"{self.source.indent(place)}{self.source.language.line_comment} "
-
     def result(self) -> str:
-        out = [self.source.render([piece for piece, place in self.taken.items() if not place], self.start)]
-        at = self.start
-        for place in sorted({*self.taken.values(), 0})[1:]:
-            note = self.source.render(piece for piece, before in self.taken.items() if before == place)
-            out += [self.source.text[at:place], self.comment(place), FURTHER_UP, "\n"]
-            out += [self.comment(place) + line for line in note.splitlines(keepends=True)]
-            at = place
-        return "".join([*out, self.source.text[at:]])
+        return self.source.render(self.taken, self.start) + self.source.text[self.start :]
 
     def kept(self) -> dict[str, Any]:
         """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`,
@@ -723,9 +694,9 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     text = without_repeated(text, f"{language.line_comment} {LEFT_OUT}\n")
     if fits(text, room):
         return text, {"parts": ["all", "repeated once"]}
-    share = room
+    source, share = Source(text, language), room
     while share > 600:
-        fitted = Fit(text, language, share, about)
+        fitted = Fit(source, share, about)
         if weigh(result := fitted.result()) <= room:
             return result, fitted.kept()
         share //= 2

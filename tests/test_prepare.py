@@ -218,13 +218,14 @@ def test_an_instruction_is_answered_by_code(prompt: str, instruction: str | None
 
 
 def long_file() -> str:
-    """40 KB whose last lines need a function, a constant and a class that are at its top."""
+    """40 KB whose last screens need a function, a constant and a class that are at its top."""
     top = "import os\nfrom decimal import (\n    Decimal,\n)\n\nRATE_OF_TAX = Decimal('0.19')\n\n\n"
     top += "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n\n\n"
     top += "class Invoice:\n    '''One bill.'''\n\n    def __init__(self, net):\n        self.net = net\n\n\n"
     unit = "def step_{n}(a, b):\n    c = a * {n}\n    return c + b if a else helper(c)\n\n\n"
     body = "".join(unit.format(n=n) for n in range(560))
-    return top + body + "def total(bills):\n    first = Invoice(RATE_OF_TAX)\n    return sum(gross_of("
+    use = "def total(bills):\n    first = Invoice(RATE_OF_TAX)\n    return sum(map(gross_of, bills))\n\n\n"
+    return top + body + use + "".join(unit.format(n=n) for n in range(560, 600)) + "def step_600("
 
 
 def test_a_long_file_keeps_what_the_cursor_needs() -> None:
@@ -233,11 +234,10 @@ def test_a_long_file_keeps_what_the_cursor_needs() -> None:
     prompt = result.body["prompt"]
     assert len(text) > 40_000
     assert prompt.startswith("import os\nfrom decimal import (\n    Decimal,\n)\n")
-    flat = prompt.replace("# ", "")
-    assert "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n" in flat
-    assert "RATE_OF_TAX = Decimal('0.19')\n" in flat
-    assert "class Invoice:\n    '''One bill.'''\n" in flat
-    assert prompt.endswith(text[-2000:][text[-2000:].index("\ndef step_") :].rpartition("def total")[2])
+    assert "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n" in prompt
+    assert "RATE_OF_TAX = Decimal('0.19')\n" in prompt
+    assert "class Invoice:\n    '''One bill.'''\n" in prompt
+    assert prompt.endswith(text[text.index("def total(") :])
     assert "# ... lines left out\n" in prompt
     assert result.kept["parts"] == ["imports", "definitions", "window"]
     assert {"gross_of", "RATE_OF_TAX", "Invoice"} <= set(result.kept["definitions"])
@@ -263,14 +263,15 @@ def test_a_long_file_keeps_what_the_cursor_needs() -> None:
     ],
 )  # fmt: skip
 def test_imports_and_definitions_of_each_language(language: str, top: str, unit: str, end: str) -> None:
-    text = top + "".join(unit.format(n=n) for n in range(900)) + end
+    filler = ["".join(unit.format(n=n) for n in range(start, start + 900)) for start in (0, 900)]
+    text = f"{top}{filler[0]}{end}\n{filler[1][-1400:]}"
     result = prepared(text, language, budget=2000)
-    prompt, comment = result.body["prompt"], "// "
+    prompt = result.body["prompt"]
     assert result.kept["parts"] == ["imports", "definitions", "window"], result.kept
-    flat = prompt.replace(comment, "")
+    flat = prompt.replace("// ", "")
     for block in top.strip().split("\n\n"):
         assert block.removeprefix("// ").removeprefix("namespace shop {\n").removesuffix("\n}") in flat
-    assert prompt.endswith(unit.format(n=899) + end)
+    assert prompt.endswith(unit.format(n=899) + text[text.rindex(end) :])
     assert "// ... lines left out\n" in prompt
 
 
