@@ -1,8 +1,23 @@
-"""Source code: the languages that are known, what of a file is sent to a model, and where a completion ends.
+"""Source code: the languages we know, what of a file a model is sent, and where a completion ends.
 
-Pure knowledge: no socket, no clock, no environment, and no state that outlives a request (but `Ratio`, which its
-owner keeps). `detect_mode` says how a request is to be asked, `prepare` makes a prompt of it that fits, `Ending` cuts
-what the model writes where the thing asked for is whole. Standard library only.
+In: a request's fields, and the text that a model writes. Out: the mode to ask in (`detect_mode`), a prompt that fits
+the context (`prepare`), and the part of the model's text that a client gets (`StopStrings`, `Ending`).
+
+    >>> from cerebrum_code import Ending, detect_mode, prepare
+    >>> detect_mode({"language": "python", "prompt": "Write a stack"})
+    'instruct'
+    >>> fields = {"language": "python", "prompt": "import os\\n" + 2000 * "x = 1\\n"}
+    >>> prepare(fields, "complete", budget=1000, ratio=3.0).kept["parts"]
+    ['imports', 'window']
+    >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
+    ('    return n\\n', 'block')
+
+It refuses fields that contradict each other, with the HttpError 400 of `detect_mode`; no text is refused, however odd,
+and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C and
+never ends by itself.
+
+All of it is pure: no socket, no clock, no environment. The only state that outlives a request is `Ratio`, and its
+owner keeps it. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,24 +40,24 @@ from cerebrum_common import HttpError
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """The syntax of one language, as far as preparing a prompt and ending a completion need it."""
+    """What preparing a prompt and ending a completion need to know of a language's syntax."""
 
     line_comment: str
     block_comment: tuple[str, str] | None
     strings: tuple[tuple[str, str], ...]  # (opening, closing); longer openings first
-    multiline: frozenset[str]  # the openings of strings that may contain a line end
-    indented: bool  # blocks are made by indentation, else by braces
-    imports: re.Pattern[str]  # a line that imports
-    defines: re.Pattern[str]  # a line that defines the name in its first group that took part
-    containers: re.Pattern[str]  # the header of a block whose members are completed one by one
-    function: str = ""  # begins a function that may be called above its definition
-    raw: frozenset[str] = frozenset()  # the openings of strings without escapes
-    ambiguous: str = ""  # openings told from an operator by what is around them: a regex or / , a char or a lifetime
-    directives: bool = False  # a line that starts with # is the preprocessor's
+    multiline: frozenset[str]  # openings of strings that may contain a line end
+    indented: bool  # indentation makes the blocks; if not, braces do
+    imports: re.Pattern[str]  # matches at a line that imports
+    defines: re.Pattern[str]  # matches at a line that defines a name: its last group that took part
+    containers: re.Pattern[str]  # matches the header of a block whose members are completed one at a time
+    function: str = ""  # the keyword of a function that may be called above its definition
+    raw: frozenset[str] = frozenset()  # openings of strings without escapes
+    ambiguous: str = ""  # openings that may be an operator: / of a regex or a division, ' of a char or a lifetime
+    directives: bool = False  # a line that starts with # belongs to the preprocessor
 
 
-# The patterns below are searched for in whole files of strangers, so no repetition in them is unbounded: each costs a
-# line at most a few hundred steps, whatever it holds.
+# These patterns search whole files of strangers. Repetitions are bounded, or cannot match the same characters as their
+# neighbours, so a line costs a few hundred steps and its length, whatever it holds.
 _C_STRINGS = (('"', '"'), ("'", "'"))
 _IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
 _CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
@@ -154,9 +169,9 @@ LANGUAGES: dict[str, Language] = {
 }
 
 
-# ------------------------------------------------------------------------------- policy: ways to ask
+# --------------------------------------------------------------------------------------------------------- ways to ask
 
-LINE_CHARACTERS = 400  # an instruction says what it wants in its first line, or not plainly
+LINE_CHARACTERS = 400  # a longer first line is no plain instruction
 DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 VERBS = (
     "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
@@ -165,7 +180,8 @@ VERBS = (
     "|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell"
     "|test|transform|translate|turn|update|use|validate|vectorize|wrap|write"
 )
-# No language here begins a line with these and a word; SQL begins one with `create table` and `explain select`.
+# In none of our languages does a line begin with one of these verbs and a word. SQL has `create table` and `explain
+# select`, which the lookahead leaves out.
 PLAIN_VERBS = (
     "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor|rewrite|simplify"
     "|translate|write) (?!(?:analyze|database|function|index|materialized|or|schema|select|table|temporary|trigger|type"
@@ -179,7 +195,7 @@ ASKS = re.compile(
     rf"|(?:{VERBS})(?: up)? {DETERMINER} |{PLAIN_VERBS}",
     re.IGNORECASE,
 )
-# Most comments over code begin with a verb as well. An instruction transforms "this", or something "in this function".
+# Most comments above code begin with a verb, too. An instruction asks to change "this" or something "in this function".
 THINGS = r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct|tests?|type)"
 EDITS = re.compile(
     r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
@@ -194,14 +210,14 @@ OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|els
 
 
 def syntax(name: str) -> Language:
-    """The syntax of a language; most that models.toml may add are like C."""
+    """The syntax of a language. One that models.toml adds is taken for C's, which most resemble."""
     return LANGUAGES.get(name, LANGUAGES["c"])
 
 
 def detect_mode(fields: Mapping[str, Any]) -> str:
-    """`complete`, `infill` or `instruct`: what `mode` says, else what the other fields and the prompt show.
+    """ "complete", "infill" or "instruct": the field `mode`, or what the other fields and the prompt show.
 
-    HttpError 400 names the field that contradicts. A plain prompt that could be either is completed.
+    A prompt that may be code or an instruction is completed. HttpError 400 names the field that contradicts another.
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
     suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
@@ -228,10 +244,10 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
 
 
 def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
-    """(instruction, code) if the prompt is plainly an instruction, alone or above code; else None.
+    """(instruction, code) if the prompt is plainly an instruction, alone or above code; otherwise None.
 
-    `Write a stack` → ("Write a stack", ""); `# Make this async` over a whole function → the comment and the function;
-    over a signature without a body → None, for that is a comment about code that is still to be written.
+    `Write a stack` gives ("Write a stack", ""). `# Make this async` above a whole function gives the comment and the
+    function. Above a signature without a body it gives None: that comment is about code still to be written.
     """
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
@@ -242,7 +258,7 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
 
 
 def _leading_comment(text: str, language: Language) -> tuple[str, str]:
-    """The comment that the text begins with, without its signs, and what follows it."""
+    """The comment at the start of the text, without its signs, and the text after it."""
     if language.block_comment and text.startswith(language.block_comment[0]):
         comment, _, code = text.partition(language.block_comment[1])
         return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
@@ -255,7 +271,7 @@ def _leading_comment(text: str, language: Language) -> tuple[str, str]:
 
 
 def _is_whole(code: str, language: Language) -> bool:
-    """Whether `code` has some lines and ends where a block may end, rather than where more has to be typed."""
+    """Whether `code` has two lines or more and stops where a block may end, not where a person would type on."""
     end = code.rstrip()
     if "\n" not in end.strip() or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
         return False
@@ -264,15 +280,15 @@ def _is_whole(code: str, language: Language) -> bool:
     return all(code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]"))
 
 
-# --------------------------------------------------------------------------- policy: fitting a prompt
+# --------------------------------------------------------------------------------------------------- weight of a text
 
-FIRST_RATIO = 3.0  # weight per token before a model has told
-MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen one file in fifty has less than 3.5
-# What a character weighs by its kind, in fifths, from a regression of Qwen's tokens over files in five languages. Most
-# words are one token whatever their length, digits are one each, and many signs; indentation costs nearly nothing.
+FIRST_RATIO = 3.0  # weight per token, until the VPS has reported a model's counts
+MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen, one file in fifty is below 3.5
+# The weight of a character by its kind, in fifths: a regression of Qwen's token counts over files in five languages.
+# Most words are one token whatever their length; each digit is one, and many signs are; indentation is nearly free.
 FIFTHS = {b"a": 3, b"A": 5, b"0": 32, b"+": 11, b" ": 10, b"  ": -16, b"\n": 8, b"\xff": 10}
 KINDS = bytes(
-    code if chr(code) in " \n"  # what is not listed costs as much as a digit: control characters
+    code if chr(code) in " \n"  # control characters fall through to the digits' kind: they cost as much
     else b"a"[0] if chr(code) in string.ascii_lowercase + "\t\r"
     else b"A"[0] if chr(code) in string.ascii_uppercase
     else b"+"[0] if chr(code) in string.punctuation
@@ -280,75 +296,64 @@ KINDS = bytes(
     else 0xFF
     for code in range(256)
 )  # fmt: skip
-TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
-SUFFIX_SHARE = 8  # an infill's suffix gets one in so many: it follows the prefix, so each keystroke reads it anew
-MIN_REPEATED = 200  # characters: a shorter paragraph may be a language's idiom, and leaving it out saves nothing
-MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
-LEFT_OUT = "... lines left out"
-CODE_FIRST = 2000  # weight: longer code goes before the instruction, so that the next one on it finds it read
-NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
-WORDS = re.compile(r"[^\W\d]\w{2,}")
-LINE_START = re.compile(
-    r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
-)
-INDENT = re.compile(r"[ \t]{0,80}")
-DOCSTRING = re.compile(r"""[ \t]{0,80}[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
-DOCSTRING_MARK = '"""'
-PARAGRAPH_END = re.compile(r"\n\s*\n")
-LEADS = ("@", "#[", "template")  # what belongs to a definition right below, beside comments
-MAX_COMMENT = 800  # characters: a longer comment above a definition, or signature around something, is left out
-MAX_SIGNATURE = 4000  # characters: what goes on longer is no signature, and its first line stands for it
-MAX_CANDIDATES = 250  # definitions that are tried for a window; 10,000 characters of ordinary code need fewer than 100
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What the VPS is sent (`prompt` or `messages`, …), what of the request it kept, and its weight for `Ratio`."""
-
-    body: dict[str, Any]
-    kept: dict[str, Any]
-    weight: int
 
 
 @dataclass(slots=True)
 class Ratio:
     """Weight per token of each model's prompts, learned from the token counts that the VPS reports.
 
-    It errs low: too high costs a refused prompt, too low only some lines. So a lower observation counts at once and a
-    higher one slowly; and it is given in steps, because a new ratio moves the window and so costs the prefix cache.
+    An estimate that is too high gets a prompt refused; one that is too low only leaves out some lines. So a lower
+    observation counts at once, a higher one by a sixteenth. `get` moves in steps of a quarter, because a new ratio
+    moves the window, and then the VPS must prefill it again.
     """
 
-    low: dict[str, float] = field(default_factory=dict)
-    given: dict[str, float] = field(default_factory=dict)
+    low: dict[str, float] = field(default_factory=dict)  # the estimate for each model
+    given: dict[str, float] = field(default_factory=dict)  # what `get` returns
 
     def get(self, model: str) -> float:
         return self.given.get(model, FIRST_RATIO)
 
     def learn(self, model: str, weight: int, tokens: int) -> None:
         if tokens < 256:
-            return  # a template and three words say nothing about code
+            return  # mostly the chat template's own tokens
         old, new = self.low.get(model, FIRST_RATIO), weight / tokens
         low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
         self.low[model] = low
-        if not 0 <= low - self.get(model) < 0.4:  # more than a step, or it would flap between two
+        if not 0 <= low - self.get(model) < 0.4:  # wider than a step, so that it cannot flap between two
             self.given[model] = int(low * 4) / 4
 
 
 def weigh(text: str) -> int:
-    """What a text takes of the context, in characters of average code: with a ratio it gives an estimate of tokens."""
+    """How much of the context a text takes, in characters of average code; divided by a ratio, its tokens."""
     kinds = text.encode("utf-8", "replace").translate(KINDS)
     return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
 
 
+# ------------------------------------------------------------------------------------------------- what a file defines
+
+LEFT_OUT = "... lines left out"
+MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
+MAX_MEMBERS = 40  # of a class are listed in its outline
+MAX_COMMENT = 800  # characters: a longer comment above a definition is left out, a longer signature around a piece too
+MAX_SIGNATURE = 4000  # characters: whatever is still open then is no signature, and its first line must do
+INDENT = re.compile(r"[ \t]{0,80}")
+LINE_START = re.compile(
+    r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if)|except|finally|catch|case|default|and|or)\b)", re.M
+)
+DOCSTRING = re.compile(r"""[ \t]{0,80}[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
+DOCSTRING_MARK = '"""'
+LEADS = ("@", "#[", "template")  # beside comments, what stands above a definition and belongs to it
+
+
 @dataclass(slots=True, eq=False)
 class Definition:
-    """A line that defines `name`; `start` is where the line does, `parent` the definition around it."""
+    """A line that defines a name."""
 
     name: str
-    start: int
-    indent: int
-    parent: Definition | None
-    members: list[Definition] = field(default_factory=list)  # the first 40
+    start: int  # of the line
+    indent: int  # characters
+    parent: Definition | None  # the definition around it
+    members: list[Definition] = field(default_factory=list)  # the first MAX_MEMBERS
 
     def chain(self) -> tuple[Definition, ...]:
         """The definitions around this one and itself, outermost first."""
@@ -357,7 +362,7 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of the text that is sent, and the definitions around it, whose headers go with it."""
+    """A range of the text to send, and the definitions around it, whose signatures go with it."""
 
     start: int
     end: int
@@ -365,14 +370,14 @@ class Piece:
 
 
 class Source:
-    """A text in a language, and its definitions. All positions are character offsets into `text`."""
+    """A text in a language and the definitions in it. All positions are character offsets into `text`."""
 
     def __init__(self, text: str, language: Language) -> None:
         self.text, self.language = text, language
         self.mark = f"{language.line_comment} {LEFT_OUT}" + ("\r\n" if "\r\n" in text[:4096] else "\n")
         self.definitions: list[Definition] = []
         self.by_name: dict[str, list[Definition]] = {}
-        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # what `enclosing` has found
+        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # the results of `enclosing`
         stack: list[Definition] = []
         for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
@@ -381,7 +386,7 @@ class Source:
                 stack.pop()
             parent = stack[-1] if stack else None
             stack.append(Definition(name, start, indent, parent))
-            if parent and len(parent.members) < 40:
+            if parent and len(parent.members) < MAX_MEMBERS:
                 parent.members.append(stack[-1])
             self.definitions.append(stack[-1])
             self.by_name.setdefault(name, []).append(stack[-1])
@@ -394,9 +399,9 @@ class Source:
         return self.text.find("\n", position) + 1 or len(self.text)
 
     def statement(self, start: int, stop: int) -> int:
-        """The first of the least indented statements that begin in the range, else a line's start, else its own."""
+        """Where the first of the least indented statements in the range begins; without one, a line; else `start`."""
         text, comment = self.text, self.language.block_comment
-        inside = ""  # what ends a docstring or a comment that the range begins in
+        inside = ""  # the end of a docstring or comment in which the range begins
         if self.language.indented:
             inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
         elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
@@ -407,7 +412,7 @@ class Source:
         return found.start() if found else text.find("\n", start, stop) + 1 or start
 
     def signature_end(self, definition: Definition) -> int:
-        """Past the line that ends a signature, which may take several."""
+        """Past the last line of a signature, which may take several."""
         start = definition.start
         first = end = self.line_end(start)
         for _ in range(20):
@@ -441,11 +446,11 @@ class Source:
         return start
 
     def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
-        """The first line in the range that is not inside the definition, by its indentation (in every language)."""
+        """The first line in the range that is not inside the definition, judged by indentation in every language."""
         return _outside(definition.indent, self.language.indented).search(self.text, start, stop)
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
-        """The definition with what belongs to it above, or None if that is over `limit` characters."""
+        """The definition, with the comments and decorators above it; None if it has over `limit` characters."""
         start, body = self.lead(definition), self.signature_end(definition)
         stop = min(start + limit, len(self.text))
         left = self.leaves(definition, body, stop)
@@ -458,14 +463,14 @@ class Source:
         return Piece(start, end, definition.chain()[:-1])
 
     def _last_line(self, start: int, end: int) -> int:
-        """Past the last line of a range that is neither blank nor a comment, which may be about what follows."""
+        """Past the last line of a range that is neither blank nor a comment: a comment may be about the next thing."""
         lines = self.text[start:end].splitlines(keepends=True)
         while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.line_comment)):
             lines.pop()
         return start + sum(map(len, lines))
 
     def outline(self, definition: Definition) -> list[Piece]:
-        """A definition that is too large: its docstring, and the signatures around that and of its members."""
+        """A definition that is too large to send whole: its signature, its docstring, its members' signatures."""
         body, around = self.signature_end(definition), definition.chain()
         docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
         signatures = [Piece(member.start, self.signature_end(member), around) for member in definition.members]
@@ -486,7 +491,7 @@ class Source:
         return self.enclosed[position]
 
     def imports(self, stop: int) -> Iterator[Piece]:
-        """The imports before `stop`, each with all of its lines."""
+        """The imports before `stop`, each with all its lines."""
         end = 0
         for match in islice(self.language.imports.finditer(self.text, 0, stop), MAX_IMPORTS):
             if match.start() < end:
@@ -500,7 +505,7 @@ class Source:
             yield Piece(match.start(), end)
 
     def spans(self, pieces: Iterable[Piece]) -> list[tuple[int, int, tuple[Definition, ...]]]:
-        """Start, end and what is open after it of each piece and of the signatures around it, in the text's order."""
+        """(start, end, definitions open at the end) of the pieces and their signatures, in the text's order."""
         found = {(piece.start, piece.end, piece.around) for piece in pieces}
         for _, _, around in list(found):
             for depth, one in enumerate(around, 1):
@@ -516,7 +521,7 @@ class Source:
         out, at = list[str](), 0
         for start, end, around in self.spans([*pieces, Piece(window, window, self.enclosing(window))]):
             if start < at:
-                continue  # inside of one before
+                continue  # inside an earlier one
             common = sum(one is other for one, other in zip(opened, around, strict=False))
             closed, gap = opened[common:], self.text[at:start]
             if not gap.strip():
@@ -535,10 +540,34 @@ class Source:
 
 @lru_cache(200)
 def _outside(indent: int, indented: bool) -> re.Pattern[str]:
-    """A line outside of the block of a definition with this indentation. Brackets that close it, Python's comments,
-    an opening brace on its own line, labels and `where` are still inside; a closing brace is its last line."""
+    """A line outside the block of a definition with this indentation.
+
+    Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside. A
+    closing brace is outside, and its line is the block's last.
+    """
     inside = r"[\s#)\]}]" if indented else r"[\s#){\]]|where\b|\w+:\s*$"
     return re.compile(rf"^[ \t]{{0,{indent}}}(?!{inside}).", re.M)
+
+
+# ---------------------------------------------------------------------------------------------------- fitting a prompt
+
+TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
+SUFFIX_SHARE = 8  # an eighth of the room is the suffix's: it follows the prefix, so each keystroke prefills it again
+MIN_REPEATED = 200  # characters: a shorter paragraph may be an idiom of its language, and dropping it saves nothing
+MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
+CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
+NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
+WORDS = re.compile(r"[^\W\d]\w{2,}")
+PARAGRAPH_END = re.compile(r"\n\s*\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as the VPS gets it."""
+
+    body: dict[str, Any]  # the VPS's fields: `mode`, and `prompt`, `suffix` or `messages`
+    kept: dict[str, Any]  # what of the user's text it holds, see `prepare`
+    weight: int  # of its text, for `Ratio`
 
 
 class Fit:
@@ -569,7 +598,7 @@ class Fit:
         self.taken = {piece: None for piece in self.taken if piece.end <= self.start}
 
     def window_start(self, room: int) -> int:
-        """Where a statement begins from which on the text before `still` fits into the room."""
+        """The first statement from which the text up to `still` fits into the room."""
         text, cell = self.source.text, self.cell
         grid = range(max(0, self.still - 3 * max(room, 0)) // cell * cell, self.still, cell)
         for position in grid[bisect_left(grid, -room, key=lambda position: -weigh(text[position : self.still])) :]:
@@ -579,7 +608,7 @@ class Fit:
         return self.still
 
     def select(self, room: int) -> None:
-        """Take the imports and definitions before the window that it needs, and what resembles the instruction."""
+        """Take what the window needs from above it: imports, definitions, and what resembles the instruction."""
         text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
         if self.about:
             self.take(self.resembling(), room * 3 // 8)
@@ -607,14 +636,16 @@ class Fit:
                 break
 
     def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
-        """The definitions of the names, unless the window has them. Members of a class count if they are named as such,
-        and only if few have the name."""
+        """For each definition of these names that is above the window, its forms.
+
+        A member of a class counts only where it is named as a member (`a.b`).
+        """
         around = self.source.enclosing(self.start)
         found = (one for name, member in names for one in self.named(name, member, around))
         return map(self.forms, islice(found, MAX_CANDIDATES))
 
     def named(self, name: str, member: bool, around: tuple[Definition, ...]) -> list[Definition]:
-        """The definitions that a name means, if they are few and before the window."""
+        """The definitions that a name means, if they are above the window and at most three."""
         named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
         known = [one for one in named if member or not one.indent or one.parent in around]
         if not known or known[-1].start >= self.start or len(known) > 3:
@@ -622,7 +653,7 @@ class Fit:
         return known[-1:] if self.source.language.indented else known
 
     def forms(self, definition: Definition) -> Iterator[list[Piece]]:
-        """A definition whole; what has a block also in outline, and its signature alone."""
+        """A definition whole; one with a block also in outline, and as its signature and docstring alone."""
         if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
         if self.source.signature(definition).rstrip().endswith((":", "{")):
@@ -630,9 +661,9 @@ class Fit:
             yield from (outline, outline[:1])
 
     def resembling(self) -> Iterator[Iterable[list[Piece]]]:
-        """Definitions before the window, by how many of the instruction's words they contain; rare words weigh more."""
+        """Definitions above the window, by how many of the instruction's words they hold; rare words count more."""
         definitions, text = self.source.definitions, self.source.text
-        text = text.lower() if text.isascii() else text  # else positions could move
+        text = text.lower() if text.isascii() else text  # outside ASCII, lower() may change the length
         starts = [definition.start for definition in definitions if definition.start < self.start]
         scores: Counter[int] = Counter()
         for word in sorted({word.lower() for word in WORDS.findall(self.about, 0, 2000)})[:40]:
@@ -647,8 +678,10 @@ class Fit:
         return self.source.render(self.taken, self.start) + self.source.text[self.start :]
 
     def kept(self) -> dict[str, Any]:
-        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`,
-        `lines` being those of the window."""
+        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`.
+
+        `lines` counts the window's.
+        """
         definitions, imports, names = self.source.definitions, False, dict[str, None]()
         for piece in self.taken:
             index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
@@ -664,13 +697,13 @@ class Fit:
 
 
 def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
-    """The names that begin in a range, each once, and whether it is a member: `a.b` → `("a", False), ("b", True)`."""
+    """The names that begin in a range, each once, and whether it is a member: `a.b` gives ("a", False), ("b", True)."""
     found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
     return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
 
 
 def without_repeated(text: str, mark: str) -> str:
-    """The text without the paragraphs that come again, word for word, nearer to its end."""
+    """The text without each paragraph that is repeated, word for word, nearer to its end."""
     seen, out, end = set[str](), list[str](), len(text)
     for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(text))]):
         block = text[start:end].strip()
@@ -688,7 +721,7 @@ def fits(text: str, room: int) -> bool:
 
 
 def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
-    """What of `text` is sent if it may weigh `room`, and a description of it; all of it, unchanged, if it fits."""
+    """As much of `text` as weighs at most `room`, and a description as in `Fit.kept`. What fits stays unchanged."""
     if fits(text, room):
         return text, {"parts": ["all"]}
     text = without_repeated(text, f"{language.line_comment} {LEFT_OUT}\n")
@@ -704,7 +737,7 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
 
 
 def fit_start(text: str, room: int) -> str:
-    """The start of `text` that weighs at most `room`, in whole lines if it has any."""
+    """The start of `text` that weighs at most `room`: whole lines, unless the first is too long."""
     if fits(text, room):
         return text
     text = text[: 3 * max(room, 0)]
@@ -714,11 +747,11 @@ def fit_start(text: str, room: int) -> str:
 
 
 def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> Prepared:
-    """The VPS's fields for a request in a mode that `detect_mode` gave, so that its prompt has at most `budget` tokens.
+    """The VPS's fields for a request, with a prompt of about `budget` tokens at most.
 
-    `ratio` is the model's from `Ratio`. What fits is sent as it is, byte for byte. `kept` says what was sent:
-    `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": 158, "definitions":
-    ["Account"]}`; parts are ["all"] if nothing was left out.
+    `mode` comes from `detect_mode`, `ratio` from the model's `Ratio`. What fits is sent as it is, byte for byte. `kept`
+    says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": 158,
+    "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
     """
     language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
@@ -727,7 +760,7 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
         instruction, code = fields.get("instruction") or "", prompt
         if not instruction:
             instruction, code = split_instruction(prompt, language) or (prompt, "")
-            if not code and not fits(instruction, room):  # then what follows its first line is rather code
+            if not code and not fits(instruction, room):  # then the lines after its first are probably code
                 instruction, _, code = instruction.strip().partition("\n")
         asked = fit_start(instruction.strip(), room // 2 if code else room)
         sent, kept = fit(code, language, room - weigh(asked), asked)
@@ -737,8 +770,8 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
         block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
         text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
         of, sizes = len(code) + len(instruction), len(sent) + len(asked)
-        # The answer begins with its fence: no chatter before the code. Asked for "the code alone", a small model leaves
-        # out the comments and steps by which it gets the code right.
+        # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so
+        # too, but then a small model leaves out the comments and steps that get the code right.
         body["messages"] = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
     else:
         spare = room - weigh(prompt[: 3 * room])
@@ -757,27 +790,30 @@ def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> 
 
 
 class StopStrings:
-    """Cuts the text at the first stop string, across token borders; holds back what may be the beginning of one.
+    """Cuts the text at the first stop string, wherever the tokens end, and holds back what may be the start of one.
 
-    Knuth, Morris and Pratt's search, once for each string: `matched` says how much of it the text ends with.
+    This is Knuth, Morris and Pratt's search for each string: `matched` counts the characters of it at the text's end.
+    No stop string may be empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
         self.borders = [borders(stop) for stop in self.stops]
         self.matched = [0] * len(self.stops)
-        self.longest, self.size = "", 0  # of the matches
+        self.longest, self.size = "", 0  # the stop string with the longest match, and the match's length
 
     @property
     def held(self) -> str:
-        """What is held back: the beginning of a stop string."""
+        """The text held back: the start of a stop string."""
         return self.longest[: self.size]
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """(text before any stop string that can be sent, whether one was found)."""
+        """(text that may be sent, whether a stop string was found); the text ends before the stop string.
+
+        The first one to be complete counts, however the text is cut into tokens; of two at the same place, the longer.
+        """
         for place, char in enumerate(text, self.size + 1):
-            complete = self._step(char)
-            if complete:  # the first, however the text was cut into tokens; of two at once the longer
+            if complete := self._step(char):
                 out, self.size = self._first(place - complete, text), 0
                 return out, True
         size = max(self.matched, default=0)
@@ -788,7 +824,7 @@ class StopStrings:
         return out, False
 
     def _first(self, size: int, text: str) -> str:
-        """So many characters of what is held and of `text`."""
+        """The first `size` characters of the held text followed by `text`."""
         return self.longest[: min(size, self.size)] + text[: max(0, size - self.size)]
 
     def _step(self, char: str) -> int:
@@ -806,7 +842,7 @@ class StopStrings:
 
 
 def borders(text: str) -> list[int]:
-    """For each beginning of a text, the length of its longest proper beginning that is also its end."""
+    """For each prefix of a text, the length of the longest shorter prefix that it ends with."""
     found = [0] * len(text)
     for place in range(1, len(text)):
         size = found[place - 1]
@@ -816,71 +852,23 @@ def borders(text: str) -> list[int]:
     return found
 
 
-# ------------------------------------------------------------------------------- policy: the natural end
-#
-# A completion passes through one or two stages. A stage takes one character at a time, so that no split of the text
-# into tokens can change the outcome, and decides how much of its text may go out (`safe`) and whether it is over
-# (`reason`, and `safe` is then where). What is undecided waits, seldom more than a line's beginning.
+# ------------------------------------------------------------------------------------------------------- following code
 
-REST_CHARS = 64  # of the cursor's line after the cursor, compared with what is written
-EARLY_CHARS = 12  # so much of the suffix's line, written again, is no coincidence: the rest need not be computed
-AHEAD_CHARS = 20  # how far, white space not counted, an infill may look for the suffix after its first line
-SURE_AHEAD_CHARS = 56  # the same if the suffix stands too deep to follow that line
-HEADER_COLUMNS = 4  # how much deeper a body is than its header, at least usually
-CHATTER_CHARS = 4000  # before a chat's first fence; if there is none by then, it was no chatter
-REPEATED_LINES = 6  # the same line so often in a row is a model that starts over ...
-REPEATED_DATA = 24  # ... unless it is data (a comma at its end) or only closes something
-REPEATED_COPIES = 3  # of a block of two or more lines
-PERIOD_LINES = 24  # in such a block
-PERIOD_CHARS = 160  # a line that ends in so much of one short pattern never ends
-
-FUNCTION = re.compile(r"(?:async\s+)?def\b")
-DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
+WORD_CHARS = 8  # the longest word that QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE look for, and the character before it
+HEAD_CHARS = 1000  # remembered of a statement; a longer one keeps the first half of them and its newest characters
+STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing one may skip; a correct program has none
+TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
+TRIPLE_QUOTES = ('"""', "'''")
+PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
-CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
-BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+# Before a quote that opens a string although a letter is next to it, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
-WORD_CHARS = 8  # of the statement so far are looked at: the longest word that matters, and the character before it
-HEAD_CHARS = 1000  # of a statement are remembered; in a longer one the first half of them, and what is new
-STRAY_BRACKETS = 20  # open ones that a closing one of another kind may pass over; a correct program has none
-LINE_CHARS = 500  # of a line, from its first one that is not blank, are compared with anything
-NAME_CHARS = 100  # a longer name is nobody's helper
-TAIL_CHARS = 18  # of the text are remembered: the longest closing of a literal, C++'s )name" with 16 in its name
-TRIPLE_QUOTES = ('"""', "'''")
-CODE = re.compile(
-    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
-)
-CALL = re.compile(rf"(?<!\w)(\w{{1,{NAME_CHARS}}})\(")
-CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # what may go on with a statement after its block
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
-FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
-SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
-PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
-PAIRS = {")": "(", "]": "[", "}": "{"}
-FENCED = re.compile(r"^```.*?^```", re.M | re.S)
-# A line that announces what nobody asked for, and instructions that do ask for it.
-EXTRAS = re.compile(
-    r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
-    r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
-    r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
-    r"[:. \t\r]*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-WANTS_EXTRAS = re.compile(
-    r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
-    re.IGNORECASE,
-)
 
 
 class Scanner:
-    """Follows source code character by character: its strings, comments, brackets and statements.
-
-    `closer` ends the literal or comment that the text is in ("" in code). `stack` holds the open brackets, each with
-    the code before it in its statement and its line's indentation; `head` is the code of the statement so far, `last`
-    its last character. `starting`: only white space has come since a line (in Python: a statement) began, `indent`
-    columns of it. For Python, `blocks` are the (indentation, header) of those open after the last whole statement.
-    """
+    """Follows source code one character at a time: its strings, comments, brackets and statements."""
 
     def __init__(self, language: Language, text: str = "") -> None:
         self.language = language
@@ -889,14 +877,17 @@ class Scanner:
         literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        self.opener = self.closer = self.tail = self.head = self.last = ""
-        self.since = 0  # characters since the literal or comment opened
-        self.escaped = self.in_class = False
-        self.stack: list[tuple[str, str, int]] = []
-        self.unmatched = 0  # closing brackets of what was opened before the text
-        self.blocks: list[tuple[int, str]] = []
-        self.fresh = False  # the innermost block has no body yet, but perhaps a docstring
-        self.starting, self.indent = True, 0
+        self.opener = self.closer = ""  # of the literal or comment that the text is in; "" in code
+        self.since = 0  # characters since it opened
+        self.escaped = self.in_class = False  # behind its backslash; in a [] of a regex
+        self.tail = ""  # the last characters of the text
+        self.head, self.last = "", ""  # the code of the statement so far, and its last character
+        self.stack: list[tuple[str, str, int]] = []  # open brackets: (bracket, header of a block, line's indentation)
+        self.unmatched = 0  # closing brackets whose partner is not in the text
+        self.blocks: list[tuple[int, str]] = []  # Python's open after the last whole statement: (indentation, header)
+        self.fresh = False  # the innermost of them has no body yet, though perhaps a docstring
+        self.starting = True  # only white space since a line (in Python, a statement) began
+        self.indent = 0  # columns of that white space
         self.margin: int | None = None  # the least indentation of any statement
         for char in text:
             self.step(char)
@@ -911,7 +902,7 @@ class Scanner:
 
     @property
     def opened(self) -> int | None:
-        """The indentation of the header right before this point, if it opened a block that has no body yet."""
+        """The indentation of the header just before this point, if it opened a block that has no body yet."""
         if not self.language.indented:
             return self.stack[-1][2] if self.last == "{" and self.stack else None
         if self.head.strip():
@@ -934,7 +925,7 @@ class Scanner:
             self._in_code(char)
 
     def _opening(self) -> tuple[str, str] | None:
-        """The literal or comment whose opening the last character completes, in code or right after a shorter one."""
+        """(opener, closer) of what the last character opens, in code or by extending a shorter opener (" to \"\"\")."""
         for opener, closer in self.openers:
             if not self.tail.endswith(opener):
                 continue
@@ -942,7 +933,7 @@ class Scanner:
                 if self.since < len(opener) and opener[: -self.since].endswith(self.opener):
                     return opener, closer
             elif opener == "'" and (self.tail[-2:-1].isalnum() or self.tail[-2:-1] == "_"):
-                # An apostrophe in JSX, or what separates digits in C++; unless a prefix or a keyword is before it.
+                # An apostrophe in JSX or a separator of digits in C++, unless a prefix or a keyword precedes it.
                 return (opener, closer) if QUOTE_AFTER.search(self.head[-WORD_CHARS:]) else None
             elif opener == 'R"' and not RAW_BEFORE.search(self.head[-WORD_CHARS:]):
                 continue
@@ -966,16 +957,16 @@ class Scanner:
         elif self.opener == "/" and char in "[]":
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
-            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( goes on to )name"
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
         elif self.tail.endswith(self.closer) and self.since >= len(self.closer) and not self.in_class:
-            if self.since > len(self.closer):  # after an empty string, one more quote makes it a triple one
+            if self.since > len(self.closer):  # only an empty string becomes a triple quote by one more quote
                 self.tail = ""
             self.closer = ""
             self.last = self.last if comment else '"'
             if char == "\n":
                 self._in_code(char)
         elif char == "\n" and self.opener not in self.language.multiline and self.closer != "*/":
-            self.closer = ""  # never closed
+            self.closer = ""  # an unclosed string ends with its line
             self._in_code(char)
         elif self.opener == "`" and self.tail.endswith("${") and "/" in self.language.ambiguous:
             self.stack.append(("${", "", self.indent))
@@ -1007,7 +998,7 @@ class Scanner:
         self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
 
     def _opener_of(self, char: str) -> int | None:
-        """Where in the stack the bracket is that `char` closes; a stray ) does not close a block."""
+        """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
         for depth in range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1):
             kind = self.stack[depth][0]
             if kind[-1] == PAIRS[char]:
@@ -1035,8 +1026,8 @@ class Scanner:
     def _newline(self) -> None:
         if not self.language.indented:
             self.starting, self.indent = True, 0
-            if not self.in_parens and self.head:  # a header may go on in the next line, but not past a blank one
-                if self.head.endswith("\n") or self.last == ":":  # a label's
+            if not self.in_parens and self.head:  # a header may take several lines, but no blank one
+                if self.head.endswith("\n") or self.last == ":":  # the colon of a label
                     self.head = ""
                 else:
                     self._add("\n")
@@ -1044,31 +1035,82 @@ class Scanner:
             self.last = self.last.strip("\\")
         else:
             head = self.head.strip()
-            if head and head.lower() != "r":  # else a comment or a docstring
+            if head and head.lower() != "r":  # not a comment or a docstring, which may have the prefix r
                 self.blocks, self.fresh = self.enclosing(self.indent), self.last == ":"
                 self.blocks += [(self.indent, head)] * self.fresh
                 self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
             self.starting, self.indent, self.head, self.last = True, 0, "", ""
 
 
+# ------------------------------------------------------------------------------------------------------ the natural end
+#
+# A completion passes through one to three stages. A stage reads one character at a time, so the outcome does not depend
+# on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
+# (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
+
+REST_CHARS = 64  # compared of the cursor's line behind the cursor
+EARLY_CHARS = 12  # a model that repeats this much of the suffix's line writes all of it: end without waiting
+AHEAD_CHARS = 20  # an infill that could end may go on this far, white space not counted, to meet the suffix
+SURE_AHEAD_CHARS = 56  # the same, if the suffix is indented too deeply to follow the infill's first line
+HEADER_COLUMNS = 4  # a body is usually indented this much more than its header
+CHATTER_CHARS = 4000  # a chat's answer with no fence in so many characters has none
+REPEATED_LINES = 6  # a model that writes the same line this often in a row is starting over ...
+REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
+REPEATED_COPIES = 3  # the same for a block of two or more lines
+PERIOD_LINES = 24  # the longest such block
+PERIOD_CHARS = 160  # a line that ends with this much of one short pattern never ends
+LINE_CHARS = 500  # the part of a line, behind its indentation, that is compared with anything
+NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
+
+FUNCTION = re.compile(r"(?:async\s+)?def\b")
+DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
+CONTROL = re.compile(r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select)\b[^\n]*$")
+BRACED_DEFINITION = re.compile(r"\b(?:class|impl|trait)\b|\(")
+CODE = re.compile(
+    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
+)
+CALL = re.compile(rf"(?<!\w)(\w{{1,{NAME_CHARS}}})\(")
+CLAUSES = ("else", "elif", "except", "finally", "catch", "while")  # go on with a statement after its block
+FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
+SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
+PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+# A comment line that announces examples or tests, and the words of an instruction that asks for them.
+EXTRAS = re.compile(
+    r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
+    r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
+    r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
+    r"[:. \t\r]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+WANTS_EXTRAS = re.compile(
+    r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
+    re.IGNORECASE,
+)
+
+
 class Stage:
-    """Text in, text out, until `reason`. `step` sees each character, and moves `safe`, the length that may go out."""
+    """Text goes in and comes out, until there is a `reason` to end. All positions count characters of `text`."""
 
     def __init__(self) -> None:
-        self.text: list[str] = []  # its characters: each += on a string attribute would copy all of it
-        self.safe = self.sent = 0
+        self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
+        self.safe = 0  # up to here the text may go out
+        self.sent = 0  # up to here it has
         self.reason: str | None = None
 
     def cut(self, start: int, stop: int | None = None) -> str:
         return "".join(self.text[start:stop])
 
     def step(self, char: str) -> None:
+        """Read a character; move `safe`, or call `end`."""
         raise NotImplementedError
 
     def end(self, reason: str, at: int) -> None:
+        """The completion ends at a position, though never before what may have been sent."""
         self.reason, self.safe = reason, max(at, self.safe)
 
     def feed(self, piece: str) -> tuple[str, str | None]:
+        """(text that may be sent now, why the completion is over or None)."""
         for char in piece:
             self.step(char)
             if self.reason:
@@ -1077,41 +1119,38 @@ class Stage:
         return out, self.reason
 
     def flush(self, whole: bool) -> str:
-        """What is left when the tokens end: because the model says so (`whole`), or because no more are allowed."""
+        """The text left to send when no more tokens come: the model has ended (`whole`) or may write no more."""
         return self.cut(self.sent)
 
 
 def compared(line: str) -> str:
-    """What of a line is compared with anything."""
+    """The part of a line that is compared with anything."""
     return line.lstrip()[:LINE_CHARS]
 
 
 class Lines(Stage):
-    """Code that is judged where a line begins (`outside`) and where it ends (`ended`).
-
-    `mark` is the end of the last line that is not blank: there the completion ends if what follows is outside.
-    """
+    """A stage for code, which decides where a line begins (`outside`) and where it ends (`ended`)."""
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
         self.scanner = scanner
-        # The line so far without its indentation, with what the prompt has of it.
+        # The line so far, including the prompt's part of it, without its indentation.
         self.line = compared(prompt[prompt.rfind("\n") + 1 :])
-        self.held = scanner.starting  # the line has not shown yet whether it is outside
-        self.mark = self.before = 0
-        self.dropped = 0  # of the last line end, if the completion ends there
-        self.ticks = 0  # of a fence, which is no code in any of the languages
+        self.held = scanner.starting  # the line is held back: it may turn out to be outside
+        self.mark = self.before = 0  # the ends of the last two lines that are not blank; the completion ends at `mark`
+        self.dropped = 0  # 1 if the line end at `mark` is not part of the completion
+        self.ticks = 0  # backticks in a row: a fence is no code in any language
 
     def is_boundary(self) -> bool:
-        """Whether the line end just read is one that counts."""
+        """Whether the line end just read ends a line of code, not one of a string or comment."""
         return not self.scanner.closer
 
     def outside(self, word: str) -> str | None:
-        """Why the line that begins with `word` is past the end; "": it is not; None: more of it must be seen."""
+        """The reason to end before the line that begins with `word`; "" for none; None while that is undecided."""
         raise NotImplementedError
 
     def ended(self, line: str) -> str | None:
-        """Why the completion is over with this line, if it is."""
+        """The reason to end with this line, or None."""
         raise NotImplementedError
 
     def step(self, char: str) -> None:
@@ -1141,7 +1180,7 @@ class Lines(Stage):
 
 
 def continues(word: str) -> str | None:
-    """`outside` of what follows a closed block that may have an `else`: "" if it is one, None if it may become one."""
+    """`outside` for the line after a block that may have an `else`: "" for such a clause, None while it may be one."""
     name = re.match(r"\w*", word)
     if name and name[0] != word:
         return "" if name[0] in CLAUSES else "block"
@@ -1149,19 +1188,19 @@ def continues(word: str) -> str | None:
 
 
 class Block(Lines):
-    """Lines up to the end of a block, and of the functions right below it that it calls and that were not there."""
+    """Lines up to the end of a block, and of the helpers: functions below it that it calls and nothing else defines."""
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         function = scanner.language.function
         self.header = f"{function} "
         self.defines = re.compile(rf"{function} (\w{{1,{NAME_CHARS}}})\(") if function else None
-        self.unread, self.read = prompt, 0  # of the prompt, and how much of the text `missing` has read
-        self.known: set[str] = set()  # names of functions that are called or defined
-        self.undefined: list[str] = []  # and of those that are called only, sorted
+        self.unread, self.read = prompt, 0  # what `missing` has not read of the prompt; how far it has read the text
+        self.known: set[str] = set()  # functions that are called or defined
+        self.undefined: list[str] = []  # those that are only called, sorted
 
     def missing(self) -> list[str]:
-        """The names of functions, sorted, that the text calls and nothing so far defines."""
+        """The functions, sorted by name, that the text up to `mark` calls and neither prompt nor text defines."""
         if self.defines and self.read < self.mark:
             lines, self.read = self.cut(self.read, self.mark), self.mark
             written, self.unread = self.unread + lines, ""
@@ -1177,7 +1216,7 @@ class Block(Lines):
         return self.undefined
 
     def helps(self, word: str) -> str | None:
-        """`outside` of what follows a whole function: "" if it defines one that the text calls."""
+        """`outside` for the line after a whole function: "" if it defines a missing one."""
         missing, header = self.missing(), self.header
         if not missing or not word.startswith(header):
             return None if missing and header.startswith(word) else "block"
@@ -1190,18 +1229,20 @@ class Block(Lines):
 
 
 class IndentedBlock(Block):
-    """Python: ends before the first statement outside of the block that was asked for.
+    """Python: ends before the first statement outside the block that was asked for.
 
-    That is the outermost function open at the cursor (a class is completed method by method), else the outermost
-    other block, else the first definition that the model writes; what a statement in progress outside of all blocks
-    asks for ends at a blank line. If only white space precedes the cursor on its line, the first line written tells
-    by its indentation which blocks are open.
+    That block is the outermost function open at the cursor (a class is completed method by method). Without one, it is
+    the outermost other block; without any, the first definition that the model writes. A statement begun outside all
+    blocks ends at a blank line. If only white space precedes the cursor in its line, the indentation of the first line
+    written shows which blocks are open.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.base: int | None = None  # lines indented no deeper are outside; -1: there is no outside; None: not known
-        self.clauses = self.statement = self.blank = False
+        self.base: int | None = None  # lines indented no deeper are outside; -1: none is; None: not known yet
+        self.clauses = False  # an `else` or the like may go on with the block
+        self.statement = False  # the block is a statement outside all blocks
+        self.blank = False  # the last line was
         head = scanner.head.strip()
         if head or scanner.fresh:
             blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
@@ -1211,7 +1252,7 @@ class IndentedBlock(Block):
     def _choose(self, blocks: list[tuple[int, str]]) -> None:
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not self.scanner.language.containers.match(block[1])]
-        # In the middle of a file, the header of the outermost block may have been cut off.
+        # A prompt from the middle of a file may lack the header of its outermost block.
         margin = self.scanner.indent if self.scanner.margin is None else self.scanner.margin
         self.base, header = (functions or others or blocks[-1:] or [(min(margin, self.scanner.indent) - 1, "def")])[0]
         self.clauses = not DEFINITION.match(header)
@@ -1228,7 +1269,7 @@ class IndentedBlock(Block):
     def outside(self, word: str) -> str | None:
         scanner = self.scanner
         if scanner.in_comment and (self.base is None or not self.blank):
-            return ""  # right below code, a comment belongs to it
+            return ""  # a comment right below code belongs to it
         if self.base is None:
             self._choose(scanner.enclosing(scanner.indent))
         assert self.base is not None
@@ -1240,18 +1281,19 @@ class IndentedBlock(Block):
 
 
 class BracedBlock(Block):
-    """The other languages: ends after the line that closes the block that was asked for, chosen as for Python.
+    """The other languages: ends after the line that closes the block that was asked for.
 
-    The outermost open block whose members are not completed one by one (a function, at last with everything in it);
-    else the statement or signature in progress; else the innermost class, impl or namespace; else the first
-    function or class that the model writes. Closing brackets that follow in lines of their own come along.
+    That block is the outermost open one that is no container: a function with everything in it. Without one, it is the
+    statement or signature in progress; then the innermost class, impl or namespace; then the first function or class
+    that the model writes. Closing brackets on lines of their own behind it belong to it.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.base: int | None = None  # the depth of brackets at which it has ended; None: none is open yet
-        self.statement = self.clauses = False
-        self.closed = False  # and the next line may still be an `else` or a closing bracket
+        self.base: int | None = None  # the block has ended at this depth of brackets; None: it has not begun
+        self.statement = False  # the block is a statement or signature in progress
+        self.clauses = False  # an `else` or the like may go on with the block
+        self.closed = False  # the block has ended, but the next line may still belong to it
         braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket[0] == "{"]
         things = [depth for depth in braces if not scanner.language.containers.search(scanner.stack[depth][1])]
         if things:
@@ -1262,7 +1304,7 @@ class BracedBlock(Block):
             self._open(braces[-1])
 
     def _open(self, depth: int) -> None:
-        """The block asked for is `stack[depth]`; as an argument of a call it is the call."""
+        """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
         stack = self.scanner.stack
         self.clauses = bool(CONTROL.search(stack[depth][1]))
         while depth and stack[depth - 1][0] in "([":
@@ -1297,48 +1339,49 @@ class BracedBlock(Block):
 
 
 class Gap(Lines):
-    """An infill: ends where the suffix begins again, with its line if only that is missing, or with its block.
+    """An infill: ends where the suffix begins, with the cursor's line if only that is missing, or with its block.
 
-    Indentation tells which: `below` is the suffix's first line. If it is deeper than a header at the cursor (or one
-    just written), the body is there; if not, it is missing, and the gap goes on until its block is left or closed.
+    Indentation tells which. If the suffix's first line, `below`, is deeper than a header at the cursor or one just
+    written, the suffix has the body. If not, the body is missing, and the infill goes on until its block is left.
     """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt)
         rest, _, after = suffix.partition("\n")
         self.inline = bool(self.line)
-        self.whole = prompt[-1:] in ("", "\n") and bool(rest.strip())  # whole lines are missing, with their line ends
+        self.whole = prompt[-1:] in ("", "\n") and bool(rest.strip())  # whole lines are missing, line ends included
         self.dropped = int(not self.whole)
         self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
         self.below, self.below_indent = compared(below).rstrip(), len(below) - len(below.lstrip()) if below else -1
         self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
         self.indent = scanner.indent if self.inline else None  # of the gap's first statement
-        self.limit: int | None = None  # Python: the gap is a body, and lines indented no deeper are outside
-        self.floor: int | None = None  # others: the gap is a body, and what closes more brackets is outside
+        self.limit: int | None = None  # Python, a body is missing: lines indented no deeper are outside
+        self.floor: int | None = None  # others, a body is missing: the line that gets below this depth is outside
         self.target: int | None = None  # others: the gap ends with the line that gets to this depth
-        self.enough: int | None = None  # the gap could end here, and does unless the suffix is found further on
-        self.ahead, self.bound = AHEAD_CHARS, 0  # so much further, and not to lines indented less
+        self.enough: int | None = None  # the gap could end here, and will unless the suffix follows soon
+        self.ahead = AHEAD_CHARS  # how many more characters to look for it
+        self.bound = 0  # lines indented less than this are outside, once there is `enough`
         if scanner.opened is not None:
             self._open_body(scanner.opened)
-        # Where in `rest` something closes that was opened before the cursor: what writes that, writes `rest`.
+        # Where `rest` closes what was opened before the cursor: a model that closes it, too, has come to this place.
         then = copy.copy(scanner)
         then.stack = scanner.stack.copy()
         self.offset = next((place for place, char in enumerate(self.rest) if self._leaves(then, char)), None)
         self.rest_depth = max(self.depth, len(then.stack))
-        self.recent = ""  # the last characters, to find the beginning of `rest` among them
+        self.recent = ""  # the last characters of the text, to find the start of `rest` in
         self.shown = self.rest[:3] if self.rest[:1].isalnum() or self.rest[:1].isspace() else self.rest[:1]
-        self.found: int | None = None  # where `shown` is, and waits
+        self.found: int | None = None  # where `shown` stands in the text
 
     def _leaves(self, scanner: Scanner, char: str) -> bool:
-        """Step; whether that has closed the string or bracket that the cursor was in."""
+        """Whether a character closes the string or a bracket that the cursor was in."""
         scanner.step(char)
         if self.literal:
             return not scanner.closer
         return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
 
     def _open_body(self, indent: int) -> bool:
-        """A header is indented so: whether its body is missing from the suffix."""
+        """Whether the suffix lacks the body of a header with this indentation; if so, wait for the body's end."""
         if self.below_indent > indent:
             return False
         depth = len(self.scanner.stack)
@@ -1360,7 +1403,7 @@ class Gap(Lines):
                 return "block"
             if self.limit is not None and self.enough is None and scanner.indent <= self.limit and not scanner.stack:
                 if not self.limit or self.indent == self.limit:
-                    return "block"  # a definition at the left margin, or one that the gap brought
+                    return "block"  # a definition at the left margin, or one that the infill began with
                 self.enough = self.mark
             if self.indent is None and not scanner.in_comment:
                 self.indent = scanner.indent
@@ -1384,7 +1427,7 @@ class Gap(Lines):
         return None
 
     def _ended(self, scanner: Scanner, depth: int, indent: int) -> None:
-        """The gap's first line has ended, or one of its body."""
+        """The first line of the infill has ended, or one of its body."""
         header = scanner.language.indented and scanner.fresh
         if self.limit is None and self.floor is None:
             if self.below_indent <= indent and (depth > self.depth or header):
@@ -1393,7 +1436,7 @@ class Gap(Lines):
                 return
             self.enough = self.mark
             if self.below_indent > indent + HEADER_COLUMNS * (depth > self.depth or header):
-                self.ahead, self.bound = SURE_AHEAD_CHARS, 0  # a header is missing yet
+                self.ahead, self.bound = SURE_AHEAD_CHARS, 0  # a header is still missing
                 return
         self.bound = min(indent, self.below_indent)
 
@@ -1410,7 +1453,7 @@ class Gap(Lines):
                 self.end("block", self.enough)
 
     def _in_line(self, char: str) -> None:
-        """The suffix goes on in the cursor's line: end where `rest` begins, or would."""
+        """The suffix continues the cursor's line: end where `rest` begins or should."""
         scanner, rest, position = self.scanner, self.rest, len(self.text)
         self.text.append(char)
         self.recent = (self.recent + char)[-EARLY_CHARS:]
@@ -1421,7 +1464,7 @@ class Gap(Lines):
         elif len(self.recent) == EARLY_CHARS and rest.startswith(self.recent):
             self.end("stop", position + 1 - EARLY_CHARS)
         elif self.found is None:
-            # What looks like the beginning of `rest` waits for the line's end: it may be the best place to cut.
+            # Text that looks like the start of `rest` waits for the end of the line: it may be the best place to cut.
             if self.recent.endswith(self.shown):
                 self.safe = self.found = position + 1 - len(self.shown)
             else:
@@ -1429,7 +1472,7 @@ class Gap(Lines):
                 self.safe = max(self.safe, position + 1 - alive)
 
     def _cut(self, at: int, stop: int) -> None:
-        """End at `at` if `rest` stands there, else where most of it does, else at `stop`."""
+        """End at `at` if `rest` stands there; if not, where the longest start of it does; if none does, at `stop`."""
         if at < self.safe or self.cut(at, stop) != self.rest[: stop - at]:
             held = self.cut(self.safe, stop)
             found = (held.find(self.rest[:size]) for size in range(len(self.rest), 0, -1))
@@ -1442,17 +1485,17 @@ class Gap(Lines):
 
 
 class Repeat(Stage):
-    """The last stage: ends a text that starts over, the same line or block of lines again and again.
+    """The last stage: ends a text that repeats the same line or block of lines.
 
-    Two copies go out; the third waits until it is known to be one too many, or to differ after all.
+    Two copies go out. A third is held back until it is complete, and then the text ends before it, or until it differs.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.line: list[str] = []  # its characters
-        self.lines: list[tuple[str, bool]] = []  # and whether it is data, or only closes something
-        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: how many lines in a row equal the one n before them
-        self.hold: int | None = None
+        self.line: list[str] = []  # the characters of the line so far
+        self.lines: list[tuple[str, bool]] = []  # (line, whether it is data or only closes something)
+        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: lines in a row that equal the line n before them
+        self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:
         self.text.append(char)
@@ -1487,24 +1530,24 @@ class Repeat(Stage):
 
 
 class Fences(Stage):
-    """A chat's answer: the code of its first fenced block, or all of it if it has none and begins like code.
+    """A chat's answer: the code in its first fenced block, or all of it if it has none or begins like code.
 
-    The answer's beginning, `begun`, may be given: then the text is what comes after it.
+    `begun` is a start of the answer that the model was given to continue.
     """
 
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language, self.scanner = language, Scanner(language) if language else None
-        self.state = "before"  # the block; "inside" it; "skipped", a block of shell commands
+        self.state = "before"  # before the block, "inside" it, or in a "skipped" block of shell commands
         self.fence, self.margin, self.nested = "```", 0, 0
-        self.mark = 0  # where the line starts in the text
-        self.line = ""  # of the block, without its indentation
-        self.left = 0  # spaces of the block's own indentation that the line may still begin with
-        self.in_code = True  # the line does not start inside of a string or comment
-        self.begun = False  # a line that is not blank has come, before the block or in it
+        self.mark = 0  # where the line starts
+        self.line = ""  # the block's line so far, without its indentation
+        self.left = 0  # spaces at the start of the line that still belong to the fence's own indentation
+        self.in_code = True  # the line does not start inside a string or comment
+        self.begun = False  # some line was not blank, before the block or now inside it
         for char in begun:
             self.step(char)
-        if self.state == "before" or self.reason:  # nothing so far that goes on
+        if self.state == "before" or self.reason:  # `begun` has no block that is still open
             self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
         self.sent = self.safe = len(self.text)
 
@@ -1520,7 +1563,7 @@ class Fences(Stage):
             self._before(self.cut(self.mark))
 
     def _before(self, line: str) -> None:
-        """Chatter so far: is this line the fence that opens the block, or code without one?"""
+        """Decide whether a line of chatter is the fence that opens the block, or code without a fence."""
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
             self.left = self.margin = len(line) - len(line.lstrip())
@@ -1547,7 +1590,7 @@ class Fences(Stage):
     def _inside(self, char: str) -> None:
         if char == " " and self.left:
             self.left -= 1
-            return  # a fence in a list is indented, and its lines with it
+            return  # in a list, the fence and all its lines are indented
         self.left = self.margin if char == "\n" else 0
         self.text.append(char)
         if self.scanner:
@@ -1560,7 +1603,7 @@ class Fences(Stage):
                 self.safe = len(self.text)
             return
         if self.in_code and line.startswith(self.fence):
-            if not self._closes(line) and not self.begun:  # the block's opening once more
+            if not self._closes(line) and not self.begun:  # the model repeats the opening that it was given
                 self.line, self.mark, self.safe, self.begun = "", len(self.text), len(self.text), True
                 self.sent = self.safe
                 return
@@ -1581,20 +1624,24 @@ class Fences(Stage):
 
 
 def wants_extras(asked: Sequence[str]) -> bool:
-    """Whether instructions ask for examples or tests, or are about code that has them."""
+    """Whether instructions ask for examples or tests, or are about code that already has some."""
     return any(WANTS_EXTRAS.search(FENCED.sub("", text)) or EXTRAS.search(text) for text in asked)
 
 
 class Extras(Stage):
-    """An answer's code: ends before the examples or tests that a comment at the margin announces below a definition."""
+    """An answer's code: ends before examples or tests that nobody asked for.
+
+    A comment at the left margin announces them, below a definition. This stage saves 6.7 % of the tokens of the 0.5B
+    model's answers to 66 instructions made of HumanEval, and no right answer becomes a wrong one.
+    """
 
     def __init__(self, language: Language) -> None:
         super().__init__()
         self.language, self.scanner = language, Scanner(language)
         self.line = ""
         self.mark = 0  # the end of the last line that is not blank
-        self.defined = False
-        self.in_code = True  # the line does not start inside of a string or comment
+        self.defined = False  # a definition has come
+        self.in_code = True  # the line does not start inside a string or comment
 
     def step(self, char: str) -> None:
         self.text.append(char)
@@ -1617,11 +1664,12 @@ class Extras(Stage):
 
 
 class Ending:
-    """Where a completion ends by itself: `feed` takes text in any pieces, and gives what may be sent and a reason.
+    """Ends a completion where the thing asked for is whole, however its text is split into pieces.
 
-    "block": what was asked for is whole; "repeat": the model starts over; "stop": the suffix or a fence follows; or
-    None. `mode` is complete, infill or instruct; `stop_at` "none" turns all off but the removal of a chat's fences.
-    `prompt` is the text so far: in a chat what of the answer is given. `extras`: examples and tests belong to it.
+    The reasons: "block", the block asked for is whole; "repeat", the model is starting over; "stop", the suffix or a
+    fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
+    the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
+    With `extras`, examples and tests are part of the answer.
     """
 
     def __init__(
@@ -1629,13 +1677,13 @@ class Ending:
     ) -> None:
         syntax = LANGUAGES.get(language or "")
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        self.indented = False  # the cursor stands where a statement starts; models often write its indentation again
+        self.indented = False  # the cursor stands behind indentation, which models often write once more
         if stop_at == "none" or syntax is None:
             return
         if mode != "instruct":
             scanner = Scanner(syntax, prompt)
             if scanner.closer in TRIPLE_QUOTES and CODE.search(prompt, prompt.rfind(scanner.closer)):
-                scanner = Scanner(syntax, scanner.closer + prompt)  # the prompt begins within a docstring
+                scanner = Scanner(syntax, scanner.closer + prompt)  # the prompt begins inside a docstring
             header = -1 if scanner.opened is None else scanner.opened
             self.indented = scanner.starting and scanner.indent > max(0, header)
             block = IndentedBlock if syntax.indented else BracedBlock
@@ -1646,7 +1694,7 @@ class Ending:
         self.stages.append(Repeat())
 
     def feed(self, text: str) -> tuple[str, str | None]:
-        """What may be sent now, and why the completion is over, if it is."""
+        """(text that may be sent now, why the completion is over or None)."""
         if self.indented:
             text = text.lstrip(" \t")
             self.indented = not text
@@ -1659,7 +1707,7 @@ class Ending:
         return text, reason
 
     def flush(self, whole: bool = True) -> str:
-        """What is left to send when the tokens end without a reason of ours; not `whole`: max_tokens cut it short."""
+        """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens did not cut it."""
         text = ""
         for stage in self.stages:
             text, why = stage.feed(text)

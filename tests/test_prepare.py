@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import doctest
 import itertools
 import random
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import cerebrum_code
 from cerebrum_code import Prepared, Ratio, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
 
@@ -174,6 +176,10 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
     with pytest.raises(HttpError, match=message) as caught:
         detect_mode({"language": "python", **fields})
     assert caught.value.status == 400
+
+
+def test_the_examples_of_the_module_are_true() -> None:
+    assert doctest.testmod(cerebrum_code) == (0, 5)
 
 
 # --------------------------------------------------------------------------------------------- fitting
