@@ -1,19 +1,19 @@
 """What both Cerebrum daemons share: HTTP/1.1 and SSE on asyncio streams, errors, models, configuration, logs.
 
 Strategy
-- Pure functions decide, streams only carry. `scan_request`, `parse_request`, `ChunkedDecoder`, `parse_json`
-  take bytes in any split and give a value or raise `HttpError`; they never see a socket, a clock or the
-  environment. The first wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112
-  and 9110 rule, and where they allow leniency this refuses: bare LF, folded lines, two lengths, a length
-  beside chunks, a foreign Host.
-- One connection is one task of `Server`. `Connection` owns the socket and its buffer, `Exchange` one request
-  and its answer. A handler is `async def handler(state, request) -> Response`; an error is an exception that
-  knows its status, and `error_body` is the only thing that turns one into JSON.
-- After the first byte of a stream an error is an error event, and then the connection is cut without a
-  last chunk, so that a client can always tell a finished stream from a broken one.
+- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request`, `ChunkedDecoder` and `parse_json`
+  take bytes in any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment.
+  The first wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule;
+  where they allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign
+  Host.
+- `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
+  its answer. A handler is `async def handler(state, request) -> Response`. An error is an exception that carries its
+  code; `Exchange.fail` is the one place that turns it into an answer.
+- Once a stream has begun, an error is an error event, and then the connection is cut without a last chunk. A client can
+  always tell a finished stream from a broken one.
 
-It refuses: request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, whoever is slow, whoever takes
-more than a fair share of the connections, and pages of foreign origins. It speaks no TLS and no HTTP/2.
+It refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients that are
+slow or take more than their share of the connections, and pages of foreign origins. It speaks neither TLS nor HTTP/2.
 Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -43,34 +43,33 @@ from typing import Any
 # ---------------------------------------------------------------------------------------------- limits
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
-MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # and room for a method and a version
-MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies needs 2 KiB; a head is held in memory whole
-MAX_HEADERS = 100  # no client known to us sends 30
+MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
+MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; a head is held in memory whole
+MAX_HEADERS = 100  # no known client sends 30
 MAX_BODY_BYTES = 1 << 20  # the longest source file that a prompt is made of
-MAX_BODIES_BYTES = 16 << 20  # of all connections together; parsing one can cost 20 times its size, for a moment
+MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can cost 20 times its size for a moment
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so they only have to be survived
-MAX_CHUNK_LINE_BYTES = 256  # a chunk size has 16 digits; the rest is room for an extension that nobody reads
-MAX_PIPELINED_BYTES = 65_536  # read ahead while a request runs, to see whether its client is still there
-MAX_JSON_DEPTH = 64  # requests are flat; the C scanner's own limit is a RecursionError
-MAX_INTEGER_DIGITS = 20  # beyond 64 bits nothing here has a use for a number
-MAX_CONNECTIONS = 256  # about 30 KiB each; the Pi has 30 MB for all
-MAX_CONNECTIONS_PER_CLIENT = 128  # so that one address cannot take them all
-MAX_OVERFLOW = 64  # connections over the limit that are still asked what they want, so /health answers
-MAX_ACCEPTS = 64  # sockets accepted at one go: with the above well below the usual 1,024 open files
+MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an extension that nobody reads
+MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice that its client leaves
+MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
+MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
+MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
+MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
+MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health
+MAX_ACCEPTS = 64  # sockets accepted at a time; the sum stays well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the reader's own limit
 WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before its stream pauses
 
-HEAD_SECONDS = 10.0  # total, from the first byte: a head at one byte a second ends here
-BODY_SECONDS = 30.0  # total: 1 MiB at 35 KB/s
+HEAD_SECONDS = 10.0  # in all, from the first byte: a head that comes at one byte a second is refused
+BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
-OVERFLOW_SECONDS = 2.0  # an over-limit connection has this long to say that it only wants /health
-WRITE_SECONDS = 30.0  # a client that reads nothing for so long is cut
-LINGER_SECONDS = 1.0  # after the last answer: time for the client to read it before a reset could destroy it
+OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for /health
+WRITE_SECONDS = 30.0  # a client that reads nothing for this long is cut
+LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
 
 # ---------------------------------------------------------------------------------------------- errors
 
-# Every code that either daemon answers with, and its HTTP status. Of several codes with one status the first also
-# gives the reason phrase.
+# Every error code of either daemon and its HTTP status. The first code of a status also names its reason phrase.
 STATUSES = {
     "INVALID_REQUEST": 400, "UNAUTHORIZED": 401, "FORBIDDEN": 403, "NOT_FOUND": 404, "MODEL_NOT_FOUND": 404,
     "METHOD_NOT_ALLOWED": 405, "TIMEOUT": 408, "SUPERSEDED": 409, "MODEL_BUSY": 409, "LENGTH_REQUIRED": 411,
@@ -86,10 +85,10 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An answer that is not a success: its `code` and the status that goes with it, and a message fit for the client.
+    """An answer that is not a success: a code, its status, and a message that a client may read.
 
-    `close` ends the connection after the answer (the framing can no longer be trusted); `extra` are further
-    members of the JSON object; `headers` are further response headers.
+    `close` ends the connection after the answer, because the framing can no longer be trusted. `extra` holds further
+    members of the JSON object, `headers` further response headers.
     """
 
     def __init__(
@@ -107,16 +106,16 @@ class HttpError(Exception):
 
 
 class ListenError(OSError):
-    """The address cannot be listened on now. Unlike a wrong configuration this may mend itself: an interface that is
-    not up yet at boot, a port that a predecessor still holds."""
+    """The address cannot be listened on now. Unlike a wrong configuration this can pass: an interface is not up yet at
+    boot, or a predecessor still holds the port."""
 
 
 class ClientGone(ConnectionError):
-    """The other side closed, reset, or reads nothing any more. Never an error of ours, never logged as one."""
+    """The client closed, reset, or stopped reading. Never our error, never logged as one."""
 
 
 def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
-    """An error in the message's framing: answered, and then the connection is closed."""
+    """An error after which the connection is closed, such as one in the framing."""
     return HttpError(code, message, close=True)
 
 
@@ -125,7 +124,7 @@ def too_busy() -> HttpError:
 
 
 def internal_error(exception: Exception) -> HttpError:
-    """A fault of ours: the traceback goes to the log, the client learns the request id and nothing else."""
+    """A fault of ours. The traceback goes to the log; the client learns the request id and nothing else."""
     log.error("internal error", exc_info=exception)
     return HttpError("INTERNAL_ERROR", "internal error; the log has the details under this request's id")
 
@@ -136,7 +135,7 @@ def timestamp() -> str:
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
-    """`{"error": true, "message", "code", "timestamp"}`, and what the error adds."""
+    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`."""
     return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
 
 
@@ -151,7 +150,7 @@ ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
 PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
 QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
-CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; a longer one is no size but an attack
+CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
 SINGLE_HEADERS = frozenset(
@@ -162,10 +161,10 @@ SINGLE_HEADERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A parsed request head. `path` is decoded once and is what routing and authentication see.
+    """A parsed request head. `path` is decoded once; routing and authentication both see it.
 
-    `length` is the body's length in bytes (None: no Content-Length). `host` is the name the client used for
-    us ("": HTTP/1.0 without one), `authority` the one in a target of absolute form.
+    `length` is the body's length in bytes, None without a Content-Length. `host` is the name by which the client calls
+    us, "" in HTTP/1.0 without one. `authority` is the name in a target of absolute form.
     """
 
     method: str
@@ -185,15 +184,15 @@ class Head:
 
     @property
     def expects(self) -> bool:
-        """Whether the body comes only after a 100 (RFC 9110 section 10.1.1: ignored in HTTP/1.0)."""
+        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
         return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
 
 
 def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
     """Where the message head in `buffer` ends (past its empty line), or None if more bytes are needed.
 
-    `scanned` is how much of the buffer an earlier call has seen. What can be refused is refused before the
-    head is whole: a TLS hello or a bare LF gets its 400 at once, and a head without end costs 32 KiB.
+    `scanned` bytes of the buffer were seen by an earlier call. A head is refused as early as possible: a TLS hello or a
+    bare LF gets its 400 at once, and a head that never ends costs 32 KiB.
     """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
     _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
@@ -207,8 +206,7 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
     """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2).
 
-    A bad request line is refused as soon as its CRLF has come, so that HTTP/0.9, SMTP or a typo need not
-    wait for the end of a head.
+    A bad request line is refused as soon as its CRLF has come: HTTP/0.9, SMTP or a typo have no head to wait for.
     """
     start = 2 if buffer.startswith(b"\r\n") else 0
     end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
@@ -228,7 +226,7 @@ def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
-    """A request line, without its CRLF, to method, decoded path, authority ("": none) and version."""
+    """A request line, without its CRLF, to method, decoded path, authority ("" without one) and version."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
@@ -245,7 +243,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
 
 
 def parse_target(target: str) -> tuple[str, str]:
-    """A request target to its decoded path and, in absolute form, the authority it names (RFC 9112 section 3.2)."""
+    """A request target to its decoded path and the authority that its absolute form names (RFC 9112 section 3.2)."""
     authority = ""
     if absolute := ABSOLUTE_FORM.fullmatch(target):
         authority, target = host_name(absolute[1]), absolute[2]
@@ -266,7 +264,7 @@ def parse_target(target: str) -> tuple[str, str]:
 
 
 def host_name(value: str) -> str:
-    """The lower-case host of `host[:port]`, brackets kept; HttpError if it is not one."""
+    """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another form."""
     match = AUTHORITY.fullmatch(value)
     if not match or int(match[2] or 0) > 65_535:
         raise malformed("expected a Host of the form name[:port]")
@@ -274,7 +272,7 @@ def host_name(value: str) -> str:
 
 
 def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Header lines, without line ends, to lower-case names and values; a repeated list header is joined by commas."""
+    """Header lines, without line ends, to a dict of lower-case names. Repeated list headers are joined by commas."""
     if len(lines) > MAX_HEADERS:
         raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE")
     headers: dict[str, str] = {}
@@ -290,7 +288,7 @@ def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
 
 
 def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
-    """How the body is delimited: (Content-Length or None, chunked). RFC 9112 section 6; every doubt is a 400."""
+    """How the body is delimited: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed("expected one Content-Length of 1 to 20 decimal digits")
@@ -304,7 +302,7 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
 
 
 def parse_request(block: bytes) -> Head:
-    """A whole request head, as found by `scan_request`, to a `Head`."""
+    """A whole request head, as `scan_request` finds it, to a `Head`."""
     first, *lines = block.removeprefix(b"\r\n")[:-4].split(b"\r\n")
     method, path, authority, version = parse_request_line(first)
     headers = parse_headers(lines)
@@ -326,25 +324,25 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 
 class ChunkedDecoder:
-    """Decodes a chunked body that arrives in any split: `feed` gives payload; `rest` is what came after the end.
+    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` is what follows the end.
 
-    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line,
-    413 over `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. `before` is
-    then the payload that the same call decoded before the fault.
+    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
+    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. `before` then holds
+    the payload that the failing call decoded before the fault.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.done = False
         self.rest = b""
         self.before = b""
-        self._held = b""  # the begin of a size line or of the trailers, never payload
-        self._left = 0  # payload bytes still missing from the chunk that we are inside
+        self._held = b""  # the beginning of a size line or of the trailers, never payload
+        self._left = 0  # payload bytes still missing from the current chunk
         self._step = ChunkedDecoder._size  # reads what follows that payload
         self._limit, self._total = limit, 0
 
     @property
     def between(self) -> bool:
-        """Nothing of the next chunk has come."""
+        """Whether the next chunk has not begun."""
         return not self._left and not self._held and self._step is ChunkedDecoder._size
 
     def feed(self, data: bytes) -> bytes:
@@ -376,7 +374,7 @@ class ChunkedDecoder:
         self._held = buffer[position:]
 
     def _whole_chunks(self, buffer: bytes, at: int, pieces: list[bytes]) -> int:
-        """Past the chunks that are whole and exact: nearly all of a stream, and 3 times as fast as the steps."""
+        """Take the whole and exact chunks, nearly all of a stream, 3 times as fast as step by step."""
         total = self._total
         while match := CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES):
             start, size = match.end(), int(match[1], 16)
@@ -388,7 +386,7 @@ class ChunkedDecoder:
             at, self._total = end + 2, total
         return at
 
-    # Each step takes one element of the grammar (RFC 9112 section 7.1) and gives its end, or None: not all here yet.
+    # Each step takes one element of the grammar (RFC 9112 section 7.1) and returns its end, or None for want of bytes.
 
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
@@ -450,8 +448,8 @@ DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_in
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A request body to its JSON object. HttpError 400 says what is wrong: RFC 8259 strictly, UTF-8 without a BOM,
-    no repeated names, finite numbers, at most 64 levels."""
+    """A request body to its JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
+    most 64 levels. HttpError 400 says what is wrong."""
     try:
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
@@ -470,7 +468,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _refuse_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):  # each turn goes from the containers of one level to those of the next
+    for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
         level = [item for item in level if isinstance(item, dict | list)]
         if not level:
             return
@@ -482,7 +480,7 @@ def _refuse_depth(value: Any) -> None:
 
 
 def describe(value: Any) -> str:
-    """What a client sent, for a message: its JSON type and, if short, the value."""
+    """A value for use in a message: its JSON type and the value itself, cut if it is long."""
     kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string"}
     if value is None:
         return "null"
@@ -494,10 +492,10 @@ def describe(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range, default.
+    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
 
-    The range counts characters for a string, items for a list. `choices` lists the only values of a string.
-    A list field also takes one string alone. `required` has no default.
+    The range counts the characters of a string and the items of a list. `choices` are the only values of a string. A
+    list field also accepts one string alone.
     """
 
     kind: type
@@ -509,7 +507,7 @@ class Field:
     above_low: bool = False  # the range is open at its lower end
 
     def expected(self) -> str:
-        """The sentence's second half: "an integer from 1 to 2048"."""
+        """The expectation in words: "an integer from 1 to 2048"."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.kind is list:
@@ -533,8 +531,8 @@ class Field:
 
 
 def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The checked fields of a request, defaults filled in; unknown members are ignored. HttpError 400 names the field,
-    what was expected and what came."""
+    """The checked fields of a request with defaults filled in; unknown members are ignored. HttpError 400 names the
+    field, what was expected and what came."""
     values: dict[str, Any] = {}
     for name, rule in fields.items():
         if name not in members:
@@ -560,7 +558,7 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
 
 @dataclass(slots=True)
 class Response:
-    """What a handler returns: a JSON-able `body`, or `events`, an iterator over blocks of whole SSE events."""
+    """What a handler returns: a `body` for JSON, or `events`, an async generator of blocks of whole SSE events."""
 
     body: Any = None
     status: int = 200
@@ -569,13 +567,13 @@ class Response:
 
 
 def sse_event(data: Mapping[str, Any]) -> bytes:
-    """One SSE event of one JSON object. ASCII only: simple clients decode each network read by itself, and a
-    character cut in two would be lost."""
+    """One SSE event with one JSON object. ASCII only: simple clients decode each network read by itself and would lose
+    a character that is cut in two."""
     return b"data: " + json.dumps(data).encode("ascii") + b"\n\n"
 
 
 def error_event(error: HttpError) -> bytes:
-    """`data: {"error": true, "message", "code"}` and what the error adds."""
+    """`data: {"error": true, "message", "code"}` and the error's `extra`."""
     return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
 
 
@@ -583,7 +581,7 @@ SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the 
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
-    """A response head. Values come from us, but a CR or LF in one would be a header of its own: refuse it."""
+    """A response head. ValueError for a line end in a value, which would start a header of its own."""
     lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
     text = "\r\n".join(lines)
     if text.count("\n") != len(headers) or text.count("\r") != len(headers):
@@ -592,87 +590,23 @@ def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body; `data` must not be empty, for that would be the end."""
+    """One chunk of a chunked body; `data` must not be empty, since an empty chunk ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# ----------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------- streams
 
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One entry of models.toml. `sha256` may be empty (then it is not checked); `sources` say where `fetch` gets it."""
-
-    id: str
-    name: str
-    languages: tuple[str, ...]
-    parameters: str
-    quantization: str
-    file: str
-    sha256: str = ""
-    size: int = 0
-    sources: tuple[dict[str, Any], ...] = ()
-
-
-def load_models(path: Path, languages: Collection[str]) -> tuple[Model, ...]:
-    """models.toml to its models, in order of preference; each lists some of `languages`. ValueError says which entry is
-    wrong and how."""
-    try:
-        entries = tomllib.loads(path.read_text("utf-8")).get("models")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected at least one [[models]]")
-    try:
-        models = tuple(_read_model(entry, number, tuple(languages)) for number, entry in enumerate(entries, 1))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if len({model.id for model in models}) != len(models):
-        raise ValueError(f"{path}: expected every id once")
-    return models
-
-
-def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
-    required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
-    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
-    if not isinstance(entry, dict):
-        raise ValueError(f"model {number}: expected a table, got {entry!r}")
-    for name, kind in kinds.items():
-        if not isinstance(entry.get(name, kind()), kind) or (name in required and not entry.get(name)):
-            raise ValueError(f"model {number}: expected {kind.__name__} as {name!r}, got {entry.get(name)!r}")
-    given: dict[str, Any] = {
-        name: tuple(entry[name]) if kinds[name] is list else entry[name] for name in kinds if name in entry
-    }
-    model = Model(**{"languages": (), **given})
-    for name, value, pattern in (
-        ("id", model.id, r"[A-Za-z0-9._\-]+"),
-        ("file", model.file, r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"),  # a name, not a path: it is joined to a folder
-        ("sha256", model.sha256, r"(?:[0-9a-f]{64})?"),
-    ):
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
-    if unknown := [language for language in model.languages if language not in languages]:
-        raise ValueError(f"model {number}: expected languages of {', '.join(languages)}, got {unknown}")
-    if not all(isinstance(source, dict) for source in model.sources):
-        raise ValueError(f"model {number}: expected tables as 'sources'")
-    return model
-
-
-def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:
-    """The first model that lists `language` among those `present` on the VPS (None: not known, so all of them)."""
-    listed = [model for model in models if language in model.languages]
-    return next((model for model in listed if present is None or model.id in present), None)
-
-
-# ------------------------------------------------------------------------------------------- connections
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+log = logging.getLogger("cerebrum")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`, `address` the client's.
+    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`.
 
-    `end` ends this request from outside its handler: the handler is cancelled, and the error is its answer. `send_now`
-    is `Connection.send_now`, for whole chunks that need not wait for the iterator of `Response.events`.
+    `address` is the client's. `end` ends this request from outside its handler: it cancels the handler and answers with
+    the error instead. `send_now` is `Connection.send_now`, for chunks that need not wait for the generator of
+    `Response.events`.
     """
 
     head: Head
@@ -694,13 +628,13 @@ class Route:
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
     open: bool = False  # needs no key, answers over the connection limit, and is logged at DEBUG
-    json: bool = False  # takes a JSON body; without it a body is read and dropped
+    json: bool = False  # takes a JSON body; other routes read a body and drop it
     watched: bool = False  # may run long: the handler is cancelled when its client leaves
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the key (empty: anyone), the names we answer to beside IP literals, the allowed origins."""
+    """Who may ask: the holders of the key (empty: anyone), by which names beside IP addresses, from which origins."""
 
     key: str = ""
     hosts: frozenset[str] = frozenset()
@@ -708,8 +642,8 @@ class Access:
 
     def check(self, head: Head, public: bool) -> None:
         """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
-        # A browser that was led here by rebound DNS sends the foreign name as Host. It sends an authority only to
-        # a proxy, so there a short name of the LAN, which nobody can register, passes.
+        # After DNS rebinding, a browser sends the foreign name as Host. It sends an authority only to a proxy, where a
+        # short name of the LAN is harmless: nobody can register one.
         if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
             raise HttpError(
                 "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
@@ -722,7 +656,7 @@ class Access:
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
         if not hmac.compare_digest(given.encode("latin-1"), self.key.encode("utf-8")):
-            challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 wants one
+            challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
 
     def allows_origin(self, head: Head) -> bool:
@@ -739,7 +673,7 @@ class Access:
 
 
 def is_ip_literal(host: str) -> bool:
-    """Whether `host` is an IPv4 address or a bracketed IPv6 address; DNS rebinding needs a name."""
+    """Whether `host` is an IPv4 address or a bracketed IPv6 address. DNS rebinding needs a name."""
     family, text = (socket.AF_INET6, host[1:-1]) if host.startswith("[") else (socket.AF_INET, host)
     try:
         socket.inet_pton(family, text)
@@ -749,15 +683,15 @@ def is_ip_literal(host: str) -> bool:
 
 
 def own_names(extra: Collection[str] = ()) -> frozenset[str]:
-    """The host names that mean this machine, and those that the configuration adds."""
+    """The host names of this machine and those that the configuration adds."""
     name = socket.gethostname().lower()
     return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
 
 
 class Connection:
-    """One client's socket: a buffer of what came and has not been used, bounded writes, and a clean end.
+    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end.
 
-    Whatever the network does to it is ClientGone.
+    Every failure of the network is ClientGone.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -766,10 +700,10 @@ class Connection:
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
-        self.over = False  # one too many: it may ask for /health and nothing else
-        self.idle = True  # between two requests, so that a shutdown may close it
-        self.answered = False  # at least one request, so that it may idle longer
-        self.streaming = False  # between the head of a stream and its last chunk
+        self.over = False  # over the limit: it may ask for /health and nothing else
+        self.idle = True  # between two requests: a shutdown may close it
+        self.answered = False  # at least one request: it may idle longer
+        self.streaming = False  # between the head of a chunked stream and its end
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -786,7 +720,7 @@ class Connection:
         return data
 
     async def next_head(self) -> bytes | None:
-        """The next request's head, or None if the client left or kept silent instead of beginning one."""
+        """The next request's head, or None if the client leaves or stays silent instead of sending one."""
         self.idle = not self.buffer
         try:
             if self.idle:
@@ -813,7 +747,7 @@ class Connection:
         return self.take(end)
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
-        """Give `sink` the body piece by piece, by the framing that the head announced; ClientGone at an early end."""
+        """Give the body to `sink` piece by piece as it arrives; ClientGone if it ends early."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
@@ -837,23 +771,23 @@ class Connection:
         self.buffer[:0] = decoder.rest
 
     async def wait_gone(self) -> None:
-        """Returns when the client has left. A half-close counts as leaving, as with nginx: from here the two look
-        alike. What it pipelines meanwhile is kept, up to a bound."""
+        """Return when the client has left. A half-close counts as leaving, as with nginx: the two look alike from here.
+        Pipelined bytes are kept, up to a bound."""
         with contextlib.suppress(ClientGone):
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():
                     return
-            await asyncio.get_running_loop().create_future()  # not to be seen any more: its next write will tell
+            await asyncio.get_running_loop().create_future()  # its leaving can no longer be seen; a write will tell
 
     def send_now(self, data: bytes) -> bool:
-        """Send without waiting; False, and nothing is sent, if the stream is over or the client is behind or gone."""
+        """Send without waiting. False, with nothing sent, unless a stream is running and the client keeps up."""
         if not self.streaming or self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
         self.transport.write(data)
         return True
 
     async def write(self, data: bytes) -> None:
-        """Send, and wait only when the client is behind; ClientGone if it reads nothing for WRITE_SECONDS."""
+        """Send, waiting only if the client is behind; ClientGone if it reads nothing for WRITE_SECONDS."""
         if self.transport.is_closing():
             raise ClientGone
         self.transport.write(data)
@@ -869,8 +803,8 @@ class Connection:
             raise ClientGone from None
 
     async def close(self) -> None:
-        """Send what is left, half-close, and read on for a while (RFC 9112 section 9.6): to close a socket with unread
-        bytes is to reset it, and a reset can destroy the answer on its way."""
+        """Send what is left, half-close, and go on reading for a while (RFC 9112 section 9.6). Closing a socket with
+        unread bytes resets it, and a reset can destroy the answer on its way."""
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(high=0)
             await self._drain()
@@ -881,16 +815,16 @@ class Connection:
 
 
 class Exchange:
-    """One request and its answer: what was asked, whether the connection is kept after it, and the line in the log."""
+    """One request and its answer: what was asked, whether the connection is kept, and the line in the log."""
 
     def __init__(self, connection: Connection, access: Access) -> None:
         self.connection, self.access = connection, access
         self.head: Head | None = None  # not read yet, or malformed
         self.keep = False
         self.quiet = False
-        self.frame: Callable[[bytes], bytes] | None = None  # how events are sent, once a stream has begun
-        self.task: asyncio.Task[None] | None = None  # that calls the handler and sends its answer
-        self.verdict: HttpError | None = None  # why that task was cancelled, if `end` has done it
+        self.frame: Callable[[bytes], bytes] | None = None  # how events are sent; None until a stream begins
+        self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
+        self.verdict: HttpError | None = None  # why `end` cancelled that task
         self.started = time.perf_counter()
 
     def begin(self, head: Head, keep: bool) -> None:
@@ -899,13 +833,13 @@ class Exchange:
         request_id_var.set(head.request_id)
 
     def end(self, error: HttpError) -> None:
-        """Cancel what is being done for this request, and answer with `error` instead."""
+        """Cancel the work on this request and answer with `error` instead."""
         if self.task and not self.task.done():
             self.verdict = error
             self.task.cancel()
 
     async def send(self, response: Response) -> None:
-        """A whole response; a HEAD request gets the same without the body."""
+        """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status != 204:
             body = json.dumps(response.body).encode("ascii")
@@ -916,7 +850,7 @@ class Exchange:
         self.log(response.status)
 
     async def fail(self, error: HttpError) -> None:
-        """Answer with an error: a status if nothing has been sent yet, else an event and no clean end."""
+        """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
         self.keep = self.keep and not error.close
         if self.frame is None:
             return await self.send(Response(error_body(error), error.status, headers=error.headers))
@@ -926,10 +860,10 @@ class Exchange:
         return None
 
     async def stream(self, response: Response) -> None:
-        """Send events as they come: as chunks, or to HTTP/1.0 until the connection ends.
+        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends.
 
-        The first block is asked for before the head is sent. An error up to there is still a status, and a generator
-        that holds something has always been started by the time anything can fail: its `finally` runs.
+        The first block is awaited before the head is sent. An error up to there still becomes a status, and the
+        generator has always been started before anything else can fail: what it holds is released by its `finally`.
         """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
@@ -964,18 +898,18 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """`POST /v1/complete 200 1.23s`; 499 is nginx's number for a client that left before its answer."""
+        """`POST /v1/complete 200 1.23s`. 499 is nginx's number for a client that left before its answer."""
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
         log.log(level, "%s %d %.2fs", what, status, time.perf_counter() - self.started)
 
 
-request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
-log = logging.getLogger("cerebrum")
+# --------------------------------------------------------------------------------------- connection loop
 
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the set of connections and their count by client."""
+    """Accepts connections and runs one task for each. Owns the connections, their count by client, and the bytes of
+    request bodies in memory."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
@@ -983,28 +917,28 @@ class Server:
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
         self.connections: dict[asyncio.Task[None], Connection] = {}
-        self.overflow: dict[asyncio.Task[None], None] = {}  # those of them over the limit, oldest first
-        self.clients: Counter[str] = Counter()  # those of them within it, by address
-        self.body_bytes = 0  # of request bodies that are being read or answered
+        self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
+        self.clients: Counter[str] = Counter()  # the connections within the limit, by address
+        self.body_bytes = 0  # of the requests that are being read or answered
         self.stopping = False
         self._listener: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port that was really bound. ListenError if that fails."""
+        """Listen, and return the port that was really bound. ListenError if that fails."""
         try:
             self._listener = await asyncio.start_server(self._accept, host, port, limit=READ_BYTES, backlog=MAX_ACCEPTS)
         except OSError as error:
             raise ListenError(error.errno, error.strerror) from None
         for listening in self._listener.sockets:
-            # asyncio accepts as many at one go as the backlog is long; the kernel's own queue shall be longer.
+            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer than that.
             with socket.socket(fileno=os.dup(listening.fileno())) as twin:
                 twin.listen(1024)
-                # asyncio reads all that the kernel has, up to 256 KiB a connection, whatever the reader's limit.
+                # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def stop(self, grace: float) -> None:
-        """Stop listening, close idle connections, give running requests `grace` seconds, then cut them."""
+        """Stop listening, close idle connections, and cut the others after `grace` seconds."""
         self.stopping = True
         if self._listener:
             self._listener.close()
@@ -1070,7 +1004,7 @@ class Server:
                 exchange.log(499)
             raise
         except asyncio.CancelledError:
-            if connection.over:  # a newer one took its place
+            if connection.over:  # a newer connection took its place
                 await exchange.fail(too_busy())
             raise
         connection.answered = True
@@ -1083,11 +1017,11 @@ class Server:
             route, parameter = self._route(head, connection.over)
             check_body(head, route)
         except HttpError as error:
-            # It is known before the body has come: answer now, and read the body away after it.
+            # The error is known before the body has come: answer now, then discard the body.
             exchange.keep = exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
             await exchange.fail(error)
             if exchange.keep:
-                with contextlib.suppress(HttpError):  # for its request has been answered already
+                with contextlib.suppress(HttpError, ClientGone):  # the request has been answered already
                     exchange.keep = False
                     await connection.read_body(head, discard)
                     exchange.keep = True
@@ -1103,7 +1037,7 @@ class Server:
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
-        """A body, and what adds to it as long as the bodies of all connections together are within their limit."""
+        """An empty body and a function that adds to it, within the limit for the bodies of all connections."""
         body, held = bytearray(), 0
 
         def hold(piece: bytes) -> None:
@@ -1120,7 +1054,7 @@ class Server:
             self.body_bytes -= held
 
     def _route(self, head: Head, over: bool) -> tuple[Route, str]:
-        """The route and its path parameter, for those who may know: routing and the key see the same path."""
+        """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
         parent, _, last = head.path.rpartition("/")
         methods, parameter = self.routes.get(head.path, {}), ""
         if not methods and last:
@@ -1150,7 +1084,7 @@ class Server:
         return Response(status=204, headers=tuple(headers))
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
-        """Call the handler, and cancel it when its client has left."""
+        """Call the handler, and cancel it when its client leaves."""
         task = asyncio.ensure_future(self._call(exchange, route, request))
         gone = asyncio.ensure_future(exchange.connection.wait_gone())
         try:
@@ -1164,12 +1098,12 @@ class Server:
             await asyncio.gather(task, gone, return_exceptions=True)
 
     async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
-        """Call the handler and send what it returns. Here any exception becomes an answer."""
+        """Call the handler and send what it returns. Any exception becomes an answer here."""
         exchange.task = asyncio.current_task()
         try:
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
-            # No await between the handler and `stream`: nothing can come between its events and their start.
+            # Nothing is awaited between the handler's return and the start of its events: no cancel comes between.
             await (exchange.send(response) if response.events is None else exchange.stream(response))
         except ClientGone:
             raise
@@ -1182,11 +1116,11 @@ class Server:
 
 
 def discard(piece: bytes) -> None:
-    """Where the bodies go that nobody looks at."""
+    """The sink for a body that nobody looks at."""
 
 
 def check_body(head: Head, route: Route) -> None:
-    """HttpError if the head announces a body that `route` does not take."""
+    """HttpError if the head announces a body that the route does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
         raise malformed("expected no Expect but 100-continue", "EXPECTATION_FAILED")
@@ -1205,16 +1139,16 @@ def check_body(head: Head, route: Route) -> None:
 JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)
 
 
-# ------------------------------------------------------------------------- configuration, logs, systemd
+# ----------------------------------------------------------------------------------------- configuration
 
 
 class ConfigError(ValueError):
-    """A variable that a daemon cannot start with; the message names it."""
+    """A setting that a daemon cannot start with; the message names the variable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The environment and a `.env` file under it, read once. A bad value raises ConfigError that names it."""
+    """The environment on top of a `.env` file, read once. A bad value raises ConfigError with the variable's name."""
 
     values: Mapping[str, str]
 
@@ -1239,8 +1173,8 @@ class Environment:
 
 
 def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
-    """The process's environment, and under it what `folder`/.env sets: `NAME=value` lines as systemd reads them, so
-    quotes are optional and a `#` inside a value is part of it."""
+    """The process's environment, which wins over `folder`/.env. That file has `NAME=value` lines as systemd reads them:
+    quotes are optional, and a `#` inside a value is part of it."""
     path, values = folder / ".env", {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")
@@ -1259,17 +1193,88 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**values, **environ})
 
 
+# ----------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One entry of models.toml. An empty `sha256` is not checked; `sources` tell `fetch` where to download the file."""
+
+    id: str
+    name: str
+    languages: tuple[str, ...]
+    parameters: str
+    quantization: str
+    file: str
+    sha256: str = ""
+    size: int = 0
+    sources: tuple[dict[str, Any], ...] = ()
+
+
+def load_models(path: Path, languages: Collection[str]) -> tuple[Model, ...]:
+    """The models of models.toml in order of preference; each may list only `languages`. ValueError says which entry is
+    wrong and how."""
+    try:
+        entries = tomllib.loads(path.read_text("utf-8")).get("models")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected at least one [[models]]")
+    try:
+        models = tuple(_read_model(entry, number, tuple(languages)) for number, entry in enumerate(entries, 1))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len({model.id for model in models}) != len(models):
+        raise ValueError(f"{path}: expected every id once")
+    return models
+
+
+def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
+    required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
+    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
+    if not isinstance(entry, dict):
+        raise ValueError(f"model {number}: expected a table, got {entry!r}")
+    for name, kind in kinds.items():
+        if not isinstance(entry.get(name, kind()), kind) or (name in required and not entry.get(name)):
+            raise ValueError(f"model {number}: expected {kind.__name__} as {name!r}, got {entry.get(name)!r}")
+    given: dict[str, Any] = {
+        name: tuple(entry[name]) if kinds[name] is list else entry[name] for name in kinds if name in entry
+    }
+    model = Model(**{"languages": (), **given})
+    for name, value, pattern in (
+        ("id", model.id, r"[A-Za-z0-9._\-]+"),
+        ("file", model.file, r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"),  # a name, not a path: it is joined to a folder
+        ("sha256", model.sha256, r"(?:[0-9a-f]{64})?"),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
+    if unknown := [language for language in model.languages if language not in languages]:
+        raise ValueError(f"model {number}: expected languages of {', '.join(languages)}, got {unknown}")
+    if not all(isinstance(source, dict) for source in model.sources):
+        raise ValueError(f"model {number}: expected tables as 'sources'")
+    return model
+
+
+def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:
+    """The first model for `language` among those `present` on the VPS (None: unknown, so among all)."""
+    listed = [model for model in models if language in model.languages]
+    return next((model for model in listed if present is None or model.id in present), None)
+
+
+# --------------------------------------------------------------------------------------- logs, systemd
+
+
 def printable(text: str) -> str:
-    """The text with escapes for what could act on a terminal or forge a line: line ends, controls, bidi overrides."""
+    """The text with escapes for all that could act on a terminal or forge a line: line ends, controls, overrides."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class LogFormatter(logging.Formatter):
-    """`2025-12-25 12:00:00 - INFO - [request id] message`, one line whatever outside text the message has.
+    """`2025-12-25 12:00:00 - INFO - [request id] message`: always one line, whatever outside text the message holds.
 
-    A traceback follows on lines of its own, indented, so that none of them can pass for a record.
+    A traceback follows on indented lines, none of which can pass for a record.
     """
 
     def __init__(self) -> None:
@@ -1290,7 +1295,7 @@ def set_up_logging(level: str, file: str) -> None:
         raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if file:
-        from logging.handlers import RotatingFileHandler  # 1 MB that most Pis need not spend
+        from logging.handlers import RotatingFileHandler  # 1 MB of memory that is needed only here
 
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -1305,7 +1310,7 @@ def set_up_logging(level: str, file: str) -> None:
 
 
 def notify(state: str) -> None:
-    """Tell systemd (`READY=1`, `STOPPING=1`), when it started us; see sd_notify(3)."""
+    """Tell systemd `READY=1` or `STOPPING=1`, if it started us; see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return

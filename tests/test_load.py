@@ -614,6 +614,19 @@ def test_the_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.
     asyncio.run(run())
 
 
+def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as (server, port), connect(port) as (reader, writer):
+            writer.write(upload(5000, "length", key=False)[:-100])
+            assert (await read_reply(reader)).status == 401
+            writer.write_eof()
+            assert await closed(reader) == b""
+            await until(lambda: not server.connections)
+
+    asyncio.run(run())
+    assert [message.rpartition(" ")[0] for message in messages(caplog)] == ["POST /v1/complete 401"]
+
+
 def test_a_body_counts_until_it_is_answered() -> None:
     async def run() -> None:
         async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
