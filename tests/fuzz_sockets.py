@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wire import HEALTH, KEY, Daemon, ask, daemon, read_reply, wait_for_health
+from harness import HEALTH, KEY, Daemon, ask, daemon, read_reply
 
 CONNECTIONS = 16  # at a time
 HANG_SECONDS = 15.0  # longer than a daemon's own deadline for a head
@@ -145,7 +145,7 @@ class Run:
         except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
             return self.found(f"health does not answer ({error!r})", b"")
         self.health_ms.append(1000 * (time.perf_counter() - started))
-        if "timestamp" not in reply.json() or reply.status not in (200, 503):
+        if "timestamp" not in reply.json or reply.status not in (200, 503):
             self.found(f"health says {reply.body!r}", b"")
         return None
 
@@ -195,7 +195,7 @@ def main(count: int, seed: int) -> tuple[list[dict[str, object]], list[str]]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         vps = stack.enter_context(daemon("vpsd", Path(folder) / "vpsd"))
         pi = stack.enter_context(daemon("cm4d", Path(folder) / "cm4d", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}"))
-        asyncio.run(wait_for_health(pi.port))
+        pi.wait_for_line("VPS backend is available")
         runs = [Run(pi), Run(vps)]
         results = [attack(run, count // 2, seed) for run in runs]
         return results, [finding for run in runs for finding in run.findings]

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from backend import (
+from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
+from scripted import (
     CHUNKED,
     DONE,
     GOOD,
     HANG,
-    KEY,
     MODELS,
-    ROOT,
     Backend,
     Flood,
-    Reply,
     answer,
     chunk,
     error,
@@ -36,7 +28,6 @@ from backend import (
     head,
     pi_for,
     token,
-    until,
 )
 
 import cm4d
@@ -196,7 +187,7 @@ def test_complete_has_the_fields_of_the_text_and_the_vps():
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
             reply = await pi.complete()
-            assert (reply.status, reply.headers["content-type"]) == (200, "application/json")
+            assert (reply.status, reply.one("Content-Type")) == (200, "application/json")
             assert list(reply.json)[:6] == [
                 "completion", "language", "model", "total_tokens", "inference_time", "timestamp"
             ]  # fmt: skip
@@ -356,11 +347,10 @@ def test_a_bad_health_is_no_health(health: bytes):
 def test_every_answer_has_the_request_id_and_the_vps_gets_it():
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
-            assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")).headers[
-                "x-request-id"
-            ] == "abc-1"
+            reply = await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")
+            assert reply.one("X-Request-ID") == "abc-1"
             assert backend.asked[-1][1]["x-request-id"] == "abc-1"
-            made = (await pi.stream()).headers["x-request-id"]
+            made = (await pi.stream()).one("X-Request-ID")
             assert REQUEST_ID.fullmatch(made)
             assert backend.asked[-1][1]["x-request-id"] == made
 
@@ -407,7 +397,7 @@ def test_the_third_completion_gets_429_at_once():
             await until(lambda: len(backend.completions) == 2)
             for reply in (await pi.stream(), await pi.complete()):
                 assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
-                assert "retry-after" not in reply.headers
+                assert reply.all("Retry-After") == []
             assert [(await pi.get(path)).status for path in ("/health", "/v1/stats", "/v1/models")] == [200] * 3
             assert (await pi.get("/v1/stats")).json["requests_active"] == 2
             go.set()
@@ -730,81 +720,38 @@ def test_an_http_1_0_client_gets_the_events_without_chunks():
 # ------------------------------------------------------------------------------------- a real process
 
 
-class Log:
-    """What a process says, read as it comes."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process, self.lines, self.news = process, list[str](), threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            with self.news:
-                self.lines.append(line.rstrip("\n"))
-                self.news.notify_all()
-
-    def wait(self, pattern: str) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
-
-        with self.news:
-            self.news.wait_for(found, timeout=10)
-            match = found()
-        assert match, self.lines
-        return match
-
-
-@contextlib.contextmanager
-def cm4(**environ: str) -> Iterator[tuple[subprocess.Popen[str], Log]]:
-    command = [sys.executable, "-s", "-S", str(ROOT / "cm4d.py")]
-    env = {"PATH": os.environ["PATH"], "CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0", **environ}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process, Log(process)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_from_start_to_stop(tmp_path: Path):
     async def scenario() -> None:
         file = tmp_path / "logs" / "cm4.log"
         async with Backend() as backend:
-            url = f"http://127.0.0.1:{backend.port}"
-            with cm4(CEREBRUM_VPS_URL=url, CEREBRUM_API_KEY=KEY, CEREBRUM_LOG_FILE=str(file)) as (process, log):
-                port = int((await asyncio.to_thread(log.wait, r"listening on http://127\.0\.0\.1:(\d+)$"))[1])
-                await asyncio.to_thread(log.wait, "VPS backend is available")
-                async with pi_for(backend.port, probing=False) as pi:
-                    pi.port = port
-                    reply = await pi.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
-                    assert reply.clean
-                    assert [event.get("token") for event in reply.events] == ["a", "b", None]
+            more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+            with daemon("cm4d", tmp_path, CEREBRUM_LOG_FILE=str(file), **more) as process:
+                await asyncio.to_thread(process.wait_for_line, "VPS backend is available")
+                client = Client(port=process.port)
+                reply = await client.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
+                assert reply.clean
+                assert [event.get("token") for event in reply.events] == ["a", "b", None]
                 line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds$"
-                await asyncio.to_thread(log.wait, line)
-                process.send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(process.wait, 10) == 0
+                await asyncio.to_thread(process.wait_for_line, line)
             assert "the-id" in file.read_text()
-            assert not any(KEY in line for line in log.lines)
+            assert KEY not in process.stdout() + process.stderr()
 
     run(scenario())
 
 
-def test_a_running_stream_may_end_after_sigterm():
+def test_a_running_stream_may_end_after_sigterm(tmp_path: Path):
     async def scenario() -> None:
         go = asyncio.Event()
         async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend:
-            url = f"http://127.0.0.1:{backend.port}"
-            with cm4(CEREBRUM_VPS_URL=url, CEREBRUM_API_KEY=KEY) as (process, log):
-                port = int((await asyncio.to_thread(log.wait, r"listening on http://.*:(\d+)$"))[1])
-                async with pi_for(backend.port, probing=False) as pi:
-                    pi.port = port
-                    running = asyncio.create_task(pi.stream())
-                    await backend.begun.wait()
-                    process.send_signal(signal.SIGTERM)
-                    await asyncio.to_thread(log.wait, "stopping")
-                    go.set()
-                    assert (await running).clean
-                assert await asyncio.to_thread(process.wait, 10) == 0
+            more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+            with daemon("cm4d", tmp_path, **more) as process:
+                running = asyncio.create_task(Client(port=process.port).stream())
+                await backend.begun.wait()
+                process.process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(process.wait_for_line, "stopping")
+                go.set()
+                assert (await running).clean
+                await asyncio.to_thread(process.process.wait, PATIENCE)
 
     run(scenario())
 
@@ -818,24 +765,25 @@ def test_a_running_stream_may_end_after_sigterm():
         ("CEREBRUM_VPS_URL", "x"),
     ],
 )
-def test_a_start_that_fails_says_which_variable_is_wrong(name: str, value: str):
-    with cm4(**{name: value}) as (process, log):
-        log.wait(rf"^cm4d\.py: {name}[:,]")
-        assert process.wait(10) == 2
-    assert not any("Traceback" in line for line in log.lines)
+def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path, name: str, value: str):
+    done = run_to_the_end("cm4d", tmp_path, **{name: value})
+    said = done.stdout + done.stderr
+    assert re.search(rf"^cm4d\.py: {name}[:,]", said, re.MULTILINE)
+    assert (done.returncode, "Traceback" in said) == (2, False)
 
 
 @pytest.mark.parametrize("what", ["an address that is not up", "a port that is taken"])
-def test_an_address_that_cannot_be_listened_on_yet_is_no_wrong_configuration(what: str):
+def test_an_address_that_cannot_be_listened_on_yet_is_no_wrong_configuration(tmp_path: Path, what: str):
     """The unit starts the daemon again after a status of 1, and never after 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         host = "127.0.0.1" if "port" in what else "192.0.2.1"
-        with cm4(CEREBRUM_CM4_HOST=host, CEREBRUM_CM4_PORT=port) as (process, log):
-            log.wait(rf" - ERROR - \[-\] cannot listen on {host} port {port}: .")
-            assert process.wait(10) == 1
-    assert [line for line in log.lines if "Traceback" in line or "CEREBRUM_CM4" in line] == []
-    assert sum("cannot listen" in line for line in log.lines) == 1
+        done = run_to_the_end("cm4d", tmp_path, CEREBRUM_CM4_HOST=host, CEREBRUM_CM4_PORT=port)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert re.search(rf" - ERROR - \[-\] cannot listen on {host} port {port}: .", done.stdout + done.stderr)
+    assert done.returncode == 1
+    assert [line for line in lines if "Traceback" in line or "CEREBRUM_CM4" in line] == []
+    assert sum("cannot listen" in line for line in lines) == 1
 
 
 def test_another_fault_of_the_system_does_not_read_as_an_address(monkeypatch: pytest.MonkeyPatch):

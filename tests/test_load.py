@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import HEALTH, PATIENCE, ROOT, ask, connect, daemon, read_reply, until
 from test_wire import BODY, chunked, get, serving, sized, without
-from wire import HEALTH, PATIENCE, ROOT, ask, connect, daemon, read_reply
 
 import cerebrum_common as common
 from cerebrum_common import Request, Response, Route
@@ -35,12 +35,6 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "cerebrum"]
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  it is the state of the other tasks, which none of them signals
-            await asyncio.sleep(0)
-
-
 async def closed(reader: asyncio.StreamReader) -> bytes:
     """What comes until the end."""
     return await reader.read()
@@ -57,7 +51,7 @@ def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
         async with serving() as (_, port), connect(port) as (reader, writer):
             writer.write(begun)
             reply = await read_reply(reader)
-            assert (reply.status, reply.json()["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
+            assert (reply.status, reply.json["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
             assert await closed(reader) == b""
 
     asyncio.run(run())
@@ -323,7 +317,7 @@ def test_an_error_before_the_first_event_is_a_status() -> None:
         async with serving() as (server, port):
             server.routes["/refused"] = {"POST": Route("POST", "/refused", handle, json=True)}
             reply = await ask(port, sized(BODY).replace(b"@POST", b"/refused"))
-            assert (reply.status, reply.json()["code"], reply.whole) == (429, "RATE_LIMIT", True)
+            assert (reply.status, reply.json["code"], reply.clean) == (429, "RATE_LIMIT", True)
 
     asyncio.run(run())
 
@@ -493,8 +487,8 @@ def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
             peers = await open_many(stack, port, 5)
             await until(lambda: len(server.connections) == 5)
             reply = await ask(port, get("/v1/models"))
-            assert (reply.status, reply.json()["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
-            assert (await ask(port, get("/nothing"))).json()["code"] == "OVERLOADED"
+            assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
+            assert (await ask(port, get("/nothing"))).json["code"] == "OVERLOADED"
             reply = await ask(port, HEALTH)
             assert (reply.status, reply.one("Connection")) == (200, "close")
             peers[0][1].write(get("/v1/models"))
@@ -603,7 +597,7 @@ def test_the_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.
             await until(lambda: server.body_bytes > 95_000)
             writer2.write(raw)
             reply = await read_reply(reader2)
-            assert (reply.status, reply.json()["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
+            assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
             assert await closed(reader2) == b""
             assert (await ask(port, HEALTH)).status == 200
             writer.write(raw[-10:])
@@ -668,7 +662,7 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
 
         attackers = [asyncio.create_task(one()) for _ in range(128)]
         await until(lambda: sent == 128)
-        assert "status" in (await ask(port, HEALTH)).json()
+        assert "status" in (await ask(port, HEALTH)).json
         go.set()
         return set(await asyncio.gather(*attackers))
 
@@ -702,8 +696,8 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
                 started = time.monotonic()
                 reply = await ask(port, HEALTH)
                 assert reply.status in (200, 503)
-                assert "timestamp" in reply.json()
-                assert "status" in reply.json()  # an answer of the handler, not of the limit
+                assert "timestamp" in reply.json
+                assert "status" in reply.json  # an answer of the handler, not of the limit
                 seconds.append(time.monotonic() - started)
         for peer in peers:
             peer.close()
@@ -717,7 +711,7 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
         seconds = asyncio.run(attack(process.port))
         assert max(seconds) < common.HEAD_SECONDS / 2  # none of them waited for the attackers' deadline
         assert process.rss_kb() - before < 20_000
-        assert (asyncio.run(ask(process.port, HEALTH))).json()["timestamp"]
+        assert asyncio.run(ask(process.port, HEALTH)).json["timestamp"]
         assert process.complaints() == ""
 
 
@@ -740,7 +734,7 @@ def test_flat_memory_under_endless_heads_and_bodies(tmp_path: Path) -> None:
         async def one(raw: bytes) -> None:
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                 reply = await ask(port, raw)
-                assert reply.json()["code"] in FRAMING_CODES
+                assert reply.json["code"] in FRAMING_CODES
 
         head = (
             sized(BODY).split(b"Content-Length")[0].replace(b"@POST", b"/v1/complete")

@@ -21,8 +21,8 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
+from harness import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post
 from test_wire import ROUTES, State
-from wire import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post
 
 from cerebrum_common import Access, Request, Response, Route, Server, own_names, sse_event
 
@@ -431,7 +431,7 @@ def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
             answers = 0
             while enemy.poll() is None:
                 reply = asyncio.run(ask(process.port, HEALTH))
-                assert "status" in reply.json()
+                assert "status" in reply.json
                 answers += 1
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     enemy.wait(0.1)
@@ -445,5 +445,5 @@ def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
         )
         reply = asyncio.run(ask(process.port, raw))
         # Neither has a model, and this Pi has no VPS.
-        assert reply.json()["code"] == {"cm4d": "VPS_UNAVAILABLE", "vpsd": "MODEL_NOT_FOUND"}[name]
+        assert reply.json["code"] == {"cm4d": "VPS_UNAVAILABLE", "vpsd": "MODEL_NOT_FOUND"}[name]
         assert process.complaints() == ""

@@ -11,16 +11,15 @@ import time
 from typing import Any
 
 import pytest
-from backend import (
+from harness import KEY, Reply, until
+from scripted import (
     CHUNKED,
     DONE,
     GOOD,
     HANG,
-    KEY,
     RESET,
     Backend,
     Flood,
-    Reply,
     answer,
     chunk,
     error,
@@ -28,7 +27,6 @@ from backend import (
     head,
     pi_for,
     token,
-    until,
 )
 
 import cm4d
@@ -153,7 +151,7 @@ def check_error(reply: Reply, status: int, code: str, part: str) -> None:
     assert (reply.status, reply.json["code"], reply.clean) == (status, code, True)
     assert part in reply.json["message"]
     assert set(reply.json) >= {"error", "message", "code", "timestamp"}
-    assert "retry-after" not in reply.headers
+    assert reply.all("Retry-After") == []
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
@@ -457,7 +455,7 @@ def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
         async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
             reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
             with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
-                await until(lambda: backend.sent > 24 << 20, 1.0)
+                await until(lambda: backend.sent > 24 << 20, seconds=1.0)
             assert 0 < backend.sent < 24 << 20
             assert pi.gateway.requests_active == 1
             writer.transport.abort()

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from wire import KEY, Daemon, daemon
+from harness import KEY, Daemon, daemon
 
 import cerebrum_engine as engine
 import vpsd
@@ -188,7 +188,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
     with start(tmp_path_factory.mktemp("vpsd")) as vps:
         vps.complete("a", max_tokens=1)
         vps.ask("POST", f"/v1/unload/{SMALL}")
-        (path,) = (vps.process.output / "state" / "calibration").iterdir()
+        (path,) = (vps.process.folder / "state" / "calibration").iterdir()
         assert set(json.loads(path.read_text())) == {str(size) for size in QUIET}
         path.write_text(json.dumps({size: milliseconds / 4000 for size, milliseconds in QUIET.items()}))
         vps.complete("a", max_tokens=1)
@@ -206,7 +206,7 @@ def vps(shared: Vps) -> Iterator[Vps]:
 def output(shared: Vps, tmp_path: Path) -> Path:
     """A place for another daemon, that knows already what the shared one has measured."""
     for name in ("calibration", "verified"):
-        shutil.copytree(shared.process.output / "state" / name, tmp_path / "state" / name)
+        shutil.copytree(shared.process.folder / "state" / name, tmp_path / "state" / name)
     return tmp_path
 
 
@@ -762,7 +762,7 @@ def plain(shared: Vps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps
     """A daemon that never drafts."""
     output = tmp_path_factory.mktemp("plain")
     for name in ("calibration", "verified"):
-        shutil.copytree(shared.process.output / "state" / name, output / "state" / name)
+        shutil.copytree(shared.process.folder / "state" / name, output / "state" / name)
     with start(output, CEREBRUM_DRAFT="0") as vps:
         yield vps
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import fuzz_sockets
 import pytest
-from wire import HEALTH, KEY, PATIENCE, ROOT, Daemon, Reply, daemon, read_reply, wait_for_health
+from harness import HEALTH, KEY, PATIENCE, ROOT, Daemon, Reply, daemon, read_reply
 
 import cerebrum_common as common
 from cerebrum_common import Access, Field, HttpError, Request, Response, Route, Server, own_names, read_fields
@@ -478,7 +478,8 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             vps = stack.enter_context(daemon("vpsd", tmp_path_factory.mktemp("vps")))
             more["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
         process = stack.enter_context(daemon(name, tmp_path_factory.mktemp(name), python, **more))
-        asyncio.run(wait_for_health(process.port))
+        if name == "cm4d":
+            process.wait_for_line("VPS backend is available")
         yield Target(name, path, reached, process.port, process)
         complaints = process.complaints()
     assert complaints == ""
@@ -540,9 +541,9 @@ def check_shape(reply: Reply, keep: bool, is_head: bool) -> None:
         return
     assert reply.one("Content-Type") == "application/json"
     if reply.status >= 400:
-        assert list(reply.json())[:4] == ["error", "message", "code", "timestamp"]
-        assert reply.json()["error"] is True
-        assert common.STATUSES[reply.json()["code"]] == reply.status
+        assert list(reply.json)[:4] == ["error", "message", "code", "timestamp"]
+        assert reply.json["error"] is True
+        assert common.STATUSES[reply.json["code"]] == reply.status
     if reply.status == 405:
         assert reply.one("Allow")
     if reply.status == 401:
@@ -562,7 +563,7 @@ def test_row(target: Target, name: str, raw: bytes, status: int | list[int], kee
         announced = keep or not last or "before bad chunks" in name
         check_shape(reply, announced, is_head)
         if reply.status == 404 and reply.body:  # or the row would pass if the route were gone
-            assert reply.json()["code"] == ("MODEL_NOT_FOUND" if one == REACHED else "NOT_FOUND")
+            assert reply.json["code"] == ("MODEL_NOT_FOUND" if one == REACHED else "NOT_FOUND")
         continues = name in ("Expect", "Expect in capitals", "Expect with chunks", "Expect and bad JSON")
         assert reply.interim == int(continues)
 
@@ -574,9 +575,9 @@ def test_field(target: Target, name: str, value: Any, says: str) -> None:
     members = {**json.loads(BODY), name: value}
     ((reply,), kept) = asyncio.run(play(target, sized(json.dumps(members).encode()), 1, 1))
     assert (reply.status, kept) == (400, K)
-    assert reply.json()["code"] == "INVALID_REQUEST"
-    assert reply.json()["message"].startswith(f"{name}: expected ")
-    assert says in reply.json()["message"]
+    assert reply.json["code"] == "INVALID_REQUEST"
+    assert reply.json["message"].startswith(f"{name}: expected ")
+    assert says in reply.json["message"]
 
 
 # --------------------------------------------------------------------------------- what the table cannot say
@@ -586,7 +587,7 @@ def test_all_401_are_alike(target: Target) -> None:
     bodies = set()
     for key in (b"", b"X-API-Key: wrong\r\n", b"X-API-Key: \xff\r\n"):
         ((reply,), _) = asyncio.run(play(target, b"GET @GET HTTP/1.1\r\nHost: localhost\r\n" + key + b"\r\n", 1, 1))
-        bodies.add((reply.status, reply.json()["message"], reply.json()["code"]))
+        bodies.add((reply.status, reply.json["message"], reply.json["code"]))
     assert bodies == {(401, "expected the API key in the header X-API-Key", "UNAUTHORIZED")}
 
 
@@ -649,24 +650,24 @@ def test_stream_shapes() -> None:
     server = Target("server", "/v1/complete", 200)
     good = b'data: {"token": "\\u00e4", "total_tokens": 1}\n\n'
     ((reply,), kept) = asyncio.run(play(server, raw(), 1, 1))
-    assert (reply.status, kept, reply.whole) == (200, K, True)
+    assert (reply.status, kept, reply.clean) == (200, K, True)
     assert reply.one("Content-Type") == "text/event-stream; charset=utf-8"
     assert reply.body == good + b'data: {"done": true}\n\n'
     ((reply,), kept) = asyncio.run(play(server, raw(version="HTTP/1.0"), 1, 1))
     assert (reply.all("Transfer-Encoding"), kept, reply.body) == ([], C, good + b'data: {"done": true}\n\n')
     ((reply,), kept) = asyncio.run(play(server, raw("http"), 1, 1))
-    assert (kept, reply.whole) == (C, False)
+    assert (kept, reply.clean) == (C, False)
     assert reply.body == good + b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
 
 
 def test_a_bug_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     server = Target("server", "/v1/complete", 200)
     ((reply,), kept) = asyncio.run(play(server, get("/v1/broken"), 1, 1))
-    assert (reply.status, kept, reply.json()["code"]) == (500, K, "INTERNAL_ERROR")
+    assert (reply.status, kept, reply.json["code"]) == (500, K, "INTERNAL_ERROR")
     assert b"secret" not in reply.body
     raw = sized(b'{"fail": "bug"}').replace(b"@POST", b"@SSE")
     ((reply,), kept) = asyncio.run(play(server, raw, 1, 1))
-    assert (kept, reply.whole, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (C, False, False, True)
+    assert (kept, reply.clean, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (C, False, False, True)
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == ["internal error"] * 2
     caplog.clear()
 

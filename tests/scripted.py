@@ -1,37 +1,41 @@
-"""A scripted VPS for tests: it tells the truth about its health and models, and answers a completion by its script.
+"""A scripted server, and a Pi in this process that takes it for its VPS.
+
+`Backend` is the VPS for the tests of cm4d, and the Pi for those of the REPL: the paths that both ask are the same. It
+answers a GET by its state, and a completion by a script: a list of steps, each of them bytes to send, `RESET`, `HANG`
+(until the other side leaves), `Flood`, or a callable (for example an asyncio.Event's `wait`), whose result is awaited
+if it is awaitable. After the last step the connection is closed.
 
 As vpsd does, it ends a completion when a newer one of the same session comes: with 409 SUPERSEDED, or with an error
-event once the answer has begun.
-
-A script is a list of steps: bytes to send, `RESET`, `HANG` (until the other side leaves), `Flood`, or a callable
-(for example an asyncio.Event's `wait`) that is awaited. After the last step the connection is closed.
+event once the response has begun.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import inspect
 import itertools
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from harness import KEY, PATIENCE, ROOT, Client, until
+
 from cerebrum_code import LANGUAGES
-from cerebrum_common import Access, ChunkedDecoder, Server, load_models, own_names
+from cerebrum_common import Access, Server, load_models, own_names
 from cm4d import ROUTES, Config, Gateway, parse_vps_url
 
-ROOT = Path(__file__).resolve().parent.parent
-KEY = "the-key-of-the-vps"
 RESET, HANG = "reset", "hang"
 
 
 @dataclass(frozen=True)
 class Flood:
-    """Sends `piece` again and again, until the other side leaves or `count` is reached."""
+    """Send `piece` up to `count` times, or until the other side leaves."""
 
     piece: bytes
     count: int = 1 << 30
@@ -59,7 +63,7 @@ GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\
 
 
 def answer(status: int, members: Any) -> bytes:
-    """A whole JSON answer."""
+    """A whole JSON response."""
     body = json.dumps(members).encode()
     return head(status, f"Content-Length: {len(body)}", kind="application/json") + body
 
@@ -75,26 +79,28 @@ HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
 
 @dataclass
 class Backend:
-    """`scripts` are used one after another, the last one for ever. `asked` is each request as (line, headers, body)."""
+    """The n-th completion gets the n-th script, and all further ones the last.
+
+    `asked` has the request line, the headers and the body of each request.
+    """
 
     scripts: Sequence[Sequence[Any]] = (GOOD,)
     health: bytes = answer(200, HEALTH)
     models: bytes = answer(200, MODELS)
+    stats: bytes = answer(200, {})
     split: bool = False  # send byte by byte
     port: int = 0
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sent: int = 0  # bytes of completions
     running: int = 0  # completions that are being answered
     most_running: int = 0
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # a completion's connection has ended
-    begun: asyncio.Event = field(default_factory=asyncio.Event)  # a completion has been asked for
+    begun: asyncio.Event = field(default_factory=asyncio.Event)  # a completion was asked for
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # the connection of a completion has ended
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        return [json.loads(body) for line, _, body in self.asked if line.startswith("POST /v1/inference/stream ")]
-
-    def paths(self) -> list[str]:
-        return [line.split(" ")[1] for line, _, _ in self.asked]
+        """The fields of each completion."""
+        return [json.loads(body) for line, _, body in self.asked if line.startswith("POST ")]
 
     async def __aenter__(self) -> Backend:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,8 +129,9 @@ class Backend:
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         self.asked.append((first, headers, body))
-        if " /health " in first or " /v1/models " in first:
-            writer.write(self.health if " /health " in first else self.models)
+        method, path, _ = first.split(" ")
+        if method == "GET":
+            writer.write({"/health": self.health, "/v1/models": self.models, "/v1/stats": self.stats}[path])
             return
         script = self.scripts[min(len(self.completions), len(self.scripts)) - 1]
         self.begun.set()
@@ -166,7 +173,9 @@ class Backend:
         elif step is HANG:
             await reader.read()
         elif callable(step):
-            await step()
+            result = step()
+            if inspect.isawaitable(result):
+                await result
         else:
             if isinstance(step, Flood):
                 pieces: Iterable[bytes] = itertools.repeat(step.piece, step.count)
@@ -185,90 +194,46 @@ class Backend:
                 await asyncio.sleep(0)  # let the other side read
 
 
-@dataclass
-class Reply:
-    """What a client of the Pi got. `clean`: the body ended as its framing says."""
+@contextlib.contextmanager
+def in_a_thread(backend: Backend) -> Iterator[Backend]:
+    """The backend for tests that block: its event loop runs in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
 
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    clean: bool
+    def call(function: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> None:
+        asyncio.run_coroutine_threadsafe(function(*arguments), loop).result(PATIENCE)
 
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def events(self) -> list[Any]:
-        """Each event's JSON; a comment as its text."""
-        parts = self.body.split(b"\n\n")
-        assert parts.pop() == b"", "half an event"
-        return [json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts]
+    with contextlib.ExitStack() as stack:
+        stack.callback(loop.close)
+        thread.start()
+        stack.callback(thread.join, PATIENCE)
+        stack.callback(loop.call_soon_threadsafe, loop.stop)
+        call(backend.__aenter__)
+        stack.callback(call, backend.__aexit__)
+        yield backend
 
 
-@dataclass
-class Pi:
-    """A gateway and its server, in this process."""
+@dataclass(kw_only=True)
+class Pi(Client):
+    """A gateway and its server in this process, and a client that asks it."""
 
     gateway: Gateway
     server: Server
-    port: int
-    address: str = "127.0.0.1"  # that its client asks from
 
     def from_address(self, address: str) -> Pi:
         """The same Pi, asked by another client."""
-        return Pi(self.gateway, self.server, self.port, address)
-
-    async def open(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[Any, Any]:
-        local = (self.address, 0)
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16, local_addr=local)
-        payload = b"" if body is None else json.dumps(body).encode()
-        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        if body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
-        writer.write("\r\n".join([*lines, "", ""]).encode() + payload)
-        return reader, writer
-
-    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        reader, writer = await self.open(method, path, body, **headers)
-        try:
-            return parse_reply(await reader.read())
-        finally:
-            writer.transport.abort()
-
-    async def get(self, path: str, **headers: str) -> Reply:
-        return await self.ask("GET", path, **headers)
-
-    async def stream(self, **more: Any) -> Reply:
-        return await self.ask("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", **more})
-
-    async def complete(self, **more: Any) -> Reply:
-        return await self.ask("POST", "/v1/complete", {"prompt": "x =", "language": "python", **more})
-
-
-def parse_reply(raw: bytes) -> Reply:
-    top, _, body = raw.partition(b"\r\n\r\n")
-    first, *lines = top.decode().split("\r\n")
-    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-    if headers.get("transfer-encoding") == "chunked":
-        decoder = ChunkedDecoder()
-        body = decoder.feed(body)
-        clean = decoder.done
-    else:
-        clean = len(body) == int(headers.get("content-length", "0"))
-    return Reply(int(first.split(" ")[1]), headers, body, clean)
+        return dataclasses.replace(self, address=address)
 
 
 @contextlib.asynccontextmanager
 async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIterator[Pi]:
-    """A Pi whose VPS is on `port`. With `probing` the first probe has ended."""
+    """A Pi whose VPS listens on `port`. With `probing` its first probe has ended."""
     models = load_models(ROOT / "models.toml", LANGUAGES)
     settings = {"key": KEY, "models": models, "vps": parse_vps_url(f"http://127.0.0.1:{port}"), **config}
     gateway = Gateway(Config(**settings))
     server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))
     task = asyncio.create_task(gateway.probe_forever()) if probing else None
-    pi = Pi(gateway, server, await server.start("127.0.0.1", 0))
+    pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
             await until(lambda: gateway.probes > 0)
@@ -279,10 +244,3 @@ async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIter
             await asyncio.gather(task, return_exceptions=True)
         await server.stop(0)
     assert gateway.requests_active == 0, "a slot was not given back"
-
-
-async def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait until `condition()` holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)  # what is waited for has no event of its own

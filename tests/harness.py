@@ -1,0 +1,344 @@
+"""What the tests and benchmarks share: waiting for a condition, asking over HTTP, and the daemons as processes.
+
+A test never sleeps for a fixed time. It waits for a condition (`until`, `wait_until`), for a line of a daemon's log
+(`Daemon.wait_for_line`) or for bytes, and PATIENCE bounds each of these waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the benchmarks and the fuzzer, which run without pytest
+
+from cerebrum_code import LANGUAGES  # noqa: E402
+from cerebrum_common import load_models  # noqa: E402
+
+T = TypeVar("T")
+
+KEY = "the-key-of-the-tests"
+PATIENCE = 120.0  # seconds; a test that waits longer has found a hang, even on a crowded machine
+POLL_SECONDS = 0.002
+MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models").expanduser()
+WEIGHTS = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml", LANGUAGES)}
+
+# ---------------------------------------------------------------------------------------------- waiting
+
+
+async def until(condition: Callable[[], T], what: str = "the condition", *, seconds: float = PATIENCE) -> T:
+    """The first true value of `condition()`; TimeoutError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        _check_deadline(deadline, what)
+        await asyncio.sleep(POLL_SECONDS)
+    return value
+
+
+def wait_until(condition: Callable[[], T], what: str = "the condition", *, seconds: float = PATIENCE) -> T:
+    """The same for code that may block."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        _check_deadline(deadline, what)
+        time.sleep(POLL_SECONDS)
+    return value
+
+
+def _check_deadline(deadline: float, what: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"not in time: {what}")
+
+
+# ---------------------------------------------------------------------------------------------- replies
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+STATUS = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z ]+")
+CHUNK_SIZE = re.compile(rb"[0-9a-f]+\r\n")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One response. `interim` counts the responses of status 100 before it; `clean` is False if its body was cut."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+    interim: int = 0
+    clean: bool = True
+
+    def all(self, name: str) -> list[str]:
+        """The values of all headers of this name."""
+        return [value for key, value in self.headers if key.lower() == name.lower()]
+
+    def one(self, name: str) -> str:
+        """The value of the only header of this name."""
+        (value,) = self.all(name)
+        return value
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[Any]:
+        """The JSON of each event, and the text of each comment."""
+        parts = self.body.split(b"\n\n")
+        assert parts.pop() == b"", "half an event"
+        return [json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts]
+
+
+async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply:
+    """The next response to `method`, whatever its framing; AssertionError where it is not strictly HTTP.
+
+    asyncio.IncompleteReadError if there is none, or if its body is shorter than its Content-Length.
+    """
+    interim = 0
+    while True:
+        first, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
+        match = STATUS.fullmatch(first)
+        assert match, first
+        if match[1] != b"100":
+            break
+        assert not lines, lines
+        interim += 1
+    reply = Reply(int(match[1]), [_header(line) for line in lines], b"", interim)
+    if method == "HEAD" or reply.status == 204:
+        return reply
+    if reply.all("Transfer-Encoding"):
+        assert reply.one("Transfer-Encoding") == "chunked"
+        assert not reply.all("Content-Length")
+        body, clean = await _read_chunks(reader)
+    elif reply.all("Content-Length"):
+        body, clean = await reader.readexactly(int(reply.one("Content-Length"))), True
+    else:
+        body, clean = await reader.read(), True
+    return Reply(reply.status, reply.headers, body, interim, clean)
+
+
+def _header(line: bytes) -> tuple[str, str]:
+    name, colon, value = line.decode("latin-1").partition(": ")
+    assert colon, line
+    assert value, line
+    assert value == value.strip(), line
+    return name, value
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """The payload, and whether the last chunk came."""
+    body = bytearray()
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            line = await reader.readuntil(b"\r\n")
+            assert CHUNK_SIZE.fullmatch(line), line
+            size = int(line, 16)
+            body += await reader.readexactly(size)
+            assert await reader.readexactly(2) == b"\r\n"
+            if not size:
+                return bytes(body), True
+    return bytes(body), False
+
+
+# ----------------------------------------------------------------------------------------------- asking
+
+
+@contextlib.asynccontextmanager
+async def connect(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def ask(port: int, raw: bytes, method: str = "GET") -> Reply:
+    """Send these bytes on a connection of their own."""
+    async with connect(port) as (reader, writer):
+        writer.write(raw)
+        return await read_reply(reader, method)
+
+
+def post(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"X-API-Key: {KEY}", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+
+
+@dataclass(kw_only=True)
+class Client:
+    """A client of cm4d. Each request has a connection of its own, which starts at `address`."""
+
+    port: int
+    address: str = "127.0.0.1"
+
+    async def open(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[Any, Any]:
+        """Send a request, and return the reader and the writer of its connection."""
+        local = (self.address, 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16, local_addr=local)
+        payload = b"" if body is None else json.dumps(body).encode()
+        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        if body is not None:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + payload)
+        return reader, writer
+
+    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        reader, writer = await self.open(method, path, body, **headers)
+        try:
+            reply = await read_reply(reader, method)
+            assert await reader.read() == b"", "bytes after the end of the response"
+            return reply
+        finally:
+            writer.transport.abort()
+
+    async def get(self, path: str, **headers: str) -> Reply:
+        return await self.ask("GET", path, **headers)
+
+    async def stream(self, **more: Any) -> Reply:
+        return await self.ask("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", **more})
+
+    async def complete(self, **more: Any) -> Reply:
+        return await self.ask("POST", "/v1/complete", {"prompt": "x =", "language": "python", **more})
+
+
+# ---------------------------------------------------------------------------------------------- daemons
+
+
+class Daemon:
+    """A running program that serves HTTP on `port`. A thread collects its stdout, so a full pipe never stops it."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], folder: Path) -> None:
+        self.name, self.process, self.folder = name, process, folder
+        self.port, self.start_seconds = 0, 0.0
+        self._lines: list[str] = []
+        self._ended = False
+        self._news = threading.Condition()  # guards the two above
+        self._collector = threading.Thread(target=self._collect, daemon=True)
+        self._collector.start()
+
+    def _collect(self) -> None:
+        for line in self.process.stdout or ():
+            with self._news:
+                self._lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        """Block until a line of stdout matches; AssertionError if the program ends before, or never prints one."""
+
+        def found() -> re.Match[str] | None:
+            return next((match for line in self._lines if (match := re.search(pattern, line))), None)
+
+        with self._news:
+            self._news.wait_for(lambda: found() or self._ended, PATIENCE)
+            match = found()
+        assert match, f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}"
+        return match
+
+    def stdout(self) -> str:
+        with self._news:
+            return "".join(self._lines)
+
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace")
+
+    def complaints(self) -> str:
+        """Errors and tracebacks in the log, and all of stderr: only a fault of the daemon prints any."""
+        bad = [line for line in self.stdout().splitlines() if " - ERROR - " in line or "Traceback" in line]
+        return "\n".join(bad) + self.stderr()
+
+    def rss_kb(self) -> int:
+        return self._memory("VmRSS:")
+
+    def peak_rss_kb(self) -> int:
+        return self._memory("VmHWM:")
+
+    def _memory(self, line: str) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split(line)[1].split()[0])
+
+    def close(self) -> None:
+        """End the program at once, if it still runs, and collect the rest of its output."""
+        self.process.kill()
+        self.process.wait()
+        self._collector.join(PATIENCE)
+
+
+@contextlib.contextmanager
+def program(name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Daemon]:
+    """Start a program and wait for its line `listening on http://HOST:PORT`; end it by SIGTERM."""
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with (folder / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env=environment, cwd=folder, encoding="utf-8"
+        )
+    started = Daemon(name, process, folder)
+    try:
+        started.port = int(started.wait_for_line(r"listening on http://[^ ]*:(\d+)$")[1])
+        started.start_seconds = time.perf_counter() - began
+        yield started
+        process.terminate()
+        process.wait(PATIENCE)
+    finally:
+        started.close()
+
+
+@contextlib.contextmanager
+def daemon(
+    name: str, folder: Path, python: str = sys.executable, inherited: Mapping[str, str] | None = None, **more: str
+) -> Iterator[Daemon]:
+    """cm4d or vpsd on a port that the kernel chooses; it must stop with status 0 on SIGTERM. See `settings`."""
+    environment = settings(folder, inherited, **more)
+    with program(name, command_of(name, python), folder, environment) as started:
+        yield started
+    assert started.process.returncode == 0, started.stdout() + started.stderr()
+
+
+def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """A daemon that refuses to start. See `settings`."""
+    environment = settings(folder, **more)
+    command = command_of(name)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def command_of(name: str, python: str = sys.executable) -> list[str]:
+    # cm4d runs without site-packages, as on the Pi. vpsd gets no ResourceWarning: llama_cpp leaves a file open.
+    options = ["-s", "-S", "-W", "always::ResourceWarning"] if name == "cm4d" else []
+    return [python, "-u", *options, str(ROOT / f"{name}.py")]
+
+
+def settings(folder: Path, inherited: Mapping[str, str] | None = None, **more: str) -> dict[str, str]:
+    """The environment of a daemon: its files are below `folder`, it has KEY, no weights and no VPS.
+
+    `inherited` is the environment that these settings are added to. A test leaves it out, so that nothing of the
+    caller's environment reaches the daemon but its PATH; a benchmark passes its own. `more` overrides both.
+    """
+    return {
+        **(inherited or {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}),
+        "CEREBRUM_API_KEY": KEY,
+        "CEREBRUM_CM4_API_KEY": KEY,
+        "CEREBRUM_CM4_HOST": "127.0.0.1",
+        "CEREBRUM_VPS_HOST": "127.0.0.1",
+        "CEREBRUM_CM4_PORT": "0",
+        "CEREBRUM_VPS_PORT": "0",
+        "CEREBRUM_VPS_URL": "http://127.0.0.1:1",  # nobody listens on port 1
+        "CEREBRUM_MODELS_DIR": str(folder / "models"),
+        "CEREBRUM_STATE_DIR": str(folder / "state"),
+        "CEREBRUM_LOG_LEVEL": "INFO",
+        "CEREBRUM_LOG_FILE": "",
+        **more,
+    }
