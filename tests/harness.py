@@ -310,7 +310,7 @@ def daemon(
 
 def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """A daemon that refuses to start. See `settings`."""
-    environment = settings(folder, **more)
+    environment = settings(folder, None, **more)
     command = command_of(name)
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 

@@ -171,7 +171,8 @@ class Backend:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         elif step is HANG:
-            await reader.read()
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()
         elif callable(step):
             result = step()
             if inspect.isawaitable(result):

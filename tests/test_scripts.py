@@ -6,6 +6,7 @@ for output or for an event of the server, until a deadline; it never sleeps.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -21,106 +22,57 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import PATIENCE, ROOT
+from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
-ROOT = Path(__file__).resolve().parent.parent
 REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")
 RUN = str(ROOT / "run.sh")
-DEADLINE_S = 10.0
 
 # ------------------------------------------------------------------------------------------- backend
 
 
-class Answer:
-    """One HTTP response, written by a script, which may break off anywhere."""
-
-    def __init__(self, handler: BaseHTTPRequestHandler) -> None:
-        self.handler = handler
-
-    def head(self, status: int = 200, content_type: str = "text/event-stream", *extra: str) -> None:
-        lines = [f"HTTP/1.1 {status} X", f"Content-Type: {content_type}", "Connection: close", *extra]
-        self.write("\r\n".join([*lines, "", ""]).encode())
-
-    def write(self, data: bytes) -> None:
-        self.handler.wfile.write(data)
-        self.handler.wfile.flush()
-
-    def event(self, **fields: Any) -> None:
-        self.write(b"data: " + json.dumps(fields).encode() + b"\n\n")
-
-    def tokens(self, *tokens: str) -> None:
-        for number, token in enumerate(tokens, 1):
-            self.event(token=token, total_tokens=number)
-
-    def done(self, **fields: Any) -> None:
-        usual = {"language": "python", "model": "tiny", "total_tokens": 3, "inference_time": 1.234}
-        self.event(**({"done": True, "timestamp": "t", "finish_reason": "block"} | usual | fields))
-
-    def wait_until_client_leaves(self) -> bool:
-        ready, _, _ = select.select([self.handler.connection], [], [], DEADLINE_S)
-        return bool(ready) and self.handler.connection.recv(1) == b""
+Script = list[Any]  # of the steps that `Backend` knows
 
 
-Script = Callable[[Answer], None]
+def tokens(*texts: str) -> Script:
+    return [token(text, number) for number, text in enumerate(texts, 1)]
 
 
-def completion(*tokens: str, **done: Any) -> Script:
-    def script(answer: Answer) -> None:
-        answer.head()
-        answer.tokens(*tokens)
-        answer.done(**done)
-
-    return script
+def done(**fields: Any) -> bytes:
+    usual = {"language": "python", "model": "tiny", "total_tokens": 3, "inference_time": 1.234}
+    return event(**({"done": True, "timestamp": "t", "finish_reason": "block"} | usual | fields))
 
 
-def answer_of(status: int, content_type: str, body: bytes) -> Script:
-    def script(answer: Answer) -> None:
-        answer.head(status, content_type, f"Content-Length: {len(body)}")
-        answer.write(body)
-
-    return script
+def completion(*texts: str, **fields: Any) -> Script:
+    return [head(), *tokens(*texts), done(**fields)]
 
 
-class Backend:
-    """Answers the n-th request by the n-th script. `requests` holds (path, headers, JSON body)."""
+def page(status: int, kind: str, body: bytes) -> bytes:
+    """A response that is no stream."""
+    return head(status, f"Content-Length: {len(body)}", kind=kind) + body
 
-    def __init__(self) -> None:
-        self.scripts: list[Script] = []
-        self.requests: list[tuple[str, dict[str, str], Any]] = []
-        backend = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def handle_request(self) -> None:
-                length = int(self.headers.get("Content-Length", 0))
-                body = json.loads(self.rfile.read(length)) if length else None
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                backend.requests.append((self.path, headers, body))
-                backend.scripts.pop(0)(Answer(self))
-                self.close_connection = True
+def wait_for(event: threading.Event) -> Callable[[], Awaitable[None]]:
+    """A step that ends when the test sets the event."""
 
-            do_GET = do_POST = handle_request
+    async def step() -> None:
+        assert await asyncio.to_thread(event.wait, PATIENCE)
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+    return step
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    backend = Backend()
-    yield backend
-    backend.server.shutdown()
-    backend.server.server_close()
+    """A Pi whose scripts the test adds. Each of them must be used once."""
+    with in_a_thread(Backend(scripts=[])) as backend:
+        yield backend
+    assert len(backend.completions) == len(backend.scripts)
 
 
 @pytest.fixture
@@ -142,12 +94,12 @@ def env(backend: Backend, tmp_path: Path) -> dict[str, str]:
         "TMPDIR": str(tmp_path),
         "LANG": "C.UTF-8",
         "TERM": "xterm",
-        "CEREBRUM_URL": backend.url,
+        "CEREBRUM_URL": f"http://127.0.0.1:{backend.port}",
     }
 
 
 def run(env: dict[str, str], stdin: bytes, *args: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([REPL, *args], env=env, input=stdin, capture_output=True, timeout=DEADLINE_S, check=False)
+    return subprocess.run([REPL, *args], env=env, input=stdin, capture_output=True, timeout=PATIENCE, check=False)
 
 
 # -------------------------------------------------------------------------------------------- filter
@@ -162,13 +114,8 @@ def test_the_filter_prints_the_completion_byte_for_byte(env: dict[str, str], bac
 
 
 def test_raw_utf8_and_crlf_events_and_comments(env: dict[str, str], backend: Backend) -> None:
-    def script(answer: Answer) -> None:
-        answer.head()
-        answer.write(b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\r\n')
-        answer.write(b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n')
-        answer.done()
-
-    backend.scripts.append(script)
+    crlf = b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\r\n'
+    backend.scripts.append([head(), crlf, b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n', done()])
     result = run(env, b"x", "-")
     assert (result.returncode, result.stdout, result.stderr) == (0, "éx".encode(), b"")
 
@@ -190,8 +137,9 @@ def test_the_request(env: dict[str, str], backend: Backend) -> None:
         "-",
     )
     assert result.returncode == 0
-    ((path, headers, body),) = backend.requests
-    assert path == "/v1/complete/stream"
+    ((line, headers, _),) = backend.asked
+    (body,) = backend.completions
+    assert line == "POST /v1/complete/stream HTTP/1.1"
     assert headers["content-type"] == "application/json"
     assert headers["x-api-key"] == "se cret"
     assert body == {
@@ -203,21 +151,18 @@ def test_the_request(env: dict[str, str], backend: Backend) -> None:
 def test_without_a_key_none_is_sent(env: dict[str, str], backend: Backend) -> None:
     backend.scripts.append(completion("x"))
     assert run(env, b"x", "-").returncode == 0
-    assert "x-api-key" not in backend.requests[0][1]
+    assert "x-api-key" not in backend.asked[0][1]
 
 
 def test_the_key_is_on_no_command_line(env: dict[str, str], backend: Backend) -> None:
     seen: list[bytes] = []
 
-    def script(answer: Answer) -> None:
+    def read_command_lines() -> None:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
+            with contextlib.suppress(OSError):
                 seen.append(process.read_bytes())
-            except OSError:
-                continue
-        completion("x")(answer)
 
-    backend.scripts.append(script)
+    backend.scripts.append([read_command_lines, *completion("x")])
     assert run(env | {"CEREBRUM_CM4_API_KEY": "hush-hush"}, b"x", "-").returncode == 0
     assert any(b"/v1/complete/stream" in line for line in seen)
     assert not any(b"hush-hush" in line for line in seen)
@@ -226,20 +171,14 @@ def test_the_key_is_on_no_command_line(env: dict[str, str], backend: Backend) ->
 def test_each_token_is_printed_before_the_next_one_is_made(env: dict[str, str], backend: Backend) -> None:
     printed = [threading.Event() for _ in range(3)]
 
-    def script(answer: Answer) -> None:
-        answer.head()
-        for number, event in enumerate(printed):
-            answer.tokens(str(number))
-            assert event.wait(DEADLINE_S)
-        answer.done()
-
-    backend.scripts.append(script)
+    steps = [step for number, event in enumerate(printed) for step in (token(str(number), number + 1), wait_for(event))]
+    backend.scripts.append([head(), *steps, done()])
     with subprocess.Popen([REPL, "-"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout
         for number, event in enumerate(printed):
             assert os.read(process.stdout.fileno(), 100) == str(number).encode()
             event.set()
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_one_decoder_for_the_whole_stream(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -259,41 +198,20 @@ OURS = json.dumps(
 )
 
 
-def broken_off(answer: Answer) -> None:
-    answer.head()
-    answer.tokens("half")
-
-
-def cut_in_a_chunk(answer: Answer) -> None:
-    answer.head(200, "text/event-stream", "Transfer-Encoding: chunked")
-    answer.write(b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n')
-
-
-def failed_midway(answer: Answer) -> None:
-    broken_off(answer)
-    answer.event(error=True, message="backend died", code="VPS_UNAVAILABLE")
-
-
-def no_event(line: bytes) -> Script:
-    def script(answer: Answer) -> None:
-        answer.head()
-        answer.tokens("half")
-        answer.write(line)
-
-    return script
-
-
+BROKEN_OFF = [head(), *tokens("half")]
+CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n']
+FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
 NO_EVENT = "expected an event of Cerebrum, got something else"
 FAILURES: list[tuple[str, Script, str, str]] = [
-    ("error event", failed_midway, "half", "VPS_UNAVAILABLE: backend died"),
-    ("no done", broken_off, "half", "the stream broke off before its end"),
-    ("cut in a chunk", cut_in_a_chunk, "half", "the stream broke off before its end"),
-    ("our JSON error", answer_of(400, "application/json", OURS.encode()), "", SAID_BY_OURS),
-    ("HTML", answer_of(502, "text/html", b"<html>\n<h1>Bad</h1>\n"), "", "HTTP 502 from {url}"),
-    ("other JSON", answer_of(404, "application/json", b'{"detail":"x"}'), "", "HTTP 404 from {url}"),
-    ("not JSON", no_event(b"data: {nonsense\n\n"), "half", NO_EVENT),
-    ("not an object", no_event(b"data: [1]\n\n"), "half", NO_EVENT),
-    ("token of another type", no_event(b'data: {"token": 7}\n\n'), "half", NO_EVENT),
+    ("error event", FAILED_MIDWAY, "half", "VPS_UNAVAILABLE: backend died"),
+    ("no done", BROKEN_OFF, "half", "the stream broke off before its end"),
+    ("cut in a chunk", CUT_IN_A_CHUNK, "half", "the stream broke off before its end"),
+    ("our JSON error", [page(400, "application/json", OURS.encode())], "", SAID_BY_OURS),
+    ("HTML", [page(502, "text/html", b"<html>\n<h1>Bad</h1>\n")], "", "HTTP 502 from {url}"),
+    ("other JSON", [page(404, "application/json", b'{"detail":"x"}')], "", "HTTP 404 from {url}"),
+    ("not JSON", [*BROKEN_OFF, b"data: {nonsense\n\n"], "half", NO_EVENT),
+    ("not an object", [*BROKEN_OFF, b"data: [1]\n\n"], "half", NO_EVENT),
+    ("token of another type", [*BROKEN_OFF, b'data: {"token": 7}\n\n'], "half", NO_EVENT),
 ]  # fmt: skip
 
 
@@ -305,7 +223,7 @@ def test_what_goes_wrong_is_said_and_exits_with_1(
 ) -> None:
     backend.scripts.append(script)
     result = run(env, b"x", "-")
-    said = f"cerebrum_repl.sh: {stderr.format(url=backend.url)}\n"
+    said = f"cerebrum_repl.sh: {stderr.format(url=env['CEREBRUM_URL'])}\n"
     assert (result.returncode, result.stdout.decode(), result.stderr.decode()) == (1, stdout, said)
 
 
@@ -328,12 +246,12 @@ USAGE = [
 
 @pytest.mark.parametrize(("args", "said"), USAGE)
 def test_a_wrong_call_exits_with_2(args: list[str], said: str) -> None:
-    result = subprocess.run([REPL, *args], input=b"", capture_output=True, timeout=DEADLINE_S, check=False)
+    result = subprocess.run([REPL, *args], input=b"", capture_output=True, timeout=PATIENCE, check=False)
     assert (result.returncode, result.stdout, result.stderr.decode()) == (2, b"", f"cerebrum_repl.sh: {said}\n")
 
 
 def test_help_names_every_option() -> None:
-    result = subprocess.run([REPL, "--help"], capture_output=True, timeout=DEADLINE_S, check=True)
+    result = subprocess.run([REPL, "--help"], capture_output=True, timeout=PATIENCE, check=True)
     for option in ["--lang", "--model", "--tokens", "--temp", "--url"]:
         assert option in result.stdout.decode()
 
@@ -352,13 +270,13 @@ def test_a_prompt_is_completed_and_summed_up(env: dict[str, str], backend: Backe
     backend.scripts.append(completion("\n    return ", "1"))
     out, err = converse(env, "    def f():")
     assert (out, err) == ("\n    return 1\n[3 tokens in 1.2 s, tiny, block]\n", "")
-    assert backend.requests[0][2]["prompt"] == "    def f():"
+    assert backend.completions[0]["prompt"] == "    def f():"
 
 
 def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> None:
     backend.scripts += [completion("x"), completion("y")]
     converse(env, ":lang rust", ":model tiny", ":tokens 9", ":temp 0", "fn f", ":model auto", ":temp 1.0", "fn g")
-    first, second = (body for _, _, body in backend.requests)
+    first, second = backend.completions
     assert first == {
         "prompt": "fn f", "mode": "auto", "language": "rust", "model": "tiny",
         "max_tokens": 9, "temperature": 0, "progress": True,
@@ -370,7 +288,7 @@ def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> No
 
 
 def test_an_error_does_not_end_the_conversation(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts += [failed_midway, completion("ok")]
+    backend.scripts += [FAILED_MIDWAY, completion("ok")]
     out, err = converse(env, "a", "b")
     assert out == "half\nok\n[3 tokens in 1.2 s, tiny, block]\n"
     assert err == "cerebrum_repl.sh: VPS_UNAVAILABLE: backend died\n"
@@ -379,7 +297,7 @@ def test_an_error_does_not_end_the_conversation(env: dict[str, str], backend: Ba
 def test_several_lines(env: dict[str, str], backend: Backend) -> None:
     backend.scripts.append(completion("x"))
     converse(env, ":multi", "def f():", "", "    :help", ":done")
-    assert backend.requests[0][2]["prompt"] == "def f():\n\n    :help"
+    assert backend.completions[0]["prompt"] == "def f():\n\n    :help"
 
 
 def test_commands_that_ask_nothing(env: dict[str, str], backend: Backend) -> None:
@@ -394,27 +312,27 @@ def test_commands_that_ask_nothing(env: dict[str, str], backend: Backend) -> Non
         "cerebrum_repl.sh: expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION",
         "cerebrum_repl.sh: no such command: :nonsense; see :help",
     ]
-    assert backend.requests == []
+    assert backend.asked == []
 
 
 def test_models_and_stats(env: dict[str, str], backend: Backend) -> None:
     models = {"models": [{"id": "a", "languages": ["c", "go"]}, {"id": "b", "languages": ["c"], "available": False}]}
     stats = {"uptime": 1.5, "vps_available": True, "load_avg": [0.5, 1], "breaker": {"state": "closed"}}
-    backend.scripts += [answer_of(200, "application/json", json.dumps(x).encode()) for x in (models, stats)]
+    backend.models, backend.stats = answer(200, models), answer(200, stats)
     out, err = converse(env, ":model", ":stats")
     words = [line.split(maxsplit=1) for line in out.splitlines()]
     assert err == ""
     assert words[:3] == [["a", "c go"], ["b", "c (not available)"], ["model:", "auto"]]
     assert [name for name, _ in words[3:]] == list(stats)
     assert [json.loads(value) for _, value in words[3:]] == list(stats.values())
-    assert [path for path, _, _ in backend.requests] == ["/v1/models", "/v1/stats"]
+    assert [line for line, _, _ in backend.asked] == ["GET /v1/models HTTP/1.1", "GET /v1/stats HTTP/1.1"]
 
 
 @pytest.mark.parametrize(("command", "path"), [(":model", "/v1/models"), (":stats", "/v1/stats")])
 def test_an_answer_that_is_not_ours(env: dict[str, str], backend: Backend, command: str, path: str) -> None:
-    backend.scripts.append(answer_of(200, "text/html", b"<html>"))
+    backend.models = backend.stats = page(200, "text/html", b"<html>")
     _, err = converse(env, command)
-    assert err == f"cerebrum_repl.sh: {backend.url}{path}: expected an answer of Cerebrum, got something else\n"
+    assert err == f"cerebrum_repl.sh: {env['CEREBRUM_URL']}{path}: expected an answer of Cerebrum, got something else\n"
 
 
 def test_stats_of_nobody(env: dict[str, str]) -> None:
@@ -450,7 +368,7 @@ def test_a_file_is_completed_at_its_end(env: dict[str, str], backend: Backend, t
     backend.scripts.append(completion("}\n"))
     out, err = converse(env, f":file {path}", ":write", ":lang")
     assert (out, err) == (f"}}\n\n[3 tokens in 1.2 s, tiny, block]\nwrote {path}\nlanguage: rust\n", "")
-    body = backend.requests[0][2]
+    body = backend.completions[0]
     assert (body["prompt"], body["mode"], body["language"]) == ("fn f() {\r\n\t// é\n", "complete", "rust")
     assert "suffix" not in body
     assert path.read_bytes() == b"fn f() {\r\n\t// \xc3\xa9\n}\n"
@@ -467,7 +385,7 @@ def test_the_language_of_a_file(env: dict[str, str], backend: Backend, tmp_path:
     path.write_text("x")
     backend.scripts.append(completion("y"))
     converse(env, f":file {path}")
-    assert backend.requests[0][2]["language"] == language
+    assert backend.completions[0]["language"] == language
 
 
 GAPS = [  # file, line, text before the gap, text after it
@@ -490,7 +408,7 @@ def test_a_gap_is_filled(
     backend.scripts.append(completion("FILL"))
     out, err = converse(env, f":infill {path}:{line}", ":write")
     assert (out, err) == (f"FILL\n[3 tokens in 1.2 s, tiny, block]\nwrote {path}\n", "")
-    body = backend.requests[0][2]
+    body = backend.completions[0]
     assert (body.get("prompt", ""), body.get("suffix", "")) == (before, after)
     assert body.get("filename") == ("x.py" if after else None)
     assert body["mode"] == ("infill" if after else "complete")
@@ -515,7 +433,7 @@ def test_files_that_cannot_be_used(
     path.write_text("a\nb\n")
     out, err = converse(env, command.format(path=path))
     assert (out, err) == ("", f"cerebrum_repl.sh: {said.format(path=path)}\n")
-    assert backend.requests == []
+    assert backend.asked == []
 
 
 def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -523,7 +441,7 @@ def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backe
     path.write_text("one\ntwo\n")
     backend.scripts += [completion("one\nTWO", mode="instruct"), completion("ONE\nTWO\n", mode="instruct")]
     out, err = converse(env, f":do @{path} shout  it", ":do louder", ":write")
-    first, second = (body for _, _, body in backend.requests)
+    first, second = backend.completions
     assert err == ""
     assert (first["prompt"], first["instruction"], first["mode"], first["language"]) == (
         "one\ntwo\n",
@@ -540,7 +458,7 @@ def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backe
 def test_the_last_completion_is_changed_by_an_instruction(env: dict[str, str], backend: Backend) -> None:
     backend.scripts += [completion("\n  x", mode="complete"), completion("def f():\n  y\n", mode="instruct")]
     out, err = converse(env, "def f():", ":do use y", ":write")
-    assert backend.requests[1][2]["prompt"] == "def f():\n  x"
+    assert backend.completions[1]["prompt"] == "def f():\n  x"
     assert "--- last result\n+++ last result (new)\n" in out
     assert "\n-  x\n\\ No newline at end of file\n+  y\n" in out
     assert err == "cerebrum_repl.sh: the last result belongs to no file; save it by :save PATH\n"
@@ -552,7 +470,7 @@ def test_a_long_file_asks_for_as_many_tokens_as_it_needs(env: dict[str, str], ba
         path.write_text("x" * size)
         backend.scripts.append(completion("y", mode="instruct"))
         converse(env, f":do @{path} it")
-        assert backend.requests.pop()[2]["max_tokens"] == tokens
+        assert backend.completions[-1]["max_tokens"] == tokens
 
 
 CUT = completion("on", mode="instruct", finish_reason="length", kept={"parts": ["all"]})
@@ -562,7 +480,7 @@ NOT_WHOLE = [
     ("cut by the limit", CUT, "cut off at 512 tokens, so :write will refuse it"),
     ("repeated itself", REPEATED, "the model began to repeat itself, so :write will refuse it"),
     ("of a part", FITTED, "made from a part of the text, which is too long for the model, so :write will refuse it"),
-    ("failed", failed_midway, "VPS_UNAVAILABLE: backend died"),
+    ("failed", FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died"),
 ]  # fmt: skip
 
 
@@ -585,17 +503,13 @@ def test_a_file_that_changed_meanwhile_is_not_written(env: dict[str, str], backe
     path = tmp_path / "x.py"
     path.write_text("one\n")
 
-    def script(answer: Answer) -> None:
-        path.write_text("edited\n")
-        completion("two\n")(answer)
-
-    backend.scripts.append(script)
+    backend.scripts.append([lambda: path.write_text("edited\n"), *completion("two\n")])
     _, err = converse(env, f":file {path}", ":write")
     assert err == f"cerebrum_repl.sh: {path} has changed since it was read\n"
     assert path.read_text() == "edited\n"
 
 
-REFUSED = answer_of(503, "application/json", json.dumps({"error": True, "message": "no", "code": "X"}).encode())
+REFUSED = [error(503, "X", "no")]
 NOTHING_CAME = [  # a command that gets no answer, what the server says to it, what the REPL says
     (":infill {b}:99", None, "{b} has no line 99"),
     (":file {b}x", None, "{b}x: no such file, or not readable"),
@@ -628,7 +542,7 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
     a, b = tmp_path / "a.py", tmp_path / "b.rs"
     a.write_text("a\n")
     b.write_text("b\n")
-    backend.scripts += [completion("A\n"), broken_off, completion("whole\n", mode="instruct")]
+    backend.scripts += [completion("A\n"), BROKEN_OFF, completion("whole\n", mode="instruct")]
     out, err = converse(env, f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
     not_whole = "cerebrum_repl.sh: the last result is not whole; :save PATH saves it nevertheless"
     assert err.splitlines() == [
@@ -638,7 +552,7 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
         not_whole,
     ]
     assert "block]\nhalf\nb\nhalfwhole\n" in out
-    assert [body["prompt"] for _, _, body in backend.requests] == ["a\n", "b\n", "b\nhalf"]
+    assert [body["prompt"] for body in backend.completions] == ["a\n", "b\n", "b\nhalf"]
     assert (a.read_text(), b.read_text()) == ("a\n", "b\n")
 
 
@@ -735,7 +649,7 @@ def test_any_name_of_a_file(
         env, f":file {name}", ":write", f":infill {name}:1", ":write", f':do @"{name}" it', ":write", ":save -copy.go"
     )
     assert err == ""
-    bodies = [body for _, _, body in backend.requests]
+    bodies = backend.completions
     assert [body["prompt"] for body in bodies] == ["a\n", "a", "a!\nb\n"]
     assert bodies[1]["filename"] == name
     assert (path.read_text(), Path("-copy.go").read_text()) == ("c\n", "c\n")
@@ -747,7 +661,7 @@ def test_a_name_that_is_not_utf_8(env: dict[str, str], backend: Backend, tmp_pat
     backend.scripts.append(completion("b"))
     result = run(env, b":infill " + path + b":1\n:write\n")
     assert result.stderr == b""
-    assert backend.requests[0][2]["filename"] == "?.py"
+    assert backend.completions[0]["filename"] == "?.py"
     assert Path(os.fsdecode(path)).read_text() == "ab\n"
 
 
@@ -811,7 +725,7 @@ class Terminal:
 
     def expect(self, text: str) -> str:
         """Reads up to and including the text; returns what came before it."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE
         while text.encode() not in self.unread:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"no {text!r} in {self.unread!r}"
@@ -825,7 +739,7 @@ class Terminal:
     def close(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(DEADLINE_S)
+        self.process.wait(PATIENCE)
         os.close(self.master)
 
 
@@ -847,14 +761,8 @@ ENTER = "\r\n\x1b[?2004l\r"  # how readline ends a line
 
 
 def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Terminal], backend: Backend) -> None:
-    left: list[bool] = []
-
-    def endless(answer: Answer) -> None:
-        answer.head()
-        answer.tokens("generating")
-        left.append(answer.wait_until_client_leaves())
-
-    backend.scripts += [endless, completion("again")]
+    left = threading.Event()
+    backend.scripts += [[head(), *tokens("generating"), HANG, left.set], completion("again")]
     screen = terminal()
     screen.expect(PROMPT)
     screen.type("def f():\r")
@@ -865,31 +773,26 @@ def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Te
     screen.type("def g():\r")
     screen.expect("again")
     screen.expect(PROMPT)
-    assert left == [True]
+    assert left.wait(PATIENCE)
     screen.type("\x04")
-    assert screen.process.wait(DEADLINE_S) == 0
+    assert screen.process.wait(PATIENCE) == 0
 
 
 def test_ctrl_c_leaves_the_last_result_as_it_was(
     terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path
 ) -> None:
-    def silent(answer: Answer) -> None:
-        answer.head()
-        asked.set()
-        answer.wait_until_client_leaves()
-
     asked = threading.Event()
     a, b = tmp_path / "a.py", tmp_path / "b.rs"
     a.write_text("a\n")
     b.write_text("b\n")
-    backend.scripts += [completion("A\n"), silent]
+    backend.scripts += [completion("A\n"), [head(), asked.set, HANG]]
     screen = terminal()
     screen.expect(PROMPT)
     screen.type(f":file {a}\r")
     screen.expect("block]")
     screen.expect(PROMPT)
     screen.type(f":file {b}\r")
-    assert asked.wait(DEADLINE_S)
+    assert asked.wait(PATIENCE)
     screen.type("\x03")
     screen.expect("cerebrum_repl.sh: interrupted")
     screen.expect(PROMPT)
@@ -908,25 +811,18 @@ def test_ctrl_c_at_the_prompt_drops_the_line(terminal: Callable[..., Terminal], 
     screen.expect(PROMPT)
     screen.type("but this\r")
     screen.expect("yes")
-    assert [body["prompt"] for _, _, body in backend.requests] == ["but this"]
+    assert [body["prompt"] for body in backend.completions] == ["but this"]
 
 
 def test_ctrl_c_in_the_filter_ends_it(terminal: Callable[..., Terminal], backend: Backend) -> None:
     left = threading.Event()
-
-    def endless(answer: Answer) -> None:
-        answer.head()
-        answer.tokens("generating")
-        if answer.wait_until_client_leaves():
-            left.set()
-
-    backend.scripts.append(endless)
+    backend.scripts.append([head(), *tokens("generating"), HANG, left.set])
     screen = terminal("-")
     screen.type("x\x04\x04")
     screen.expect("generating")
     screen.type("\x03")
-    assert left.wait(DEADLINE_S)
-    assert screen.process.wait(DEADLINE_S) == -signal.SIGINT
+    assert left.wait(PATIENCE)
+    assert screen.process.wait(PATIENCE) == -signal.SIGINT
 
 
 def test_the_line_can_be_edited_and_history_lasts(
@@ -939,12 +835,12 @@ def test_the_line_can_be_edited_and_history_lasts(
     screen.expect("one.")
     screen.expect(PROMPT)
     screen.type(":exit\r")
-    assert screen.process.wait(DEADLINE_S) == 0
+    assert screen.process.wait(PATIENCE) == 0
     again = terminal()
     again.expect(PROMPT)
     again.type("\x1b[A\x1b[A\r")  # up, up
     again.expect("two.")
-    assert [body["prompt"] for _, _, body in backend.requests] == ["def f():"] * 2
+    assert [body["prompt"] for body in backend.completions] == ["def f():"] * 2
     again.expect(PROMPT)
     again.type(":history\r")
     again.expect("def f():")
@@ -957,17 +853,14 @@ def test_the_line_can_be_edited_and_history_lasts(
 def test_the_bar_shows_progress_and_is_gone_before_the_first_token(
     terminal: Callable[..., Terminal], backend: Backend
 ) -> None:
-    def script(answer: Answer) -> None:
-        answer.head()
-        answer.event(progress={"stage": "queued", "done": 0, "total": 1})
-        answer.event(progress={"stage": "loading", "done": 1, "total": 4})
-        answer.event(progress={"stage": "prefill", "done": 512, "total": 1024})
-        answer.event(progress={"stage": "prefill", "done": "a[$(id)]", "total": 1})
-        answer.event(progress={"stage": "decode", "done": 0, "total": 9})
-        answer.tokens("token")
-        answer.done()
-
-    backend.scripts.append(script)
+    progress = [
+        event(progress={"stage": "queued", "done": 0, "total": 1}),
+        event(progress={"stage": "loading", "done": 1, "total": 4}),
+        event(progress={"stage": "prefill", "done": 512, "total": 1024}),
+        event(progress={"stage": "prefill", "done": "a[$(id)]", "total": 1}),
+        event(progress={"stage": "decode", "done": 0, "total": 9}),
+    ]
+    backend.scripts.append([head(), *progress, *tokens("token"), done()])
     screen = terminal()
     screen.expect(PROMPT)
     screen.type("x\r")
@@ -1004,7 +897,7 @@ def test_pasted_lines_are_one_prompt(terminal: Callable[..., Terminal], backend:
     screen.expect(PROMPT)
     screen.type("\x1b[A\r")
     screen.expect("too")
-    assert [body["prompt"] for _, _, body in backend.requests] == ["def f():\n\tx = 1\n    return"] * 2
+    assert [body["prompt"] for body in backend.completions] == ["def f():\n\tx = 1\n    return"] * 2
 
 
 def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend: Backend) -> None:
@@ -1020,7 +913,7 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
     screen.expect(PROMPT)
     screen.type("three\r")
     screen.expect("yes")
-    assert [body["prompt"] for _, _, body in backend.requests] == ["three"]
+    assert [body["prompt"] for body in backend.completions] == ["three"]
 
 
 # ----------------------------------------------------------------------------------------------- key
@@ -1028,7 +921,7 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
 
 def keygen(*args: str, stdin: str = "") -> tuple[int, str, str]:
     command = [KEYGEN, *args]
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return result.returncode, result.stdout, result.stderr
 
 

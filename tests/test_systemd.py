@@ -16,17 +16,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from harness import MODELS, ROOT, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = ROOT / ".run/debian"
 PACKAGES = "ca-certificates curl iproute2 python3 systemd-sysv"  # what the README takes for granted
 MODEL = "qwen_1_5b"  # the one that the README fetches
 DEADLINE_S = 300.0  # a busy machine loads a model in a minute
+until = partial(wait_until, seconds=DEADLINE_S)
 BUILD_SECONDS = 1800.0  # llama.cpp takes 4 minutes on two idle cores
 NEEDED = ("debootstrap", "systemd-nspawn", "nsenter")
 NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe")
@@ -77,15 +78,6 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def until(condition, what: str):
-    """The first truthy value of the condition, which is asked until a deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.05)
-    return value
-
-
 def make_debian() -> None:
     """The root file system after the README's second step, the only one that needs a network."""
     (install,) = readme("Install llama.cpp")
@@ -110,10 +102,9 @@ def make_debian() -> None:
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     make_debian()
-    models = Path(os.environ.get("CEREBRUM_MODELS_DIR") or Path.home() / ".cache/cerebrum/models")
     subprocess.run([sys.executable, ROOT / "vpsd.py", "fetch", MODEL], check=True, stdout=subprocess.DEVNULL)
     command = [*NSPAWN, "--boot", "--volatile=overlay", "--private-network", f"--machine=cerebrum-{os.getpid()}"]
-    command += [f"--directory={DEBIAN}", f"--overlay={models}::/opt/cerebrum-backend/models"]
+    command += [f"--directory={DEBIAN}", f"--overlay={MODELS}::/opt/cerebrum-backend/models"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         machine = Machine(process)
