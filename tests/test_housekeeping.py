@@ -1,5 +1,7 @@
-"""vpsd's bookkeeping: places, loading and unloading, and what fails on the way. Workers are scripted, since a real one
-loads and ends when it likes."""
+"""vpsd's bookkeeping: places for requests, loading and unloading models, and faults on the way.
+
+The workers are scripted, because a real one decides itself when it has loaded and when it has ended.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import PATIENCE, until
 
 import vpsd
 from cerebrum_common import HttpError
@@ -22,7 +25,7 @@ A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
 
 
 class ScriptedWorker:
-    """In the place of a worker's thread: the test says when it is loaded and when it has ended."""
+    """Stands for a worker's thread. The test sets `ready` when it has loaded, and `ended` when it has ended."""
 
     made: list[ScriptedWorker]
 
@@ -60,7 +63,7 @@ class ScriptedWorker:
 
 
 class House:
-    """An engine with its workers scripted, on a machine with room for `room` models."""
+    """An engine with scripted workers, on a machine with memory for `room` models."""
 
     def __init__(self, engine: Engine, room: int) -> None:
         self.engine, self.room = engine, room
@@ -72,7 +75,7 @@ class House:
         return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}))
 
     async def loaded(self, model: str) -> Completion:
-        """A completion that its worker has got."""
+        """A completion that has reached its worker."""
         completion = self.ask(model)
         await until(lambda: model in self.engine.instances)
         worker = self.worker(model)
@@ -86,16 +89,10 @@ class House:
         return self.worker(model)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)  # what is waited for has no event of its own
-
-
 def play(
     scenario: Callable[[House], Awaitable[None]], monkeypatch: pytest.MonkeyPatch, folder: Path, room: int = 2
 ) -> None:
-    """Run a scenario with the files of all models in place, and see that every place is given back."""
+    """Run a scenario while the files of all models exist. In the end every place must be free again."""
 
     @contextlib.asynccontextmanager
     async def house() -> AsyncIterator[House]:
@@ -118,26 +115,26 @@ def play(
         for worker in ScriptedWorker.made:
             if not worker.ended.done():
                 worker.ended.set_result(None)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await engine.stop()
         assert engine.instances == {}
         assert engine.completions == {}
 
     async def run() -> None:
-        async with asyncio.timeout(60), house() as made:
+        async with asyncio.timeout(PATIENCE), house() as made:
             await scenario(made)
 
     asyncio.run(run())
 
 
 async def error_of(completion: Completion) -> HttpError:
-    events = await completion.next_events(20)
+    events = await completion.next_events(PATIENCE)
     assert isinstance(events[-1], HttpError)
     return events[-1]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_request_that_comes_during_a_clean_up_keeps_its_model(
+def test_a_request_during_a_clean_up_keeps_its_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_hand: bool
 ) -> None:
     async def scenario(house: House) -> None:
@@ -159,7 +156,7 @@ def test_a_request_that_comes_during_a_clean_up_keeps_its_model(
     "fault", [ZeroDivisionError("of a header"), FileNotFoundError(2, "gone", "/secret"), KeyError()]
 )
 @pytest.mark.parametrize("place", ["prepare", "_make_room", "_relieve"])
-def test_whatever_goes_wrong_on_the_way_is_an_answer(
+def test_any_fault_on_the_way_becomes_a_response(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Exception, place: str
 ) -> None:
     async def fail(*_: Any, **__: Any) -> None:
@@ -196,7 +193,7 @@ def test_a_model_file_that_vanishes_is_a_load_that_failed(monkeypatch: pytest.Mo
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_a_load_that_was_given_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_abandoned_load_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         completion = house.ask(A)
         await until(lambda: A in house.engine.instances)
@@ -206,14 +203,14 @@ def test_a_load_that_was_given_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, 
         worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
         worker.ended.set_result(None)
         await until(lambda: house.engine.instances == {})
-        again = await house.loaded(A)  # and it is loaded again for the next request
+        again = await house.loaded(A)  # the next request loads it again
         assert house.worker(A) is not worker
         house.engine.finish(again)
 
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_a_load_that_others_wait_for_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_load_continues_while_others_wait_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         leaver, stayer = house.ask(A), house.ask(A)
         await until(lambda: A in house.engine.instances and len(house.engine.instances[A].completions) == 2)
@@ -242,7 +239,7 @@ def test_a_worker_that_ends_by_itself_is_replaced(monkeypatch: pytest.MonkeyPatc
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_two_requests_that_need_the_same_idle_model_unloaded_both_wait(
+def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def scenario(house: House) -> None:
@@ -281,7 +278,7 @@ def test_a_second_load_waits_for_a_model_that_is_being_unloaded(
     play(scenario, monkeypatch, tmp_path, room=1)
 
 
-def test_a_model_without_room_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         busy = await house.loaded(A)
         completion = house.ask(B)
@@ -294,19 +291,19 @@ def test_a_model_without_room_is_refused_with_the_figures(monkeypatch: pytest.Mo
     play(scenario, monkeypatch, tmp_path, room=1)
 
 
-def test_a_stream_that_was_never_started_gives_its_place_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stream_that_never_started_gives_its_place_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         completion = await house.loaded(A)
         stream = EventStream(house.engine, completion)
         async with contextlib.aclosing(stream):
-            pass  # the client has reset before the head was written
+            pass  # the client reset the connection before the head was written
         assert house.engine.completions == {}
         assert house.worker(A).cancelled == [completion.job]
 
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_a_stream_sends_what_came_before_an_error_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stream_sends_the_events_before_an_error_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         completion = await house.loaded(A)
         error = HttpError("INTERNAL_ERROR", "fault")
@@ -321,7 +318,7 @@ def test_a_stream_sends_what_came_before_an_error_first(monkeypatch: pytest.Monk
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_the_newer_request_of_a_session_takes_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_newer_request_of_a_session_replaces_the_older(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         older, other = house.ask(A, session="s"), house.ask(A, session="t")
         newer = house.ask(A, session="s")
@@ -353,7 +350,7 @@ def test_a_newer_request_that_is_refused_ends_nothing(monkeypatch: pytest.Monkey
 
 
 def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """systemd starts it again. A meter that is frozen would let every request be refused."""
+    """systemd starts it again. With a frozen CPU meter, every request could be refused."""
     given = {
         "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
         "CEREBRUM_VPS_PORT": "0",
@@ -365,4 +362,5 @@ def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(vpsd.CpuMeter, "sample", fail)
-    assert asyncio.run(vpsd.serve(load_config(given, tmp_path))) == 1
+    served = asyncio.wait_for(vpsd.serve(load_config(given, tmp_path)), PATIENCE)
+    assert asyncio.run(served) == 1
