@@ -1,19 +1,20 @@
-"""The natural end: prompts, what a model goes on to write, and where it must be cut, however the text is split."""
+"""Where a completion ends: what a model writes after a prompt and where that is cut, however tokens split the text."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import textwrap
-import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum_code import Ending, wants_extras
+from cerebrum_code import Ending, StopStrings, wants_extras
 
-# Each case is a text: the prompt up to «, what is to be kept up to », what the model writes after that, and for an
-# infill the suffix after ‖. Its head has the language, the reason and what it shows.
+# Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
+# the suffix after ‖. Its head names the language, the reason to end and what the case shows.
 CASES = r'''
 === python block: a function
 def f(n):«
@@ -597,7 +598,7 @@ fmt.Println(«f(x), "a)"»)
 ‖)
 '''
 
-# A chat's answer, the code in it between « and ».
+# Answers of a chat, the code between « and ».
 ANSWERS = r'''
 === stop: chatter around
 Sure! Here is it:
@@ -672,7 +673,7 @@ More
 y =»
 '''
 
-# What follows an answer's given beginning.
+# (title, the start of the answer that the model is given, what it writes, what is sent and why it ends)
 BEGUN = [
     ("a fence", "```python\n", "x = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
@@ -683,7 +684,7 @@ BEGUN = [
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
 ]
 
-# (title, language, instruction, answer in a fence, how much of it comes back or None: all of it)
+# (title, language, instruction, answer in a fence, how many characters of it are sent; None for all)
 F_PY, F_GO = "def f(x):\n    return x\n", "func F() int {\n\treturn 1\n}\n"
 EXTRAS = [
     ("examples", "python", "Double it", F_PY + "\n\n# Example usage:\nprint(f(1))\n", len(F_PY)),
@@ -715,7 +716,7 @@ NO_REPEAT = [
 
 
 def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
-    """All that is sent, and the reason."""
+    """(everything that is sent, why it ends)."""
     out = ""
     for piece in pieces:
         text, reason = ending.feed(piece)
@@ -726,7 +727,7 @@ def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
 
 
 def check(mode: str, language: str, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]) -> None:
-    """Whole, character by character, and in random pieces."""
+    """Feed the text whole, by characters, and in random pieces."""
     for seed in range(4):
         generator = random.Random(seed)
         pieces, rest = [text] if seed == 0 else list(text) if seed == 1 else [], text
@@ -822,12 +823,49 @@ def test_any_split(mode: str, language: str, prompt: list[str], suffix: list[str
     assert run(Ending(*args), list(text)) == whole
 
 
-def test_cost_does_not_grow() -> None:
-    """A token late in a long completion costs as much as an early one."""
-    for mode in ("complete", "infill", "instruct"):
-        ending = Ending(mode, "python", "def f():\n", "\nprint(1)\n", "auto")
-        tokens = [f"    x{n} = f({n})\n" for n in range(3000)]
-        started = time.perf_counter()
-        for token in tokens:
-            assert ending.feed(token)[1] is None
-        assert (time.perf_counter() - started) / len(tokens) < 1e-3
+# -------------------------------------------------------------------------------------------- stop strings
+
+
+def splits(text: str) -> Iterator[list[str]]:
+    """Every way to cut a short text into pieces."""
+    for mask in range(1 << (len(text) - 1)):
+        cuts = [0, *(i + 1 for i in range(len(text) - 1) if mask >> i & 1), len(text)]
+        yield [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+STOPS: list[tuple[list[str], str, str, bool]] = [
+    # stops, text, what is sent, whether it stopped
+    ([], "hello", "hello", False),
+    (["\n\n"], "a\nb\n\nc", "a\nb", True),
+    (["abc"], "ababcx", "ab", True),
+    (["aab"], "aaaab", "aa", True),
+    (["END", "E."], "aEENDb", "aE", True),
+    (["abcX", "c"], "zabcX", "zab", True),  # the first to be complete
+    (["bc", "abc"], "zabcd", "z", True),  # complete at the same place: the longer one
+    (["xyz"], "abxy", "abxy", False),
+    (["x"], "x", "", True),
+    (["é!"], "ré!a", "r", True),
+    (["abab!", "babx"], "xababx", "xa", True),  # what was held is a part of another one
+    (["aaab", "aab"], "aaaab", "a", True),  # both at once
+]
+
+
+@pytest.mark.parametrize(("stops", "text", "sent", "stopped"), STOPS)
+def test_stop_strings_over_every_split(stops: list[str], text: str, sent: str, stopped: bool) -> None:
+    for pieces in splits(text):
+        matcher, out = StopStrings(stops), ""
+        for piece in pieces:
+            passed, found = matcher.feed(piece)
+            out += passed
+            assert sent.startswith(out), "what was sent cannot be taken back"
+            if found:
+                break
+        assert (out if found else out + matcher.held, found) == (sent, stopped)
+
+
+def test_stop_strings_hold_back_no_more_than_needed() -> None:
+    matcher = StopStrings(["</s>", "\n\n"])
+    assert matcher.feed("a<") == ("a", False)
+    assert matcher.feed("b") == ("<b", False)
+    assert matcher.feed("\n") == ("", False)
+    assert matcher.feed("c") == ("\nc", False)

@@ -18,7 +18,7 @@ import pytest
 
 import cerebrum_engine as engine
 import vpsd
-from cerebrum_code import Ending, StopStrings
+from cerebrum_code import Ending
 from cerebrum_common import HttpError
 from cerebrum_engine import (
     KV_MAGIC,
@@ -572,42 +572,6 @@ def splits(text: Any) -> Iterator[list[Any]]:
     for mask in range(1 << (len(text) - 1)):
         cuts = [0, *(i + 1 for i in range(len(text) - 1) if mask >> i & 1), len(text)]
         yield [text[a:b] for a, b in itertools.pairwise(cuts)]
-
-
-STOPS: list[tuple[list[str], str, str, bool]] = [
-    # stops, text, what is sent, whether it stopped
-    ([], "hello", "hello", False),
-    (["\n\n"], "a\nb\n\nc", "a\nb", True),
-    (["abc"], "ababcx", "ab", True),
-    (["aab"], "aaaab", "aa", True),
-    (["END", "E."], "aEENDb", "aE", True),
-    (["abcX", "c"], "zabcX", "zab", True),  # the first to be complete
-    (["bc", "abc"], "zabcd", "z", True),  # complete at the same place: the longer one
-    (["xyz"], "abxy", "abxy", False),
-    (["x"], "x", "", True),
-    (["é!"], "ré!a", "r", True),
-]
-
-
-@pytest.mark.parametrize(("stops", "text", "sent", "stopped"), STOPS)
-def test_stop_strings_over_every_split(stops: list[str], text: str, sent: str, stopped: bool) -> None:
-    for pieces in splits(text):
-        matcher, out = StopStrings(stops), ""
-        for piece in pieces:
-            passed, found = matcher.feed(piece)
-            out += passed
-            assert sent.startswith(out), "what was sent cannot be taken back"
-            if found:
-                break
-        assert (out if found else out + matcher.held, found) == (sent, stopped)
-
-
-def test_stop_strings_hold_back_no_more_than_needed() -> None:
-    matcher = StopStrings(["</s>", "\n\n"])
-    assert matcher.feed("a<") == ("a", False)
-    assert matcher.feed("b") == ("<b", False)
-    assert matcher.feed("\n") == ("", False)
-    assert matcher.feed("c") == ("\nc", False)
 
 
 def assembler(*stops: str) -> TextAssembler:
