@@ -59,7 +59,7 @@ def ask(language: str, text: str) -> None:
 
 def fit(language: str, text: str) -> None:
     for mode in MODES:
-        prepare({"language": language, "prompt": text, "suffix": text, "instruction": text[:200]}, mode, 200, 3.0)
+        prepare({"language": language, "prompt": text, "suffix": text, "instruction": text[:200]}, mode, 400, 3.0)
 
 
 def begin(language: str, text: str) -> None:

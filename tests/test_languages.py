@@ -1,4 +1,4 @@
-"""The syntax table: what imports, defines and comments in the seven languages, and that no line is expensive."""
+"""The table of languages: which lines import, define or comment, and that no line is expensive to search."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_no_line_is_expensive(name: str) -> None:
         line = unit * (100_000 // len(unit))
         texts = [line, f"int {line}", f"typedef struct {{{line}"]
         for text in (*texts, "\n".join([line[:300]] * 300), "\n".join([line[:30]] * 3000)):
-            started = time.perf_counter()
+            started = time.thread_time()
             for pattern in (language.defines, language.imports):
                 assert sum(1 for _ in pattern.finditer(text)) >= 0
-            assert time.perf_counter() - started < 0.5, (unit, len(text))  # 10 times the slowest, of 100 KB
+            assert time.thread_time() - started < 2, (unit, len(text))  # 100 KB; 40 times the slowest

@@ -1,4 +1,4 @@
-"""The Pi's policy for prompts: which way they ask, and what of a long one is sent."""
+"""How a prompt is taken, and what of a long one is sent."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
 
-# What a prompt is taken for. WRONG marks guesses that a person would make differently; they all err towards complete,
-# except the last, and `mode` or `instruction` is the way out.
+# Prompts that are code, and those that are instructions. WRONG marks the ones that a person would take otherwise. They
+# err towards complete, but for the last; `mode` or `instruction` corrects them.
 WRONG = True
 FUNCTION = "def get(url):\n    return requests.get(url).text\n"
 COMPLETE = [
@@ -192,7 +192,7 @@ def prepared(
 
 
 def shared(one: str, other: str) -> float:
-    """How much of `other` a cache that holds `one` saves."""
+    """The part of `other` that a cache of `one` saves."""
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return same / len(other)
 
@@ -332,7 +332,7 @@ def test_someone_typing_keeps_the_cache() -> None:
     prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1500, 1800)]
     saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
     assert sum(saved) / len(saved) > 0.95
-    assert saved[15] > 0.9  # 285 of 300 lines; the window moved at the others
+    assert saved[15] > 0.9  # 285 of 300 lines; at the others the window moves
     typed = "".join(lines[:1700])
     keys = [prepared(typed[:-count]).body["prompt"] for count in range(60, 0, -1)]
     assert sum(itertools.starmap(shared, itertools.pairwise(keys))) / 59 > 0.97
@@ -361,13 +361,13 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_texts_are_fast_and_fit(name: str, language: str) -> None:
     text = ODD[name]
-    started = time.perf_counter()
+    started = time.thread_time()
     for budget in (3500, 700, 60):
         result = prepared(text, language, budget=budget)
         assert weigh(result.body["prompt"]) <= (budget - 4) * 3
         assert result.weight == weigh(result.body["prompt"])
         assert result.body["prompt"][-4:] == text[-4:]
-    assert time.perf_counter() - started < 3  # 20 times what it takes, but nothing quadratic stays under it
+    assert time.thread_time() - started < 3  # 20 times the usual; anything quadratic takes longer
 
 
 def test_any_cut_of_real_files_fits() -> None:

