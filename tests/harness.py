@@ -32,7 +32,7 @@ KEY = "the-key-of-the-tests"
 PATIENCE = 120.0  # seconds; a test that waits longer has found a hang, even on a crowded machine
 POLL_SECONDS = 0.002
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models").expanduser()
-WEIGHTS = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml", LANGUAGES)}
+FILES = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml", LANGUAGES)}
 
 # ---------------------------------------------------------------------------------------------- waiting
 

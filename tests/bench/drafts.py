@@ -1,11 +1,11 @@
-"""What the drafter's memory of changes is worth: files of the standard library written once more with a change.
+"""The gain from the drafter's memory of changes, when files of the standard library are written again with a change.
 
     python tests/bench/drafts.py [--model qwen_0_5b]
 
-Nothing is generated: the tokens of the changed file are fed to the drafter as if the model had chosen them, and every
-decode counts with its time from a table measured with a 1.5B on two cores (Intel with AMX), so the result is the same
-on every machine. Prints one line of JSON. For each kind of change: tokens/s without drafts, with drafts that forget
-every change, and with the drafter as it is; `ratio` is the last over the one before.
+Nothing is generated: the drafter gets the tokens of the changed file as if the model had chosen them. The time of each
+decode comes from a table measured with a 1.5B on two cores (Intel with AMX), so every machine gets the same result.
+Prints one line of JSON with, for each kind of change, the tokens/s without drafts, with a drafter that forgets every
+change, and with the real drafter. `ratio` is the last figure over the one before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from servers import FILES, rewrite
 
-import cerebrum_engine as engine  # found by the path that servers has set
+import cerebrum_engine as engine  # servers has set the path to it
 from cerebrum_engine import STREAKS, Acceptance, Costs, Drafter, draft_length, llama
 
 SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
@@ -30,7 +30,7 @@ FILE_COUNT, LINES = 8, 70
 
 
 class Forgetful(Drafter):
-    """Finds where a copy goes on after a change, but never expects the same change again."""
+    """Finds where a copy continues after a change, but never expects the same change again."""
 
     def _realign(self) -> None:
         super()._realign()
@@ -53,7 +53,7 @@ def tokenizer(model: str) -> Callable[[str], list[int]]:
 
 
 def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
-    """The time of all decodes that write `target`, drafted as the worker does."""
+    """The time of all decodes that write `target`, with the worker's way of drafting."""
     acceptance, position, spent = Acceptance(), 1, 0.0
     drafter.advance(target[0])
     while position < len(target):
@@ -77,8 +77,8 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures what remembering changes saves when a file is rewritten.")
-    parser.add_argument("--model", default="qwen_0_5b", help="whose tokenizer is used")
+    parser = argparse.ArgumentParser(description="Measure the gain from remembering changes when a file is rewritten.")
+    parser.add_argument("--model", default="qwen_0_5b", help="the model whose tokenizer is used")
     tokenize, costs = tokenizer(parser.parse_args().model), Costs(SECONDS)
     found = {}
     for name, change in CHANGES.items():

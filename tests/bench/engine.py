@@ -2,21 +2,22 @@
 
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,rewrite,…] [--quick]
 
-Prints one line of JSON. Each part is a median over rounds, and each round has prompts of its own; `ratio` is vpsd's
-figure over llama-server's. Without --llama-server the parts that need it are left out.
+Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
+llama-server's. Without --llama-server the parts that need it are left out. The last column is the target.
 
-    one       one stream, tokens/s, also without drafts (`plain`)               to reach >= 1.0
+    one       tokens/s of one stream; `plain` is vpsd without drafts            >= 1.0
     long      the same after a prompt of 1,500 tokens
-    two       two streams at once, tokens/s together                            >= 1.25 (0.5B), >= 1.0 (1.5B)
-    rewrite   writing a file of 70 lines once more, the first time and again, tokens/s, against its default
-              (>= 2.2) and the fastest of its draft-free modes (>= 1.0)
-    ttft      ms to the first token of a prompt that was just answered, and of one longer by a line   <= 1.0
-    cancel    ms from a client's leaving to idle cores while a prompt of 2,000 tokens is read         <= 100
-    pause     ms, the longest pause of a running stream while another's prompt of 1,000 tokens is read
-    restart   ms to the first token of a prompt of 2,000 tokens: computed, and known from before a restart  >= 50 x
+    two       tokens/s of two streams at once, added up                         >= 1.25 (0.5B), >= 1.0 (1.5B)
+    rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against llama-server's
+              default (>= 2.2) and the fastest of its n-gram modes, which need no draft model (>= 1.0)
+    ttft      ms to the first token of a prompt that was just answered, and of the same with one line more   <= 1.0
+    cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was read     <= 100
+    pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
+    restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a restart      >= 50 x
     loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
-    ties      how many greedy texts differ with and without drafts; `gaps` says by how much the token won that a plain
-              loop over llama_decode takes where a text leaves it: near-ties, that fell the other way (logits)
+    ties      the number of greedy texts that differ with and without drafts. `gaps` has, for each text that leaves the
+              greedy path of a plain llama_decode loop, the lead in logits of the loop's token there: small leads are
+              near-ties, which rounding decides
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from servers import (
     words,
 )
 
-import cerebrum_engine as engine  # found by the path that servers has set
+import cerebrum_engine as engine  # servers has set the path to it
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
@@ -63,13 +64,13 @@ NGRAM_MODES = (
 
 
 class Bench:
-    """The options, the servers that run, and where they keep their files."""
+    """The options, the running servers, and the folder for their files."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
         self.options, self.folder, self.stack = options, folder, stack
         self.rounds = 2 if options.quick else options.rounds
         self.tokens = 24 if options.quick else 128
-        self.share = 8 if options.quick else 1  # of a prompt's length
+        self.share = 8 if options.quick else 1  # divides the lengths of prompts
         self.numbers = iter(range(10_000))
         self._servers: dict[tuple[str, ...], Server] = {}
 
@@ -90,7 +91,7 @@ class Bench:
         return self._servers[options]
 
     def sides(self, plain: bool = False) -> dict[str, Server]:
-        """Both, or us alone, and us without drafts. Which of them begins changes with each round."""
+        """The servers to compare: vpsd, vpsd without drafts if `plain`, and llama-server if its path was given."""
         theirs, sides = self.theirs(), {"vpsd": self.ours()}
         sides |= {"plain": self.plain()} if plain else {}
         return sides | ({"llama_server": theirs} if theirs else {})
@@ -101,7 +102,10 @@ class Bench:
     def compare(
         self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False
     ) -> dict[str, Any]:
-        """`measure(server, number)` for all sides in each round, after a round that warms up."""
+        """The medians of `measure(server, number) * scale` for all sides, after a round that warms up.
+
+        The order of the sides is reversed in every other round.
+        """
         sides = self.sides(plain)
         values: dict[str, list[float]] = {name: [] for name in sides}
         for count in range(-1, self.rounds):
@@ -150,7 +154,10 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
 
 
 def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The mode of NGRAM_MODES that writes a file once more the fastest, by one that is not measured later."""
+    """The mode of NGRAM_MODES that is fastest at writing a file again, and the rate of each.
+
+    The file is not among those that are measured later.
+    """
     rates = {}
     for mode in NGRAM_MODES:
         file = FILES[bench.options.model]
@@ -208,7 +215,7 @@ def ttft(bench: Bench) -> dict[str, Any]:
 
 
 def cancel(bench: Bench) -> dict[str, Any]:
-    """The moment of idleness: the first of 5 readings in a row, 2 ms apart, in which the threads had nothing to do."""
+    """The server is idle from the first of 5 successive readings, 2 ms apart, in which no thread did any work."""
     server, times = bench.ours(), []
     for _ in range(bench.rounds):
         prompt = words(next(bench.numbers), 2000 // bench.share)
@@ -283,7 +290,7 @@ def loss(bench: Bench) -> dict[str, Any]:
 
 
 class Loop:
-    """One token at a time, the likeliest each time, in this process."""
+    """A plain greedy loop in this process: one token per decode."""
 
     def __init__(self, model: str, threads: int) -> None:
         engine.start_library()
@@ -291,7 +298,7 @@ class Loop:
         self.llama = engine.Llama(FILES[model], config, lambda _: True)
 
     def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
-        """By how much the first token won that `text` does not have; None if it has all."""
+        """The lead in logits of the first greedy token that `text` does not have; None if it has all of them."""
         chat = isinstance(prompt, Question)
         todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
         slot, done = engine.Slot(0), b""
@@ -349,13 +356,13 @@ def bench_of(options: argparse.Namespace) -> Iterator[Bench]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--llama-server", default="", help="its binary; without it only vpsd is measured")
+    parser.add_argument("--llama-server", default="", help="path of its binary; without it only vpsd is measured")
     parser.add_argument("--model", default="qwen_0_5b")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--spin", action="store_true", help="let llama-server's threads spin as briefly as vpsd's")
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see that it works")
+    parser.add_argument("--spin", action="store_true", help="llama-server's threads spin as briefly as vpsd's")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
     options = parser.parse_args()
     if not options.threads:
         from cerebrum_engine import usable_cores

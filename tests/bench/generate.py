@@ -1,11 +1,12 @@
-"""What vpsd's HTTP, scheduler and Python around llama.cpp cost: one stream against a bare llama_decode loop.
+"""What vpsd adds to llama.cpp by its HTTP, scheduler and Python: one stream against a bare llama_decode loop.
 
     python tests/bench/generate.py [--model qwen_0_5b] [--tokens 128] [--rounds 7] [--threads N]
 
-All use the same library, threads, prompts and greedy choice, each in a process of its own, in turn, and each round has
-a prompt of its own. Prints one line of JSON: tokens/s from the first token on, and what they are of the bare loop's
-(medians). `ratio`, to reach 0.97, is of a vpsd without drafts, for they would hide what is to be measured here;
-`ratio_drafts` is of one as it comes, and `draft_tokens` what it found to draft in text that hardly repeats.
+All use the same library, threads, prompts and greedy choice. Each runs in a process of its own, in turn, and each round
+has a new prompt. Prints one line of JSON: tokens/s counted from the first token, and their share of the bare loop's
+(medians). `ratio` should reach 0.97. It is of a vpsd without drafts, because drafts would hide the overhead measured
+here. `ratio_drafts` is of a vpsd with its defaults; `draft_tokens` counts the tokens that it drafted, few in text that
+hardly repeats.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from servers import FILES, median, prose, vpsd
 
 
 def bare_loop(path: str, threads: int) -> None:
-    """Reads `[prompt, tokens]` lines, writes `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
-    from cerebrum_engine import llama, np, start_library  # which also sets how long llama.cpp's threads spin
+    """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
+    from cerebrum_engine import llama, np, start_library  # it also sets how long llama.cpp's threads spin
 
     start_library()
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.threads:

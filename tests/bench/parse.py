@@ -1,4 +1,4 @@
-"""What parsing costs, in µs: a typical request head (to reach: ≤ 40), its chunked body, its JSON. One JSON line."""
+"""The cost of parsing in µs: a typical request head (target: ≤ 40), its chunked body, its JSON. One JSON line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def head() -> None:
 
 
 def microseconds(call: Callable[[], object], number: int = 5000, repeats: int = 9) -> float:
-    """The best of several runs: what the machine's other work adds is not the parser's."""
+    """CPU time of one call in µs, the best of several runs: a slower run was disturbed by other work."""
     return round(min(timeit.repeat(call, timer=time.process_time, number=number, repeat=repeats)) / number * 1e6, 2)
 
 

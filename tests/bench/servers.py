@@ -1,4 +1,4 @@
-"""For the benchmarks of the engine: vpsd and llama-server as processes, one client for both, and prompts."""
+"""For the engine's benchmarks: vpsd and llama-server as processes, one client for both, and prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import socket
 import statistics
 import subprocess
@@ -20,24 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR", "~/.cache/cerebrum/models")).expanduser()
-KEY = "the-key-of-the-benchmark"
-START_SECONDS = 120.0
-SPIN = "GOMP_SPINCOUNT"  # importing vpsd sets it in this process; a server that is started is to have its own
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cerebrum_code import LANGUAGES  # noqa: E402
-from cerebrum_common import load_models  # noqa: E402
+from harness import FILES as FILES
+from harness import KEY, MODELS, daemon, wait_until
 
-FILES = {model.id: MODELS / model.file for model in load_models(ROOT / "models.toml", LANGUAGES)}
+SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
 
 # ------------------------------------------------------------------------------------------- the servers
 
 
 @dataclass
 class Result:
-    """One completion as its client saw it: (seconds since the request, tokens so far) for each event."""
+    """One completion as its client saw it. `marks` has (seconds since the request, tokens so far) for each event."""
 
     marks: list[tuple[float, int]] = field(default_factory=list)
     text: str = ""
@@ -53,29 +47,29 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Tokens per second from the first token on."""
+        """Tokens/s, counted from the first token."""
         (begin, first), (end, last) = self.marks[0], self.marks[-1]
         return (last - first) / max(1e-9, end - begin)
 
     @property
     def pause(self) -> float:
-        """The longest time between two events."""
+        """The longest time between two events, in seconds."""
         return max((b[0] - a[0] for a, b in itertools.pairwise(self.marks)), default=0.0)
 
 
 @dataclass
 class Server:
-    process: subprocess.Popen[bytes]
+    pid: int
     port: int
-    model: str = ""  # vpsd's model id; "" means llama-server
+    model: str = ""  # the model id of vpsd; "" means llama-server
 
     def request(self, prompt: str, tokens: int, stop: str, more: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """What each of the two calls the same thing."""
+        """The path and the fields of one completion, as this server wants them."""
         stops = [stop] if stop else []
         if self.model:
             body = {"model": self.model, "max_tokens": tokens, "stop_at": "none"}
             chat = isinstance(prompt, Question)
-            # As "complete", for an instruction's answer is held until it is clear that it is no fenced block.
+            # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
             turn = {"messages": [{"role": "user", "content": prompt}], "mode": "complete"}
             text = turn if chat else {"prompt": prompt}
             return "/v1/inference/stream", {**text, "temperature": 0, "stop": stops, **body, **more}
@@ -85,7 +79,7 @@ class Server:
 
     @contextlib.contextmanager
     def events(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
-        """The events of one completion; leaving early closes the connection."""
+        """The events of one completion. Leaving early closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         path, body = self.request(prompt, tokens, stop, more)
         connection.request("POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"})
@@ -118,85 +112,67 @@ class Server:
         return result
 
     def busy_seconds(self) -> float:
-        """CPU time of all its threads, to the nanosecond."""
+        """CPU time of all threads of the server. Its resolution is a nanosecond."""
         total = 0
-        for path in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+        for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
             with contextlib.suppress(OSError):
                 total += int(path.read_text().split()[0])
         return total / 1e9
 
 
-@contextlib.contextmanager
-def running(command: list[str], more: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    inherited = {name: value for name, value in os.environ.items() if name != SPIN}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**inherited, **more}, stdout=output, stderr=output)
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            finally:
-                process.kill()
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"it did not start: {log.read_text(errors='replace')[-1000:]}")
-        time.sleep(0.02)
+def inherited() -> dict[str, str]:
+    """The environment of a server: this process's own, so that its settings reach the server."""
+    return {name: value for name, value in os.environ.items() if name != SPIN}
 
 
 @contextlib.contextmanager
 def vpsd(folder: Path, name: str, model: str, threads: int, **more: str) -> Iterator[Server]:
-    """vpsd with the model loaded and a state directory of its own: two of one name share it."""
-    log = folder / f"{name}.log"
-    environment = {
-        "CEREBRUM_API_KEY": KEY,
-        "CEREBRUM_VPS_PORT": "0",
-        "CEREBRUM_VPS_HOST": "127.0.0.1",
+    """vpsd with the model loaded. Its state is below `folder / name`: two of one name share it."""
+    settings = {
         "CEREBRUM_MODELS_DIR": str(MODELS),
-        "CEREBRUM_STATE_DIR": str(folder / name),
         "CEREBRUM_THREADS": str(threads),
         "CEREBRUM_MAX_CPU_PERCENT": "100",
-        "CEREBRUM_LOG_FILE": "",
         **more,
     }
-    with running([sys.executable, "-u", str(ROOT / "vpsd.py")], environment, log) as process:
-        until(lambda: b"listening on" in log.read_bytes(), process, log)
-        match = re.search(r"listening on http://[^ ]*:([0-9]+)", log.read_text())
-        assert match
-        server = Server(process, int(match[1]), model)
+    with daemon("vpsd", folder / name, inherited=inherited(), **settings) as started:
+        server = Server(started.process.pid, started.port, model)
         server.complete("x", 0)
         yield server
 
 
 @contextlib.contextmanager
 def llama_server(folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str) -> Iterator[Server]:
-    """llama-server with what the benchmark needs said, and its defaults for all else."""
+    """llama-server with these options, and its defaults for everything else."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = folder / f"llama-server-{port}.log"
     command = [binary, "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", "--port", str(port), *options]
-    with running(command, more, log) as process:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**inherited(), **more}, stdout=output, stderr=output)
 
-        def healthy() -> bool:
-            with contextlib.suppress(OSError):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-                connection.request("GET", "/health")
-                return connection.getresponse().status == 200
-            return False
+    def healthy() -> bool:
+        if process.poll() is not None:
+            raise SystemExit(f"llama-server did not start: {log.read_text(errors='replace')[-1000:]}")
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        return False
 
-        until(healthy, process, log)
-        server = Server(process, port)
+    try:
+        wait_until(healthy, "llama-server is healthy")
+        server = Server(process.pid, port)
         server.complete("x", 1)
         yield server
+        process.terminate()
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def together(*calls: Callable[[], Result]) -> list[Result]:
-    """All at once, each in a thread; `marks` count from the same moment."""
+    """The results of calls that run at the same time, each in a thread. Their `marks` count from the same moment."""
     results: dict[int, Result] = {}
     threads = [
         threading.Thread(target=lambda i=i, call=call: results.update({i: call()}))  # type: ignore[misc]
@@ -232,22 +208,24 @@ SUBJECTS = (
 
 
 class Question(str):
-    """A prompt for the chat template, which is ChatML for the models measured here."""
+    """A prompt for the chat template. The models measured here use ChatML."""
 
     def chat_ml(self) -> str:
         return f"<|im_start|>user\n{self}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def prose(number: int) -> Question:
-    """A prompt whose answer hardly repeats itself; another one for each number. A small model that merely completes
-    prose soon does, at temperature 0."""
+    """A prompt whose answer hardly repeats itself, a different one for each number.
+
+    It is a question, because a small model that merely continues prose at temperature 0 soon repeats itself.
+    """
     subject = SUBJECTS[number % len(SUBJECTS)]
     kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[number // len(SUBJECTS) % 4]
     return Question(f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin differently.")
 
 
 def words(number: int, count: int) -> str:
-    """Text in which nothing repeats, of about `count` tokens; another one for each number."""
+    """Text of about `count` tokens in which nothing repeats, a different one for each number."""
     values = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(count // 4))
     return f"# {number}: " + " ".join(f"{value:x}" for value in values)
 
@@ -256,7 +234,7 @@ MODULES = ("queue", "sched", "copy", "heapq", "shlex", "fnmatch", "string", "ppr
 
 
 def rewrite(number: int, lines: int) -> str:
-    """A file of the standard library that is to be written once more with a change."""
+    """A prompt that asks for a file of the standard library with one change. `lines` is the length of the file."""
     source = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
     start = next(i for i, line in enumerate(source) if re.match(r"(class|def) ", line))
     file = "\n".join(source[start : start + lines])
