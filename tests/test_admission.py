@@ -1,4 +1,4 @@
-"""What vpsd admits: requests, the machine's load, configuration and command line."""
+"""What vpsd accepts: requests, the load of the machine, its configuration and its command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import PATIENCE
 
 import vpsd
 from cerebrum_common import ConfigError, HttpError
@@ -135,7 +136,7 @@ def test_request_value(body: dict[str, Any], name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32 - 1])
-def test_seed_that_llama_cpp_would_take_as_random(seed: int) -> None:
+def test_a_seed_that_llama_cpp_takes_as_random_is_refused(seed: int) -> None:
     with pytest.raises(HttpError, match=r"^seed: expected an integer from 0 to "):
         parse_inference(BASE | {"seed": seed})
 
@@ -144,7 +145,7 @@ def test_seed_that_llama_cpp_would_take_as_random(seed: int) -> None:
 
 
 def config(**more: str) -> vpsd.Config:
-    """By these variables alone: no .env lies in that folder."""
+    """The configuration from these variables alone: the folder has no .env."""
     given = {"CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")), **more}
     return load_config(given, Path("/nonexistent"))
 
@@ -167,7 +168,7 @@ def test_check_headroom(headroom: Headroom, message: str | None) -> None:
     assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
 
 
-def test_check_headroom_of_one_thing() -> None:
+def test_check_headroom_of_memory_or_cpu_alone() -> None:
     check_headroom(Headroom(0, 0.0), config(), memory=False)
     check_headroom(Headroom(2048 * MB, 100.0), config(), cpu=False)
 
@@ -177,11 +178,11 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
-    meter.sample()  # of 20 CPU seconds 5 were idle and 10 our own
+    meter.sample()  # 20 CPU seconds: 5 idle, 10 our own
     assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
     meter.sample()  # no time has passed
     assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # the two clocks do not tick together: never below 0
+    meter.sample()  # the two clocks tick apart, but the difference never falls below 0
     assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
 
 
@@ -211,7 +212,7 @@ def test_cpu_meter_reads_this_machine() -> None:
         ("CEREBRUM_IDLE_MINUTES", "nan", "expected a number from 0 to 1.04858e+06, got 'nan'"),
     ],
 )
-def test_config_names_the_variable_that_is_wrong(name: str, value: str, message: str) -> None:
+def test_config_names_the_wrong_variable(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**{name: value})
     assert str(caught.value) == f"{name}: {message}"
@@ -245,12 +246,12 @@ def test_config_defaults() -> None:
 )
 def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    script = tmp_path / "vpsd.py"  # beside no .env
+    script = tmp_path / "vpsd.py"  # a copy, because a .env may lie beside the original
     root = Path(vpsd.__file__).parent
     for name in ("vpsd.py", *(path.name for path in root.glob("cerebrum_*.py")), "models.toml"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
 

@@ -1,4 +1,4 @@
-"""The engine without a model: schedule, drafts, prefixes, text, its files, and the worker's faults."""
+"""The engine without a model: schedule, drafts, prefixes, text, files, and faults of the worker."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import queue
 import random
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import FILES, PATIENCE, wait_until
 
 import cerebrum_engine as engine
 import vpsd
@@ -47,7 +49,7 @@ from cerebrum_engine import (
     share_size,
 )
 
-# Milliseconds of one decode, as measured on two cores: the 0.5B is faster in turn, the 1.5B in a batch.
+# Milliseconds of one decode, measured on two cores. Two streams of the 0.5B are faster in turn, of the 1.5B in a batch.
 SMALL = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}
 LARGE = {1: 26.6, 2: 42, 3: 58, 4: 73, 8: 116, 16: 133, 32: 190, 64: 340}
 
@@ -59,7 +61,7 @@ def costs(milliseconds: dict[int, float]) -> Costs:
 # ------------------------------------------------------------------------------------------ the schedule
 
 
-def test_costs_are_exact_at_the_points_and_straight_between_and_beyond() -> None:
+def test_costs_are_exact_at_the_points_and_linear_between_and_beyond() -> None:
     table = Costs({1: 10.0, 2: 30.0, 4: 40.0})
     assert [table(n) for n in (1, 2, 3, 4, 6)] == [10.0, 30.0, 35.0, 40.0, 50.0]
     assert Costs({4: 8.0})(6) == 12.0
@@ -68,18 +70,18 @@ def test_costs_are_exact_at_the_points_and_straight_between_and_beyond() -> None
 @pytest.mark.parametrize(
     ("tokens", "seconds", "slowdown"),
     [
-        (32, 0.2, 1.3),  # twice as long as calibrated: it follows by 30 %
+        (32, 0.2, 1.3),  # twice the calibrated time: the slowdown follows by 30 %
         (32, 0.05, 0.85),
-        (32, 100.0, 3.1),  # one odd decode counts as 8 times the usual at most …
-        (32, 0.0, 0.85),  # … and as half of it at least
-        (4, 100.0, 1.0),  # too small to tell
+        (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time …
+        (32, 0.0, 0.85),  # … and as at least half of it
+        (4, 100.0, 1.0),  # too few tokens to learn from
     ],
 )
-def test_costs_learn_how_long_chunks_really_take(tokens: int, seconds: float, slowdown: float) -> None:
+def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdown: float) -> None:
     table = Costs({1: 0.01, 4: 0.02, 32: 0.1})
     table.learn(tokens, seconds)
     assert table.slowdown == pytest.approx(slowdown)
-    assert [table(n) for n in (1, 4, 32)] == [0.01, 0.02, 0.1]  # what is compared keeps its proportions
+    assert [table(n) for n in (1, 4, 32)] == [0.01, 0.02, 0.1]  # the costs that are compared keep their proportions
 
 
 def test_longest_chunk_within_a_time() -> None:
@@ -94,7 +96,7 @@ def test_longest_chunk_within_a_time() -> None:
         (SMALL, [1], [[0]]),
         (SMALL, [1, 1], [[0], [1]]),  # two in turn: 29 ms, together 37
         (LARGE, [1, 1], [[0, 1]]),  # 53 ms against 42
-        (SMALL, [1, 64], [[1, 0]]),  # beside a chunk a token is nearly free
+        (SMALL, [1, 64], [[1, 0]]),  # a token beside a chunk is nearly free
         (SMALL, [16, 16], [[0, 1]]),
         (SMALL, [MAX_CHUNK, 1], [[0], [1]]),  # no room left in the batch
         (LARGE, [1, 1, 1, 1], [[0, 1, 2, 3]]),
@@ -104,7 +106,7 @@ def test_group_by_cost(table: dict[int, float], sizes: list[int], groups: list[l
     assert group_by_cost(sizes, costs(table)) == groups
 
 
-def test_groups_hold_every_work_once_and_fit_a_batch() -> None:
+def test_groups_hold_each_item_once_and_fit_a_batch() -> None:
     draw = random.Random(1)
     for _ in range(300):
         sizes = [draw.choice([1, 2, 4, 16, 64, 300, 512]) for _ in range(draw.randint(1, 16))]
@@ -113,7 +115,7 @@ def test_groups_hold_every_work_once_and_fit_a_batch() -> None:
         assert all(sum(sizes[i] for i in group) <= MAX_CHUNK for group in groups)
 
 
-def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
+def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
     assert chunk_size(10, [10], False, table) == 10
     assert chunk_size(10_000, [10_000], False, table) == MAX_CHUNK
@@ -124,14 +126,14 @@ def test_what_is_decoded_at_once_bounds_the_pause_of_a_running_stream() -> None:
     assert share_size(slow) == slow.longest(6 * 0.5)
 
 
-def test_less_is_decoded_at_once_where_chunks_take_longer() -> None:
+def test_chunks_are_smaller_where_they_take_longer() -> None:
     table, slow = costs(SMALL), costs(SMALL)
     slow.slowdown = 4.0
     assert share_size(slow) == table.longest(engine.PAUSE_SECONDS / 4) < share_size(table)
     assert chunk_size(10_000, [10_000], False, slow) == table.longest(engine.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
-def test_two_prompts_are_read_as_one_unless_the_shorter_would_wait() -> None:
+def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
     assert [chunk_size(missing, [70, 40], False, table) for missing in (70, 40)] == [70, 40]
     assert [chunk_size(missing, [900, 40], False, table) for missing in (900, 40)] == [80, 40]
@@ -143,7 +145,7 @@ def test_two_prompts_are_read_as_one_unless_the_shorter_would_wait() -> None:
 # ---------------------------------------------------------------------------------------------- drafts
 
 
-def test_acceptance_begins_with_the_prior_and_follows_what_it_sees() -> None:
+def test_acceptance_begins_with_the_prior_and_follows_the_results() -> None:
     seen = Acceptance()
     assert seen.probability(True, 3) == pytest.approx(engine.PRIORS[0])
     assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])
@@ -151,7 +153,7 @@ def test_acceptance_begins_with_the_prior_and_follows_what_it_sees() -> None:
     for _ in range(100):
         seen.learn(True, 3, 7, 0)
     assert seen.probability(True, 3) < 0.1
-    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])  # other runs are judged by themselves
+    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])  # other lengths of runs are judged separately
     assert seen.probability(False, 3) == pytest.approx(0.9 * engine.PRIORS[0])
     for _ in range(100):
         seen.learn(True, 3, 7, 7)
@@ -163,7 +165,7 @@ def test_acceptance_bucket(streak: int, bucket: int) -> None:
     assert Acceptance.bucket(streak) == bucket
 
 
-def test_credit_bounds_what_drafts_may_lose() -> None:
+def test_credit_bounds_the_loss_from_drafts() -> None:
     seen = Acceptance()
     assert seen.credit == pytest.approx(engine.CREDIT_TOKENS)
     seen.spend(5.0, -2.0)
@@ -192,7 +194,7 @@ def test_draft_length_pays_and_fits(table: dict[int, float]) -> None:
 
 
 def test_a_draft_pays_sooner_beside_another_stream() -> None:
-    """Two streams of a token each cost 43 ms here, four tokens 52: two drafted ones are nearly free."""
+    """Here two streams of a token each cost 43 ms, and four tokens 52 ms, so two drafted tokens are nearly free."""
     table = costs({1: 23, 2: 43, 3: 47, 4: 52, 8: 84, 16: 118})
     assert table.beside(0, 4) == table(4)
     assert table.beside(1, 1) == pytest.approx(0.0215)
@@ -202,7 +204,7 @@ def test_a_draft_pays_sooner_beside_another_stream() -> None:
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])
-def test_a_draft_fills_a_decode_of_a_calibrated_size_or_is_whole(others: int) -> None:
+def test_a_draft_fills_a_decode_of_a_calibrated_size_or_has_its_full_length(others: int) -> None:
     table = costs(LARGE)
     filling = {size - 1 - others for size in LARGE}
     for limit in (40, MAX_DRAFT):
@@ -218,7 +220,7 @@ def test_draft_length_grows_with_the_acceptance() -> None:
 
 
 def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[int, int, int]:
-    """Go along `target` as the worker does; returns (decodes, drafted, accepted)."""
+    """Produce `target` with drafts, as the worker does. Returns (decodes, drafted tokens, accepted tokens)."""
     place = decodes = drafted = accepted = 0
     while place < len(target):
         draft = drafter.propose(min(limit, len(target) - place - 1))
@@ -233,7 +235,7 @@ def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[i
 FILE = random.Random(7).sample(range(1000, 50_000), 400)  # no token twice
 
 
-def test_drafter_copies_what_repeats() -> None:
+def test_drafter_copies_a_repetition() -> None:
     drafter = Drafter([*FILE, 1, 2])
     decodes, drafted, accepted = decode_with(drafter, FILE)
     assert accepted >= len(FILE) * 0.9
@@ -241,15 +243,15 @@ def test_drafter_copies_what_repeats() -> None:
     assert decodes < 40
 
 
-def test_drafter_goes_on_after_an_edit() -> None:
+def test_drafter_continues_after_an_edit() -> None:
     edited = [*FILE[:100], 5, 6, 7, *FILE[101:200], *FILE[210:300], 8, *FILE[301:]]
     decodes, drafted, accepted = decode_with(Drafter([*FILE, 1, 2]), edited)
     assert accepted >= len(edited) * 0.85
-    assert drafted - accepted <= 6 * 15  # each edit costs a draft or two
+    assert drafted - accepted <= 6 * 15  # each edit costs one or two drafts
     assert decodes < 70
 
 
-def test_drafter_resyncs_near_where_it_was_and_not_at_an_earlier_copy() -> None:
+def test_drafter_resumes_near_its_last_position_and_not_at_an_earlier_copy() -> None:
     common = [1, 2, 3]
     tokens = [*common, 11, 12, 13, *FILE[:40], *common, 21, 22, 23]
     drafter = Drafter([*tokens, 9])
@@ -260,15 +262,15 @@ def test_drafter_resyncs_near_where_it_was_and_not_at_an_earlier_copy() -> None:
     assert drafter.propose(3) == [21, 22, 23]
 
 
-def test_drafter_follows_an_earlier_sequence_from_its_prompt_on() -> None:
+def test_drafter_follows_an_earlier_sequence_from_the_end_of_its_prompt() -> None:
     answer = FILE[200:]
     drafter = Drafter(FILE[:200], FILE[:200] + answer, 200)
     assert drafter.propose(10) == answer[:10]
     decodes, drafted, accepted = decode_with(drafter, answer)
-    assert (decodes, drafted, accepted) == (13, 187, 187)  # 200 tokens, 16 a time
+    assert (decodes, drafted, accepted) == (13, 187, 187)  # 200 tokens, 16 at a time
 
 
-def test_drafter_follows_an_earlier_sequence_whose_prompt_was_another() -> None:
+def test_drafter_follows_an_earlier_sequence_of_another_prompt() -> None:
     old = [*FILE[:100], 1, 2, *FILE[100:]]
     new = [*FILE[:100], 3, 4, 5]
     drafter = Drafter(new, old, 100)
@@ -287,11 +289,11 @@ def test_drafter_of_a_short_prompt(prompt: list[int]) -> None:
     assert drafter.propose(10) == []
     for token in (7, 7, 7, 7):
         drafter.advance(token)
-    assert drafter.propose(2) == [7]  # all that follows the earlier 7 7 7
+    assert drafter.propose(2) == [7]  # the only token after the earlier 7 7 7
 
 
 def drafter_of(source: list[int], target: list[int]) -> Drafter:
-    """One whose prompt held `source`, when it has written `target`."""
+    """A drafter whose prompt held `source`, after it has written `target`."""
     drafter = Drafter([*source, 1, 2])
     for token in target:
         drafter.advance(token)
@@ -307,52 +309,52 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES.values(), ids=CHANGES)
-def test_drafter_expects_a_change_again(old: list[int], new: list[int]) -> None:
+def test_drafter_expects_the_same_change_again(old: list[int], new: list[int]) -> None:
     parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
     source = [token for part in parts for token in (*part, *old)]
     target = [token for part in parts for token in (*part, *new)]
-    drafter = drafter_of(source, target[: 40 + len(new) + 2])  # the first change, and what tells that it is over
+    drafter = drafter_of(source, target[: 40 + len(new) + 2])  # the first change, and the tokens that confirm its end
     rest = target[40 + len(new) + 2 :]
     assert drafter.propose(len(rest) - len(new)) == rest[: len(rest) - len(new)]
     assert decode_with(drafter, rest, 63)[2] >= len(rest) - 7
 
 
-def test_drafter_forgets_a_change_that_is_not_made_again() -> None:
+def test_drafter_forgets_a_change_that_is_not_repeated() -> None:
     source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
     target = [*FILE[:40], 8, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
     drafter = drafter_of(source, target[:60])
     assert drafter.propose(23)[21:] == [8, FILE[80]]
     for token in target[60:82]:
         drafter.advance(token)
-    assert drafter.streak >= 40  # one token less, but no new search
+    assert drafter.streak >= 40  # one token fewer, but no new search
     assert drafter.propose(63) == target[82:145]
 
 
-def test_drafter_drops_a_change_that_becomes_another() -> None:
+def test_drafter_drops_a_change_that_another_replaces() -> None:
     source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
     target = [*FILE[:40], 8, *FILE[40:80], 9, *FILE[80:120], 9, *FILE[120:160]]
     drafter = drafter_of(source, target[:83])
     assert drafter.propose(60) == target[83:143]
 
 
-def test_drafter_expects_an_insertion_again() -> None:
+def test_drafter_expects_the_same_insertion_again() -> None:
     source = [*FILE[:40], 5, *FILE[40:80], 5, *FILE[80:]]
     target = [*FILE[:40], 7, 5, *FILE[40:80], 7, 5, *FILE[80:]]
     drafter = drafter_of(source, target[:44])
     assert drafter.propose(60) == target[44:104]
 
 
-def test_drafter_learns_a_change_that_fails_within_anew() -> None:
+def test_drafter_learns_a_change_anew_if_it_fails_half_way() -> None:
     parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
     source = [token for part in parts for token in (*part, 7)]
     drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 10, *parts[2][:2]])
     assert drafter.changes == {(7,): [8, 10]}
     assert drafter.propose(41) == [*parts[2][2:], 8, 10, parts[3][0]]
-    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # within it, the old token is none that stayed
+    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # inside a change the old token confirms nothing
     assert (drafter.changes, drafter.streak) == ({}, 0)
 
 
-def test_drafter_keeps_a_change_that_was_not_expected() -> None:
+def test_drafter_keeps_a_change_that_did_not_apply() -> None:
     source = [*FILE[:40], 7, 6, *FILE[40:80], 7, 5, *FILE[80:120], 7, 6, *FILE[120:160]]
     drafter = drafter_of(source, [*FILE[:40], 8, *FILE[40:60]])
     assert drafter.propose(22) == [*FILE[60:80], 7, 5]
@@ -361,7 +363,7 @@ def test_drafter_keeps_a_change_that_was_not_expected() -> None:
     assert drafter.changes == {(7, 6): [8]}
 
 
-def test_drafter_tells_changes_apart_that_begin_alike() -> None:
+def test_drafter_distinguishes_changes_that_begin_alike() -> None:
     parts = [FILE[start : start + 40] for start in range(0, 240, 40)]
     source = [*parts[0], 7, 6, *parts[1], 7, 5, *parts[2], 7, 6, *parts[3], 7, 5, *parts[4], 7, *parts[5]]
     target = [*parts[0], 8, *parts[1], 9, *parts[2], 8, *parts[3], 9, *parts[4], 7, *parts[5]]
@@ -388,7 +390,7 @@ def test_drafter_learns_no_long_change() -> None:
     assert drafter.propose(340) == FILE[60:]
 
 
-def test_drafter_wants_two_tokens_to_tell_a_change_of_another_length() -> None:
+def test_drafter_needs_two_tokens_to_confirm_a_change_of_another_length() -> None:
     drafter = drafter_of(FILE, [*FILE[:40], 7, 8, 9, FILE[42]])
     assert (drafter.streak, drafter.propose(5)) == (0, [])
     drafter.advance(FILE[43])
@@ -402,7 +404,7 @@ def test_drafter_does_not_follow_itself() -> None:
     assert drafter.propose(10) == list(range(150, 160))
 
 
-def test_drafter_stays_behind_the_end_of_what_there_is() -> None:
+def test_drafter_stays_before_the_end_of_its_source() -> None:
     draw = random.Random(3)
     for alphabet in (2, 3, 6):
         tokens = [draw.randrange(alphabet) for _ in range(30)]
@@ -416,8 +418,8 @@ def test_drafter_stays_behind_the_end_of_what_there_is() -> None:
         assert drafter.sources[0] == tokens
 
 
-def test_speculation_is_lossless_whatever_is_drafted() -> None:
-    """The worker's accept loop: the target's choice is made at each position, one random number for each token."""
+def test_speculation_is_lossless_for_any_draft() -> None:
+    """The worker's accept loop: the target chooses at each position, with one random number per token."""
 
     def target(context: list[int], draw: random.Random) -> int:
         return (sum(context[-3:]) * 7 + (draw.random() < 0.3)) % 5
@@ -460,11 +462,11 @@ def parked(tokens: list[int], size: int) -> Parked:
     return Parked(tokens, bytes(size - 4 * len(tokens)))
 
 
-def test_store_drops_the_least_recently_useful() -> None:
+def test_store_drops_the_least_recently_used() -> None:
     store = PrefixStore(300)
     for first in (1, 2, 3):
         store.add(parked([first, first], 100))
-    assert store.best([1, 1, 5]) == (store.entries[0], 2)  # now the most useful
+    assert store.best([1, 1, 5]) == (store.entries[0], 2)  # now the most recently used
     store.add(parked([4], 100))
     assert [entry.tokens for entry in store.entries.values()] == [[3, 3], [1, 1], [4]]
     assert store.size == 300
@@ -474,7 +476,7 @@ def test_store_drops_the_least_recently_useful() -> None:
     assert store.size == 201
 
 
-def test_store_takes_nothing_over_its_budget() -> None:
+def test_store_refuses_an_entry_larger_than_its_budget() -> None:
     store = PrefixStore(100)
     store.add(parked([1], 100))
     store.add(parked([2], 101))
@@ -484,13 +486,13 @@ def test_store_takes_nothing_over_its_budget() -> None:
     assert (len(store.entries), store.size) == (0, 0)
 
 
-def test_store_drops_what_an_entry_extends() -> None:
+def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     store = PrefixStore(1000)
     for tokens in ([1, 2], [1, 3], [1, 2, 3]):
         store.add(parked(tokens, 100))
     assert [entry.tokens for entry in store.entries.values()] == [[1, 3], [1, 2, 3]]
     assert store.size == 200
-    store.add(parked([1, 3], 50))  # the same once more
+    store.add(parked([1, 3], 50))  # the same tokens again
     assert [entry.tokens for entry in store.entries.values()] == [[1, 2, 3], [1, 3]]
     assert store.size == 150
 
@@ -510,12 +512,12 @@ def test_store_covers_and_best() -> None:
 ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 
 
-def test_parked_comes_back() -> None:
+def test_parked_is_encoded_and_decoded() -> None:
     assert decode_parked(encode_parked(ENTRY, "key"), "key") == ENTRY
 
 
 def test_parked_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="of another model, context or library"):
+    with pytest.raises(ValueError, match="^made for another model, context or library$"):
         decode_parked(encode_parked(ENTRY, "key"), "other")
 
 
@@ -568,7 +570,7 @@ def test_parked_files_belong_to_their_user(tmp_path: Path) -> None:
 
 
 def splits(text: Any) -> Iterator[list[Any]]:
-    """Every way to cut a short text into pieces."""
+    """All ways to cut a short text into pieces."""
     for mask in range(1 << (len(text) - 1)):
         cuts = [0, *(i + 1 for i in range(len(text) - 1) if mask >> i & 1), len(text)]
         yield [text[a:b] for a, b in itertools.pairwise(cuts)]
@@ -601,7 +603,7 @@ def test_stop_string_over_every_split_of_its_bytes() -> None:
         assert (out, reason) == ("ab", "stop")
 
 
-def test_bytes_that_are_no_utf8_become_replacement_characters() -> None:
+def test_bytes_that_are_not_utf8_become_replacement_characters() -> None:
     whole = assembler()
     assert whole.feed(b"a\xff")[0] + whole.feed(b"b")[0] + whole.flush() == "a\ufffdb"
 
@@ -613,7 +615,7 @@ def test_a_character_that_is_cut_at_the_end_is_dropped(begun: bytes, whole: bool
     assert text.feed(b"a" + begun)[0] + text.flush(whole) == "a"
 
 
-def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
+def test_flush_returns_the_beginning_of_a_possible_stop_string() -> None:
     whole = assembler("</s>")
     assert whole.feed(b"a</") == ("a", None)
     assert whole.flush() == "</"
@@ -641,7 +643,7 @@ def test_flush_gives_what_may_have_begun_a_stop_string() -> None:
         ("x = " + "a" * 25, ""),
     ],
 )
-def test_what_is_left_to_healing(before: str, left: str) -> None:
+def test_the_text_that_is_left_to_healing(before: str, left: str) -> None:
     assert heal_from(before + left) == len(before)
 
 
@@ -664,7 +666,7 @@ def test_estimate_bytes() -> None:
 # ----------------------------------------------------------------------------------------------- baton
 
 
-def test_baton_is_passed_on_in_the_order_of_asking() -> None:
+def test_baton_is_passed_on_in_the_order_of_requests() -> None:
     baton, order = Baton(), list[int]()
     threads = []
 
@@ -676,8 +678,7 @@ def test_baton_is_passed_on_in_the_order_of_asking() -> None:
         for number in range(8):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
-            while len(baton._waiting) <= number:
-                pass
+            wait_until(lambda number=number: len(baton._waiting) > number, f"thread {number} waits for the baton")
         assert order == []
     for thread in threads:
         thread.join()
@@ -703,6 +704,7 @@ def test_baton_is_held_by_one() -> None:
             with baton:
                 inside += 1
                 most = max(most, inside)
+                time.sleep(0)  # lets another thread run, which a broken baton would let in
                 inside -= 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -724,7 +726,7 @@ def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
 
 
 class Measured:
-    """In the place of a model, on a clock of its own that `monkeypatch` sets: 10 ms a decode, and 30 a token."""
+    """Stands for a model, with a clock of its own: a decode takes 10 ms, and each token in it 30 ms."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
@@ -749,7 +751,10 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     path = tmp_path / "calibration" / "key-2.json"
     load: Any = engine.load_costs
     costs = load(first := Measured(monkeypatch), path, Baton())
-    assert first.sizes[: len(engine.CALIBRATION_SIZES) + 1] == [1, *engine.CALIBRATION_SIZES]  # the first one warms up
+    assert first.sizes[: len(engine.CALIBRATION_SIZES) + 1] == [
+        1,
+        *engine.CALIBRATION_SIZES,
+    ]  # one warms up
     assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in engine.CALIBRATION_SIZES])
     load(second := Measured(monkeypatch), path, Baton())
     assert second.sizes == []
@@ -762,14 +767,14 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
 def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
     engine.measure_costs(model, Baton(), lambda: False)
-    del model.sizes[0]  # which warms up
+    del model.sizes[0]  # the one that warms up
     counts = [model.sizes.count(size) for size in engine.CALIBRATION_SIZES]
     assert counts == [math.ceil(0.4 / (0.01 + 0.03 * size)) for size in engine.CALIBRATION_SIZES]
-    assert counts[-1] == 1  # though that alone takes longer
+    assert counts[-1] == 1  # although that one alone takes longer
 
 
 def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would stand as the only sample of a model whose single token takes all of the time for its size."""
+    """It would be the only sample where a single token takes all the time that is allowed for its size."""
     model: Any = Measured(monkeypatch)
     decode = model.decode
 
@@ -788,7 +793,7 @@ def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
+def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     data = random.Random(5).randbytes(300_000)
     path.write_bytes(data)
@@ -812,7 +817,7 @@ def test_digest_is_checked_once_for_a_file_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["pre", "suf", "mid"])
 def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """None of our models lacks them, so the library's answer is made up."""
+    """All our models have them, so the answer of the library is scripted."""
     for name in ("pre", "suf", "mid"):
         monkeypatch.setattr(engine.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
     model = object.__new__(engine.Llama)
@@ -824,7 +829,7 @@ def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyP
 
 
 def header(**numbers: int) -> bytes:
-    """A GGUF that holds nothing but metadata."""
+    """A GGUF with metadata only."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -844,7 +849,7 @@ def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention__head_count", "block_count", "embedding_length"])
-def test_a_header_without_a_size_that_makes_sense_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_header_with_a_size_of_0_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(header(**{"block_count": 24, "embedding_length": 896, "attention__head_count": 14, name: 0}))
     with pytest.raises(
@@ -857,13 +862,13 @@ def test_a_header_without_a_size_that_makes_sense_is_refused(tmp_path: Path, nam
 
 
 class ScriptedLlama:
-    """In the place of a model: writes the letters a, b, c, …, and fails where `fails` says."""
+    """Stands for a model. It writes the letters a, b, c, …, and fails in the call that `fails` names."""
 
     def __init__(self, *_: Any) -> None:
         self.n_ctx, self.fails = 4096, ""
         self.abort_flag = [b"\x00"]
         self.closed = False
-        self.hold: threading.Event | None = None  # a decode waits for it
+        self.hold: threading.Event | None = None  # each decode waits for it
         self.decoding = threading.Event()
 
     def _fail(self, place: str) -> None:
@@ -877,7 +882,7 @@ class ScriptedLlama:
         self._fail("decode")
         self.decoding.set()
         if self.hold:
-            assert self.hold.wait(20)
+            assert self.hold.wait(PATIENCE)
         self.next = (max(tokens[-1] for _, tokens, _ in parts) - 96) % 26 + 97
         return 0
 
@@ -909,17 +914,17 @@ class ScriptedLlama:
 
 
 class Ask:
-    """A job whose events the test waits for."""
+    """A job and its events."""
 
     def __init__(self, prompt: str, **more: Any) -> None:
         self.events: queue.SimpleQueue[list[engine.Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put)
 
     def outcome(self) -> tuple[str, HttpError | engine.Event]:
-        """The whole text, and the last event."""
+        """The whole text and the last event."""
         text = ""
         while True:
-            for event in self.events.get(timeout=20):
+            for event in self.events.get(timeout=PATIENCE):
                 if isinstance(event, HttpError) or "done" in event:
                     return text, event
                 text += event.get("token", "")
@@ -927,17 +932,17 @@ class Ask:
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[engine.Worker]:
-    """A worker that runs a ScriptedLlama."""
+    """A worker with a ScriptedLlama."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
     monkeypatch.setattr(engine, "Llama", ScriptedLlama)
     monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
     worker = engine.Worker("m", path, engine.Settings(threads=1, draft=False, state_dir=tmp_path / "state"))
     worker.start()
-    worker.ready.result(20)
+    worker.ready.result(PATIENCE)
     yield worker
     worker.stop()
-    worker.ended.result(20)
+    worker.ended.result(PATIENCE)
 
 
 def ask(worker: engine.Worker, prompt: str, **more: Any) -> Ask:
@@ -947,14 +952,16 @@ def ask(worker: engine.Worker, prompt: str, **more: Any) -> Ask:
     return asked
 
 
-def test_a_worker_writes_what_the_model_says(worker: engine.Worker) -> None:
+def test_a_worker_writes_the_tokens_of_the_model(worker: engine.Worker) -> None:
     text, last = ask(worker, "x", max_tokens=4).outcome()
     assert text == "yzab"
     assert isinstance(last, dict)
     assert (last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == ("length", 4, 1)
 
 
-def test_a_request_that_cannot_be_set_up_ends_alone(worker: engine.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_while_a_request_is_set_up_ends_it_alone(
+    worker: engine.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = engine.Ending
 
     def ending(mode: str, language: str | None, prompt: str, *rest: Any) -> Ending:
@@ -966,7 +973,7 @@ def test_a_request_that_cannot_be_set_up_ends_alone(worker: engine.Worker, monke
     model: Any = worker.llama
     model.hold = threading.Event()
     beside = ask(worker, "x", max_tokens=3)
-    assert model.decoding.wait(20)
+    assert model.decoding.wait(PATIENCE)
     bad, waiting = ask(worker, "bad"), ask(worker, "c", max_tokens=2)
     model.hold.set()
     _, error = bad.outcome()
@@ -976,7 +983,7 @@ def test_a_request_that_cannot_be_set_up_ends_alone(worker: engine.Worker, monke
     assert [slot.run for slot in worker.slots] == [None, None]
 
 
-def test_what_fails_with_one_token_ends_that_request_alone(worker: engine.Worker) -> None:
+def test_a_fault_with_one_token_ends_that_request_alone(worker: engine.Worker) -> None:
     model: Any = worker.llama
     model.fails = "piece"
     _, error = ask(worker, "x").outcome()
@@ -986,15 +993,15 @@ def test_what_fails_with_one_token_ends_that_request_alone(worker: engine.Worker
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
 
 
-def test_a_worker_that_fails_answers_everyone_and_ends(worker: engine.Worker) -> None:
+def test_a_worker_that_fails_answers_all_requests_and_ends(worker: engine.Worker) -> None:
     model: Any = worker.llama
     model.hold = threading.Event()
     running = [ask(worker, "x"), ask(worker, "y")]
-    assert model.decoding.wait(20)
+    assert model.decoding.wait(PATIENCE)
     waiting = ask(worker, "z")
     model.fails = "decode"
     model.hold.set()
-    worker.ended.result(20)
+    worker.ended.result(PATIENCE)
     late = ask(worker, "z")
     for asked in (*running, waiting, late):
         _, error = asked.outcome()
@@ -1004,16 +1011,16 @@ def test_a_worker_that_fails_answers_everyone_and_ends(worker: engine.Worker) ->
 
 
 @pytest.mark.parametrize("fails", ["save", "close"])
-def test_closing_that_fails_half_way_still_answers_and_frees(worker: engine.Worker, fails: str) -> None:
+def test_a_close_that_fails_half_way_still_answers_and_frees(worker: engine.Worker, fails: str) -> None:
     model: Any = worker.llama
     model.hold = threading.Event()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
-    assert model.decoding.wait(20)
+    assert model.decoding.wait(PATIENCE)
     waiting = ask(worker, "z" * 20)
     model.fails = fails
     worker.stop()
     model.hold.set()
-    worker.ended.result(20)
+    worker.ended.result(PATIENCE)
     for asked in (*running, waiting):
         _, error = asked.outcome()
         assert isinstance(error, HttpError)
@@ -1021,7 +1028,7 @@ def test_closing_that_fails_half_way_still_answers_and_frees(worker: engine.Work
     assert model.closed
 
 
-def test_a_load_that_fails_in_any_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_fault_of_a_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def vanished(*_: Any) -> None:
         raise FileNotFoundError(2, "No such file", "/secret/path")
 
@@ -1029,10 +1036,10 @@ def test_a_load_that_fails_in_any_way_is_told(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "m.gguf").write_bytes(b"weights")
     worker = engine.Worker("m", tmp_path / "m.gguf", engine.Settings(state_dir=tmp_path))
     worker.start()
-    error = worker.ready.exception(20)
+    error = worker.ready.exception(PATIENCE)
     assert isinstance(error, HttpError)
     assert (error.code, error.message) == ("MODEL_LOAD_FAILED", "model m: loading failed; see the log")
-    worker.ended.result(20)
+    worker.ended.result(PATIENCE)
 
 
 def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worker) -> None:
@@ -1047,14 +1054,14 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worke
     assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
 
 
+@pytest.mark.skipif(not FILES["qwen_0_5b"].exists(), reason="the 0.5B is missing: python3 vpsd.py fetch")
 def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.__doc__
     lines = engine.__doc__.split("\n\n    ")[1].split("\n\n")[0]
     script = "\n".join(line.removeprefix("    ") for line in lines.split("\n"))
     assert len(script.split("\n")) == 10
-    weights = Path.home() / ".cache/cerebrum/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     names: dict[str, Any] = {}
-    exec(script.replace("model.gguf", str(weights)), names)
+    exec(script.replace("model.gguf", str(FILES["qwen_0_5b"])), names)
     names["worker"].stop()
-    names["worker"].ended.result(20)
+    names["worker"].ended.result(PATIENCE)
     assert "return" in capsys.readouterr().out

