@@ -517,7 +517,7 @@ def test_parked_is_encoded_and_decoded() -> None:
 
 
 def test_parked_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="^made for another model, context or library$"):
+    with pytest.raises(ValueError, match=r"^made for another model, context or library$"):
         decode_parked(encode_parked(ENTRY, "key"), "other")
 
 

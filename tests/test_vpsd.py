@@ -1,12 +1,12 @@
-"""The backend as a process, on real weights: every endpoint, every error, and what the engine promises.
+"""vpsd as a process, on real weights: each endpoint, each error, and the promises of the engine.
 
-Most tests share one daemon with the 0.5B, so that the suite stays fast; a prompt that must be new to its cache
-carries a word of its own. The reference is a plain loop over llama_decode, one token at a time, in this process.
+Most tests share one daemon with the 0.5B, to keep the suite fast. A prompt that must be new to its cache contains a
+number of its own. The reference is a plain loop over llama_decode in this process, one token at a time.
 
-llama.cpp rounds differently for different batch sizes, so where the two likeliest tokens are nearly equal another one
-may win. The gap between the first two was seen to move by up to 0.22 (0.5B, a batch of 48 against single tokens), and
-of 24 texts of 96 tokens the 8 that differed with drafts did so after a gap of at most 0.068; without drafts none did.
-A text may differ from the reference only after a gap below TIE.
+llama.cpp rounds differently for different batch sizes, so a near-tie between the two likeliest tokens may fall the
+other way. Their gap moved by up to 0.22 (0.5B, a batch of 48 against single tokens). Of 24 texts of 96 tokens, 8
+differed with drafts, each after a gap of at most 0.068; none differed without drafts. A text may leave the reference
+only after a gap below TIE.
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from harness import KEY, Daemon, daemon
+from harness import FILES, KEY, MODELS, PATIENCE, Daemon, daemon, run_to_the_end, wait_until
 
 import cerebrum_engine as engine
 import vpsd
 from cerebrum_engine import llama
 
-MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR", "~/.cache/cerebrum/models")).expanduser()
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
-FILES = {
-    SMALL: MODELS / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-    LARGE: MODELS / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-}
-PATIENCE = 120.0  # a test that waits longer has found a hang, even on a crowded machine
 TIE = 0.25  # see above
-QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # ms of one decode of so many tokens
+QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # tokens in one decode: milliseconds
+IDLE_PERCENT = 30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
+IDLE_SECONDS = 0.1
 
 pytestmark = pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
 
@@ -57,7 +53,7 @@ class Cut(Exception):
 
 
 class Stream:
-    """One /v1/inference/stream; `close` is a client that leaves."""
+    """One request to /v1/inference/stream. `close` is a client that leaves."""
 
     def __init__(self, port: int, fields: dict[str, Any]) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
@@ -66,7 +62,7 @@ class Stream:
         self.answer: http.client.HTTPResponse | None = None
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Up to the end; Cut if that was not the server's."""
+        """All events; Cut if the stream ends without its last chunk."""
         answer = self.answer = self.answer or self.connection.getresponse()
         assert answer.status == 200, answer.read()
         assert answer.getheader("Content-Type") == "text/event-stream; charset=utf-8"
@@ -76,7 +72,7 @@ class Stream:
                 yield json.loads(line[6:])
             else:
                 assert line == b": keep-alive\n"
-        if answer.chunk_left is not None:  # http.client forgets it at the last chunk, and says nothing if there is none
+        if answer.chunk_left is not None:  # http.client clears it at the last chunk, and raises nothing without one
             raise Cut
 
     def until(self, name: str) -> dict[str, Any]:
@@ -142,26 +138,11 @@ class Vps:
     def active(self) -> int:
         return int(self.get("/v1/stats")["requests_active"])
 
-    def cpu_seconds(self) -> float:
-        times = psutil.Process(self.process.process.pid).cpu_times()
-        return times.user + times.system
-
-    def wait_idle(self) -> float:
-        """Until nothing is counted and nothing is computed; seconds that it took."""
-        begin = time.monotonic()
-        wait_for(lambda: self.active() == 0)
-        while True:
-            before, since = self.cpu_seconds(), time.monotonic()
-            wait_for(lambda since=since: time.monotonic() - since > 0.1)  # type: ignore[misc]
-            if self.cpu_seconds() - before <= 0.03:  # three ticks of the clock: the event loop and this very polling
-                return since - begin
-            assert time.monotonic() - begin < PATIENCE, "it computes on"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+    def wait_idle(self) -> None:
+        """Wait until no request is counted and no thread computes."""
+        wait_until(lambda: self.active() == 0, "no request is active")
+        cpu = psutil.Process(self.process.process.pid)
+        wait_until(lambda: cpu.cpu_percent(IDLE_SECONDS) <= IDLE_PERCENT, "vpsd computes nothing")
 
 
 @contextlib.contextmanager
@@ -181,9 +162,9 @@ def start(output: Path, **more: str) -> Iterator[Vps]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
     """The daemon of most tests, with the model loaded.
 
-    What it has measured of this machine, which may be crowded, gives way to the figures of a quiet one: how two
-    streams share it and how much is drafted then do not depend on who else is computing. They are those of a machine
-    faster than any, so that they follow this one and are never measured again.
+    Its costs of decoding are those of a quiet machine instead of measured ones. The schedule of two streams and the
+    length of drafts then do not depend on the other load of this machine. The costs are divided by 4, which is faster
+    than any machine: they are then corrected while decoding, but never measured again.
     """
     with start(tmp_path_factory.mktemp("vpsd")) as vps:
         vps.complete("a", max_tokens=1)
@@ -197,14 +178,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
 
 @pytest.fixture
 def vps(shared: Vps) -> Iterator[Vps]:
-    wait_for(lambda: shared.active() == 0)
+    wait_until(lambda: shared.active() == 0)
     yield shared
-    wait_for(lambda: shared.active() == 0)
+    wait_until(lambda: shared.active() == 0)
 
 
 @pytest.fixture
 def output(shared: Vps, tmp_path: Path) -> Path:
-    """A place for another daemon, that knows already what the shared one has measured."""
+    """A folder for another daemon, with the costs and digests that the shared one has found."""
     for name in ("calibration", "verified"):
         shutil.copytree(shared.process.folder / "state" / name, tmp_path / "state" / name)
     return tmp_path
@@ -214,7 +195,7 @@ _numbers = itertools.count()
 
 
 def new_prompt(tokens: int = 64) -> str:
-    """Text of about so many tokens that no cache has seen and in which nothing repeats."""
+    """Text of about `tokens` tokens that no cache has seen and in which nothing repeats."""
     number = next(_numbers)
     numbers = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(tokens // 6 + 1))
     return f"# list {number}: " + ", ".join(f"{n:x}" for n in numbers)
@@ -224,7 +205,7 @@ def new_prompt(tokens: int = 64) -> str:
 
 
 class Reference:
-    """llama_decode, one token at a time, and the likeliest token each time."""
+    """A greedy loop over llama_decode, one token at a time."""
 
     def __init__(self, path: Path) -> None:
         engine.start_library()
@@ -258,7 +239,7 @@ class Reference:
         return buffer.raw[:size]
 
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], list[float]]:
-        """Tokens up to the end or `most`, and by how much each won."""
+        """At most `most` tokens, and for each its lead in logits over the second likeliest."""
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         tokens, gaps, todo = list[int](), list[float](), prompt
         while True:
@@ -277,21 +258,21 @@ class Reference:
             todo = [token]
 
     def check(self, prompt: list[int], text: str, most: int) -> None:
-        """That `text` is what a greedy loop gives, but for a near-tie."""
+        """Assert that `text` is the greedy text, or leaves it at a near-tie."""
         key = (*prompt, most)
         tokens, gaps = self.known[key] = self.known.get(key) or self.greedy(prompt, most)
         pieces = [self.piece(token) for token in tokens]
-        if text == b"".join(pieces).decode("utf-8", "ignore"):  # a character that is cut at the end is dropped
+        if text == b"".join(pieces).decode("utf-8", "ignore"):  # a character cut at the end is dropped
             return
         got, wanted = text.encode(), b"".join(pieces)
         same = engine.common_prefix(got, wanted)
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         last = max(number for number, start in enumerate(starts) if start <= same)
-        # "be" in the place of "b" is seen only where another token than "e" follows that "b".
+        # A token "be" in place of "b" shows only after the "b", where the reference continues without "e".
         ends = range(same + 1, min(same + 9, len(got) + 1))
         longer = [number for number in range(last) if any(got[starts[number] : end] in self.pieces for end in ends)]
         gap = min(gaps[min(number, len(gaps) - 1)] for number in (*longer, last))
-        assert gap < TIE, f"token {last} differs where it won by {gap:.3f}: {wanted!r} against {got!r}"
+        assert gap < TIE, f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
 
 
 @pytest.fixture(scope="session")
@@ -325,9 +306,10 @@ def test_health_needs_no_key(vps: Vps) -> None:
         ("POST", "/v1/cleanup"),
     ],
 )
-def test_all_else_needs_the_key(vps: Vps, method: str, path: str, key: str | None) -> None:
+def test_everything_else_needs_the_key(vps: Vps, method: str, path: str, key: str | None) -> None:
     status, body = vps.ask(method, path, {} if method == "POST" else None, key)
     assert (status, body["error"], body["code"]) == (401, True, "UNAUTHORIZED")
+    assert body["message"] == "expected the API key in the header X-API-Key"
     assert KEY not in json.dumps(body)
 
 
@@ -343,7 +325,7 @@ def test_models(vps: Vps) -> None:
     assert models["codellama_7b"]["loaded"] is False
 
 
-def test_memory_mb_is_what_the_process_holds(vps: Vps) -> None:
+def test_memory_mb_is_the_memory_of_the_process(vps: Vps) -> None:
     assert vps.model()["memory_mb"] < vps.process.rss_kb() / 1024
     assert vps.model()["memory_mb"] > vps.process.rss_kb() / 1024 - 200  # Python, numpy, llama.cpp itself
 
@@ -371,7 +353,7 @@ def test_inference(vps: Vps) -> None:
     assert body["tokens_per_second"] > 0
 
 
-def test_stream_says_the_same(vps: Vps) -> None:
+def test_a_stream_gives_the_same_text(vps: Vps) -> None:
     whole = vps.complete("def hello():", max_tokens=8)
     with vps.stream("def hello():", max_tokens=8) as stream:
         *tokens, done = stream.events()
@@ -397,8 +379,8 @@ def test_progress(vps: Vps) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code", "message"),
     [
-        (b"{", 400, "INVALID_REQUEST", None),
-        (b"[]", 400, "INVALID_REQUEST", None),
+        (b"{", 400, "INVALID_REQUEST", "expected a JSON object: Expecting property name"),
+        (b"[]", 400, "INVALID_REQUEST", "expected a JSON object, got an array of 0"),
         ({}, 400, "INVALID_REQUEST", "model: expected a string from 1 to 200 characters, got nothing"),
         (
             {"model": SMALL},
@@ -419,31 +401,37 @@ def test_progress(vps: Vps) -> None:
             "model codellama_7b: the file codellama-7b.Q4_K_M.gguf is missing; "
             f"in the backend's folder on the VPS run: {vpsd.PYTHON} vpsd.py fetch codellama_7b",
         ),
-        (b'{"prompt": "' + b"x" * (1 << 20) + b'"}', 413, "PAYLOAD_TOO_LARGE", None),
+        (
+            b'{"prompt": "' + b"x" * (1 << 20) + b'"}',
+            413,
+            "PAYLOAD_TOO_LARGE",
+            "expected a body of at most 1048576 bytes",
+        ),
     ],
     ids=["no JSON", "an array", "nothing", "no prompt", "unknown model", "missing file", "too large"],
 )
-def test_errors(vps: Vps, path: str, body: Any, status: int, code: str, message: str | None) -> None:
-    if code == "MODEL_NOT_FOUND" and "codellama" in str(message) and vps.model("codellama_7b")["available"]:
+def test_errors(vps: Vps, path: str, body: Any, status: int, code: str, message: str) -> None:
+    if "codellama-7b" in message and vps.model("codellama_7b")["available"]:
         pytest.skip("the file is here")
     got, answer = vps.ask("POST", path, body)
     assert (got, answer["error"], answer["code"]) == (status, True, code)
     assert len(answer["timestamp"]) == len("2025-12-25T12:00:00.000000")
-    assert message is None or answer["message"] == message
+    assert answer["message"].startswith(message)
     assert vps.active() == 0
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
+    ("method", "path", "status", "code", "message"),
     [
-        ("GET", "/v1/nothing", 404, "NOT_FOUND"),
-        ("GET", "/v1/inference", 405, "METHOD_NOT_ALLOWED"),
-        ("POST", "/v1/unload/gpt", 404, "MODEL_NOT_FOUND"),
+        ("GET", "/v1/nothing", 404, "NOT_FOUND", 'expected a path of this API, got "/v1/nothing"'),
+        ("GET", "/v1/inference", 405, "METHOD_NOT_ALLOWED", "expected one of OPTIONS, POST, got GET"),
+        ("POST", "/v1/unload/gpt", 404, "MODEL_NOT_FOUND", "model: expected one of qwen_7b, "),
     ],
 )
-def test_other_errors(vps: Vps, method: str, path: str, status: int, code: str) -> None:
+def test_other_errors(vps: Vps, method: str, path: str, status: int, code: str, message: str) -> None:
     got, answer = vps.ask(method, path)
     assert (got, answer["code"]) == (status, code)
+    assert answer["message"].startswith(message)
 
 
 def test_prompt_that_does_not_fit(vps: Vps, reference: Reference) -> None:
@@ -483,7 +471,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_is_what_a_plain_loop_gives(vps: Vps, reference: Reference, prompt: str) -> None:
+def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference, prompt: str) -> None:
     body = vps.complete(prompt, max_tokens=24)
     tokens = reference.tokenize(prompt)
     assert body["prompt_tokens"] == len(tokens)
@@ -499,7 +487,7 @@ def test_special_tokens_in_a_prompt_are_text(vps: Vps, reference: Reference) -> 
 
 
 def chat(reference: Reference, *turns: tuple[str, str]) -> list[int]:
-    """ChatML by hand: the template's own tokens are special, the messages are text."""
+    """ChatML by hand: the tokens of the template are special, the messages are text."""
     tokens: list[int] = []
     for role, content in turns:
         tokens += reference.tokenize(f"<|im_start|>{role}\n", True) + reference.tokenize(content)
@@ -519,7 +507,7 @@ def test_messages(vps: Vps, reference: Reference) -> None:
     reference.check(tokens, body["completion"], 16)
 
 
-def test_a_begun_answer_goes_on(vps: Vps, reference: Reference) -> None:
+def test_a_begun_answer_is_continued(vps: Vps, reference: Reference) -> None:
     begun = "```python\n"
     turns = [("user", "Write a function that adds two numbers."), ("assistant", begun)]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -557,7 +545,7 @@ def test_infill_with_a_file_name(vps: Vps, reference: Reference) -> None:
     ],
 )
 def test_healing(vps: Vps, reference: Reference, prompt: str, more: dict[str, Any], start: str, left: str) -> None:
-    """The word at the cursor is left to the model's own tokens, and what it has of it is not said twice."""
+    """The model writes the word at the cursor in its own tokens, and the part that is there already is not repeated."""
     body = vps.complete(prompt, heal=True, max_tokens=8, **more)
     raw = vps.complete(prompt, max_tokens=8, **more)
     assert body["completion"].startswith(start)
@@ -565,13 +553,13 @@ def test_healing(vps: Vps, reference: Reference, prompt: str, more: dict[str, An
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(reference.tokenize(left))
 
 
-def test_healing_ends_with_max_tokens_that_say_something(vps: Vps) -> None:
+def test_healing_counts_only_tokens_that_add_text(vps: Vps) -> None:
     body = vps.complete("import os\nimport nump", heal=True, max_tokens=1)
     assert (body["completion"], body["total_tokens"], body["finish_reason"]) == ("y", 1, "length")
 
 
-def test_healing_by_chance_says_nothing_twice(vps: Vps) -> None:
-    """Above temperature 0 the tokens are sampled: whichever they are, they begin with what the client has."""
+def test_sampled_healing_repeats_nothing(vps: Vps) -> None:
+    """Above temperature 0 the tokens are sampled, but each choice begins with the text that is there."""
     prompt = "def area(width, height):\n    return wid"
     for seed in range(8):
         body = vps.complete(prompt, heal=True, max_tokens=1, temperature=1, seed=seed)
@@ -593,10 +581,10 @@ def test_the_same_seed_gives_the_same_text(vps: Vps) -> None:
 
     assert body(1) == body(1)
     assert len({body(seed) for seed in (1, 2, 3, 4)}) > 1
-    assert text(5, max_tokens=12, top_p=1e-9) == text(6, max_tokens=12, top_p=1e-9)  # only the likeliest is left
+    assert text(5, max_tokens=12, top_p=1e-9) == text(6, max_tokens=12, top_p=1e-9)  # only the likeliest token is left
 
 
-def test_without_a_seed_each_text_is_new(vps: Vps) -> None:
+def test_without_a_seed_texts_differ(vps: Vps) -> None:
     fields = vps.fields("import ", {"temperature": 1, "max_tokens": 16})
     assert len({vps.ask("POST", "/v1/inference", fields)[1]["completion"] for _ in range(4)}) > 1
 
@@ -614,7 +602,7 @@ def test_stop_strings(vps: Vps) -> None:
     assert vps.complete(prompt, max_tokens=24, stop=["nothing"])["completion"] == text
 
 
-def test_a_stop_string_that_is_only_begun_is_text_in_the_end(vps: Vps) -> None:
+def test_the_beginning_of_a_stop_string_is_sent_at_the_end(vps: Vps) -> None:
     whole = vps.complete("1, 2, 3, 4, ", max_tokens=7)
     begun = whole["completion"][-2:] + "\x00never"
     with vps.stream("1, 2, 3, 4, ", max_tokens=7, stop=[begun]) as stream:
@@ -627,7 +615,7 @@ def test_characters_are_whole(vps: Vps) -> None:
         pieces = [event["token"] for event in stream.events() if "token" in event]
     text = "".join(pieces)
     assert sum(ord(character) > 0xFFFF for character in text) >= 3, text
-    assert "\ufffd" not in text[:-1]
+    assert "\ufffd" not in text
 
 
 def test_the_end_of_the_text_is_not_text(vps: Vps) -> None:
@@ -636,7 +624,7 @@ def test_the_end_of_the_text_is_not_text(vps: Vps) -> None:
     assert "<|" not in body["completion"]
 
 
-def test_the_context_is_filled_and_no_more(vps: Vps, reference: Reference, output: Path) -> None:
+def test_the_context_is_filled_exactly(vps: Vps, reference: Reference, output: Path) -> None:
     with start(output, CEREBRUM_N_CTX="256") as small:
         prompt = new_prompt(280)
         tokens = reference.tokenize(prompt)
@@ -652,14 +640,14 @@ def test_the_context_is_filled_and_no_more(vps: Vps, reference: Reference, outpu
 # ---------------------------------------------------------------------------------------------- prefixes
 
 
-def test_an_idle_sequence_is_stored_before_another_request_needs_its_place(output: Path) -> None:
+def test_an_idle_sequence_is_stored_before_another_request_needs_its_slot(output: Path) -> None:
     with start(output, CEREBRUM_STATE_DIR=str(output / "idle")) as vps:
         vps.complete("x", max_tokens=0)
         before = vps.model()["memory_mb"]
         prompt = new_prompt(1000)
         tokens = vps.complete(prompt, max_tokens=4)["prompt_tokens"]
-        wait_for(lambda: vps.model()["memory_mb"] > before + 5)  # 12 KB a token
-        for _ in range(3):  # in all slots, one after the other
+        wait_until(lambda: vps.model()["memory_mb"] > before + 5)  # 12 KB per token
+        for _ in range(3):  # fill all slots
             vps.complete(new_prompt(), max_tokens=4)
         assert vps.complete(prompt, max_tokens=4)["cached_tokens"] >= tokens - 1
 
@@ -669,11 +657,11 @@ def test_a_repeated_prompt_is_not_computed_again(vps: Vps, reference: Reference)
     first = vps.complete(prompt, max_tokens=4)
     assert first["cached_tokens"] < first["prompt_tokens"] // 2
     again = vps.complete(prompt, max_tokens=4)
-    assert again["cached_tokens"] == again["prompt_tokens"] - 1  # the last one gives the logits
+    assert again["cached_tokens"] == again["prompt_tokens"] - 1  # the last token is decoded for its logits
     reference.check(reference.tokenize(prompt), again["completion"], 4)
 
 
-def test_an_extended_prompt_computes_only_what_is_new(vps: Vps, reference: Reference) -> None:
+def test_of_an_extended_prompt_only_the_new_part_is_computed(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt()
     first = vps.complete(prompt, max_tokens=1)
     longer = prompt + "\nand one more typed line"
@@ -682,7 +670,7 @@ def test_an_extended_prompt_computes_only_what_is_new(vps: Vps, reference: Refer
     reference.check(reference.tokenize(longer), body["completion"], 8)
 
 
-def test_after_unrelated_requests_a_prompt_is_still_known(vps: Vps, reference: Reference) -> None:
+def test_a_prompt_is_still_known_after_unrelated_requests(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt()
     vps.complete(prompt, max_tokens=2)
     for _ in range(3):
@@ -692,7 +680,7 @@ def test_after_unrelated_requests_a_prompt_is_still_known(vps: Vps, reference: R
     reference.check(reference.tokenize(prompt), body["completion"], 8)
 
 
-def test_two_at_once_with_the_same_prefix_compute_it_once(vps: Vps, reference: Reference) -> None:
+def test_two_requests_at_once_compute_their_common_prefix_once(vps: Vps, reference: Reference) -> None:
     preamble = new_prompt(300)
     common = len(reference.tokenize(preamble))
     with vps.stream(preamble + " one", max_tokens=4, progress=True) as first:
@@ -705,7 +693,7 @@ def test_two_at_once_with_the_same_prefix_compute_it_once(vps: Vps, reference: R
     reference.check(reference.tokenize(preamble + " two"), body["completion"], 8)
 
 
-def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Reference) -> None:
+def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Reference) -> None:
     one, two = (f"# kept in place: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
     first, second = reference.tokenize(one), reference.tokenize(two)
     common = engine.common_prefix(first, second)
@@ -714,11 +702,11 @@ def test_a_few_tokens_in_common_are_kept_where_they_are(vps: Vps, reference: Ref
     body = vps.complete(two, max_tokens=8)
     assert body["cached_tokens"] == common
     reference.check(second, body["completion"], 8)
-    again = vps.complete(one, max_tokens=1)  # it was stored, for most of it would have been lost
+    again = vps.complete(one, max_tokens=1)  # stored before the second request overwrote most of it
     assert again["cached_tokens"] == len(first) - 1
 
 
-def test_a_short_one_beside_a_long_one(vps: Vps, reference: Reference) -> None:
+def test_a_short_request_beside_a_long_one(vps: Vps, reference: Reference) -> None:
     long, short = new_prompt(600), PROMPTS[0] + " # beside"
     with vps.stream(long, max_tokens=48) as stream:
         events = stream.events()
@@ -741,7 +729,7 @@ def test_nothing_is_kept_without_a_budget(output: Path) -> None:
     with start(output, CEREBRUM_CACHE_MB="0") as small:
         prompt = new_prompt()
         small.complete(prompt, max_tokens=1)
-        assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # it is still in its slot
+        assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # still in its slot
         small.complete(new_prompt(), max_tokens=1)
         small.complete(new_prompt(), max_tokens=1)
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] < engine.MIN_PREFIX
@@ -777,11 +765,11 @@ def test_drafts_change_no_text(vps: Vps, plain: Vps, reference: Reference) -> No
     stats = vps.get("/v1/stats")
     assert stats["draft_tokens"] >= stats["accepted_tokens"] >= with_drafts["accepted_tokens"]
     if not with_drafts["accepted_tokens"]:
-        pytest.skip("the engine finds that drafts do not pay on this machine now: both texts were plain ones")
+        pytest.skip("drafts do not pay on this machine now, so both texts were decoded without them")
 
 
-def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> None:
-    """A seed promises the same text, so the rounding of batches of drafts has no place there."""
+def test_a_text_with_a_seed_is_not_drafted(vps: Vps, plain: Vps) -> None:
+    """A seed promises the same text, so batches of drafts, which round differently, are not used."""
     fields: dict[str, Any] = {"max_tokens": 24, "temperature": 1, "seed": 7}
     bodies = [process.complete(COPY, **fields) for process in (vps, vps, plain)]
     assert len({body["completion"] for body in bodies}) == 1
@@ -789,7 +777,7 @@ def test_a_text_that_must_come_again_is_not_drafted(vps: Vps, plain: Vps) -> Non
 
 
 def test_an_earlier_answer_is_drafted_again(output: Path, reference: Reference) -> None:
-    """By a daemon of its own: what others' drafts have cost decides how much is drafted."""
+    """With a daemon of its own, because the results of earlier drafts decide how much is drafted."""
     prompt = new_prompt()
     with start(output) as vps:
         vps.complete(prompt, max_tokens=40)
@@ -815,7 +803,7 @@ def test_cancelled_without_a_stream(vps: Vps) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", vps.port, timeout=PATIENCE)
     body = vps.fields(new_prompt(), {"max_tokens": 1000})
     connection.request("POST", "/v1/inference", json.dumps(body), headers(KEY))
-    wait_for(lambda: vps.active() == 1)
+    wait_until(lambda: vps.active() == 1)
     connection.close()
     vps.wait_idle()
 
@@ -829,7 +817,7 @@ def test_cancelled_in_prefill(vps: Vps, reference: Reference) -> None:
     reference.check(reference.tokenize(prompt), body["completion"], 8)
 
 
-def test_what_a_cancelled_prefill_has_computed_is_kept(vps: Vps) -> None:
+def test_the_finished_part_of_a_cancelled_prefill_is_kept(vps: Vps) -> None:
     prompt = new_prompt(900)
 
     def begun(event: dict[str, Any]) -> bool:
@@ -853,7 +841,7 @@ def test_cancelled_while_another_reads_the_same_prompt(vps: Vps, reference: Refe
     reference.check(reference.tokenize(prompt + " one"), text, 4)
 
 
-def test_the_one_that_reads_is_cancelled_and_another_takes_over(vps: Vps, reference: Reference) -> None:
+def test_another_request_takes_over_a_cancelled_prefill(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt(300)
     with vps.stream(prompt + " one", max_tokens=4, progress=True) as first:
         next(event for event in first.events() if event.get("progress", {}).get("stage") == "prefill")
@@ -890,7 +878,7 @@ def test_cancelled_while_loading(tmp_path: Path, reference: Reference) -> None:
 # ---------------------------------------------------------------------------------- sessions and limits
 
 
-def test_a_newer_request_of_a_session_takes_the_place_of_the_older(vps: Vps) -> None:
+def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
     with vps.stream(new_prompt(), max_tokens=1000, session="editor") as older:
         events = older.events()
         next(events)
@@ -911,7 +899,7 @@ def test_a_superseded_request_without_a_stream(vps: Vps) -> None:
     prompt = new_prompt()
     older = threading.Thread(target=lambda: answers.append(vps.refusal(prompt, max_tokens=1000, session="s")))
     older.start()
-    wait_for(lambda: vps.active() == 1)
+    wait_until(lambda: vps.active() == 1)
     vps.complete(new_prompt(), max_tokens=1, session="s")
     older.join(PATIENCE)
     assert answers == [(409, "SUPERSEDED", "a newer request of this session took its place")]
@@ -923,16 +911,16 @@ def test_sessions_of_others_are_left_alone(vps: Vps) -> None:
         assert stream.rest()[-1]["total_tokens"] == 12
 
 
-def test_the_third_at_a_time_is_refused(vps: Vps) -> None:
+def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
     with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
         one.until("token")
         two.until("token")
         status, code, message = vps.refusal(new_prompt())
         assert (status, code, message) == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
-        assert vps.ask("GET", "/v1/models")[0] == vps.ask("GET", "/v1/stats")[0] == 200  # these never count
+        assert vps.ask("GET", "/v1/models")[0] == vps.ask("GET", "/v1/stats")[0] == 200  # these are never counted
 
 
-def test_two_at_once_are_both_right(vps: Vps, reference: Reference) -> None:
+def test_two_requests_at_once_both_get_the_right_text(vps: Vps, reference: Reference) -> None:
     prompts = [PROMPTS[0] + "\n", PROMPTS[2]]
     bodies: dict[str, dict[str, Any]] = {}
     threads = [
@@ -947,16 +935,19 @@ def test_two_at_once_are_both_right(vps: Vps, reference: Reference) -> None:
         reference.check(reference.tokenize(prompt), bodies[prompt]["completion"], 24)
 
 
-def test_health_answers_at_once_while_two_streams_generate(vps: Vps) -> None:
+def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
+    """It answers faster than a token comes. Both slow down on a busy machine, so the one measures the other."""
     with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
         one.until("token")
         two.until("token")
+        marks = [time.perf_counter() for _ in itertools.islice(one.events(), 60)]
         delays = []
         for _ in range(30):
             begin = time.perf_counter()
             assert vps.ask("GET", "/health", key=None)[0] == 200
             delays.append(time.perf_counter() - begin)
-    assert sorted(delays)[15] < 0.1  # milliseconds; a test machine may be busy with other things
+    pauses = [b - a for a, b in itertools.pairwise(marks)]
+    assert statistics.median(delays) < statistics.median(pauses) / 2
 
 
 # ------------------------------------------------------------------------------------- loading, unloading
@@ -969,7 +960,7 @@ def test_unload(vps: Vps) -> None:
         status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
         assert (status, body["code"]) == (409, "MODEL_BUSY")
         assert body["message"] == f"model {SMALL} is busy; expected an idle one"
-    wait_for(lambda: vps.active() == 0)
+    wait_until(lambda: vps.active() == 0)
     before = vps.process.rss_kb() / 1024
     status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
     assert (status, list(body)) == (200, ["model", "unloaded", "memory_freed_mb"])
@@ -984,7 +975,7 @@ def test_unload(vps: Vps) -> None:
     assert vps.get("/health")["models_loaded"] == [SMALL]
 
 
-def test_unloading_often_leaks_nothing(vps: Vps) -> None:
+def test_repeated_unloading_leaks_nothing(vps: Vps) -> None:
     sizes = []
     for _ in range(4):
         vps.complete("x", max_tokens=1)
@@ -994,7 +985,7 @@ def test_unloading_often_leaks_nothing(vps: Vps) -> None:
     assert sizes[-1] - sizes[1] < 30, sizes
 
 
-def test_cleanup_leaves_what_was_used(vps: Vps) -> None:
+def test_cleanup_keeps_a_model_in_use(vps: Vps) -> None:
     assert vps.ask("POST", "/v1/cleanup") == (200, {"models_unloaded": [], "memory_freed_mb": 0.0})
     assert vps.get("/health")["models_loaded"] == [SMALL]
 
@@ -1083,7 +1074,7 @@ def test_files_that_cannot_be_loaded(output: Path, reference: Reference) -> None
                 f"model {name}: the file {name}.gguf is missing; "
                 f"in the backend's folder on the VPS run: {vpsd.PYTHON} vpsd.py fetch {name}"
             )
-        assert vps.process.rss_kb() < 300 << 10  # nothing of them is left
+        assert vps.process.rss_kb() < 300 << 10  # no memory of theirs is left
         body = vps.complete(PROMPTS[0], model="good", max_tokens=8)
         reference.check(reference.tokenize(PROMPTS[0]), body["completion"], 8)
     assert "Traceback" not in process.stdout()
@@ -1100,12 +1091,12 @@ def test_too_little_memory_to_start_work(output: Path) -> None:
 
 
 def test_a_model_that_does_not_fit(output: Path) -> None:
-    spare = 500  # less than the weights with their KV cache and buffers
+    spare = 500  # MB, less than the weights, KV cache and buffers together
     reserve = psutil.virtual_memory().available // engine.MB - spare
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
-        if not message.startswith("expected "):  # something else took the rest of the memory meanwhile
+        if not message.startswith("expected "):  # another program took the rest of the memory meanwhile
             assert message.startswith(f"model {SMALL} needs ")
             assert "weights 469 MB, kv 393 MB, compute " in message
             assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
@@ -1116,7 +1107,7 @@ def test_a_model_that_does_not_fit(output: Path) -> None:
 # ------------------------------------------------------------------------------------------- SIGTERM
 
 
-def test_sigterm_lets_the_short_end_and_cuts_the_long(output: Path) -> None:
+def test_sigterm_lets_a_short_stream_end_and_cuts_a_long_one(output: Path) -> None:
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
         with vps.stream(new_prompt(30), max_tokens=2000) as long, vps.stream(new_prompt(30), max_tokens=4) as short:
@@ -1131,29 +1122,22 @@ def test_sigterm_lets_the_short_end_and_cuts_the_long(output: Path) -> None:
         vps.process.process.wait(PATIENCE)
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+def test_a_taken_port_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path),
-            "CEREBRUM_API_KEY": KEY,
-            "CEREBRUM_VPS_HOST": "127.0.0.1",
-            "CEREBRUM_VPS_PORT": str(taken.getsockname()[1]),
-        }
-        command = [vpsd.sys.executable, vpsd.__file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        port = str(taken.getsockname()[1])
+        done = run_to_the_end("vpsd", tmp_path, CEREBRUM_VPS_PORT=port)
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1 port {environment['CEREBRUM_VPS_PORT']}: " in done.stdout
+    assert f"cannot listen on 127.0.0.1 port {port}: " in done.stdout
     assert "address already in use" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------ what is slow
+# --------------------------------------------------------------------------------------------- slow tests
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
 def test_two_models_at_once(output: Path, reference: Reference) -> None:
-    """Both loaded, both generating; then memory gets scarce and the one used least recently goes."""
+    """Both are loaded and generate at the same time."""
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
         with vps.stream(PROMPTS[0], model=LARGE, max_tokens=60) as large:
@@ -1169,7 +1153,7 @@ def test_two_models_at_once(output: Path, reference: Reference) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
 def test_the_least_recently_used_model_makes_room(output: Path) -> None:
-    reserve = psutil.virtual_memory().available // engine.MB - 1900  # room for one of them
+    reserve = psutil.virtual_memory().available // engine.MB - 1900  # MB; the rest has room for one of them
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve)) as vps:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
@@ -1178,7 +1162,7 @@ def test_the_least_recently_used_model_makes_room(output: Path) -> None:
 
 @pytest.mark.slow
 def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
-    """The third token after a drafted one, many times, with drafts and without: a chi-square test of both."""
+    """A chi-square test of many sampled texts, with drafts and without."""
     prompt = COPY + "def parse("
     counts: list[dict[str, int]] = []
     for process in (vps, plain):
@@ -1200,7 +1184,7 @@ def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
 
 @pytest.mark.slow
 def test_soak(output: Path, reference: Reference) -> None:
-    """A mix of requests, a third of them cancelled at random: no wrong text, no leak, nothing left active."""
+    """A mix of requests, some of them cancelled at random: no wrong text, no leak, no request left active."""
     draw = engine.np.random.default_rng(1)
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
@@ -1214,7 +1198,7 @@ def test_soak(output: Path, reference: Reference) -> None:
                     noise.close()
                 body = vps.complete(prompt, max_tokens=16)
             reference.check(reference.tokenize(prompt), body["completion"], 16)
-            wait_for(lambda: vps.active() == 0)
+            wait_until(lambda: vps.active() == 0)
             if number % 20 == 19:
                 sizes.append(vps.process.rss_kb() / 1024)
-        assert sizes[-1] - sizes[0] < 256 + 50, sizes  # the budget of the cache
+        assert sizes[-1] - sizes[0] < 256 + 50, sizes  # the budget of the cache, and some noise
