@@ -22,8 +22,13 @@ event loop's thread; there is no other thread. Standard library only, with cereb
 
 from __future__ import annotations
 
-import os
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+    print("cm4d.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
+
+import os
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -48,7 +53,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -593,15 +598,14 @@ def read_text(events: bytes) -> str:
 
 def write_event(kind: str, value: Any) -> bytes:
     """A pair as native SSE, or b"" for a pair that has no event."""
-    match kind:
-        case "text":
-            return bytes(value)
-        case "idle":
-            return SSE_COMMENT
-        case "progress":
-            return sse_event({"progress": value})
-        case "done":
-            return sse_event({"done": True, **value})
+    if kind == "text":
+        return bytes(value)
+    if kind == "idle":
+        return SSE_COMMENT
+    if kind == "progress":
+        return sse_event({"progress": value})
+    if kind == "done":
+        return sse_event({"done": True, **value})
     return b""
 
 
@@ -1219,8 +1223,11 @@ async def serve(config: Config) -> None:
         await probing  # if it ended by itself, its error ends the daemon
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, which no restart can mend, 1 for what one may mend."""
+    if arguments:
+        print("cm4d.py: expected no arguments; environment variables configure it, see .env.example", file=sys.stderr)
+        return 2
     try:
         config = load_config(read_environment(os.environ, HERE))
         set_up_logging(config.log_level, config.log_file)
@@ -1238,4 +1245,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -793,4 +793,4 @@ def test_another_fault_of_the_system_does_not_read_as_an_address(monkeypatch: py
     monkeypatch.setattr(cm4d, "serve", serve)
     monkeypatch.setattr(cm4d, "set_up_logging", lambda level, file: None)
     with pytest.raises(OSError, match="No space left on device"):
-        cm4d.main()
+        cm4d.main([])
