@@ -1018,10 +1018,11 @@ class Scanner:
             self.opener, self.closer, self.since = "`", "`", 9
         elif char != "}" or self.language.indented:
             self._add(char)
+        elif self.in_parens:
+            self.head = header
+            self._add("{}")
         else:
             self.head = ""
-            if self.in_parens:
-                self._add(header + "{}")
 
     def _newline(self) -> None:
         if not self.language.indented:
