@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +53,11 @@ def wait_until(condition: Callable[[], T], what: str = "the condition", *, secon
         _check_deadline(deadline, what)
         time.sleep(POLL_SECONDS)
     return value
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a test that is a coroutine."""
+    asyncio.run(asyncio.wait_for(scenario, PATIENCE))
 
 
 def _check_deadline(deadline: float, what: str) -> None:

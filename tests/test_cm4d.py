@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
+from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run, run_to_the_end, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -38,10 +38,6 @@ from cm4d import load_config, parse_vps_url, prompt_budget, read_completion, rea
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 KNOWN = "python, javascript, typescript, rust, c, cpp, go"
-
-
-def run(scenario: Any) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 20))
 
 
 # ---------------------------------------------------------------------------------------- configuration

@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
-from harness import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post
+from harness import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post, wait_until
 from test_wire import ROUTES, State
 
 from cerebrum_common import Access, Request, Response, Route, Server, own_names, sse_event
@@ -338,13 +338,15 @@ def free_port() -> int:
 @contextlib.contextmanager
 def proxy(command: list[str], port: int) -> Iterator[str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def listening() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        return False
+
     try:
-        for _ in range(1000):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.02)
-                raise AssertionError(process.communicate()[1])
+        wait_until(listening, f"{command[0]} listens")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -353,8 +355,7 @@ def proxy(command: list[str], port: int) -> Iterator[str]:
 
 def through_a_proxy(url: str, peer: Peer) -> None:
     with httpx.Client(base_url=url, headers={**HEADERS, "Host": "localhost"}, timeout=PATIENCE) as client:
-        while client.get("/health").status_code != 200:  # haproxy has to see its backend first
-            pass
+        wait_until(lambda: client.get("/health").status_code == 200, "the proxy has seen its backend")
         assert [client.get("/v1/models").status_code for _ in range(10)] == [200] * 10
         assert client.head("/health").status_code == 200
         assert client.get("/nothing").json()["code"] == "NOT_FOUND"

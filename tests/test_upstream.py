@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from harness import KEY, Reply, until
+from harness import KEY, Reply, run, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -141,10 +141,6 @@ WHOLE: dict[str, list[Any]] = {
     "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
     "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
 }
-
-
-def run(scenario: Any) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 20))
 
 
 def check_error(reply: Reply, status: int, code: str, part: str) -> None:
