@@ -936,18 +936,22 @@ def test_two_requests_at_once_both_get_the_right_text(vps: Vps, reference: Refer
 
 
 def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
-    """It answers faster than a token comes. Both slow down on a busy machine, so the one measures the other."""
+    """It answers faster than tokens come. A busy machine slows both down, so one is measured by the other."""
     with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
         one.until("token")
         two.until("token")
-        marks = [time.perf_counter() for _ in itertools.islice(one.events(), 60)]
+        marks: list[float] = []
+        arrivals = (time.perf_counter() for _ in itertools.islice(two.events(), 30))
+        reader = threading.Thread(target=marks.extend, args=(arrivals,))
+        reader.start()
         delays = []
-        for _ in range(30):
+        while reader.is_alive():
             begin = time.perf_counter()
             assert vps.ask("GET", "/health", key=None)[0] == 200
             delays.append(time.perf_counter() - begin)
     pauses = [b - a for a, b in itertools.pairwise(marks)]
-    assert statistics.median(delays) < statistics.median(pauses) / 2
+    assert len(pauses) == 29
+    assert statistics.median(delays) < statistics.mean(pauses) / 2
 
 
 # ------------------------------------------------------------------------------------- loading, unloading
@@ -1098,7 +1102,7 @@ def test_a_model_that_does_not_fit(output: Path) -> None:
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
         if not message.startswith("expected "):  # another program took the rest of the memory meanwhile
             assert message.startswith(f"model {SMALL} needs ")
-            assert "weights 469 MB, kv 393 MB, compute " in message
+            assert "weights 469 MB, kv 384 MB, compute " in message
             assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
         assert vps.active() == 0
         assert vps.get("/health")["models_loaded"] == []
