@@ -90,7 +90,7 @@ def mutate(random_: random.Random, pool: list[bytes]) -> bytes:
 
 @dataclass
 class Run:
-    """What is known about one daemon."""
+    """The findings and figures for one daemon."""
 
     daemon: Daemon
     tried: int = 0
@@ -102,8 +102,8 @@ class Run:
         self.findings.append(f"{self.daemon.name}: {what}: {data[:300]!r}")
 
     async def send(self, data: bytes, cuts: list[int], turns: int, leave: bool) -> None:
-        """One input: in pieces, then after some turns of the loop the end of file, which cancels what still runs, and
-        every answer until the other side closes."""
+        """Send one input in pieces. After some turns of the loop send the end of file, which cancels what still runs,
+        and read every answer until the other side closes."""
         self.tried += 1
         try:
             async with asyncio.timeout(HANG_SECONDS):
@@ -129,7 +129,7 @@ class Run:
     async def read_all(self, reader: asyncio.StreamReader, data: bytes) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
-                # What was a HEAD request after the mutation only the daemon knows: then the bodies are not counted.
+                # Only the daemon knows what the mutation left of a HEAD request, so bodies are not counted then.
                 reply = await read_reply(reader, "HEAD" if b"HEAD" in data else "GET")
                 self.statuses[reply.status] += 1
                 if reply.status not in GOOD_STATUSES:

@@ -1,4 +1,4 @@
-"""The circuit breaker, a pure state machine whose clock is a number here: every transition, every non-transition."""
+"""The circuit breaker, a pure state machine whose clock is a number here: all transitions and non-transitions."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_an_overdue_trial_has_failed(look: str):
     assert machine.state == "open"
 
 
-def test_late_results_of_an_older_generation_say_nothing():
+def test_late_results_of_an_older_state_count_for_nothing():
     machine = breaker()
     slow = [admitted(machine) for _ in range(3)]
     for _ in range(3):

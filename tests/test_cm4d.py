@@ -1,4 +1,4 @@
-"""cm4d from its client's side: configuration, the endpoints and errors of the API text, slots, routing, a process."""
+"""cm4d from its client's side: configuration, endpoints and errors of the API text, places, sessions, a process."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
     run(scenario())
 
 
-def test_an_empty_prompt_is_fine_where_something_else_says_what_to_do():
+def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction():
     models = load_models(ROOT / "models.toml", LANGUAGES)
     assert read_completion({"prompt": "", "language": "go", "suffix": "}\n"}, models)["mode"] == "infill"
     assert (
@@ -381,7 +381,7 @@ def test_a_client_key_is_needed_everywhere_but_for_health():
     run(scenario())
 
 
-# ------------------------------------------------------------------------------------------------ slots
+# ----------------------------------------------------------------------------------------------- places
 
 
 def test_the_third_completion_gets_429_at_once():
@@ -407,7 +407,7 @@ def test_the_third_completion_gets_429_at_once():
 @pytest.mark.parametrize(
     "script", [[HANG], [CHUNKED, HANG], [CHUNKED, chunk(token("a", 1)), HANG]], ids=["head", "first", "later"]
 )
-def test_a_client_that_leaves_frees_its_slot_and_the_vps(path: str, script: list[Any]):
+def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, script: list[Any]):
     async def scenario() -> None:
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
             _, writer = await pi.open("POST", path, GOOD_FIELDS)
@@ -421,7 +421,7 @@ def test_a_client_that_leaves_frees_its_slot_and_the_vps(path: str, script: list
     run(scenario())
 
 
-def test_slots_are_given_back_after_every_kind_of_error():
+def test_places_are_released_after_every_kind_of_error():
     scripts: list[list[Any]] = [[error(404, "MODEL_NOT_FOUND")], [], [CHUNKED], [*GOOD]]
 
     async def scenario() -> None:
@@ -460,7 +460,7 @@ def check_superseded(
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
 def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
-    """By the Pi itself: a VPS that hangs cannot keep the older one, nor its place."""
+    """The Pi ends it by itself: a VPS that hangs keeps neither the older completion nor its place."""
 
     async def scenario() -> None:
         scripts = [HANGS[hang], GOOD]
@@ -514,7 +514,7 @@ def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
 
 
 def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
-    """Each ends the one before, and the VPS never has more than max_concurrent of them, even if it answers none."""
+    """Each ends its predecessor, and the VPS never has more than max_concurrent of them, even if it answers none."""
 
     async def scenario() -> None:
         async with Backend([[HANG]]) as backend, pi_for(backend.port, max_concurrent=2) as pi:
@@ -581,7 +581,7 @@ def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], s
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
 def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
-    """Two Pis behind one address are one client for the VPS, which then decides."""
+    """For the VPS, two Pis that serve one client address are one client, and the VPS itself ends the older request."""
 
     async def scenario() -> None:
         async with (
@@ -735,7 +735,7 @@ def test_from_start_to_stop(tmp_path: Path):
     run(scenario())
 
 
-def test_a_running_stream_may_end_after_sigterm(tmp_path: Path):
+def test_a_running_stream_is_finished_after_sigterm(tmp_path: Path):
     async def scenario() -> None:
         go = asyncio.Event()
         async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend:
@@ -769,7 +769,7 @@ def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("what", ["an address that is not up", "a port that is taken"])
-def test_an_address_that_cannot_be_listened_on_yet_is_no_wrong_configuration(tmp_path: Path, what: str):
+def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path: Path, what: str):
     """The unit starts the daemon again after a status of 1, and never after 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

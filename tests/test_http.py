@@ -1,4 +1,4 @@
-"""The pure parsers: tables, and hypothesis with h11 as an oracle that was written by other people.
+"""The pure parsers: tables, and hypothesis with h11 as an independent oracle.
 
 Any bytes in any split give a value or an HttpError, never another exception, and the same for every split.
 What h11 refuses we refuse.
@@ -56,7 +56,7 @@ def status_of(call: Callable[[], Any]) -> int | None:
 
 
 def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
-    """What a connection makes of `data` that arrives cut at `cuts`: a head, a status, or None (more is needed)."""
+    """The outcome of `data` that arrives cut at `cuts`: a head, a status, or None if more is needed."""
     buffer, scanned = bytearray(), 0
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
@@ -381,12 +381,12 @@ def test_depth_is_exact() -> None:
 
 def test_the_size_of_integers_is_exact() -> None:
     assert parse_json(b'{"a": %b}' % (b"9" * 20)) == {"a": 10**20 - 1}
-    for digits in (21, 5000):  # the second is too long for int() too, whose own message is not for clients
+    for digits in (21, 5000):  # int() refuses the second by itself, with a message that is not fit for clients
         with pytest.raises(HttpError, match=r"^expected a JSON object: expected integers of at most 20 digits$"):
             parse_json(b'{"a": %b}' % (b"9" * digits))
 
 
-def test_a_body_in_tiny_chunks_costs_no_square() -> None:
+def test_a_body_in_tiny_chunks_takes_linear_time() -> None:
     """1 MiB in chunks of one byte, in reads of one byte too: the decoder holds no payload."""
     decoder, held = ChunkedDecoder(MAX_BODY_BYTES), 0
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""Time and load: deadlines, limits and ends of connections, with the deadlines made small.
+"""Time and load: deadlines, limits and the ends of connections, with small deadlines.
 
 Nothing here sleeps to wait for something: it waits for the other side's bytes, for an event or for the end.
 """
@@ -36,7 +36,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def closed(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the end."""
+    """All bytes until the connection ends."""
     return await reader.read()
 
 
@@ -150,7 +150,7 @@ def test_the_end_does_not_linger_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Endless:
-    """A stream without end, that counts what was taken and knows when it was closed."""
+    """A stream without end that counts the blocks it gave and notices when it is closed."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -195,7 +195,7 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that fits the buffer: what is left at the end is not kept for ever."""
+    """An answer that fits the buffer is not kept for ever either."""
     monkeypatch.setattr(common, "WRITE_SECONDS", SOON)
     monkeypatch.setattr(common, "IDLE_SECONDS", SOON)
 
@@ -219,7 +219,7 @@ def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits the buffer is not lost when the connection is closed behind it."""
+    """An answer that fits the buffer is not lost when the connection is closed behind it."""
     monkeypatch.setattr(common, "LINGER_SECONDS", 0.01)
 
     async def run() -> None:
@@ -246,7 +246,7 @@ def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_sending_past_the_iterator_ends_with_the_stream() -> None:
-    """What the handler's side sends by itself is part of this stream, and never of the answer after it."""
+    """`send_now` works between the head and the end of its own stream, and at no other time."""
     sends: list[Any] = []
     sent: list[bool] = []
 
@@ -274,7 +274,7 @@ def test_sending_past_the_iterator_ends_with_the_stream() -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watched: bool) -> None:
-    """What a handler takes and its events give back is given back, even if not one byte of them can be sent."""
+    """What a handler takes and its events release is released even if not one byte can be sent."""
     taken: list[str] = []
     given = asyncio.Event()
 
@@ -291,7 +291,7 @@ def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watche
             async def handle(state: Any, request: Request) -> Response:
                 taken.append("a place")
                 for connection in server.connections.values():
-                    connection.transport.abort()  # as a reset that comes while the handler runs
+                    connection.transport.abort()  # like a reset while the handler runs
                 return Response(events=events())
 
             server.routes["/held"] = {"POST": Route("POST", "/held", handle, json=True, watched=watched)}
@@ -407,7 +407,7 @@ def test_pipelining_behind_a_running_handler() -> None:
             writer.write(HEALTH)
             slow.release.set()
             assert [(await read_reply(reader)).status for _ in range(3)] == [200, 404, 200]
-            writer.write(SLOW)  # and nothing was eaten by whoever watched
+            writer.write(SLOW)  # nothing was swallowed while the client was watched
             assert (await read_reply(reader)).status == 200
 
     asyncio.run(run())
@@ -535,7 +535,7 @@ def test_the_overflow_is_bounded_and_the_newest_is_heard(monkeypatch: pytest.Mon
         async with serving() as (server, port), contextlib.AsyncExitStack() as stack:
             peers = await open_many(stack, port, 20)
             await until(lambda: len(server.connections) == 5)
-            for reader, _ in peers[2:17]:  # who had to go was told why
+            for reader, _ in peers[2:17]:  # they were told why
                 assert (await read_reply(reader)).status == 503
             assert (await ask(port, HEALTH)).status == 200
 
@@ -573,7 +573,7 @@ def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> 
             (connection,) = server.connections.values()
             if status != 200:
                 assert (await read_reply(reader)).status == status
-            # All that the kernel has taken from us has been read once the server waits for more.
+            # Once the server waits for more, it has read all that was sent.
             await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
             assert len(connection.buffer) <= common.READ_BYTES
             assert server.body_bytes == 0
@@ -640,7 +640,7 @@ def test_a_body_counts_until_it_is_answered() -> None:
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 @pytest.mark.parametrize("key", [True, False])
 def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framing: str, key: bool) -> None:
-    """128 connections with 1 MiB each, which the daemon once held all at once; /health answers in the middle."""
+    """128 connections send 1 MiB each, and /health answers in the middle."""
     raw = upload(1_048_000, framing, key)
 
     async def attack(port: int) -> set[int]:
@@ -650,7 +650,7 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
             nonlocal sent
             async with connect(port) as (reader, writer):
                 writer.write(raw[:-10])
-                with contextlib.suppress(ConnectionError):  # who is refused is cut after its answer
+                with contextlib.suppress(ConnectionError):  # a refused client is cut after its answer
                     await writer.drain()
                 sent += 1
                 await go.wait()
@@ -669,7 +669,7 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
     with daemon("cm4d", tmp_path) as process:
         asyncio.run(ask(process.port, HEALTH))
         statuses = asyncio.run(attack(process.port))
-        # The Pi has no VPS here, and two places.
+        # This Pi has two places and no VPS.
         assert statuses <= ({503, 429, 404, 0} if key else {401})
         assert process.peak_rss_kb() < 110_000
         assert process.complaints() == ""
@@ -697,7 +697,7 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
                 reply = await ask(port, HEALTH)
                 assert reply.status in (200, 503)
                 assert "timestamp" in reply.json
-                assert "status" in reply.json  # an answer of the handler, not of the limit
+                assert "status" in reply.json  # an answer from the handler, not from the limit
                 seconds.append(time.monotonic() - started)
         for peer in peers:
             peer.close()
@@ -716,7 +716,7 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
 
 
 def raise_open_files() -> Any:
-    """This process needs 1,500 sockets; the daemon gets the usual 1,024. Returns what puts it back."""
+    """Allow this process 1,500 sockets; returns a function that restores the old limit. The daemon keeps 1,024."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -728,7 +728,7 @@ FRAMING_CODES = {"INVALID_REQUEST", "PAYLOAD_TOO_LARGE", "URI_TOO_LONG", "HEADER
 
 
 def test_flat_memory_under_endless_heads_and_bodies(tmp_path: Path) -> None:
-    """Heads, chunk lines and trailers without end: each is cut, and nothing stays."""
+    """Heads, chunk lines and trailers without end are cut, and no memory stays taken."""
 
     async def attack(port: int) -> None:
         async def one(raw: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Real peers: other people's clients and proxies against a server in this process, each with the exact outcome.
+"""Independent clients and proxies against a server in this process, each with the exact outcome.
 
 curl, httpx, aiohttp, node's fetch and wrk as clients, nginx and haproxy in front, slowhttptest as the enemy.
 """
@@ -51,7 +51,7 @@ class Peer:
         return f"http://127.0.0.1:{self.port}"
 
     async def tokens(self, state: Any, request: Request) -> Response:
-        """As many token events as max_tokens says; without end if it says 0."""
+        """`max_tokens` token events, or an endless stream of them for 0."""
 
         async def events() -> Any:
             count = request.json().get("max_tokens", 3)
@@ -275,7 +275,7 @@ def test_node_fetch(peer: Peer) -> None:
 
 
 def test_wrk(peer: Peer) -> None:
-    """Keep-alive under load: not one error, and not one answer of another status."""
+    """Keep-alive under load: no errors and no status but 200."""
     done = run(needs("wrk"), "-t1", "-c20", "-d1s", peer.url + "/health")
     out = done.stdout.decode()
     assert done.returncode == 0
@@ -375,7 +375,7 @@ def through_a_proxy(url: str, peer: Peer) -> None:
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
-    """Told to pass the client's Host on: by itself nginx sends its upstream's name, which would have to be allowed."""
+    """nginx is told to pass on the client's Host. By default it sends its upstream's name, which is refused."""
     program, port, config = needs("nginx"), free_port(), tmp_path / "nginx.conf"
     more = "proxy_set_header Host $http_host; client_max_body_size 2m;"
     config.write_text(NGINX.format(folder=tmp_path, backend=peer.port, port=port, version=version, more=more))

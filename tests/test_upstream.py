@@ -1,4 +1,4 @@
-"""The other side of the Pi: what a broken or lying VPS may do, and what the Pi's client then sees of it.
+"""The other side of the Pi: what a broken or lying VPS can do, and what the Pi's client sees of it.
 
 One table of scripts; each row runs whole and byte by byte, through the stream and through the collected endpoint.
 """
@@ -43,7 +43,7 @@ def length_of(payload: bytes, claimed: int | None = None) -> bytes:
     return head(200, f"Content-Length: {len(payload) if claimed is None else claimed}") + payload
 
 
-# What comes before the first event is a status: (script, status, code, a part of the message, counted by the breaker).
+# A fault before the first event is a status: (script, status, code, part of the message, counted by the breaker).
 REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
     "reset before any byte": ([RESET], 503, UNAVAILABLE, "without an answer", True),
     "closed before any byte": ([], 503, UNAVAILABLE, "without an answer", True),
@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
     "an error that tells our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***", 0),
 }  # fmt: skip
 
-# After it every fault is an error event and a cut: (script, events before the error, a part of its message).
+# A later fault is an error event and a cut: (script, events before the error, part of its message).
 BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "resets after the head": ([CHUNKED, RESET], [], "the connection broke in the middle of its answer"),
     "resets between chunks": ([CHUNKED, A, RESET], [TOKEN_A], "the connection broke in the middle of its answer"),
@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "an error without a code": ([CHUNKED, A, chunk(event(error=True, message="m"))], [TOKEN_A], "without message"),
 }  # fmt: skip
 
-# The same events, however they are framed and split.
+# The same two tokens in every framing and split.
 WHOLE: dict[str, list[Any]] = {
     "chunks": [*GOOD],
     "one chunk": [CHUNKED, chunk(token("a", 1) + token("b", 2) + DONE), END],
@@ -166,7 +166,7 @@ def test_refused(name: str, split: bool):
 
 
 def joined(script: list[Any]) -> list[Any]:
-    """The script with neighbouring writes as one, so that the fault comes in the same read as what was good."""
+    """The script with adjacent writes joined, so a fault arrives in the same read as the good events before it."""
     steps: list[Any] = []
     for step in script:
         if isinstance(step, bytes) and steps and isinstance(steps[-1], bytes):
@@ -179,7 +179,7 @@ def joined(script: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name: str, how: str):
-    """The whole events before a fault, then the error, then the cut, however the bytes were split."""
+    """All whole events before the fault, then the error, then the cut, for every split of the bytes."""
     script, before, part = BROKEN[name]
     script = joined(script) if how == "one write" else script
 
@@ -375,7 +375,7 @@ def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytes
 
 
 class Clock:
-    """A loop's clock and timer, and a transport that can be cut, for a Watchdog whose time is a number here."""
+    """The loop and the transport of a Watchdog, with a clock that is a number."""
 
     def __init__(self) -> None:
         self.now, self.cut = 0.0, False
@@ -397,7 +397,7 @@ class Clock:
         self.now = now
 
 
-def test_the_watchdog_cuts_silence_but_no_pause_of_ours(monkeypatch: pytest.MonkeyPatch):
+def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
     watchdog = cm4d.Watchdog(clock)  # type: ignore[arg-type]
@@ -431,7 +431,7 @@ def test_megabytes_without_an_event_are_cut(flood: bytes):
             assert reply.events[0] == TOKEN_A
             assert "an event of more than 262144 bytes" in reply.events[1]["message"]
             await backend.left.wait()
-            assert backend.sent < 16 << 20  # what the kernel's buffers take in; ours take 256 KiB
+            assert backend.sent < 16 << 20  # the kernel's buffers; ours hold 256 KiB
 
     run(scenario())
 
@@ -577,7 +577,7 @@ def test_the_express_lane_takes_exactly_one_token(data: bytes, taken: bool):
     assert is_chunk_of_token(data) is taken
 
 
-def test_the_express_lane_is_taken_once_the_first_token_went_the_long_way(monkeypatch: pytest.MonkeyPatch):
+def test_the_express_lane_opens_after_the_first_token(monkeypatch: pytest.MonkeyPatch):
     lane: list[bytes] = []
     monkeypatch.setattr(cm4d.Gateway, "_express", spy(cm4d.Gateway._express, lane))
 
@@ -673,7 +673,7 @@ def test_an_event_is_too_long_or_not_however_it_is_split():
 
 
 def test_nothing_that_was_read_is_overtaken_on_the_express_lane():
-    """What is in the reader's buffer is read without waiting. The lane must not stay armed after that."""
+    """Bytes in the reader's buffer are read without waiting. The lane must be closed after that."""
 
     async def scenario() -> None:
         reader = Reader()

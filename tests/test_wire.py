@@ -26,13 +26,13 @@ import cerebrum_common as common
 from cerebrum_common import Access, Field, HttpError, Request, Response, Route, Server, own_names, read_fields
 
 K, C = True, False
-REACHED = -1  # what the target answers to a good completion: the daemons here have no model, so it is MODEL_NOT_FOUND
+REACHED = -1  # the target's answer to a good completion: MODEL_NOT_FOUND from the daemons, which have no model here
 BODY = b'{"prompt": "x", "language": "python", "model": "qwen_0_5b", "max_tokens": 4}'
 
 
 # ------------------------------------------------------------------------------------------------ the rows
 
-# In them @POST is the target's path that takes JSON, @SSE its streaming twin, @GET one that needs the key.
+# @POST stands for the target's path that takes JSON, @SSE for its streaming twin, @GET for one that needs the key.
 
 
 def lines(*of: str | bytes) -> bytes:
@@ -377,7 +377,7 @@ COMPLETION = {
 
 
 class State:
-    """What the handlers of the server in this process leave behind."""
+    """Records the requests that reach the handlers of the server in this process."""
 
     def __init__(self) -> None:
         self.calls: list[Request] = []
@@ -421,7 +421,7 @@ ROUTES = (
 
 @contextlib.asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[tuple[Server, int]]:
-    """A server in this process. In the end nothing may have been complained about."""
+    """A server in this process, which must end without complaints of asyncio."""
     loop, complaints = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
     access = Access(**{"key": KEY, "hosts": own_names(), **options})
@@ -495,7 +495,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 async def send_split(writer: asyncio.StreamWriter, raw: bytes, pieces: int) -> None:
-    """Send in at most `pieces` writes. On loopback the other side sees each one, for it is given its turn."""
+    """Send in at most `pieces` writes, giving the other side its turn after each: on loopback it sees each of them."""
     step = max(1, -(-len(raw) // pieces))
     with contextlib.suppress(ConnectionError):
         for start in range(0, len(raw), step):
@@ -506,7 +506,7 @@ async def send_split(writer: asyncio.StreamWriter, raw: bytes, pieces: int) -> N
 
 
 async def play(target: Target, raw: bytes, count: int, pieces: int) -> tuple[list[Reply], bool]:
-    """Send `raw`; `count` answers, and whether the connection then goes on."""
+    """Send `raw`; returns `count` answers, and whether the connection is kept after them."""
     raw = raw.replace(b"@POST", target.post.encode()).replace(b"@SSE", target.post.encode() + b"/stream")
     raw = raw.replace(b"@GET", b"/v1/models")
     async with target.open() as port:
@@ -562,7 +562,7 @@ def test_row(target: Target, name: str, raw: bytes, status: int | list[int], kee
         is_head = b"HEAD " in raw and (last or len(replies) == 1)
         announced = keep or not last or "before bad chunks" in name
         check_shape(reply, announced, is_head)
-        if reply.status == 404 and reply.body:  # or the row would pass if the route were gone
+        if reply.status == 404 and reply.body:  # otherwise the row would pass without its route
             assert reply.json["code"] == ("MODEL_NOT_FOUND" if one == REACHED else "NOT_FOUND")
         continues = name in ("Expect", "Expect in capitals", "Expect with chunks", "Expect and bad JSON")
         assert reply.interim == int(continues)
@@ -626,7 +626,7 @@ def test_errors_hide_python(target: Target) -> None:
     "cut", [b"", b"\r\n", b"GET", get()[:-1], get()[:-2], sized(BODY)[:-1], chunked(GOOD_CHUNKS)[:-1]]
 )
 def test_end_of_file_inside_a_message(target: Target, cut: bytes) -> None:
-    """No answer, no handler, nothing in the log but at most a 499."""
+    """There is no answer, no handler runs, and the log has at most a 499."""
 
     async def run() -> bytes:
         async with target.open() as port:
@@ -642,7 +642,7 @@ def test_end_of_file_inside_a_message(target: Target, cut: bytes) -> None:
 
 
 def test_stream_shapes() -> None:
-    """Chunked on HTTP/1.1, bare on HTTP/1.0; an error in it is an event, and then the end is missing."""
+    """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has no clean end."""
 
     def raw(fail: str = "", version: str = "HTTP/1.1") -> bytes:
         return sized(json.dumps({"fail": fail}).encode(), version=version).replace(b"@POST", b"@SSE")
@@ -687,7 +687,7 @@ def test_handlers_see_the_decoded_body_once() -> None:
 
 
 def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """The form of the API text; a path cannot forge a line; who connects and leaves is not mentioned."""
+    """Lines have the form of the API text, a path cannot forge one, and a client that only connects leaves none."""
     server = Target("server", "/v1/complete", 200)
 
     def logged(raw: bytes, count: int = 1) -> list[str]:
