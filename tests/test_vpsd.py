@@ -75,7 +75,7 @@ class Stream:
         if answer.chunk_left is not None:  # http.client clears it at the last chunk, and raises nothing without one
             raise Cut
 
-    def until(self, name: str) -> dict[str, Any]:
+    def wait_for_event(self, name: str) -> dict[str, Any]:
         return next(event for event in self.events() if name in event)
 
     def rest(self) -> list[dict[str, Any]]:
@@ -792,7 +792,7 @@ def test_an_earlier_answer_is_drafted_again(output: Path, reference: Reference) 
 def test_cancelled_in_decode(vps: Vps, reference: Reference) -> None:
     prompt = new_prompt()
     with vps.stream(prompt, max_tokens=1000) as stream:
-        stream.until("token")
+        stream.wait_for_event("token")
     vps.wait_idle()
     body = vps.complete(prompt, max_tokens=8)
     assert body["cached_tokens"] >= body["prompt_tokens"] - 1
@@ -836,7 +836,7 @@ def test_cancelled_while_another_reads_the_same_prompt(vps: Vps, reference: Refe
         events = first.events()
         next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
         with vps.stream(prompt + " two", progress=True) as second:
-            assert second.until("progress")["progress"]["stage"] == "queued"
+            assert second.wait_for_event("progress")["progress"]["stage"] == "queued"
         text = "".join(event.get("token", "") for event in events)
     reference.check(reference.tokenize(prompt + " one"), text, 4)
 
@@ -859,7 +859,7 @@ def test_cancelled_while_another_generates(vps: Vps, reference: Reference) -> No
         events = stays.events()
         first = next(events)
         with vps.stream(left, max_tokens=1000) as leaves:
-            leaves.until("token")
+            leaves.wait_for_event("token")
         text = first["token"] + "".join(event.get("token", "") for event in events)
     reference.check(reference.tokenize(kept), text, 16)
     vps.wait_idle()
@@ -868,7 +868,7 @@ def test_cancelled_while_another_generates(vps: Vps, reference: Reference) -> No
 def test_cancelled_while_loading(tmp_path: Path, reference: Reference) -> None:
     with start(tmp_path) as cold:
         with cold.stream("x", progress=True) as stream:
-            assert stream.until("progress")["progress"]["stage"] == "loading"
+            assert stream.wait_for_event("progress")["progress"]["stage"] == "loading"
         cold.wait_idle()
         assert cold.get("/health")["models_loaded"] == []
         prompt = PROMPTS[0]
@@ -913,8 +913,8 @@ def test_sessions_of_others_are_left_alone(vps: Vps) -> None:
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
     with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
-        one.until("token")
-        two.until("token")
+        one.wait_for_event("token")
+        two.wait_for_event("token")
         status, code, message = vps.refusal(new_prompt())
         assert (status, code, message) == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
         assert vps.ask("GET", "/v1/models")[0] == vps.ask("GET", "/v1/stats")[0] == 200  # these are never counted
@@ -938,8 +938,8 @@ def test_two_requests_at_once_both_get_the_right_text(vps: Vps, reference: Refer
 def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
     """It answers faster than tokens come. A busy machine slows both down, so one is measured by the other."""
     with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
-        one.until("token")
-        two.until("token")
+        one.wait_for_event("token")
+        two.wait_for_event("token")
         marks: list[float] = []
         arrivals = (time.perf_counter() for _ in itertools.islice(two.events(), 30))
         reader = threading.Thread(target=marks.extend, args=(arrivals,))
@@ -960,7 +960,7 @@ def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
 def test_unload(vps: Vps) -> None:
     held = vps.model()["memory_mb"]
     with vps.stream(new_prompt(), max_tokens=1000) as stream:
-        stream.until("token")
+        stream.wait_for_event("token")
         status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
         assert (status, body["code"]) == (409, "MODEL_BUSY")
         assert body["message"] == f"model {SMALL} is busy; expected an idle one"
@@ -1197,7 +1197,7 @@ def test_soak(output: Path, reference: Reference) -> None:
             prompt = PROMPTS[int(draw.integers(len(PROMPTS)))] if draw.random() < 0.5 else new_prompt()
             with vps.stream(new_prompt(150), max_tokens=200) as noise:
                 if draw.random() < 0.5:
-                    noise.until("token")
+                    noise.wait_for_event("token")
                 if draw.random() < 0.3:
                     noise.close()
                 body = vps.complete(prompt, max_tokens=16)
