@@ -11,6 +11,8 @@
         batch = events.get()
         print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
+(A request that fails ends with an HttpError in the list.)
+
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Only a `Job`
   crosses over, by the worker's inbox. Its events come back by a function of the job's, called by the worker's thread,
@@ -83,7 +85,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How models are run, the same for all of a process."""
+    """How models are run. All workers of a process use the same settings."""
 
     threads: int = field(default_factory=usable_cores)
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
@@ -96,7 +98,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """What a completion is asked for. The caller has checked the ranges.
+    """What a caller asks for. The caller has checked the ranges.
 
     Either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text, is given. A `suffix` makes it
     fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one.
@@ -113,7 +115,7 @@ class CompletionRequest:
     max_tokens: int = 512  # 0 only reads the prompt into the cache
     temperature: float = 0.4
     top_p: float = 0.95
-    seed: int | None = None  # the same seed gives the same text
+    seed: int | None = None  # the same seed gives the same text, at a temperature above 0
     heal: bool = False
     progress: bool = False
 
@@ -149,7 +151,7 @@ def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type
     """Bytes that a model will need when loaded: its weights, KV cache and compute buffers."""
     element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
     cells, outputs = slots * n_ctx, slots * (MAX_DRAFT + 1)
-    per_cell = 2 if needs_flash_attention(kv_type) else 4 * shape.heads + 2  # without it, the scores of all cells
+    per_cell = 2 if needs_flash_attention(kv_type) else 4 * shape.heads + 2  # bytes; without it, scores of all cells
     per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
     return {
         "weights": file_size,
@@ -226,20 +228,21 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
     return groups
 
 
-def share_size(costs: Costs) -> int:
-    """How many tokens one of several streams may decode at once without starving the others."""
-    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * costs(1)))
+def share_size(costs: Costs, token_seconds: float) -> int:
+    """How many tokens may be decoded at once while a stream waits that takes `token_seconds` for each of its own."""
+    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
-def chunk_size(missing: int, reading: Sequence[int], streams: bool, costs: Costs) -> int:
+def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None, costs: Costs) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
-    While other `streams` are running, the chunk is limited by how long they may pause. Otherwise it is at most twice as
-    long as the shortest prompt being read (`reading` has the missing tokens of each, including this one). A short
-    prompt then does not wait for a long one, and two of similar length are read in one decode.
+    While streams are running, the chunk is limited by how long the fastest of them may pause; `token_seconds` is the
+    time of one of its tokens, None if there is no stream. Otherwise the chunk is at most twice as long as the shortest
+    prompt being read (`reading` has the missing tokens of each, including this one). A short prompt then does not wait
+    for a long one, and two of similar length are read in one decode.
     """
-    if streams:
-        return min(missing, share_size(costs))
+    if token_seconds is not None:
+        return min(missing, share_size(costs, token_seconds))
     return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading)))
 
 
@@ -609,7 +612,8 @@ def start_library() -> None:
     llama.llama_backend_init()
 
 
-GGUF_UINT32 = 4  # enum gguf_type
+GGUF_UINT32, GGUF_STRING, GGUF_ARRAY = 4, 8, 9  # enum gguf_type
+ABORTED = 2  # what llama_decode returns after the abort callback has returned true
 
 
 class _GgufInit(ctypes.Structure):
@@ -639,15 +643,16 @@ def read_shape(path: Path) -> Shape:
             return int(lib.gguf_get_val_u32(handle, place))
 
         place = lib.gguf_find_key(handle, b"general.architecture")
-        if place < 0:
+        if place < 0 or lib.gguf_get_kv_type(handle, place) != GGUF_STRING:
             raise ModelError("a GGUF file without an architecture")
-        arch = lib.gguf_get_val_str(handle, place).decode()
+        arch = lib.gguf_get_val_str(handle, place).decode("utf-8", "replace")
         heads, layers = number(f"{arch}.attention.head_count", 1), number(f"{arch}.block_count", 0)
         kv_heads = number(f"{arch}.attention.head_count_kv", heads)
         width = number(f"{arch}.embedding_length", 0)
         if min(heads, layers, width) < 1:
             raise ModelError("expected at least one layer, head and embedding dimension in the header")
-        vocabulary = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
+        tokens = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
+        known = tokens >= 0 and lib.gguf_get_kv_type(handle, tokens) == GGUF_ARRAY
         k_width = number(f"{arch}.attention.key_length", width // heads)
         v_width = number(f"{arch}.attention.value_length", width // heads)
         return Shape(
@@ -656,7 +661,7 @@ def read_shape(path: Path) -> Shape:
             heads=heads,
             embedding=width,
             feed_forward=number(f"{arch}.feed_forward_length", 4 * width),
-            vocabulary=int(lib.gguf_get_arr_n(handle, vocabulary)) if vocabulary >= 0 else 0,
+            vocabulary=int(lib.gguf_get_arr_n(handle, tokens)) if known else 0,
         )
     finally:
         lib.gguf_free(ctypes.c_void_p(handle))
@@ -738,7 +743,7 @@ class Llama:
 
     def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
         """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get logits). Returns 0,
-        or 2 if it was aborted; anything else is a fault."""
+        or ABORTED; anything else is a fault."""
         index = 0
         batch = self.batch
         for slot, tokens, outputs in parts:
@@ -912,8 +917,9 @@ class Sampler:
         return int(llama.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        if self.chain:
-            llama.llama_sampler_free(self.chain)
+        chain, self.chain = self.chain, None
+        if chain:
+            llama.llama_sampler_free(chain)
 
 
 # -------------------------------------------------------------------------------------------- IO: worker
@@ -1014,11 +1020,12 @@ class Baton:
     """What the workers of one process share: whose turn it is to compute.
 
     llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
-    one decode, and it is passed on in the order of asking. `active` are the workers with running sequences.
+    one decode, and it is passed on in the order of asking. `active` has the workers with running sequences, and the
+    seconds that one token takes each of them.
     """
 
     def __init__(self) -> None:
-        self.active: set[Worker] = set()
+        self.active: dict[Worker, float] = {}
         self._lock = threading.Lock()
         self._waiting: deque[threading.Lock] = deque()
         self._held = False
@@ -1040,15 +1047,17 @@ class Baton:
             else:
                 self._held = False
 
-    def note(self, worker: Worker, running: bool) -> None:
-        """`worker` has running sequences, or none any more."""
+    def note(self, worker: Worker, token_seconds: float | None) -> None:
+        """`worker` has running sequences, each token of which takes so long; None: it has none any more."""
         with self._lock:
-            (self.active.add if running else self.active.discard)(worker)
+            self.active.pop(worker, None)
+            if token_seconds is not None:
+                self.active[worker] = token_seconds
 
-    def shared(self, worker: Worker) -> bool:
-        """Whether another worker has running sequences, which wait while this one computes."""
+    def fastest_other(self, worker: Worker) -> float | None:
+        """Seconds of one token of the fastest other worker that waits while this one computes; None: nobody does."""
         with self._lock:
-            return bool(self.active - {worker})
+            return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
 
 
 class Worker(threading.Thread):
@@ -1129,16 +1138,25 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
+            failure = self._load_logged()
+            if failure is None:
+                self.ready.set_result(None)
+                self._serve()
+            self._close()
+            if failure is not None:  # only now, when its memory is free
+                self.ready.set_exception(failure)
+        finally:
+            if not self.ready.done():
+                self.ready.set_exception(self._farewell)
+            self.ended.set_result(None)
+
+    def _load_logged(self) -> HttpError | None:
+        """Load the model; why that failed, if it did."""
+        try:
             self._load()
         except Exception as error:
-            failure = self._load_failure(error)
-            self._close()
-            self.ready.set_exception(failure)
-        else:
-            self.ready.set_result(None)
-            self._serve()
-            self._close()
-        self.ended.set_result(None)
+            return self._load_failure(error)
+        return None
 
     def _serve(self) -> None:
         try:
@@ -1171,7 +1189,7 @@ class Worker(threading.Thread):
         params = f"{llama_cpp.__version__} {self.llama.n_ctx} {settings.sequences} {settings.kv_type}"
         self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
         self.acceptance = Acceptance()
-        self.costs = load_costs(self.llama, self.calibration, self.baton)
+        self.costs = load_costs(self.llama, self.calibration, self.baton, lambda: self.stopping)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
@@ -1192,7 +1210,7 @@ class Worker(threading.Thread):
         """Answer every job, save the parked sequences, free the model: each step even if the one before it fails."""
         with self._door:
             self._closed = True
-        self.baton.note(self, running=False)
+        self.baton.note(self, None)
         for run in [slot.run for slot in self.slots if slot.run]:
             with self._logged("ending a request"):
                 self._fail(run, self._farewell)
@@ -1229,15 +1247,18 @@ class Worker(threading.Thread):
 
     def _turn(self) -> None:
         """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
-        if not self._runs():
-            self.baton.note(self, running=False)
+        self._take()
+        runs = self._runs()
+        self.baton.note(self, self.costs(1) if runs else None)
+        if not runs:
             self._recalibrate()
             if job := self._wait():
                 self.waiting.append(job)
-        self._take()
-        runs = self._runs()
-        self.baton.note(self, running=bool(runs))
-        works = [self._next_work(run, runs) for run in runs]
+            return
+        works: list[Work] = []
+        for run in runs:
+            with self._blamed_on(run):
+                works.append(self._next_work(run, runs))
         shared = [work for work in works if not work.run.sampler.exact]
         groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
         steps = [[shared[i] for i in group] for group in groups]
@@ -1247,7 +1268,8 @@ class Worker(threading.Thread):
                 self._step(members)
 
     def _take(self) -> None:
-        """Start what has come, and what comes meanwhile: parking a sequence to free its slot can take milliseconds."""
+        """Start the jobs that have come, and repeat until the inbox is empty: more may come while a sequence is parked,
+        which takes milliseconds."""
         while True:
             self.waiting += self._drain()
             self._drop_cancelled()
@@ -1266,9 +1288,10 @@ class Worker(threading.Thread):
         return self.inbox.get()
 
     def _recalibrate(self) -> None:
-        """Calibrate again when nobody waits and the last calibration ran on a busy machine."""
+        """Calibrate again if the last calibration ran on a busy machine, and nobody waits here or at another model."""
         assert self.llama
-        if self.costs.slowdown > DISTURBED or any(slot.run for slot in self.slots):
+        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
+        if self.costs.slowdown > DISTURBED or busy:
             return
         for slot in self.slots:
             self._park(slot)
@@ -1336,8 +1359,8 @@ class Worker(threading.Thread):
         cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
         self.llama.trim(slot, cached)
         slot.tokens = prompt[:cached]
-        slot.run = Run(job, slot, cached, guide)
         job.progress("prefill", cached, len(prompt))
+        slot.run = Run(job, slot, cached, guide)
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
@@ -1359,15 +1382,21 @@ class Worker(threading.Thread):
         if run.pending is None:
             missing = len(prompt) - len(slot.tokens)
             reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
-            streams = len(reading) < len(runs) or self.baton.shared(self)
             whole = missing - (run.sampler.exact and missing > 1)
-            size = chunk_size(whole, reading, streams, self.costs)
+            size = chunk_size(whole, reading, self._pace(own=len(reading) < len(runs)), self.costs)
             end = len(slot.tokens) + size
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        draft = self._draft(run, others=len(runs) > 1 or self.baton.shared(self))
+        draft = self._draft(run, self._pace(own=len(runs) > 1))
         return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _pace(self, own: bool) -> float | None:
+        """Seconds of one token of the fastest stream that waits for a decode, of this model (`own`) or of another."""
+        paces = [self.costs(1)] * own
+        if (other := self.baton.fastest_other(self)) is not None:
+            paces.append(other)
+        return min(paces, default=None)
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
         """How many streams' tokens will share this one's decode: more tokens then cost less than they would alone."""
@@ -1376,14 +1405,14 @@ class Worker(threading.Thread):
         streams = sum(not (other is run or other.prefilling or other.sampler.exact) for other in runs)
         return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
-    def _draft(self, run: Run, others: bool) -> list[int]:
+    def _draft(self, run: Run, pace: float | None) -> list[int]:
         assert self.llama
         assert run.drafter
         room = min(
             MAX_DRAFT,
             run.job.max_tokens - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
-            share_size(self.costs) - 1 if others else MAX_DRAFT,
+            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
         )
         if not self.settings.draft or run.sampler.exact or run.heal or room <= 0:
             return []
@@ -1399,10 +1428,10 @@ class Worker(threading.Thread):
         """One llama_decode and what follows from it for each of its sequences."""
         assert self.llama
         self.llama.abort_flag[0] = b"\x00"
-        self.running = [work.run for work in works]
-        if self.stopping or all(work.run.job.cancelled for work in works):
-            return
         try:
+            self.running = [work.run for work in works]
+            if self.stopping or all(run.job.cancelled for run in self.running):
+                return
             with self.baton:
                 begin = time.perf_counter()
                 code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
@@ -1425,7 +1454,7 @@ class Worker(threading.Thread):
             self._flush(work.run)
 
     def _after_failure(self, works: list[Work], code: int) -> None:
-        """The decode was aborted (code 2), or llama.cpp could not do it."""
+        """The decode was aborted, or llama.cpp could not do it."""
         assert self.llama
         for work in works:
             slot = work.run.slot
@@ -1434,7 +1463,7 @@ class Worker(threading.Thread):
                 read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
             self.llama.trim(slot, len(slot.tokens))
-            if code != 2:
+            if code != ABORTED:
                 log.error("llama_decode answered %d", code)
                 self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
@@ -1526,6 +1555,8 @@ class Worker(threading.Thread):
         self._release(run)
 
     def _fail(self, run: Run, error: HttpError) -> None:
+        if run.slot.run is not run:
+            return  # it has had its last event
         run.outbox.append(error)
         self._release(run)
 
@@ -1567,15 +1598,18 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
         stamp.touch()
 
 
-def load_costs(model: Llama, path: Path, baton: Baton) -> Costs:
+def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
     """The calibration for this model file, library and thread count: read from disk, or measured now and written."""
     try:
         table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
         if tuple(sorted(table)) == CALIBRATION_SIZES and min(table.values()) > 0:
             return Costs(table)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         pass
-    return Costs(calibrate(model, path, baton, lambda: False))
+    table = calibrate(model, path, baton, give_up)
+    if not table:
+        raise ModelError("loading was given up")
+    return Costs(table)
 
 
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
@@ -1588,7 +1622,7 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several.
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several; an empty table if given up.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
@@ -1605,7 +1639,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             code = model.decode([(slot, [1] * size, size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code and give_up():
+        if code == ABORTED:  # by a stop, or by a cancelled job that came late
             return {}
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")
@@ -1621,8 +1655,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file in one step. Its folder is created for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+        try:
+            file.write(data)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:  # a full disk, say
+            os.unlink(file.name)
+            raise
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:

