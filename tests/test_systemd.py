@@ -51,7 +51,7 @@ class Machine:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        self.leader = str(until(lambda: children_of(process.pid), "systemd-nspawn starts init")[0])
+        self.leader = str(until(lambda: inits_of(process.pid), "systemd-nspawn starts init")[0])
         self.enter = ["nsenter", "--target", self.leader, "--all", "--wd=/root", "/bin/bash"]
 
     def run(self, command: str, check: bool = True, stdin: str = "") -> str:
@@ -76,6 +76,18 @@ class Machine:
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def inits_of(pid: int) -> list[int]:
+    """The children that run systemd. Another one only prepares the container, and ends soon."""
+    return [child for child in children_of(pid) if command_name(child) == "systemd"]
+
+
+def command_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has ended
+        return ""
 
 
 def make_debian() -> None:
