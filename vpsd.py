@@ -757,15 +757,22 @@ class Engine:
     # From start to stop.
 
     async def tend(self) -> None:
-        """For ever: read the CPU meter, and unload what nobody has used for long."""
+        """For ever: read the CPU meter, and unload what nobody has used for long. The meter is read during that too."""
         next_cleanup = time.monotonic() + CLEANUP_SECONDS
+        cleaning: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             self.cpu.sample()
-            if time.monotonic() >= next_cleanup:
+            if cleaning and cleaning.done():
+                cleaning.result()  # what fails there ends this task too, which `serve` notices
+                cleaning = None
+            if not cleaning and time.monotonic() >= next_cleanup:
                 next_cleanup = time.monotonic() + CLEANUP_SECONDS
-                for model_id in await self.unload_unused():
-                    log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
+                cleaning = asyncio.create_task(self._clean_up())
+
+    async def _clean_up(self) -> None:
+        for model_id in await self.unload_unused():
+            log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
 
     async def stop(self) -> None:
         """End what runs, save what is worth keeping, unload everything."""

@@ -349,6 +349,24 @@ def test_a_newer_request_that_is_refused_ends_nothing(monkeypatch: pytest.Monkey
     play(scenario, monkeypatch, tmp_path)
 
 
+def test_the_cpu_is_watched_while_a_model_is_unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(vpsd, "CLEANUP_SECONDS", 0.0)
+
+    async def scenario(house: House) -> None:
+        worker, samples = await house.idle(A), list[int]()
+        monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
+        tending = asyncio.create_task(house.engine.tend())
+        await until(lambda: worker.stopping)
+        seen = len(samples)
+        await until(lambda: len(samples) > seen + 10)
+        worker.ended.set_result(None)
+        await until(lambda: A not in house.engine.instances)
+        tending.cancel()
+
+    play(scenario, monkeypatch, tmp_path)
+
+
 def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """systemd starts it again. With a frozen CPU meter, every request could be refused."""
     given = {
