@@ -141,6 +141,11 @@ class Shape:
     vocabulary: int
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def needs_flash_attention(kv_type: str) -> bool:
     """Only a quantized cache needs flash attention. On a CPU it is slower for long contexts: decoding 16 tokens after
     2,000 takes 1.3 times as long."""
@@ -1177,7 +1182,7 @@ class Worker(threading.Thread):
         return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def _load(self) -> None:
-        before = psutil.Process().memory_info().rss
+        before = rss_bytes()
         settings = self.settings
         check_digest(self.path, self.sha256, settings.state_dir, lambda: self.stopping)
 
@@ -1192,7 +1197,7 @@ class Worker(threading.Thread):
         self.costs = load_costs(self.llama, self.calibration, self.baton, lambda: self.stopping)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
-        self.memory_bytes = max(0, psutil.Process().memory_info().rss - before - self.store.size)
+        self.memory_bytes = max(0, rss_bytes() - before - self.store.size)
         log.info(
             "model %s loaded: %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
             self.model, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),

@@ -97,6 +97,7 @@ from cerebrum_engine import (
     Worker,
     estimate_bytes,
     read_shape,
+    rss_bytes,
     start_library,
     usable_cores,
 )
@@ -276,11 +277,6 @@ class CpuMeter:
             self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
             self.others_percent = max(0.0, 100 * (total - idle - own) / total)
             self.last = now
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
 
 
 # --------------------------------------------------------------------------------------------- IO: fetch
@@ -565,10 +561,7 @@ class Engine:
 
     def model(self, model_id: str) -> Model:
         """A model of models.toml whose file is here, or HttpError 404 MODEL_NOT_FOUND that says how to get it."""
-        model = self.models.get(model_id)
-        if not model:
-            known = ", ".join(self.models)
-            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+        model = self.listed(model_id)
         if not (self.config.models_dir / model.file).is_file():
             raise HttpError(
                 "MODEL_NOT_FOUND",
@@ -576,6 +569,13 @@ class Engine:
                 f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}",
             )
         return model
+
+    def listed(self, model_id: str) -> Model:
+        """A model of models.toml, or HttpError 404 MODEL_NOT_FOUND that names those there are."""
+        if model_id not in self.models:
+            known = ", ".join(self.models)
+            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+        return self.models[model_id]
 
     def admit(self, fields: dict[str, Any]) -> Completion:
         """Admit a request and start it. HttpError: the model is unknown, all places are taken, memory or CPU is short.
@@ -878,10 +878,7 @@ async def stats(engine: Engine, _request: Request) -> Response:
 
 async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
-    model_id = request.parameter
-    if model_id not in engine.models:
-        known = ", ".join(engine.models)
-        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+    model_id = engine.listed(request.parameter).id
     freed = await engine.unload(model_id)
     return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
 
