@@ -54,6 +54,8 @@ class Language:
     raw: frozenset[str] = frozenset()  # openings of strings without escapes
     ambiguous: str = ""  # openings that may be an operator: / of a regex or a division, ' of a char or a lifetime
     directives: bool = False  # a line that starts with # belongs to the preprocessor
+    endings: tuple[str, ...] = ()  # of files' names
+    names: tuple[str, ...] = ()  # beside its own: in fences, modelines and the line that names an interpreter
 
 
 # These patterns search whole files of strangers. Repetitions are bounded, or cannot match the same characters as their
@@ -130,9 +132,11 @@ LANGUAGES: dict[str, Language] = {
         ),
         re.compile(r"class\b"),
         function="def",
+        endings=(".py", ".pyi", ".pyw"),
+        names=("py", "python3"),
     ),
-    "javascript": _JS,
-    "typescript": _JS,
+    "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"), names=("js", "jsx", "node")),
+    "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"), names=("ts", "tsx", "deno", "bun")),
     "rust": Language(
         "//",
         ("/*", "*/"),
@@ -151,9 +155,18 @@ LANGUAGES: dict[str, Language] = {
         function="fn",
         raw=frozenset(('r##"', 'r#"', 'r"')),
         ambiguous="'",
+        endings=(".rs",),
+        names=("rs",),
     ),
-    "c": _C,
-    "cpp": replace(_C, strings=(('R"', '"'), *_C_STRINGS), multiline=frozenset(('R"',)), raw=frozenset(('R"',))),
+    "c": replace(_C, endings=(".c", ".h")),
+    "cpp": replace(
+        _C,
+        strings=(('R"', '"'), *_C_STRINGS),
+        multiline=frozenset(('R"',)),
+        raw=frozenset(('R"',)),
+        endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+        names=("c++", "cc"),
+    ),
     "go": Language(
         "//",
         ("/*", "*/"),
@@ -165,8 +178,43 @@ LANGUAGES: dict[str, Language] = {
         re.compile(r"(?!)"),  # Go's methods stand on their own
         function="func",
         raw=frozenset("`"),
+        endings=(".go",),
+        names=("golang",),
     ),
 }
+BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
+BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
+SHEBANG = re.compile(r"#![^\n]*?([A-Za-z+]+[0-9]?)[0-9.]*[ \t]*(?:\n|$)")
+# What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`.
+MODELINE = re.compile(
+    r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)|(?:path|file|filename):[ \t]*(\S+))", re.I | re.M
+)
+OPENED = re.compile(r"^(?:```|~~~)([\w+]*)[ \t]*$", re.M)
+
+
+def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
+    """The language of a text whose client names none, or "": by the file's name, by what the text's beginning says, by
+    the fence that is open at its end, or by the names of other files that come with it.
+
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1", ["a.rs", "b.rs"])
+    ('python', 'rust')
+    """
+    if name := BY_ENDING.get(ending_of(filename)):
+        return name
+    if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower())):
+        return name
+    for match in MODELINE.finditer(text[: text.find("\n", 400) + 1 or 400]):
+        if name := BY_NAME.get((match[1] or "").lower()) or BY_ENDING.get(ending_of(match[2] or "")):
+            return name
+    fences = OPENED.findall(text)
+    if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower())):
+        return name
+    counts = Counter(filter(None, (BY_ENDING.get(ending_of(other)) for other in others)))
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def ending_of(filename: str) -> str:
+    return "." + filename.rpartition(".")[2].lower()
 
 
 # --------------------------------------------------------------------------------------------------------- ways to ask
@@ -551,8 +599,14 @@ def _outside(indent: int, indented: bool) -> re.Pattern[str]:
 
 # ---------------------------------------------------------------------------------------------------- fitting a prompt
 
-TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64}  # special tokens; a template's own system message
+# Special tokens; a template's own system message.
+TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 SUFFIX_SHARE = 8  # an eighth of the room is the suffix's: it follows the prefix, so each keystroke prefills it again
+SUFFIX_FRESH = 4  # the suffix's share, a fourth, of what may be read anew
+MIN_FRESH = 200  # weight: with less text around the cursor a model can only guess
+EXTRA_STEPS = 8  # the room for other files' texts shrinks by eighths of the whole
+MESSAGE_WEIGHT = 18  # a template's tokens around one message
+MAX_TURNS = 99  # the VPS takes a hundred messages
 MIN_REPEATED = 200  # characters: a shorter paragraph may be an idiom of its language, and dropping it saves nothing
 MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
@@ -565,9 +619,11 @@ PARAGRAPH_END = re.compile(r"\n\s*\n")
 class Prepared:
     """A request as the VPS gets it."""
 
-    body: dict[str, Any]  # the VPS's fields: `mode`, and `prompt`, `suffix` or `messages`
+    body: dict[str, Any]  # the VPS's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: dict[str, Any]  # what of the user's text it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
+    above: str = ""  # all of its text before the cursor
+    cut: bool = False  # to what may be read anew; otherwise there would be room for more
 
 
 class Fit:
@@ -746,44 +802,144 @@ def fit_start(text: str, room: int) -> str:
     return text[: text.rfind("\n") + 1] or text
 
 
-def prepare(fields: Mapping[str, Any], mode: str, budget: int, ratio: float) -> Prepared:
+def prepare(
+    fields: Mapping[str, Any], mode: str, budget: int, ratio: float, fresh: int | None = None, known: str = ""
+) -> Prepared:
     """The VPS's fields for a request, with a prompt of about `budget` tokens at most.
 
-    `mode` comes from `detect_mode`, `ratio` from the model's `Ratio`. What fits is sent as it is, byte for byte. `kept`
-    says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions", "window"], "lines": 158,
-    "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
+    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. What fits is sent as it is, byte
+    for byte. `kept` says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions",
+    "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
+
+    With `fresh`, at most so many tokens of the prompt may be new: not the beginning of `known`, the text before the
+    cursor that the VPS has read before.
     """
-    language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
-    body: dict[str, Any] = {"mode": mode}
+    if mode == "chat":
+        return prepare_chat(fields["messages"], room)
     if mode == "instruct":
-        instruction, code = fields.get("instruction") or "", prompt
-        if not instruction:
-            instruction, code = split_instruction(prompt, language) or (prompt, "")
-            if not code and not fits(instruction, room):  # then the lines after its first are probably code
-                instruction, _, code = instruction.strip().partition("\n")
-        asked = fit_start(instruction.strip(), room // 2 if code else room)
-        sent, kept = fit(code, language, room - weigh(asked), asked)
-        if len(asked) < len(instruction.strip()):
-            kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
-        fence = f"```{fields['language']}\n"
-        block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
-        text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
-        of, sizes = len(code) + len(instruction), len(sent) + len(asked)
-        # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so
-        # too, but then a small model leaves out the comments and steps that get the code right.
-        body["messages"] = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
+        prepared = prepare_instruction(fields, room)
     else:
-        spare = room - weigh(prompt[: 3 * room])
-        after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
-        sent, kept = fit(prompt, language, room - weigh(after))
-        if len(after) < len(suffix):
-            kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
-        text, of, sizes = sent + after, len(prompt) + len(suffix), len(sent) + len(after)
-        body |= {"prompt": sent, "heal": True} | ({"suffix": after} if mode == "infill" else {})
+        news = None if fresh is None else max(int((fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
+        prepared = prepare_text(fields, mode, room, news, known)
     if fields.get("filename"):
-        body["filename"] = fields["filename"]
-    return Prepared(body, {"characters": sizes, "of": of, **kept}, weigh(text))
+        prepared.body["filename"] = fields["filename"]
+    return prepared
+
+
+def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
+    """An instruction, and the code that it is about in a fence."""
+    language, prompt = syntax(fields["language"]), fields.get("prompt") or ""
+    instruction, code = fields.get("instruction") or "", prompt
+    if not instruction:
+        instruction, code = split_instruction(prompt, language) or (prompt, "")
+        if not code and not fits(instruction, room):  # then the lines after its first are probably code
+            instruction, _, code = instruction.strip().partition("\n")
+    asked = fit_start(instruction.strip(), room // 2 if code else room)
+    sent, kept = fit(code, language, room - weigh(asked), asked)
+    if len(asked) < len(instruction.strip()):
+        kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
+    fence = f"```{fields['language']}\n"
+    block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
+    text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
+    # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so too,
+    # but then a small model leaves out the comments and steps that get the code right.
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
+    kept = {"characters": len(sent) + len(asked), "of": len(code) + len(instruction), **kept}
+    return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
+
+
+def prepare_text(fields: Mapping[str, Any], mode: str, room: int, news: int | None, known: str) -> Prepared:
+    """The text around the cursor and, where there is room behind it, other files' texts."""
+    language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
+    spare = room - weigh(prompt[: 3 * room])
+    after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
+    sent, kept = fit(prompt, language, room - weigh(after))
+    extra = fit_extra(fields.get("extra") or (), room - weigh(sent) - weigh(after), room // EXTRA_STEPS)
+    above, cut = render_extra(extra), False
+    if news is not None:
+        new = weigh((above + sent)[common_length(above + sent, known) :])
+        cut = new > news - news // SUFFIX_FRESH
+        if cut:
+            extra = extra if known.startswith(above) else []
+            above = render_extra(extra)
+            sent, kept = fit(prompt, language, news - news // SUFFIX_FRESH)
+            new = weigh(sent)
+        after = fit_start(after, news - new)
+    if len(after) < len(suffix):
+        kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
+    body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
+    body |= {"suffix": after} if mode == "infill" else {}
+    body |= {"extra": extra} if extra else {}
+    kept = {"characters": len(sent) + len(after), "of": len(prompt) + len(suffix), **kept}
+    return Prepared(body, kept, weigh(above + sent + after), above + sent, cut)
+
+
+def fit_extra(extra: Sequence[Mapping[str, str]], room: int, step: int) -> list[Mapping[str, str]]:
+    """Other files' texts that fit, the last ones first, in their order. The room shrinks in steps, not with each typed
+    character: these texts precede the file's own, which would have to be read again."""
+    room, taken = room // step * step if step else 0, list[Mapping[str, str]]()
+    for entry in reversed(extra):
+        room -= weigh(render_extra([entry]))
+        if room < 0:
+            break
+        taken.append(entry)
+    return taken[::-1]
+
+
+def render_extra(extra: Sequence[Mapping[str, str]]) -> str:
+    """Other files' texts as one, to weigh and to compare."""
+    return "".join(f"{entry['filename']}\n{entry['text']}\n" for entry in extra)
+
+
+def common_length(one: str, other: str) -> int:
+    """Characters of the beginning that two texts share."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
+    """A chat: its system message, and as many of its latest messages as fit. `kept` also has the numbers of `messages`.
+
+    Messages are left out four at a time. What follows them moves forward, so the VPS has to read it again; this way
+    it does so only every other turn.
+    """
+    system, turns = list(messages[:1]), list(messages[1:])
+    if system[0]["role"] != "system" or not turns:
+        system, turns = [], list(messages)
+    system = [{**message, "content": fit_start(message["content"], room // 2)} for message in system]
+    room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
+    last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
+    room -= weigh(last["content"]) + MESSAGE_WEIGHT
+    taken = 1
+    while taken < min(len(turns), MAX_TURNS):
+        content = turns[-1 - taken]["content"]
+        cost = MESSAGE_WEIGHT + (weigh(content) if len(content) <= 3 * room else room + 1)
+        if cost > room:
+            break
+        room -= cost
+        taken += 1
+    start = min(-(-(len(turns) - taken) // 4) * 4, len(turns) - 1)
+    if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
+        start += 1  # an answer without its question
+    sent = [*system, *turns[start:-1], last]
+    size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
+    kept = {"characters": size, "of": of, "parts": ["all"] if size == of else ["system"] * len(system) + ["latest"]}
+    if len(sent) < len(messages):
+        kept["messages"] = [len(sent), len(messages)]
+    weight = sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in sent)
+    return Prepared({"mode": "complete", "stop_at": "none", "messages": sent}, kept, weight)
+
+
+def fit_ends(text: str, room: int) -> str:
+    """The start and the end of a text that is too long: a person pastes code, and asks about it before or behind."""
+    if fits(text, room):
+        return text
+    half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)
+    return f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_start(text[: -3 * half - 1 : -1], half)[::-1]}"
 
 
 # --------------------------------------------------------------------------------------------------------- stop strings

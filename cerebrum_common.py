@@ -251,6 +251,7 @@ def parse_target(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
+    path = path.removesuffix("/") or "/"  # people type a slash behind a URL; as %2F it stays
     if "%" not in path:
         return path, authority
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
@@ -553,12 +554,33 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
     return values
 
 
+def read_objects(
+    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field], of: str = "objects"
+) -> list[dict[str, Any]]:
+    """The checked members of each object of an array. HttpError 400 names the array, the place in it and the field."""
+    if not isinstance(value, list) or not low <= len(value) <= high:
+        message = f"{name}: expected an array of {low} to {high} {of}, got {describe(value)}"
+        raise HttpError("INVALID_REQUEST", message)
+    entries = []
+    for number, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            raise HttpError("INVALID_REQUEST", f"{name}[{number}]: expected an object, got {describe(entry)}")
+        try:
+            entries.append(read_fields(entry, fields))
+        except HttpError as error:
+            raise HttpError("INVALID_REQUEST", f"{name}[{number}].{error.message}") from None
+    return entries
+
+
 # --------------------------------------------------------------------------------------- pure: responses
 
 
 @dataclass(slots=True)
 class Response:
-    """What a handler returns: a `body` for JSON, or `events`, an async generator of blocks of whole SSE events."""
+    """What a handler returns: a `body` for JSON, or `events`, an async generator of blocks of whole SSE events.
+
+    Bytes as a `body` are JSON already. `headers` are read when the first block of `events` has come.
+    """
 
     body: Any = None
     status: int = 200
@@ -575,6 +597,11 @@ def sse_event(data: Mapping[str, Any]) -> bytes:
 def error_event(error: HttpError) -> bytes:
     """`data: {"error": true, "message", "code"}` and the error's `extra`."""
     return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
+
+
+def compact(data: Any) -> bytes:
+    """JSON in one line without spaces. The plugin llama.vim looks for `"content":"` and drops everything else."""
+    return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
 SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
@@ -630,6 +657,8 @@ class Route:
     open: bool = False  # needs no key, answers over the connection limit, and is logged at DEBUG
     json: bool = False  # takes a JSON body; other routes read a body and drop it
     watched: bool = False  # may run long: the handler is cancelled when its client leaves
+    any_type: bool = False  # its JSON body may come under any Content-Type
+    foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # the form of its errors, if it is not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -825,6 +854,7 @@ class Exchange:
         self.frame: Callable[[bytes], bytes] | None = None  # how events are sent; None until a stream begins
         self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
         self.verdict: HttpError | None = None  # why `end` cancelled that task
+        self.foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # of the route, once it is known
         self.started = time.perf_counter()
 
     def begin(self, head: Head, keep: bool) -> None:
@@ -842,7 +872,8 @@ class Exchange:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status != 204:
-            body = json.dumps(response.body).encode("ascii")
+            body = response.body
+            body = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
             headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
@@ -852,10 +883,11 @@ class Exchange:
     async def fail(self, error: HttpError) -> None:
         """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
         self.keep = self.keep and not error.close
+        foreign = self.foreign_error and compact(self.foreign_error(error))
         if self.frame is None:
-            return await self.send(Response(error_body(error), error.status, headers=error.headers))
+            return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
         self.keep = False
-        await self.connection.write(self.frame(error_event(error)))
+        await self.connection.write(self.frame(b"data: %b\n\n" % foreign if foreign else error_event(error)))
         self.log(error.status)
         return None
 
@@ -867,12 +899,12 @@ class Exchange:
         """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
-        headers = [("Content-Type", "text/event-stream; charset=utf-8")]
-        headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
-        headers += [("Transfer-Encoding", "chunked")] if chunked else []
         connection = self.connection
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = await anext(events, b"")
+            headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
+            headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
+            headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             connection.streaming = chunked
@@ -894,7 +926,7 @@ class Exchange:
         ]
         if self.head and "origin" in self.head.headers and self.access.allows_origin(self.head):
             headers += [("Access-Control-Allow-Origin", self.head.headers["origin"]), ("Vary", "Origin")]
-            headers.append(("Access-Control-Expose-Headers", "X-Request-ID"))
+            headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
@@ -1014,7 +1046,7 @@ class Server:
     async def _answer(self, exchange: Exchange, head: Head) -> None:
         connection = exchange.connection
         try:
-            route, parameter = self._route(head, connection.over)
+            route, parameter = self._route(head, connection.over, exchange)
             check_body(head, route)
         except HttpError as error:
             # The error is known before the body has come: answer now, then discard the body.
@@ -1053,12 +1085,13 @@ class Server:
         finally:
             self.body_bytes -= held
 
-    def _route(self, head: Head, over: bool) -> tuple[Route, str]:
+    def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
         parent, _, last = head.path.rpartition("/")
         methods, parameter = self.routes.get(head.path, {}), ""
         if not methods and last:
             methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        exchange.foreign_error = next((route.foreign_error for route in methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
         if over and not public:
             raise too_busy()
@@ -1132,7 +1165,7 @@ def check_body(head: Head, route: Route) -> None:
         return
     if not head.chunked and head.length is None:
         raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
-    if not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
+    if not route.any_type and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
         raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
 
 
@@ -1256,8 +1289,8 @@ def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
 
 
 def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:
-    """The first model for `language` among those `present` on the VPS (None: unknown, so among all)."""
-    listed = [model for model in models if language in model.languages]
+    """The first model for `language` ("": for any) among those `present` on the VPS (None: unknown, so among all)."""
+    listed = [model for model in models if not language or language in model.languages]
     return next((model for model in listed if present is None or model.id in present), None)
 
 

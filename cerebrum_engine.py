@@ -101,18 +101,21 @@ class CompletionRequest:
     """What a caller asks for. The caller has checked the ranges.
 
     Either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text, is given. A `suffix` makes it
-    fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one.
+    fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one. `extra` has (name, text) of other
+    files.
     """
 
     prompt: str | None = None
     messages: Sequence[tuple[str, str]] | None = None
     suffix: str | None = None
     filename: str = ""
+    extra: Sequence[tuple[str, str]] = ()
     language: str | None = None
     mode: str = "complete"  # or infill, instruct
     stop_at: str = "auto"  # or none
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
+    predict_ms: int = 0  # ends a completion that takes longer and has a line end; 0: no limit
     temperature: float = 0.4
     top_p: float = 0.95
     seed: int | None = None  # the same seed gives the same text, at a temperature above 0
@@ -848,7 +851,10 @@ class Llama:
 
     def _encode_text(self, request: CompletionRequest, prompt: str) -> list[int]:
         if request.suffix is None:
-            return self.tokenize(prompt, True)
+            files = self._encode_files(request)
+            if not files:
+                return self.tokenize(prompt, True)
+            return [*self.tokenize("", True), *files, *self.tokenize(prompt, False)]
         before, after, middle = (
             int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
         )
@@ -856,12 +862,19 @@ class Llama:
             raise HttpError(
                 "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
             )
-        file_mark = int(llama.llama_vocab_fim_sep(self.vocab))
-        name = request.filename
-        head = [file_mark, *self.tokenize(name + "\n", False)] if name and file_mark >= 0 else []
-        start = self.tokenize("", True)
+        start, files = self.tokenize("", True), self._encode_files(request)
         text, suffix = self.tokenize(prompt, False), self.tokenize(request.suffix, False)
-        return [*start, *head, before, *text, after, *suffix, middle]
+        return [*start, *files, before, *text, after, *suffix, middle]
+
+    def _encode_files(self, request: CompletionRequest) -> list[int]:
+        """Other files' texts, each behind the model's mark for a file and its name; then the name of the file itself.
+        A model without the mark gets the texts alone."""
+        mark, name = int(llama.llama_vocab_fim_sep(self.vocab)), request.filename
+        files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
+        if name and mark >= 0 and (files or request.suffix is not None):
+            files.append(name)
+        marks = [mark] if mark >= 0 else []
+        return [token for file in files for token in (*marks, *self.tokenize(file.rstrip("\n") + "\n", False))]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Apply the chat template to placeholders, then put the messages in their places: the template's own text may
@@ -986,6 +999,7 @@ class Run:
         self.generated = self.drafted = self.accepted = 0
         self.beside = 0  # other streams' tokens in the same decode
         self.first_token = self.last_token = 0.0
+        self.has_line = False  # a line end has been generated
         self.outbox: list[Event | HttpError] = []
 
     @property
@@ -1109,6 +1123,15 @@ class Worker(threading.Thread):
             )
         job.max_tokens = min(job.request.max_tokens, n_ctx - count)
         return job
+
+    def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
+        """`Llama.tokenize`, once the model is loaded."""
+        self.ready.result()
+        assert self.llama
+        with self.llama.vocab_lock:
+            if self.llama.closed:
+                raise self._farewell
+            return self.llama.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
         """Hand a prepared job over; its events begin to arrive."""
@@ -1546,7 +1569,10 @@ class Worker(threading.Thread):
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})
         full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
-        if not reason and (run.generated >= run.job.max_tokens or full):
+        run.has_line = run.has_line or b"\n" in piece
+        limit = run.job.request.predict_ms
+        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
+        if not reason and (run.generated >= run.job.max_tokens or full or late):
             reason = "length"
             self._finish(run, reason)
         elif reason:

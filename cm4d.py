@@ -8,7 +8,10 @@
 
 Every completion is one async generator, `Gateway.complete`. It takes a place, asks the breaker, routes the language to
 a model, fits the prompt and sends it to the VPS on a connection of its own. It yields pairs of (kind, value) that do
-not depend on the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON answer.
+not depend on the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON answer. Editors
+and tools speak the dialects of cerebrum_dialects.py. They follow a completion by a `Reading`: identical requests at the
+same time share one, a newer infill of the same file ends the older one, and text that the last completion predicted is
+served without the VPS.
 
 It refuses a third completion at a time (429) and every completion while the breaker is open (503). From the VPS it
 refuses redirects, framing or JSON that is not exact, and a stream that ends without a done event: the client gets all
@@ -16,8 +19,9 @@ whole events up to the fault, then an error event, then a cut. A POST is never s
 a connection to the VPS is used for one request only.
 
 Who owns what: `Gateway` owns the places, the breaker, the learned ratios and what is known of the VPS. Its probe task
-keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. Everything runs on the
-event loop's thread; there is no other thread. Standard library only, with cerebrum_*.py and models.toml beside it.
+keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. A `Shared` completion
+owns the task that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no
+other thread. Standard library only, with cerebrum_*.py and models.toml beside it.
 """
 
 from __future__ import annotations
@@ -53,11 +57,12 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cerebrum_code import LANGUAGES, Ratio, detect_mode, prepare
+from cerebrum_code import LANGUAGES, Ratio, detect_mode, guess_language, prepare
 from cerebrum_common import (
     READ_BYTES,
     SSE_COMMENT,
@@ -74,7 +79,10 @@ from cerebrum_common import (
     Response,
     Route,
     Server,
+    chunk,
+    compact,
     describe,
+    internal_error,
     load_models,
     log,
     notify,
@@ -90,6 +98,22 @@ from cerebrum_common import (
     set_up_logging,
     sse_event,
     timestamp,
+)
+from cerebrum_dialects import (
+    COMPLETION,
+    DEFAULT_TOKENS,
+    INFILL,
+    MAX_TOKENS,
+    OPENAI_CHAT,
+    OPENAI_TEXT,
+    TOKENIZE,
+    Asked,
+    Dialect,
+    Reply,
+    present,
+    write_error,
+    write_model,
+    write_props,
 )
 
 if TYPE_CHECKING:
@@ -183,7 +207,7 @@ def load_config(environ: Environment) -> Config:
 FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, 2048, 512),
+    "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, 2**32 - 2),
@@ -199,7 +223,7 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress")
+PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress", "indent", "predict_ms")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -226,6 +250,22 @@ def session_of(address: str, session: str | None) -> str:
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
+def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
+    """A dialect's request in the fields that `Gateway.complete` reads. An unknown model is none; the language is what
+    the text and the files' names tell."""
+    fields: dict[str, Any] = {
+        "prompt": "",
+        "filename": "",
+        "extra": [],
+        "stop_at": "auto",
+        "progress": False,
+    } | asked.fields
+    others = [entry["filename"] for entry in fields["extra"]]
+    known = fields["model"] in {model.id for model in models}
+    language = "" if asked.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
+    return fields | {"language": language, "model": fields["model"] if known else None}
+
+
 DEFAULT_N_CTX = 4096  # until the VPS tells its own
 MARGIN_TOKENS = 8  # of n_ctx, never used
 REFIT = 0.95  # the one retry assumes this share of the weight per token that the VPS has just counted
@@ -238,6 +278,66 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     (3520, 448)
     """
     return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
+
+
+# ------------------------------------------------------------------------------------- policy: editors
+
+MIN_SAME = 0.5  # of the shorter text's lines: two texts with fewer in common are of two files
+TAIL_CHARS = 2048  # of the text before the cursor: with as many equal, two cursors are at the same place
+MAX_PREDICTIONS = 64  # that are remembered, of at most MAX_PREDICTED_CHARS each
+MAX_PREDICTED_CHARS = 4096
+ALIKE = ("model", "filename", "stop", "temperature", "top_p", "seed", "mode", "language")  # and the suffix
+
+
+def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two infills are of the same file. Most editors send no name, so the texts around the cursors decide."""
+    if one["filename"] or other["filename"]:
+        return bool(one["filename"] == other["filename"])
+    if one["prompt"].startswith(other["prompt"]) or other["prompt"].startswith(one["prompt"]):
+        return True
+    lines, others = ({*around["prompt"].split("\n"), *around["suffix"].split("\n")} - {""} for around in (one, other))
+    return len(lines & others) >= MIN_SAME * min(len(lines), len(others))
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A completion that someone may type: the end of the text before it, its text, and the rest of its request."""
+
+    client: str
+    tail: str
+    text: str
+    alike: tuple[Any, ...]
+    begun: Mapping[str, Any]
+    finish_reason: str
+
+
+class Predictions:
+    """The latest completions, for clients who type what they say. Pure; at most 400 KB."""
+
+    def __init__(self) -> None:
+        self.recent: deque[Prediction] = deque(maxlen=MAX_PREDICTIONS)
+
+    def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
+        if 1 < len(text) <= MAX_PREDICTED_CHARS:
+            tail = fields["prompt"][-TAIL_CHARS:]
+            self.recent.append(Prediction(client, tail, text, self._alike(fields), begun, reason))
+
+    def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
+        """A completion of which the client has typed the beginning, and its rest."""
+        tail, alike = fields["prompt"][-TAIL_CHARS:], self._alike(fields)
+        for prediction in reversed(self.recent):
+            if prediction.client == client and prediction.alike == alike:
+                text, before = prediction.text, prediction.tail + prediction.text
+                for typed in range(1, len(text)):
+                    end = len(prediction.tail) + typed
+                    if before[end - 1] == tail[-1:] and before[max(0, end - TAIL_CHARS) : end] == tail:
+                        return prediction, text[typed:]
+        return None
+
+    @staticmethod
+    def _alike(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+        suffix = hashlib.sha256((fields.get("suffix") or "").encode()).digest()
+        return (suffix, *(str(fields.get(name)) for name in ALIKE))
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -619,7 +719,9 @@ IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment ev
 CLOSE_SECONDS = 0.5  # the VPS closes right after its answer, as we ask; bytes instead of the close are a fault
 STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which the VPS answers in milliseconds
+LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
 MAX_ERROR_BYTES = 65_536  # an error's JSON
+MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
 
 
@@ -779,16 +881,22 @@ class Upstream:
         self._tls = make_tls() if config.vps.tls else None
 
     @contextlib.asynccontextmanager
-    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[Answer]:
-        """Send one request once and yield its 200, whose head has been read. HttpError if the VPS refuses, VpsFailure
-        if its answer is late or malformed. The answer to a POST is a stream, to a GET it is JSON."""
-        kind, seconds = ("text/event-stream", HEAD_SECONDS) if body is not None else ("application/json", ASIDE_SECONDS)
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        kind: str = "text/event-stream",
+        seconds: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Send one request once and yield its 200 of the media type `kind`, whose head has been read. HttpError if the
+        VPS refuses, VpsFailure if its answer is malformed or its head takes over `seconds` (None: HEAD_SECONDS)."""
         reader, transport = await self._connect()
         answer = Answer(reader, transport)
         try:
             transport.write(self._encode(method, path, body))
             with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(HEAD_SECONDS if seconds is None else seconds):
                     await answer.read_head(kind)
                     refused = b"" if answer.status == 200 else await answer.read_all(MAX_ERROR_BYTES)
             if answer.status != 200:
@@ -800,7 +908,16 @@ class Upstream:
 
     async def get(self, path: str, limit: int) -> dict[str, Any]:
         """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
-        async with self.ask("GET", path) as answer:
+        return await self._json("GET", path, None, limit, ASIDE_SECONDS)
+
+    async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """POST for a JSON object, which the VPS may have to load a model for."""
+        return await self._json("POST", path, body, limit, LOAD_SECONDS)
+
+    async def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
+    ) -> dict[str, Any]:
+        async with self.ask(method, path, body, "application/json", seconds) as answer:
             with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     return parse_json(await answer.read_all(limit))
@@ -864,6 +981,9 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 MODELS_SECONDS = 60.0  # the age at which the list of the VPS's models is asked for again
+WAIT_SECONDS = {"infill": 3.0, "completion": 3.0, "chat": 10.0}  # for a place; minuet gives up after 3 s
+MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
+MAX_KNOWN = 16  # clients and models whose last text is remembered, some 10 KB each
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 
 
@@ -876,16 +996,118 @@ class Job:
     end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
     limit: float = math.inf  # bytes of text events that its client's API can take
     send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
+    kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
+    client: str = ""  # of a dialect's request: its address
     model: str = ""
     mode: str = ""
+    n_ctx: int = 0  # of the model
     kept: dict[str, Any] = field(default_factory=dict)  # how much of the prompt was sent
     weight: int = 0  # of the prompt that was sent, for the ratio
+    above: str = ""  # the text before the cursor that was sent
+    cut: bool = False  # to what can be read in the time that the client allows
     tokens: int = 0  # relayed so far
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer request of its session has ended it
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds nothing any more
     started: float = field(default_factory=time.perf_counter)
+
+
+class Shared:
+    """One completion for all clients that ask the same at the same time, and the task that computes it.
+
+    It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
+    """
+
+    def __init__(self, pairs: Sequence[Pair] = ()) -> None:
+        self.pairs = list(pairs)
+        self.failure: HttpError | None = None
+        self.readers: list[Reading] = []
+        self.task: asyncio.Task[None] | None = None
+
+    async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
+        """Take all pairs, and keep the error that ends them."""
+        try:
+            async with contextlib.aclosing(pairs):
+                async for pair in pairs:
+                    self.add(pair)
+        except HttpError as error:
+            self.failure = error
+        except Exception as exception:
+            self.failure = internal_error(exception)
+        self.wake(all_of_them=True)
+
+    def add(self, pair: Pair) -> None:
+        self.pairs.append(pair)
+        self.wake(all_of_them=pair[0] == "done")
+
+    def wake(self, all_of_them: bool) -> None:
+        """Whoever collects the whole text is woken for its end alone."""
+        for reader in self.readers:
+            if all_of_them or reader.streams:
+                reader.woken.set()
+
+    def pass_by(self, data: bytes) -> bool:
+        """The express lane: give one chunk with one token event to all readers, without waking those that keep up."""
+        event = data[data.index(b"\n") + 1 : -2]
+        self.pairs.append(("text", event))
+        for reader in self.readers:
+            if reader.at == len(self.pairs) - 1 and reader.send_now(event):
+                reader.at += 1
+            elif reader.streams:
+                reader.woken.set()
+        return True
+
+
+class Reading:
+    """One client's request in a dialect: its place in a completion, which it may share with others."""
+
+    def __init__(self, gateway: Gateway, job: Job, asked: Asked, editor: str) -> None:
+        self.gateway, self.job, self.streams, self.editor = gateway, job, asked.stream, editor
+        self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
+        self.at = 0  # pairs read
+        self.woken = asyncio.Event()
+        self.replaced = False  # a newer infill of this file came
+        self.send_now: Callable[[bytes], bool] = lambda _: False  # sends token events, unless the client is behind
+
+    async def pairs(self) -> AsyncGenerator[Pair, None]:
+        """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
+        like a completion that a limit has cut: editors show an error to their user."""
+        shared = self.gateway.join(self)
+        begun = False
+        try:
+            while not self.replaced:
+                if self.at < len(shared.pairs):
+                    kind, value = self._next(shared.pairs)
+                    begun = True
+                    if kind == "done" and self.predicts and shared.task:
+                        self.gateway.remember(self.job, shared.pairs)
+                    yield kind, value
+                    if kind == "done":
+                        return
+                elif shared.failure:
+                    raise shared.failure
+                else:
+                    self.woken.clear()
+                    await self.woken.wait()
+            if not begun:
+                yield "started", self.gateway.beginning(self.job)
+            yield "done", {"finish_reason": "replaced"}
+        finally:
+            self.gateway.leave(self, shared)
+
+    def _next(self, pairs: Sequence[Pair]) -> Pair:
+        kind, value = pairs[self.at]
+        self.at += 1
+        texts = [value]
+        while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
+            texts.append(pairs[self.at][1])
+            self.at += 1
+        return kind, b"".join(texts) if len(texts) > 1 else value
+
+    def replace(self) -> None:
+        self.replaced = True
+        self.woken.set()
 
 
 class Gateway:
@@ -896,9 +1118,18 @@ class Gateway:
         self.upstream = Upstream(config)
         self.breaker = Breaker(random.random)
         self.ratio = Ratio()
-        self.started = time.monotonic()
+        self.started, self.created = time.monotonic(), int(time.time())
         self.requests_total = 0
         self.active: list[Job] = []
+        self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
+        self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
+        self.readings: list[Reading] = []
+        self.predictions = Predictions()
+        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
+        self.known: dict[tuple[str, str], str] = {}  # text before the cursor that the VPS has read, by client and model
+        self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
+        self.to_warm: Job | None = None  # to be read into the VPS's cache as soon as nothing else is to do
+        self.warming: asyncio.Task[None] | None = None
         self.probes = 0  # that have ended
         self.trouble = "VPS backend has not been asked yet"  # what is wrong with the VPS; "": nothing
         self.response_ms: float | None = None  # of the last good probe
@@ -963,7 +1194,8 @@ class Gateway:
     async def complete(self, job: Job) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
-            ("started", None)   first: the backend answers. An error before this pair can still be an HTTP status.
+            ("started", dict)   first: the backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
+                                still be an HTTP status.
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
@@ -975,7 +1207,7 @@ class Gateway:
         self.requests_total += 1
         async with self._place(job), contextlib.AsyncExitStack() as stack:
             answer = await self._ask(job, stack)
-            yield "started", None
+            yield "started", self.beginning(job)
             answer.express = functools.partial(self._express, job)
             async for kind, value in relay(answer, self.config.key):
                 if kind == "text":
@@ -995,22 +1227,19 @@ class Gateway:
         A newer completion that is admitted ends the older one of its session. It waits until the older one has let go
         of the VPS, which therefore never works on more than `max_concurrent` of our requests.
         """
-        running = [other for other in self.active if not other.superseded]
-        older = [other for other in running if job.session and other.session == job.session]
-        if len(running) - len(older) >= self.config.max_concurrent:
-            limit = self.config.max_concurrent
-            raise HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
-        ticket = self.breaker.admit(time.monotonic())
-        if ticket is None:
-            raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-        job.ticket = ticket
-        self.active.append(job)
+        older = [other for other in self._running() if job.session and other.session == job.session]
+        await self._enter(job, len(older))
         try:
+            ticket = self.breaker.admit(time.monotonic())
+            if ticket is None:
+                raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+            job.ticket = ticket
             for other in older:
                 other.superseded = True
                 other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
             for other in [other for other in self.active if other.superseded]:
                 await other.gone.wait()
+            await self._stop_warming()
             yield
         except VpsFailure as failure:
             self._failed(job.ticket, failure)
@@ -1022,6 +1251,154 @@ class Gateway:
             self.active.remove(job)
             job.gone.set()
             self.breaker.left(job.ticket)
+            self._call_next()
+
+    def _running(self) -> list[Job]:
+        return [job for job in self.active if not job.superseded]
+
+    async def _enter(self, job: Job, leaving: int) -> None:
+        """Add the job to `active`. A dialect's waits in line for a place, ours gets its 429 at once: its clients are
+        promised that."""
+        if self._may_run(job, leaving):
+            self.active.append(job)
+            return
+        waiting = job, asyncio.Event()
+        self.line.append(waiting)
+        try:
+            async with asyncio.timeout(WAIT_SECONDS.get(job.kind, 0)):
+                await waiting[1].wait()
+        except TimeoutError:
+            if job not in self.active:
+                limit = self.config.max_concurrent
+                message = f"expected at most {limit} completions at a time; try again later"
+                raise HttpError("RATE_LIMIT", message) from None
+        except asyncio.CancelledError:
+            if job in self.active:
+                self.active.remove(job)
+                self._call_next()
+            raise
+        finally:
+            if waiting in self.line:
+                self.line.remove(waiting)
+
+    def _may_run(self, job: Job, leaving: int = 0) -> bool:
+        """Whether there is a place. One of them is out of reach for chats, and one for the editor of one client: so a
+        chat leaves room for infills, and nobody's editor starves another's."""
+        running, most = self._running(), self.config.max_concurrent
+        if len(running) - leaving >= most:
+            return False
+        if not job.kind:
+            return True
+        alike = [other for other in running if other.kind and (other.kind == "chat") == (job.kind == "chat")]
+        mine = [other for other in alike if job.kind == "chat" or other.client == job.client]
+        return len(mine) < max(1, most - 1)
+
+    def _call_next(self) -> None:
+        """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
+        clients = [job.client for job in self._running()]
+        for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
+            if self._may_run(waiting[0]):
+                self.line.remove(waiting)
+                self.active.append(waiting[0])
+                waiting[1].set()
+        if self.to_warm and not self.active:
+            job, self.to_warm = self.to_warm, None
+            self.warm(job)
+
+    # Following a completion in a dialect.
+
+    def beginning(self, job: Job) -> dict[str, Any]:
+        """The value of the pair "started"."""
+        model = job.model or self._route(job.fields)
+        return {"model": model, "n_ctx": job.n_ctx or self._n_ctx(model), "kept": job.kept}
+
+    def join(self, reading: Reading) -> Shared:
+        """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
+        self.readings.append(reading)
+        job = reading.job
+        if job.fields["max_tokens"] == 0:
+            self.warm(job)
+            done = "done", {"finish_reason": "length"}
+            return Shared([("started", self.beginning(job)), done])
+        self._replace_older(reading)
+        if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
+            self._count("type_through")
+            return Shared(typed_pairs(*found))
+        key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
+        shared = self.shared.get(key)
+        if shared is None or shared.failure:
+            shared = self.shared[key] = Shared()
+            job.send_now = shared.pass_by
+            shared.task = asyncio.create_task(shared.compute(self.complete(job)))
+            shared.task.add_done_callback(lambda _: self._forget(key, shared))
+        else:
+            self._count("shared")
+        shared.readers.append(reading)
+        return shared
+
+    def _count(self, how: str) -> None:
+        self.requests_total += 1
+        self.counts[how] += 1
+
+    def _forget(self, key: bytes, shared: Shared) -> None:
+        if self.shared.get(key) is shared:
+            del self.shared[key]
+
+    def _replace_older(self, reading: Reading) -> None:
+        """End the older infills of the same editor and file, unless they ask the same."""
+        fields = reading.job.fields
+        for other in self.readings:
+            of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
+            if other is reading or other.replaced or not of_editor or other.job.fields == fields:
+                continue
+            if same_file(other.job.fields, fields):
+                self.counts["replaced"] += 1
+                other.replace()
+
+    def leave(self, reading: Reading, shared: Shared) -> None:
+        """The reading has ended, or its client has left. The last one ends the completion."""
+        self.readings.remove(reading)
+        if reading in shared.readers:
+            shared.readers.remove(reading)
+        if shared.task and not shared.readers and not shared.task.done():
+            shared.task.cancel()
+
+    def remember(self, job: Job, pairs: Sequence[Pair]) -> None:
+        """Keep a whole completion for clients who type what it says."""
+        text = "".join(read_text(value) for kind, value in pairs if kind == "text")
+        self.predictions.add(job.client, job.fields, text, pairs[0][1], pairs[-1][1].get("finish_reason", "stop"))
+
+    # Warming: reading a prompt into the VPS's cache while there is nothing else to do.
+
+    def warm(self, job: Job) -> None:
+        """Read this prompt soon. Takes no place, waits until none is taken, and ends when one is. The newest counts."""
+        if self.active or self.line or self.breaker.state != "closed":
+            self.to_warm = job
+            return
+        if self.warming:
+            self.warming.cancel()
+        self.warming = asyncio.create_task(self._warm(job))
+
+    async def _warm(self, job: Job) -> None:
+        with contextlib.suppress(HttpError):
+            async with contextlib.AsyncExitStack() as stack:
+                answer = await self._ask(job, stack)
+                async for kind, value in relay(answer, self.config.key):
+                    if kind == "done":
+                        self._result(job, value)
+
+    async def _stop_warming(self) -> None:
+        warming, self.warming = self.warming, None
+        if warming:
+            warming.cancel()
+            await asyncio.wait([warming])
+
+    def _fresh(self, job: Job) -> tuple[int | None, str]:
+        """(how many tokens may be read for this job, text that the VPS has read for its client before)."""
+        speed, limit = self.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
+        if limit <= 1 or not speed:
+            return None, ""
+        return int(speed * limit / 1000), self.known.get((job.client, job.model), "")
 
     def _express(self, job: Job, data: bytes) -> bool:
         """The express lane: send one chunk with one token on as it came, unless the client is behind."""
@@ -1048,15 +1425,16 @@ class Gateway:
         if self.contexts is None:
             await self._learn_models()
         job.model = self._route(job.fields)
-        n_ctx = (self.contexts or {}).get(job.model, DEFAULT_N_CTX)
+        job.n_ctx = self._n_ctx(job.model)
         try:
-            return await self._send(job, n_ctx, self.ratio.get(job.model), stack)
+            return await self._send(job, self.ratio.get(job.model), stack)
         except HttpError as error:
             counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", 0)
             if error.status != 400 or counted <= 0 or n_ctx <= 0:
                 raise
         self.ratio.learn(job.model, job.weight, counted)
-        return await self._send(job, n_ctx, REFIT * job.weight / counted, stack)
+        job.n_ctx = n_ctx
+        return await self._send(job, REFIT * job.weight / counted, stack)
 
     def _route(self, fields: Mapping[str, Any]) -> str:
         if fields["model"] is not None:
@@ -1066,11 +1444,17 @@ class Gateway:
         model = route_language(models, language, self.contexts) or route_language(models, language, None)
         return model.id if model else models[0].id
 
-    async def _send(self, job: Job, n_ctx: int, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
-        fields = job.fields
-        prepared = prepare(fields, fields["mode"], prompt_budget(n_ctx, fields["max_tokens"]), ratio)
-        job.mode, job.kept, job.weight = str(prepared.body["mode"]), prepared.kept, prepared.weight
-        passed = {name: fields[name] for name in PASSED_TO_VPS if fields[name] is not None}
+    def _n_ctx(self, model: str) -> int:
+        return (self.contexts or {}).get(model, DEFAULT_N_CTX)
+
+    async def _send(self, job: Job, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
+        fields, n_ctx = job.fields, job.n_ctx
+        longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
+        budget = prompt_budget(n_ctx, min(fields["max_tokens"] or DEFAULT_TOKENS, longest))
+        prepared = prepare(fields, fields["mode"], budget, ratio, *self._fresh(job))
+        job.mode, job.kept, job.weight = fields["mode"], prepared.kept, prepared.weight
+        job.above, job.cut = prepared.above, prepared.cut
+        passed = {name: fields[name] for name in PASSED_TO_VPS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
         if fields["language"] in LANGUAGES:  # where a completion ends is known for these alone
@@ -1088,6 +1472,7 @@ class Gateway:
         told = read_result(done)
         if counted := told.get("prompt_tokens"):
             self.ratio.learn(job.model, job.weight, counted)
+            self._learn_reading(job, counted - told.get("cached_tokens", 0), told.get("ttft"))
         ours = {
             "language": job.fields["language"],
             "model": job.model,
@@ -1097,6 +1482,28 @@ class Gateway:
             "mode": job.mode,
         }
         return ours | told | ({"kept": job.kept} if job.kept else {})
+
+    def _learn_reading(self, job: Job, read: int, seconds: float | None) -> None:
+        """How fast the VPS reads prompts, and which text of a client's file it has read. A prompt that was cut short
+        for the sake of time is read whole later, so that the next one need not be."""
+        if seconds and read >= MIN_READ_TOKENS:
+            speed = read / seconds
+            self.read_speed[job.model] = self.read_speed.get(job.model, speed) * 0.75 + speed * 0.25
+        if not job.kind:
+            return
+        self.known.pop((job.client, job.model), None)
+        self.known[job.client, job.model] = job.above
+        if len(self.known) > MAX_KNOWN:
+            del self.known[next(iter(self.known))]
+        if job.cut:
+            self.to_warm = Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client)
+
+
+def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
+    """A completion that consists of the rest of an earlier one."""
+    done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
+    text = sse_event({"token": rest, "total_tokens": 1})
+    return [("started", prediction.begun), ("text", text), ("done", done)]
 
 
 # -------------------------------------------------------------------------------------------- handlers
@@ -1146,7 +1553,8 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file."""
+    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file. `data`
+    is OpenAI's list: those that the VPS has, or all as long as that is unknown."""
     present = (gateway.contexts or {}) if gateway.available else {}
     listed = [
         {
@@ -1159,7 +1567,100 @@ async def models(gateway: Gateway, request: Request) -> Response:
         }
         for model in gateway.config.models
     ]
-    return Response({"models": listed})
+    served = [model for model in gateway.config.models if not gateway.contexts or model.id in gateway.contexts]
+    data = [write_model(model.id, gateway.created) for model in served]
+    return Response({"models": listed, "object": "list", "data": data})
+
+
+async def model(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/models/{id}: one model, as OpenAI lists it."""
+    if request.parameter not in [model.id for model in gateway.config.models]:
+        known = ", ".join(model.id for model in gateway.config.models)
+        raise HttpError("MODEL_NOT_FOUND", f"expected one of {known}, got {describe(request.parameter)}")
+    return Response(compact(write_model(request.parameter, gateway.created)))
+
+
+async def props(gateway: Gateway, request: Request) -> Response:
+    """GET /props: of the model that answers when none is named."""
+    model = gateway._route({"model": None, "language": ""})
+    return Response(compact(write_props(model, gateway._n_ctx(model), gateway.config.max_concurrent)))
+
+
+async def tokenize(gateway: Gateway, request: Request) -> Response:
+    """POST /tokenize: a text in tokens of the model that answers when none is named."""
+    fields = read_fields(present(request.json()), TOKENIZE)
+    asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
+    asked["model"] = gateway._route({"model": None, "language": ""})
+    answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
+    return Response(compact({"tokens": answer.get("tokens", [])}))
+
+
+def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
+    """The handler of a dialect's completions."""
+
+    async def handle(gateway: Gateway, request: Request) -> Response:
+        asked = dialect.read(request.json())
+        fields = native_fields(asked, gateway.config.models)
+        job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address)
+        editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
+        reading = Reading(gateway, job, asked, editor)
+
+        def reply_to(begun: Mapping[str, Any]) -> Reply:
+            return dialect.reply(asked, request.head.request_id, int(time.time()), begun)
+
+        if not asked.stream:
+            return await collect(reading, reply_to)
+        response = Response()
+        response.events = dialect_stream(reading, reply_to, request, response)
+        return response
+
+    return handle
+
+
+async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply]) -> Response:
+    """A completion in one piece, in a dialect."""
+    text, response = io.StringIO(), Response()
+    async with contextlib.aclosing(reading.pairs()) as pairs:
+        async for kind, value in pairs:
+            if kind == "started":
+                reply, response.headers = reply_to(value), kept_headers(value["kept"])
+            elif kind == "text":
+                text.write(read_text(value))
+            elif kind == "done":
+                whole = text.getvalue() if value["finish_reason"] != "replaced" else ""
+                response.body = reply.whole(whole, value)
+    return response
+
+
+async def dialect_stream(
+    reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], request: Request, response: Response
+) -> AsyncGenerator[bytes, None]:
+    """Blocks of whole SSE events in a dialect. The first may be empty, as in `native_stream`."""
+    async with contextlib.aclosing(reading.pairs()) as pairs:
+        async for kind, value in pairs:
+            if kind == "started":
+                reply, response.headers = reply_to(value), kept_headers(value["kept"])
+                reading.send_now = functools.partial(send_tokens, request, reply)
+                yield reply.begin()
+            elif kind == "text":
+                yield reply.text(value)
+            elif kind == "idle":
+                yield SSE_COMMENT
+            elif kind == "done":
+                yield reply.end(value)
+
+
+def send_tokens(request: Request, reply: Reply, tokens: bytes) -> bool:
+    """The express lane's last part."""
+    return request.send_now(chunk(reply.text(tokens)))
+
+
+def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What of a request was sent, if that is not all: no dialect has a member for it."""
+    if not kept or kept["parts"] == ["all"]:
+        return ()
+    messages = "{} of {} messages, ".format(*kept["messages"]) if "messages" in kept else ""
+    return (("X-Cerebrum-Kept", f"{messages}{kept['characters']} of {kept['of']} characters"),)
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
@@ -1174,6 +1675,7 @@ async def stats(gateway: Gateway, request: Request) -> Response:
         "memory_mb": memory_mb(),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
         "breaker": gateway.breaker.describe(now),
+        **gateway.counts,
     }
     return Response(body)
 
@@ -1191,12 +1693,28 @@ def memory_mb() -> float:
 
 # ---------------------------------------------------------------------------------------------- routes
 
+# Some clients put /v1 before their paths only if the URL that their user has typed ends so.
+DIALECTS = {
+    OPENAI_TEXT: ("/v1/completions", "/completions"),
+    OPENAI_CHAT: ("/v1/chat/completions", "/chat/completions"),
+    COMPLETION: ("/completion",),
+    INFILL: ("/infill",),
+}
 ROUTES = (
     Route("GET", "/health", health, open=True),
     Route("POST", "/v1/complete", complete, json=True, watched=True),
     Route("POST", "/v1/complete/stream", complete_stream, json=True, watched=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
+    *(
+        Route("POST", path, speaking(dialect), json=True, watched=True, any_type=True, foreign_error=write_error)
+        for dialect, paths in DIALECTS.items()
+        for path in paths
+    ),
+    *(Route("GET", f"{path}/{{id}}", model, foreign_error=write_error) for path in ("/v1/models", "/models")),
+    Route("GET", "/models", models),
+    Route("GET", "/props", props, foreign_error=write_error),
+    Route("POST", "/tokenize", tokenize, json=True, watched=True, any_type=True, foreign_error=write_error),
 )
 
 # ----------------------------------------------------------------------------------------------- start

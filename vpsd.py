@@ -79,6 +79,7 @@ from cerebrum_common import (
     own_names,
     read_environment,
     read_fields,
+    read_objects,
     set_up_logging,
     sse_event,
     timestamp,
@@ -185,21 +186,38 @@ FIELDS = {
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
+    "predict_ms": Field(int, 0, 10**9, 0),  # a completion ends then, once it has a line end; 0: no limit
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),
 }
-FIELDS_WITH_SUFFIX = FIELDS | {"prompt": Field(str)}  # at the start of a file there is nothing before the cursor
+FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str)}  # at the start of a file there is nothing before the cursor
+MAX_EXTRAS = 256  # texts of other files
+MESSAGE = {
+    "role": Field(str, choices=("system", "user", "assistant"), required=True),
+    "content": Field(str, required=True),
+}
+EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=True)}
+TOKENIZE = {
+    "model": Field(str, 1, 200, required=True),
+    "text": Field(str, required=True),
+    "first": Field(bool, default=False),  # with the tokens that the model expects at the beginning of a text
+    "special": Field(bool, default=False),  # names of control tokens become those tokens
+}
 
 
 def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields of a request body, with `messages` (or None) and the `mode` that the other fields imply."""
-    fields = read_fields(members, FIELDS_WITH_SUFFIX if members.get("suffix") else FIELDS)
+    """The checked fields of a request body, with `messages` (or None), `extra` as pairs, and the `mode` that the other
+    fields imply."""
+    around = members.get("suffix") is not None or members.get("extra")
+    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
         raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
+    extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
+    fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
     return fields
@@ -207,22 +225,8 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_messages(value: Any) -> list[tuple[str, str]]:
     """`[{"role", "content"}, …]` as pairs."""
-    if not isinstance(value, list) or not 1 <= len(value) <= 100:
-        raise HttpError("INVALID_REQUEST", f"messages: expected an array of 1 to 100 messages, got {describe(value)}")
-    rules = {
-        "role": Field(str, choices=("system", "user", "assistant"), required=True),
-        "content": Field(str, required=True),
-    }
-    pairs = []
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise HttpError("INVALID_REQUEST", f"messages[{number}]: expected an object, got {describe(message)}")
-        try:
-            fields = read_fields(message, rules)
-        except HttpError as error:
-            raise HttpError("INVALID_REQUEST", f"messages[{number}].{error.message}") from None
-        pairs.append((fields["role"], fields["content"]))
-    return pairs
+    messages = read_objects(value, "messages", 1, 100, MESSAGE, of="messages")
+    return [(message["role"], message["content"]) for message in messages]
 
 
 # ------------------------------------------------------------------------------------- policy: admission
@@ -601,6 +605,18 @@ class Engine:
         completion.starter = asyncio.create_task(self._start(completion))
         return completion
 
+    async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
+        """A text's tokens, by a model that is loaded if need be. Takes no place: it computes nothing."""
+        self.model(fields["model"])
+        request = CompletionRequest(fields["text"], max_tokens=0)
+        completion = Completion(fields["model"], None, request)
+        try:
+            instance = await self._loaded(completion)
+            worker = instance.worker
+            return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
+        finally:
+            self.finish(completion)
+
     def finish(self, completion: Completion) -> None:
         """The completion has ended or its client left: give its place back, and stop what still computes for it."""
         self.completions.pop(completion, None)
@@ -833,6 +849,11 @@ async def inference_stream(engine: Engine, request: Request) -> Response:
     return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()))))
 
 
+async def tokenize(engine: Engine, request: Request) -> Response:
+    """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
+    return Response({"tokens": await engine.tokenize(read_fields(request.json(), TOKENIZE))})
+
+
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml; `available` says whether its file is here."""
     entries = []
@@ -895,6 +916,7 @@ ROUTES = (
     Route("GET", "/health", health, open=True),
     Route("POST", "/v1/inference", inference, json=True, watched=True),
     Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
+    Route("POST", "/v1/tokenize", tokenize, json=True, watched=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
     Route("POST", "/v1/unload/{id}", unload),

@@ -111,6 +111,8 @@ def test_request_defaults() -> None:
         "heal": False,
         "progress": False,
         "session": None,
+        "extra": [],
+        "predict_ms": 0,
     }
 
 

@@ -205,14 +205,15 @@ def test_the_seam_yields_pairs_that_any_api_can_render():
         async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
             fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
             *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(cm4d.Job(fields))]
+            begun = {"model": "qwen_0_5b", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
             assert pairs == [
-                ("started", None), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
+                ("started", begun), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
             ]  # fmt: skip
             assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
             assert "done" not in result
             assert read_text(pairs[-1][1]) == "ab"
             broken = pi.gateway.complete(cm4d.Job(fields))
-            assert await anext(broken) == ("started", None)
+            assert await anext(broken) == ("started", begun)
             with pytest.raises(cm4d.VpsFailure, match="in the middle of its answer"):
                 await anext(broken)
 
@@ -260,7 +261,7 @@ def test_health_and_stats_and_models_while_the_vps_is_up():
             assert (health.json["status"], health.json["vps_available"]) == ("healthy", True)
             assert stats.json.keys() == {
                 "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
-                "load_avg", "breaker",
+                "load_avg", "breaker", "type_through", "shared", "replaced",
             }  # fmt: skip
             assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
             assert 0 < stats.json["vps_response_time_ms"] < 5000

@@ -1,0 +1,561 @@
+"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them.
+
+In: the JSON members of a client's request. Out: what it asks for (`Asked`), in fields like those of our own API, and
+the answer in the client's shape (`Reply`), whole or as a stream. A `Dialect` is one kind of request:
+
+    >>> from cerebrum_dialects import INFILL
+    >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
+    >>> asked.fields["prompt"]
+    'def add(a, b):\\n    return '
+    >>> reply = INFILL.reply(asked, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
+    >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:28]
+    b'{"index":0,"content":"a + b"'
+
+What clients send is taken as they mean it: unknown fields are ignored, a field that is null is absent, a limit above
+ours is lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
+pictures, tools, a prompt of token numbers, several prompts at once.
+
+Pure: no socket, no clock, no state. Standard library only. What the clients send and read comes from their sources
+(llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's
+documentation and from OpenAI's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects
+
+# ----------------------------------------------------------------------------------------- what is asked
+
+MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a larger limit is lowered to the first
+MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with those
+MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
+MAX_MESSAGES = 1000  # of a chat
+MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
+
+TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -1), Field(bool, default=False)
+SAMPLING = {
+    "model": TEXT,
+    "temperature": Field(float, 0, 2),
+    "top_p": Field(float, 0, 1),
+    "seed": Field(int, -(2**63), 2**64 - 1),
+    "stream": FLAG,
+    "n_predict": COUNT,  # llama.vim sends it to /v1/chat/completions, too
+}
+OPENAI_FIELDS = SAMPLING | {"max_tokens": COUNT, "max_completion_tokens": COUNT}
+TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": TEXT}
+LLAMA_FIELDS = SAMPLING | {
+    "cache_prompt": FLAG,
+    "n_indent": Field(int, 0, 1000, 0),
+    "t_max_prompt_ms": Field(int, -1, 10**9, 0),
+    "t_max_predict_ms": Field(int, -1, 10**9, 0),
+    "filename": TEXT,
+}
+INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
+TOKENIZE = {
+    "content": TEXT,
+    "add_special": FLAG,
+    "parse_special": Field(bool, default=True),
+}
+PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
+EXTRA = {"filename": TEXT, "text": TEXT}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A client's request. `fields` has those of our own API that apply, and also `messages` ([{"role", "content"}]),
+    `extra` ([{"filename", "text"}]), `indent` (columns), `prompt_ms` and `predict_ms` (0: no limit)."""
+
+    kind: str  # "infill", "completion" or "chat"
+    fields: dict[str, Any]
+    stream: bool = False
+    usage: bool = False  # the stream ends with the numbers of tokens
+    caching: bool = False  # the client lets an earlier completion answer it
+    only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
+
+    @property
+    def warms(self) -> bool:
+        """Whether the prompt is only to be read into the cache."""
+        return bool(self.fields["max_tokens"] == 0)
+
+
+def wrong(name: str, expected: str, got: Any) -> HttpError:
+    return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
+
+
+def present(members: Mapping[str, Any]) -> dict[str, Any]:
+    """The members without those that are null."""
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def read_sampling(read: Mapping[str, Any], members: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """The fields of our API that every request has. `temperature` is the default."""
+    limits = (read.get(name) for name in ("max_completion_tokens", "max_tokens", "n_predict"))
+    limit = next((limit for limit in limits if limit is not None), DEFAULT_TOKENS)
+    top_p, seed = read["top_p"], read["seed"]
+    return {
+        "model": read["model"],
+        "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
+        "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
+        "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
+        "seed": None if seed is None or seed < 0 else seed % (2**32 - 1),
+        "stop": read_stops(members.get("stop", [])),
+    }
+
+
+def read_stops(value: Any) -> list[str]:
+    """`stop` as a list, without the names of special tokens, which our text never has."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise wrong("stop", "a string, or an array of strings", value)
+    stops = [stop for stop in stops if stop and not SPECIAL.fullmatch(stop)]
+    return list(read_fields({"stop": stops}, {"stop": Field(list, 0, MAX_STOPS)})["stop"])
+
+
+def read_prompt(members: Mapping[str, Any]) -> str:
+    """`prompt`: a string, or an array with one."""
+    value = members.get("prompt", "")
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str):
+        raise wrong("prompt", "a string, or an array of one string", value)
+    return str(read_fields({"prompt": value}, {"prompt": TEXT})["prompt"])
+
+
+def clean(value: Any) -> Any:
+    """An array's objects without their members that are null."""
+    return (
+        [present(entry) if isinstance(entry, dict) else entry for entry in value] if isinstance(value, list) else value
+    )
+
+
+def read_extra(value: Any) -> list[dict[str, str]]:
+    """`input_extra`: other files' texts."""
+    return [entry for entry in read_objects(clean(value), "input_extra", 0, MAX_EXTRAS, EXTRA) if entry["text"]]
+
+
+def read_messages(value: Any) -> list[dict[str, str]]:
+    """`messages` with the roles that a chat template knows, and text alone as content."""
+    entries = clean(value)
+    roles = read_objects(entries, "messages", 1, MAX_MESSAGES, MESSAGE)
+    messages = []
+    for number, (entry, role) in enumerate(zip(entries, roles, strict=True)):
+        if entry.get("tool_calls"):
+            raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
+        content = read_content(entry.get("content", ""), f"messages[{number}].content")
+        messages.append({"role": ROLES[role["role"]], "content": content})
+    return messages
+
+
+def read_content(value: Any, where: str) -> str:
+    """A message's text; its parts are joined by line ends."""
+    if isinstance(value, list):
+        return "\n".join(part["text"] for part in read_objects(clean(value), where, 0, MAX_MESSAGES, PART))
+    if not isinstance(value, str):
+        raise wrong(where, "a string, or an array of text parts", value)
+    return str(read_fields({where: value}, {where: TEXT})[where])
+
+
+def wants_usage(members: Mapping[str, Any]) -> bool:
+    """`stream_options`"""
+    options = members.get("stream_options", {})
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
+        raise wrong("stream_options", 'an object such as {"include_usage": true}', options)
+    return bool(options.get("include_usage"))
+
+
+# ---------------------------------------------------------------------------------- fill-in-the-middle tokens
+
+# The marks before the prefix, before the suffix and at the prompt's end, by family. Codestral's prompt has no last one.
+FIM = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite, Refact
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek
+    ("<PRE>", "<SUF>", "<MID>"),  # CodeLlama
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM
+    ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
+    ("[PREFIX]", "[SUFFIX]", ""),  # Codestral
+)
+FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")  # then a name, and a text on the next line
+UNUSED = re.compile(  # at the prompt's beginning: the mark of a text's begin, and a repository's name
+    r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?"
+    r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
+)
+SPECIAL = re.compile(
+    r"</?s>|<\|[a-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<(?:fim|file|repo)[_-][a-z]{3,10}>|<EOT>|<\[fim-[a-z]+\]>"
+    r"|<(?:PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A prompt with fill-in-the-middle tokens, taken apart."""
+
+    prefix: str
+    suffix: str
+    filename: str = ""
+    extra: tuple[tuple[str, str], ...] = ()  # other files: (name, text)
+
+
+def split_fim(prompt: str) -> Split | None:
+    """The parts of a prompt that a client has written in a family's tokens; None if it has not.
+
+    Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
+    the last token must end the prompt, or precede the prefix in a prompt that has none before the suffix.
+
+    >>> split_fim("<PRE> def f():\\n    return  <SUF>\\n\\nf() <MID>")
+    Split(prefix='def f():\\n    return ', suffix='\\n\\nf()', filename='', extra=())
+    """
+    for before, after, middle in FIM:
+        start = min(prompt.find(before), prompt.find(after))
+        if start < 0:
+            continue
+        preamble, body, behind = prompt[:start], prompt[start:], ""
+        if middle:
+            body, found, behind = body.rpartition(middle)
+            if not found:
+                continue
+        elif UNUSED.sub("", preamble, count=1):
+            continue
+        first, second = (before, after) if body.startswith(before) else (after, before)
+        one, found, two = body[len(first) :].partition(second)
+        prefix, suffix = (one, two) if first == before else (two, one)
+        if not found or (behind and prefix.strip()):
+            continue
+        if before == "<PRE>":  # this family writes a space behind the first mark and before the others
+            prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
+        filename, extra = split_files(preamble)
+        return Split(behind or prefix, suffix, filename, extra)
+    return None
+
+
+def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """What precedes the first mark: the name of the file itself, and other files' (name, text)."""
+    loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
+    extra, filename = [("", loose)] if loose.strip() else [], ""
+    for file in files:
+        name, _, text = file.partition("\n")
+        if text.strip():
+            extra.append((name, text))
+        else:
+            filename = name
+    return filename, tuple(extra)
+
+
+# ---------------------------------------------------------------------------------------- reading requests
+
+
+def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool = False) -> tuple[str, dict[str, Any]]:
+    """(kind, fields) of a completion, or of an infill if there is text behind the cursor or the client says so."""
+    infill = infill or bool(suffix.strip())
+    mode = {"mode": "infill", "suffix": suffix} if infill else {"mode": "complete"}
+    return "infill" if infill else "completion", fields | {"prompt": prefix} | mode
+
+
+def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str = "") -> tuple[str, dict[str, Any]]:
+    """The same for a prompt that may carry fill-in-the-middle tokens."""
+    split = None if suffix else split_fim(prompt)
+    if not split:
+        return ask_text(fields, prompt, suffix)
+    extra = [{"filename": name, "text": text} for name, text in split.extra]
+    names = {"filename": split.filename or fields["filename"], "extra": extra}
+    return ask_text(fields | names, split.prefix, split.suffix, infill=True)
+
+
+def read_text(members: Mapping[str, Any]) -> Asked:
+    """POST /v1/completions"""
+    members = present(members)
+    read = read_fields(members, TEXT_FIELDS)
+    fields = read_sampling(read, members, temperature=0.0) | {"filename": read["filename"]}
+    kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"])
+    return Asked(kind, fields, read["stream"], wants_usage(members))
+
+
+def read_chat(members: Mapping[str, Any]) -> Asked:
+    """POST /v1/chat/completions"""
+    members = present(members)
+    read = read_fields(members, OPENAI_FIELDS)
+    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if members.get(tools, []) != [] and members.get(choice) != "none":
+            raise wrong(tools, f'nothing, or {choice} "none"', members[tools])
+    limits = OPENAI_FIELDS.keys() & members.keys() & {"max_tokens", "max_completion_tokens", "n_predict"}
+    fields = read_sampling(read, members, temperature=0.4)
+    fields["max_tokens"] = fields["max_tokens"] if limits else MAX_TOKENS  # an answer ends by itself
+    fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
+    return Asked("chat", fields, read["stream"], wants_usage(members))
+
+
+def read_llama(members: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of our API that both of llama-server's own requests have."""
+    limits = {"indent": read["n_indent"]}
+    limits |= {name: max(0, read[f"t_max_{name}"]) for name in ("prompt_ms", "predict_ms")}
+    return read_sampling(read, members, temperature=0.0) | limits | {"filename": read["filename"]}
+
+
+def read_only(members: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """`response_fields`"""
+    if "response_fields" not in members:
+        return None
+    value = members["response_fields"]
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise wrong("response_fields", "an array of strings", value)
+    return tuple(value)
+
+
+def read_completion(members: Mapping[str, Any]) -> Asked:
+    """POST /completion"""
+    members = present(members)
+    read = read_fields(members, LLAMA_FIELDS)
+    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members))
+    return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+
+
+def read_infill(members: Mapping[str, Any]) -> Asked:
+    """POST /infill: `prompt` continues `input_prefix`."""
+    members = present(members)
+    read = read_fields(members, INFILL_FIELDS)
+    fields = read_llama(members, read) | {"extra": read_extra(members.get("input_extra", []))}
+    prefix = read["input_prefix"] + read_prompt(members)
+    kind, fields = ask_text(fields, prefix, read["input_suffix"], infill=True)
+    return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+
+
+# ------------------------------------------------------------------------------------------------ replies
+
+# A native token event, as cm4d relays it. Its JSON string goes into other events as it is.
+TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
+HERE = "\x00"  # where that string goes; no id or name has this character
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(data: Mapping[str, Any]) -> bytes:
+    return b"data: %b\n\n" % compact(data)
+
+
+def template(data: Mapping[str, Any]) -> bytes:
+    """An event with a place for the token, for `TOKEN.sub`."""
+    return sse(data).replace(compact(HERE), rb"\1")
+
+
+def finish_reason(result: Mapping[str, Any]) -> str:
+    """OpenAI's: "length" if a limit cut the text, else "stop"."""
+    return "length" if result.get("finish_reason") in ("length", "replaced") else "stop"
+
+
+def usage(result: Mapping[str, Any]) -> dict[str, Any]:
+    read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
+    cached = {"cached_tokens": result.get("cached_tokens", 0)}
+    counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return counts | {"prompt_tokens_details": cached}
+
+
+class Reply:
+    """The answer to one request in its dialect. `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
+
+    def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
+        self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
+        self.template = template(self.chunk(HERE))
+
+    def chunk(self, text: str) -> dict[str, Any]:
+        """The event for a piece of text."""
+        raise NotImplementedError
+
+    def begin(self) -> bytes:
+        """What precedes the first text."""
+        return b""
+
+    def text(self, tokens: bytes) -> bytes:
+        """The events for a block of whole native token events."""
+        return TOKEN.sub(self.template, tokens)
+
+    def end(self, result: Mapping[str, Any]) -> bytes:
+        """The events behind the last text, for a native result."""
+        raise NotImplementedError
+
+    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+        """The answer in one piece."""
+        raise NotImplementedError
+
+
+class OpenAIReply(Reply):
+    """What OpenAI's two calls have in common: {"id", "object", "created", "model", "choices": [{…}]}."""
+
+    prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def frame(self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
+        head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.begun["model"]}
+        filled = [{"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices]
+        return {**head, "choices": filled, **more}
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """A choice's member with a piece of text."""
+        return {"text": text}
+
+    def message(self, text: str) -> dict[str, Any]:
+        """A choice's member with all of the text."""
+        return {"text": text}
+
+    def last(self) -> dict[str, Any]:
+        """A choice's member behind the last piece."""
+        return {"text": ""}
+
+    def chunk(self, text: str) -> dict[str, Any]:
+        return self.frame(self.chunk_object, self.piece(text))
+
+    def end(self, result: Mapping[str, Any]) -> bytes:
+        last = sse(self.frame(self.chunk_object, self.last(), reason=finish_reason(result), **told(result)))
+        counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
+        return last + counts + DONE
+
+    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+        more = {"usage": usage(result), **told(result)}
+        return compact(self.frame(self.whole_object, self.message(text), reason=finish_reason(result), **more))
+
+
+class ChatReply(OpenAIReply):
+    """chat.completion, and chat.completion.chunk."""
+
+    prefix = "chatcmpl"
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def begin(self) -> bytes:
+        return sse(self.frame(self.chunk_object, {"delta": {"role": "assistant", "content": ""}}))
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def last(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+
+class LlamaReply(Reply):
+    """llama-server's own: {"content", "stop", …}."""
+
+    def chunk(self, text: str) -> dict[str, Any]:
+        return {"index": 0, "content": text, "stop": False, "id_slot": 0}
+
+    def end(self, result: Mapping[str, Any]) -> bytes:
+        return sse(self.selected("", result))
+
+    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+        return compact(self.selected(text, result))
+
+    def selected(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer's members, or those that `response_fields` names: "timings/prompt_n" is one inside `timings`."""
+        answer = self.members(text, result)
+        if self.asked.only is None:
+            return answer
+        if result.get("finish_reason") == "replaced":
+            del answer["content"]  # llama.vim would keep an empty one, and show nothing at this place again
+        chosen = {}
+        for path in self.asked.only:
+            value: Any = answer
+            for name in path.split("/"):
+                value = value.get(name, HERE) if isinstance(value, dict) else HERE
+            if value != HERE:
+                chosen[path] = value
+        return chosen
+
+    def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        fields, written = self.asked.fields, result.get("total_tokens", 0)
+        read, cached = result.get("prompt_tokens", 0), result.get("cached_tokens", 0)
+        limited = finish_reason(result) == "length"
+        return {
+            "index": 0,
+            "content": text,
+            "id_slot": 0,
+            "stop": True,
+            "model": self.begun["model"],
+            "tokens_predicted": written,
+            "tokens_evaluated": read,
+            "generation_settings": {
+                "n_ctx": self.begun["n_ctx"],
+                "n_predict": fields["max_tokens"],
+                "temperature": fields["temperature"],
+                "stop": fields["stop"],
+            },
+            "has_new_line": "\n" in text,
+            "truncated": bool(self.begun.get("kept")) and self.begun["kept"].get("parts") != ["all"],
+            "stop_type": "limit" if limited else "eos",
+            "stopping_word": "",
+            "tokens_cached": read + written,
+            "timings": timings(read - cached, written, cached, result),
+            **told(result),
+        }
+
+
+def told(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dialect has no member for."""
+    return {"type_through": True} if result.get("type_through") else {}
+
+
+def timings(read: int, written: int, cached: int, result: Mapping[str, Any]) -> dict[str, Any]:
+    """llama-server's `timings`, in milliseconds."""
+    seconds = result.get("ttft") or 0.0
+    rest = max(0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds)
+    figures: dict[str, Any] = {"cache_n": cached}
+    for name, count, spent in (("prompt", read, seconds), ("predicted", written, rest)):
+        figures[f"{name}_n"] = count
+        figures[f"{name}_ms"] = round(1000 * spent, 3)
+        figures[f"{name}_per_token_ms"] = round(1000 * spent / count, 3) if count else 0.0
+        figures[f"{name}_per_second"] = round(count / spent, 3) if spent else 0.0
+    return figures
+
+
+# ------------------------------------------------------------------------------------ errors, models, props
+
+ERROR_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "unavailable_error",
+}  # fmt: skip
+
+
+def write_error(error: HttpError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+
+
+def write_model(model_id: str, created: int) -> dict[str, Any]:
+    """An entry of OpenAI's list of models. By `owned_by`, llama.vscode learns that there is /props."""
+    return {"id": model_id, "object": "model", "created": created, "owned_by": "llamacpp"}
+
+
+def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
+    """llama-server's /props, as far as editors read it. Our chat template is the model's own; it is not told."""
+    return {
+        "default_generation_settings": {"n_ctx": n_ctx},
+        "total_slots": places,
+        "model_alias": model_id,
+        "model_path": model_id,
+        "modalities": {"vision": False, "audio": False},
+        "chat_template": "",
+        "build_info": "cerebrum",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the dialects
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One kind of request, in both directions."""
+
+    read: Callable[[Mapping[str, Any]], Asked]
+    reply: type[Reply]
+
+
+OPENAI_TEXT = Dialect(read_text, OpenAIReply)
+OPENAI_CHAT = Dialect(read_chat, ChatReply)
+COMPLETION = Dialect(read_completion, LlamaReply)
+INFILL = Dialect(read_infill, LlamaReply)
