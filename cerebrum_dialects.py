@@ -252,10 +252,11 @@ def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 
 def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool = False) -> tuple[str, dict[str, Any]]:
-    """(kind, fields) of a completion, or of an infill if there is text behind the cursor or the client says so."""
-    infill = infill or bool(suffix.strip())
-    mode = {"mode": "infill", "suffix": suffix} if infill else {"mode": "complete"}
-    return "infill" if infill else "completion", fields | {"prompt": prefix} | mode
+    """(kind, fields) of a completion, or of an infill if there is text behind the cursor or the client says so. At the
+    end of a file there is no gap: the text before the cursor is completed."""
+    mode = "infill" if suffix.strip() or not prefix else "complete"
+    kind = "infill" if infill or suffix else "completion"
+    return kind, fields | {"prompt": prefix, "mode": mode} | ({"suffix": suffix} if mode == "infill" else {})
 
 
 def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str = "") -> tuple[str, dict[str, Any]]:

@@ -295,7 +295,9 @@ def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         return bool(one["filename"] == other["filename"])
     if one["prompt"].startswith(other["prompt"]) or other["prompt"].startswith(one["prompt"]):
         return True
-    lines, others = ({*around["prompt"].split("\n"), *around["suffix"].split("\n")} - {""} for around in (one, other))
+    lines, others = (
+        {*around["prompt"].split("\n"), *around.get("suffix", "").split("\n")} - {""} for around in (one, other)
+    )
     return len(lines & others) >= MIN_SAME * min(len(lines), len(others))
 
 
@@ -981,7 +983,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 MODELS_SECONDS = 60.0  # the age at which the list of the VPS's models is asked for again
-WAIT_SECONDS = {"infill": 3.0, "completion": 3.0, "chat": 10.0}  # for a place; minuet gives up after 3 s
+WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_KNOWN = 16  # clients and models whose last text is remembered, some 10 KB each
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
@@ -1019,8 +1021,8 @@ class Shared:
     It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
     """
 
-    def __init__(self, pairs: Sequence[Pair] = ()) -> None:
-        self.pairs = list(pairs)
+    def __init__(self, pairs: Sequence[Pair] = (), key: bytes = b"") -> None:
+        self.pairs, self.key = list(pairs), key
         self.failure: HttpError | None = None
         self.readers: list[Reading] = []
         self.task: asyncio.Task[None] | None = None
@@ -1065,6 +1067,7 @@ class Reading:
     def __init__(self, gateway: Gateway, job: Job, asked: Asked, editor: str) -> None:
         self.gateway, self.job, self.streams, self.editor = gateway, job, asked.stream, editor
         self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
+        self.shared = Shared()  # what it reads, once it has joined
         self.at = 0  # pairs read
         self.woken = asyncio.Event()
         self.replaced = False  # a newer infill of this file came
@@ -1073,9 +1076,9 @@ class Reading:
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
         like a completion that a limit has cut: editors show an error to their user."""
-        shared = self.gateway.join(self)
         begun = False
         try:
+            shared = self.shared = self.gateway.join(self)
             while not self.replaced:
                 if self.at < len(shared.pairs):
                     kind, value = self._next(shared.pairs)
@@ -1094,7 +1097,7 @@ class Reading:
                 yield "started", self.gateway.beginning(self.job)
             yield "done", {"finish_reason": "replaced"}
         finally:
-            self.gateway.leave(self, shared)
+            self.gateway.leave(self)
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
@@ -1106,7 +1109,9 @@ class Reading:
         return kind, b"".join(texts) if len(texts) > 1 else value
 
     def replace(self) -> None:
+        """End this reading, and at once what nobody else reads. Its client may be slow to take its answer."""
         self.replaced = True
+        self.gateway.leave(self)
         self.woken.set()
 
 
@@ -1262,16 +1267,18 @@ class Gateway:
         if self._may_run(job, leaving):
             self.active.append(job)
             return
+        limit = self.config.max_concurrent
+        busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
+        if not job.kind:
+            raise busy
         waiting = job, asyncio.Event()
         self.line.append(waiting)
         try:
-            async with asyncio.timeout(WAIT_SECONDS.get(job.kind, 0)):
+            async with asyncio.timeout(WAIT_SECONDS[job.kind]):
                 await waiting[1].wait()
         except TimeoutError:
             if job not in self.active:
-                limit = self.config.max_concurrent
-                message = f"expected at most {limit} completions at a time; try again later"
-                raise HttpError("RATE_LIMIT", message) from None
+                raise busy from None
         except asyncio.CancelledError:
             if job in self.active:
                 self.active.remove(job)
@@ -1282,16 +1289,16 @@ class Gateway:
                 self.line.remove(waiting)
 
     def _may_run(self, job: Job, leaving: int = 0) -> bool:
-        """Whether there is a place. One of them is out of reach for chats, and one for the editor of one client: so a
-        chat leaves room for infills, and nobody's editor starves another's."""
+        """Whether there is a place. One of them is kept for infills, and none of these takes the last one beside
+        another infill of its client: a chat leaves room for editors, and no editor starves another person's."""
         running, most = self._running(), self.config.max_concurrent
         if len(running) - leaving >= most:
             return False
-        if not job.kind:
-            return True
-        alike = [other for other in running if other.kind and (other.kind == "chat") == (job.kind == "chat")]
-        mine = [other for other in alike if job.kind == "chat" or other.client == job.client]
-        return len(mine) < max(1, most - 1)
+        if job.kind == "infill":
+            alike = [other for other in running if other.kind == "infill" and other.client == job.client]
+        else:
+            alike = [other for other in running if other.kind in ("chat", "completion")]
+        return not job.kind or len(alike) < max(1, most - 1)
 
     def _call_next(self) -> None:
         """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
@@ -1326,28 +1333,34 @@ class Gateway:
             return Shared(typed_pairs(*found))
         key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
         shared = self.shared.get(key)
-        if shared is None or shared.failure:
-            shared = self.shared[key] = Shared()
-            job.send_now = shared.pass_by
-            shared.task = asyncio.create_task(shared.compute(self.complete(job)))
-            shared.task.add_done_callback(lambda _: self._forget(key, shared))
-        else:
+        if shared:
             self._count("shared")
+        else:
+            shared = self.shared[key] = Shared(key=key)
+            job.send_now = shared.pass_by
+            shared.task = asyncio.create_task(self._compute(shared, job))
         shared.readers.append(reading)
         return shared
+
+    async def _compute(self, shared: Shared, job: Job) -> None:
+        try:
+            await shared.compute(self.complete(job))
+        finally:
+            self._forget(shared)
 
     def _count(self, how: str) -> None:
         self.requests_total += 1
         self.counts[how] += 1
 
-    def _forget(self, key: bytes, shared: Shared) -> None:
-        if self.shared.get(key) is shared:
-            del self.shared[key]
+    def _forget(self, shared: Shared) -> None:
+        """Nobody else may join it."""
+        if self.shared.get(shared.key) is shared:
+            del self.shared[shared.key]
 
     def _replace_older(self, reading: Reading) -> None:
         """End the older infills of the same editor and file, unless they ask the same."""
         fields = reading.job.fields
-        for other in self.readings:
+        for other in list(self.readings):
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
             if other is reading or other.replaced or not of_editor or other.job.fields == fields:
                 continue
@@ -1355,13 +1368,16 @@ class Gateway:
                 self.counts["replaced"] += 1
                 other.replace()
 
-    def leave(self, reading: Reading, shared: Shared) -> None:
+    def leave(self, reading: Reading) -> None:
         """The reading has ended, or its client has left. The last one ends the completion."""
-        self.readings.remove(reading)
+        shared = reading.shared
+        if reading in self.readings:
+            self.readings.remove(reading)
         if reading in shared.readers:
             shared.readers.remove(reading)
-        if shared.task and not shared.readers and not shared.task.done():
-            shared.task.cancel()
+            if shared.task and not shared.readers:
+                shared.task.cancel()
+                self._forget(shared)
 
     def remember(self, job: Job, pairs: Sequence[Pair]) -> None:
         """Keep a whole completion for clients who type what it says."""
@@ -1380,12 +1396,16 @@ class Gateway:
         self.warming = asyncio.create_task(self._warm(job))
 
     async def _warm(self, job: Job) -> None:
-        with contextlib.suppress(HttpError):
+        try:
             async with contextlib.AsyncExitStack() as stack:
                 answer = await self._ask(job, stack)
                 async for kind, value in relay(answer, self.config.key):
                     if kind == "done":
                         self._result(job, value)
+        except HttpError as error:
+            log.info("no prompt was read ahead: %s", error.message)
+        except Exception as exception:
+            internal_error(exception)
 
     async def _stop_warming(self) -> None:
         warming, self.warming = self.warming, None
@@ -1396,13 +1416,14 @@ class Gateway:
     def _fresh(self, job: Job) -> tuple[int | None, str]:
         """(how many tokens may be read for this job, text that the VPS has read for its client before)."""
         speed, limit = self.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
-        if limit <= 1 or not speed:
+        if limit <= 1 or not speed or not job.fields["max_tokens"]:
             return None, ""
         return int(speed * limit / 1000), self.known.get((job.client, job.model), "")
 
     def _express(self, job: Job, data: bytes) -> bool:
         """The express lane: send one chunk with one token on as it came, unless the client is behind."""
-        if not is_chunk_of_token(data) or not job.send_now(data):
+        job.size += len(data)
+        if job.size > job.limit or not is_chunk_of_token(data) or not job.send_now(data):
             return False
         self._tokens(job, 1)
         return True

@@ -1,0 +1,660 @@
+"""The load that editors make: a request per keystroke, most of them abandoned, several clients at a time.
+
+The VPS is scripted: what is tested is which requests reach it, which of them share a completion, who waits for whom,
+and what is served without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from harness import Reply, run, until
+from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
+
+import cm4d
+from cm4d import Predictions, same_file
+
+FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
+CHATS = "/v1/chat/completions"
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def script(*texts: str, **done: Any) -> list[bytes]:
+    """A whole completion of these tokens."""
+    tokens = [chunk(token(text, number)) for number, text in enumerate(texts, 1)]
+    end = event(done=True, total_tokens=len(texts), inference_time=0.25, finish_reason="stop", **done)
+    return [CHUNKED, *tokens, chunk(end), b"0\r\n\r\n"]
+
+
+def data(reply: Reply) -> list[Any]:
+    """The JSON of each event of a stream in a dialect; "[DONE]" as it is."""
+    lines = [line.removeprefix("data: ") for line in reply.body.decode().split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def start(pi: Pi, path: str, body: dict[str, Any], **headers: str) -> asyncio.Task[Reply]:
+    return asyncio.create_task(pi.ask("POST", path, body, **{"User_Agent": "editor", **headers}))
+
+
+def infill(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
+    return start(pi, "/infill", {**FILE, **more})
+
+
+async def stats(pi: Pi) -> dict[str, Any]:
+    answer: dict[str, Any] = (await pi.get("/v1/stats")).json
+    return answer
+
+
+# ------------------------------------------------------------------------------------------- replaced
+
+
+@pytest.mark.parametrize("hang", [[HANG], [CHUNKED, HANG], [CHUNKED, chunk(token("urn", 1)), HANG]])
+def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], caplog: pytest.LogCaptureFixture):
+    async def scenario() -> None:
+        async with Backend([hang, GOOD]) as backend, pi_for(backend.port) as pi:
+            older = infill(pi)
+            await backend.begun.wait()
+            newer = await infill(pi, prompt="    retu")
+            assert (newer.status, newer.json["content"]) == (200, "ab")
+            reply = await older
+            assert (reply.status, reply.json["content"], reply.json["stop_type"]) == (200, "", "limit")
+            await backend.left.wait()
+            assert backend.most_running == 1, "both were computed at the same time"
+            assert (await stats(pi))["replaced"] == 1
+
+    with caplog.at_level("WARNING"):
+        run(scenario())
+    assert caplog.records == []
+
+
+def test_a_replaced_stream_ends_like_one_that_a_limit_has_cut():
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, chunk(token("urn", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            body = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
+            older = start(pi, "/v1/completions", body)
+            await backend.begun.wait()
+            newer = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    retu"})
+            assert [choice["text"] for part in data(newer)[:-1] for choice in part["choices"]] == ["a", "b", ""]
+            reply = await older
+            assert (reply.status, reply.clean) == (200, True)
+            *_, last, done = data(reply)
+            assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+
+    run(scenario())
+
+
+def test_an_editor_that_keeps_answers_gets_no_empty_one():
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            older = infill(pi, response_fields=["content", "truncated"])
+            await backend.begun.wait()
+            await infill(pi, prompt="    retu")
+            assert (await older).body == b'{"truncated":false}'
+
+    run(scenario())
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "another file's name": {"filename": "b.py"},
+    "another text": {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_an_infill_of_another_file_ends_nothing(other: str):
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
+            older = infill(pi, filename="a.py" if "filename" in OTHERS[other] else "")
+            await backend.begun.wait()
+            assert (await infill(pi, **OTHERS[other])).status == 200
+            assert not older.done()
+            assert (await stats(pi))["replaced"] == 0
+            older.cancel()
+            await backend.left.wait()
+
+    run(scenario())
+
+
+def test_an_infill_of_another_client_or_editor_ends_nothing():
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
+            older = infill(pi)
+            await backend.begun.wait()
+            assert (await infill(pi.from_address("127.0.0.2"), prompt="    retu")).status == 200
+            assert (await start(pi, "/infill", {**FILE, "prompt": "    retur"}, User_Agent="another")).status == 200
+            assert not older.done()
+            older.cancel()
+            await backend.left.wait()
+
+    run(scenario())
+
+
+def test_a_completion_without_a_suffix_ends_nothing():
+    """Programs ask for several at a time, with prompts that begin alike."""
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+        waits = [CHUNKED, go.wait, *GOOD[1:]]
+        async with Backend([waits]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
+            asked = [start(pi, "/v1/completions", {"prompt": f"a\nb\nc\n{n}"}) for n in range(2)]
+            await until(lambda: backend.running == 2)
+            go.set()
+            assert [reply.json["choices"][0]["text"] for reply in await asyncio.gather(*asked)] == ["ab", "ab"]
+
+    run(scenario())
+
+
+TEXTS = [
+    ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
+    ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
+    ("the window moved down a line", ("a\nb\nc\n", "d\ne\n", ""), ("b\nc\nd\n", "e\nf\n", ""), True),
+    ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "int y;\n", ""), False),
+    ("a third in common", ("a\nb\nc\n", "", ""), ("a\ny\nz\n", "", ""), False),
+    ("equal names", ("a\n", "", "x.py"), ("b\n", "", "x.py"), True),
+    ("other names", ("a\n", "", "x.py"), ("a\n", "", "y.py"), False),
+    ("one has a name", ("a\n", "", "x.py"), ("a\n", "", ""), False),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS])
+def test_same_file(one: tuple[str, ...], other: tuple[str, ...], same: bool):
+    first, second = (dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other))
+    assert (same_file(first, second), same_file(second, first)) == (same, same)
+
+
+# --------------------------------------------------------------------------------------------- shared
+
+
+def test_identical_requests_share_one_completion():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with (
+            Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend,
+            pi_for(backend.port) as pi,
+        ):
+            body = {"prompt": "def f():\n", "suffix": "\n", "stream": True}
+            asked = [start(pi, "/v1/completions", body) for _ in range(3)]
+            await until(lambda: len(pi.gateway.readings) == 3)
+            await until(lambda: all(reading.at == 2 for reading in pi.gateway.readings))
+            late = start(pi, "/v1/completions", body)
+            await until(lambda: len(pi.gateway.readings) == 4)
+            go.set()
+            for reply in await asyncio.gather(*asked, late):
+                texts = [part["choices"][0]["text"] for part in data(reply)[:-1]]
+                assert ("".join(texts), reply.clean) == ("ab", True)
+            assert len(backend.completions) == 1
+            counts = await stats(pi)
+            assert (counts["shared"], counts["requests_total"], counts["replaced"]) == (3, 4, 0)
+
+    run(scenario())
+
+
+def test_whole_answers_are_shared_too_and_other_settings_are_not():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
+            asked = [infill(pi), infill(pi), infill(pi, filename="x.py", temperature=0.5)]
+            await until(lambda: backend.running == 2)
+            go.set()
+            assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 3
+            assert len(backend.completions) == 2
+
+    run(scenario())
+
+
+def test_a_shared_completion_ends_with_its_last_reader():
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, chunk(token("a", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            first, second = infill(pi), infill(pi)
+            await until(lambda: len(pi.gateway.readings) == 2)
+            await backend.begun.wait()
+            first.cancel()
+            await until(lambda: len(pi.gateway.readings) == 1)
+            assert backend.running == 1, "one of two left, and the completion ended"
+            second.cancel()
+            await backend.left.wait()
+            await until(lambda: not pi.gateway.active)
+            assert (await infill(pi)).json["content"] == "ab", "a request joined what nobody computes any more"
+
+    run(scenario())
+
+
+def test_the_error_of_a_shared_completion_reaches_every_reader():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        refusal = error(503, "RESOURCE_EXHAUSTED", "too little memory")
+        async with (
+            Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend,
+            pi_for(backend.port) as pi,
+        ):
+            asked = [start(pi, "/v1/completions", {"prompt": "x"}) for _ in range(2)]
+            await until(lambda: len(pi.gateway.readings) == 2)
+            go.set()
+            wanted = {"message": "too little memory", "type": "unavailable_error", "param": None}
+            for reply in await asyncio.gather(*asked):
+                assert (reply.status, reply.json) == (503, {"error": {**wanted, "code": "RESOURCE_EXHAUSTED"}})
+            broken = await start(pi, "/v1/completions", {"prompt": "x", "stream": True})
+            message = "VPS backend is unavailable (it ended in the middle of its answer)"
+            failed = {"message": message, "type": "unavailable_error", "param": None, "code": "VPS_UNAVAILABLE"}
+            assert (broken.clean, data(broken)[-1]) == (False, {"error": failed})
+
+    run(scenario())
+
+
+def test_a_reader_that_does_not_read_delays_nobody(monkeypatch: pytest.MonkeyPatch):
+    async def scenario() -> None:
+        piece = "x" * 4000
+        texts = [chunk(token(piece, number)) for number in range(1, 200)]
+        done = event(done=True, total_tokens=199, inference_time=0.25, finish_reason="length")
+        go = asyncio.Event()
+        script = [CHUNKED, go.wait, *texts, chunk(done), b"0\r\n\r\n"]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            body = {"prompt": "x", "stream": True}
+            _, deaf = await pi.open("POST", "/v1/completions", body)
+            await backend.begun.wait()
+            other = start(pi, "/v1/completions", body)
+            await until(lambda: len(pi.gateway.readings) == 2)
+            go.set()
+            reply = await other
+            text = "".join(part["choices"][0]["text"] for part in data(reply)[:-1])
+            assert (text == piece * 199, reply.clean) == (True, True)
+            deaf.transport.abort()
+
+    run(scenario())
+
+
+# --------------------------------------------------------------------------------------------- places
+
+
+@asynccontextmanager
+async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> AsyncIterator[None]:
+    """While a request runs that never ends."""
+    running = backend.running
+    task = start(pi, path, body)
+    await until(lambda: backend.running == running + 1)
+    yield
+    task.cancel()
+    await backend.left.wait()
+
+
+def test_chats_leave_a_place_for_infills():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with Backend([[HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+            async with busy(pi, backend, CHATS, CHAT):
+                waiting = start(pi, CHATS, {**CHAT, "seed": 5})
+                await until(lambda: len(pi.gateway.line) == 1)
+                assert (await infill(pi)).json["content"] == "ab"
+                assert not waiting.done()
+            go.set()
+            assert (await waiting).json["choices"][0]["message"]["content"] == "ab"
+
+    run(scenario())
+
+
+def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(cm4d.WAIT_SECONDS, "chat", 0.05)
+
+    async def scenario() -> None:
+        async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi, busy(pi, backend, CHATS, CHAT):
+            reply = await start(pi, CHATS, {**CHAT, "seed": 5})
+            message = "expected at most 2 completions at a time; try again later"
+            wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
+            assert (reply.status, reply.json) == (429, {"error": wanted})
+            assert pi.gateway.line == []
+
+    run(scenario())
+
+
+def test_a_client_that_leaves_the_line_takes_no_place():
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            async with busy(pi, backend, CHATS, CHAT):
+                waiting = infill(pi)
+                await until(lambda: len(pi.gateway.line) == 1)
+                waiting.cancel()
+                await until(lambda: not pi.gateway.line)
+            assert pi.gateway.requests_active == 0
+            assert (await infill(pi)).status == 200
+
+    run(scenario())
+
+
+def test_an_editor_does_not_starve_another_persons():
+    """With one place, a keystroke's request does not overtake that of somebody who waits."""
+
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            first = infill(pi)
+            await backend.begun.wait()
+            other = infill(pi.from_address("127.0.0.2"), prompt="    other")
+            await until(lambda: len(pi.gateway.line) == 1)
+            newer = infill(pi, prompt="    retu")
+            assert [reply.status for reply in await asyncio.gather(first, other, newer)] == [200] * 3
+            prompts = [asked["prompt"].rsplit(" ", 1)[1] for asked in backend.completions]
+            assert prompts == ["ret", "other", "retu"]
+
+    run(scenario())
+
+
+def test_one_editor_leaves_a_place_for_another():
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            async with busy(pi, backend, "/infill", {**FILE, "filename": "a.py"}):
+                own = infill(pi, filename="b.py")
+                await until(lambda: len(pi.gateway.line) == 1)
+                assert (await infill(pi.from_address("127.0.0.2"))).status == 200
+                assert not own.done()
+            assert (await own).status == 200
+
+    run(scenario())
+
+
+# --------------------------------------------------------------------------------------------- warm-ups
+
+WARM_UP = {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "response_fields": [""]}
+WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max_prompt_ms": 1}
+
+
+def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with Backend([[CHUNKED, go.wait, *GOOD[1:]], script()]) as backend, pi_for(backend.port) as pi:
+            running = infill(pi)
+            await backend.begun.wait()
+            for number in range(3):
+                extra = [{"filename": "b.py", "text": f"import n{number}\n"}]
+                reply = await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
+                assert (reply.status, reply.body) == (200, b"{}")
+            assert len(backend.completions) == 1, "a warm-up went to the VPS beside a completion"
+            go.set()
+            assert (await running).status == 200
+            await until(lambda: len(backend.completions) == 2)
+            asked = backend.completions[1]
+            assert (asked["max_tokens"], asked["extra"], asked["prompt"], asked["suffix"]) == (0, extra, "", "")
+            counts = await stats(pi)
+            assert (counts["requests_total"], counts["requests_active"]) == (1, 0)
+
+    run(scenario())
+
+
+def test_a_warm_up_ends_when_a_request_comes():
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+            await start(pi, "/infill", WARM_UP)
+            await backend.begun.wait()
+            assert (await infill(pi)).json["content"] == "ab"
+            await backend.left.wait()
+            assert backend.most_running == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answer"),
+    [
+        ("/completion", {"prompt": "x", "n_predict": 0}, {"content": "", "stop": True, "tokens_predicted": 0}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 0}, {"object": "text_completion"}),
+        (CHATS, {**CHAT, "n_predict": 0}, {"object": "chat.completion"}),
+    ],
+)
+def test_a_limit_of_no_tokens_only_warms(path: str, body: dict[str, Any], answer: dict[str, Any]):
+    async def scenario() -> None:
+        async with Backend([script()]) as backend, pi_for(backend.port) as pi:
+            reply = await start(pi, path, body)
+            assert reply.status == 200
+            assert reply.json.items() >= answer.items()
+            await until(lambda: backend.completions)
+            assert backend.completions[0]["max_tokens"] == 0
+
+    run(scenario())
+
+
+# ----------------------------------------------------------------------------------------- type-through
+
+
+def test_what_the_user_types_as_predicted_is_served_without_the_vps():
+    async def scenario() -> None:
+        async with Backend([script("urn", " a", " + b", prompt_tokens=9)]) as backend, pi_for(backend.port) as pi:
+            first = await infill(pi)
+            assert (first.json["content"], "type_through" in first.json) == ("urn a + b", False)
+            for typed in ("u", "urn", "urn a +"):
+                reply = await infill(pi, prompt="    ret" + typed)
+                assert (reply.json["content"], reply.json["type_through"]) == ("urn a + b"[len(typed) :], True)
+            assert len(backend.completions) == 1
+            counts = await stats(pi)
+            assert (counts["type_through"], counts["requests_total"]) == (3, 4)
+            for prompt in ("    retx", "    return a + b", "    ret"):
+                assert (await infill(pi, prompt=prompt)).json["content"] == "urn a + b"
+            assert len(backend.completions) == 4
+
+    run(scenario())
+
+
+def test_it_works_in_streams_and_in_openais_dialect():
+    async def scenario() -> None:
+        async with Backend([script("urn", ' "a\\n"')]) as backend, pi_for(backend.port) as pi:
+            body = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
+            await start(pi, "/v1/completions", body)
+            reply = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    retur"})
+            first, last, done = data(reply)
+            assert (first["choices"][0]["text"], done) == ('n "a\\n"', "[DONE]")
+            assert (last["choices"][0]["finish_reason"], last["type_through"]) == ("stop", True)
+            assert len(backend.completions) == 1
+
+    run(scenario())
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "another suffix": {"input_suffix": "x\n"},
+    "another file": {"filename": "b.py"},
+    "another stop string": {"stop": ["x"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_request_is_not_served_from_it(change: str):
+    async def scenario() -> None:
+        async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
+            await infill(pi)
+            await infill(pi, prompt="    retu", **CHANGES[change])
+            await infill(pi.from_address("127.0.0.2"), prompt="    retu")
+            assert len(backend.completions) == 3
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("caching", "asked"), [({}, 2), ({"cache_prompt": True}, 1)])
+def test_text_of_chance_is_served_again_only_where_the_client_asks_for_caching(caching: dict[str, Any], asked: int):
+    async def scenario() -> None:
+        async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
+            await infill(pi, temperature=0.5, **caching)
+            await infill(pi, temperature=0.5, prompt="    retu", **caching)
+            assert len(backend.completions) == asked
+
+    run(scenario())
+
+
+def test_it_is_served_while_the_vps_is_gone():
+    async def scenario() -> None:
+        async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
+            await infill(pi)
+            await backend.__aexit__()
+            reply = await infill(pi, prompt="    retu")
+            assert (reply.status, reply.json["content"]) == (200, "rn a")
+
+    run(scenario())
+
+
+def predicted(predictions: Predictions, prompt: str, **more: Any) -> str | None:
+    found = predictions.find("me", {"prompt": prompt, "suffix": "", **more})
+    return found[1] if found else None
+
+
+def test_predictions_follow_a_window_that_moves():
+    """An editor sends so many lines before the cursor: after a typed line end, the first of them is missing."""
+    predictions, lines = Predictions(), [f"line {number}\n" for number in range(400)]
+    predictions.add("me", {"prompt": "".join(lines[:300]), "suffix": ""}, "a\nbc\n", {}, "stop")
+    assert predicted(predictions, "".join(lines[1:300]) + "a\nb") == "c\n"
+    assert predicted(predictions, "".join(lines[:300]) + "a") == "\nbc\n"
+    assert predicted(predictions, "".join(lines[1:299]) + "a") is None
+
+
+def test_predictions_are_bounded():
+    predictions = Predictions()
+    predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (cm4d.MAX_PREDICTED_CHARS + 1), {}, "stop")
+    assert len(predictions.recent) == 0
+    for number in range(2 * cm4d.MAX_PREDICTIONS):
+        predictions.add("me", {"prompt": f"{number}" + "x" * 10_000, "suffix": "s" * 10_000}, "ab", {}, "stop")
+    assert len(predictions.recent) == cm4d.MAX_PREDICTIONS
+    assert max(len(prediction.tail) for prediction in predictions.recent) == cm4d.TAIL_CHARS
+
+
+# --------------------------------------------------------------------------------- the time for a prompt
+
+
+def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
+    """100 tokens a second and 2 seconds: 200 tokens, of which a quarter is the suffix's."""
+    lines = "".join(f"value_{number} = {number}\n" for number in range(150))
+    body = {"input_prefix": lines, "input_suffix": "".join(f"after_{n} = {n}\n" for n in range(40)), "prompt": "x"}
+
+    async def scenario() -> None:
+        told = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
+        async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
+            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            await start(pi, "/infill", {**body, "t_max_prompt_ms": 2000})
+            await until(lambda: len(backend.completions) == 2)
+            await until(lambda: pi.gateway.warming is None or pi.gateway.warming.done())
+            await start(pi, "/infill", {**body, "prompt": "xy", "t_max_prompt_ms": 2000})
+            cut, whole, after = backend.completions
+            assert 300 < len(cut["prompt"]) < 800
+            assert lines.endswith(cut["prompt"][:-1])
+            assert 0 < len(cut["suffix"]) < len(body["input_suffix"])
+            assert (whole["max_tokens"], whole["prompt"]) == (0, lines + "x")
+            assert after["prompt"] == lines + "xy", "what has been read before was left out"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_no_limit_of_time(limit: int):
+    lines = "".join(f"value_{number} = {number}\n" for number in range(150))
+
+    async def scenario() -> None:
+        async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
+            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            await infill(pi, input_prefix=lines, t_max_prompt_ms=limit)
+            assert backend.completions[0]["prompt"] == lines + FILE["prompt"]
+
+    run(scenario())
+
+
+def test_the_speed_of_reading_is_learned_from_results():
+    async def scenario() -> None:
+        told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
+        async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
+            await infill(pi)
+            assert pi.gateway.read_speed == {"qwen_0_5b": 200.0}
+
+    run(scenario())
+
+
+# ------------------------------------------------------------------------------------------------ chats
+
+
+def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n} " + "word " * 400} for n in range(21)]
+    messages = [{"role": "system", "content": "Be brief."}, *turns]
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            reply = await start(pi, CHATS, {"messages": messages, "max_tokens": 100})
+            sent = backend.completions[0]["messages"]
+            assert sent[0] == messages[0]
+            assert sent[1:] == messages[-len(sent) + 1 :]
+            assert sent[1]["role"] == "user"
+            size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
+            assert reply.one("X-Cerebrum-Kept") == f"{len(sent)} of 22 messages, {size} of {of} characters"
+            assert 5 <= len(sent) <= 12
+            whole = await start(pi, CHATS, {"messages": messages[:3], "stream": True})
+            assert whole.all("X-Cerebrum-Kept") == []
+
+    run(scenario())
+
+
+# ----------------------------------------------------------------------------------------- the rules of all
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/", "/completions"])
+@pytest.mark.parametrize("model", [None, "", "gpt-4o", "qwen_1_5b"])
+def test_an_unknown_model_means_the_default_and_a_slash_is_tolerated(path: str, model: str | None):
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            reply = await start(pi, path, {"prompt": "x", "model": model, "suffix": None, "stop": None})
+            assert (reply.status, reply.json["choices"][0]["text"]) == (200, "ab")
+            wanted = "qwen_1_5b" if model == "qwen_1_5b" else "qwen_0_5b"
+            assert (backend.completions[0]["model"], reply.json["model"]) == (wanted, wanted)
+
+    run(scenario())
+
+
+def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port, client_key="secret") as pi:
+            for header in ({"Authorization": "Bearer secret"}, {"X_API_Key": "secret"}):
+                assert (await start(pi, "/v1/completions", {"prompt": "x"}, **header)).status == 200
+            reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
+            error = {"message": "expected the API key in the header X-API-Key", "type": "authentication_error"}
+            assert (reply.status, reply.json) == (401, {"error": {**error, "param": None, "code": "UNAUTHORIZED"}})
+            native = await pi.complete(X_API_Key="wrong")
+            assert native.json["error"] is True
+
+    run(scenario())
+
+
+def test_without_a_key_any_authorization_is_accepted():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer sk-no")).status == 200
+
+    run(scenario())
+
+
+def test_pages_of_foreign_origins_are_refused():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            reply = await start(pi, "/v1/completions", {"prompt": "x"}, Origin="http://evil.example")
+            assert (reply.status, reply.json["error"]["code"], backend.completions) == (403, "FORBIDDEN", [])
+
+    run(scenario())
+
+
+def test_tokens_are_counted_by_the_vps():
+    async def scenario() -> None:
+        async with Backend([[answer(200, {"tokens": [1, 2, 3]})]]) as backend, pi_for(backend.port) as pi:
+            reply = await start(pi, "/tokenize", {"content": "a b", "add_special": False})
+            assert (reply.status, reply.body) == (200, b'{"tokens":[1,2,3]}')
+            wanted = {"text": "a b", "first": False, "special": True, "model": "qwen_0_5b"}
+            assert backend.completions == [wanted]
+
+    run(scenario())
+
+
+def test_models_and_props():
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            listed = (await pi.get("/v1/models")).json
+            assert (listed["object"], [entry["id"] for entry in listed["data"]]) == ("list", ["qwen_0_5b"])
+            assert (await pi.get("/v1/models/qwen_0_5b")).json == listed["data"][0]
+            assert (await pi.get("/models")).json == listed
+            missing = await pi.get("/v1/models/gpt-4o")
+            assert (missing.status, missing.json["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+            props = (await pi.get("/props?model=qwen_0_5b&autoload=false")).json
+            assert (props["default_generation_settings"], props["total_slots"]) == ({"n_ctx": 4096}, 2)
+
+    run(scenario())
