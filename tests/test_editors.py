@@ -518,10 +518,15 @@ def test_predictions_are_bounded():
 # --------------------------------------------------------------------------------- the time for a prompt
 
 
+def word(number: int) -> str:
+    """A name without digits, each of which would be a token."""
+    return "name_" + "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
 def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
     """100 tokens a second and 2 seconds: 200 tokens, of which a quarter is the suffix's."""
-    lines = "".join(f"value_{number} = {number}\n" for number in range(150))
-    body = {"input_prefix": lines, "input_suffix": "".join(f"after_{n} = {n}\n" for n in range(40)), "prompt": "x"}
+    lines = "".join(f"{word(number)} = other\n" for number in range(150))
+    body = {"input_prefix": lines, "input_suffix": "".join(f"after = {word(n)}\n" for n in range(40)), "prompt": "x"}
 
     async def scenario() -> None:
         told = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
@@ -543,7 +548,7 @@ def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_no_limit_of_time(limit: int):
-    lines = "".join(f"value_{number} = {number}\n" for number in range(150))
+    lines = "".join(f"{word(number)} = other\n" for number in range(150))
 
     async def scenario() -> None:
         async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
