@@ -35,6 +35,7 @@ MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a larger limit is low
 MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with those
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
 MAX_MESSAGES = 1000  # of a chat
+MAX_MS = 600_000  # of a limit of time; a longer one is lowered
 MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
 
 TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -1), Field(bool, default=False)
@@ -51,8 +52,8 @@ TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": TEXT}
 LLAMA_FIELDS = SAMPLING | {
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
-    "t_max_prompt_ms": Field(int, -1, 10**9, 0),
-    "t_max_predict_ms": Field(int, -1, 10**9, 0),
+    "t_max_prompt_ms": Field(int, -1, default=0),
+    "t_max_predict_ms": Field(int, -1, default=0),
     "filename": TEXT,
 }
 INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
@@ -295,7 +296,7 @@ def read_chat(members: Mapping[str, Any]) -> Asked:
 def read_llama(members: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of our API that both of llama-server's own requests have."""
     limits = {"indent": read["n_indent"]}
-    limits |= {name: max(0, read[f"t_max_{name}"]) for name in ("prompt_ms", "predict_ms")}
+    limits |= {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
     return read_sampling(read, members, temperature=0.0) | limits | {"filename": read["filename"]}
 
 

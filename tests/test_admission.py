@@ -83,6 +83,9 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
         {"model": "m", "messages": [SAID], "suffix": "s"},
         "suffix: expected only beside prompt, not beside messages",
     ),
+    (BASE | {"extra": "x"}, 'extra: expected an array of 0 to 256 objects, got the string "x"'),
+    (BASE | {"extra": [{"text": "x"}, {}]}, "extra[1].text: expected a non-empty string, got nothing"),
+    (BASE | {"predict_ms": -1}, "predict_ms: expected an integer from 0 to 600000, got the number -1"),
 ]
 
 

@@ -535,6 +535,80 @@ def test_infill_with_a_file_name(vps: Vps, reference: Reference) -> None:
     assert body["prompt_tokens"] - plain["prompt_tokens"] == len(mark + reference.tokenize("a.py\n"))
 
 
+def marks(reference: Reference, *names: str) -> list[int]:
+    return [token for name in names for token in reference.tokenize(f"<|{name}|>", True)]
+
+
+FILES_BESIDE = [{"filename": "area.py", "text": "def area_of_circle(r):\n    return 3 * r * r"}, {"text": "X = 1\n"}]
+
+
+def test_other_files_precede_an_infill(vps: Vps, reference: Reference) -> None:
+    before, after = "from area import area_of_", "\n"
+    body = vps.complete(before, suffix=after, filename="main.py", extra=FILES_BESIDE, max_tokens=8)
+    texts = ["area.py\ndef area_of_circle(r):\n    return 3 * r * r\n", "\nX = 1\n", "main.py\n"]
+    tokens = [token for text in texts for token in (*marks(reference, "file_sep"), *reference.tokenize(text))]
+    tokens += [*marks(reference, "fim_prefix"), *reference.tokenize(before), *marks(reference, "fim_suffix")]
+    tokens += [*reference.tokenize(after), *marks(reference, "fim_middle")]
+    assert body["prompt_tokens"] == len(tokens)
+    assert body["completion"].startswith("circle")
+    reference.check(tokens, body["completion"], 8)
+
+
+def test_other_files_precede_a_plain_prompt(vps: Vps, reference: Reference) -> None:
+    body = vps.complete("from area import area_of_", extra=FILES_BESIDE[:1], max_tokens=8)
+    text = "area.py\ndef area_of_circle(r):\n    return 3 * r * r\n"
+    tokens = [
+        *marks(reference, "file_sep"),
+        *reference.tokenize(text),
+        *reference.tokenize("from area import area_of_"),
+    ]
+    assert body["prompt_tokens"] == len(tokens)
+    reference.check(tokens, body["completion"], 8)
+
+
+def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
+    extra = [{"filename": "a.py", "text": new_prompt()}]
+    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= 2
+    body = vps.complete("x = ", suffix="\n", extra=extra, max_tokens=1)
+    assert body["cached_tokens"] >= body["prompt_tokens"] - 8
+
+
+def test_tokenize(vps: Vps, reference: Reference) -> None:
+    def tokens(**more: Any) -> tuple[int, Any]:
+        return vps.ask("POST", "/v1/tokenize", {"model": SMALL, **more})
+
+    text = "def f(): <|im_end|>é"
+    assert tokens(text=text) == (200, {"tokens": reference.tokenize(text)})
+    assert tokens(text=text, special=True) == (200, {"tokens": reference.tokenize(text, True)})
+    assert tokens(text="") == (200, {"tokens": []})
+    status, body = tokens()
+    assert (status, body["message"]) == (400, "text: expected a string, got nothing")
+    assert vps.ask("POST", "/v1/tokenize", {"model": "x", "text": ""})[1]["code"] == "MODEL_NOT_FOUND"
+
+
+def test_tokenize_loads_the_model_and_takes_no_place(vps: Vps, reference: Reference) -> None:
+    vps.wait_idle()
+    vps.ask("POST", f"/v1/unload/{SMALL}")
+    assert vps.ask("POST", "/v1/tokenize", {"model": SMALL, "text": "a b"}) == (
+        200,
+        {"tokens": reference.tokenize("a b")},
+    )
+    assert (vps.model()["loaded"], vps.active()) == (True, 0)
+    vps.complete("a", max_tokens=1)
+
+
+def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
+    long = "# The numbers from one to one hundred, a line each:\n1\n2\n3\n4\n5\n"
+    whole = vps.complete(long, max_tokens=40)
+    assert (whole["total_tokens"], whole["finish_reason"]) == (40, "length")
+    short = vps.complete(long, max_tokens=40, predict_ms=1)
+    assert whole["completion"].startswith(short["completion"])
+    assert short["completion"].count("\n") == 1
+    assert (short["total_tokens"] < 40, short["finish_reason"]) == (True, "length")
+    line = "numbers = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+    assert vps.complete(line, max_tokens=12, predict_ms=1)["total_tokens"] == 12
+
+
 @pytest.mark.parametrize(
     ("prompt", "more", "start", "left"),
     [
