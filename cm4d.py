@@ -284,9 +284,9 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 MIN_SAME = 0.5  # of the shorter text's lines: two texts with fewer in common are of two files
 TAIL_CHARS = 2048  # of the text before the cursor: with as many equal, two cursors are at the same place
-MAX_PREDICTIONS = 64  # that are remembered, of at most MAX_PREDICTED_CHARS each
-MAX_PREDICTED_CHARS = 4096
-ALIKE = ("model", "filename", "stop", "temperature", "top_p", "seed", "mode", "language")  # and the suffix
+MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
+MAX_PREDICTED_CHARS, MAX_SUFFIX_CHARS = 4096, 8192
+ALIKE = ("suffix", "model", "filename", "stop", "temperature", "top_p", "seed", "mode", "language")  # must be equal
 
 
 def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -303,43 +303,46 @@ def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A completion that someone may type: the end of the text before it, its text, and the rest of its request."""
+    """A completion that someone may type: what was asked, with the end of its text alone, and what was answered."""
 
     client: str
-    tail: str
+    fields: Mapping[str, Any]
     text: str
-    alike: tuple[Any, ...]
     begun: Mapping[str, Any]
     finish_reason: str
 
 
 class Predictions:
-    """The latest completions, for clients who type what they say. Pure; at most 400 KB."""
+    """The latest completions, for clients who type what they say. Pure; at most 500 KB."""
 
     def __init__(self) -> None:
         self.recent: deque[Prediction] = deque(maxlen=MAX_PREDICTIONS)
 
     def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
-        if 1 < len(text) <= MAX_PREDICTED_CHARS:
-            tail = fields["prompt"][-TAIL_CHARS:]
-            self.recent.append(Prediction(client, tail, text, self._alike(fields), begun, reason))
+        if 1 < len(text) <= MAX_PREDICTED_CHARS and len(fields.get("suffix") or "") <= MAX_SUFFIX_CHARS:
+            kept = {name: fields.get(name) for name in ALIKE} | {"prompt": fields["prompt"][-TAIL_CHARS:]}
+            self.recent.append(Prediction(client, kept, text, begun, reason))
 
     def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
         """A completion of which the client has typed the beginning, and its rest."""
-        tail, alike = fields["prompt"][-TAIL_CHARS:], self._alike(fields)
         for prediction in reversed(self.recent):
-            if prediction.client == client and prediction.alike == alike:
-                text, before = prediction.text, prediction.tail + prediction.text
-                for typed in range(1, len(text)):
-                    end = len(prediction.tail) + typed
-                    if before[end - 1] == tail[-1:] and before[max(0, end - TAIL_CHARS) : end] == tail:
-                        return prediction, text[typed:]
+            typed = typed_of(prediction.fields, prediction.text, fields) if prediction.client == client else 0
+            if 0 < typed < len(prediction.text):
+                return prediction, prediction.text[typed:]
         return None
 
-    @staticmethod
-    def _alike(fields: Mapping[str, Any]) -> tuple[Any, ...]:
-        suffix = hashlib.sha256((fields.get("suffix") or "").encode()).digest()
-        return (suffix, *(str(fields.get(name)) for name in ALIKE))
+
+def typed_of(asked: Mapping[str, Any], text: str, fields: Mapping[str, Any]) -> int:
+    """How many characters of `text`, which completes the request `asked`, stand before the cursor in the request
+    `fields`, which is the same otherwise. 0: none, or it is another place."""
+    if any(asked.get(name) != fields.get(name) for name in ALIKE):
+        return 0
+    tail, start = fields["prompt"][-TAIL_CHARS:], len(asked["prompt"][-TAIL_CHARS:])
+    before = asked["prompt"][-TAIL_CHARS:] + text
+    for end in range(start + 1, len(before) + 1):
+        if before[end - 1] == tail[-1:] and before[max(0, end - TAIL_CHARS) : end] == tail:
+            return end - start
+    return 0
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -700,6 +703,11 @@ def read_text(events: bytes) -> str:
     return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
 
 
+def text_event(text: str) -> bytes:
+    """A native token event with this text."""
+    return sse_event({"token": text, "total_tokens": 1})
+
+
 def write_event(kind: str, value: Any) -> bytes:
     """A pair as native SSE, or b"" for a pair that has no event."""
     if kind == "text":
@@ -1021,8 +1029,8 @@ class Shared:
     It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
     """
 
-    def __init__(self, pairs: Sequence[Pair] = (), key: bytes = b"") -> None:
-        self.pairs, self.key = list(pairs), key
+    def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
+        self.pairs, self.job, self.key = list(pairs), job, key
         self.failure: HttpError | None = None
         self.readers: list[Reading] = []
         self.task: asyncio.Task[None] | None = None
@@ -1054,7 +1062,7 @@ class Shared:
         event = data[data.index(b"\n") + 1 : -2]
         self.pairs.append(("text", event))
         for reader in self.readers:
-            if reader.at == len(self.pairs) - 1 and reader.send_now(event):
+            if reader.at == len(self.pairs) - 1 and not reader.skip and reader.send_now(event):
                 reader.at += 1
             elif reader.streams:
                 reader.woken.set()
@@ -1069,6 +1077,7 @@ class Reading:
         self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
         self.shared = Shared()  # what it reads, once it has joined
         self.at = 0  # pairs read
+        self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
         self.woken = asyncio.Event()
         self.replaced = False  # a newer infill of this file came
         self.send_now: Callable[[bytes], bool] = lambda _: False  # sends token events, unless the client is behind
@@ -1083,8 +1092,6 @@ class Reading:
                 if self.at < len(shared.pairs):
                     kind, value = self._next(shared.pairs)
                     begun = True
-                    if kind == "done" and self.predicts and shared.task:
-                        self.gateway.remember(self.job, shared.pairs)
                     yield kind, value
                     if kind == "done":
                         return
@@ -1102,10 +1109,17 @@ class Reading:
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
         self.at += 1
+        if kind == "done" and self.predicts and self.shared.job:
+            self.gateway.remember(self.job.client, self.shared.job, pairs)
+            return kind, value | ({"type_through": True} if self.typed else {})
         texts = [value]
         while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
             texts.append(pairs[self.at][1])
             self.at += 1
+        if kind == "text" and self.skip:
+            text = read_text(b"".join(texts))
+            rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
+            return kind, text_event(rest) if rest else b""
         return kind, b"".join(texts) if len(texts) > 1 else value
 
     def replace(self) -> None:
@@ -1327,19 +1341,38 @@ class Gateway:
             self.warm(job)
             done = "done", {"finish_reason": "length"}
             return Shared([("started", self.beginning(job)), done])
-        self._replace_older(reading)
         if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             self._count("type_through")
+            self._replace_older(reading)
             return Shared(typed_pairs(*found))
+        shared = self._typed_meanwhile(reading) or self._identical(job)
+        shared.readers.append(reading)
+        self._replace_older(reading)
+        return shared
+
+    def _typed_meanwhile(self, reading: Reading) -> Shared | None:
+        """A running completion that has written what the client has typed since it asked for it."""
+        job = reading.job
+        for other in self.readings if reading.predicts else ():
+            shared = other.shared
+            if other.editor == reading.editor and shared.job and shared.task and not shared.task.done():
+                text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+                if typed := typed_of(shared.job.fields, text, job.fields):
+                    reading.skip = reading.typed = typed
+                    self._count("type_through")
+                    return shared
+        return None
+
+    def _identical(self, job: Job) -> Shared:
+        """The running completion of the same request, or a new one."""
         key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
         shared = self.shared.get(key)
         if shared:
             self._count("shared")
         else:
-            shared = self.shared[key] = Shared(key=key)
+            shared = self.shared[key] = Shared(job=job, key=key)
             job.send_now = shared.pass_by
             shared.task = asyncio.create_task(self._compute(shared, job))
-        shared.readers.append(reading)
         return shared
 
     async def _compute(self, shared: Shared, job: Job) -> None:
@@ -1379,10 +1412,10 @@ class Gateway:
                 shared.task.cancel()
                 self._forget(shared)
 
-    def remember(self, job: Job, pairs: Sequence[Pair]) -> None:
-        """Keep a whole completion for clients who type what it says."""
+    def remember(self, client: str, job: Job, pairs: Sequence[Pair]) -> None:
+        """Keep a whole completion for a client who types what it says."""
         text = "".join(read_text(value) for kind, value in pairs if kind == "text")
-        self.predictions.add(job.client, job.fields, text, pairs[0][1], pairs[-1][1].get("finish_reason", "stop"))
+        self.predictions.add(client, job.fields, text, pairs[0][1], pairs[-1][1].get("finish_reason", "stop"))
 
     # Warming: reading a prompt into the VPS's cache while there is nothing else to do.
 
@@ -1523,8 +1556,7 @@ class Gateway:
 def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
     """A completion that consists of the rest of an earlier one."""
     done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
-    text = sse_event({"token": rest, "total_tokens": 1})
-    return [("started", prediction.begun), ("text", text), ("done", done)]
+    return [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
 
 
 # -------------------------------------------------------------------------------------------- handlers

@@ -59,7 +59,7 @@ def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], 
         async with Backend([hang, GOOD]) as backend, pi_for(backend.port) as pi:
             older = infill(pi)
             await backend.begun.wait()
-            newer = await infill(pi, prompt="    retu")
+            newer = await infill(pi, prompt="    rex")
             assert (newer.status, newer.json["content"]) == (200, "ab")
             reply = await older
             assert (reply.status, reply.json["content"], reply.json["stop_type"]) == (200, "", "limit")
@@ -78,7 +78,7 @@ def test_a_replaced_stream_ends_like_one_that_a_limit_has_cut():
             body = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
             older = start(pi, "/v1/completions", body)
             await backend.begun.wait()
-            newer = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    retu"})
+            newer = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    rex"})
             assert [choice["text"] for part in data(newer)[:-1] for choice in part["choices"]] == ["a", "b", ""]
             reply = await older
             assert (reply.status, reply.clean) == (200, True)
@@ -480,6 +480,32 @@ def test_text_of_chance_is_served_again_only_where_the_client_asks_for_caching(c
     run(scenario())
 
 
+def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
+    async def scenario() -> None:
+        go = asyncio.Event()
+        text = [token("urn", 1), token(" a", 2), token(" + b", 3)]
+        end = event(done=True, total_tokens=3, inference_time=0.25, finish_reason="stop")
+        slow = [CHUNKED, *map(chunk, text[:2]), go.wait, chunk(text[2]), chunk(end), b"0\r\n\r\n"]
+        async with Backend([slow, script("x")]) as backend, pi_for(backend.port) as pi:
+            older = infill(pi)
+            await until(lambda: pi.gateway.active and pi.gateway.active[0].tokens == 2)
+            newer = infill(pi, prompt="    return")
+            assert (await older).json["content"] == ""
+            newest = start(pi, "/infill", {**FILE, "prompt": "    return a", "stream": True})
+            assert (await newer).json["content"] == ""
+            go.set()
+            *texts, last = data(await newest)
+            assert "".join(part["content"] for part in texts) == " + b"
+            assert (last["stop"], last["type_through"]) == (True, True)
+            assert len(backend.completions) == 1
+            assert (await infill(pi, prompt="    return a +")).json["content"] == " b"
+            assert (await infill(pi, prompt="    rex")).json["content"] == "x"
+            counts = await stats(pi)
+            assert (counts["type_through"], counts["replaced"], counts["requests_total"]) == (3, 2, 5)
+
+    run(scenario())
+
+
 def test_it_is_served_while_the_vps_is_gone():
     async def scenario() -> None:
         async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
@@ -510,9 +536,11 @@ def test_predictions_are_bounded():
     predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (cm4d.MAX_PREDICTED_CHARS + 1), {}, "stop")
     assert len(predictions.recent) == 0
     for number in range(2 * cm4d.MAX_PREDICTIONS):
-        predictions.add("me", {"prompt": f"{number}" + "x" * 10_000, "suffix": "s" * 10_000}, "ab", {}, "stop")
+        predictions.add("me", {"prompt": f"{number}" + "x" * 10_000, "suffix": "s"}, "ab", {}, "stop")
     assert len(predictions.recent) == cm4d.MAX_PREDICTIONS
-    assert max(len(prediction.tail) for prediction in predictions.recent) == cm4d.TAIL_CHARS
+    assert max(len(prediction.fields["prompt"]) for prediction in predictions.recent) == cm4d.TAIL_CHARS
+    predictions.add("me", {"prompt": "x", "suffix": "s" * 10_000}, "ab", {}, "stop")
+    assert predicted(predictions, "xa") is None
 
 
 # --------------------------------------------------------------------------------- the time for a prompt

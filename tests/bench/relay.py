@@ -5,13 +5,15 @@
 A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s each, then flat
 out. This process reads them directly, through cm4d.py, through a relay on asyncio streams that does nothing else,
 and through nginx with buffering off if it is installed, in turn, several rounds in one run, so that a busy
-machine slows all of them. Prints one line of JSON:
+machine slows all of them. A second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one
+line of JSON:
 
     added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile without a relay
     cpu_us_per_token     of the relay's process, from the scheduler's own clock, while paced
     flat_out_tok_s       both streams together; many one-event chunks in each write of the backend
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (median of 5)
+    openai, llama        the same figures in these dialects; `more_cpu_us` is per token, over the native stream
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ if TYPE_CHECKING:  # imported only where it is used: this file is the bare relay
 
 STREAMS, PACE = 2, 200  # tokens/s each
 FLAT_OUT = 200_000  # tokens in each stream
+DIALECT_FLAT_OUT = 20_000  # a completion in a dialect is kept as a whole, so its size is limited
 TOKENS_PER_WRITE = 400
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
+PATHS = {"cm4d": "/v1/complete/stream", "openai": "/v1/completions", "llama": "/completion"}
+TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 STREAM_HEAD = HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 
 # --------------------------------------------------------------------------------------- the backend
@@ -108,7 +113,8 @@ def made_ahead(count: int) -> list[bytes]:
 
 
 def backend() -> None:
-    made_ahead(FLAT_OUT)
+    for count in (FLAT_OUT, DIALECT_FLAT_OUT):
+        made_ahead(count)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         while True:
@@ -164,14 +170,15 @@ class Target:
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def path(self) -> str:
-        return "/v1/complete/stream" if self.name == "cm4d" else "/v1/inference/stream"
+        return PATHS.get(self.name, "/v1/inference/stream")
 
 
 def cm4d(python: str, folder: Path, vps: int) -> contextlib.AbstractContextManager[Daemon]:
     from harness import daemon
 
     url = f"http://127.0.0.1:{vps}"
-    return daemon("cm4d", folder, python, CEREBRUM_VPS_URL=url, CEREBRUM_CM4_API_KEY="")
+    more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": str(STREAMS + 1)}  # one is kept for infills
+    return daemon("cm4d", folder, python, CEREBRUM_VPS_URL=url, **more)
 
 
 def part(name: str, folder: Path, python: str, *arguments: str) -> contextlib.AbstractContextManager[Daemon]:
@@ -211,7 +218,7 @@ def nginx(folder: Path, vps: int) -> Iterator[Target]:
 
 
 def ask(target: Target, kind: str, count: int, number: int) -> socket.socket:
-    body = json.dumps({"prompt": f"# {kind} {count} {number}\nx =", "language": "python"}).encode()
+    body = json.dumps({"prompt": f"# {kind} {count} {number}\nx =", "language": "python", "stream": True}).encode()
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     lines = [f"POST {target.path()} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", "Content-Type: application/json"]
@@ -238,7 +245,7 @@ def run_paced(target: Target, seconds: float) -> None:
     peers = [ask(target, "paced", count, number) for number in range(STREAMS)]
     cpu, seen = target.cpu_ns(), 0
     for now, data in receive(peers):
-        for stamp in re.findall(rb'"token": "(\d+)"', data):
+        for stamp in re.findall(TEXT, data):
             seen += 1
             target.delays_ns.append(now - int(stamp))
     assert seen == count * STREAMS, f"{target.name}: {seen} tokens of {count * STREAMS}"
@@ -247,12 +254,13 @@ def run_paced(target: Target, seconds: float) -> None:
 
 def run_flat_out(target: Target) -> None:
     began = time.perf_counter()
-    peers = [ask(target, "flat", FLAT_OUT, number) for number in range(STREAMS)]
+    count = DIALECT_FLAT_OUT if target.name in ("openai", "llama") else FLAT_OUT
+    peers = [ask(target, "flat", count, number) for number in range(STREAMS)]
     data = b"".join(data for _, data in receive(peers))
     seconds = time.perf_counter() - began
     # A read may end inside an event, so count over all of it; two streams interleave, which costs a few.
-    assert data.count(b'"token": ') > FLAT_OUT * STREAMS * 0.99, target.name
-    target.flat_out.append(FLAT_OUT * STREAMS / seconds)
+    assert len(re.findall(rb'"(?:token|text|content)": ?" tok"', data)) > count * STREAMS * 0.99, target.name
+    target.flat_out.append(count * STREAMS / seconds)
 
 
 def percentile(values: list[int], share: float) -> float:
@@ -275,7 +283,9 @@ def report(targets: dict[str, Target]) -> dict[str, object]:
             "peak_rss_mb": round(target.peak_rss_mb(), 1),
         }
     figures["cm4d"]["start_s"] = round(statistics.median(targets["cm4d"].start_s), 3)
-    for name in figures.keys() - {"cm4d"}:
+    for name in ("openai", "llama"):
+        figures[name]["more_cpu_us"] = round(figures[name]["cpu_us_per_token"] - figures["cm4d"]["cpu_us_per_token"], 1)
+    for name in figures.keys() - PATHS.keys():
         ratios = {key: round(figures["cm4d"][key] / value, 2) for key, value in figures[name].items() if value > 0}
         result[f"cm4d_to_{name}"] = ratios
     return figures["cm4d"] | result | {name: figures[name] for name in figures if name != "cm4d"}
@@ -293,6 +303,8 @@ def main() -> None:
         pi = stack.enter_context(cm4d(options.python, folder / "cm4d", backend.port))
         relay = stack.enter_context(part("bare", folder, options.python, "bare", str(backend.port)))
         targets = {one.name: Target(one.name, one.process.pid, one.port) for one in (backend, pi, relay)}
+        other = stack.enter_context(cm4d(options.python, folder / "dialects", backend.port))
+        targets |= {name: Target(name, other.process.pid, other.port) for name in ("openai", "llama")}
         if shutil.which("nginx"):
             targets["nginx"] = stack.enter_context(nginx(folder, backend.port))
         for target in targets.values():
