@@ -286,7 +286,8 @@ MIN_SAME = 0.5  # of the shorter text's lines: two texts with fewer in common ar
 TAIL_CHARS = 2048  # of the text before the cursor: with as many equal, two cursors are at the same place
 MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
 MAX_PREDICTED_CHARS, MAX_SUFFIX_CHARS = 4096, 8192
-ALIKE = ("suffix", "model", "filename", "stop", "temperature", "top_p", "seed", "mode", "language")  # must be equal
+# What must be equal in two requests for the answer to one to be the beginning of the answer to the other.
+ALIKE = ("mode", "suffix", "model", "language", "filename", "max_tokens", "stop", "temperature", "top_p", "seed")
 
 
 def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -1330,8 +1331,8 @@ class Gateway:
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
-        model = job.model or self._route(job.fields)
-        return {"model": model, "n_ctx": job.n_ctx or self._n_ctx(model), "kept": job.kept}
+        model = job.model or self.route(job.fields)
+        return {"model": model, "n_ctx": job.n_ctx or self.n_ctx(model), "kept": job.kept}
 
     def join(self, reading: Reading) -> Shared:
         """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
@@ -1353,7 +1354,7 @@ class Gateway:
     def _typed_meanwhile(self, reading: Reading) -> Shared | None:
         """A running completion that has written what the client has typed since it asked for it."""
         job = reading.job
-        for other in self.readings if reading.predicts else ():
+        for other in self.readings if reading.predicts and job.kind == "infill" else ():
             shared = other.shared
             if other.editor == reading.editor and shared.job and shared.task and not shared.task.done():
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
@@ -1413,7 +1414,10 @@ class Gateway:
                 self._forget(shared)
 
     def remember(self, client: str, job: Job, pairs: Sequence[Pair]) -> None:
-        """Keep a whole completion for a client who types what it says."""
+        """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
+        which counts on its limit: if that has cut it, it is no beginning of another."""
+        if job.kind == "completion" and pairs[-1][1].get("finish_reason") == "length":
+            return
         text = "".join(read_text(value) for kind, value in pairs if kind == "text")
         self.predictions.add(client, job.fields, text, pairs[0][1], pairs[-1][1].get("finish_reason", "stop"))
 
@@ -1478,8 +1482,8 @@ class Gateway:
         """Choose the model, fit the prompt and send it; fit and send it again if the VPS counts too many tokens."""
         if self.contexts is None:
             await self._learn_models()
-        job.model = self._route(job.fields)
-        job.n_ctx = self._n_ctx(job.model)
+        job.model = self.route(job.fields)
+        job.n_ctx = self.n_ctx(job.model)
         try:
             return await self._send(job, self.ratio.get(job.model), stack)
         except HttpError as error:
@@ -1490,7 +1494,7 @@ class Gateway:
         job.n_ctx = n_ctx
         return await self._send(job, REFIT * job.weight / counted, stack)
 
-    def _route(self, fields: Mapping[str, Any]) -> str:
+    def route(self, fields: Mapping[str, Any]) -> str:
         if fields["model"] is not None:
             return str(fields["model"])
         language, models = fields["language"], self.config.models
@@ -1498,7 +1502,7 @@ class Gateway:
         model = route_language(models, language, self.contexts) or route_language(models, language, None)
         return model.id if model else models[0].id
 
-    def _n_ctx(self, model: str) -> int:
+    def n_ctx(self, model: str) -> int:
         return (self.contexts or {}).get(model, DEFAULT_N_CTX)
 
     async def _send(self, job: Job, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
@@ -1635,15 +1639,15 @@ async def model(gateway: Gateway, request: Request) -> Response:
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: of the model that answers when none is named."""
-    model = gateway._route({"model": None, "language": ""})
-    return Response(compact(write_props(model, gateway._n_ctx(model), gateway.config.max_concurrent)))
+    model = gateway.route({"model": None, "language": ""})
+    return Response(compact(write_props(model, gateway.n_ctx(model), gateway.config.max_concurrent)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text in tokens of the model that answers when none is named."""
     fields = read_fields(present(request.json()), TOKENIZE)
     asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
-    asked["model"] = gateway._route({"model": None, "language": ""})
+    asked["model"] = gateway.route({"model": None, "language": ""})
     answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
     return Response(compact({"tokens": answer.get("tokens", [])}))
 
