@@ -5,10 +5,10 @@ PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality drafts prepare parse))
 
-.PHONY: help run test test-slow lint bench fuzz clean
+.PHONY: help run test test-clients test-slow lint bench fuzz clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 run: ## from nothing to a completion: prepare, start both daemons, open the REPL
 	@./run.sh
@@ -16,6 +16,10 @@ run: ## from nothing to a completion: prepare, start both daemons, open the REPL
 test: ## the tests, with the default model
 	@./run.sh setup test
 	$(PYTHON) -m pytest
+
+test-clients: ## other people's clients, which are installed for it, against both daemons
+	@./run.sh setup clients
+	$(PYTHON) -m pytest -m clients
 
 test-slow: ## the tests that take minutes, need root or a second model (1.1 GB)
 	@./run.sh setup test

@@ -4,8 +4,8 @@
 #
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started
-#     ./run.sh setup [test]    only prepare: system packages, .venv, the default model; "test" adds the
-#                              packages of tests and linters
+#     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
+#                              "test" those of tests and linters, "clients" also other people's clients
 #
 # stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
@@ -53,8 +53,13 @@ need_system() {
 		command -v c++ >/dev/null || packages+=(g++)
 		command -v cmake >/dev/null || packages+=(cmake)
 	fi
-	if [[ $1 == test ]]; then
+	if [[ $1 != run ]]; then
 		command -v shellcheck >/dev/null || packages+=(shellcheck)
+	fi
+	if [[ $1 == clients ]]; then
+		command -v nvim >/dev/null || packages+=(neovim)
+		command -v node >/dev/null || packages+=(nodejs)
+		command -v npm >/dev/null || packages+=(npm)
 	fi
 	if ((${#packages[@]} > 0)); then
 		if ! command -v apt-get >/dev/null || ((EUID != 0)); then
@@ -79,10 +84,13 @@ requirements() {
 	import sys, tomllib
 	with open("pyproject.toml", "rb") as file:
 	    project = tomllib.load(file)
-	wanted = project["project"]["dependencies"]
-	if sys.argv[1] == "test":
-	    wanted += project["dependency-groups"]["test"]
-	print(*wanted, sep="\n")
+	groups = project["dependency-groups"] | {"run": []}
+
+	def members(name):
+	    for entry in groups[name]:
+	        yield from [entry] if isinstance(entry, str) else members(entry["include-group"])
+
+	print(*project["project"]["dependencies"], *members(sys.argv[1]), sep="\n")
 	EOF
 }
 
@@ -187,8 +195,9 @@ run() {
 	fi
 }
 
-case ${1-} in
-	setup) setup "${2-run}" ;;
+case "$*" in
+	setup) setup run ;;
+	'setup test' | 'setup clients') setup "$2" ;;
 	'') run ;;
-	*) die "expected: run.sh [setup [test]]" ;;
+	*) die "expected: run.sh [setup [test|clients]]" ;;
 esac
