@@ -99,7 +99,9 @@ def start_pi(folder: Path, scripts: Sequence[Any], **more: str) -> Iterator[Pi]:
     with in_a_thread(Backend(scripts)) as backend:
         settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", **more}
         with daemon("cm4d", folder, **settings) as started:
-            yield Pi(f"http://127.0.0.1:{started.port}", backend)
+            pi = Pi(f"http://127.0.0.1:{started.port}", backend)
+            wait_until(lambda: pi.get("/health").status_code == 200, "the Pi knows its VPS")
+            yield pi
         assert started.complaints() == ""
 
 
