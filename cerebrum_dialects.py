@@ -66,6 +66,7 @@ PART = {"type": Field(str, default="text", choices=("text", "input_text", "outpu
 EXTRA = {"filename": TEXT, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
+STREAM_OPTIONS = {"include_usage": FLAG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     roles = read_objects(entries, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(entries, roles, strict=True)):
-        if entry.get("tool_calls"):
+        if entry.get("tool_calls", []) != []:
             raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
         content = read_content(entry.get("content", ""), f"messages[{number}].content")
         messages.append({"role": ROLES[role["role"]], "content": content})
@@ -165,9 +166,10 @@ def read_content(value: Any, where: str) -> str:
 def wants_usage(members: Mapping[str, Any]) -> bool:
     """`stream_options`"""
     options = members.get("stream_options", {})
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
+    if not isinstance(options, dict):
         raise wrong("stream_options", 'an object such as {"include_usage": true}', options)
-    return bool(options.get("include_usage"))
+    read = read_fields(present(options), STREAM_OPTIONS)
+    return bool(read["include_usage"])
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
