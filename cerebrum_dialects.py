@@ -335,6 +335,7 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 # A native token event, as cm4d relays it. Its JSON string goes into other events as it is.
 TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 HERE = "\x00"  # where that string goes; no id or name has this character
+MISSING = object()
 DONE = b"data: [DONE]\n\n"
 
 
@@ -465,8 +466,8 @@ class LlamaReply(Reply):
         for path in self.asked.only:
             value: Any = answer
             for name in path.split("/"):
-                value = value.get(name, HERE) if isinstance(value, dict) else HERE
-            if value != HERE:
+                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+            if value is not MISSING:
                 chosen[path] = value
         return chosen
 
