@@ -273,7 +273,7 @@ def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str = "") -> tuple[s
 
 
 def read_text(members: Mapping[str, Any]) -> Asked:
-    """POST /v1/completions"""
+    """POST /v1/completions: OpenAI's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
     fields = read_sampling(read, members, temperature=0.0) | {"filename": read["filename"]}
@@ -282,7 +282,7 @@ def read_text(members: Mapping[str, Any]) -> Asked:
 
 
 def read_chat(members: Mapping[str, Any]) -> Asked:
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, OPENAI_FIELDS)
     for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
@@ -313,7 +313,7 @@ def read_only(members: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def read_completion(members: Mapping[str, Any]) -> Asked:
-    """POST /completion"""
+    """POST /completion: llama-server's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, LLAMA_FIELDS)
     kind, fields = ask_prompt(read_llama(members, read), read_prompt(members))
@@ -321,7 +321,7 @@ def read_completion(members: Mapping[str, Any]) -> Asked:
 
 
 def read_infill(members: Mapping[str, Any]) -> Asked:
-    """POST /infill: `prompt` continues `input_prefix`."""
+    """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
     fields = read_llama(members, read) | {"extra": read_extra(members.get("input_extra", []))}

@@ -115,6 +115,7 @@ from cerebrum_dialects import (
     write_model,
     write_props,
 )
+from cerebrum_openapi import write_openapi
 
 if TYPE_CHECKING:
     import ssl
@@ -1721,7 +1722,8 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/stats. `vps_response_time_ms` is the last good probe's, null before one; requests are completions."""
+    """GET /v1/stats: counters and gauges. `vps_response_time_ms` is the last good probe's, null before one; requests
+    are completions."""
     now = time.monotonic()
     body = {
         "uptime": round(now - gateway.started, 1),
@@ -1735,6 +1737,12 @@ async def stats(gateway: Gateway, request: Request) -> Response:
         **gateway.counts,
     }
     return Response(body)
+
+
+async def openapi(gateway: Gateway, request: Request) -> Response:
+    """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
+    config = gateway.config
+    return Response(compact(write_openapi(ROUTES, DIALECTS, FIELDS, config.models, PASSED_ON, bool(config.client_key))))
 
 
 def memory_mb() -> float:
@@ -1770,6 +1778,7 @@ ROUTES = (
     ),
     *(Route("GET", f"{path}/{{id}}", model, foreign_error=write_error) for path in ("/v1/models", "/models")),
     Route("GET", "/models", models),
+    Route("GET", "/openapi.json", openapi),
     Route("GET", "/props", props, foreign_error=write_error),
     Route("POST", "/tokenize", tokenize, json=True, watched=True, any_type=True, foreign_error=write_error),
 )
