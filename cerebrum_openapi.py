@@ -15,7 +15,7 @@ Strategy
   handlers of cm4d write, have their examples here; a test holds them against real responses.
 - Which errors a route can end with follows from what kind of route it is.
 
-OpenAPI 3.1 has no place for the events of a stream: `x-event-schema` beside a stream's schema describes one of them.
+OpenAPI 3.1 leaves open what a stream's schema describes. Here it is one event, as in the `itemSchema` of 3.2.
 Pure: no socket, no clock, no state. Standard library only.
 """
 
@@ -30,6 +30,7 @@ from typing import Any
 
 from cerebrum_common import (
     MAX_INTEGER_DIGITS,
+    MAX_JSON_DEPTH,
     STATUSES,
     Field,
     HttpError,
@@ -65,9 +66,11 @@ VERSION = "1.0.0"  # of the API, as in pyproject.toml
 DESCRIPTION = (
     "Code completion at home. Beside Cerebrum's own API, the Pi speaks OpenAI's and llama-server's, so that an editor"
     " works by entering its address. Unknown members of a request are ignored. Paths of other people's APIs read their"
-    " JSON under any Content-Type and take a member that is null for absent. An unknown path gets 404 NOT_FOUND,"
-    " another method 405 METHOD_NOT_ALLOWED. HEAD is answered like GET without a body, OPTIONS with 204. An error after"
-    " the beginning of a stream is an event, behind which the connection is cut."
+    " JSON under any Content-Type and take a member that is null for absent. JSON is read strictly: UTF-8 without lone"
+    " surrogates, each name once in an object, integers without a fraction and of at most"
+    f" {MAX_INTEGER_DIGITS} digits, and at most {MAX_JSON_DEPTH} levels. The schema of a stream describes one event."
+    " An error after the beginning of a stream is an event, behind which the connection is cut. An unknown path gets"
+    " 404 NOT_FOUND, another method 405 METHOD_NOT_ALLOWED. HEAD is answered like GET without a body, OPTIONS with 204."
 )
 
 Schema = dict[str, Any]
@@ -308,8 +311,12 @@ ANSWERS: dict[str, Callable[[Sequence[Model]], dict[str, Any]]] = {
 }
 
 
-def stream_of(events: Sequence[Schema]) -> dict[str, Any]:
-    return {"text/event-stream": {"schema": STRING, "x-event-schema": any_of(events)}}
+def stream_of(events: Sequence[Schema], last: str = "") -> dict[str, Any]:
+    """Events with one of these JSON values as their data, and perhaps a last event with another text."""
+    data: Schema = {"contentMediaType": "application/json", "contentSchema": any_of(events)}
+    data = {"anyOf": [data, {"const": last}]} if last else data
+    event = {"type": "object", "properties": {"data": {"type": "string", **data}}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}
 
 
 def dialect_content(dialect: Dialect, model: str, foreign_error: Schema) -> dict[str, Any]:
@@ -318,10 +325,12 @@ def dialect_content(dialect: Dialect, model: str, foreign_error: Schema) -> dict
     usage = {"stream_options": {"include_usage": True}} if "stream_options" in names else {}
     reply = dialect.reply(dialect.read(example | usage), "id", 1, {"model": model, "n_ctx": 4096, "kept": {}})
     stream = reply.begin() + reply.text(sse_event({"token": "a", "total_tokens": 1})) + reply.end(RESULT)
-    events = [json.loads(event[6:]) for event in stream.split(b"\n\n") if event.endswith(b"}")]
-    whole, full = json.loads(reply.whole("a + b", RESULT)), "response_fields" not in names
-    schemas = [like(event, required=full) for event in events]
-    return {"application/json": {"schema": like(whole, required=full)}, **stream_of([*schemas, foreign_error])}
+    data = [event[6:].decode() for event in stream.split(b"\n\n")[:-1]]
+    last = "" if data[-1].startswith("{") else data.pop()
+    full = "response_fields" not in names
+    events = [like(json.loads(text), required=full) for text in data]
+    whole = like(json.loads(reply.whole("a + b", RESULT)), required=full)
+    return {"application/json": {"schema": whole}, **stream_of([*events, foreign_error], last)}
 
 
 # ----------------------------------------------------------------------------------------------- errors
@@ -420,7 +429,7 @@ def write_openapi(
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     for dialect in dialects:
         schemas[name_of(dialect)] = dialect_request(dialect)
-    model_id = {"type": "string", "pattern": "^[^/]+$"}
+    model_id = {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cerebrum", "version": VERSION, "description": DESCRIPTION},
