@@ -88,6 +88,7 @@ class Backend:
     health: bytes = answer(200, HEALTH)
     models: bytes = answer(200, MODELS)
     stats: bytes = answer(200, {})
+    tokens: bytes = b""  # the answer to /v1/tokenize; without one, a script answers it
     split: bool = False  # send byte by byte
     port: int = 0
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
@@ -133,7 +134,11 @@ class Backend:
         if method == "GET":
             writer.write({"/health": self.health, "/v1/models": self.models, "/v1/stats": self.stats}[path])
             return
-        script = self.scripts[min(len(self.completions), len(self.scripts)) - 1]
+        if path == "/v1/tokenize" and self.tokens:
+            writer.write(self.tokens)
+            return
+        number = sum(line.startswith("POST ") for line, _, _ in self.asked)
+        script = self.scripts[min(number, len(self.scripts)) - 1]
         self.begun.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
