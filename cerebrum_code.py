@@ -214,7 +214,9 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
 
 
 def ending_of(filename: str) -> str:
-    return "." + filename.rpartition(".")[2].lower()
+    """The ending with its dot, in lower case; "" if the name has none."""
+    _, dot, ending = filename.rpartition(".")
+    return (dot + ending).lower() if dot else ""
 
 
 # --------------------------------------------------------------------------------------------------------- ways to ask
