@@ -184,7 +184,8 @@ LANGUAGES: dict[str, Language] = {
 }
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
 BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
-SHEBANG = re.compile(r"#![^\n]*?([A-Za-z+]+[0-9]?)[0-9.]*[ \t]*(?:\n|$)")
+# The interpreter's name without its version: /usr/bin/python3.11 -u, or what /usr/bin/env -S starts.
+SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+[0-9]?)[0-9.]*(?:\s|$)")
 # What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`.
 MODELINE = re.compile(
     r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)|(?:path|file|filename):[ \t]*(\S+))", re.I | re.M
