@@ -231,8 +231,9 @@ def split_fim(prompt: str) -> Split | None:
         prefix, suffix = (one, two) if first == before else (two, one)
         if not found or (behind and prefix.strip()):
             continue
-        if before == "<PRE>":  # this family writes a space behind the first mark and before the others
+        if before == "<PRE>":  # this family writes a space behind the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
+            behind = behind.removeprefix(" ")
         filename, extra = split_files(preamble)
         return Split(behind or prefix, suffix, filename, extra)
     return None
