@@ -191,7 +191,7 @@ UNUSED = re.compile(  # at the prompt's beginning: the mark of a text's begin, a
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
 )
 SPECIAL = re.compile(
-    r"</?s>|<\|[a-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<(?:fim|file|repo)[_-][a-z]{3,10}>|<EOT>|<\[fim-[a-z]+\]>"
+    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<(?:fim|file|repo)[_-][a-z]{3,10}>|<EOT>|<\[fim-[a-z]+\]>"
     r"|<(?:PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
 
