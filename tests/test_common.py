@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
         (Field(int, 0, 2**63 - 1), [0, 2**63 - 1], [2**63, -1], "an integer from 0 to 9.22337e+18"),
         (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
         (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
-        (Field(float, -2), [-2, 1e9], [-3], "a number"),
+        (Field(float, -2), [-2, 1e9], [-3], "a number of at least -2"),
         (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
         (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None],
          "a string, or an array of 0 to 2 non-empty strings"),
