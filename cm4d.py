@@ -502,7 +502,9 @@ def refusal(status: int, body: bytes, key: str) -> HttpError:
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
-RESULT = {"total_tokens": COUNT, "inference_time": SECONDS, "prompt_tokens": COUNT, "finish_reason": Field(str, 1, 40)}
+RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT)
+RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
+RESULT |= {"finish_reason": Field(str, 1, 40)}
 OURS = frozenset(  # members that a result or an error of ours consists of: no backend may set them
     {"completion", "language", "model", "timestamp", "mode", "kept", "done", "token", "error", "message", "code"}
 )
@@ -517,7 +519,8 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in done.items()
-        if name not in OURS and (name not in RESULT or RESULT[name].accepts(value))
+        if name not in OURS
+        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # without a token
     }
 
 
