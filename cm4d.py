@@ -1688,7 +1688,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
             elif kind == "text":
                 text.write(read_text(value))
             elif kind == "done":
-                whole = text.getvalue() if value["finish_reason"] != "replaced" else ""
+                whole = text.getvalue() if value.get("finish_reason") != "replaced" else ""
                 response.body = reply.whole(whole, value)
     return response
 

@@ -264,6 +264,21 @@ def test_a_done_event_that_lies_cannot_override_what_is_ours(lie: dict[str, Any]
     run(scenario())
 
 
+@pytest.mark.parametrize("name", ["cached_tokens", "load_time", "ttft"])
+@pytest.mark.parametrize("value", [True, "5", -1, 10**19, [], {}], ids=str)
+def test_a_wrong_figure_in_a_done_event_is_left_out(name: str, value: Any) -> None:
+    script = [CHUNKED, A, B, chunk(event(**HONEST | {name: value})), END]
+
+    async def scenario() -> None:
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            native = await pi.complete()
+            assert (native.status, name in native.json) == (200, False)
+            foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
+            assert (foreign.status, foreign.json["content"]) == (200, "ab")
+
+    run(scenario())
+
+
 def test_an_error_event_is_passed_on_with_its_code():
     told = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED")
 
