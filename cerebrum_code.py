@@ -190,7 +190,7 @@ SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\
 MODELINE = re.compile(
     r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)|(?:path|file|filename):[ \t]*(\S+))", re.I | re.M
 )
-OPENED = re.compile(r"^(?:```|~~~)([\w+]*)[ \t]*$", re.M)
+OPENED = re.compile(r"^(?:```|~~~)([\w+]*)[ \t]*\r?$", re.M)
 
 
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
