@@ -1,4 +1,5 @@
-"""The table of languages: which lines import, define or comment, and that no line is expensive to search."""
+"""The table of languages: which lines import, define or comment, and that no line is expensive to search. And which
+language a text is in whose client does not say so."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import time
 
 import pytest
 
-from cerebrum_code import LANGUAGES
+from cerebrum_code import LANGUAGES, guess_language
 
 DEFINES = {
     "python": [
@@ -220,3 +221,98 @@ def test_no_line_is_expensive(name: str) -> None:
             for pattern in (language.defines, language.imports):
                 assert sum(1 for _ in pattern.finditer(text)) >= 0
             assert time.thread_time() - started < 2, (unit, len(text))  # 100 KB; 40 times the slowest
+
+
+# ----------------------------------------------------------------------------------------- guessing a language
+
+# (the file's name, the text before the cursor, the names of other files, the language)
+GUESSES: list[tuple[str, str, list[str], str]] = [
+    ("a.py", "", [], "python"),
+    ("/home/me/a.pyi", "", [], "python"),
+    ("a.pyw", "", [], "python"),
+    ("A.PY", "", [], "python"),
+    ("a.js", "", [], "javascript"),
+    ("a.test.jsx", "", [], "javascript"),
+    ("a.mjs", "", [], "javascript"),
+    ("a.cjs", "", [], "javascript"),
+    ("a.ts", "", [], "typescript"),
+    ("a.d.ts", "", [], "typescript"),
+    ("a.tsx", "", [], "typescript"),
+    ("a.mts", "", [], "typescript"),
+    ("src/main.rs", "", [], "rust"),
+    ("a.c", "", [], "c"),
+    ("a.h", "", [], "c"),
+    ("a.cpp", "", [], "cpp"),
+    ("a.cc", "", [], "cpp"),
+    ("a.hxx", "", [], "cpp"),
+    ("C:\\src\\a.go", "", [], "go"),
+    ("a.java", "", [], ""),
+    ("Makefile", "", [], ""),
+    ("go", "", [], ""),
+    ("src.d/c", "", [], ""),
+    ("a.py.orig", "", [], ""),
+    ("", "", [], ""),
+    # a shebang
+    ("", "#!/usr/bin/env python3\n", [], "python"),
+    ("", "#!/usr/bin/env python3\r\nimport os\r\n", [], "python"),
+    ("run", "#!/usr/bin/python", [], "python"),
+    ("", "#! /usr/local/bin/python3.11 -u\n", [], "python"),
+    ("", "#!/usr/bin/env -S deno run --allow-net\n", [], "typescript"),
+    ("", "#!/usr/bin/env A=1 node\n", [], "javascript"),
+    ("", "#!/usr/bin/env bun\n", [], "typescript"),
+    ("", "#!python\n", [], "python"),
+    ("", "#!/opt/python/bin/bash\n", [], ""),
+    ("", "#!/bin/sh\n", [], ""),
+    ("", "#!/usr/bin/env", [], ""),
+    ("", "#!", [], ""),
+    ("", "x\n#!/usr/bin/env python3\n", [], ""),
+    # what plugins write above the text
+    ("", "# language: python\n", [], "python"),
+    ("", "// language: C++\n", [], "cpp"),
+    ("", "-- filetype=go\n", [], "go"),
+    ("", "# Language: JavaScript\n", [], "javascript"),
+    ("", "// Path: src/main.rs\nfn main() {", [], "rust"),
+    ("", "# file: x.ts\n", [], "typescript"),
+    ("", "<!-- filename: a.go -->\n", [], "go"),
+    ("", "# license: MIT\n# language: python\n", [], "python"),
+    ("", "# language: cobol\n# path: a.rs\n", [], "rust"),
+    ("", "# language: cobol\n", [], ""),
+    ("", "language: python\n", [], ""),
+    ("", "x\n" * 300 + "# language: python\n", [], ""),
+    # the fence that is open at the end
+    ("", "Some text\n```python\nx = 1\n", [], "python"),
+    ("", "```rs\nfn f() {}\n```\nand\n```go\n", [], "go"),
+    ("", "~~~ts\n", [], "typescript"),
+    ("", "```go\r\nx := 1\r\n", [], "go"),
+    ("", "```python\nx = 1\n```\n", [], ""),
+    ("", "```\nx = 1\n", [], ""),
+    ("", "```cobol\n", [], ""),
+    ("", "a ```python\n", [], ""),
+    # other files
+    ("", "x = 1", ["a.rs", "b.rs"], "rust"),
+    ("", "x = 1", ["a.rs", "b.go", "c.go"], "go"),
+    ("", "x = 1", ["README.md", "Makefile", "a.ts"], "typescript"),
+    ("", "x = 1", ["README.md", "", "c"], ""),
+    # which of them counts
+    ("a.go", "#!/usr/bin/env python3\n", ["a.rs"], "go"),
+    ("", "#!/usr/bin/env python3\n# language: go\n```rust\n", ["a.c"], "python"),
+    ("", "# language: go\n```rust\n", ["a.c"], "go"),
+    ("", "```rust\n", ["a.c"], "rust"),
+    ("notes.md", "```rust\n", ["a.c"], "rust"),
+]
+
+
+@pytest.mark.parametrize(("filename", "text", "others", "language"), GUESSES, ids=str)
+def test_guesses(filename: str, text: str, others: list[str], language: str) -> None:
+    assert guess_language(filename, text, others) == language
+
+
+@pytest.mark.parametrize(
+    "unit", ["/", "/a", "/env ", "-a ", "a", "a1", "+", "A=1 ", "```", "\n```a", "\n#", "# language:", " "]
+)
+def test_no_guess_is_expensive(unit: str) -> None:
+    line = unit * (100_000 // len(unit))
+    for text in (line, f"#!{line}", f"#!/usr/bin/env {line}", f"# language: {line}"):
+        started = time.thread_time()
+        assert guess_language(line, text, [line]) in ("", *LANGUAGES)
+        assert time.thread_time() - started < 2, text[:40]
