@@ -6,6 +6,7 @@ What a request may hold is compared with the functions that read requests, what 
 from __future__ import annotations
 
 import contextlib
+import doctest
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import GOOD, Backend, answer, error, in_a_thread, pi_for
 
 import cerebrum_dialects
+import cerebrum_openapi
 import cm4d
 from cerebrum_code import LANGUAGES
 from cerebrum_common import METHODS, STATUSES, Field, HttpError, load_models
@@ -56,6 +58,10 @@ def response_of(method: str, path: str, status: int) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- the whole document
+
+
+def test_the_examples_of_the_module_are_true() -> None:
+    assert doctest.testmod(cerebrum_openapi) == (0, 3)
 
 
 def test_the_document_is_valid() -> None:
