@@ -432,7 +432,13 @@ def write_openapi(
     model_id = {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Cerebrum", "version": VERSION, "description": DESCRIPTION},
+        "info": {
+            "title": "Cerebrum",
+            "version": VERSION,
+            "description": DESCRIPTION,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
         "security": [{"X-API-Key": []}, {"Bearer": []}] if keyed else [],
         "paths": paths,
         "components": {
