@@ -186,9 +186,11 @@ BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in 
 BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or what /usr/bin/env -S starts.
 SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+[0-9]?)[0-9.]*(?:\s|$)")
-# What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`.
+# What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
 MODELINE = re.compile(
-    r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)|(?:path|file|filename):[ \t]*(\S+))", re.I | re.M
+    r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)"
+    r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
+    re.I | re.M,
 )
 OPENED = re.compile(r"^(?:```|~~~)([\w+]*)[ \t]*\r?$", re.M)
 
@@ -205,7 +207,7 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower())):
         return name
     for match in MODELINE.finditer(text[: text.find("\n", 400) + 1 or 400]):
-        if name := BY_NAME.get((match[1] or "").lower()) or BY_ENDING.get(ending_of(match[2] or "")):
+        if name := BY_NAME.get((match[1] or "").lower()) or BY_ENDING.get(ending_of(match[2] or match[3] or "")):
             return name
     fences = OPENED.findall(text)
     if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower())):
