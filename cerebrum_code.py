@@ -13,8 +13,8 @@ the context (`prepare`), and the part of the model's text that a client gets (`S
     ('    return n\\n', 'block')
 
 It refuses fields that contradict each other, with the HttpError 400 of `detect_mode`; no text is refused, however odd,
-and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C and
-never ends by itself.
+and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C. An
+infill in it ends by the suffix, and a completion at two blank lines.
 
 All of it is pure: no socket, no clock, no environment. The only state that outlives a request is `Ratio`, and its
 owner keeps it. Standard library only.
@@ -29,8 +29,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import islice, takewhile
+from functools import lru_cache, reduce
+from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from cerebrum_common import HttpError
@@ -1206,15 +1206,18 @@ class Scanner:
 
 # ------------------------------------------------------------------------------------------------------ the natural end
 #
-# A completion passes through one to three stages. A stage reads one character at a time, so the outcome does not depend
+# A completion passes through one to four stages. A stage reads one character at a time, so the outcome does not depend
 # on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
 REST_CHARS = 64  # compared of the cursor's line behind the cursor
-EARLY_CHARS = 12  # a model that repeats this much of the suffix's line writes all of it: end without waiting
-AHEAD_CHARS = 20  # an infill that could end may go on this far, white space not counted, to meet the suffix
-SURE_AHEAD_CHARS = 56  # the same, if the suffix is indented too deeply to follow the infill's first line
-HEADER_COLUMNS = 4  # a body is usually indented this much more than its header
+MEET_CHARS = 400  # compared of the suffix
+MEET_CHARS_BEFORE = 3000  # of the prompt's end, where lines may begin like the suffix
+SURE_WEIGHT = 6  # characters that must agree at least, white space not counted
+CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
+# An infill that could end may go on this far, white space not counted, to meet the suffix: usually; if its brackets or
+# its indentation do not go with the suffix; if it has come to the rest of the cursor's line; and if it has not.
+AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 30, 90, 12, 80
 CHATTER_CHARS = 4000  # a chat's answer with no fence in so many characters has none
 REPEATED_LINES = 6  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
@@ -1249,6 +1252,17 @@ WANTS_EXTRAS = re.compile(
     r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
     re.IGNORECASE,
 )
+GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
+GENERIC = replace(_C)  # for a language that we do not know, unless its text looks like one of these
+GUESSES = {
+    "python": re.compile(r"^[ \t]*(?:def|class|if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*$", re.M),
+    "rust": re.compile(r"^[ \t]*(?:pub )?(?:fn|impl|let mut)\b[^\n]{0,200}[{;]$", re.M),
+}
+
+
+def guess(text: str) -> Language:
+    """The syntax that code of an unknown language most resembles."""
+    return next((LANGUAGES[name] for name, sign in GUESSES.items() if sign.search(text)), GENERIC)
 
 
 class Stage:
@@ -1290,6 +1304,34 @@ def compared(line: str) -> str:
     return line.lstrip()[:LINE_CHARS]
 
 
+def after_blank(column: int, blank: str) -> int:
+    """The column behind a space or a tab."""
+    return column + 1 if blank == " " else column + 8 - column % 8
+
+
+def columns_of(line: str) -> int:
+    """How far a line is indented."""
+    return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
+
+
+def indent_step(prompt: str) -> int:
+    """By how many columns one level is indented."""
+    widths = (columns_of(line) for line in prompt[-GUESS_CHARS:].split("\n")[1:] if line.strip())
+    return min((width for width in widths if width > 1), default=4)
+
+
+def due_columns(prompt: str, column: int, opened: int | None) -> int:
+    """How far a line that is typed up to `column` will be indented: as the line above it, or whole levels more.
+
+    `opened` is the indentation of a header right above, or None.
+    """
+    above = columns_of(prompt.rstrip().rpartition("\n")[2]) if opened is None else opened
+    if opened is None and column <= above:
+        return above
+    step = indent_step(prompt)
+    return above + max(1, -((above - column) // step)) * step
+
+
 class Lines(Stage):
     """A stage for code, which decides where a line begins (`outside`) and where it ends (`ended`)."""
 
@@ -1301,6 +1343,7 @@ class Lines(Stage):
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
         self.mark = self.before = 0  # the ends of the last two lines that are not blank; the completion ends at `mark`
         self.dropped = 0  # 1 if the line end at `mark` is not part of the completion
+        self.fences = scanner.language is not GENERIC or "```" not in prompt
         self.ticks = 0  # backticks in a row: a fence is no code in any language
 
     def is_boundary(self) -> bool:
@@ -1316,7 +1359,7 @@ class Lines(Stage):
         raise NotImplementedError
 
     def step(self, char: str) -> None:
-        self.ticks = self.ticks + 1 if char == "`" and (self.ticks or not self.scanner.closer) else 0
+        self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
         self.text.append(char)
         self.scanner.step(char)
         reason: str | None = None
@@ -1500,40 +1543,144 @@ class BracedBlock(Block):
         return reason
 
 
-class Gap(Lines):
-    """An infill: ends where the suffix begins, with the cursor's line if only that is missing, or with its block.
+class Meeting:
+    """Finds the place where a text begins to agree with the suffix: Knuth, Morris and Pratt's search for its start.
 
-    Indentation tells which. If the suffix's first line, `below`, is deeper than a header at the cursor or one just
-    written, the suffix has the body. If not, the body is missing, and the infill goes on until its block is left.
+    Blank lines and the white space within lines do not count, but a line end and the indentation behind it do. Text and
+    suffix have met for `sure` when they agree in a whole line, or in more of it than the prompt and the rest of the
+    suffix do: in code, many lines begin alike.
+    """
+
+    def __init__(self, prompt: str, suffix: str) -> None:
+        self.goal, self.borders, self.weights = "", list[int](), [0]
+        first = suffix.partition("\n")[0]
+        self.blanks = len(first) - len(first.lstrip()) if first.strip() else 0
+        self._restart()
+        for char in suffix[:MEET_CHARS]:
+            self.step(char, 0)
+        self.goal = self.read
+        self.borders = borders(self.goal)
+        self.weights += accumulate(not char.isspace() for char in self.goal)  # of each start of the goal
+        self.line = (self.goal + "\n").find("\n", 1)  # the size of a match with the first line
+        # A match of fewer characters than this may be the start of something else.
+        self.least = min(3, self.line) if self.goal[:1].isalnum() or self.blanks else 1
+        self.common = max(self.borders, default=0)
+        self._restart()
+        for char in prompt[-MEET_CHARS_BEFORE:]:
+            self.step(char, 0)
+            self.common = max(self.common, self.size)
+        self._restart()
+        line = prompt[prompt.rfind("\n") + 1 :]
+        for char in "" if line.strip() else f"\n{line}":
+            self.step(char, 0)
+
+    def _restart(self) -> None:
+        self.read = ""  # the text that counts, until there is a goal
+        self.places: list[
+            int | None
+        ] = []  # where each character that counts stands; None: the suffix cannot start there
+        self.space: int | None = None  # where the white space at the end began
+        self.indent = ""  # the line end in it and what follows
+        self.size = 0  # how much of the goal the text ends with
+        self.best = (0, 0)  # the largest weight of a match that came to its end, and where that match began
+        self.first: int | None = None  # where the first match of `least` began
+
+    @property
+    def place(self) -> int | None:
+        """Where the match that the text ends with began."""
+        return self.places[len(self.places) - self.size] if self.size else None
+
+    @property
+    def weight(self) -> int:
+        """How many characters match, white space not counted."""
+        return self.weights[self.size]
+
+    @property
+    def sure(self) -> bool:
+        place, weight, size = self.place, self.weight, self.size
+        if place is None or weight < SURE_WEIGHT:
+            return False
+        return size >= self.line or (place > 0 and size > min(self.common, len(self.goal) - 1))
+
+    def longest(self, default: int) -> tuple[int, int]:
+        """(weight of the best match, where it began), or (0, `default`)."""
+        if self.place is not None and self.size >= self.least and self.weight >= self.best[0]:
+            return self.weight, self.place
+        return self.best if self.best[0] else (0, default)
+
+    def step(self, char: str, position: int) -> None:
+        if char.isspace():
+            self.space = position if self.space is None else self.space
+            self.indent = char if char == "\n" else self.indent and (self.indent + char)[:LINE_CHARS]
+            return
+        start: int | None = position
+        if self.space is not None:
+            start = max(self.space, position - self.blanks) if self.goal else position
+            for white in self.indent:
+                self._advance(white, self.space)
+            if self.indent and len(self.indent) <= self.blanks:
+                start = None
+        self._advance(char, start)
+        self.space, self.indent = None, ""
+
+    def _advance(self, char: str, place: int | None) -> None:
+        if not self.goal:
+            self.read += char
+            return
+        self.places.append(place)
+        size = self.size
+        while size and (size == len(self.goal) or self.goal[size] != char):
+            start = self.places[len(self.places) - 1 - size]
+            if start is not None and size >= self.least and self.weights[size] > self.best[0]:
+                self.best = self.weights[size], start
+            size = self.borders[size - 1]
+        self.size = size + (self.goal[size] == char)
+        if self.first is None and self.size >= self.least:
+            self.first = self.place
+
+
+class Gap(Lines):
+    """An infill: ends where the text meets the suffix. If they do not meet soon, it ends where the suffix could follow.
+
+    That is behind the first line whose brackets and indentation go with the suffix. If the suffix's first line is not
+    deeper than a header at the cursor or one just written, the body is missing, and the infill goes on until its block
+    is left. If the suffix begins within the cursor's line, with `rest`, it could follow where the text closes the
+    bracket or string that `rest` closes, or at the line's end; the text is cut where most of `rest` stands.
     """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt)
         rest, _, after = suffix.partition("\n")
-        self.inline = bool(self.line)
+        self.inline = bool(self.line)  # there is code before the cursor in its line
         self.whole = prompt[-1:] in ("", "\n") and bool(rest.strip())  # whole lines are missing, line ends included
         self.dropped = int(not self.whole)
         self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
+        self.meeting = Meeting(prompt, suffix)
+        self.after = Meeting(prompt, f"\n{after}") if self.rest else None  # the text may pass `rest` and meet this
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
-        self.below, self.below_indent = compared(below).rstrip(), len(below) - len(below.lstrip()) if below else -1
+        self.below, self.below_indent = below.strip()[:1], columns_of(below) if below else -1
+        self.level = indent_step(prompt)  # columns by which a body is deeper than its header
+        self.closers = self._count_closers(suffix)  # so many brackets have to be open where the suffix follows
         self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
         self.indent = scanner.indent if self.inline else None  # of the gap's first statement
+        self.line_indent = scanner.indent  # of the line so far
         self.limit: int | None = None  # Python, a body is missing: lines indented no deeper are outside
         self.floor: int | None = None  # others, a body is missing: the line that gets below this depth is outside
         self.target: int | None = None  # others: the gap ends with the line that gets to this depth
         self.enough: int | None = None  # the gap could end here, and will unless the suffix follows soon
-        self.ahead = AHEAD_CHARS  # how many more characters to look for it
+        self.fits = False  # brackets and indentation go with the suffix there
+        self.ahead = 0  # how many more characters to look for the suffix
         self.bound = 0  # lines indented less than this are outside, once there is `enough`
+        self.blank = False  # the last line was
         if scanner.opened is not None:
             self._open_body(scanner.opened)
         # Where `rest` closes what was opened before the cursor: a model that closes it, too, has come to this place.
         then = copy.copy(scanner)
         then.stack = scanner.stack.copy()
-        self.offset = next((place for place, char in enumerate(self.rest) if self._leaves(then, char)), None)
+        self.closes = any(self._leaves(then, char) for char in self.rest)
         self.rest_depth = max(self.depth, len(then.stack))
-        self.recent = ""  # the last characters of the text, to find the start of `rest` in
-        self.shown = self.rest[:3] if self.rest[:1].isalnum() or self.rest[:1].isspace() else self.rest[:1]
-        self.found: int | None = None  # where `shown` stands in the text
+        self.rest_weight = sum(not char.isspace() for char in self.rest)
+        self.weight = 0  # how much of the suffix stands at `enough`, within a line
 
     def _leaves(self, scanner: Scanner, char: str) -> bool:
         """Whether a character closes the string or a bracket that the cursor was in."""
@@ -1542,18 +1689,36 @@ class Gap(Lines):
             return not scanner.closer
         return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
 
-    def _open_body(self, indent: int) -> bool:
-        """Whether the suffix lacks the body of a header with this indentation; if so, wait for the body's end."""
+    def _count_closers(self, suffix: str) -> int:
+        """How many brackets of the innermost block the suffix closes that it has not opened."""
+        scanner, closers = Scanner(self.scanner.language), 0
+        for char in suffix[:CLOSERS_CHARS]:
+            before = scanner.unmatched
+            scanner.step(char)
+            if scanner.unmatched > before and char == "}" and not scanner.language.indented:
+                break
+            closers += scanner.unmatched - before
+        return closers
+
+    def _count_open(self) -> int:
+        """How many brackets of the innermost block are open; more than the suffix closes need not be counted."""
+        scanner = self.scanner
+        if scanner.language.indented:
+            return len(scanner.stack)
+        enclosing = takewhile(lambda bracket: bracket[0][-1] != "{", reversed(scanner.stack))
+        return sum(1 for _ in islice(enclosing, self.closers + 1))
+
+    def _open_body(self, indent: int) -> None:
+        """If the suffix lacks the body of a header with this indentation, wait for the body's end."""
         if self.below_indent > indent:
-            return False
+            return
         depth = len(self.scanner.stack)
         if self.scanner.language.indented:
             self.limit = indent
-        elif self.below[:1] in PAIRS and self.below_indent == indent:
+        elif self.below in PAIRS and self.below_indent == indent:
             self.floor = depth
         else:
             self.target = depth - 1
-        return True
 
     def is_boundary(self) -> bool:
         return self.literal or not self.scanner.closer
@@ -1561,89 +1726,153 @@ class Gap(Lines):
     def outside(self, word: str) -> str | None:
         scanner = self.scanner
         if len(word) == 1:
+            self.line_indent = scanner.indent
             if self.floor is not None and len(scanner.stack) < self.floor:
                 return "block"
             if self.limit is not None and self.enough is None and scanner.indent <= self.limit and not scanner.stack:
                 if not self.limit or self.indent == self.limit:
                     return "block"  # a definition at the left margin, or one that the infill began with
-                self.enough = self.mark
+                self.enough, self.ahead = self.mark, AHEAD_CHARS
             if self.indent is None and not scanner.in_comment:
                 self.indent = scanner.indent
-        if self.below.startswith(word) and scanner.indent == self.below_indent:
-            return "stop" if len(word) >= EARLY_CHARS else None
+            if self.fits and self.mark == self.enough:
+                if self.blank:
+                    return "block"
+                if scanner.indent > self.below_indent:
+                    self.ahead = FAR_AHEAD_CHARS  # the text is in a block that it has to leave before the suffix
         if self.enough is not None and (len(scanner.stack) < self.depth or scanner.indent < self.bound):
+            if self.meeting.weight:
+                return None
             self.mark = self.enough
             return "block"
         return ""
 
     def ended(self, line: str) -> str | None:
-        scanner, depth = self.scanner, len(self.scanner.stack)
-        inline, self.inline = self.inline, False
-        if line and line == self.below and self.was_held and not inline:
-            self.mark = self.before
-            return "stop"
+        scanner, self.blank = self.scanner, not line
         if self.target is not None:
-            return "block" if depth <= self.target else None
-        if self.enough is None and self.indent is not None and line and line[0] != "@":
-            self._ended(scanner, depth, self.indent)
-        return None
+            return "block" if len(scanner.stack) <= self.target else None
+        if not self.fits and self.indent is not None and line and line[0] != "@":
+            self._ended(self.indent)
+        return "block" if self.fits and self.inline else None
 
-    def _ended(self, scanner: Scanner, depth: int, indent: int) -> None:
-        """The first line of the infill has ended, or one of its body."""
-        header = scanner.language.indented and scanner.fresh
-        if self.limit is None and self.floor is None:
-            if self.below_indent <= indent and (depth > self.depth or header):
-                if header or scanner.last == "{":
-                    self._open_body(indent)
-                return
-            self.enough = self.mark
-            if self.below_indent > indent + HEADER_COLUMNS * (depth > self.depth or header):
-                self.ahead, self.bound = SURE_AHEAD_CHARS, 0  # a header is still missing
-                return
-        self.bound = min(indent, self.below_indent)
+    def _ended(self, indent: int) -> None:
+        """The first line of the infill has ended, or another one that the suffix may follow."""
+        opened, below, enclosed = self.scanner.opened, self.below_indent, self._count_open()
+        if self.limit is not None or self.floor is not None:
+            if self.enough is None:
+                self.bound = min(indent, below)
+            return
+        if self.enough is None and opened is not None and below <= opened:
+            self._open_body(opened)
+        elif enclosed <= self.closers:
+            deepest = self.line_indent if opened is None else opened + self.level
+            self.fits = enclosed == self.closers and below <= deepest and (opened is None or opened < below)
+            if self.fits:
+                self.enough, self.ahead = self.mark, AHEAD_CHARS
+            elif self.enough is None:
+                self.enough, self.ahead = self.mark, FAR_AHEAD_CHARS
+            self.bound = min(indent, below)
 
     def step(self, char: str) -> None:
-        if self.rest:
+        position, before = len(self.text), self.safe
+        self.meeting.step(char, position)
+        if self.after:
+            self.after.step(char, position)
             self._in_line(char)
-            return
-        self.was_held = self.held
-        super().step(char)
-        if self.enough is not None and not self.reason:
-            self.safe = self.enough
-            self.ahead -= not char.isspace()
-            if self.ahead < 0:
-                self.end("block", self.enough)
+        else:
+            super().step(char)
+        place = self.meeting.place
+        if self.meeting.sure or (self.enough is not None and place == self.enough and self._is_all()):
+            self.safe = before
+            self.end("stop", place or 0)
+        elif not self.reason:
+            self._hold(before)
+            if self.enough is not None:
+                self.ahead -= not char.isspace()
+                lost = self.ahead < 0 and self.meeting.weight < SURE_WEIGHT
+                if lost or (self.after and self.after.sure):
+                    self.end("block", self.enough)
+
+    def _is_all(self) -> bool:
+        """Whether the text ends with the whole suffix."""
+        return self.meeting.size == len(self.meeting.goal)
+
+    def _hold(self, before: int) -> None:
+        """Keep back what the suffix may turn out to begin in."""
+        meeting = self.meeting
+        first = meeting.first if self.rest and self.enough is None else None
+        places = (self.safe, self.enough, meeting.place, meeting.space, first)
+        self.safe = max(before, min(place for place in places if place is not None))
 
     def _in_line(self, char: str) -> None:
-        """The suffix continues the cursor's line: end where `rest` begins or should."""
-        scanner, rest, position = self.scanner, self.rest, len(self.text)
+        """The suffix continues the cursor's line."""
+        scanner, meeting, position = self.scanner, self.meeting, len(self.text)
         self.text.append(char)
-        self.recent = (self.recent + char)[-EARLY_CHARS:]
-        if self._leaves(scanner, char) and self.offset is not None:
-            self._cut(position - self.offset, position)
+        self.safe = position + 1
+        if self.enough is not None and self.text[-2:] == ["\n", "\n"]:  # few gaps go on within a line after that
+            self.ahead = min(self.ahead, REST_AHEAD_CHARS)
+        if self._leaves(scanner, char) and self.closes:
+            found = (meeting.weight, meeting.place) if meeting.place is not None else meeting.longest(position)
         elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
-            self._cut(position - len(rest), position)
-        elif len(self.recent) == EARLY_CHARS and rest.startswith(self.recent):
-            self.end("stop", position + 1 - EARLY_CHARS)
-        elif self.found is None:
-            # Text that looks like the start of `rest` waits for the end of the line: it may be the best place to cut.
-            if self.recent.endswith(self.shown):
-                self.safe = self.found = position + 1 - len(self.shown)
-            else:
-                alive = next((size for size in (2, 1) if self.recent.endswith(self.shown[:size])), 0)
-                self.safe = max(self.safe, position + 1 - alive)
-
-    def _cut(self, at: int, stop: int) -> None:
-        """End at `at` if `rest` stands there; if not, where the longest start of it does; if none does, at `stop`."""
-        if at < self.safe or self.cut(at, stop) != self.rest[: stop - at]:
-            held = self.cut(self.safe, stop)
-            found = (held.find(self.rest[:size]) for size in range(len(self.rest), 0, -1))
-            at = next((self.safe + place for place in found if place >= 0), stop)
-        self.end("stop", at)
+            found = meeting.longest(position)
+        else:
+            return
+        if self.enough is None or found[0] >= self.rest_weight > self.weight:
+            self.weight, self.enough = found
+            self.ahead = REST_AHEAD_CHARS if self.weight >= self.rest_weight else LOST_AHEAD_CHARS
 
     def flush(self, whole: bool) -> str:
-        text = self.cut(self.sent, None if whole else self.enough)
-        return text + "\n" * (whole and self.whole and self.text[-1:] != ["\n"] and bool(self.cut(0).strip()))
+        if whole and self.meeting.place is not None and self.meeting.size >= self.meeting.line:
+            return self.cut(self.sent, max(self.meeting.place, self.sent))
+        if not whole or (self.rest and self.weight >= self.rest_weight):
+            return self.cut(self.sent, self.enough)
+        return self.cut(self.sent) + "\n" * (self.whole and self.text[-1:] != ["\n"] and bool(self.cut(0).strip()))
+
+
+class Blanks(Stage):
+    """Code of an unknown language: ends before two blank lines in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = 0  # the end of the last line that is not blank
+        self.lines = 0  # line ends since the last other character
+
+    def step(self, char: str) -> None:
+        self.text.append(char)
+        if not char.isspace():
+            self.lines, self.safe = 0, len(self.text)
+        elif char == "\n":
+            self.lines += 1
+            if self.lines == 1:
+                self.mark = len(self.text)
+            elif self.lines == 3 and self.safe:
+                self.end("block", self.mark)
+
+
+class Indent(Stage):
+    """Ends before the first line, but the cursor's own, that is indented less than `columns`."""
+
+    def __init__(self, columns: int, whole: bool) -> None:
+        super().__init__()
+        self.columns, self.whole = columns, whole
+        self.indent: int | None = None  # of the line that begins; None: it has begun
+        self.mark = 0  # where the text ends if that line is outside
+
+    def step(self, char: str) -> None:
+        self.text.append(char)
+        if char == "\n":
+            if self.indent is None:
+                self.mark = len(self.text) - (not self.whole)
+            self.indent = 0
+        elif self.indent is not None and char in " \t":
+            self.indent = after_blank(self.indent, char)
+        elif self.indent is not None and not char.isspace():
+            if self.indent < self.columns:
+                self.end("block", self.mark)
+                return
+            self.indent = None
+        if self.indent is None:
+            self.safe = len(self.text)
 
 
 class Repeat(Stage):
@@ -1831,35 +2060,50 @@ class Ending:
     The reasons: "block", the block asked for is whole; "repeat", the model is starting over; "stop", the suffix or a
     fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
     the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
-    With `extras`, examples and tests are part of the answer.
+    With `extras`, examples and tests are part of the answer. An `indent` above 0 ends the completion before a line
+    that is indented less. Without a language that we know, an infill ends by the suffix, and a completion before two
+    blank lines.
     """
 
     def __init__(
-        self, mode: str, language: str | None, prompt: str, suffix: str | None, stop_at: str, extras: bool = False
+        self,
+        mode: str,
+        language: str | None,
+        prompt: str,
+        suffix: str | None,
+        stop_at: str,
+        extras: bool = False,
+        indent: int = 0,
     ) -> None:
         syntax = LANGUAGES.get(language or "")
+        suffix = suffix or ""
+        gap = mode == "infill" and suffix.strip()
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        self.indented = False  # the cursor stands behind indentation, which models often write once more
-        if stop_at == "none" or syntax is None:
+        self.column = self.due = 0  # of the cursor, if it stands behind indentation; what the line needs of that
+        if stop_at == "none":
             return
-        if mode != "instruct":
-            scanner = Scanner(syntax, prompt)
+        if mode == "instruct":
+            if syntax and not extras:
+                self.stages.append(Extras(syntax))
+        elif gap or syntax:
+            known = syntax or guess(prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS])
+            scanner = Scanner(known, prompt)
             if scanner.closer in TRIPLE_QUOTES and CODE.search(prompt, prompt.rfind(scanner.closer)):
-                scanner = Scanner(syntax, scanner.closer + prompt)  # the prompt begins inside a docstring
-            header = -1 if scanner.opened is None else scanner.opened
-            self.indented = scanner.starting and scanner.indent > max(0, header)
-            block = IndentedBlock if syntax.indented else BracedBlock
-            gap = mode == "infill" and suffix and suffix.strip()
-            self.stages.append(Gap(scanner, prompt, suffix or "") if gap else block(scanner, prompt))
-        elif not extras:
-            self.stages.append(Extras(syntax))
+                scanner = Scanner(known, scanner.closer + prompt)  # the prompt begins inside a docstring
+            if scanner.starting and scanner.indent:
+                self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
+            block = IndentedBlock if known.indented else BracedBlock
+            self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
+        else:
+            self.stages.append(Blanks())
+        if indent > 0:
+            self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""
-        if self.indented:
-            text = text.lstrip(" \t")
-            self.indented = not text
+        if self.column:
+            text = self._indented(text)
         reason = None
         for stage in self.stages:
             text, why = stage.feed(text)
@@ -1867,6 +2111,18 @@ class Ending:
                 text += stage.flush(whole=True)
             reason = why or reason
         return text, reason
+
+    def _indented(self, text: str) -> str:
+        """The text without indentation that is already typed, which models often write once more."""
+        kept = ""
+        for place, char in enumerate(text):
+            if char not in " \t":
+                self.column = 0
+                return kept + text[place:]
+            column = after_blank(self.column, char)
+            if column <= self.due:
+                self.column, kept = column, kept + char
+        return kept
 
     def flush(self, whole: bool = True) -> str:
         """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens did not cut it."""

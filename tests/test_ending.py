@@ -478,7 +478,7 @@ def f():
 «    y = x
 »    return y
 ‖    return y
-=== python stop: the line's rest
+=== python block: the line's rest
 def f(a«, b):»
     return a
 ‖
@@ -544,7 +544,7 @@ x = 1
 z = 3
 ‖
 z = 3
-=== python stop: indentation again
+=== python block: indentation again
 def f():
     x = 1
     «    return x»
@@ -596,6 +596,195 @@ int f(int x) {
 fmt.Println(«f(x), "a)"»)
 }
 ‖)
+=== python stop: several lines up to the rest of a line
+def f(xs):
+    total = su«m(xs)
+    count = len(xs)
+    return total / »max(count, 1)
+‖max(count, 1)
+=== python stop: a rest that comes twice
+x = f(a«, 1)
+y = g(b»)
+z = h(c)
+‖)
+z = h(c)
+=== python stop: a word begun in the gap
+import os
+«import lo»gging
+import sys
+‖gging
+import sys
+=== python stop: blank lines and spaces differ
+a = so«me»=thing(1)
+
+b = other(2)
+‖ = thing(1)
+b = other(2)
+=== python stop: indentation half typed before the suffix
+def f(x):
+    if x:
+        a = «g(x)
+    »    return a + 1
+    return 2
+‖    return a + 1
+    return 2
+=== python stop: several lines of a call
+x = dict(
+    a=1,
+«    b=two(
+        2,
+    ),
+»    cc=three(3),
+)
+‖    cc=three(3),
+)
+=== python stop: lines that begin alike
+self.assertEqual(a, 1)
+«self.assertEqual(b, 2)
+self.assertEqual(c, 3)
+»self.assertEqual(dd, 4)
+‖self.assertEqual(dd, 4)
+self.assertEqual(ee, 5)
+=== python block: brackets that the suffix closes
+«x = make(
+»    3,
+    4,
+    5,
+    6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30)
+y = another_one(1, 2, 3, 4)
+‖    99,
+)
+=== python block: a header that the suffix is the body of
+def f(xs):
+«    n = 0
+    for x in xs:»
+        n -= another_function(x)
+    return n + 1
+‖
+        n += x
+=== python block: the lost rest of a line
+valu«e = compute()»
+other = compute_more()
+another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
+‖ if elsewhere() else None
+=== python block: the line below the rest
+valu«e = compute()»
+if next_line(value):
+    pass
+‖ if elsewhere() else None
+if next_line(value):
+=== python stop: an import like the next
+import sys
+«import os»
+import re
+import string
+‖
+import re
+import string
+=== c stop: several lines
+int f(int *a, int n) {
+    int sum = «0;
+    for (int i = 0; i < n; i++) {
+        sum += »a[i] * weights[i];
+    }
+    return sum;
+‖a[i] * weights[i];
+    }
+    return sum;
+}
+=== rust stop: several lines
+fn f(xs: &[i32]) -> i32 {
+    let tot«al: i32 = xs.iter().sum();
+    let count = xs.le»n() as i32;
+    total / count
+‖n() as i32;
+    total / count
+}
+=== javascript stop: several lines
+function f(xs) {
+  const total = «xs.reduce((a, b) => a + b);
+  const mean = total »/ xs.length;
+  return mean;
+‖/ xs.length;
+  return mean;
+}
+=== go stop: several lines
+func f(xs []int) int {
+	tot«al := 0
+	for _, x := range xs {
+		total +»= x * weight
+	}
+‖= x * weight
+	}
+	return total
+}
+=== none stop: a line
+def f():
+    x = 1
+    «y = x»
+    return y
+‖
+    return y
+=== none stop: several lines up to the rest of a line
+sub f {
+    my $total = su«m(@_);
+    my $count = »scalar(@_);
+    return $total / $count;
+‖scalar(@_);
+    return $total / $count;
+}
+=== none block: the line's rest
+local x = f(a«, b)»
+return x
+‖
+return x
+=== none stop: a bracket
+puts f(«a, g(b)»)
+y = 1
+‖)
+y = 1
+=== none block: a body
+void f(int x) {«
+    g(x);
+»}
+
+void h() {
+    another();
+‖}
+
+int main() {
+=== none stop: lifetimes
+fn f<'a>(x: &'a str) -> &'a str {
+    let y = cut(«x, size(x)»);
+    y
+}
+‖);
+    y
+}
+=== none stop: a fence is text where there are some
+# Title
+```sh
+«make test»
+```
+
+Then run it.
+‖
+```
+
+Then run it.
+=== none stop: a fence is none where there are none
+x = 1
+«y = 2»
+```
+That is it.
+‖
+z = 3
+=== none stop: indentation in tabs
+all: x
+	«make y»
+	make zzz
+‖
+	make zzz
 '''
 
 # Answers of a chat, the code between « and ».
@@ -726,7 +915,9 @@ def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
     return out + ending.flush(), None
 
 
-def check(mode: str, language: str, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]) -> None:
+def check(
+    mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]
+) -> None:
     """Feed the text whole, by characters, and in random pieces."""
     for seed in range(4):
         generator = random.Random(seed)
@@ -754,7 +945,8 @@ def test_code(case: str) -> None:
     kept, _, more = rest.partition("»")
     more, infill, suffix = more.partition("‖")
     expected = kept.lstrip(" ") if "again" in name else kept
-    check("infill" if infill else "complete", language, prompt, suffix, kept + more, (expected, reason))
+    known = None if language == "none" else language
+    check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, reason))
 
 
 @pytest.mark.parametrize("case", cases(ANSWERS), ids=title)
@@ -795,12 +987,81 @@ def test_one_line_without_end() -> None:
     assert len(text) < 200
 
 
-@pytest.mark.parametrize(("language", "stop_at"), [("python", "none"), (None, "auto")])
-def test_off(language: str | None, stop_at: str) -> None:
-    text = "    pass\n\nprint(1)\n```\n" + "x\n" * 20
-    assert run(Ending("complete", language, "def f():\n", "", stop_at), list(text)) == (text, None)
-    assert run(Ending("infill", language, "def f():\n", "\nprint(1)\n", stop_at), [text]) == (text, None)
-    assert run(Ending("instruct", language, "", "", stop_at), ["```\nx\n```\nbye"]) == ("x\n", "stop")
+@pytest.mark.parametrize("language", ["python", "ruby", "", None])
+def test_off(language: str | None) -> None:
+    text = "    pass\n\n\n\nprint(1)\n```\n" + "x\n" * 20
+    assert run(Ending("complete", language, "def f():\n", "", "none", indent=4), list(text)) == (text, None)
+    assert run(Ending("infill", language, "def f():\n", "\nprint(1)\n", "none", indent=4), [text]) == (text, None)
+    assert run(Ending("instruct", language, "", "", "none"), ["```\nx\n```\nbye"]) == ("x\n", "stop")
+
+
+# (title, prompt, what the model writes, what is sent and why it ends), without a language that we know
+UNKNOWN = [
+    ("two blank lines", "def f\n", "  1\nend\n\n\ndef g\n", ("  1\nend\n", "block")),
+    ("blank lines with spaces", "a\n", "b\n  \n\t\nc", ("b\n", "block")),
+    ("one blank line", "a\n", "b\n\nc\n", ("b\n\nc\n", None)),
+    ("blank lines first", "a\n", "\n\n\nb\n\n\nc", ("\n\n\nb\n", "block")),
+    ("within a line", "a = ", "b\n\n\nc", ("b\n", "block")),
+    ("a fence", "# Title\n", "```\nx\n```\n", ("```\nx\n```\n", None)),
+    ("repetition", "a\n", "self.a = a\n" * 9, ("self.a = a\n" * 2, "repeat")),
+]
+
+
+@pytest.mark.parametrize("language", ["ruby", "", None])
+@pytest.mark.parametrize("case", UNKNOWN, ids=title)
+def test_an_unknown_language(case: tuple[str, str, str, tuple[str, str | None]], language: str | None) -> None:
+    _, prompt, text, expected = case
+    check("complete", language, prompt, "", text, expected)
+    check("infill", language, prompt, "\n", text, expected)
+
+
+# (title, language, prompt, suffix or None, indent, what the model writes, what is sent and why it ends)
+LEAST_INDENTS = [
+    ("a line that is indented less", None, "def f\n", None, 2, "  a\n  b\nend\n", ("  a\n  b\n", "block")),
+    ("below blank lines", None, "def f\n", None, 2, "  a\n\nend\n", ("  a\n", "block")),
+    ("blank lines", None, "def f\n", None, 2, "  a\n\n  b\n", ("  a\n\n  b\n", None)),
+    ("the cursor's own line", None, "def f\n", None, 2, "a\n  b\nend", ("a\n  b\n", "block")),
+    ("within a line", None, "  x = ", None, 2, "a\n  b\nend", ("a\n  b\n", "block")),
+    ("a tab", None, "f:\n", None, 4, "\ta\n\tb\nc\n", ("\ta\n\tb\n", "block")),
+    ("none wanted", None, "def f\n", None, 0, "  a\nend\n", ("  a\nend\n", None)),
+    ("of Python", "python", "def f():\n    if x:\n", None, 8, "        a\n    b\n", ("        a\n", "block")),
+    ("an infill's line end", None, "  x = 1\n  ", "\n  zzz = 3\n", 2, "[\n1]", ("[", "block")),
+    ("an infill of whole lines", None, "  x = 1\n", "  zzz = 3\n", 2, "  y = [\n1]", ("  y = [\n", "block")),
+]
+
+
+@pytest.mark.parametrize("case", LEAST_INDENTS, ids=title)
+def test_least_indentation(case: tuple[str, str | None, str, str | None, int, str, tuple[str, str | None]]) -> None:
+    _, language, prompt, suffix, indent, text, expected = case
+    for pieces in ([text], list(text)):
+        mode = "complete" if suffix is None else "infill"
+        assert run(Ending(mode, language, prompt, suffix, "auto", indent=indent), pieces) == expected
+
+
+# (title, language, prompt, white space that the model writes first, what is sent of it)
+TYPED = [
+    ("all of it", "python", "def f():\n    x = 1\n    ", "    ", ""),
+    ("the missing space", "python", "def f():\n    x = 1\n   ", " ", " "),
+    ("three of four, and all again", "python", "def f():\n    x = 1\n   ", "    ", " "),
+    ("half of a deeper block", "python", "def f():\n    if x:\n        y()\n    ", "    ", "    "),
+    ("a body's half", "python", "def f():\n  x = 1\n\ndef g():\n ", " ", " "),
+    ("a body's first level", "python", "def f():\n    if x:\n    ", "    ", "    "),
+    ("tabs", "go", "func f() {\n\tif x {\n\t\ty()\n\t", "\t", "\t"),
+    ("tabs again", "go", "func f() {\n\tx()\n\t", "\t", ""),
+    ("C", "c", "int f() {\n    x();\n   ", "     ", " "),
+    ("JavaScript", "javascript", "f(() => {\n  x();\n  ", "  ", ""),
+    ("Rust", "rust", "fn f() {\n    x();\n  ", "  ", "  "),
+    ("no language", None, "def f\n  x\n ", "  ", " "),
+    ("no language, a header", None, "class A\n  def f\n   ", "  ", " "),
+    ("no language, a header, all of it", None, "class A\n  def f\n    ", "    ", ""),
+]
+
+
+@pytest.mark.parametrize("case", TYPED, ids=title)
+def test_typed_indentation(case: tuple[str, str | None, str, str, str]) -> None:
+    _, language, prompt, written, sent = case
+    for pieces in ([f"{written}y(1)"], list(f"{written}y(1)")):
+        assert run(Ending("infill", language, prompt, "\nz(2)\n", "auto"), pieces) == (f"{sent}y(1)", None)
 
 
 SNIPPETS = r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#"
@@ -810,13 +1071,16 @@ PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""',
 
 @given(
     mode=st.sampled_from(["complete", "infill", "instruct"]),
-    language=st.sampled_from(["python", "javascript", "typescript", "rust", "c", "cpp", "go"]),
+    language=st.sampled_from(["python", "javascript", "typescript", "rust", "c", "cpp", "go", None]),
     prompt=PIECES,
     suffix=PIECES,
     pieces=PIECES,
+    indent=st.sampled_from([0, 2, 4]),
 )
-def test_any_split(mode: str, language: str, prompt: list[str], suffix: list[str], pieces: list[str]) -> None:
-    args = (mode, language, "".join(prompt), "".join(suffix), "auto")
+def test_any_split(
+    mode: str, language: str | None, prompt: list[str], suffix: list[str], pieces: list[str], indent: int
+) -> None:
+    args = (mode, language, "".join(prompt), "".join(suffix), "auto", False, indent)
     text = "".join(pieces)
     whole = run(Ending(*args), [text])
     assert run(Ending(*args), pieces) == whole
