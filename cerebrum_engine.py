@@ -113,6 +113,7 @@ class CompletionRequest:
     language: str | None = None
     mode: str = "complete"  # or infill, instruct
     stop_at: str = "auto"  # or none
+    indent: int = 0  # columns; the completion ends before a line that is indented less
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
     predict_ms: int = 0  # ends a completion that takes longer and has a line end; 0: no limit
@@ -991,7 +992,15 @@ class Run:
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
         prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
         asked = [content for role, content in turns if role == "user"]
-        ending = Ending(request.mode, request.language, prompt, request.suffix, request.stop_at, wants_extras(asked))
+        ending = Ending(
+            request.mode,
+            request.language,
+            prompt,
+            request.suffix,
+            request.stop_at,
+            extras=wants_extras(asked),
+            indent=request.indent,
+        )
         self.text = TextAssembler(request.stop, ending)
         self.sampler = Sampler(request)
         self.drafter: Drafter | None = None

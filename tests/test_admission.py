@@ -111,6 +111,7 @@ def test_request_defaults() -> None:
         "language": None,
         "mode": "complete",
         "stop_at": "auto",
+        "indent": 0,
         "heal": False,
         "progress": False,
         "session": None,
