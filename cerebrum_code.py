@@ -1680,6 +1680,10 @@ class Gap(Lines):
         self.closes = any(self._leaves(then, char) for char in self.rest)
         self.rest_depth = max(self.depth, len(then.stack))
         self.rest_weight = sum(not char.isspace() for char in self.rest)
+        # A rest that begins with more than one blank is a line of its own, whose indentation is half typed.
+        start = self.rest.lstrip()[:1]
+        self.apart = self.meeting.blanks > 1 and (start.isalnum() or start in ("_", "@", '"', "'"))
+        self.unplaced = False  # `enough` has to move into the indentation that comes next
         self.weight = 0  # how much of the suffix stands at `enough`, within a line
 
     def _leaves(self, scanner: Scanner, char: str) -> bool:
@@ -1811,6 +1815,8 @@ class Gap(Lines):
         self.safe = position + 1
         if self.enough is not None and self.text[-2:] == ["\n", "\n"]:  # few gaps go on within a line after that
             self.ahead = min(self.ahead, REST_AHEAD_CHARS)
+        if self.unplaced and self.enough is not None and not char.isspace():
+            self.enough, self.unplaced = max(self.enough, position - meeting.blanks), False
         if self._leaves(scanner, char) and self.closes:
             found = (meeting.weight, meeting.place) if meeting.place is not None else meeting.longest(position)
         elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
@@ -1819,6 +1825,7 @@ class Gap(Lines):
             return
         if self.enough is None or found[0] >= self.rest_weight > self.weight:
             self.weight, self.enough = found
+            self.unplaced = self.apart and char == "\n" and not self.weight
             self.ahead = REST_AHEAD_CHARS if self.weight >= self.rest_weight else LOST_AHEAD_CHARS
 
     def flush(self, whole: bool) -> str:

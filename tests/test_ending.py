@@ -667,6 +667,15 @@ valu«e = compute()»
 other = compute_more()
 another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
 ‖ if elsewhere() else None
+=== python block: indentation half typed before a line that does not come
+def f(x):
+    if x:
+        a = «g(x)
+    »    b = other(2)
+        c = another(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+        d = the_last_one(4)
+‖    return a + 1
+    return 2
 === python block: the line below the rest
 valu«e = compute()»
 if next_line(value):
