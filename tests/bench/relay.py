@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # imported only where it is used: this file is the bare relay
 
 STREAMS, PACE = 2, 200  # tokens/s each
 FLAT_OUT = 200_000  # tokens in each stream
-DIALECT_FLAT_OUT = 20_000  # a completion in a dialect is kept as a whole, so its size is limited
+DIALECT_FLAT_OUT = 2048  # a completion in a dialect is kept as a whole, so its size is limited
 TOKENS_PER_WRITE = 400
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
 PATHS = {"cm4d": "/v1/complete/stream", "openai": "/v1/completions", "llama": "/completion"}
