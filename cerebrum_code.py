@@ -1254,15 +1254,22 @@ WANTS_EXTRAS = re.compile(
 )
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
 GENERIC = replace(_C)  # for a language that we do not know, unless its text looks like one of these
-GUESSES = {
-    "python": re.compile(r"^[ \t]*(?:def|class|if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*$", re.M),
-    "rust": re.compile(r"^[ \t]*(?:pub )?(?:fn|impl|let mut)\b[^\n]{0,200}[{;]$", re.M),
+GUESSES = {  # a line that ends like the header of a definition, in few other languages and in no prose
+    "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
+    "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
+    "go": r"func[ \t]+[^\n]{0,300}\{",
+    "javascript": r"(?:export[ \t]+)?(?:default[ \t]+)?(?:async[ \t]+)?(?:function\b|class[ \t]+\w+)[^\n]{0,300}\{",
+    "c": r"(?!(?:if|for|while|switch|else)\b)[A-Za-z_][\w*&:<> \t]{0,100}[ \t*&]\w+\([^;\n{}]{0,300}\)[ \t]*\{",
 }
+HEADERS = {name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M) for name, header in GUESSES.items()}
+STATEMENTS = re.compile(
+    r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M
+)  # Python's
 
 
-def guess(text: str) -> Language:
-    """The syntax that code of an unknown language most resembles."""
-    return next((LANGUAGES[name] for name, sign in GUESSES.items() if sign.search(text)), GENERIC)
+def guess(text: str) -> Language | None:
+    """The syntax of a text that defines something; None if nothing tells."""
+    return next((LANGUAGES[name] for name, header in HEADERS.items() if header.search(text)), None)
 
 
 class Stage:
@@ -2068,8 +2075,8 @@ class Ending:
     fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
     the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
     With `extras`, examples and tests are part of the answer. An `indent` above 0 ends the completion before a line
-    that is indented less. Without a language that we know, an infill ends by the suffix, and a completion before two
-    blank lines.
+    that is indented less. A language that we do not know is guessed: an infill ends by the suffix in any case, a
+    completion before two blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -2092,8 +2099,7 @@ class Ending:
         if mode == "instruct":
             if syntax and not extras:
                 self.stages.append(Extras(syntax))
-        elif gap or syntax:
-            known = syntax or guess(prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS])
+        elif known := syntax or self._guess(prompt, suffix if gap else ""):
             scanner = Scanner(known, prompt)
             if scanner.closer in TRIPLE_QUOTES and CODE.search(prompt, prompt.rfind(scanner.closer)):
                 scanner = Scanner(known, scanner.closer + prompt)  # the prompt begins inside a docstring
@@ -2106,6 +2112,15 @@ class Ending:
         if indent > 0:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())
+
+    @staticmethod
+    def _guess(prompt: str, suffix: str) -> Language | None:
+        """The syntax of code around a gap, and of code before the cursor if that is plain."""
+        text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
+        found = guess(text)
+        if suffix and not found:
+            found = LANGUAGES["python"] if STATEMENTS.search(text) else GENERIC
+        return found
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""
