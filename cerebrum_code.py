@@ -1217,7 +1217,7 @@ SURE_WEIGHT = 6  # characters that must agree at least, white space not counted
 CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
 # An infill that could end may go on this far, white space not counted, to meet the suffix: usually; if its brackets or
 # its indentation do not go with the suffix; if it has come to the rest of the cursor's line; and if it has not.
-AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 30, 90, 12, 80
+AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 80, 90, 12, 80
 CHATTER_CHARS = 4000  # a chat's answer with no fence in so many characters has none
 REPEATED_LINES = 6  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something

@@ -659,6 +659,8 @@ def f(xs):
 «    n = 0
     for x in xs:»
         n -= another_function(x)
+        print("something else than the suffix", n)
+        print("and more of it", x)
     return n + 1
 ‖
         n += x
