@@ -182,13 +182,14 @@ LANGUAGES: dict[str, Language] = {
         names=("golang",),
     ),
 }
+HEADER_CHARS = 400  # of a text, where a plugin says what it is
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
 BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or what /usr/bin/env -S starts.
 SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+[0-9]?)[0-9.]*(?:\s|$)")
 # What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
 MODELINE = re.compile(
-    r"^\W{1,6}(?:(?:language|filetype)[:=][ \t]*([\w+]+)"
+    r"^(?:#|//|--|/\*|<!--)[ \t]*(?:(?:language|filetype)[:=][ \t]*([\w+]+)"
     r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
     re.I | re.M,
 )
@@ -206,7 +207,7 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
         return name
     if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower())):
         return name
-    for match in MODELINE.finditer(text[: text.find("\n", 400) + 1 or 400]):
+    for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
         if name := BY_NAME.get((match[1] or "").lower()) or BY_ENDING.get(ending_of(match[2] or match[3] or "")):
             return name
     fences = OPENED.findall(text)
@@ -608,8 +609,8 @@ def _outside(indent: int, indented: bool) -> re.Pattern[str]:
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 SUFFIX_SHARE = 8  # an eighth of the room is the suffix's: it follows the prefix, so each keystroke prefills it again
 SUFFIX_FRESH = 4  # the suffix's share, a fourth, of what may be read anew
-MIN_FRESH = 200  # weight: with less text around the cursor a model can only guess
-EXTRA_STEPS = 8  # the room for other files' texts shrinks by eighths of the whole
+MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
+EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # the VPS takes a hundred messages
 MIN_REPEATED = 200  # characters: a shorter paragraph may be an idiom of its language, and dropping it saves nothing
@@ -808,7 +809,12 @@ def fit_start(text: str, room: int) -> str:
 
 
 def prepare(
-    fields: Mapping[str, Any], mode: str, budget: int, ratio: float, fresh: int | None = None, known: str = ""
+    fields: Mapping[str, Any],
+    mode: str,
+    budget: int,
+    ratio: float,
+    max_fresh: int | None = None,
+    cached: Sequence[str] = (),
 ) -> Prepared:
     """The VPS's fields for a request, with a prompt of about `budget` tokens at most.
 
@@ -816,8 +822,8 @@ def prepare(
     for byte. `kept` says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions",
     "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
 
-    With `fresh`, at most so many tokens of the prompt may be new: not the beginning of `known`, the text before the
-    cursor that the VPS has read before.
+    With `max_fresh`, at most so many tokens of the prompt may be fresh: not the beginning of a text in `cached`, which
+    has texts before the cursor that the VPS has read.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     if mode == "chat":
@@ -825,8 +831,8 @@ def prepare(
     if mode == "instruct":
         prepared = prepare_instruction(fields, room)
     else:
-        news = None if fresh is None else max(int((fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
-        prepared = prepare_text(fields, mode, room, news, known)
+        fresh_room = None if max_fresh is None else max(int((max_fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
+        prepared = prepare_text(fields, mode, room, fresh_room, cached)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
     return prepared
@@ -854,23 +860,27 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
-def prepare_text(fields: Mapping[str, Any], mode: str, room: int, news: int | None, known: str) -> Prepared:
-    """The text around the cursor and, where there is room behind it, other files' texts."""
+def prepare_text(
+    fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str]
+) -> Prepared:
+    """The text around the cursor, behind other files' texts if there are any."""
     language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
+    extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
+    above, cut = render_extra(extra), False
+    room -= weigh(above)
     spare = room - weigh(prompt[: 3 * room])
     after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
     sent, kept = fit(prompt, language, room - weigh(after))
-    extra = fit_extra(fields.get("extra") or (), room - weigh(sent) - weigh(after), room // EXTRA_STEPS)
-    above, cut = render_extra(extra), False
-    if news is not None:
-        new = weigh((above + sent)[common_length(above + sent, known) :])
-        cut = new > news - news // SUFFIX_FRESH
+    if fresh_room is not None:
+        read = max((common_length(above + sent, text) for text in cached), default=0)
+        fresh = weigh((above + sent)[read:])
+        cut = fresh > fresh_room - fresh_room // SUFFIX_FRESH
         if cut:
-            extra = extra if known.startswith(above) else []
+            extra = extra if read >= len(above) else []
             above = render_extra(extra)
-            sent, kept = fit(prompt, language, news - news // SUFFIX_FRESH)
-            new = weigh(sent)
-        after = fit_start(after, news - new)
+            sent, kept = fit(prompt, language, fresh_room - fresh_room // SUFFIX_FRESH)
+            fresh = weigh(sent)
+        after = fit_start(after, fresh_room - fresh)
     if len(after) < len(suffix):
         kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
     body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
@@ -880,10 +890,10 @@ def prepare_text(fields: Mapping[str, Any], mode: str, room: int, news: int | No
     return Prepared(body, kept, weigh(above + sent + after), above + sent, cut)
 
 
-def fit_extra(extra: Sequence[Mapping[str, str]], room: int, step: int) -> list[Mapping[str, str]]:
-    """Other files' texts that fit, the last ones first, in their order. The room shrinks in steps, not with each typed
-    character: these texts precede the file's own, which would have to be read again."""
-    room, taken = room // step * step if step else 0, list[Mapping[str, str]]()
+def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
+    """The last of other files' texts that fit, in their order. The room does not depend on the file's own text: these
+    texts precede it, and a prompt that begins otherwise must be read again."""
+    taken = list[Mapping[str, str]]()
     for entry in reversed(extra):
         room -= weigh(render_extra([entry]))
         if room < 0:
@@ -909,8 +919,8 @@ def common_length(one: str, other: str) -> int:
 def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     """A chat: its system message, and as many of its latest messages as fit. `kept` also has the numbers of `messages`.
 
-    Messages are left out four at a time. What follows them moves forward, so the VPS has to read it again; this way
-    it does so only every other turn.
+    Messages are left out four at a time, if enough of them remain. What follows them moves forward, so the VPS has to
+    read it again; this way it does so only every other turn.
     """
     system, turns = list(messages[:1]), list(messages[1:])
     if system[0]["role"] != "system" or not turns:
@@ -927,7 +937,9 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
             break
         room -= cost
         taken += 1
-    start = min(-(-(len(turns) - taken) // 4) * 4, len(turns) - 1)
+    left_out = len(turns) - taken
+    rounded = -(-left_out // 4) * 4
+    start = rounded if 2 * (len(turns) - rounded) >= taken else left_out
     if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
         start += 1  # an answer without its question
     sent = [*system, *turns[start:-1], last]
@@ -1864,11 +1876,11 @@ class Blanks(Stage):
 
 
 class Indent(Stage):
-    """Ends before the first line, but the cursor's own, that is indented less than `columns`."""
+    """Ends before the first line, but the cursor's own, that is indented by fewer than `least` characters."""
 
-    def __init__(self, columns: int, whole: bool) -> None:
+    def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
-        self.columns, self.whole = columns, whole
+        self.least, self.whole = least, whole
         self.indent: int | None = None  # of the line that begins; None: it has begun
         self.mark = 0  # where the text ends if that line is outside
 
@@ -1879,9 +1891,9 @@ class Indent(Stage):
                 self.mark = len(self.text) - (not self.whole)
             self.indent = 0
         elif self.indent is not None and char in " \t":
-            self.indent = after_blank(self.indent, char)
+            self.indent += 1
         elif self.indent is not None and not char.isspace():
-            if self.indent < self.columns:
+            if self.indent < self.least:
                 self.end("block", self.mark)
                 return
             self.indent = None

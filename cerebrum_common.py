@@ -514,7 +514,7 @@ class Field:
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
         noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
-        if self.high == math.inf and self.low and self.kind is not str:
+        if self.high == math.inf and self.low > -math.inf and self.kind in (int, float):
             return f"{noun} of at least {self.low:g}"
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
@@ -1093,6 +1093,9 @@ class Server:
         methods, parameter = self.routes.get(head.path, {}), ""
         if not methods and last:
             methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        if not methods and head.path.startswith("//"):  # a client put its path behind a URL that ends with a slash
+            known = self.routes.get(head.path[1:], {})
+            methods = {method: route for method, route in known.items() if route.foreign_error}
         exchange.foreign_error = next((route.foreign_error for route in methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
         if over and not public:

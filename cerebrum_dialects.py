@@ -22,6 +22,7 @@ documentation and from OpenAI's.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,23 +39,25 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a limit of time; a longer one is lowered
 MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
 
-TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -1), Field(bool, default=False)
+TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
+MAX_NAME = 1000
+NAME = Field(str, 0, MAX_NAME, "")  # of a file
 SAMPLING = {
     "model": TEXT,
-    "temperature": Field(float, 0, 2),
+    "temperature": Field(float, 0),  # OpenAI allows 2; above 1 it is lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
     "n_predict": COUNT,  # llama.vim sends it to /v1/chat/completions, too
 }
 OPENAI_FIELDS = SAMPLING | {"max_tokens": COUNT, "max_completion_tokens": COUNT}
-TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": TEXT}
+TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": NAME}
 LLAMA_FIELDS = SAMPLING | {
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
-    "t_max_prompt_ms": Field(int, -1, default=0),
-    "t_max_predict_ms": Field(int, -1, default=0),
-    "filename": TEXT,
+    "t_max_prompt_ms": Field(int, -math.inf, default=0),
+    "t_max_predict_ms": Field(int, -math.inf, default=0),
+    "filename": NAME,
 }
 INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {
@@ -63,7 +66,7 @@ TOKENIZE = {
     "parse_special": Field(bool, default=True),
 }
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
-EXTRA = {"filename": TEXT, "text": TEXT}
+EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
@@ -72,7 +75,7 @@ STREAM_OPTIONS = {"include_usage": FLAG}
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A client's request. `fields` has those of our own API that apply, and also `messages` ([{"role", "content"}]),
-    `extra` ([{"filename", "text"}]), `indent` (columns), `prompt_ms` and `predict_ms` (0: no limit)."""
+    `extra` ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit)."""
 
     kind: str  # "infill", "completion" or "chat"
     fields: dict[str, Any]
@@ -80,11 +83,6 @@ class Asked:
     usage: bool = False  # the stream ends with the numbers of tokens
     caching: bool = False  # the client lets an earlier completion answer it
     only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
-
-    @property
-    def warms(self) -> bool:
-        """Whether the prompt is only to be read into the cache."""
-        return bool(self.fields["max_tokens"] == 0)
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
@@ -191,8 +189,9 @@ UNUSED = re.compile(  # at the prompt's beginning: the mark of a text's begin, a
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
 )
 SPECIAL = re.compile(
-    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<(?:fim|file|repo)[_-][a-z]{3,10}>|<EOT>|<\[fim-[a-z]+\]>"
-    r"|<(?:PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
+    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
+    r"|<\[fim-[a-z]+\]>|<(?:EOT|PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>"
+    r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
 
 
@@ -229,6 +228,7 @@ def split_fim(prompt: str) -> Split | None:
         first, second = (before, after) if body.startswith(before) else (after, before)
         one, found, two = body[len(first) :].partition(second)
         prefix, suffix = (one, two) if first == before else (two, one)
+        behind = behind if behind.strip() or not prefix.strip() else ""  # a template's last line end
         if not found or (behind and prefix.strip()):
             continue
         if before == "<PRE>":  # this family writes a space behind the first and the last mark, and before the others
@@ -245,6 +245,7 @@ def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     extra, filename = [("", loose)] if loose.strip() else [], ""
     for file in files:
         name, _, text = file.partition("\n")
+        name = name[:MAX_NAME]
         if text.strip():
             extra.append((name, text))
         else:
@@ -255,30 +256,32 @@ def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
 # ---------------------------------------------------------------------------------------- reading requests
 
 
-def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool = False) -> tuple[str, dict[str, Any]]:
-    """(kind, fields) of a completion, or of an infill if there is text behind the cursor or the client says so. At the
-    end of a file there is no gap: the text before the cursor is completed."""
+def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
+    """(kind, fields) of a completion, or of an infill if the client asks for one. At the end of a file there is no gap:
+    the text before the cursor is completed."""
     mode = "infill" if suffix.strip() or not prefix else "complete"
-    kind = "infill" if infill or suffix else "completion"
-    return kind, fields | {"prompt": prefix, "mode": mode} | ({"suffix": suffix} if mode == "infill" else {})
+    behind = {"suffix": suffix} if mode == "infill" else {}
+    return "infill" if infill else "completion", fields | {"prompt": prefix, "mode": mode} | behind
 
 
-def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str = "") -> tuple[str, dict[str, Any]]:
+def ask_prompt(fields: dict[str, Any], prompt: str) -> tuple[str, dict[str, Any]]:
     """The same for a prompt that may carry fill-in-the-middle tokens."""
-    split = None if suffix else split_fim(prompt)
+    split = split_fim(prompt)
     if not split:
-        return ask_text(fields, prompt, suffix)
+        return ask_text(fields, prompt, "", infill=False)
     extra = [{"filename": name, "text": text} for name, text in split.extra]
     names = {"filename": split.filename or fields["filename"], "extra": extra}
     return ask_text(fields | names, split.prefix, split.suffix, infill=True)
 
 
-def read_text(members: Mapping[str, Any]) -> Asked:
+def read_text_completion(members: Mapping[str, Any]) -> Asked:
     """POST /v1/completions: OpenAI's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
     fields = read_sampling(read, members, temperature=0.0) | {"filename": read["filename"]}
-    kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"])
+    prompt = read_prompt(members)
+    infill = "suffix" in members  # at the end of a file, the suffix is empty
+    kind, fields = ask_text(fields, prompt, read["suffix"], infill) if infill else ask_prompt(fields, prompt)
     return Asked(kind, fields, read["stream"], wants_usage(members))
 
 
@@ -335,7 +338,7 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events as it is.
 TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
-HERE = "\x00"  # where that string goes; no id or name has this character
+SLOT = "\x00"  # where that string goes; no id or name has this character
 MISSING = object()
 DONE = b"data: [DONE]\n\n"
 
@@ -346,7 +349,7 @@ def sse(data: Mapping[str, Any]) -> bytes:
 
 def template(data: Mapping[str, Any]) -> bytes:
     """An event with a place for the token, for `TOKEN.sub`."""
-    return sse(data).replace(compact(HERE), rb"\1")
+    return sse(data).replace(compact(SLOT), rb"\1")
 
 
 def finish_reason(result: Mapping[str, Any]) -> str:
@@ -366,7 +369,7 @@ class Reply:
 
     def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
         self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
-        self.template = template(self.chunk(HERE))
+        self.template = template(self.chunk(SLOT))
 
     def chunk(self, text: str) -> dict[str, Any]:
         """The event for a piece of text."""
@@ -561,7 +564,7 @@ class Dialect:
     reply: type[Reply]
 
 
-OPENAI_TEXT = Dialect(read_text, OpenAIReply)
+OPENAI_TEXT = Dialect(read_text_completion, OpenAIReply)
 OPENAI_CHAT = Dialect(read_chat, ChatReply)
 COMPLETION = Dialect(read_completion, LlamaReply)
 INFILL = Dialect(read_infill, LlamaReply)

@@ -113,7 +113,7 @@ class CompletionRequest:
     language: str | None = None
     mode: str = "complete"  # or infill, instruct
     stop_at: str = "auto"  # or none
-    indent: int = 0  # columns; the completion ends before a line that is indented less
+    indent: int = 0  # characters; the completion ends before a line that is indented less
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
     predict_ms: int = 0  # ends a completion that takes longer and has a line end; 0: no limit

@@ -13,10 +13,10 @@ and tools speak the dialects of cerebrum_dialects.py. They follow a completion b
 same time share one, a newer infill of the same file ends the older one, and text that the last completion predicted is
 served without the VPS.
 
-It refuses a third completion at a time (429) and every completion while the breaker is open (503). From the VPS it
-refuses redirects, framing or JSON that is not exact, and a stream that ends without a done event: the client gets all
-whole events up to the fault, then an error event, then a cut. A POST is never sent again once a byte of it is out, and
-a connection to the VPS is used for one request only.
+It refuses a third completion at a time (429) and every completion while the breaker is open (503); a completion in a
+dialect waits for its place for a while. From the VPS it refuses redirects, framing or JSON that is not exact, and a
+stream that ends without a done event: the client gets all whole events up to the fault, then an error event, then a
+cut. A POST is never sent again once a byte of it is out, and a connection to the VPS is used for one request only.
 
 Who owns what: `Gateway` owns the places, the breaker, the learned ratios and what is known of the VPS. Its probe task
 keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. A `Shared` completion
@@ -62,7 +62,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cerebrum_code import LANGUAGES, Ratio, detect_mode, guess_language, prepare
+from cerebrum_code import LANGUAGES, Ratio, common_length, detect_mode, guess_language, prepare
 from cerebrum_common import (
     READ_BYTES,
     SSE_COMMENT,
@@ -276,17 +276,17 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     """The largest prompt in tokens. An answer gets at most three quarters of the context, however long it may be.
 
     >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
-    (3520, 448)
+    (3576, 504)
     """
     return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
 
 
 # ------------------------------------------------------------------------------------- policy: editors
 
-MIN_SAME = 0.5  # of the shorter text's lines: two texts with fewer in common are of two files
-TAIL_CHARS = 2048  # of the text before the cursor: with as many equal, two cursors are at the same place
+MIN_SAME, MIN_SAME_LINES = 0.5, 2  # of the shorter text's lines: two texts with fewer in common are of two files
+TAIL_CHARS = 1024  # of the text before the cursor: with as many equal, two cursors are at the same place
 MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
-MAX_PREDICTED_CHARS, MAX_SUFFIX_CHARS = 4096, 8192
+MAX_PREDICTED_CHARS = 2048
 # What must be equal in two requests for the answer to one to be the beginning of the answer to the other.
 ALIKE = ("mode", "suffix", "model", "language", "filename", "max_tokens", "stop", "temperature", "top_p", "seed")
 
@@ -295,20 +295,43 @@ def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two infills are of the same file. Most editors send no name, so the texts around the cursors decide."""
     if one["filename"] or other["filename"]:
         return bool(one["filename"] == other["filename"])
-    if one["prompt"].startswith(other["prompt"]) or other["prompt"].startswith(one["prompt"]):
+    shorter = min(len(one["prompt"]), len(other["prompt"]))
+    beginning = common_length(one["prompt"], other["prompt"])
+    if 0 < shorter <= 2 * beginning and one.get("suffix") == other.get("suffix"):
         return True
     lines, others = (
         {*around["prompt"].split("\n"), *around.get("suffix", "").split("\n")} - {""} for around in (one, other)
     )
-    return len(lines & others) >= MIN_SAME * min(len(lines), len(others))
+    return len(lines & others) >= max(MIN_SAME * min(len(lines), len(others)), MIN_SAME_LINES)
+
+
+def alike(fields: Mapping[str, Any]) -> bytes:
+    """A digest of all in a request that must be equal beside the prompt."""
+    return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
+
+
+def typed_of(asked: str, text: str, prompt: str) -> int:
+    """How many characters of `text`, the completion of the prompt `asked`, stand before the cursor in another prompt;
+    0 if that is another place. The ends of the prompts decide, since an editor's window moves.
+
+    >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
+    3
+    """
+    tail, before = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:]
+    start = len(before)
+    # Both are whole texts, or the ends of longer ones.
+    found = 0 if len(tail) < TAIL_CHARS else max(0, start + 1 - TAIL_CHARS)
+    place = (before + text).find(tail, found, None if len(tail) == TAIL_CHARS else len(tail))
+    return max(0, place + len(tail) - start) if place >= 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A completion that someone may type: what was asked, with the end of its text alone, and what was answered."""
+    """A completion that someone may type: who asked, the end of the prompt, the rest of the request, the answer."""
 
     client: str
-    fields: Mapping[str, Any]
+    tail: str
+    alike: bytes
     text: str
     begun: Mapping[str, Any]
     finish_reason: str
@@ -321,30 +344,19 @@ class Predictions:
         self.recent: deque[Prediction] = deque(maxlen=MAX_PREDICTIONS)
 
     def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
-        if 1 < len(text) <= MAX_PREDICTED_CHARS and len(fields.get("suffix") or "") <= MAX_SUFFIX_CHARS:
-            kept = {name: fields.get(name) for name in ALIKE} | {"prompt": fields["prompt"][-TAIL_CHARS:]}
-            self.recent.append(Prediction(client, kept, text, begun, reason))
+        if 1 < len(text) <= MAX_PREDICTED_CHARS:
+            tail = fields["prompt"][-TAIL_CHARS:]
+            self.recent.append(Prediction(client, tail, alike(fields), text, begun, reason))
 
     def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
         """A completion of which the client has typed the beginning, and its rest."""
+        rest = alike(fields)
         for prediction in reversed(self.recent):
-            typed = typed_of(prediction.fields, prediction.text, fields) if prediction.client == client else 0
-            if 0 < typed < len(prediction.text):
-                return prediction, prediction.text[typed:]
+            if prediction.client == client and prediction.alike == rest:
+                typed = typed_of(prediction.tail, prediction.text, fields["prompt"])
+                if 0 < typed < len(prediction.text):
+                    return prediction, prediction.text[typed:]
         return None
-
-
-def typed_of(asked: Mapping[str, Any], text: str, fields: Mapping[str, Any]) -> int:
-    """How many characters of `text`, which completes the request `asked`, stand before the cursor in the request
-    `fields`, which is the same otherwise. 0: none, or it is another place."""
-    if any(asked.get(name) != fields.get(name) for name in ALIKE):
-        return 0
-    tail, start = fields["prompt"][-TAIL_CHARS:], len(asked["prompt"][-TAIL_CHARS:])
-    before = asked["prompt"][-TAIL_CHARS:] + text
-    for end in range(start + 1, len(before) + 1):
-        if before[end - 1] == tail[-1:] and before[max(0, end - TAIL_CHARS) : end] == tail:
-            return end - start
-    return 0
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -998,7 +1010,9 @@ PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 MODELS_SECONDS = 60.0  # the age at which the list of the VPS's models is asked for again
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
-MAX_KNOWN = 16  # clients and models whose last text is remembered, some 10 KB each
+MAX_CACHED = 16  # texts that the VPS has read, some 10 KB each
+SAME_BEGINNING = 200  # characters
+MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 
 
@@ -1038,6 +1052,7 @@ class Shared:
         self.pairs, self.job, self.key = list(pairs), job, key
         self.failure: HttpError | None = None
         self.readers: list[Reading] = []
+        self.remembered = False  # as a prediction
         self.task: asyncio.Task[None] | None = None
 
     async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
@@ -1115,7 +1130,7 @@ class Reading:
         kind, value = pairs[self.at]
         self.at += 1
         if kind == "done" and self.predicts and self.shared.job:
-            self.gateway.remember(self.job.client, self.shared.job, pairs)
+            self.gateway.remember(self.job.client, self.shared)
             return kind, value | ({"type_through": True} if self.typed else {})
         texts = [value]
         while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
@@ -1149,11 +1164,12 @@ class Gateway:
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
         self.readings: list[Reading] = []
         self.predictions = Predictions()
+        self.tokenizing = asyncio.Lock()  # it takes no place, so it is done for one client at a time
         self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
-        self.known: dict[tuple[str, str], str] = {}  # text before the cursor that the VPS has read, by client and model
+        self.cached: list[tuple[str, str, str]] = []  # (client, model, text before a cursor that the VPS has read)
         self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
-        self.to_warm: Job | None = None  # to be read into the VPS's cache as soon as nothing else is to do
-        self.warming: asyncio.Task[None] | None = None
+        self.to_warm: dict[str, Job] = {}  # to be read into the VPS's cache when nothing else is to do, by client
+        self.warming: tuple[Job, asyncio.Task[None]] | None = None
         self.probes = 0  # that have ended
         self.trouble = "VPS backend has not been asked yet"  # what is wrong with the VPS; "": nothing
         self.response_ms: float | None = None  # of the last good probe
@@ -1327,9 +1343,7 @@ class Gateway:
                 self.line.remove(waiting)
                 self.active.append(waiting[0])
                 waiting[1].set()
-        if self.to_warm and not self.active:
-            job, self.to_warm = self.to_warm, None
-            self.warm(job)
+        self._warm_next()
 
     # Following a completion in a dialect.
 
@@ -1348,7 +1362,7 @@ class Gateway:
             return Shared([("started", self.beginning(job)), done])
         if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             self._count("type_through")
-            self._replace_older(reading)
+            self._replace_older(reading, ahead=True)
             return Shared(typed_pairs(*found))
         shared = self._typed_meanwhile(reading) or self._identical(job)
         shared.readers.append(reading)
@@ -1362,7 +1376,8 @@ class Gateway:
             shared = other.shared
             if other.editor == reading.editor and shared.job and shared.task and not shared.task.done():
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-                if typed := typed_of(shared.job.fields, text, job.fields):
+                typed = typed_of(shared.job.fields["prompt"], text, job.fields["prompt"])
+                if typed and alike(shared.job.fields) == alike(job.fields):
                     reading.skip = reading.typed = typed
                     self._count("type_through")
                     return shared
@@ -1395,46 +1410,62 @@ class Gateway:
         if self.shared.get(shared.key) is shared:
             del self.shared[shared.key]
 
-    def _replace_older(self, reading: Reading) -> None:
-        """End the older infills of the same editor and file, unless they ask the same."""
+    def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
+        """End the older infills of the same editor and file, unless they ask the same. With `ahead`, those go on that
+        continue the reading's text: an editor asks ahead for what follows a completion that it shows."""
         fields = reading.job.fields
         for other in list(self.readings):
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
             if other is reading or other.replaced or not of_editor or other.job.fields == fields:
+                continue
+            if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
                 continue
             if same_file(other.job.fields, fields):
                 self.counts["replaced"] += 1
                 other.replace()
 
     def leave(self, reading: Reading) -> None:
-        """The reading has ended, or its client has left. The last one ends the completion."""
+        """The reading has ended, or its client has left. The last one ends the completion; before, its place counts as
+        that of a client who stays."""
         shared = reading.shared
         if reading in self.readings:
             self.readings.remove(reading)
-        if reading in shared.readers:
-            shared.readers.remove(reading)
-            if shared.task and not shared.readers:
-                shared.task.cancel()
-                self._forget(shared)
+        if reading not in shared.readers:
+            return
+        shared.readers.remove(reading)
+        if shared.readers and shared.job:
+            shared.job.client = shared.readers[0].job.client
+        elif shared.task:
+            shared.task.cancel()
+            self._forget(shared)
 
-    def remember(self, client: str, job: Job, pairs: Sequence[Pair]) -> None:
+    def remember(self, client: str, shared: Shared) -> None:
         """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
         which counts on its limit: if that has cut it, it is no beginning of another."""
-        if job.kind == "completion" and pairs[-1][1].get("finish_reason") == "length":
+        assert shared.job
+        begun, reason = shared.pairs[0][1], shared.pairs[-1][1].get("finish_reason", "stop")
+        if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
             return
-        text = "".join(read_text(value) for kind, value in pairs if kind == "text")
-        self.predictions.add(client, job.fields, text, pairs[0][1], pairs[-1][1].get("finish_reason", "stop"))
+        shared.remembered = True
+        text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+        self.predictions.add(client, shared.job.fields, text, begun, reason)
 
     # Warming: reading a prompt into the VPS's cache while there is nothing else to do.
 
     def warm(self, job: Job) -> None:
-        """Read this prompt soon. Takes no place, waits until none is taken, and ends when one is. The newest counts."""
-        if self.active or self.line or self.breaker.state != "closed":
-            self.to_warm = job
-            return
-        if self.warming:
-            self.warming.cancel()
-        self.warming = asyncio.create_task(self._warm(job))
+        """Read this prompt soon. Takes no place, waits until none is taken, and ends when one is; then it waits again.
+        Of each client the newest counts."""
+        self.to_warm.pop(job.client, None)
+        self.to_warm[job.client] = job
+        if len(self.to_warm) > MAX_TO_WARM:
+            del self.to_warm[next(iter(self.to_warm))]
+        self._warm_next()
+
+    def _warm_next(self) -> None:
+        busy = self.active or self.line or self.warming
+        if self.to_warm and not busy and self.breaker.state == "closed":
+            job = self.to_warm.pop(next(iter(self.to_warm)))
+            self.warming = job, asyncio.create_task(self._warm(job))
 
     async def _warm(self, job: Job) -> None:
         try:
@@ -1447,19 +1478,23 @@ class Gateway:
             log.info("no prompt was read ahead: %s", error.message)
         except Exception as exception:
             internal_error(exception)
+        self.warming = None
+        self._warm_next()
 
     async def _stop_warming(self) -> None:
-        warming, self.warming = self.warming, None
-        if warming:
-            warming.cancel()
-            await asyncio.wait([warming])
+        if self.warming:
+            job, task = self.warming
+            self.warming = None
+            self.to_warm.setdefault(job.client, job)  # the VPS keeps what it has read so far
+            task.cancel()
+            await asyncio.wait([task])
 
-    def _fresh(self, job: Job) -> tuple[int | None, str]:
-        """(how many tokens may be read for this job, text that the VPS has read for its client before)."""
+    def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
+        """(how many tokens may be read for this job, texts that the VPS has read for its client before)."""
         speed, limit = self.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
         if limit <= 1 or not speed or not job.fields["max_tokens"]:
-            return None, ""
-        return int(speed * limit / 1000), self.known.get((job.client, job.model), "")
+            return None, []
+        return int(speed * limit / 1000), [text for *who, text in self.cached if who == [job.client, job.model]]
 
     def _express(self, job: Job, data: bytes) -> bool:
         """The express lane: send one chunk with one token on as it came, unless the client is behind."""
@@ -1512,14 +1547,17 @@ class Gateway:
     async def _send(self, job: Job, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
         fields, n_ctx = job.fields, job.n_ctx
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
-        budget = prompt_budget(n_ctx, min(fields["max_tokens"] or DEFAULT_TOKENS, longest))
-        prepared = prepare(fields, fields["mode"], budget, ratio, *self._fresh(job))
+        # In the dialects, a small limit leaves no more room than the usual one: a warm-up, with its limit of 0, must
+        # fit the same text as the request that follows.
+        least = DEFAULT_TOKENS if job.kind else 0
+        budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
+        prepared = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job))
         job.mode, job.kept, job.weight = fields["mode"], prepared.kept, prepared.weight
         job.above, job.cut = prepared.above, prepared.cut
         passed = {name: fields[name] for name in PASSED_TO_VPS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
-        if fields["language"] in LANGUAGES:  # where a completion ends is known for these alone
+        if fields["language"] in LANGUAGES:  # the VPS knows the syntax of these
             passed["language"] = fields["language"]
         body = {"model": job.model, **passed, **prepared.body}
         try:
@@ -1551,14 +1589,17 @@ class Gateway:
         if seconds and read >= MIN_READ_TOKENS:
             speed = read / seconds
             self.read_speed[job.model] = self.read_speed.get(job.model, speed) * 0.75 + speed * 0.25
-        if not job.kind:
+        if job.kind not in ("infill", "completion"):
             return
-        self.known.pop((job.client, job.model), None)
-        self.known[job.client, job.model] = job.above
-        if len(self.known) > MAX_KNOWN:
-            del self.known[next(iter(self.known))]
+        mine = job.client, job.model
+        # What begins alike is of the same file.
+        of_others = [
+            entry for entry in self.cached if entry[:2] != mine or not entry[2].startswith(job.above[:SAME_BEGINNING])
+        ]
+        self.cached = [*of_others, (*mine, job.above)][-MAX_CACHED:]
         if job.cut:
-            self.to_warm = Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client)
+            fields = job.fields | {"max_tokens": 0, "prompt_ms": 0}
+            self.to_warm[job.client] = Job(fields, kind=job.kind, client=job.client)
 
 
 def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
@@ -1630,7 +1671,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
     ]
     served = [model for model in gateway.config.models if not gateway.contexts or model.id in gateway.contexts]
     data = [write_model(model.id, gateway.created) for model in served]
-    return Response({"models": listed, "object": "list", "data": data})
+    return Response(compact({"models": listed, "object": "list", "data": data}))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
@@ -1650,9 +1691,12 @@ async def props(gateway: Gateway, request: Request) -> Response:
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text in tokens of the model that answers when none is named."""
     fields = read_fields(present(request.json()), TOKENIZE)
+    if gateway.breaker.state == "open":
+        raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
     asked["model"] = gateway.route({"model": None, "language": ""})
-    answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
+    async with gateway.tokenizing:
+        answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
     return Response(compact({"tokens": answer.get("tokens", [])}))
 
 

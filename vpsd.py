@@ -187,7 +187,7 @@ FIELDS = {
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
     "predict_ms": Field(int, 0, 600_000, 0),  # a completion ends then, once it has a line end; 0: no limit
-    "indent": Field(int, 0, 1000, 0),  # columns; the completion ends before a line that is indented less
+    "indent": Field(int, 0, 1000, 0),  # characters; the completion ends before a line that is indented less
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),

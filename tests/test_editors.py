@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -151,10 +152,13 @@ def test_a_completion_without_a_suffix_ends_nothing():
 
 TEXTS = [
     ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
+    ("typed at the end", ("a", "", ""), ("ab", "", ""), True),
     ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
     ("the window moved down a line", ("a\nb\nc\n", "d\ne\n", ""), ("b\nc\nd\n", "e\nf\n", ""), True),
     ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "int y;\n", ""), False),
     ("a third in common", ("a\nb\nc\n", "", ""), ("a\ny\nz\n", "", ""), False),
+    ("only the first line in common", ("import os\n", "x\n", ""), ("import os\nimport re\n", "y\n", ""), False),
+    ("one is empty", ("", "\n", ""), ("x = 1\n", "y\n", ""), False),
     ("equal names", ("a\n", "", "x.py"), ("b\n", "", "x.py"), True),
     ("other names", ("a\n", "", "x.py"), ("a\n", "", "y.py"), False),
     ("one has a name", ("a\n", "", "x.py"), ("a\n", "", ""), False),
@@ -246,7 +250,7 @@ def test_the_error_of_a_shared_completion_reaches_every_reader():
     run(scenario())
 
 
-def test_a_reader_that_does_not_read_delays_nobody(monkeypatch: pytest.MonkeyPatch):
+def test_a_reader_that_does_not_read_delays_nobody():
     async def scenario() -> None:
         piece = "x" * 4000
         texts = [chunk(token(piece, number)) for number in range(1, 200)]
@@ -383,13 +387,14 @@ def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
     run(scenario())
 
 
-def test_a_warm_up_ends_when_a_request_comes():
+def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
     async def scenario() -> None:
-        async with Backend([[CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+        async with Backend([[CHUNKED, HANG], GOOD, script()]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
             await start(pi, "/infill", WARM_UP)
             await backend.begun.wait()
             assert (await infill(pi)).json["content"] == "ab"
-            await backend.left.wait()
+            await until(lambda: len(backend.completions) == 3 and pi.gateway.warming is None)
+            assert [asked["max_tokens"] for asked in backend.completions] == [0, 512, 0]
             assert backend.most_running == 1
 
     run(scenario())
@@ -506,6 +511,23 @@ def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
     run(scenario())
 
 
+def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
+    """llama.vim asks for what follows a completion while it shows that."""
+
+    async def scenario() -> None:
+        async with Backend([script("urn", " a"), [CHUNKED, HANG]]) as backend, pi_for(backend.port) as pi:
+            await infill(pi)
+            ahead = infill(pi, prompt="    return a")
+            await until(lambda: backend.running == 1)
+            assert (await infill(pi, prompt="    retu")).json["content"] == "rn a"
+            assert (ahead.done(), (await stats(pi))["replaced"]) == (False, 0)
+            assert (await infill(pi, prompt="    x", n_predict=0)).status == 200
+            ahead.cancel()
+            await backend.left.wait()
+
+    run(scenario())
+
+
 def test_it_is_served_while_the_vps_is_gone():
     async def scenario() -> None:
         async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
@@ -531,16 +553,35 @@ def test_predictions_follow_a_window_that_moves():
     assert predicted(predictions, "".join(lines[1:299]) + "a") is None
 
 
+TYPED = [
+    ("typed", "a = ", "b\nc", "a = b", 1),
+    ("all of it", "a = ", "b", "a = b", 1),
+    ("more than all", "a = ", "b", "a = bc", 0),
+    ("nothing", "a = ", "b", "a = ", 0),
+    ("something else", "a = ", "bc", "a = x", 0),
+    ("deleted", "a = ", "bc", "a =", 0),
+    ("something before", "a = ", "bc", "xa = b", 0),
+    ("other text of a file that repeats", "x\n" * 2000, "yz", "x\n" * 1990 + "y", 1),
+    ("white space alone", " " * 2000, " " * 500, " " * 3000, 1),
+]
+
+
+@pytest.mark.parametrize(("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED])
+def test_typed_of(asked: str, text: str, prompt: str, typed: int):
+    assert cm4d.typed_of(asked, text, prompt) == typed
+
+
 def test_predictions_are_bounded():
     predictions = Predictions()
     predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (cm4d.MAX_PREDICTED_CHARS + 1), {}, "stop")
     assert len(predictions.recent) == 0
+    large = "\N{SMILING FACE WITH SUNGLASSES}" * 500_000
     for number in range(2 * cm4d.MAX_PREDICTIONS):
-        predictions.add("me", {"prompt": f"{number}" + "x" * 10_000, "suffix": "s"}, "ab", {}, "stop")
+        fields = {"prompt": f"{number}{large}", "suffix": large, "filename": large, "stop": [large]}
+        predictions.add("me", fields, large[: cm4d.MAX_PREDICTED_CHARS], {}, "stop")
     assert len(predictions.recent) == cm4d.MAX_PREDICTIONS
-    assert max(len(prediction.fields["prompt"]) for prediction in predictions.recent) == cm4d.TAIL_CHARS
-    predictions.add("me", {"prompt": "x", "suffix": "s" * 10_000}, "ab", {}, "stop")
-    assert predicted(predictions, "xa") is None
+    kept = sum(sys.getsizeof(part) for one in predictions.recent for part in (one.tail, one.alike, one.text))
+    assert kept < 500_000
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -551,32 +592,55 @@ def word(number: int) -> str:
     return "name_" + "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
+LONG = "".join(f"{word(number)} = other\n" for number in range(2000))
+AFTER = "".join(f"after = {word(number)}\n" for number in range(400))
+IN_TIME = {"input_prefix": LONG, "input_suffix": AFTER, "prompt": "x", "n_predict": 128, "t_max_prompt_ms": 3000}
+TOLD = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
+
+
 def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
-    """100 tokens a second and 2 seconds: 200 tokens, of which a quarter is the suffix's."""
-    lines = "".join(f"{word(number)} = other\n" for number in range(150))
-    body = {"input_prefix": lines, "input_suffix": "".join(f"after = {word(n)}\n" for n in range(40)), "prompt": "x"}
+    """100 tokens a second and 3 seconds: 300 tokens, of which a quarter is the suffix's."""
 
     async def scenario() -> None:
-        told = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
-        async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
+        async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
             pi.gateway.read_speed["qwen_0_5b"] = 100.0
-            await start(pi, "/infill", {**body, "t_max_prompt_ms": 2000})
-            await until(lambda: len(backend.completions) == 2)
-            await until(lambda: pi.gateway.warming is None or pi.gateway.warming.done())
-            await start(pi, "/infill", {**body, "prompt": "xy", "t_max_prompt_ms": 2000})
-            cut, whole, after = backend.completions
-            assert 300 < len(cut["prompt"]) < 800
-            assert lines.endswith(cut["prompt"][:-1])
-            assert 0 < len(cut["suffix"]) < len(body["input_suffix"])
-            assert (whole["max_tokens"], whole["prompt"]) == (0, lines + "x")
-            assert after["prompt"] == lines + "xy", "what has been read before was left out"
+            await infill(pi, **IN_TIME)
+            await until(lambda: len(backend.completions) == 2 and pi.gateway.warming is None)
+            await start(pi, CHATS, CHAT)
+            await infill(pi, **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64})
+            await infill(pi, **{**IN_TIME, "prompt": "xy"})
+            cut, whole, _, _, after = backend.completions
+            assert 400 < len(cut["prompt"]) < 1500
+            assert LONG.endswith(cut["prompt"][:-1].rpartition("left out\n")[2])
+            assert 0 < len(cut["suffix"]) < 600
+            assert (whole["max_tokens"], len(whole["prompt"]) > 5000) == (0, True)
+            assert after["prompt"] == whole["prompt"] + "y", "what has been read before was left out"
+            assert len(after["suffix"]) < 1000
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("chunks", [3, 16])
+def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
+    """llama.vim sends its chunks alone, while its user pauses, and again before each infill."""
+    extra = [{"filename": f"{word(n)}.py", "text": f"def {word(n)}():\n    pass\n" * 30} for n in range(chunks)]
+
+    async def scenario() -> None:
+        async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
+            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
+            await until(lambda: backend.completions and pi.gateway.warming is None)
+            await infill(pi, **IN_TIME, input_extra=extra)
+            warm, asked = backend.completions[:2]
+            assert warm["extra"] == asked["extra"] == extra[-len(warm["extra"]) :]
+            assert 400 < len(asked["prompt"]) < 1500
 
     run(scenario())
 
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_no_limit_of_time(limit: int):
-    lines = "".join(f"{word(number)} = other\n" for number in range(150))
+    lines = LONG[:4000]
 
     async def scenario() -> None:
         async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
@@ -598,6 +662,17 @@ def test_the_speed_of_reading_is_learned_from_results():
 
 
 # ------------------------------------------------------------------------------------------------ chats
+
+
+def test_a_long_turn_long_ago_costs_the_chat_nothing_else():
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "word " * (9000 if n == 0 else 20)} for n in range(5)]
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            await start(pi, CHATS, {"messages": turns, "max_tokens": 100})
+            assert backend.completions[0]["messages"] == turns[2:]
+
+    run(scenario())
 
 
 def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():
@@ -623,7 +698,7 @@ def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_s
 # ----------------------------------------------------------------------------------------- the rules of all
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/", "/completions"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/", "//v1/completions", "/completions"])
 @pytest.mark.parametrize("model", [None, "", "gpt-4o", "qwen_1_5b"])
 def test_an_unknown_model_means_the_default_and_a_slash_is_tolerated(path: str, model: str | None):
     async def scenario() -> None:
