@@ -514,7 +514,7 @@ class Field:
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
         noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
-        if self.high == math.inf and self.low > -math.inf and self.kind in (int, float):
+        if self.high == math.inf and self.low not in (0, -math.inf) and self.kind is not str:
             return f"{noun} of at least {self.low:g}"
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun

@@ -44,7 +44,7 @@ MAX_NAME = 1000
 NAME = Field(str, 0, MAX_NAME, "")  # of a file
 SAMPLING = {
     "model": TEXT,
-    "temperature": Field(float, 0),  # OpenAI allows 2; above 1 it is lowered
+    "temperature": Field(float, 0, 100),  # OpenAI allows 2; above 1 it is lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
