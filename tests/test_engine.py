@@ -983,10 +983,10 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
 ) -> None:
     real = engine.Ending
 
-    def ending(mode: str, language: str | None, prompt: str, *rest: Any) -> Ending:
+    def ending(mode: str, language: str | None, prompt: str, *rest: Any, **more: Any) -> Ending:
         if prompt == "bad":
             raise RecursionError("of the scanner")
-        return real(mode, language, prompt, *rest)
+        return real(mode, language, prompt, *rest, **more)
 
     monkeypatch.setattr(engine, "Ending", ending)
     model: Any = worker.llama
