@@ -103,7 +103,8 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
         schema |= {"minLength": field.low} if field.low else {}
         schema |= {"maxLength": field.high} if field.high != math.inf else {}
     elif field.kind is not bool:
-        schema["exclusiveMinimum" if field.above_low else "minimum"] = field.low
+        least = field.low if field.low != -math.inf else 1 - 10 ** (MAX_INTEGER_DIGITS - 1)  # the sign counts
+        schema["exclusiveMinimum" if field.above_low else "minimum"] = least
         schema["maximum"] = field.high if field.high != math.inf else 10**MAX_INTEGER_DIGITS - 1
     if field.default is not None:
         schema["default"] = field.default

@@ -489,6 +489,7 @@ class Neovim:
         self.socket = str(folder / "socket")
         self.program = program
         self.environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "CEREBRUM_URL": url}
+        self.environment["NVIM_LOG_FILE"] = str(folder / "log")
         command = [program, "--headless", "--clean", "--listen", self.socket, "-S", str(ROOT / "tests/editor.lua")]
         self.process = subprocess.Popen(
             [*command, str(folder / "sum.py")], env=self.environment, cwd=folder, stdin=subprocess.DEVNULL
