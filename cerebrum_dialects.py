@@ -90,8 +90,9 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
 
 
 def present(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The members without those that are null."""
-    return {name: value for name, value in members.items() if value is not None}
+    """The members without those that are null. Some languages' JSON writes the number 16 as 16.0."""
+    whole = {name: int(value) for name, value in members.items() if isinstance(value, float) and value.is_integer()}
+    return {name: value for name, value in members.items() if value is not None} | whole
 
 
 def read_sampling(read: Mapping[str, Any], members: Mapping[str, Any], temperature: float) -> dict[str, Any]:

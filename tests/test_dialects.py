@@ -91,6 +91,10 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0.7}, {"temperature": 0.7}),
     ({"temperature": 1.3}, {"temperature": 1.0}),
     ({"temperature": 2}, {"temperature": 1.0}),
+    (
+        {"max_tokens": 16.0, "n_predict": 16.0, "seed": 3.0, "temperature": 0.0},
+        {"max_tokens": 16, "seed": 3, "temperature": 0.0},
+    ),
     ({"top_p": 0}, {"top_p": 0.01}),
     ({"top_p": 0.001}, {"top_p": 0.01}),
     ({"top_p": 0.9}, {"top_p": 0.9}),
