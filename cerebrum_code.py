@@ -1347,7 +1347,7 @@ def due_columns(prompt: str, column: int, opened: int | None) -> int:
     above = columns_of(prompt.rstrip().rpartition("\n")[2]) if opened is None else opened
     if opened is None and column <= above:
         return above
-    step = indent_step(prompt)
+    step = 8 if prompt[prompt.rfind("\n") + 1 :].startswith("\t") else indent_step(prompt)
     return above + max(1, -((above - column) // step)) * step
 
 

@@ -1060,6 +1060,7 @@ TYPED = [
     ("a body's first level", "python", "def f():\n    if x:\n    ", "    ", "    "),
     ("tabs", "go", "func f() {\n\tif x {\n\t\ty()\n\t", "\t", "\t"),
     ("tabs again", "go", "func f() {\n\tx()\n\t", "\t", ""),
+    ("tabs below spaces", "javascript", "f(() => {\n  x();\n});\nif (y) {\n\tif (z) {\n\t", "\t", "\t"),
     ("C", "c", "int f() {\n    x();\n   ", "     ", " "),
     ("JavaScript", "javascript", "f(() => {\n  x();\n  ", "  ", ""),
     ("Rust", "rust", "fn f() {\n    x();\n  ", "  ", "  "),
