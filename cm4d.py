@@ -1599,8 +1599,7 @@ class Gateway:
         ]
         self.cached = [*of_others, (*mine, job.above)][-MAX_CACHED:]
         if job.cut:
-            fields = job.fields | {"max_tokens": 0, "prompt_ms": 0}
-            self.to_warm[job.client] = Job(fields, kind=job.kind, client=job.client)
+            self.warm(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
 
 
 def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
