@@ -265,11 +265,13 @@ def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> 
     return "infill" if infill else "completion", fields | {"prompt": prefix, "mode": mode} | behind
 
 
-def ask_prompt(fields: dict[str, Any], prompt: str) -> tuple[str, dict[str, Any]]:
+def ask_prompt(
+    fields: dict[str, Any], prompt: str, suffix: str = "", infill: bool = False
+) -> tuple[str, dict[str, Any]]:
     """The same for a prompt that may carry fill-in-the-middle tokens."""
-    split = split_fim(prompt)
+    split = None if suffix else split_fim(prompt)
     if not split:
-        return ask_text(fields, prompt, "", infill=False)
+        return ask_text(fields, prompt, suffix, infill)
     extra = [{"filename": name, "text": text} for name, text in split.extra]
     names = {"filename": split.filename or fields["filename"], "extra": extra}
     return ask_text(fields | names, split.prefix, split.suffix, infill=True)
@@ -280,9 +282,8 @@ def read_text_completion(members: Mapping[str, Any]) -> Asked:
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
     fields = read_sampling(read, members, temperature=0.0) | {"filename": read["filename"]}
-    prompt = read_prompt(members)
     infill = "suffix" in members  # at the end of a file, the suffix is empty
-    kind, fields = ask_text(fields, prompt, read["suffix"], infill) if infill else ask_prompt(fields, prompt)
+    kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"], infill)
     return Asked(kind, fields, read["stream"], wants_usage(members))
 
 

@@ -1214,6 +1214,7 @@ class Gateway:
             self._found(error.message)
         else:
             self._found("")
+            self._warm_next()
 
     def _found(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -1375,10 +1376,11 @@ class Gateway:
         job = reading.job
         for other in self.readings if reading.predicts and job.kind == "infill" else ():
             shared = other.shared
-            if other.editor == reading.editor and shared.job and shared.task and not shared.task.done():
+            if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
+                continue
+            if alike(shared.job.fields) == alike(job.fields):
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-                typed = typed_of(shared.job.fields["prompt"], text, job.fields["prompt"])
-                if typed and alike(shared.job.fields) == alike(job.fields):
+                if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
                     reading.skip = reading.typed = typed
                     self._count("type_through")
                     return shared
@@ -1436,6 +1438,7 @@ class Gateway:
         shared.readers.remove(reading)
         if shared.readers and shared.job:
             shared.job.client = shared.readers[0].job.client
+            self._call_next()
         elif shared.task:
             shared.task.cancel()
             self._forget(shared)
@@ -1479,14 +1482,15 @@ class Gateway:
             log.info("no prompt was read ahead: %s", error.message)
         except Exception as exception:
             internal_error(exception)
-        self.warming = None
+        finally:
+            self.warming = None
         self._warm_next()
 
     async def _stop_warming(self) -> None:
         if self.warming:
             job, task = self.warming
-            self.warming = None
-            self.to_warm.setdefault(job.client, job)  # the VPS keeps what it has read so far
+            if job.client not in self.to_warm:
+                self.warm(job)  # again, later: the VPS keeps what it has read so far
             task.cancel()
             await asyncio.wait([task])
 

@@ -165,6 +165,12 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("text", {"prompt": None}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": None}, "completion", {"prompt": "a"}),
+    (
+        "text",
+        {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""},
+        "infill",
+        {"prompt": "a", "suffix": "b", "extra": []} | FILLS,
+    ),
     ("text", {"prompt": "a", "suffix": " \n"}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b"} | FILLS),
     ("text", {"prompt": "", "suffix": "\n"}, "infill", {"prompt": "", "suffix": "\n"} | FILLS),
