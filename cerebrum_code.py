@@ -13,8 +13,8 @@ the context (`prepare`), and the part of the model's text that a client gets (`S
     ('    return n\\n', 'block')
 
 It refuses fields that contradict each other, with the HttpError 400 of `detect_mode`; no text is refused, however odd,
-and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C. An
-infill in it ends by the suffix, and a completion at two blank lines.
+and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C. Where
+a text in it ends follows from the suffix, from the definitions around the cursor, or from two blank lines.
 
 All of it is pure: no socket, no clock, no environment. The only state that outlives a request is `Ratio`, and its
 owner keeps it. Standard library only.
@@ -822,8 +822,8 @@ def prepare(
     for byte. `kept` says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions",
     "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
 
-    With `max_fresh`, at most so many tokens of the prompt may be fresh: not the beginning of a text in `cached`, which
-    has texts before the cursor that the VPS has read.
+    `max_fresh` limits the tokens that the VPS must read. `cached` has texts that it has read already; what begins like
+    one of them does not count.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     if mode == "chat":
@@ -1040,6 +1040,11 @@ RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 
 
+def after_blank(column: int, blank: str) -> int:
+    """The column behind a space or a tab."""
+    return column + 1 if blank == " " else column + 8 - column % 8
+
+
 class Scanner:
     """Follows source code one character at a time: its strings, comments, brackets and statements."""
 
@@ -1150,7 +1155,7 @@ class Scanner:
             self._newline()
             return
         if self.starting and char in " \t":
-            self.indent += 1 if char == " " else 8 - self.indent % 8
+            self.indent = after_blank(self.indent, char)
             return
         self.starting = False
         if char == "{" and not self.language.indented:
@@ -1274,9 +1279,8 @@ GUESSES = {  # a line that ends like the header of a definition, in few other la
     "c": r"(?!(?:if|for|while|switch|else)\b)[A-Za-z_][\w*&:<> \t]{0,100}[ \t*&]\w+\([^;\n{}]{0,300}\)[ \t]*\{",
 }
 HEADERS = {name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M) for name, header in GUESSES.items()}
-STATEMENTS = re.compile(
-    r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M
-)  # Python's
+# Python's headers that define nothing.
+STATEMENTS = re.compile(r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M)
 
 
 def guess(text: str) -> Language | None:
@@ -1323,11 +1327,6 @@ def compared(line: str) -> str:
     return line.lstrip()[:LINE_CHARS]
 
 
-def after_blank(column: int, blank: str) -> int:
-    """The column behind a space or a tab."""
-    return column + 1 if blank == " " else column + 8 - column % 8
-
-
 def columns_of(line: str) -> int:
     """How far a line is indented."""
     return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
@@ -1360,8 +1359,9 @@ class Lines(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = compared(prompt[prompt.rfind("\n") + 1 :])
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
-        self.mark = self.before = 0  # the ends of the last two lines that are not blank; the completion ends at `mark`
+        self.mark = 0  # the end of the last line that is not blank, where the completion ends
         self.dropped = 0  # 1 if the line end at `mark` is not part of the completion
+        # A fence ends the code, except in a text of unknown language that has some itself: it may be Markdown.
         self.fences = scanner.language is not GENERIC or "```" not in prompt
         self.ticks = 0  # backticks in a row: a fence is no code in any language
 
@@ -1387,7 +1387,7 @@ class Lines(Stage):
         elif char == "\n" and self.is_boundary():
             line, self.line, self.held = self.line.rstrip(), "", True
             if line:
-                self.before, self.mark = self.mark, len(self.text) - self.dropped
+                self.mark = len(self.text) - self.dropped
             reason = self.ended(line)
         else:
             if char == "\n":
@@ -1595,9 +1595,8 @@ class Meeting:
 
     def _restart(self) -> None:
         self.read = ""  # the text that counts, until there is a goal
-        self.places: list[
-            int | None
-        ] = []  # where each character that counts stands; None: the suffix cannot start there
+        # Where each character that counts stands; None: the suffix cannot start there.
+        self.places: list[int | None] = []
         self.space: int | None = None  # where the white space at the end began
         self.indent = ""  # the line end in it and what follows
         self.size = 0  # how much of the goal the text ends with

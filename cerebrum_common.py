@@ -593,7 +593,12 @@ class Response:
 def sse_event(data: Mapping[str, Any]) -> bytes:
     """One SSE event with one JSON object. ASCII only: simple clients decode each network read by itself and would lose
     a character that is cut in two."""
-    return b"data: " + json.dumps(data).encode("ascii") + b"\n\n"
+    return sse_block(json.dumps(data).encode("ascii"))
+
+
+def sse_block(line: bytes) -> bytes:
+    """One SSE event with one line of data."""
+    return b"data: %b\n\n" % line
 
 
 def error_event(error: HttpError) -> bytes:
@@ -889,7 +894,7 @@ class Exchange:
         if self.frame is None:
             return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
         self.keep = False
-        await self.connection.write(self.frame(b"data: %b\n\n" % foreign if foreign else error_event(error)))
+        await self.connection.write(self.frame(sse_block(foreign) if foreign else error_event(error)))
         self.log(error.status)
         return None
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects
+from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
 
 # ----------------------------------------------------------------------------------------- what is asked
 
@@ -95,10 +95,12 @@ def present(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None} | whole
 
 
-def read_sampling(read: Mapping[str, Any], members: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """The fields of our API that every request has. `temperature` is the default."""
+def read_sampling(
+    read: Mapping[str, Any], members: Mapping[str, Any], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
+) -> dict[str, Any]:
+    """The fields of our API that every request has. `temperature` and `limit` (tokens) are the defaults."""
     limits = (read.get(name) for name in ("max_completion_tokens", "max_tokens", "n_predict"))
-    limit = next((limit for limit in limits if limit is not None), DEFAULT_TOKENS)
+    limit = next((given for given in limits if given is not None), limit)
     top_p, seed = read["top_p"], read["seed"]
     return {
         "model": read["model"],
@@ -167,8 +169,7 @@ def wants_usage(members: Mapping[str, Any]) -> bool:
     options = members.get("stream_options", {})
     if not isinstance(options, dict):
         raise wrong("stream_options", 'an object such as {"include_usage": true}', options)
-    read = read_fields(present(options), STREAM_OPTIONS)
-    return bool(read["include_usage"])
+    return bool(read_fields(present(options), STREAM_OPTIONS)["include_usage"])
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
@@ -281,7 +282,7 @@ def read_text_completion(members: Mapping[str, Any]) -> Asked:
     """POST /v1/completions: OpenAI's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
-    fields = read_sampling(read, members, temperature=0.0) | {"filename": read["filename"]}
+    fields = read_sampling(read, members) | {"filename": read["filename"]}
     infill = "suffix" in members  # at the end of a file, the suffix is empty
     kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"], infill)
     return Asked(kind, fields, read["stream"], wants_usage(members))
@@ -294,9 +295,7 @@ def read_chat(members: Mapping[str, Any]) -> Asked:
     for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
         if members.get(tools, []) != [] and members.get(choice) != "none":
             raise wrong(tools, f'nothing, or {choice} "none"', members[tools])
-    limits = OPENAI_FIELDS.keys() & members.keys() & {"max_tokens", "max_completion_tokens", "n_predict"}
-    fields = read_sampling(read, members, temperature=0.4)
-    fields["max_tokens"] = fields["max_tokens"] if limits else MAX_TOKENS  # an answer ends by itself
+    fields = read_sampling(read, members, temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return Asked("chat", fields, read["stream"], wants_usage(members))
 
@@ -305,7 +304,7 @@ def read_llama(members: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str,
     """The fields of our API that both of llama-server's own requests have."""
     limits = {"indent": read["n_indent"]}
     limits |= {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
-    return read_sampling(read, members, temperature=0.0) | limits | {"filename": read["filename"]}
+    return read_sampling(read, members) | limits | {"filename": read["filename"]}
 
 
 def read_only(members: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -342,11 +341,11 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 SLOT = "\x00"  # where that string goes; no id or name has this character
 MISSING = object()
-DONE = b"data: [DONE]\n\n"
+DONE = sse_block(b"[DONE]")
 
 
 def sse(data: Mapping[str, Any]) -> bytes:
-    return b"data: %b\n\n" % compact(data)
+    return sse_block(compact(data))
 
 
 def template(data: Mapping[str, Any]) -> bytes:

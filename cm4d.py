@@ -43,7 +43,8 @@ if __name__ == "__main__":
     readable = dotenv.read_text(errors="replace") if dotenv.is_file() and os.access(dotenv, os.R_OK) else ""
     if "https://" not in os.environ.get("CEREBRUM_VPS_URL", "") + readable:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
-    # Where no .pyc can be written, every start compiles. The largest module costs 3 MB less if it comes first.
+    # Where no .pyc can be written, every start compiles. Compiling the largest module first, while little else is in
+    # memory, lowers the peak.
     import cerebrum_code  # noqa: F401
 
 import asyncio
@@ -320,9 +321,9 @@ def typed_of(asked: str, text: str, prompt: str) -> int:
     """
     tail, before = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:]
     start = len(before)
-    # Both are whole texts, or the ends of longer ones.
-    found = 0 if len(tail) < TAIL_CHARS else max(0, start + 1 - TAIL_CHARS)
-    place = (before + text).find(tail, found, None if len(tail) == TAIL_CHARS else len(tail))
+    # A tail shorter than TAIL_CHARS is a whole prompt, which must agree from its first character.
+    whole = len(tail) < TAIL_CHARS
+    place = (before + text).find(tail, 0 if whole else max(0, start + 1 - TAIL_CHARS), len(tail) if whole else None)
     return max(0, place + len(tail) - start) if place >= 0 else 0
 
 
@@ -1105,14 +1106,12 @@ class Reading:
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
-        like a completion that a limit has cut: editors show an error to their user."""
-        begun = False
+        like a completion that a limit has cut. An error would be shown to the user by some editors."""
         try:
             shared = self.shared = self.gateway.join(self)
             while not self.replaced:
                 if self.at < len(shared.pairs):
                     kind, value = self._next(shared.pairs)
-                    begun = True
                     yield kind, value
                     if kind == "done":
                         return
@@ -1121,7 +1120,7 @@ class Reading:
                 else:
                     self.woken.clear()
                     await self.woken.wait()
-            if not begun:
+            if not self.at:
                 yield "started", self.gateway.beginning(self.job)
             yield "done", {"finish_reason": "replaced"}
         finally:
@@ -1299,8 +1298,8 @@ class Gateway:
         return [job for job in self.active if not job.superseded]
 
     async def _enter(self, job: Job, leaving: int) -> None:
-        """Add the job to `active`. A dialect's waits in line for a place, ours gets its 429 at once: its clients are
-        promised that."""
+        """Add the job to `active`. A dialect's job waits in line for a place. One of our own API gets its 429 at once,
+        as its clients are promised."""
         if self._may_run(job, leaving):
             self.active.append(job)
             return
@@ -1326,8 +1325,8 @@ class Gateway:
                 self.line.remove(waiting)
 
     def _may_run(self, job: Job, leaving: int = 0) -> bool:
-        """Whether there is a place. One of them is kept for infills, and none of these takes the last one beside
-        another infill of its client: a chat leaves room for editors, and no editor starves another person's."""
+        """Whether there is a place. Chats and plain completions leave one for infills, and the infills of one client
+        leave one for other clients. Requests of our own API take any place."""
         running, most = self._running(), self.config.max_concurrent
         if len(running) - leaving >= most:
             return False
@@ -1374,11 +1373,14 @@ class Gateway:
     def _typed_meanwhile(self, reading: Reading) -> Shared | None:
         """A running completion that has written what the client has typed since it asked for it."""
         job = reading.job
-        for other in self.readings if reading.predicts and job.kind == "infill" else ():
+        if not reading.predicts or job.kind != "infill":
+            return None
+        wanted = alike(job.fields)
+        for other in self.readings:
             shared = other.shared
             if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
                 continue
-            if alike(shared.job.fields) == alike(job.fields):
+            if alike(shared.job.fields) == wanted:
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
                 if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
                     reading.skip = reading.typed = typed
@@ -1680,9 +1682,9 @@ async def models(gateway: Gateway, request: Request) -> Response:
 
 async def model(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models/{id}: one model, as OpenAI lists it."""
-    if request.parameter not in [model.id for model in gateway.config.models]:
-        known = ", ".join(model.id for model in gateway.config.models)
-        raise HttpError("MODEL_NOT_FOUND", f"expected one of {known}, got {describe(request.parameter)}")
+    ids = [model.id for model in gateway.config.models]
+    if request.parameter not in ids:
+        raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(request.parameter)}")
     return Response(compact(write_model(request.parameter, gateway.created)))
 
 
@@ -1792,7 +1794,7 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
     """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
-    from cerebrum_openapi import write_openapi  # half a megabyte that few need
+    from cerebrum_openapi import write_openapi  # compiled and loaded only for those who ask
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, DIALECTS, FIELDS, config.models, PASSED_ON, bool(config.client_key))))

@@ -612,8 +612,7 @@ class Engine:
         request = CompletionRequest(fields["text"], max_tokens=0)
         completion = Completion(fields["model"], None, request)
         try:
-            instance = await self._loaded(completion)
-            worker = instance.worker
+            worker = (await self._loaded(completion)).worker
             return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
         finally:
             self.finish(completion)
