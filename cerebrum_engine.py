@@ -611,13 +611,13 @@ _log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's latest messages, logged 
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _keep_log(_level: int, text: bytes, _data: Any) -> None:
+def keep_log(_level: int, text: bytes, _data: Any) -> None:
     _log_tail.append(text.decode("utf-8", "replace").rstrip())
 
 
 def start_library() -> None:
     """Once in a process, before the first worker starts."""
-    llama.llama_log_set(_keep_log, None)
+    llama.llama_log_set(keep_log, None)
     llama.llama_backend_init()
 
 
@@ -632,7 +632,7 @@ class _GgufInit(ctypes.Structure):
 def read_shape(path: Path) -> Shape:
     """The dimensions in a GGUF's header, read by llama.cpp's own reader. ModelError if the file is not a GGUF."""
     lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    lib.ggml_log_set(_keep_log, None)  # the wheel has this library under several names; this is another copy of it
+    lib.ggml_log_set(keep_log, None)  # the wheel has this library under several names; this is another copy of it
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
     for name, result in {"find_key": ctypes.c_int64, "get_val_str": ctypes.c_char_p, "get_val_u32": ctypes.c_uint32,

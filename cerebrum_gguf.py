@@ -1,0 +1,513 @@
+"""GGUF: what is in a model file, the same weights in another type, and a file with them.
+
+    from cerebrum_gguf import Gguf, Part
+    with Gguf(Path("model.gguf")) as file:
+        parts = [Part(tensor, {"q5_0": "q8_0"}.get(tensor.type, tensor.type)) for tensor in file.tensors]
+        file.write(Path("new.gguf"), parts)
+
+Headers are read and written by llama.cpp's own code. Weights are transcoded here wherever one type can say exactly what
+another says (`EXACT`): llama.cpp's quantizer goes through floats and chooses new scales, which loses more than the
+types require. Types go by llama.cpp's names: `q4_K`, `q8_0`.
+
+Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from cerebrum_engine import ModelError, Shape, keep_log, llama, write_atomically
+
+Bytes = npt.NDArray[np.uint8]
+
+# ------------------------------------------------------------------------------------ policy: transcoding
+
+# A block holds 32 weights, a super-block 256. "d" is a scale and "m" a minimum, both fp16, at the block's beginning.
+# Weights j and j + 16 of a block share a byte: j in its low half, j + 16 in its high half.
+
+
+def join_nibbles(values: Bytes) -> Bytes:
+    """(…, 32) numbers below 16 as (…, 16) bytes."""
+    packed: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
+    return packed
+
+
+def split_nibbles(packed: Bytes) -> Bytes:
+    """(…, 16) bytes as (…, 32) numbers below 16."""
+    return np.concatenate((packed & 15, packed >> 4), axis=-1)
+
+
+def as_q8_0(scales: npt.NDArray[np.float16], values: Bytes) -> Bytes:
+    """Blocks of Q8_0: d, then 32 int8 (given as the same bits in uint8)."""
+    return np.concatenate((scales.view(np.uint8), values), axis=-1)
+
+
+def q4_0_to_q8_0(blocks: Bytes) -> Bytes:
+    """Exact: d · (q - 8) keeps d, and q - 8 fits into an int8."""
+    return as_q8_0(scales_of(blocks), split_nibbles(blocks[:, 2:]) - np.uint8(8))
+
+
+def q5_0_to_q8_0(blocks: Bytes) -> Bytes:
+    """Exact, like Q4_0. Q5_0 has the fifth bits of its 32 numbers between d and the nibbles."""
+    high = np.unpackbits(blocks[:, 2:6], axis=-1, bitorder="little")
+    return as_q8_0(scales_of(blocks), (split_nibbles(blocks[:, 6:]) | high << np.uint8(4)) - np.uint8(16))
+
+
+# kvalues_iq4nl of ggml-common.h
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8).view(
+    np.uint8
+)
+
+
+def iq4_nl_to_q8_0(blocks: Bytes) -> Bytes:
+    """Exact: the 16 values that a nibble may mean are int8."""
+    return as_q8_0(scales_of(blocks), IQ4_VALUES[split_nibbles(blocks[:, 2:])])
+
+
+def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
+    """Exact but for rounding the product of two scales to fp16.
+
+    A super-block: d, 8 numbers' upper 2 bits, their lower 4 bits, 8 times 32 nibbles.
+    """
+    count = len(blocks)
+    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2).astype(np.uint16) & 3
+    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=-1).reshape(count, 8)
+    scales = finite(scales_of(blocks).astype(np.float32) * ((low | high << np.uint8(4)).astype(np.float32) - 32))
+    return as_q8_0(scales[..., None], IQ4_VALUES[split_nibbles(blocks[:, 8:].reshape(count, 8, 16))])
+
+
+def k_scales(blocks: Bytes) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    """Scale and minimum of each of a super-block's 8 blocks, as Q4_K and Q5_K have them: two fp16 and 12 bytes with 8
+    times 2 numbers of 6 bits (`get_scale_min_k4` in ggml-quants.c). Shapes: (n, 8)."""
+    first, middle, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scale = np.concatenate((first & 63, last & 15 | first >> 6 << 4), axis=-1)
+    least = np.concatenate((middle & 63, last >> 4 | middle >> 6 << 4), axis=-1)
+    return (
+        finite(scales_of(blocks).astype(np.float32) * scale),
+        finite(scales_of(blocks, 2).astype(np.float32) * -least.astype(np.float32)),
+    )
+
+
+def q4_k_to_q4_1(blocks: Bytes) -> Bytes:
+    """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q."""
+    scale, least = k_scales(blocks)
+    pairs = blocks[:, 16:].reshape(-1, 4, 32)  # byte l of pair g: weight l of block 2g, and of block 2g + 1
+    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    return np.concatenate(
+        (scale[..., None].view(np.uint8), least[..., None].view(np.uint8), join_nibbles(values)), axis=-1
+    )
+
+
+def q5_k_to_q5_1(blocks: Bytes) -> Bytes:
+    """Exact but for rounding, like Q4_K. Bit b of byte l of the fifth bits belongs to weight l of block b."""
+    scale, least = k_scales(blocks)
+    pairs = blocks[:, 48:].reshape(-1, 4, 32)
+    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    high = np.packbits(fifth, axis=-1, bitorder="little")
+    return np.concatenate(
+        (scale[..., None].view(np.uint8), least[..., None].view(np.uint8), high, join_nibbles(values)), axis=-1
+    )
+
+
+def scales_of(blocks: Bytes, offset: int = 0) -> npt.NDArray[np.float16]:
+    """The fp16 at `offset` of each block, shape (n, 1)."""
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
+
+
+def finite(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """As fp16. ModelError if one is beyond its range. Real models have none."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = scales.astype("<f2")
+    if not np.isfinite(rounded).all():
+        raise ModelError("a scale of the weights is beyond the range of fp16")
+    return rounded
+
+
+EXACT: Mapping[tuple[str, str], Callable[[Bytes], Bytes]] = {
+    ("q4_0", "q8_0"): q4_0_to_q8_0,
+    ("q5_0", "q8_0"): q5_0_to_q8_0,
+    ("iq4_nl", "q8_0"): iq4_nl_to_q8_0,
+    ("iq4_xs", "q8_0"): iq4_xs_to_q8_0,
+    ("q4_K", "q4_1"): q4_k_to_q4_1,
+    ("q5_K", "q5_1"): q5_k_to_q5_1,
+}
+
+
+def transcode(data: Bytes, source: str, target: str) -> Bytes:
+    """Whole rows of one type's blocks as blocks of another type."""
+    if source == target:
+        return data
+    if exact := EXACT.get((source, target)):
+        return exact(data.reshape(-1, ggml().type_size(source))).reshape(-1)
+    return ggml().quantize(ggml().dequantize(data, source), target)
+
+
+# ---------------------------------------------------------------------------------------------- IO: ggml
+
+
+class _GgufParams(ctypes.Structure):  # struct gguf_init_params
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+class _GgmlParams(ctypes.Structure):  # struct ggml_init_params
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+_VOID, _INT, _LONG, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
+_FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+    "gguf_init_from_file": (_VOID, (_TEXT, _GgufParams)),
+    "gguf_init_empty": (_VOID, ()),
+    "gguf_free": (None, (_VOID,)),
+    "gguf_get_data_offset": (_SIZE, (_VOID,)),
+    "gguf_find_key": (_LONG, (_VOID, _TEXT)),
+    "gguf_get_kv_type": (_INT, (_VOID, _LONG)),
+    "gguf_get_val_u32": (ctypes.c_uint32, (_VOID, _LONG)),
+    "gguf_get_val_str": (_TEXT, (_VOID, _LONG)),
+    "gguf_get_arr_n": (_SIZE, (_VOID, _LONG)),
+    "gguf_get_n_tensors": (_LONG, (_VOID,)),
+    "gguf_get_tensor_name": (_TEXT, (_VOID, _LONG)),
+    "gguf_get_tensor_type": (_INT, (_VOID, _LONG)),
+    "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
+    "gguf_get_tensor_ne": (ctypes.POINTER(ctypes.c_int64), (_VOID, _LONG)),
+    "gguf_set_kv": (None, (_VOID, _VOID)),
+    "gguf_set_val_str": (None, (_VOID, _TEXT, _TEXT)),
+    "gguf_set_val_u32": (None, (_VOID, _TEXT, ctypes.c_uint32)),
+    "gguf_add_tensor": (None, (_VOID, _VOID)),
+    "gguf_get_n_kv": (_LONG, (_VOID,)),
+    "gguf_get_key": (_TEXT, (_VOID, _LONG)),
+    "gguf_remove_key": (_LONG, (_VOID, _TEXT)),
+    "gguf_get_meta_size": (_SIZE, (_VOID,)),
+    "gguf_get_meta_data": (None, (_VOID, _VOID)),
+    "ggml_free": (None, (_VOID,)),
+    "ggml_init": (_VOID, (_GgmlParams,)),
+    "ggml_tensor_overhead": (_SIZE, ()),
+    "ggml_new_tensor": (_VOID, (_VOID, _INT, _INT, ctypes.POINTER(ctypes.c_int64))),
+    "ggml_set_name": (_VOID, (_VOID, _TEXT)),
+    "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), (_INT,)),
+    "ggml_quantize_chunk": (_SIZE, (_INT, _VOID, _VOID, _LONG, _LONG, _LONG, _VOID)),
+}
+GGUF_UINT32, GGUF_STRING, GGUF_ARRAY = 4, 8, 9  # enum gguf_type
+
+
+class Ggml:
+    """The functions of ggml's base library that llama-cpp-python does not declare. Types go by their names in ggml."""
+
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+        self.lib.ggml_log_set(keep_log, None)  # the wheel has this library under several names; this is a copy
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(self.lib, name)
+            function.restype, function.argtypes = result, arguments
+        self.names: dict[int, str] = {}  # by number in enum ggml_type, which has gaps
+        for number in range(llama.GGML_TYPE_COUNT):
+            if name := self.lib.ggml_get_type_traits(number).contents.type_name:
+                self.names[number] = name.decode()
+        self.numbers = {name: number for number, name in self.names.items()}
+
+    def traits(self, name: str) -> _TypeTraits:
+        traits: _TypeTraits = self.lib.ggml_get_type_traits(self.numbers[name]).contents
+        return traits
+
+    def type_size(self, name: str) -> int:
+        """Bytes of a block."""
+        return int(self.traits(name).type_size)
+
+    def block_size(self, name: str) -> int:
+        """Weights in a block."""
+        return int(self.traits(name).blck_size)
+
+    def data_size(self, name: str, weights: int) -> int:
+        """Bytes that `weights` weights take, a multiple of the type's block."""
+        return weights // self.block_size(name) * self.type_size(name)
+
+    def dequantize(self, data: Bytes, name: str) -> npt.NDArray[np.float32]:
+        data = np.ascontiguousarray(data)
+        floats = np.empty(data.size // self.type_size(name) * self.block_size(name), np.float32)
+        self.traits(name).to_float(data.ctypes.data, floats.ctypes.data, floats.size)
+        return floats
+
+    def quantize(self, floats: npt.NDArray[np.float32], name: str) -> Bytes:
+        data = np.empty(self.data_size(name, floats.size), np.uint8)
+        self.lib.ggml_quantize_chunk(self.numbers[name], floats.ctypes.data, data.ctypes.data, 0, 1, floats.size, None)
+        return data
+
+
+@functools.cache
+def ggml() -> Ggml:
+    return Ggml()
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in a GGUF file. `dimensions[0]` is the length of a row, and there are always 4 of them; `offset` counts
+    from the file's beginning."""
+
+    name: str
+    type: str
+    dimensions: tuple[int, ...]
+    offset: int
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.dimensions)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return ggml().data_size(self.type, self.weights)
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.dimensions[1] > 1 and self.name.endswith(".weight")
+
+    @property
+    def layer(self) -> int | None:
+        first, _, rest = self.name.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if first == "blk" and number.isdecimal() else None
+
+    @property
+    def kind(self) -> str:
+        """The name without the layer: `ffn_down`, `token_embd`."""
+        return self.name.removesuffix(".weight").removeprefix(f"blk.{self.layer}.")
+
+
+ALIGNMENT = 32  # of a tensor in a file that does not say another one
+PIECE_WEIGHTS = 1 << 20  # transcoded at once, by one thread
+
+
+class Part:
+    """A tensor of a new file: one of the old file's, in another type, by another name, or only its first rows."""
+
+    def __init__(self, tensor: Tensor, new_type: str, name: str = "", dimensions: tuple[int, ...] = ()) -> None:
+        self.tensor, self.type, self.name = tensor, new_type, name or tensor.name
+        self.dimensions = dimensions or tensor.dimensions
+        self.weights = math.prod(self.dimensions)
+
+    def read(self, source: int, start: int) -> Bytes:
+        """PIECE_WEIGHTS weights from `start` on, or as many as there are, in the new type."""
+        count, old = min(PIECE_WEIGHTS, self.weights - start), self.tensor.type
+        size = ggml().data_size(old, count)
+        data = os.pread(source, size, self.tensor.offset + ggml().data_size(old, start))
+        if len(data) != size:
+            raise ModelError("the file is cut short")
+        return transcode(np.frombuffer(data, np.uint8), old, self.type)
+
+
+class Gguf:
+    """The header of a GGUF file, read by llama.cpp's own reader. ModelError if the file is not a GGUF.
+
+    A context manager, which frees the library's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lib = path, ggml().lib
+        self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+        if not self.handle:
+            raise ModelError("not a readable GGUF file")
+
+    def __enter__(self) -> Gguf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lib.gguf_free(self.handle)
+
+    def _place(self, key: str, kind: int | None = None) -> int:
+        """The number of a pair, -1 if there is none of this kind."""
+        place = int(self.lib.gguf_find_key(self.handle, key.encode()))
+        fits = place >= 0 and kind in (None, self.lib.gguf_get_kv_type(self.handle, place))
+        return place if fits else -1
+
+    def number(self, key: str, default: int) -> int:
+        place = self._place(key, GGUF_UINT32)
+        return int(self.lib.gguf_get_val_u32(self.handle, place)) if place >= 0 else default
+
+    @property
+    def architecture(self) -> str:
+        place = self._place("general.architecture", GGUF_STRING)
+        if place < 0:
+            raise ModelError("a GGUF file without an architecture")
+        name: bytes = self.lib.gguf_get_val_str(self.handle, place)
+        return name.decode("utf-8", "replace")
+
+    @property
+    def shape(self) -> Shape:
+        """ModelError if a dimension is missing or impossible."""
+        arch = self.architecture
+        heads, layers = self.number(f"{arch}.attention.head_count", 1), self.number(f"{arch}.block_count", 0)
+        kv_heads = self.number(f"{arch}.attention.head_count_kv", heads)
+        width = self.number(f"{arch}.embedding_length", 0)
+        if min(heads, layers, width) < 1:
+            raise ModelError("expected at least one layer, head and embedding dimension in the header")
+        tokens = self._place("tokenizer.ggml.tokens", GGUF_ARRAY)
+        k_width = self.number(f"{arch}.attention.key_length", width // heads)
+        v_width = self.number(f"{arch}.attention.value_length", width // heads)
+        return Shape(
+            layers=layers,
+            kv_width=kv_heads * (k_width + v_width),
+            heads=heads,
+            embedding=width,
+            feed_forward=self.number(f"{arch}.feed_forward_length", 4 * width),
+            vocabulary=int(self.lib.gguf_get_arr_n(self.handle, tokens)) if tokens >= 0 else 0,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        lib, handle, start = self.lib, self.handle, int(self.lib.gguf_get_data_offset(self.handle))
+        return [
+            Tensor(
+                name=lib.gguf_get_tensor_name(handle, i).decode("utf-8", "replace"),
+                type=ggml().names[lib.gguf_get_tensor_type(handle, i)],
+                dimensions=tuple(lib.gguf_get_tensor_ne(handle, i)[:4]),
+                offset=start + int(lib.gguf_get_tensor_offset(handle, i)),
+            )
+            for i in range(lib.gguf_get_n_tensors(handle))
+        ]
+
+    def write(
+        self,
+        path: Path,
+        parts: Sequence[Part],
+        values: Mapping[str, str | int] | None = None,
+        without: str = "",
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+        threads: int = 1,
+    ) -> int:
+        """Write a file of these parts, and return its size.
+
+        Its header has `values`, then the pairs of this file's except those whose keys begin with `without`.
+        `report(done, total)` counts bytes. OSError if the disk is full: the space is taken before the first byte is
+        written.
+        """
+        header, offsets = self._header(parts, values or {}, without)
+        sizes = [ggml().data_size(part.type, part.weights) for part in parts]
+        total = max([len(header), *(offset + size for offset, size in zip(offsets, sizes, strict=True))])
+        total += -total % ALIGNMENT
+        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor(threads) as pool:
+            os.posix_fallocate(output.fileno(), 0, total)
+            write_whole(output.fileno(), header, 0)
+
+            def write_piece(part: Part, offset: int, start: int) -> int:
+                data = part.read(source.fileno(), start)
+                write_whole(output.fileno(), data.tobytes(), offset + ggml().data_size(part.type, start))
+                return data.size
+
+            pieces = [
+                (part, offset, start)
+                for part, offset in zip(parts, offsets, strict=True)
+                for start in range(0, part.weights, PIECE_WEIGHTS)
+            ]
+            done = 0
+            for written in pool.map(write_piece, *zip(*pieces, strict=True)):
+                done += written
+                report(done, total)
+            report(total, total)
+        return total
+
+    def _header(self, parts: Sequence[Part], values: Mapping[str, str | int], without: str) -> tuple[bytes, list[int]]:
+        """The header of a file of these parts, and where in the file each of them begins."""
+        lib = self.lib
+        handle, kept = ctypes.c_void_p(lib.gguf_init_empty()), ctypes.c_void_p(lib.gguf_init_empty())
+        context = ctypes.c_void_p(lib.ggml_init(_GgmlParams((len(parts) + 1) * lib.ggml_tensor_overhead(), None, True)))
+        try:
+            lib.gguf_set_kv(kept, self.handle)
+            # The alignment of this file need not be that of the new one, whose writer knows only the usual one.
+            dropped = [key.encode() for key in (*values, "general.alignment")]
+            keys = [lib.gguf_get_key(kept, i) for i in range(lib.gguf_get_n_kv(kept))]
+            dropped += [key for key in keys if without and key.startswith(without.encode())]
+            for key in dropped:
+                lib.gguf_remove_key(kept, key)
+            set_values(handle, values)  # first, since `read_text` looks only there
+            lib.gguf_set_kv(handle, kept)
+            for part in parts:
+                dimensions = (ctypes.c_int64 * 4)(*part.dimensions)
+                described = lib.ggml_new_tensor(context, ggml().numbers[part.type], 4, dimensions)
+                lib.gguf_add_tensor(handle, lib.ggml_set_name(described, part.name.encode()))
+            header = meta_data(handle)
+            return header, [len(header) + int(lib.gguf_get_tensor_offset(handle, i)) for i in range(len(parts))]
+        finally:
+            lib.gguf_free(handle)
+            lib.gguf_free(kept)
+            lib.ggml_free(context)
+
+
+def write_whole(file: int, data: bytes, offset: int) -> None:
+    if os.pwrite(file, data, offset) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def set_values(handle: ctypes.c_void_p, values: Mapping[str, str | int]) -> None:
+    for key, value in values.items():
+        if isinstance(value, str):
+            ggml().lib.gguf_set_val_str(handle, key.encode(), value.encode())
+        else:
+            ggml().lib.gguf_set_val_u32(handle, key.encode(), value)
+
+
+def meta_data(handle: ctypes.c_void_p) -> bytes:
+    header = ctypes.create_string_buffer(ggml().lib.gguf_get_meta_size(handle))
+    ggml().lib.gguf_get_meta_data(handle, header)
+    return bytes(header)
+
+
+def write_empty(path: Path, values: Mapping[str, str | int]) -> None:
+    """A GGUF file with these values and no tensors."""
+    handle = ctypes.c_void_p(ggml().lib.gguf_init_empty())
+    try:
+        set_values(handle, values)
+        write_atomically(path, meta_data(handle))
+    finally:
+        ggml().lib.gguf_free(handle)
+
+
+def read_shape(path: Path) -> Shape:
+    """The dimensions in a GGUF's header. ModelError if the file is not a GGUF."""
+    with Gguf(path) as file:
+        return file.shape
+
+
+MAX_TEXT_BYTES = 16_384
+
+
+def read_text(path: Path, key: str) -> str | None:
+    """The text of the first pair in a GGUF's header, if it has this key; without reading the rest, which may have a
+    vocabulary of 150,000 tokens.
+
+    A header is: magic, version u32, number of tensors u64, of pairs u64; then the pairs. A pair is: length of the key
+    u64, key, type u32, and for a string its length u64 and the string.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_TEXT_BYTES)
+    start = 32 + len(key)
+    if data[:4] != b"GGUF" or data[24:start] != struct.pack("<Q", len(key)) + key.encode() or len(data) < start + 12:
+        return None
+    kind, length = struct.unpack_from("<IQ", data, start)
+    text = data[start + 12 : start + 12 + length]
+    return text.decode("utf-8", "replace") if kind == GGUF_STRING and len(text) == length else None
