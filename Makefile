@@ -23,7 +23,7 @@ test-clients: ## other people's clients, which are installed for it, against bot
 
 test-slow: ## the tests that take minutes, need root or a second model (1.1 GB)
 	@./run.sh setup test
-	$(PYTHON) vpsd.py fetch qwen_1_5b
+	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
 	$(PYTHON) -m pytest -m slow
 
 lint: ## ruff, mypy --strict, shellcheck

@@ -91,9 +91,27 @@ class Settings:
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
     sequences: int = 2  # at a time
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
+    micro_batch: int = 256  # tokens of a chunk that are computed together; needs memory for their attention
+    flash_attention: bool = False
+    fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
     draft: bool = True
-    state_dir: Path = Path.home() / ".local/state/cerebrum"  # calibration and parked sequences
+    state_dir: Path = Path.home() / ".local/state/cerebrum"  # calibration, parked sequences, tuned files
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """A quantized cache needs it."""
+        return self.flash_attention or self.kv_type != "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFile:
+    """The model in an encoding that is faster on this machine; see cerebrum_encoding.py."""
+
+    path: Path  # the published file itself, if only the settings differ
+    settings: Settings
+    source: str  # sha256 that the published file must have
+    encoding: str  # for a person
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,22 +168,16 @@ def rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def needs_flash_attention(kv_type: str) -> bool:
-    """Only a quantized cache needs flash attention. On a CPU it is slower for long contexts: decoding 16 tokens after
-    2,000 takes 1.3 times as long."""
-    return kv_type != "f16"
-
-
-def estimate_bytes(file_size: int, shape: Shape, n_ctx: int, slots: int, kv_type: str) -> dict[str, int]:
+def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:
     """Bytes that a model will need when loaded: its weights, KV cache and compute buffers."""
-    element = 2.0 if kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
-    cells, outputs = slots * n_ctx, slots * (MAX_DRAFT + 1)
-    per_cell = 2 if needs_flash_attention(kv_type) else 4 * shape.heads + 2  # bytes; without it, scores of all cells
+    element = 2.0 if settings.kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
+    cells, outputs = settings.sequences * settings.n_ctx, settings.sequences * (MAX_DRAFT + 1)
+    per_cell = 2 if settings.uses_flash_attention else 4 * shape.heads + 2  # bytes; without it, scores of all cells
     per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
     return {
         "weights": file_size,
         "kv": int(cells * shape.layers * shape.kv_width * element),
-        "compute": MICRO_BATCH * per_token + 2 * 4 * outputs * shape.vocabulary,
+        "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
     }
 
 
@@ -181,7 +193,6 @@ PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of anoth
 PAUSE_TOKENS = 6  # … or the time of this many of its own tokens, if that is longer
 PREFILL_SECONDS = 2.0  # longest chunk when no stream is running: progress is reported after each
 MAX_CHUNK = 512  # n_batch
-MICRO_BATCH = 256  # n_ubatch: as fast as larger ones, with half of the memory for attention
 
 
 class Costs:
@@ -621,59 +632,7 @@ def start_library() -> None:
     llama.llama_backend_init()
 
 
-GGUF_UINT32, GGUF_STRING, GGUF_ARRAY = 4, 8, 9  # enum gguf_type
 ABORTED = 2  # what llama_decode returns after the abort callback has returned true
-
-
-class _GgufInit(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-def read_shape(path: Path) -> Shape:
-    """The dimensions in a GGUF's header, read by llama.cpp's own reader. ModelError if the file is not a GGUF."""
-    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    lib.ggml_log_set(keep_log, None)  # the wheel has this library under several names; this is another copy of it
-    lib.gguf_init_from_file.restype = ctypes.c_void_p
-    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInit]
-    for name, result in {"find_key": ctypes.c_int64, "get_val_str": ctypes.c_char_p, "get_val_u32": ctypes.c_uint32,
-                         "get_arr_n": ctypes.c_size_t, "get_kv_type": ctypes.c_int}.items():  # fmt: skip
-        function = getattr(lib, f"gguf_{name}")
-        function.restype = result
-        function.argtypes = [ctypes.c_void_p, ctypes.c_char_p if name == "find_key" else ctypes.c_int64]
-    handle = lib.gguf_init_from_file(str(path).encode(), _GgufInit(True, None))
-    if not handle:
-        raise ModelError("not a readable GGUF file")
-    try:
-
-        def number(key: str, default: int) -> int:
-            place = lib.gguf_find_key(handle, key.encode())
-            if place < 0 or lib.gguf_get_kv_type(handle, place) != GGUF_UINT32:
-                return default
-            return int(lib.gguf_get_val_u32(handle, place))
-
-        place = lib.gguf_find_key(handle, b"general.architecture")
-        if place < 0 or lib.gguf_get_kv_type(handle, place) != GGUF_STRING:
-            raise ModelError("a GGUF file without an architecture")
-        arch = lib.gguf_get_val_str(handle, place).decode("utf-8", "replace")
-        heads, layers = number(f"{arch}.attention.head_count", 1), number(f"{arch}.block_count", 0)
-        kv_heads = number(f"{arch}.attention.head_count_kv", heads)
-        width = number(f"{arch}.embedding_length", 0)
-        if min(heads, layers, width) < 1:
-            raise ModelError("expected at least one layer, head and embedding dimension in the header")
-        tokens = lib.gguf_find_key(handle, b"tokenizer.ggml.tokens")
-        known = tokens >= 0 and lib.gguf_get_kv_type(handle, tokens) == GGUF_ARRAY
-        k_width = number(f"{arch}.attention.key_length", width // heads)
-        v_width = number(f"{arch}.attention.value_length", width // heads)
-        return Shape(
-            layers=layers,
-            kv_width=kv_heads * (k_width + v_width),
-            heads=heads,
-            embedding=width,
-            feed_forward=number(f"{arch}.feed_forward_length", 4 * width),
-            vocabulary=int(lib.gguf_get_arr_n(handle, tokens)) if known else 0,
-        )
-    finally:
-        lib.gguf_free(ctypes.c_void_p(handle))
 
 
 def fingerprint(path: Path) -> str:
@@ -700,7 +659,7 @@ class Llama:
         # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
         # mapped pages as available memory, so a second model would seem to fit.
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        self.model = llama.llama_model_load_from_file(str(path).encode(), params)
+        self.model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
         self.vocab = llama.llama_model_get_vocab(self.model)
@@ -721,12 +680,12 @@ class Llama:
             self.batch.n_seq_id[i] = 1
         params = llama.llama_context_default_params()
         params.n_ctx = self.n_ctx * settings.sequences
-        params.n_batch, params.n_ubatch = MAX_CHUNK, MICRO_BATCH
+        params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
         params.n_seq_max = settings.sequences
         # One token and its draft for every slot. By default the logits buffer would take 300 MB.
         params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
         params.n_threads = params.n_threads_batch = settings.threads
-        params.flash_attn_type = FLASH_ATTENTION[needs_flash_attention(settings.kv_type)]
+        params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.kv_unified = True  # lets sequences share a micro-batch, and a prefix without copying it
         params.no_perf = True
@@ -1095,9 +1054,18 @@ class Worker(threading.Thread):
     why not), `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
     """
 
-    def __init__(self, name: str, path: Path, settings: Settings, sha256: str = "", baton: Baton | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        settings: Settings,
+        sha256: str = "",
+        baton: Baton | None = None,
+        tuned: TunedFile | None = None,
+    ) -> None:
         super().__init__(name=f"worker-{name}", daemon=True)
-        self.model, self.path, self.settings, self.sha256 = name, path, settings, sha256
+        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
+        self.encoding = "published"
         self.baton = baton or Baton()
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ready: Future[None] = Future()
@@ -1215,25 +1183,43 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         before = rss_bytes()
+        self.llama = self._open()
         settings = self.settings
-        check_digest(self.path, self.sha256, settings.state_dir, lambda: self.stopping)
-
-        def progress(done: float) -> bool:
-            self.load_progress = done
-            return not self.stopping
-
-        self.llama = Llama(self.path, settings, progress)
-        params = f"{llama_cpp.__version__} {self.llama.n_ctx} {settings.sequences} {settings.kv_type}"
-        self.key = hashlib.sha256(f"{fingerprint(self.path)} {params}".encode()).hexdigest()
+        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
+        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
+        self.key = hashlib.sha256(key.encode()).hexdigest()
         self.acceptance = Acceptance()
         self.costs = load_costs(self.llama, self.calibration, self.baton, lambda: self.stopping)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self.store.add(entry)
         self.memory_bytes = max(0, rss_bytes() - before - self.store.size)
         log.info(
-            "model %s loaded: %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)), len(self.store.entries),
+            "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
+            self.model, self.encoding, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)),
+            len(self.store.entries),
         )  # fmt: skip
+
+    def _open(self) -> Llama:
+        """The model from the tuned file, or from the published one if that is what works."""
+
+        def progress(done: float) -> bool:
+            self.load_progress = done
+            return not self.stopping
+
+        stopping = lambda: self.stopping  # noqa: E731
+        if tuned := self.tuned:
+            try:
+                check_digest(self.path, tuned.source, self.settings.state_dir, stopping)
+                model = Llama(tuned.path, tuned.settings, progress)
+            except (ModelError, OSError) as error:
+                if self.stopping:
+                    raise
+                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
+            else:
+                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
+                return model
+        check_digest(self.path, self.sha256, self.settings.state_dir, stopping)
+        return Llama(self.path, self.settings, progress)
 
     @property
     def calibration(self) -> Path:
@@ -1617,6 +1603,17 @@ class Worker(threading.Thread):
 # --------------------------------------------------------------------------------- IO: files of a worker
 
 
+def file_digest(path: Path, stopping: Callable[[], bool] = lambda: False) -> str:
+    """The file's sha256; ModelError when `stopping()` becomes true meanwhile."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(4 * MB):
+            digest.update(data)
+            if stopping():
+                raise ModelError("cancelled")
+    return digest.hexdigest()
+
+
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
     """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by size and time."""
     if not sha256:
@@ -1625,13 +1622,7 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
     stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_mtime_ns}.{sha256[:16]}"
     if stamp.exists():
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(4 * MB):
-            digest.update(data)
-            if stopping():
-                raise ModelError("cancelled")
-    if (got := digest.hexdigest()) != sha256:
+    if (got := file_digest(path, stopping)) != sha256:
         raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)

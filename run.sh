@@ -130,7 +130,7 @@ setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
 	make_venv "$1"
-	"$PYTHON" vpsd.py fetch "$MODEL" >&2
+	if [[ $1 == run ]]; then "$PYTHON" vpsd.py fetch "$MODEL" >&2; else "$PYTHON" vpsd.py fetch --no-tune "$MODEL" >&2; fi
 }
 
 #

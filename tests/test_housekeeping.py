@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,11 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import PATIENCE, until
+from harness import FILES, PATIENCE, until
 
 import vpsd
 from cerebrum_common import HttpError
-from cerebrum_engine import MB
+from cerebrum_engine import MB, Settings, TunedFile
 from vpsd import Completion, Engine, EventStream, Headroom, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
@@ -29,8 +30,8 @@ class ScriptedWorker:
 
     made: list[ScriptedWorker]
 
-    def __init__(self, name: str, *_: Any) -> None:
-        self.model = name
+    def __init__(self, name: str, *rest: Any) -> None:
+        self.model, self.tuned = name, rest[-1]
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
@@ -99,6 +100,7 @@ def play(
         given = {
             "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
             "CEREBRUM_MODELS_DIR": str(folder),
+            "CEREBRUM_STATE_DIR": str(folder / "state"),
             "CEREBRUM_IDLE_MINUTES": "0",
         }
         config = load_config(given, Path("/nonexistent"))
@@ -108,7 +110,7 @@ def play(
         engine = Engine(config)
         house = House(engine, room)
         monkeypatch.setattr(vpsd, "Worker", ScriptedWorker)
-        monkeypatch.setattr(engine, "_estimate", lambda _: {"weights": MB})
+        monkeypatch.setattr(engine, "_estimate", lambda *_: {"weights": MB})
         monkeypatch.setattr(engine, "_free_mb", lambda: house.room - len(engine.instances))
         monkeypatch.setattr(engine, "headroom", lambda: Headroom(1 << 40, 0.0))
         yield house
@@ -131,6 +133,80 @@ async def error_of(completion: Completion) -> HttpError:
     events = await completion.next_events(PATIENCE)
     assert isinstance(events[-1], HttpError)
     return events[-1]
+
+
+def tuned_file(folder: Path, model: str) -> TunedFile:
+    return TunedFile(folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1")
+
+
+def test_a_model_is_loaded_from_its_tuned_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+
+    def find_tuned(path: Path, *_: Any) -> tuple[TunedFile | None, str]:
+        return found.get(path.name, (None, ""))
+
+    async def scenario(house: House) -> None:
+        monkeypatch.setattr(vpsd, "find_tuned", find_tuned)
+        file = house.engine.models[A].file
+        found[file] = (tuned_file(tmp_path, A), "")
+        assert (await house.idle(A)).tuned == tuned_file(tmp_path, A)
+        assert (await house.idle(B)).tuned is None
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_tuned_file_that_does_not_fit_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(house: House) -> None:
+        tuned = tuned_file(tmp_path, A)
+        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
+        monkeypatch.setattr(
+            house.engine, "_estimate", lambda _, path, __: {"weights": (9 if path == tuned.path else 1) * MB}
+        )
+        other = await house.idle(B)
+        assert (await house.idle(A)).tuned is None
+        assert not other.stopping  # nothing was unloaded in vain
+
+    play(scenario, monkeypatch, tmp_path)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        f"model {B}: the published file is used, not the tuned one: it needs 9 MB, and 2 MB can be freed beside the "
+        "reserve",
+        f"model {A}: the published file is used, not the tuned one: it needs 9 MB, and 2 MB can be freed beside the "
+        "reserve",
+    ]
+
+
+def test_a_tuned_file_with_a_damaged_header_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(house: House) -> None:
+        tuned = tuned_file(tmp_path, A)
+        tuned.path.write_bytes(b"GGUF, cut short")
+        with FILES[A].open("rb") as model:  # its header will do
+            (tmp_path / house.engine.models[A].file).write_bytes(model.read(8 << 20))
+        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
+        monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
+        monkeypatch.setattr(house.engine, "_free_mb", lambda: 1e6)
+        assert (await house.idle(A)).tuned is None
+
+    play(scenario, monkeypatch, tmp_path)
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told[0].startswith(f"model {A}: the published file is used, not the tuned one: ")
+    assert told[0].endswith(": not a readable GGUF file")
+
+
+def test_why_a_tuned_file_is_not_used_is_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(house: House) -> None:
+        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (None, "made for cpus 4, here it is 2"))
+        assert (await house.idle(A)).tuned is None
+
+    play(scenario, monkeypatch, tmp_path)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        f"model {A}: the published file is used, not the tuned one: made for cpus 4, here it is 2"
+    ]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -181,7 +257,7 @@ def test_any_fault_on_the_way_becomes_a_response(
 
 def test_a_model_file_that_vanishes_is_a_load_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
-        monkeypatch.setattr(house.engine, "_estimate", lambda model: Engine._estimate(house.engine, model))
+        monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
         completion = house.ask(A)
         (tmp_path / house.engine.models[A].file).unlink()
         error = await error_of(completion)

@@ -114,7 +114,9 @@ def make_debian() -> None:
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     make_debian()
-    subprocess.run([sys.executable, ROOT / "vpsd.py", "fetch", MODEL], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "vpsd.py", "fetch", "--no-tune", MODEL], check=True, stdout=subprocess.DEVNULL
+    )
     command = [*NSPAWN, "--boot", "--volatile=overlay", "--private-network", f"--machine=cerebrum-{os.getpid()}"]
     command += [f"--directory={DEBIAN}", f"--overlay={MODELS}::/opt/cerebrum-backend/models"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

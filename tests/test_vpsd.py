@@ -31,11 +31,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, Daemon, daemon, run_to_the_end, wait_until
+from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, run_to_the_end, wait_until
 
 import cerebrum_engine as engine
 import vpsd
+from cerebrum_code import LANGUAGES
+from cerebrum_common import load_models
+from cerebrum_encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
 from cerebrum_engine import llama
+from cerebrum_gguf import Gguf, Part
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
@@ -317,11 +321,12 @@ def test_models(vps: Vps) -> None:
     models = {model["id"]: model for model in vps.get("/v1/models")["models"]}
     assert list(models) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
     small = models[SMALL]
-    assert list(small) == ["id", "loaded", "path", "available", "n_ctx", "memory_mb", "last_used"]
+    assert list(small) == ["id", "loaded", "path", "available", "n_ctx", "encoding", "memory_mb", "last_used"]
+    assert small["encoding"] == "published"
     assert (small["loaded"], small["available"], small["path"], small["n_ctx"]) == (True, True, str(FILES[SMALL]), 2048)
     assert 300 < small["memory_mb"] < 1500
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
-    assert list(models["codellama_7b"]) == ["id", "loaded", "path", "available", "n_ctx"]
+    assert list(models["codellama_7b"]) == ["id", "loaded", "path", "available", "n_ctx", "encoding"]
     assert models["codellama_7b"]["loaded"] is False
 
 
@@ -1280,3 +1285,31 @@ def test_soak(output: Path, reference: Reference) -> None:
             if number % 20 == 19:
                 sizes.append(vps.process.rss_kb() / 1024)
         assert sizes[-1] - sizes[0] < 256 + 50, sizes  # the budget of the cache, and some noise
+
+
+@pytest.mark.slow
+def test_a_tuned_file_is_used(output: Path) -> None:
+    published = FILES[SMALL]
+    file = tuned_path(output / "state", published)
+    file.parent.mkdir(parents=True)
+    (sha256,) = (model.sha256 for model in load_models(ROOT / "models.toml", LANGUAGES) if model.id == SMALL)
+    passport = Passport(
+        source=sha256,
+        library=engine.llama_cpp.__version__,
+        cpu=cpu_flags(),
+        cpu_name="",
+        cpus=cpus(),
+        threads=engine.usable_cores(),
+        micro_batch=128,
+        flash_attention=False,
+        types={"Q5_0": "Q8_0"},
+    )
+    with Gguf(published) as old:
+        parts = [Part(tensor, "q8_0" if tensor.type == "q5_0" else tensor.type) for tensor in old.tensors]
+        old.write(file, parts, {PASSPORT_KEY: passport.encode()}, threads=2)
+    expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
+    with start(output) as tuned:
+        assert expected.items() <= tuned.model().items()
+        assert tuned.complete("1, 2, 3, 4, 5, 6, 7, 8,", max_tokens=6)["completion"] == " 9, 10"
+        assert expected.items() <= tuned.model().items()
+        assert f"model {SMALL} loaded (tuned: Q5_0 to Q8_0)" in tuned.process.stdout()

@@ -1,0 +1,707 @@
+"""The encoding of the weights: which types of a GGUF file this machine computes fastest, and a file in those types.
+
+A published "Q4_K_M" file mixes types by a table of llama.cpp's that knows nothing of the CPU. `tune` measures on this
+machine, with llama.cpp itself, which other types would be faster, and writes the *tuned file*: the published model in
+those types. It changes only what keeps the weights (`FAITHFUL`), and nothing that does not pay (`MIN_GAIN`).
+
+How it measures
+- A *sample* is the model with a few of its layers and a small vocabulary, or with one layer and its output matrix. A
+  sample with all changes is timed in turns with others, in each of which one group of tensors has another type. What
+  the changes save ranks all combinations of them, and the best that fits into memory is taken. Then micro-batch, flash
+  attention and the number of threads are tried with it.
+- The whole tuned file is timed in turns with the published one. Only this comparison decides.
+
+What a tuned file was made from and for stands in its header as JSON, the *passport*. `find_tuned` refuses a file whose
+passport does not hold any more. If nothing is faster here, the tuned file has a passport and no tensors, so that the
+question is not asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from cerebrum_engine import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
+from cerebrum_gguf import Gguf, Part, Tensor, ggml, read_text, write_empty
+
+# ------------------------------------------------------------------------------------------- the passport
+
+PASSPORT_KEY = "cerebrum.passport"
+PASSPORT_FORMAT = 1
+
+
+@functools.cache
+def cpu_flags() -> str:
+    """A hash of what the CPU can do, as the kernel tells it."""
+    words: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86, ARM
+            words.update(value.split())
+    return hashlib.sha256(" ".join([platform.machine(), *sorted(words)]).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@dataclass(frozen=True, slots=True)
+class Passport:
+    """What a tuned file was made from and for, and the settings that go with it."""
+
+    source: str  # sha256 of the published file
+    library: str  # version of llama-cpp-python
+    cpu: str  # `cpu_flags`
+    cpu_name: str
+    cpus: int  # that the process may use
+    threads: int
+    micro_batch: int
+    flash_attention: bool
+    types: Mapping[str, str]  # that were changed, and into what; without any the published file is used
+    fast: bool = False  # made by --fast, so the weights do not say quite the same
+    format: int = PASSPORT_FORMAT
+
+    def encode(self) -> str:
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)})
+
+    @property
+    def encoding(self) -> str:
+        """For a person, as in `/v1/models`."""
+        if not self.types:
+            return "published"
+        changes = ", ".join(f"{old} to {new}" for old, new in self.types.items())
+        return f"{'fast' if self.fast else 'tuned'}: {changes}"
+
+
+def read_passport(path: Path) -> Passport | None:
+    """The passport of a tuned file; None if there is none that this version understands."""
+    try:
+        passport = Passport(**json.loads(read_text(path, PASSPORT_KEY) or ""))
+    except (ValueError, TypeError):
+        return None
+    return passport if passport.format == PASSPORT_FORMAT else None
+
+
+def tuned_path(state_dir: Path, published: Path) -> Path:
+    return state_dir / "tuned" / published.name
+
+
+def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
+    """The tuned file for a published one, or None and why not ("" if there is no tuned file).
+
+    `sha256` is what the published file should have, if that is known. `check_digest` verifies what it has.
+    """
+    path = tuned_path(settings.state_dir, published)
+    try:
+        passport = read_passport(path)
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"the file cannot be read ({error.strerror})"
+    if passport is None:
+        return None, "expected the passport of this version in the file's header, found another one or none"
+    if sha256 and passport.source != sha256:
+        return None, f"made from a file of sha256 {passport.source}, expected {sha256}"
+    if passport.cpu != cpu_flags():
+        return None, f"made for a CPU with other features ({passport.cpu_name}), this one is {cpu_name()}"
+    expected = {"library": llama_cpp.__version__, "cpus": cpus()}
+    if settings.fixed_threads:
+        expected["threads"] = settings.threads
+    for name, here in expected.items():
+        if (made_for := getattr(passport, name)) != here:
+            return None, f"made for {name} {made_for}, here it is {here}"
+    used = replace(
+        settings,
+        threads=passport.threads,
+        micro_batch=passport.micro_batch,
+        flash_attention=passport.flash_attention,
+    )
+    return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
+
+
+def cpus() -> int:
+    """The number of CPUs that this process may use, hardware threads counted."""
+    return len(os.sched_getaffinity(0))
+
+
+# ------------------------------------------------------------------------------------- policy: the choice
+
+READ_TOKENS = 1000  # the work that encodings are compared by: 1,000 tokens read …
+DECODES = {1: 64, 4: 8, 16: 2}  # … and 128 written, half of them as drafts: the number of decodes by their tokens
+MIN_GAIN = 0.03  # share of the time that a tuned file must save, and other settings with it
+MAX_DIVERGENCE = 0.02  # mean KLD in nats. Other kernels' rounding makes 0.002; more than this is a fault
+MIN_GROUP_GAIN = 0.005  # share of a sample's time that a change of one group of tensors must save
+SAMPLE_LAYERS = 4
+SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
+KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention
+
+# What each type may become: a type that says exactly the same, or the same but for the scales' rounding to fp16 (see
+# cerebrum_gguf.py); or else Q8_0. Its steps are 1/127 of a block's largest weight, so rounding to them does less than
+# other kernels' rounding does. The ternary types and the 1-bit and 4-bit float types are left alone.
+FAITHFUL: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), ("q8_0",)),
+    **dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), ("q8_0",)),
+    "q4_K": ("q4_1", "q8_0"),
+    "q5_K": ("q5_1", "q8_0"),
+}
+LOSSY = "q4_0"  # what --fast adds for the layers' tensors
+
+
+def targets(tensor_type: str, output: bool, fast: bool) -> tuple[str, ...]:
+    """The types that a tensor of this type may become."""
+    lossy = fast and not output and tensor_type != LOSSY and (tensor_type in FAITHFUL or tensor_type in LARGE)
+    return FAITHFUL.get(tensor_type, ()) + ((LOSSY,) if lossy else ())
+
+
+LARGE = ("q8_0", "f16", "bf16")  # nothing says the same in less time, but Q4_0 may be worth its loss
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How fast a file is: seconds for each token of a prompt, and of one decode by its number of tokens."""
+
+    read: float
+    decode: Mapping[int, float]
+
+    @property
+    def work(self) -> float:
+        """Seconds of the work that encodings are compared by."""
+        return READ_TOKENS * self.read + sum(count * self.decode[size] for size, count in DECODES.items())
+
+    def best(self, other: Timing) -> Timing:
+        return Timing(
+            min(self.read, other.read), {size: min(self.decode[size], other.decode[size]) for size in DECODES}
+        )
+
+
+class Group(NamedTuple):
+    """Tensors that change together: those of one type in the layers, or the one that gives the logits."""
+
+    type: str
+    output: bool
+
+    def __str__(self) -> str:
+        return self.type.upper() + (" (output)" if self.output else "")
+
+
+Types = Mapping[Group, str]  # the groups that change, and into what
+
+
+def group_tensors(tensors: Sequence[Tensor], fast: bool = False) -> dict[Group, list[Tensor]]:
+    """The tensors that may change, by group, the largest group first.
+
+    Only matrices that are multiplied: an embedding that is only looked up stays as it is.
+    """
+    output = next((tensor.name for tensor in tensors if tensor.name == "output.weight"), "token_embd.weight")
+    groups: dict[Group, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        group = Group(tensor.type, tensor.name == output)
+        if tensor.is_matrix and (tensor.layer is not None or group.output) and targets(*group, fast):
+            groups[group].append(tensor)
+    return dict(sorted(groups.items(), key=lambda item: -sum(tensor.weights for tensor in item[1])))
+
+
+def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
+    """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole model."""
+    types: dict[int, list[str]] = defaultdict(list)
+    for tensor in sorted(tensors, key=lambda tensor: tensor.kind):
+        if tensor.layer is not None and tensor.is_matrix:
+            types[tensor.layer].append(tensor.type)
+    alike = sorted(range(layers), key=lambda layer: (types[layer], layer))
+    count = min(SAMPLE_LAYERS, layers)
+    return sorted(alike[(2 * i + 1) * layers // (2 * count)] for i in range(count))
+
+
+def rank(
+    groups: Mapping[Group, Sequence[Tensor]], saved: Mapping[tuple[Group, str], float]
+) -> list[tuple[float, int, dict[Group, str]]]:
+    """All combinations of changes, the best first: (seconds saved of the work, bytes added, the changes). `saved` has
+    what each change saves alone."""
+    options: list[list[tuple[float, int, Group, str]]] = []
+    for group, tensors in groups.items():
+        choices = [(0.0, 0, group, group.type)]
+        for (changed, target), seconds in saved.items():
+            if changed == group:
+                grown = sum(ggml().data_size(target, tensor.weights) - tensor.size for tensor in tensors)
+                choices.append((seconds, grown, group, target))
+        options.append(choices)
+    combinations = []
+    for chosen in itertools.product(*options):
+        types = {group: target for _, _, group, target in chosen if target != group.type}
+        combinations.append((sum(choice[0] for choice in chosen), sum(choice[1] for choice in chosen), types))
+    return sorted(combinations, key=lambda combination: (-combination[0], combination[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How nearly two files say the same: mean Kullback-Leibler divergence in nats, and the share of positions at which
+    both have the same likeliest token."""
+
+    divergence: float
+    same_top: float
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What `tune` found, for a person."""
+
+    published: Timing
+    tuned: Timing | None  # None: nothing here is faster than the published file with the usual settings
+    changes: Sequence[tuple[str, int, str, str]]  # kind of tensor, how many, type before and after
+    settings: tuple[Settings, Settings]  # before and after
+    file_bytes: tuple[int, int]
+    memory_bytes: tuple[int, int]  # estimated
+    agreement: Agreement | None
+    fast: bool
+
+    def table(self) -> str:
+        before, after = self.settings
+        lines = [f"{cpu_name()}, {after.threads} threads", ""]
+        rows: list[tuple[str, ...]] = [("tensors", "published", "here", "")]
+        rows += [(f"{kind} ({count})", old.upper(), new.upper(), "") for kind, count, old, new in self.changes]
+        now = self.tuned or self.published
+        rows += [
+            ("", "", "", ""),
+            ("", "published", "here", ""),
+            row("reading a prompt, tokens/s", 1 / self.published.read, 1 / now.read, "{:.0f}"),
+            row("a decode of 1 token, ms", 1e3 * self.published.decode[1], 1e3 * now.decode[1], "{:.1f}", less=True),
+        ]
+        for size in (4, 16):
+            old, new = 1e3 * self.published.decode[size], 1e3 * now.decode[size]
+            rows.append(row(f"a decode of {size} tokens, ms", old, new, "{:.1f}", less=True))
+        title = f"{READ_TOKENS} tokens read, 128 written, s"
+        rows.append(row(title, self.published.work, now.work, "{:.2f}", less=True))
+        rows.append(("size of the file, MB", *(f"{size / MB:.0f}" for size in self.file_bytes), ""))
+        rows.append(("memory (estimate), MB", *(f"{size / MB:.0f}" for size in self.memory_bytes), ""))
+        rows.append(("micro-batch", str(before.micro_batch), str(after.micro_batch), ""))
+        rows.append(("flash attention", *("on" if s.uses_flash_attention else "off" for s in (before, after)), ""))
+        rows.append(("threads", str(before.threads), str(after.threads), ""))
+        width = max(len(name) for name, *_ in rows)
+        lines += ["  ".join((r[0].ljust(width), *(cell.rjust(10) for cell in r[1:3]), *r[3:])).rstrip() for r in rows]
+        lines.append("")
+        if self.agreement:
+            lines.append(
+                f"agreement with the published file on {self.agreement.positions} tokens of code: "
+                f"mean KLD {self.agreement.divergence:.4f}, same likeliest token {self.agreement.same_top:.1%}"
+            )
+        if self.fast:
+            lines.append("made by --fast: the model does not say quite the same any more; tune without it goes back")
+        if not self.tuned:
+            lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
+        return "\n".join(lines)
+
+
+def row(title: str, old: float, new: float, form: str, less: bool = False) -> tuple[str, str, str, str]:
+    return title, form.format(old), form.format(new), f"{old / new if less else new / old:.2f} x"
+
+
+# ------------------------------------------------------------------------------------------ IO: measuring
+
+READ_SECONDS = 0.25  # spent on reading; at least once
+DECODE_SECONDS = 0.1  # spent on each size of decode; at least MIN_DECODES of them
+MIN_DECODES = 2
+TURNS = 2
+SAMPLE_READ_TOKENS = 128  # read when types are compared …
+WHOLE_READ_TOKENS = 256  # … and whole files
+CONTEXT_TOKENS = 2000  # read when settings are compared: what attention costs grows with the context
+AGREEMENT_TOKENS = 320  # the first of them, with little before them, are not counted
+AGREEMENT_SKIP = 64
+OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
+
+
+@contextlib.contextmanager
+def opened(path: Path, settings: Settings) -> Iterator[Llama]:
+    """The model with a context of one sequence that is as long as the measurements need."""
+    model = Llama(path, replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1), lambda _: True)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@functools.cache
+def some_code() -> str:
+    """Text of the kind that users' prompts have: the end of this file."""
+    return Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]
+
+
+def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> float:
+    """Append the tokens; seconds. ModelError if llama.cpp fails."""
+    begin = time.perf_counter()
+    if model.decode([(slot, list(tokens), outputs)]):
+        raise ModelError("llama.cpp cannot evaluate this model")
+    seconds = time.perf_counter() - begin
+    slot.tokens += tokens
+    return seconds
+
+
+def back_to(model: Llama, slot: Slot, length: int) -> None:
+    model.trim(slot, length)
+    del slot.tokens[length:]
+
+
+def measure(model: Llama, read: int) -> Timing:
+    """Times of this model, for a prompt of `read` tokens and decodes after it."""
+    read = min(read, model.n_ctx - OUTPUTS)
+    tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # which tokens they are does not matter
+    back_to(model, slot, 0)
+    decode(model, slot, tokens[: max(DECODES)], max(DECODES))  # the first one after a load is slow
+    back_to(model, slot, 0)
+    reads: list[float] = []
+    while sum(reads) < READ_SECONDS:
+        back_to(model, slot, 0)
+        chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
+        reads.append(sum(decode(model, slot, chunk, 1) for chunk in chunks))
+    times: dict[int, float] = {}
+    for size in DECODES:
+        spent: list[float] = []
+        while len(spent) < MIN_DECODES or sum(spent) < DECODE_SECONDS:
+            spent.append(decode(model, slot, tokens[:size], size))
+            back_to(model, slot, len(tokens))
+        times[size] = min(spent)
+    return Timing(min(reads) / len(tokens), times)
+
+
+def log_probabilities(model: Llama) -> Iterator[npt.NDArray[np.float32]]:
+    """For each position of some code the logarithms of the next token's probabilities, float32[vocabulary]."""
+    tokens, slot = model.tokenize(some_code(), True)[:AGREEMENT_TOKENS], Slot(0)
+    back_to(model, slot, 0)
+    for start in range(0, len(tokens), OUTPUTS):
+        chunk = tokens[start : start + OUTPUTS]
+        decode(model, slot, chunk, len(chunk))
+        for i in range(len(chunk) if start >= AGREEMENT_SKIP else 0):
+            logits = model.logits(i)
+            yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
+
+
+class Comparer:
+    """Collects what the published file says, then compares with it what the tuned one says."""
+
+    def __init__(self) -> None:
+        self.expected: list[npt.NDArray[np.float32]] = []
+        self.divergences: list[float] = []
+        self.same = 0
+
+    def visit(self, name: str, model: Llama) -> None:
+        """First the published model, then the tuned one."""
+        if name == "published":
+            self.expected = list(log_probabilities(model))
+            return
+        for expected, got in zip(self.expected, log_probabilities(model), strict=True):
+            self.divergences.append(float((np.exp(expected) * (expected - got)).sum()))
+            self.same += int(expected.argmax() == got.argmax())
+
+    def result(self) -> Agreement | None:
+        count = len(self.divergences)
+        return Agreement(sum(self.divergences) / count, self.same / count, count) if count else None
+
+
+Report = Callable[[str, int, int], None]  # label, done, total
+Variant = tuple[Path, Settings]
+
+
+def compare(
+    variants: Mapping[Any, Variant],
+    read: int,
+    step: Callable[[], None],
+    visit: Callable[[Any, Llama], None] = lambda _name, _model: None,
+) -> dict[Any, Timing]:
+    """The best times of each variant, measured in turns, so that a slow minute affects all of them alike.
+
+    `visit` gets each variant's model once.
+    """
+    found: dict[Any, Timing] = {}
+    for turn in range(TURNS):
+        for name in list(variants)[:: -1 if turn % 2 else 1]:
+            with opened(*variants[name]) as model:
+                timing = measure(model, read)
+                found[name] = found[name].best(timing) if name in found else timing
+                if turn == 0:
+                    visit(name, model)
+            step()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- IO: tune
+
+
+class TuneError(Exception):
+    """Why a model cannot be tuned now. The message says what was expected and what came."""
+
+
+class Tuner:
+    """One run of `tune`: the published file, the folder for what is tried, and what was found so far."""
+
+    def __init__(
+        self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Report
+    ) -> None:
+        self.file, self.sha256, self.settings, self.folder = file, sha256, settings, folder
+        self.room, self.fast, self.report = room, fast, report
+        self.shape, self.tensors = file.shape, file.tensors
+        self.groups = group_tensors(self.tensors, fast)
+        self.layers = sample_layers(self.tensors, self.shape.layers)
+        self.size = file.path.stat().st_size
+        knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
+        if not settings.fixed_threads and cpus() != settings.threads:
+            knobs.append(replace(settings, threads=cpus()))
+        # Each context once: with a quantized cache flash attention is on in any case.
+        alike = {(knob.micro_batch, knob.uses_flash_attention, knob.threads): knob for knob in [*knobs, settings]}
+        self.knobs = list(alike.values())
+        changes = sum(len(self.targets(group)) for group in self.groups)
+        samples = changes + len({group.output for group in self.groups})
+        self.done, self.steps = 0, TURNS * (samples + len(self.knobs) + 2)
+
+    def step(self) -> None:
+        self.done += 1
+        self.report("measuring", self.done, self.steps)
+
+    def targets(self, group: Group) -> tuple[str, ...]:
+        return targets(group.type, group.output, self.fast)
+
+    def memory(self, size: int, settings: Settings) -> int:
+        return sum(estimate_bytes(size, self.shape, settings).values())
+
+    def check_room(self) -> None:
+        """TuneError with the figures if the disk or the memory is too small."""
+        if (need := self.memory(self.size, self.settings)) > self.room:
+            raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
+        for output in (False, True):  # these samples lie there at the same time
+            count = 1 + sum(len(self.targets(group)) for group in self.groups if group.output == output)
+            kept = [tensor for tensor in self.tensors if tensor.layer in self.layers[: 1 if output else None]]
+            kept += [tensor for tensor in self.tensors if output and tensor.layer is None]
+            self.check_disk(count * self.largest(kept))
+
+    def check_disk(self, need: int) -> None:
+        if (free := shutil.disk_usage(self.folder).free) < need:
+            raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
+
+    def largest(self, tensors: Sequence[Tensor]) -> int:
+        """Bytes that these tensors take at most, whatever is chosen for them."""
+        return sum(
+            max(ggml().data_size(name, tensor.weights) for name in (tensor.type, *FAITHFUL.get(tensor.type, ())))
+            for tensor in tensors
+        )
+
+    def types_of(self, types: Types) -> dict[str, str]:
+        """The changes by tensor."""
+        return {tensor.name: target for group, target in types.items() for tensor in self.groups[group]}
+
+    def grown(self, types: Types) -> int:
+        """Bytes that the changes add to the file."""
+        return sum(
+            ggml().data_size(target, tensor.weights) - tensor.size
+            for group, target in types.items()
+            for tensor in self.groups[group]
+        )
+
+    def sample(self, types: Types, layers: Sequence[int], output: bool = False) -> Path:
+        """A file with these changes, these layers and a small vocabulary, or with `output` the whole one. It has no
+        tokenizer."""
+        path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
+        changed, parts = self.types_of(types), []
+        vocabulary = self.shape.vocabulary if output else min(SAMPLE_VOCABULARY, self.shape.vocabulary)
+        for tensor in self.tensors:
+            name, dimensions = tensor.name, tensor.dimensions
+            if tensor.layer is not None:
+                if tensor.layer not in layers:
+                    continue
+                name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
+            elif self.shape.vocabulary in dimensions:
+                dimensions = tuple(vocabulary if size == self.shape.vocabulary else size for size in dimensions)
+            parts.append(Part(tensor, changed.get(tensor.name, tensor.type), name, dimensions))
+        arch = self.file.architecture
+        values: dict[str, str | int] = {
+            f"{arch}.block_count": len(layers),
+            f"{arch}.vocab_size": vocabulary,
+            "tokenizer.ggml.model": "no_vocab",
+        }
+        self.file.write(path, parts, values, without="tokenizer.", threads=cpus())
+        return path
+
+    def clear(self) -> None:
+        for sample in self.folder.iterdir():
+            sample.unlink()
+
+    def choose_types(self) -> dict[Group, str]:
+        """The best combination of changes that fits into memory."""
+        saved: dict[tuple[Group, str], float] = {}
+        for output in (False, True):
+            groups = [group for group in self.groups if group.output == output]
+            # The kernels of one type depend on those around it, so a change is measured where it will be: among others.
+            usual = {group: self.targets(group)[0] for group in groups}
+            changes = [(group, target) for group in groups for target in (group.type, *self.targets(group)[1:])]
+            if not changes:
+                continue
+            layers = self.layers[:1] if output else self.layers
+            variants: dict[Any, Variant] = {None: (self.sample(usual, layers, output), self.settings)}
+            variants |= {
+                (g, target): (self.sample({**usual, g: target}, layers, output), self.settings) for g, target in changes
+            }
+            found = compare(variants, SAMPLE_READ_TOKENS, self.step)
+            self.clear()
+            for group in groups:
+                kept = found[group, group.type].work
+                for target in self.targets(group):
+                    gain = kept - found[(group, target) if target != usual[group] else None].work
+                    if gain >= MIN_GROUP_GAIN * kept:
+                        saved[group, target] = gain * (1 if output else self.shape.layers / len(self.layers))
+        for _, grown, types in rank(self.groups, saved):
+            if self.memory(self.size + grown, self.settings) <= self.room:
+                return types
+        return {}
+
+    def choose_settings(self, types: Types) -> Settings:
+        """The fastest micro-batch, attention and number of threads for these types, if they pay."""
+        # Half the layers will do: attention takes the same share of each, and the context is long.
+        sample, base, size = self.sample(types, self.layers[::2]), self.settings, self.size + self.grown(types)
+        fitting = [base, *(knob for knob in self.knobs if knob != base and self.memory(size, knob) <= self.room)]
+        found = compare({knob: (sample, knob) for knob in fitting}, CONTEXT_TOKENS, self.step)
+        self.clear()
+        best = min(fitting, key=lambda knob: found[knob].work)
+        return best if found[best].work <= (1 - MIN_GAIN) * found[base].work else base
+
+    def passport(self, types: Types, settings: Settings) -> Passport:
+        return Passport(
+            source=self.sha256,
+            library=llama_cpp.__version__,
+            cpu=cpu_flags(),
+            cpu_name=cpu_name(),
+            cpus=cpus(),
+            threads=settings.threads,
+            micro_batch=settings.micro_batch,
+            flash_attention=settings.flash_attention,
+            types={str(group): target.upper() for group, target in types.items()},
+            fast=self.fast and LOSSY in types.values(),
+        )
+
+    def run(self) -> tuple[Outcome, Path]:
+        """What was found, and the file to put in place."""
+        self.check_room()
+        try:
+            types = self.choose_types()
+            settings = self.choose_settings(types)
+        except ModelError as error:
+            raise TuneError(f"expected a model of which a few layers can be measured: {error}") from None
+        path, size = self.folder / "tuned", self.size
+        if types:
+            self.check_disk(self.size + self.grown(types))
+            changed = self.types_of(types)
+            size = self.file.write(
+                path,
+                [Part(tensor, changed.get(tensor.name, tensor.type)) for tensor in self.tensors],
+                {PASSPORT_KEY: self.passport(types, settings).encode()},
+                report=lambda done, total: self.report("writing", done, total),
+                threads=cpus(),
+            )
+        variants = {"published": (self.file.path, self.settings)}
+        if types or settings != self.settings:
+            variants["tuned"] = (path if types else self.file.path, settings)
+        comparer = Comparer()
+        found = compare(variants, WHOLE_READ_TOKENS, self.step, comparer.visit if types else lambda _name, _model: None)
+        if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
+            self.report("measuring", self.steps, self.steps)
+        agreement = comparer.result()
+        # That settings pay shows only in a long context, where they were chosen. Here they must not harm.
+        limit = found["published"].work * (1 - MIN_GAIN if types else 1)
+        better = "tuned" in found and found["tuned"].work <= limit
+        if agreement and agreement.divergence > MAX_DIVERGENCE and not self.fast:
+            better = False
+        if not better:
+            types, settings, size, agreement = {}, self.settings, self.size, None
+        passport = self.passport(types, settings)
+        if not types:
+            write_empty(path, {PASSPORT_KEY: passport.encode()})
+        return Outcome(
+            published=found["published"],
+            tuned=found["tuned"] if better else None,
+            changes=self.changes(types),
+            settings=(self.settings, settings),
+            file_bytes=(self.size, size),
+            memory_bytes=(self.memory(self.size, self.settings), self.memory(size, settings)),
+            agreement=agreement,
+            fast=passport.fast,
+        ), path
+
+    def changes(self, types: Types) -> list[tuple[str, int, str, str]]:
+        """A row for each kind of matrix and each of its types."""
+        after, counts = self.types_of(types), defaultdict[tuple[str, str, str], int](int)
+        for tensor in self.tensors:
+            if tensor.is_matrix:
+                counts[tensor.kind, tensor.type, after.get(tensor.name, tensor.type)] += 1
+        return [(kind, count, old, new) for (kind, old, new), count in sorted(counts.items())]
+
+
+def tune(
+    published: Path,
+    sha256: str,
+    settings: Settings,
+    room: int,
+    report: Report,
+    *,
+    fast: bool = False,
+    dry_run: bool = False,
+    accept: Callable[[Outcome], None] = lambda _outcome: None,
+) -> Outcome:
+    """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
+
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` gets the outcome
+    before the file is used. TuneError, ModelError or OSError: nothing has changed. Only one process at a time tunes.
+    """
+    target = tuned_path(settings.state_dir, published)
+    with alone_in(target.parent) as folder, Gguf(published) as file:
+        outcome, path = Tuner(file, sha256, settings, folder, room, fast, report).run()
+        accept(outcome)
+        if not dry_run:
+            with path.open("rb") as written:
+                os.fsync(written.fileno())  # otherwise a crash could leave a valid header without weights
+            os.replace(path, target)
+    return outcome
+
+
+def remove_tuned(published: Path, settings: Settings) -> bool:
+    """Go back to the published file; False if it is in use already. TuneError if a model is being tuned."""
+    target = tuned_path(settings.state_dir, published)
+    if not target.parent.exists():
+        return False
+    with alone_in(target.parent):
+        found = target.exists()
+        target.unlink(missing_ok=True)
+    return found
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[Path]:
+    """A folder for temporary files in `folder`, which only one process at a time gets."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TuneError("another process is tuning a model; expected to be the only one") from None
+        for left in folder.glob(".work-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as temporary:
+            yield Path(temporary)

@@ -1,0 +1,719 @@
+"""Tuning: what is tried, chosen, written, and used. Times are scripted here; the slow tests measure."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from harness import FILES, ROOT, wait_until
+
+import cerebrum_encoding as encoding
+import vpsd as backend
+from cerebrum_encoding import (
+    DECODES,
+    MIN_GAIN,
+    Agreement,
+    Group,
+    Outcome,
+    Passport,
+    Timing,
+    TuneError,
+    find_tuned,
+    group_tensors,
+    rank,
+    read_passport,
+    remove_tuned,
+    sample_layers,
+    tune,
+    tuned_path,
+)
+from cerebrum_engine import MB, Llama, ModelError, Settings, start_library
+from cerebrum_gguf import Gguf, Tensor, ggml, write_empty
+
+MODEL = FILES["qwen_0_5b"]
+Q4, Q5, Q6 = Group("q4_K", False), Group("q5_0", False), Group("q6_K", False)
+
+
+VOCABULARY = 2048
+WIDTH, FEED, LAYERS = 256, 512, 8
+
+
+def write_model(
+    path: Path, layers: int = LAYERS, output: str = "q6_K", types: Sequence[str] = ("q4_K", "q6_K")
+) -> Path:
+    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without a type for the
+    output matrix the embedding serves as one."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    numbers = {"block_count": layers, "embedding_length": WIDTH, "attention.head_count": 4, "feed_forward_length": FEED}
+    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("qwen2")]
+    pairs += [text(f"qwen2.{name}") + struct.pack("<II", 4, value) for name, value in numbers.items()]
+    tokens = b"".join(text(f"t{i}") for i in range(VOCABULARY))
+    pairs.append(text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, VOCABULARY) + tokens)
+    matrices = [("token_embd.weight", "q6_K", (WIDTH, VOCABULARY))]
+    matrices += [("output.weight", output, (WIDTH, VOCABULARY))] if output else []
+    for i in range(layers):
+        matrices.append((f"blk.{i}.attn_q.weight", "q5_0", (WIDTH, WIDTH)))
+        matrices.append((f"blk.{i}.ffn_down.weight", types[i % len(types)], (FEED, WIDTH)))
+        matrices.append((f"blk.{i}.ffn_up_exps.weight", "q5_0", (WIDTH, WIDTH, 2)))
+    infos, data = b"", b""
+    rng = np.random.default_rng(1)
+    for name, kind, dimensions in matrices:
+        infos += text(name) + struct.pack(
+            f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, ggml().numbers[kind], len(data)
+        )
+        data += ggml().quantize(rng.normal(0, 0.05, math.prod(dimensions)).astype(np.float32), kind).tobytes()
+        data += bytes(-len(data) % 32)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(matrices), len(pairs)) + b"".join(pairs) + infos
+    path.write_bytes(header + bytes(-len(header) % 32) + data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "m.gguf")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True)
+
+
+class Script:
+    """Stands for the measurements: the seconds of a model follow from its types of matrices and its settings."""
+
+    def __init__(
+        self, costs: Mapping[str, float], factor: Callable[[Settings], float] = lambda _: 1.0, whole: float = 0.0
+    ) -> None:
+        self.costs, self.factor, self.compared = costs, factor, list[dict[Any, dict[str, int]]]()
+        self.whole = whole  # the factor of whole files, if it is another
+        self.sizes: list[int] = []
+
+    def __call__(
+        self,
+        variants: Mapping[Any, tuple[Path, Settings]],
+        read: int,
+        step: Callable[[], None],
+        visit: Callable[[Any, Any], None] = lambda _name, _model: None,
+    ) -> dict[Any, Timing]:
+        found, types = {}, {}
+        for name, (path, settings) in variants.items():
+            self.sizes.append(path.stat().st_size)
+            weights: dict[str, int] = {}
+            with Gguf(path) as file:
+                assert file.shape.layers == len({tensor.layer for tensor in file.tensors} - {None})
+                names = {tensor.name for tensor in file.tensors}
+                unused = "token_embd.weight" if "output.weight" in names else ""
+                for tensor in file.tensors:
+                    if tensor.is_matrix and tensor.name != unused:
+                        weights[tensor.type] = weights.get(tensor.type, 0) + tensor.weights
+            seconds = sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
+            seconds *= (isinstance(name, str) and self.whole) or self.factor(settings)
+            found[name] = Timing(seconds, dict.fromkeys(DECODES, seconds))
+            types[name] = weights
+            visit(name, SimpleNamespace(name=name))
+            step()
+        self.compared.append(types)
+        return found
+
+
+class NoComparer:
+    """Stands for the comparison of what two models say."""
+
+    divergence = 0.001
+
+    def visit(self, _name: str, _model: Any) -> None:
+        pass
+
+    def result(self) -> Agreement:
+        return Agreement(self.divergence, 0.99, 256)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
+    def install(costs: Mapping[str, float], **more: Any) -> Script:
+        made = Script(costs, **more)
+        monkeypatch.setattr(encoding, "compare", made)
+        monkeypatch.setattr(encoding, "Comparer", NoComparer)
+        return made
+
+    return install
+
+
+ROOM = 4 << 30
+FASTER = {"q5_0": 3.0, "q8_0": 1.0, "q4_K": 2.0, "q4_1": 1.0, "q6_K": 2.0}
+
+
+def quiet(_label: str, _done: int, _total: int) -> None:
+    pass
+
+
+def left_behind(settings: Settings) -> list[str]:
+    return sorted(path.name for path in (settings.state_dir / "tuned").glob("*") if path.name != ".lock")
+
+
+# ------------------------------------------------------------------------------------- what can change
+
+
+def tensor(name: str, kind: str, rows: int = 32) -> Tensor:
+    return Tensor(name, kind, (256, rows, 1, 1), 0)
+
+
+def test_only_matrices_that_are_multiplied_change() -> None:
+    layer = [tensor("blk.0.ffn_up.weight", "q4_K"), tensor("blk.1.ffn_up.weight", "q6_K")]
+    others = [tensor("blk.0.attn_norm.weight", "f32", 1), tensor("blk.0.x.bias", "q4_K"), tensor("y.weight", "q4_K")]
+    f16, embedding, output = (
+        tensor("blk.0.attn_q.weight", "f16"),
+        tensor("token_embd.weight", "q6_K"),
+        tensor("output.weight", "q6_K"),
+    )
+    untied = group_tensors([*layer, *others, f16, embedding, output])
+    assert untied == {Q4: layer[:1], Q6: layer[1:], Group("q6_K", True): [output]}
+    assert group_tensors([*layer, f16, embedding, output], fast=True)[Group("f16", False)] == [f16]
+    assert group_tensors([*layer, embedding]) == {Q4: layer[:1], Q6: layer[1:], Group("q6_K", True): [embedding]}
+
+
+def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
+    """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
+    tensors = [tensor(f"blk.{i}.ffn_down.weight", "q4_K" if i % 3 else "q6_K") for i in range(24)]
+    layers = sample_layers(tensors, 24)
+    assert len(layers) == 4
+    assert [i % 3 == 0 for i in layers].count(True) == 1
+    assert sample_layers(tensors[:3], 3) == [0, 1, 2]
+    assert sample_layers(tensors[:1], 1) == [0]
+
+
+def test_all_combinations_are_ranked_by_what_they_save() -> None:
+    groups = {Q4: [tensor("blk.0.a.weight", "q4_K")], Q6: [tensor("blk.0.b.weight", "q6_K")]}
+    size = 32 * 256
+    saved = {(Q4, "q4_1"): 2.0, (Q4, "q8_0"): 1.5, (Q6, "q8_0"): 1.0}
+    ranked = rank(groups, saved)
+    assert [(seconds, types) for seconds, _, types in ranked] == [
+        (3.0, {Q4: "q4_1", Q6: "q8_0"}),
+        (2.5, {Q4: "q8_0", Q6: "q8_0"}),
+        (2.0, {Q4: "q4_1"}),
+        (1.5, {Q4: "q8_0"}),
+        (1.0, {Q6: "q8_0"}),
+        (0.0, {}),
+    ]
+    assert ranked[2][1] == size // 32 * 20 - size // 256 * 144
+
+
+# -------------------------------------------------------------------------------------------- the choice
+
+
+def test_the_fastest_types_are_chosen_and_written(
+    published: Path, settings: Settings, script: Callable[..., Script]
+) -> None:
+    made = script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
+    told: list[tuple[str, int, int]] = []
+    outcome = tune(published, "abc", settings, ROOM, lambda *step: told.append(step))
+    layers, output, knobs, whole = made.compared
+    assert {name and (name[0].type, name[1]) for name in layers} == {
+        None, ("q5_0", "q5_0"), ("q4_K", "q4_K"), ("q4_K", "q8_0"), ("q6_K", "q6_K")
+    }  # fmt: skip
+    half = {"q4_1": 2 * FEED * WIDTH, "q8_0": 2 * FEED * WIDTH + 4 * 3 * WIDTH**2}  # two layers of either kind
+    assert layers[None] == half | {"q6_K": 1024 * WIDTH}  # with an output matrix of few tokens
+    assert output == {
+        None: {"q5_0": 3 * WIDTH**2, "q4_K": FEED * WIDTH, "q8_0": VOCABULARY * WIDTH},
+        (Group("q6_K", True), "q6_K"): {"q5_0": 3 * WIDTH**2, "q4_K": FEED * WIDTH, "q6_K": VOCABULARY * WIDTH},
+    }
+    assert {(knob.micro_batch, knob.flash_attention) for knob in knobs} == set(encoding.KNOBS)
+    assert set(whole["published"]) == {"q5_0", "q4_K", "q6_K"}
+    assert set(whole["tuned"]) == {"q8_0", "q4_1"}
+    assert outcome.tuned
+    assert outcome.published.work > 2 * outcome.tuned.work
+    path = tuned_path(settings.state_dir, published)
+    types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
+    passport = read_passport(path)
+    assert passport == Passport(
+        source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(), cpu_name=encoding.cpu_name(),
+        cpus=len(os.sched_getaffinity(0)), threads=2, micro_batch=512, flash_attention=False, types=types,
+    )  # fmt: skip
+    with Gguf(path) as file, Gguf(published) as old:
+        assert file.shape == old.shape
+        pairs = {new.name: (before.type, new.type) for before, new in zip(old.tensors, file.tensors, strict=True)}
+    assert pairs["blk.0.ffn_up_exps.weight"] == ("q5_0", "q8_0")
+    assert pairs["blk.0.ffn_down.weight"] == ("q4_K", "q4_1")
+    assert pairs["blk.1.ffn_down.weight"] == ("q6_K", "q8_0")
+    assert pairs["output.weight"] == ("q6_K", "q8_0")
+    assert pairs["token_embd.weight"] == ("q6_K", "q6_K")  # only looked up
+    assert outcome.file_bytes == (published.stat().st_size, path.stat().st_size)
+    assert left_behind(settings) == ["m.gguf"]
+    steps = [(done, total) for label, done, total in told if label == "measuring"]
+    assert steps[-1][0] == steps[-1][1]
+    assert len({total for _, total in steps}) == 1
+    assert max(made.sizes) < 1.5 * published.stat().st_size
+    assert [step[1:] for step in told if step[0] == "writing"][-1] == (path.stat().st_size, path.stat().st_size)
+
+
+@pytest.mark.parametrize("types", [("q4_K", "q6_K"), ("q4_K",)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_tied_output_matrix_and_few_layers(
+    tmp_path: Path, settings: Settings, script: Callable[..., Script], layers: int, types: Sequence[str]
+) -> None:
+    script({**FASTER, "q6_K": 3.0})
+    path = write_model(tmp_path / "m.gguf", layers, output="", types=types)
+    assert tune(path, "abc", settings, ROOM, quiet).tuned
+    with Gguf(tuned_path(settings.state_dir, path)) as file:
+        after = {tensor.name: tensor.type for tensor in file.tensors}
+    assert after["token_embd.weight"] == "q8_0"
+    assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"q4_1", "q8_0"}
+
+
+def test_a_tuned_file_is_found(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    script(FASTER, factor=lambda used: 0.9 if used.flash_attention else 1.0)
+    assert find_tuned(published, settings) == (None, "")
+    tune(published, "abc", settings, ROOM, quiet)
+    found, reason = find_tuned(published, settings, "abc")
+    assert found
+    assert reason == ""
+    assert (found.path, found.source) == (tuned_path(settings.state_dir, published), "abc")
+    assert found.settings == replace(settings, flash_attention=True)
+    assert found.encoding == "tuned: Q5_0 to Q8_0, Q6_K (output) to Q8_0, Q4_K to Q4_1, Q6_K to Q8_0"
+    other = find_tuned(published, settings, "def")
+    assert other == (None, "made from a file of sha256 abc, expected def")
+    assert remove_tuned(published, settings)
+    assert find_tuned(published, settings) == (None, "")
+    assert not remove_tuned(published, settings)
+    assert left_behind(settings) == []
+
+
+def test_what_says_something_else_is_not_used(
+    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script({**FASTER, "q4_0": 0.5})
+    monkeypatch.setattr(NoComparer, "divergence", 0.021)
+    assert tune(published, "abc", settings, ROOM, quiet).tuned is None
+    assert tune(published, "abc", settings, ROOM, quiet, fast=True).tuned
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_what_is_fine_already_only_changes_if_asked_to(
+    tmp_path: Path, settings: Settings, script: Callable[..., Script], kind: str
+) -> None:
+    made = script({"f16": 4.0, "q8_0": 2.0, "q5_0": 1.0, "q4_0": 0.5})
+    path = write_model(tmp_path / "m.gguf", types=(kind,), output="q8_0")
+    tune(path, "abc", settings, ROOM, quiet)
+    assert all(set(types) == {kind, "q5_0", "q8_0"} for types in made.compared[-1].values())
+    outcome = tune(path, "abc", settings, ROOM, quiet, fast=True)
+    assert {new for name, _, _, new in outcome.changes if name == "ffn_down"} == {"q4_0"}
+
+
+@pytest.mark.parametrize("gain", [0.0, MIN_GAIN - 0.001])
+def test_what_hardly_pays_is_not_worth_a_file(
+    published: Path, settings: Settings, script: Callable[..., Script], gain: float
+) -> None:
+    cost = 1 - gain
+    script({"q8_0": cost, "q4_1": cost})
+    outcome = tune(published, "abc", settings, ROOM, quiet)
+    assert outcome.tuned is None
+    assert all(old == new for _, _, old, new in outcome.changes)
+    assert "nothing is 3% faster here than the published file, which is used as it is" in outcome.table()
+    path = tuned_path(settings.state_dir, published)
+    assert path.stat().st_size < 2000  # it tells only that nothing is to be found here
+    found, reason = find_tuned(published, settings)
+    assert found
+    assert (reason, found.path, found.settings, found.encoding) == ("", published, settings, "published")
+
+
+def test_settings_alone_may_pay(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    """They pay in the long context of the samples alone."""
+    script({}, factor=lambda used: 0.9 if used.micro_batch == 128 else 1.0, whole=1.0)
+    outcome = tune(published, "abc", settings, ROOM, quiet)
+    assert outcome.tuned
+    found, _ = find_tuned(published, settings)
+    assert found
+    assert (found.path, found.settings) == (published, replace(settings, micro_batch=128))
+    assert found.encoding == "published"
+
+
+def test_what_a_sample_promises_must_hold_for_the_whole(
+    published: Path, settings: Settings, script: Callable[..., Script]
+) -> None:
+    """The samples are faster in the new types, the whole file is not."""
+    made = script(FASTER)
+    real = made.__call__
+
+    def compare(variants: Any, *rest: Any) -> dict[Any, Timing]:
+        found = real(variants, *rest)
+        return {**found, "tuned": found["published"]} if "tuned" in found else found
+
+    encoding.compare = compare  # type: ignore[assignment]  # the fixture restores it
+    outcome = tune(published, "abc", settings, ROOM, quiet)
+    assert outcome.tuned is None
+    found, _ = find_tuned(published, settings)
+    assert found
+    assert (found.path, found.settings) == (published, settings)
+
+
+def test_the_best_that_fits_into_memory_is_chosen(
+    published: Path, settings: Settings, script: Callable[..., Script]
+) -> None:
+    script(FASTER)
+    tuner = lambda room: tune(published, "abc", settings, room, quiet)  # noqa: E731
+    changed = lambda outcome: {(kind, old, new) for kind, _, old, new in outcome.changes if old != new}  # noqa: E731
+    best = tuner(ROOM)
+    smaller = tuner(best.memory_bytes[1] - MB // 10)
+    assert smaller.tuned
+    assert smaller.memory_bytes[1] <= best.memory_bytes[1] - MB // 10
+    assert changed(best) - changed(smaller) == {("output", "q6_K", "q8_0")}
+    assert changed(tuner(smaller.memory_bytes[0])) == set()
+    with pytest.raises(TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"):
+        tuner(smaller.memory_bytes[0] - MB)
+
+
+def test_more_threads_are_tried_unless_the_user_chose(
+    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "cpus", lambda: 4)
+    script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
+    assert tune(published, "abc", settings, ROOM, quiet).settings[1].threads == 2
+    free = replace(settings, fixed_threads=False)
+    assert tune(published, "abc", free, ROOM, quiet).settings[1].threads == 4
+    found, _ = find_tuned(published, free)
+    assert found
+    assert found.settings.threads == 4
+    assert find_tuned(published, settings) == (None, "made for threads 4, here it is 2")
+
+
+def test_q4_0_is_tried_only_if_asked_for(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    script({**FASTER, "q4_0": 0.5})
+    assert not any(new == "q4_0" for *_, new in tune(published, "abc", settings, ROOM, quiet).changes)
+    outcome = tune(published, "abc", settings, ROOM, quiet, fast=True)
+    assert {new for kind, _, _, new in outcome.changes if kind == "ffn_down"} == {"q4_0"}
+    told = "the model does not say quite the same any more"
+    assert told in outcome.table()
+    found, _ = find_tuned(published, settings)
+    assert found
+    assert found.encoding == "fast: Q5_0 to Q4_0, Q6_K (output) to Q8_0, Q4_K to Q4_0, Q6_K to Q4_0"
+    script({**FASTER, "q4_0": 9.0})
+    slower = tune(published, "abc", settings, ROOM, quiet, fast=True)
+    assert slower.tuned
+    assert told not in slower.table()
+
+
+def test_the_table() -> None:
+    before, after = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}), Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
+    settings = Settings(threads=2)
+    outcome = Outcome(
+        before,
+        after,
+        [("ffn_up", 24, "q5_0", "q8_0")],
+        (settings, replace(settings, micro_batch=128)),
+        (469 * MB, 574 * MB),
+        (850 * MB, 956 * MB),
+        Agreement(0.00123, 0.984, 256),
+        False,
+    )
+    assert outcome.table().splitlines()[1:] == [
+        "",
+        "tensors                            published        here",
+        "ffn_up (24)                             Q5_0        Q8_0",
+        "",
+        "                                   published        here",
+        "reading a prompt, tokens/s               250        1000  4.00 x",
+        "a decode of 1 token, ms                 30.0        20.0  1.50 x",
+        "a decode of 4 tokens, ms                50.0        25.0  2.00 x",
+        "a decode of 16 tokens, ms              100.0        50.0  2.00 x",
+        "1000 tokens read, 128 written, s        6.52        2.58  2.53 x",
+        "size of the file, MB                     469         574",
+        "memory (estimate), MB                    850         956",
+        "micro-batch                              256         128",
+        "flash attention                          off         off",
+        "threads                                    2           2",
+        "",
+        "agreement with the published file on 256 tokens of code: mean KLD 0.0012, same likeliest token 98.4%",
+    ]
+
+
+# ------------------------------------------------------------------------------------ what must not happen
+
+
+def test_a_dry_run_changes_nothing(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    script(FASTER)
+    outcome = tune(published, "abc", settings, ROOM, quiet, dry_run=True)
+    assert outcome.tuned
+    assert left_behind(settings) == []
+
+
+def test_the_figures_are_told_before_the_file_is_used(
+    published: Path, settings: Settings, script: Callable[..., Script]
+) -> None:
+    script(FASTER)
+    told = []
+
+    def accept(outcome: Outcome) -> None:
+        told.append(outcome.agreement)
+        assert find_tuned(published, settings) == (None, "")
+
+    tune(published, "abc", settings, ROOM, quiet, accept=accept)
+    assert told == [Agreement(0.001, 0.99, 256)]
+
+
+@pytest.mark.parametrize("compared", [0, 3])  # for the samples; for the tuned file
+def test_too_little_disk_is_told_with_the_figures(
+    published: Path,
+    settings: Settings,
+    script: Callable[..., Script],
+    monkeypatch: pytest.MonkeyPatch,
+    compared: int,
+) -> None:
+    made = script(FASTER)
+    free = lambda _path: SimpleNamespace(free=3 * MB if len(made.compared) == compared else 1 << 40)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with pytest.raises(TuneError, match=r"expected \d+ MB of free disk in .*tuned, got 3 MB"):
+        tune(published, "abc", settings, ROOM, quiet)
+    assert len(made.compared) == compared
+    assert left_behind(settings) == []
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(
+    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = script(FASTER)
+    tune(published, "abc", settings, ROOM, quiet)
+    real, before = os.posix_fallocate, tuned_path(settings.state_dir, published).read_bytes()
+
+    def fallocate(file: int, offset: int, length: int) -> None:
+        if len(made.compared) == 7:  # the samples have been compared
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.raises(OSError, match="No space left on device"):
+        tune(published, "abc", settings, ROOM, quiet)
+    assert left_behind(settings) == ["m.gguf"]
+    assert tuned_path(settings.state_dir, published).read_bytes() == before
+
+
+def test_what_a_killed_run_left_is_removed(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    script(FASTER)
+    left = settings.state_dir / "tuned/.work-abc"
+    left.mkdir(parents=True)
+    (left / "tuned").write_bytes(b"half")
+    assert find_tuned(published, settings) == (None, "")
+    tune(published, "abc", settings, ROOM, quiet)
+    assert left_behind(settings) == ["m.gguf"]
+
+
+def test_only_one_process_tunes(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+    script(FASTER)
+    (settings.state_dir / "tuned").mkdir(parents=True)
+    with (settings.state_dir / "tuned/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TuneError, match="another process is tuning a model; expected to be the only one"):
+            tune(published, "abc", settings, ROOM, quiet)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing")
+    with pytest.raises(ModelError, match="not a readable GGUF file"):
+        tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet)
+    assert left_behind(settings) == []
+
+
+# ----------------------------------------------------------------------------------------- what is used
+
+PASSPORT = {
+    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(), "cpu_name": "Z80",
+    "cpus": len(os.sched_getaffinity(0)), "threads": 2, "micro_batch": 128, "flash_attention": False,
+    "types": {"Q5_0": "Q8_0"}, "fast": False, "format": 1,
+}  # fmt: skip
+NO_PASSPORT = "expected the passport of this version in the file's header, found another one or none"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"library": "0.0.1"}, f"made for library 0.0.1, here it is {llama_cpp.__version__}"),
+        ({"cpu": "z80"}, f"made for a CPU with other features (Z80), this one is {encoding.cpu_name()}"),
+        ({"cpus": 99}, f"made for cpus 99, here it is {len(os.sched_getaffinity(0))}"),
+        ({"threads": 3}, "made for threads 3, here it is 2"),
+        ({"format": 2}, NO_PASSPORT),
+        ({"new": 1}, NO_PASSPORT),
+    ],
+)
+def test_a_tuned_file_is_used_only_where_it_was_made(
+    tmp_path: Path, settings: Settings, change: dict[str, Any], reason: str
+) -> None:
+    path = tuned_path(settings.state_dir, tmp_path / "m.gguf")
+    write_empty(path, {"cerebrum.passport": json.dumps(PASSPORT | change)})
+    found, why = find_tuned(tmp_path / "m.gguf", settings)
+    assert (found is None, why) == (bool(reason), reason)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(100), bytes(20_000), b"x" * 60])
+def test_a_damaged_tuned_file_is_not_used(tmp_path: Path, settings: Settings, content: bytes) -> None:
+    path = tuned_path(settings.state_dir, tmp_path / "m.gguf")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert find_tuned(tmp_path / "m.gguf", settings) == (None, NO_PASSPORT)
+
+
+def test_an_unreadable_tuned_file_is_not_used(tmp_path: Path, settings: Settings) -> None:
+    tuned_path(settings.state_dir, tmp_path / "m.gguf").mkdir(parents=True)
+    assert find_tuned(tmp_path / "m.gguf", settings) == (None, "the file cannot be read (Is a directory)")
+
+
+def test_the_cpu_is_told_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags_of(text: str) -> str:
+        encoding.cpu_flags.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda _path: text)
+        return encoding.cpu_flags()
+
+    one = flags_of("processor : 0\nmodel name : A\nflags : avx2 fma\n\nprocessor : 1\nflags : avx2 fma\n")
+    assert one == flags_of("model name : B\nflags : fma avx2\n")
+    assert one != flags_of("model name : A\nflags : avx2 fma amx_int8\n")
+    assert flags_of("Features : fp asimd\n") != flags_of("Features : fp asimd sve\n")
+    encoding.cpu_flags.cache_clear()
+
+
+# --------------------------------------------------------------------------------------- the real thing
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def command(home: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "vpsd.py"), *arguments]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"], "HOME": str(home), "CEREBRUM_MODELS_DIR": str(MODEL.parent),
+        "CEREBRUM_STATE_DIR": str(home / "state"), "PYTHONDONTWRITEBYTECODE": "1", **more,
+    }  # fmt: skip
+
+
+def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(home, *arguments), env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_the_command_tells_what_is_wrong(home: Path) -> None:
+    unknown = vpsd(home, "tune", "nope")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr == "vpsd tune: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'nope'\n"
+    missing = vpsd(home, "tune", "codellama_7b")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith(f"vpsd tune: expected the file {MODEL.parent}/codellama-7b.Q4_K_M.gguf; ")
+    nothing = vpsd(home, "tune", "qwen_0_5b", "--remove")
+    assert (nothing.returncode, nothing.stdout) == (0, "qwen_0_5b: no tuned file, nothing to remove\n")
+
+
+def test_a_model_that_cannot_be_tuned_is_fetched_all_the_same(tmp_path: Path) -> None:
+    """Here the reserve is larger than any machine's memory."""
+    fetched = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")
+    assert (fetched.returncode, fetched.stdout) == (0, f"{MODEL}\n")
+    assert "vpsd fetch: qwen_0_5b was not tuned: expected " in fetched.stderr
+    assert left_behind(Settings(state_dir=tmp_path / "state")) == []
+
+
+def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loads = iter([80.0] * backend.QUIET_SECONDS)
+    monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
+    given = {"CEREBRUM_MODELS_DIR": str(MODEL.parent), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+    config = backend.load_config(given, tmp_path)
+    with pytest.raises(TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"):
+        backend.tune_model(config.models[-1], config)
+    assert list(loads) == []
+
+
+@pytest.mark.slow
+def test_a_real_model_is_tuned_and_says_the_same(home: Path) -> None:
+    plain = vpsd(home, "fetch", "--no-tune", "qwen_0_5b")
+    assert (plain.returncode, plain.stdout) == (0, f"{MODEL}\n")
+    assert "tune" not in plain.stderr
+    dry = vpsd(home, "tune", "qwen_0_5b", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert find_tuned(MODEL, Settings(state_dir=home / "state")) == (None, "")
+    tuned = vpsd(home, "fetch", "qwen_0_5b")
+    assert (tuned.returncode, tuned.stdout) == (0, f"{MODEL}\n")
+    assert "qwen_0_5b: measuring" not in vpsd(home, "fetch", "qwen_0_5b").stderr  # it has been done
+    settings = Settings(state_dir=home / "state")
+    found, reason = find_tuned(MODEL, settings)
+    assert found, reason
+    assert "reading a prompt, tokens/s" in dry.stdout
+    assert "reading a prompt, tokens/s" in tuned.stderr
+    if found.path == MODEL:
+        return  # on this CPU nothing is faster
+    start_library()
+    divergence, same = [], 0
+    for model_text in texts():
+        both = []
+        for path, used in ((MODEL, settings), (found.path, found.settings)):
+            with encoding.opened(path, used) as model:
+                both.append(list(log_probabilities(model, model_text)))
+        for expected, got in zip(*both, strict=True):
+            divergence.append(float((np.exp(expected) * (expected - got)).sum()))
+            same += int(expected.argmax() == got.argmax())
+    assert len(divergence) > 5000
+    assert sum(divergence) / len(divergence) <= 0.003
+    assert same / len(divergence) >= 0.975
+
+
+def texts() -> Iterator[str]:
+    for name in ("argparse", "ast", "bdb", "calendar", "difflib", "dis"):
+        yield Path(os.__file__).with_name(f"{name}.py").read_text()[3000:8000]
+
+
+def log_probabilities(model: Llama, text: str) -> Iterator[Any]:
+    saved, encoding.AGREEMENT_TOKENS = encoding.AGREEMENT_TOKENS, 1024
+    real, encoding.some_code = encoding.some_code, lambda: text  # type: ignore[assignment]
+    try:
+        yield from encoding.log_probabilities(model)
+    finally:
+        encoding.AGREEMENT_TOKENS, encoding.some_code = saved, real
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["sample-1", "tuned"])
+def test_kill_leaves_the_published_file_in_use(tmp_path: Path, moment: str) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "tune", "qwen_0_5b"), env=environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: bool(list(tmp_path.glob("state/tuned/.work-*/tuned"))), "the tuned file is being written")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert find_tuned(MODEL, Settings(state_dir=tmp_path / "state")) == (None, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="expected root, to mount a small disk")
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", state], check=True)
+    try:
+        refused = vpsd(tmp_path, "tune", "qwen_0_5b")
+        assert refused.returncode == 1
+        assert "MB of free disk in " in refused.stderr
+        assert refused.stderr.rstrip().endswith("got 300 MB")
+        assert [path.name for path in (state / "tuned").iterdir()] == [".lock"]
+    finally:
+        subprocess.run(["umount", state], check=True)
