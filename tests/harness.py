@@ -313,6 +313,14 @@ def daemon(
     assert started.process.returncode == 0, started.stdout() + started.stderr()
 
 
+def link_tuned(folder: Path, tuned: Path) -> None:
+    """Let the vpsd of this folder use a tuned file of another state."""
+    place = folder / "state/tuned" / tuned.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        place.symlink_to(tuned)
+
+
 def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """A daemon that refuses to start. See `settings`."""
     environment = settings(folder, None, **more)

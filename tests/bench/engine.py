@@ -2,14 +2,22 @@
 
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,rewrite,…] [--quick]
 
-Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
-llama-server's. Without --llama-server the parts that need it are left out. The last column is the target.
+vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` tells which. llama-server uses the
+published file. `published` is vpsd with the published file, and `llama_server_tuned` is llama-server with the tuned
+one, so that nobody mistakes what comes from the encoding for what comes from the engine. --published leaves the tuned
+file out.
 
-    one       tokens/s of one stream; `plain` is vpsd without drafts            >= 1.0
+Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
+llama-server's, `ratio_published` that of vpsd with the published file, and so on. Without --llama-server the parts that
+need it are left out. The last column is the target, for the 0.5B and the 1.5B on a CPU with VNNI or AMX.
+
+    one       tokens/s of one stream; `plain` is vpsd without drafts            >= 1.4, >= 1.3
     long      the same after a prompt of 1,500 tokens
-    two       tokens/s of two streams at once, added up                         >= 1.25 (0.5B), >= 1.0 (1.5B)
+    two       tokens/s of two streams at once, added up                         >= 1.6, >= 1.3
+    new       ms to the first token of a prompt of 1,000 tokens that was never seen    <= 0.4, <= 0.9
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against llama-server's
-              default (>= 2.2) and the fastest of its n-gram modes, which need no draft model (>= 1.0)
+              default (>= 2.2), the fastest of its n-gram modes, which need no draft model (>= 1.0), and vpsd with the
+              published file (>= 1.25)
     ttft      ms to the first token of a prompt that was just answered, and of the same with one line more   <= 1.0
     cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was read     <= 100
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
@@ -31,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +59,7 @@ from servers import (
 )
 
 import cerebrum_engine as engine  # servers has set the path to it
+from cerebrum_encoding import cpu_name, find_tuned, tuned_path
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
@@ -72,41 +82,64 @@ class Bench:
         self.tokens = 24 if options.quick else 128
         self.share = 8 if options.quick else 1  # divides the lengths of prompts
         self.numbers = iter(range(10_000))
+        settings = engine.Settings()
+        if options.threads:
+            settings = replace(settings, threads=options.threads, fixed_threads=True)
+        found, reason = find_tuned(FILES[options.model], settings) if not options.published else (None, "")
+        options.threads = found.settings.threads if found else settings.threads
+        self.encoding = found.encoding if found else f"published {reason}".strip()
+        self.tuned = tuned_path(settings.state_dir, FILES[options.model]) if found else None
+        self.has_weights = found is not None and found.path == self.tuned
         self._servers: dict[tuple[str, ...], Server] = {}
 
-    def ours(self, name: str = "vpsd", **more: str) -> Server:
+    def ours(self, name: str = "vpsd", tuned: bool = True, **more: str) -> Server:
         key = ("vpsd", name)
         if key not in self._servers:
-            server = vpsd(self.folder, name, self.options.model, self.options.threads, **more)
+            file = self.tuned if tuned else None
+            server = vpsd(self.folder, name, self.options.model, self.options.threads, file, **more)
             self._servers[key] = self.stack.enter_context(server)
         return self._servers[key]
 
-    def theirs(self, *options: str) -> Server | None:
+    def theirs(self, *options: str, file: Path | None = None) -> Server | None:
         if not self.options.llama_server:
             return None
-        if options not in self._servers:
-            file, more = FILES[self.options.model], {SPIN: os.environ[SPIN]} if self.options.spin else {}
+        file, more = file or FILES[self.options.model], {SPIN: os.environ[SPIN]} if self.options.spin else {}
+        key = (str(file), *options)
+        if key not in self._servers:
             server = llama_server(self.folder, self.options.llama_server, file, self.options.threads, *options, **more)
-            self._servers[options] = self.stack.enter_context(server)
-        return self._servers[options]
+            self._servers[key] = self.stack.enter_context(server)
+        return self._servers[key]
 
-    def sides(self, plain: bool = False) -> dict[str, Server]:
-        """The servers to compare: vpsd, vpsd without drafts if `plain`, and llama-server if its path was given."""
+    def sides(self, plain: bool = False, encodings: bool = False) -> dict[str, Server]:
+        """The servers to compare: vpsd; vpsd without drafts if `plain`; llama-server if its path was given; with
+        `encodings` also vpsd with the published file, and llama-server with the tuned one."""
         theirs, sides = self.theirs(), {"vpsd": self.ours()}
         sides |= {"plain": self.plain()} if plain else {}
-        return sides | ({"llama_server": theirs} if theirs else {})
+        sides |= {"llama_server": theirs} if theirs else {}
+        if encodings and self.tuned:
+            sides["published"] = self.published()
+            if self.has_weights and (same := self.theirs(file=self.tuned)):
+                sides["llama_server_tuned"] = same
+        return sides
 
     def plain(self) -> Server:
         return self.ours("plain", CEREBRUM_DRAFT="0")
 
+    def published(self) -> Server:
+        return self.ours("published", tuned=False)
+
     def compare(
-        self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False
+        self,
+        measure: Callable[[Server, int], float],
+        scale: float = 1.0,
+        plain: bool = False,
+        encodings: bool = False,
     ) -> dict[str, Any]:
         """The medians of `measure(server, number) * scale` for all sides, after a round that warms up.
 
         The order of the sides is reversed in every other round.
         """
-        sides = self.sides(plain)
+        sides = self.sides(plain, encodings)
         values: dict[str, list[float]] = {name: [] for name in sides}
         for count in range(-1, self.rounds):
             number = next(self.numbers)
@@ -131,7 +164,7 @@ def one(bench: Bench, before: int = 0) -> dict[str, Any]:
         drafted += result.done.get("draft_tokens", 0)
         return result.rate
 
-    return bench.compare(measure, plain=True) | {"draft_tokens": drafted}
+    return bench.compare(measure, plain=True, encodings=True) | {"draft_tokens": drafted}
 
 
 def long(bench: Bench) -> dict[str, Any]:
@@ -146,7 +179,7 @@ def two(bench: Bench) -> dict[str, Any]:
         end = max(result.marks[-1][0] for result in results)
         return sum(result.tokens for result in results) / (end - begin)
 
-    return bench.compare(measure, plain=True)
+    return bench.compare(measure, plain=True, encodings=True)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
@@ -170,7 +203,7 @@ def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
 
 def rewrite_files(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    sides = bench.sides()
+    sides = bench.sides() | ({"published": bench.published()} if bench.tuned else {})
     if bench.options.llama_server:
         best, found["ngram_modes"] = best_ngram_mode(bench)
         found["best_mode"] = " ".join(best)
@@ -189,7 +222,7 @@ def rewrite_files(bench: Bench) -> dict[str, Any]:
                     accepted += result.done["accepted_tokens"]
     found |= {name: round(median(list_), 1) for name, list_ in rates.items()}
     for turn in ("first", "again"):
-        for side, word in (("llama_server", "default"), ("ngram", "ngram")):
+        for side, word in (("llama_server", "default"), ("ngram", "ngram"), ("published", "published")):
             if f"{side}_{turn}" in rates:
                 pairs = zip(rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"], strict=True)
                 found[f"ratio_{word}_{turn}"] = round(median([a / b for a, b in pairs]), 3)
@@ -212,6 +245,13 @@ def ttft(bench: Bench) -> dict[str, Any]:
         return first_token
 
     return {kind: bench.compare(measure(kind), 1000) for kind in ("repeated", "extended")} | {"computed": known}
+
+
+def new(bench: Bench) -> dict[str, Any]:
+    def first_token(server: Server, number: int) -> float:
+        return server.complete(words(5000 + number, 1000 // bench.share), 1).ttft
+
+    return bench.compare(first_token, 1000, encodings=True)
 
 
 def cancel(bench: Bench) -> dict[str, Any]:
@@ -258,7 +298,7 @@ def pause(bench: Bench) -> dict[str, Any]:
 
 def restart(bench: Bench) -> dict[str, Any]:
     prompts = [words(next(bench.numbers), 2000 // bench.share) for _ in range(1 if bench.options.quick else 5)]
-    start = lambda: vpsd(bench.folder, "restart", bench.options.model, bench.options.threads)  # noqa: E731
+    start = lambda: vpsd(bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned)  # noqa: E731
     with start() as server:
         computed = [server.complete(prompt, 4).ttft for prompt in prompts]
     with start() as server:
@@ -294,7 +334,7 @@ class Loop:
 
     def __init__(self, model: str, threads: int) -> None:
         engine.start_library()
-        config = engine.Settings(threads, 4096, "f16", 0, False, 1, Path("/nonexistent"))
+        config = engine.Settings(threads=threads, sequences=1, draft=False)
         self.llama = engine.Llama(FILES[model], config, lambda _: True)
 
     def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
@@ -339,6 +379,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "long": long,
     "two": two,
     "rewrite": rewrite_files,
+    "new": new,
     "ttft": ttft,
     "cancel": cancel,
     "pause": pause,
@@ -361,20 +402,18 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--published", action="store_true", help="without the tuned file")
     parser.add_argument("--spin", action="store_true", help="llama-server's threads spin as briefly as vpsd's")
     parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
     options = parser.parse_args()
-    if not options.threads:
-        from cerebrum_engine import usable_cores
-
-        options.threads = usable_cores()
     if not FILES[options.model].exists():
         print(f"engine: skipped, {FILES[options.model]} is missing")
         return
-    found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "threads": options.threads}
+    found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
     if not options.llama_server:
         found["llama_server"] = "skipped: --llama-server was not given"
     with bench_of(options) as bench:
+        found |= {"threads": options.threads, "encoding": bench.encoding}
         for name in options.only.split(","):
             found[name] = PARTS[name](bench)
     print(json.dumps(found))

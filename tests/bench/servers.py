@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import FILES as FILES
-from harness import KEY, MODELS, daemon, wait_until
+from harness import KEY, MODELS, daemon, link_tuned, wait_until
 
 SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
 
@@ -126,8 +126,11 @@ def inherited() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def vpsd(folder: Path, name: str, model: str, threads: int, **more: str) -> Iterator[Server]:
-    """vpsd with the model loaded. Its state is below `folder / name`: two of one name share it."""
+def vpsd(folder: Path, name: str, model: str, threads: int, tuned: Path | None = None, **more: str) -> Iterator[Server]:
+    """vpsd with the model loaded, from its tuned file if that is given. Its state is below `folder / name`: two of one
+    name share it."""
+    if tuned:
+        link_tuned(folder / name, tuned)
     settings = {
         "CEREBRUM_MODELS_DIR": str(MODELS),
         "CEREBRUM_THREADS": str(threads),
@@ -226,7 +229,7 @@ def prose(number: int) -> Question:
 
 def words(number: int, count: int) -> str:
     """Text of about `count` tokens in which nothing repeats, a different one for each number."""
-    values = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(count // 4))
+    values = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(round(count / 4.74)))
     return f"# {number}: " + " ".join(f"{value:x}" for value in values)
 
 
