@@ -1020,7 +1020,7 @@ def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
         one.wait_for_event("token")
         two.wait_for_event("token")
         marks: list[float] = []
-        arrivals = (time.perf_counter() for _ in itertools.islice(two.events(), 30))
+        arrivals = (time.perf_counter() for _ in itertools.islice(two.events(), 12))
         reader = threading.Thread(target=marks.extend, args=(arrivals,))
         reader.start()
         delays = []
@@ -1029,7 +1029,7 @@ def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
             assert vps.ask("GET", "/health", key=None)[0] == 200
             delays.append(time.perf_counter() - begin)
     pauses = [b - a for a, b in itertools.pairwise(marks)]
-    assert len(pauses) == 29
+    assert len(pauses) == 11
     assert statistics.median(delays) < statistics.mean(pauses) / 2
 
 
