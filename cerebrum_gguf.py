@@ -90,38 +90,38 @@ def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
     return as_q8_0(scales[..., None], IQ4_VALUES[split_nibbles(blocks[:, 8:].reshape(count, 8, 16))])
 
 
-def k_scales(blocks: Bytes) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-    """Scale and minimum of each of a super-block's 8 blocks, as Q4_K and Q5_K have them: two fp16 and 12 bytes with 8
-    times 2 numbers of 6 bits (`get_scale_min_k4` in ggml-quants.c). Shapes: (n, 8)."""
+def k_scales(blocks: Bytes) -> Bytes:
+    """Scale and minimum of each of a super-block's 8 blocks, as Q4_1 and Q5_1 have them: (n, 8, 4) bytes of two fp16.
+
+    Q4_K and Q5_K have two fp16, and 8 times 2 numbers of 6 bits in 12 bytes (`get_scale_min_k4` in ggml-quants.c).
+    """
     first, middle, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = np.concatenate((first & 63, last & 15 | first >> 6 << 4), axis=-1)
     least = np.concatenate((middle & 63, last >> 4 | middle >> 6 << 4), axis=-1)
-    return (
-        finite(scales_of(blocks).astype(np.float32) * scale),
-        finite(scales_of(blocks, 2).astype(np.float32) * -least.astype(np.float32)),
-    )
+    scales = finite(scales_of(blocks).astype(np.float32) * scale)
+    minima = finite(scales_of(blocks, 2).astype(np.float32) * -least.astype(np.float32))
+    return np.stack((scales, minima), axis=-1).view(np.uint8)
+
+
+def k_nibbles(packed: Bytes) -> Bytes:
+    """A super-block's 4-bit numbers as Q4_1 and Q5_1 pack them, (n, 8, 16) bytes.
+
+    Of the g-th 32 bytes, byte l has weight l of block 2g in its low half, and of block 2g + 1 in its high half.
+    """
+    pairs = packed.reshape(-1, 4, 32)
+    return join_nibbles(np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32))
 
 
 def q4_k_to_q4_1(blocks: Bytes) -> Bytes:
     """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q."""
-    scale, least = k_scales(blocks)
-    pairs = blocks[:, 16:].reshape(-1, 4, 32)  # byte l of pair g: weight l of block 2g, and of block 2g + 1
-    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
-    return np.concatenate(
-        (scale[..., None].view(np.uint8), least[..., None].view(np.uint8), join_nibbles(values)), axis=-1
-    )
+    return np.concatenate((k_scales(blocks), k_nibbles(blocks[:, 16:])), axis=-1)
 
 
 def q5_k_to_q5_1(blocks: Bytes) -> Bytes:
     """Exact but for rounding, like Q4_K. Bit b of byte l of the fifth bits belongs to weight l of block b."""
-    scale, least = k_scales(blocks)
-    pairs = blocks[:, 48:].reshape(-1, 4, 32)
-    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
     fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     high = np.packbits(fifth, axis=-1, bitorder="little")
-    return np.concatenate(
-        (scale[..., None].view(np.uint8), least[..., None].view(np.uint8), high, join_nibbles(values)), axis=-1
-    )
+    return np.concatenate((k_scales(blocks), high, k_nibbles(blocks[:, 48:])), axis=-1)
 
 
 def scales_of(blocks: Bytes, offset: int = 0) -> npt.NDArray[np.float16]:
