@@ -1206,7 +1206,9 @@ class Worker(threading.Thread):
             self.load_progress = done
             return not self.stopping
 
-        stopping = lambda: self.stopping  # noqa: E731
+        def stopping() -> bool:
+            return self.stopping
+
         if tuned := self.tuned:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, stopping)
@@ -1603,14 +1605,14 @@ class Worker(threading.Thread):
 # --------------------------------------------------------------------------------- IO: files of a worker
 
 
-def file_digest(path: Path, stopping: Callable[[], bool] = lambda: False) -> str:
-    """The file's sha256; ModelError when `stopping()` becomes true meanwhile."""
-    digest = hashlib.sha256()
+def file_digest(path: Path, tick: Callable[[int], None]) -> str:
+    """The file's sha256. `tick` gets the number of bytes read, again and again; what it raises ends the reading."""
+    digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(4 * MB):
             digest.update(data)
-            if stopping():
-                raise ModelError("cancelled")
+            done += len(data)
+            tick(done)
     return digest.hexdigest()
 
 
@@ -1622,7 +1624,12 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
     stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_mtime_ns}.{sha256[:16]}"
     if stamp.exists():
         return
-    if (got := file_digest(path, stopping)) != sha256:
+
+    def tick(_done: int) -> None:
+        if stopping():
+            raise ModelError("cancelled")
+
+    if (got := file_digest(path, tick)) != sha256:
         raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,6 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import http.client
 import importlib.util
 import logging
@@ -44,7 +43,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ == "__main__":
     if missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
@@ -357,14 +356,11 @@ def fetch(model: Model, folder: Path) -> Path:
 
 
 def digest_with_bar(path: Path, label: str) -> str:
-    digest, done, bar = hashlib.sha256(), 0, Bar(f"{label} {path.name}", path.stat().st_size)
-    with path.open("rb") as file:
-        while data := file.read(4 * MB):
-            digest.update(data)
-            done += len(data)
-            bar.show(done)
-    bar.show(done, last=True)
-    return digest.hexdigest()
+    size = path.stat().st_size
+    bar = Bar(f"{label} {path.name}", size)
+    digest = file_digest(path, bar.show)
+    bar.show(size, last=True)
+    return digest
 
 
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
@@ -461,7 +457,7 @@ def fetch_command(options: argparse.Namespace, config: Config) -> int:
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
         try:
-            print(tune_model(model, config).table(), file=sys.stderr)
+            tune_model(model, config, sys.stderr)
         except (TuneError, ModelError, OSError) as error:
             again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
             print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
@@ -481,7 +477,7 @@ def tune_command(options: argparse.Namespace, config: Config) -> int:
             found = remove_tuned(config.models_dir / model.file, config.engine)
             print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
             return 0
-        outcome = tune_model(model, config, fast=options.fast, dry_run=options.dry_run, table=True)
+        outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
     except (FetchError, TuneError, ModelError, OSError) as error:
         print(f"vpsd tune: {reason_of(error)}", file=sys.stderr)
         return 1
@@ -496,9 +492,9 @@ def reason_of(error: Exception) -> str:
     return str(error)
 
 
-def tune_model(model: Model, config: Config, fast: bool = False, dry_run: bool = False, table: bool = False) -> Outcome:
-    """Tune a model that is here, with a progress bar; the table is printed before the tuned file is put in place.
-    TuneError if the machine is too busy to measure anything."""
+def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = False, dry_run: bool = False) -> Outcome:
+    """Tune a model that is here, with a progress bar. The table is printed to `output` before the tuned file is put in
+    place. TuneError if the machine is too busy to measure anything."""
     path = config.models_dir / model.file
     if not path.is_file():
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
@@ -522,13 +518,13 @@ def tune_model(model: Model, config: Config, fast: bool = False, dry_run: bool =
     room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
     return tune(
         path,
-        model.sha256 or file_digest(path),
+        model.sha256 or digest_with_bar(path, "checking"),
         config.engine,
         room,
         report,
         fast=fast,
         dry_run=dry_run,
-        accept=lambda outcome: print(outcome.table(), flush=True) if table else None,
+        accept=lambda outcome: print(outcome.table(), file=output, flush=True),
     )
 
 
@@ -762,20 +758,21 @@ class Engine:
         tuned, reason = await asyncio.to_thread(find_tuned, path, settings, model.sha256)
         if tuned:
             try:
-                need = sum((await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)).values()) / MB
-                if need > (most := self._most_free_mb()):
+                parts = await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)
+                if (need := sum(parts.values()) / MB) > (most := self._most_free_mb()):
                     tuned, reason = None, f"it needs {need:.0f} MB, and {most:.0f} MB can be freed beside the reserve"
             except HttpError as error:  # its header is damaged
                 tuned, reason = None, error.message
         if reason:
             log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
-        used = (tuned.path, tuned.settings) if tuned else (path, settings)
-        estimate = await self._make_room(model, *used)
+        if not tuned:
+            parts = await asyncio.to_thread(self._estimate, model, path, settings)
+        await self._make_room(model, parts)
         worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned)
         worker.start()  # before anything waits for its end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
         ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
-        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.time())
+        instance = self.instances[model.id] = Instance(model, worker, sum(parts.values()), ready, last_used=time.time())
         instance.gone = asyncio.create_task(self._reap(instance))
 
     async def _reap(self, instance: Instance) -> None:
@@ -797,10 +794,9 @@ class Engine:
             pass
         check_headroom(self.headroom(), self.config, cpu=False)
 
-    async def _make_room(self, model: Model, path: Path, settings: Settings) -> int:
-        """Unload idle models until `model` fits beside the reserve, loaded from this file; HttpError 503 with the
-        figures if it cannot. Returns the bytes that it will need."""
-        parts = await asyncio.to_thread(self._estimate, model, path, settings)
+    async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:
+        """Unload idle models until `model`, which needs these bytes, fits beside the reserve; HttpError 503 with the
+        figures if it cannot."""
         need = sum(parts.values()) / MB
         while need > (free := self._free_mb()):
             if not await self._free_one():
@@ -810,7 +806,6 @@ class Engine:
                     f"model {model.id} needs {need:.0f} MB ({figures}); "
                     f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB",
                 )
-        return sum(parts.values())
 
     def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:

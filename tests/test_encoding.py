@@ -21,7 +21,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from harness import FILES, ROOT, wait_until
+from harness import FILES, ROOT, command_of, wait_until
+from harness import settings as daemon_settings
 
 import cerebrum_encoding as encoding
 import vpsd as backend
@@ -596,21 +597,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-def command(home: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "vpsd.py"), *arguments]
-
-
 def environment(home: Path, **more: str) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"], "HOME": str(home), "CEREBRUM_MODELS_DIR": str(MODEL.parent),
-        "CEREBRUM_STATE_DIR": str(home / "state"), "PYTHONDONTWRITEBYTECODE": "1", **more,
-    }  # fmt: skip
+    return daemon_settings(home, CEREBRUM_MODELS_DIR=str(MODEL.parent), **more)
 
 
 def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(home, *arguments), env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=600
-    )
+    command = [*command_of("vpsd"), *arguments]
+    return subprocess.run(command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_tells_what_is_wrong(home: Path) -> None:
@@ -638,7 +631,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     given = {"CEREBRUM_MODELS_DIR": str(MODEL.parent), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
     config = backend.load_config(given, tmp_path)
     with pytest.raises(TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"):
-        backend.tune_model(config.models[-1], config)
+        backend.tune_model(config.models[-1], config, sys.stdout)
     assert list(loads) == []
 
 
@@ -693,7 +686,7 @@ def log_probabilities(model: Llama, text: str) -> Iterator[Any]:
 @pytest.mark.parametrize("moment", ["sample-1", "tuned"])
 def test_kill_leaves_the_published_file_in_use(tmp_path: Path, moment: str) -> None:
     process = subprocess.Popen(
-        command(tmp_path, "tune", "qwen_0_5b"), env=environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL
+        [*command_of("vpsd"), "tune", "qwen_0_5b"], env=environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL
     )
     try:
         wait_until(lambda: bool(list(tmp_path.glob("state/tuned/.work-*/tuned"))), "the tuned file is being written")
