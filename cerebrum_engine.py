@@ -59,8 +59,8 @@ import llama_cpp.llama_cpp as _llama
 import numpy as np
 import psutil
 
-from cerebrum_code import Ending, StopStrings, wants_extras
 from cerebrum_common import HttpError, log, request_id_var
+from cerebrum_ending import Ending, StopStrings, wants_extras
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 MB = 1 << 20

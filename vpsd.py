@@ -58,7 +58,6 @@ if __name__ == "__main__":
 
 import psutil
 
-from cerebrum_code import LANGUAGES
 from cerebrum_common import (
     SSE_COMMENT,
     Access,
@@ -106,6 +105,7 @@ from cerebrum_engine import (
     usable_cores,
 )
 from cerebrum_gguf import read_shape
+from cerebrum_languages import LANGUAGES
 
 HERE = Path(__file__).resolve().parent
 # For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import random
 import textwrap
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum_code import Ending, StopStrings, wants_extras
+import cerebrum_ending
+from cerebrum_ending import Ending, StopStrings, wants_extras
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -915,6 +917,10 @@ NO_REPEAT = [
 ]
 
 
+def test_the_examples_of_the_module_are_true() -> None:
+    assert doctest.testmod(cerebrum_ending) == (0, 3)
+
+
 def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
     """(everything that is sent, why it ends)."""
     out = ""
@@ -998,7 +1004,7 @@ def test_one_line_without_end() -> None:
     assert len(text) < 200
 
 
-@pytest.mark.parametrize("language", ["python", "ruby", "", None])
+@pytest.mark.parametrize("language", ["python", "cobol", "", None])
 def test_off(language: str | None) -> None:
     text = "    pass\n\n\n\nprint(1)\n```\n" + "x\n" * 20
     assert run(Ending("complete", language, "def f():\n", "", "none", indent=4), list(text)) == (text, None)
@@ -1018,7 +1024,7 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize("language", ["ruby", "", None])
+@pytest.mark.parametrize("language", ["cobol", "", None])
 @pytest.mark.parametrize("case", UNKNOWN, ids=title)
 def test_an_unknown_language(case: tuple[str, str, str, tuple[str, str | None]], language: str | None) -> None:
     _, prompt, text, expected = case

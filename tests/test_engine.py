@@ -22,8 +22,8 @@ from harness import FILES, PATIENCE, wait_until
 
 import cerebrum_engine as engine
 import vpsd
-from cerebrum_code import Ending
 from cerebrum_common import HttpError
+from cerebrum_ending import Ending
 from cerebrum_engine import (
     KV_MAGIC,
     MAX_CHUNK,

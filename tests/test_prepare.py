@@ -179,7 +179,7 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_code) == (0, 6)
+    assert doctest.testmod(cerebrum_code) == (0, 4)
 
 
 # --------------------------------------------------------------------------------------------- fitting

@@ -1,0 +1,677 @@
+"""The languages: what preparing a prompt and ending a completion need to know of each one's syntax, and which of them a
+text is in if its client does not say so.
+
+    >>> from cerebrum_languages import LANGUAGES, guess_language
+    >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
+    ('#', ('.go',))
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
+    'python'
+
+A language is one entry of `LANGUAGES`; nothing else names it. The patterns search whole files of strangers. Repetitions
+are bounded, or cannot match the same characters as their neighbours, so a line costs a few hundred steps and its
+length, whatever it holds. Pure; standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+# ------------------------------------------------------------------------------------------------------------ languages
+
+
+NOTHING = re.compile(r"(?!)")
+ANYTHING = re.compile(r"")
+AT_LEAST_A_CLASS = re.compile(r"\b(?:class|impl|trait)\b|\(")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Keywords that open and close blocks. A pattern, searched in the code of the statement before the word, says where
+    the word is such a keyword and not a name, a method or a modifier."""
+
+    opens: Mapping[str, re.Pattern[str]]
+    closes: Mapping[str, re.Pattern[str]]
+    not_before: str = ""  # characters right behind the word that make it a part of a name
+    loops: frozenset[str] = frozenset()  # words whose block may begin with a `do` on the same line
+    any_case: bool = False
+    wide: frozenset[str] = frozenset()  # opening words whose pattern is about the whole statement
+    resumed: frozenset[str] = frozenset()  # behind a closing word: it did not close the block (END IF)
+    no_block: frozenset[str] = frozenset()  # behind an opening word: it opened no block (BEGIN TRANSACTION)
+
+    def closing(self, word: str) -> bool:
+        """Whether a word at the start of a line closes a block."""
+        return (word.lower() if self.any_case else word) in self.closes
+
+    def may_close(self, text: str) -> bool:
+        """Whether a line that begins so may close a block."""
+        return any(close.startswith(text.lower() if self.any_case else text) for close in self.closes)
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What preparing a prompt and ending a completion need to know of a language's syntax.
+
+    `blocks` says what makes the blocks: "braces"; "indent", indentation; "words", keywords and braces; "statements",
+    those and semicolons; "tags", elements; "brackets", braces and square brackets, of which the innermost is completed;
+    "lines", blank lines.
+    """
+
+    line_comment: str  # "" if there is none
+    block_comment: tuple[str, str] | None
+    strings: tuple[tuple[str, str], ...]  # (opening, closing)
+    multiline: frozenset[str]  # openings of strings that may contain a line end
+    blocks: str
+    imports: re.Pattern[str] = NOTHING  # matches at a line that imports
+    defines: re.Pattern[str] = NOTHING  # matches at a line that defines a name: its last group that took part
+    containers: re.Pattern[str] = NOTHING  # matches the header of a block whose members are completed one at a time
+    definition: re.Pattern[str] = AT_LEAST_A_CLASS  # matches the header of a block that is a completion by itself
+    function: str = ""  # the keyword of a function that may be called above its definition
+    raw: frozenset[str] = frozenset()  # openings of strings without escapes
+    ambiguous: str = ""  # openings that may be an operator: / of a regex or a division, ' of a char or a lifetime
+    directives: bool = False  # a line that starts with # belongs to the preprocessor
+    other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
+    no_comment: str = ""  # begins like a comment and is none
+    comment_after: str = ""  # characters that may precede a comment in its line, "" for any
+    tight_quotes: bool = False  # a quote right behind a word opens a string, one behind a backslash does not
+    doubled: frozenset[str] = frozenset()  # openings of strings in which two quotes are one
+    holes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by opening: what begins code in a string
+    heredoc: re.Pattern[str] | None = None  # behind << in code: group 2 names the line that ends the text below
+    dollars: bool = False  # $name$ opens a string that ends with the same
+    words: Words | None = None
+    brackets: str = "([{"  # those that are closed again
+    plain_scalars: bool = False  # quotes and brackets count only where a value begins (YAML)
+    line_ends: bool = False  # a line's end is a statement's, without semicolons
+    nested_comments: bool = False  # a block comment may contain another
+    alternative: bool = False  # a colon behind `if (...)` opens a block that `endif;` closes (PHP)
+    commands: bool = False  # its lines begin with verbs as instructions do
+    loose: bool = False  # calls need no parentheses, so a name and a space may precede a regex (Ruby)
+    inside: str = ""  # beside indented lines, lines that begin so belong to a definition
+    closing: str = r"\}"  # a line that begins so ends one
+    close: str = "}"  # ends a block of which only the header is sent
+    sections: tuple[str, ...] = ()  # "lines": how a line starts that begins something else, in upper case
+    endings: tuple[str, ...] = ()  # of files' names, in lower case
+    filenames: tuple[str, ...] = ()  # whole names of files, in lower case
+    names: tuple[str, ...] = ()  # beside its own: in fences, modelines and the line that names an interpreter
+
+    @property
+    def indented(self) -> bool:
+        return self.blocks == "indent"
+
+    @property
+    def comment_starts(self) -> tuple[str, ...]:
+        """What a line of comment may begin with, for `str.startswith`."""
+        return tuple(filter(None, [self.line_comment, *(opening for opening, _ in self.other_comments[:1])]))
+
+    def remark(self, text: str) -> str:
+        """A text as a comment of one line."""
+        opening, closing = self.block_comment or ("//", "")
+        return f"{self.line_comment} {text}" if self.line_comment else f"{opening} {text} {closing}".rstrip()
+
+
+_C_STRINGS = (('"', '"'), ("'", "'"))
+_IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
+_CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
+_C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
+_C_DEFINES = (
+    r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
+    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
+    r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
+    rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
+    r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
+    r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
+    rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
+    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+    rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+    r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
+)
+_JS_DEFINES = (
+    r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
+    r"(?:function\b[ \t]*(?:\*[ \t]*)?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t]+)([\w$]+)"
+    r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
+    r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
+    r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
+    rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
+)
+_RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
+_JS = Language(
+    "//",
+    ("/*", "*/"),
+    (*_C_STRINGS, ("`", "`")),
+    frozenset("`"),
+    "braces",
+    re.compile(
+        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()",
+        re.M,
+    ),
+    re.compile(_JS_DEFINES, re.M),
+    re.compile(
+        r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
+        r"|^\s*(?:describe|context|suite)\s*\(",
+        re.M,
+    ),
+    function="function",
+    ambiguous="/",
+    holes={"`": ("${",)},
+)
+_C = Language(
+    "//",
+    ("/*", "*/"),
+    _C_STRINGS,
+    frozenset(),
+    "braces",
+    re.compile(
+        r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
+    ),
+    re.compile(_C_DEFINES, re.M),
+    re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
+    directives=True,
+)
+LANGUAGES: dict[str, Language] = {
+    "python": Language(
+        "#",
+        None,
+        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        frozenset({'"""', "'''"}),
+        "indent",
+        re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
+        re.compile(
+            r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)"
+            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))",
+            re.M,
+        ),
+        re.compile(r"class\b"),
+        function="def",
+        endings=(".py", ".pyi", ".pyw"),
+        names=("py", "python3"),
+    ),
+    "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"), names=("js", "jsx", "node")),
+    "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"), names=("ts", "tsx", "deno", "bun")),
+    "rust": Language(
+        "//",
+        ("/*", "*/"),
+        (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
+        frozenset(('r##"', 'r#"', 'r"', '"')),
+        "braces",
+        re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
+        re.compile(
+            rf"^[ \t]{{0,200}}{_RUST_VISIBLE}"
+            r"(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{0,20}\")?)[ \t]+){0,4}"
+            r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
+            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))",
+            re.M,
+        ),
+        re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
+        function="fn",
+        nested_comments=True,
+        raw=frozenset(('r##"', 'r#"', 'r"')),
+        ambiguous="'",
+        endings=(".rs",),
+        names=("rs",),
+    ),
+    "c": replace(_C, endings=(".c", ".h")),
+    "cpp": replace(
+        _C,
+        strings=(('R"', '"'), *_C_STRINGS),
+        multiline=frozenset(('R"',)),
+        raw=frozenset(('R"',)),
+        endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+        names=("c++", "cc"),
+    ),
+    "go": Language(
+        "//",
+        ("/*", "*/"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("`"),
+        "braces",
+        re.compile(r"^(?:import\b|package[ \t])", re.M),
+        re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
+        NOTHING,  # Go's methods stand on their own
+        function="func",
+        raw=frozenset("`"),
+        endings=(".go",),
+        names=("golang",),
+    ),
+}
+
+# Languages that are read like C: comments, braces, definitions that one regex finds.
+_TOKENS = r"(?:[\w.@<>\[\],?&:]{1,80}[ \t]+){1,8}"  # modifiers and a type
+_NO_STATEMENT = (
+    r"(?!(?:await|case|catch|delete|do|else|for|foreach|goto|if|import|in|lock|new|package|return|switch|throw|try"
+    r"|using|while|yield)\b)"
+)
+_METHOD = (
+    rf"[ \t]{{0,200}}{_NO_STATEMENT}{_TOKENS}(\w{{1,80}})(?:<[^<>\n]{{0,80}}>)?[ \t]*\([^;\n]{{0,300}}(?:\{{|=>|\r?$)"
+)
+_CONSTANT = rf"[ \t]{{0,200}}{_NO_STATEMENT}{_TOKENS}([A-Z][A-Z0-9_]{{1,80}})[ \t]*="
+
+
+def _types(keywords: str) -> re.Pattern[str]:
+    """Matches the header of a block that begins with modifiers and one of these keywords."""
+    return re.compile(rf"^\s*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b", re.M)
+
+
+def _also(keywords: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{keywords})\b|\(")
+
+
+_JAVA_TYPES = "class|interface|enum|record"
+_CSHARP_TYPES = "class|interface|enum|record|struct|namespace"
+_KOTLIN_TYPES = "class|interface|object"
+_KOTLIN_MODIFIERS = (
+    r"(?:(?:public|private|internal|protected|open|abstract|override|inline|suspend|data|sealed|enum|annotation|operator"
+    r"|infix|tailrec|external|inner|companion|value|const|lateinit|actual|expect|final|@\w{1,40})[ \t]+){0,6}"
+)
+_SWIFT_TYPES = "class|struct|enum|extension|protocol|actor"
+_SWIFT_MODIFIERS = (
+    r"(?:(?:public|private|fileprivate|internal|open|package|static|final|override|mutating|nonmutating|lazy|weak|indirect"
+    r"|required|convenience|nonisolated|isolated|@\w{1,40}(?:\([^()\n]{0,80}\))?)[ \t]+){0,6}"
+)
+_PHP_TYPES = "class|interface|trait|enum|namespace"
+_PHP_MODIFIERS = r"(?:(?:abstract|final|readonly|public|protected|private|static)[ \t]+){0,5}"
+
+_LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "==", "===", "===="))
+
+# Keywords are such at the start of a statement, or where Ruby's expressions begin. A quote stands for a literal.
+_RUBY_START = re.compile(r"(?:(?m:^)|[=(\[{,|&!<>;+]|[?:]\s|(?<!\w)(?:then|do|else|and|or|not|in|begin))\s*$")
+_RUBY_WORD = re.compile(r"(?<![.:\w@$])$")
+_SHELL_START = re.compile(
+    r"(?:(?m:^)|[;&|!]|(?<!=)\(|(?<!\$)\{|(?<![\w-])(?:then|do|else|elif|if|while|until|time))\s*$"
+)
+_SHELL_END = re.compile(r"(?:(?m:^)|[;&|(){}])\s*$")
+_HEREDOC = re.compile(r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1")
+
+LANGUAGES |= {
+    "java": Language(
+        "//",
+        ("/*", "*/"),
+        (('"""', '"""'), *_C_STRINGS),
+        frozenset({'"""'}),
+        "braces",
+        re.compile(r"^(?:import|package)[ \t]", re.M),
+        re.compile(
+            rf"^(?:[ \t]{{0,200}}(?:[\w@]{{1,40}}(?:\([^()\n]{{0,80}}\))?[ \t]+){{0,6}}(?:{_JAVA_TYPES})[ \t]+(\w+)"
+            rf"|{_METHOD}|{_CONSTANT})",
+            re.M,
+        ),
+        _types(_JAVA_TYPES),
+        _also(_JAVA_TYPES),
+        endings=(".java",),
+    ),
+    "csharp": Language(
+        "//",
+        ("/*", "*/"),
+        (('"""', '"""'), ('$@"', '"'), ('@$"', '"'), ('@"', '"'), ('$"', '"'), *_C_STRINGS),
+        frozenset({'"""', '$@"', '@$"', '@"'}),
+        "braces",
+        re.compile(r"^(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|^namespace[ \t][\w. \t]{1,200};", re.M),
+        re.compile(
+            rf"^(?:[ \t]{{0,200}}(?:\w{{1,40}}[ \t]+){{0,6}}(?:{_CSHARP_TYPES}|delegate[ \t]+\w+)[ \t]+([\w.]+)"
+            rf"|{_METHOD}|{_CONSTANT}|[ \t]{{1,200}}{_TOKENS}(\w{{1,80}})[ \t]*(?:\{{[ \t]*(?:get|set|init)\b|=>))",
+            re.M,
+        ),
+        _types(_CSHARP_TYPES),
+        _also(_CSHARP_TYPES),
+        raw=frozenset({'"""', '$@"', '@$"', '@"'}),
+        doubled=frozenset({'$@"', '@$"', '@"'}),
+        directives=True,
+        holes={'$"': ("{",), '$@"': ("{",), '@$"': ("{",)},
+        endings=(".cs", ".csx"),
+        names=("c#", "cs"),
+    ),
+    "kotlin": Language(
+        "//",
+        ("/*", "*/"),
+        (('"""', '"""'), *_C_STRINGS),
+        frozenset({'"""'}),
+        "braces",
+        re.compile(r"^(?:import|package)[ \t]", re.M),
+        re.compile(
+            rf"^(?:[ \t]{{0,200}}{_KOTLIN_MODIFIERS}(?:(?:{_KOTLIN_TYPES}|typealias)[ \t]+(\w+)"
+            r"|fun[ \t]+(?:<[^<>\n]{0,80}>[ \t]+)?(?:[\w<>?*]{1,60}\.){0,3}(\w+)[ \t]*\()"
+            rf"|{_KOTLIN_MODIFIERS}va[lr][ \t]+(\w+))",
+            re.M,
+        ),
+        _types(_KOTLIN_TYPES),
+        _also(_KOTLIN_TYPES),
+        function="fun",
+        raw=frozenset({'"""'}),
+        holes={'"': ("${",), '"""': ("${",)},
+        line_ends=True,
+        nested_comments=True,
+        endings=(".kt", ".kts"),
+        names=("kt",),
+    ),
+    "swift": Language(
+        "//",
+        ("/*", "*/"),
+        (('##"""', '"""##'), ('#"""', '"""#'), ('"""', '"""'), ('##"', '"##'), ('#"', '"#'), ('"', '"')),
+        frozenset({'##"""', '#"""', '"""'}),
+        "braces",
+        re.compile(r"^(?:@testable[ \t]+)?import[ \t]", re.M),
+        re.compile(
+            rf"^(?:[ \t]{{0,200}}{_SWIFT_MODIFIERS}(?:(?:{_SWIFT_TYPES}|typealias)[ \t]+(?!func\b|var\b|let\b)([\w.]+)"
+            r"|(?:class[ \t]+)?func[ \t]+(\w+)|(init)[?!]?[ \t]*[(<])"
+            rf"|{_SWIFT_MODIFIERS}(?:let|var)[ \t]+(\w+))",
+            re.M,
+        ),
+        _types(_SWIFT_TYPES),
+        _also(_SWIFT_TYPES),
+        function="func",
+        raw=frozenset({'##"""', '#"""', '##"', '#"'}),
+        holes={'"': ("\\(",), '"""': ("\\(",), '#"': ("\\#(",), '#"""': ("\\#(",)},
+        line_ends=True,
+        nested_comments=True,
+        endings=(".swift",),
+    ),
+    "php": Language(
+        "//",
+        ("/*", "*/"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("\"'`"),
+        "braces",
+        re.compile(r"^(?:<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b)", re.M),
+        re.compile(
+            rf"^[ \t]{{0,200}}{_PHP_MODIFIERS}(?:(?:class|interface|trait|enum|function)[ \t]+&?(\w+)"
+            r"|const[ \t]+(?:\w+[ \t]+)?(\w+)[ \t]*=)",
+            re.M,
+        ),
+        _types(_PHP_TYPES),
+        _also(_PHP_TYPES),
+        function="function",
+        other_comments=(("#", "\n"), ("?>", "<?")),  # what is outside of <?php and ?> is no code
+        no_comment="#[",
+        holes={'"': ("{$",), "`": ("{$",)},
+        heredoc=re.compile(r"<[ \t]*(['\"]?)([A-Za-z_]\w{0,80})\1"),
+        alternative=True,
+        endings=(".php", ".phtml"),
+    ),
+    "css": Language(
+        "",
+        ("/*", "*/"),
+        _C_STRINGS,
+        frozenset(),
+        "braces",
+        re.compile(r"^@(?:import|charset|use|forward|namespace)\b", re.M),
+        re.compile(
+            r"^[ \t]{0,200}(?:[.#]([\w-]{1,80})[^\n{};]{0,200}\{|@mixin[ \t]+([\w-]+)"
+            r"|(--[\w-]{1,80}|\$[\w-]{1,80})[ \t]*:)",
+            re.M,
+        ),
+        re.compile(r"^\s*@(?:media|supports|layer|container|scope)\b"),
+        ANYTHING,
+        tight_quotes=True,
+        endings=(".css", ".scss", ".less"),
+        names=("scss", "less"),
+    ),
+    "json": Language(
+        "//",  # JSON has none, but its relatives do
+        ("/*", "*/"),
+        _C_STRINGS,
+        frozenset(),
+        "brackets",
+        definition=ANYTHING,
+        endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
+        names=("jsonc", "json5"),
+    ),
+    "ruby": Language(
+        "#",
+        ("=begin", "=end"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("\"'`"),
+        "words",
+        re.compile(r"^(?:require|require_relative|load|include|using)\b", re.M),
+        re.compile(
+            r"^(?:[ \t]{0,200}(?:(?:private|public|protected|module_function)[ \t]+)?def[ \t]+(?:\w+\.)?(\w+[?!=]?)"
+            r"|[ \t]{0,200}(?:class|module)[ \t]+(?:\w+::){0,4}(\w+)|[ \t]{0,200}([A-Z]\w*)[ \t]*=(?![=~]))",
+            re.M,
+        ),
+        re.compile(r"(?:^|\s)(?:class|module)$|^\s*(?:\w+\.)?(?:describe|context|feature|namespace)\b"),
+        re.compile(r"\b(?:def|class|module)$"),
+        function="def",
+        ambiguous="/",
+        holes={'"': ("#{",), "`": ("#{",)},
+        heredoc=re.compile(r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1"),
+        words=Words(
+            opens=dict.fromkeys(("def", "class", "module", "begin", "case", "do"), _RUBY_WORD)
+            | dict.fromkeys(("if", "unless", "while", "until", "for"), _RUBY_START),
+            closes={"end": _RUBY_WORD},
+            not_before=":?",
+            loops=frozenset({"while", "until", "for"}),
+        ),
+        inside=r"|(?:rescue|ensure|else|elsif|when|in)\b",
+        closing=r"end\b",
+        close="end",
+        loose=True,
+        endings=(".rb", ".rake", ".gemspec", ".ru"),
+        filenames=("rakefile", "gemfile"),
+        names=("rb",),
+    ),
+    "lua": Language(
+        "--",
+        ("--[[", "]]"),
+        (*_LUA_LEVELS, *_C_STRINGS),
+        frozenset(opening for opening, _ in _LUA_LEVELS),
+        "words",
+        re.compile(r"^(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b", re.M),
+        re.compile(
+            r"^(?:[ \t]{0,200}(?:local[ \t]+)?function[ \t]+(?:\w{1,80}[.:]){0,4}(\w+)"
+            r"|(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b|local[ \t]+(\w+)[ \t]*=(?!=))",
+            re.M,
+        ),
+        definition=re.compile(r"\bfunction$"),
+        function="function",
+        raw=frozenset(opening for opening, _ in _LUA_LEVELS),
+        other_comments=tuple((f"--{opening}", closing) for opening, closing in _LUA_LEVELS[1:]),
+        tight_quotes=True,
+        words=Words(
+            opens=dict.fromkeys(("function", "if", "do", "repeat"), ANYTHING),
+            closes=dict.fromkeys(("end", "until"), ANYTHING),
+        ),
+        inside=r"|(?:else|elseif)\b",
+        closing=r"(?:end|until)\b",
+        close="end",
+        endings=(".lua",),
+    ),
+    "shell": Language(
+        "#",
+        None,
+        (("$'", "'"), *_C_STRINGS),
+        frozenset({"$'", '"', "'"}),
+        "words",
+        re.compile(r"^(?:source|\.|set)[ \t]+[^\s]", re.M),
+        re.compile(
+            r"^[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\)"
+            r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=)",
+            re.M,
+        ),
+        definition=re.compile(r"\(\s*\)\s*$|^\s*function\b"),
+        raw=frozenset("'"),
+        comment_after=" \t;&|()",
+        tight_quotes=True,
+        holes={'"': ("$(", "${")},
+        heredoc=_HEREDOC,
+        words=Words(
+            opens=dict.fromkeys(("if", "case", "do"), _SHELL_START),
+            closes=dict.fromkeys(("fi", "esac", "done"), _SHELL_END),
+            not_before="=-./:+,%@",
+        ),
+        inside=r"|(?:else|elif|then|do)\b",
+        commands=True,
+        endings=(".sh", ".bash", ".zsh", ".ksh"),
+        filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
+        names=("bash", "sh", "zsh", "ksh", "dash"),
+    ),
+    "sql": Language(
+        "--",
+        ("/*", "*/"),
+        (*_C_STRINGS, ("`", "`")),
+        frozenset("\"'`"),
+        "statements",
+        re.compile(r"^(?:use|set|\\connect|\\i|attach)\b", re.M | re.I),
+        re.compile(
+            r"^[ \t]{0,200}create[ \t]+(?:or[ \t]+replace[ \t]+)?"
+            r"(?:(?:temp|temporary|unique|materialized|unlogged)[ \t]+){0,2}"
+            r"(?:table|view|function|procedure|trigger|index|type|schema|sequence|database)[ \t]+"
+            r"(?:if[ \t]+not[ \t]+exists[ \t]+)?"
+            r"(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+)",
+            re.M | re.I,
+        ),
+        raw=frozenset("\"'`"),
+        tight_quotes=True,
+        dollars=True,
+        words=Words(
+            opens={"begin": re.compile(r"(?<![.\w])$"), "case": re.compile(r"(?i)(?<!\bend )(?<![.\w])$")}
+            | dict.fromkeys(
+                ("is", "as"),  # the declarations of a procedure
+                re.compile(r"(?is)\A\s*create\b.*?\b(?:procedure|function|package|trigger)\b"),
+            ),
+            closes={"end": re.compile(r"(?<![.\w])$")},
+            any_case=True,
+            wide=frozenset({"is", "as"}),
+            resumed=frozenset({"if", "loop", "while", "repeat", "for"}),
+            no_block=frozenset(
+                {"transaction", "tran", "work", "isolation", "read", "deferred", "immediate", "exclusive", "concurrent"}
+            ),
+        ),
+        closing=r"(?i:end)\b|\);",
+        close="",
+        nested_comments=True,
+        commands=True,
+        endings=(".sql",),
+        names=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
+    ),
+    "html": Language(
+        "",
+        ("<!--", "-->"),
+        _C_STRINGS,
+        frozenset("\"'"),
+        "tags",
+        containers=ANYTHING,
+        definition=ANYTHING,
+        raw=frozenset("\"'"),
+        tight_quotes=True,
+        closing=r"</",
+        close="",
+        endings=(".html", ".htm", ".xhtml"),
+        names=("htm", "xhtml"),
+    ),
+    "yaml": Language(
+        "#",
+        None,
+        _C_STRINGS,
+        frozenset("\"'"),
+        "indent",
+        defines=re.compile(r"^([\w.-]{1,80}):(?:[ \t]|\r?$)", re.M),
+        containers=ANYTHING,
+        raw=frozenset("'"),
+        comment_after=" \t",
+        brackets="[{",
+        plain_scalars=True,
+        commands=True,
+        close="",
+        endings=(".yaml", ".yml"),
+        names=("yml",),
+    ),
+    "toml": Language(
+        "#",
+        None,
+        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        frozenset({'"""', "'''"}),
+        "lines",
+        defines=re.compile(r"^\[{1,2}([^\]\n]{1,120})\]", re.M),
+        raw=frozenset({"'''", "'"}),
+        sections=("[",),
+        brackets="[{",
+        close="",
+        endings=(".toml",),
+        filenames=("pipfile",),
+    ),
+    "markdown": Language(
+        "",
+        ("<!--", "-->"),
+        (),
+        frozenset(),
+        "lines",
+        defines=re.compile(r"^#{1,6}[ \t]+([^\r\n]{1,200})\r?$", re.M),
+        sections=("#",),
+        brackets="",
+        close="",
+        endings=(".md", ".markdown", ".mdx"),
+        names=("md",),
+    ),
+    "dockerfile": Language(
+        "#",
+        None,
+        _C_STRINGS,
+        frozenset(),
+        "lines",
+        re.compile(r"^(?:FROM|ARG)[ \t]", re.M | re.I),
+        re.compile(r"^(?:FROM[ \t]+\S{1,200}[ \t]+AS[ \t]+([\w.-]+)|(?:ARG|ENV)[ \t]+(\w+))", re.M | re.I),
+        comment_after="\n",
+        brackets="",
+        tight_quotes=True,
+        heredoc=_HEREDOC,
+        sections=("FROM ",),
+        close="",
+        commands=True,
+        endings=(".dockerfile",),
+        filenames=("dockerfile", "containerfile"),
+        names=("docker",),
+    ),
+}
+# What may come beside code that is asked about, so that its language says nothing of the code's own.
+BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
+# For a language that we do not know, unless its text looks like one of these. A copy: it is told apart by its identity.
+GENERIC = replace(_C)
+
+HEADER_CHARS = 400  # of a text, where a plugin says what it is
+BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
+BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
+BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
+# The interpreter's name without its version: /usr/bin/python3.11 -u, or what /usr/bin/env -S starts.
+SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)")
+# What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
+MODELINE = re.compile(
+    r"^(?:#|//|--|/\*|<!--)[ \t]*(?:(?:language|filetype)[:=][ \t]*([\w+#]+)"
+    r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
+    re.I | re.M,
+)
+OPENED = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*)[^\n`]*$", re.M)
+
+
+def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
+    """The language of a text whose client names none, or "": by the file's name, by what the text's beginning says, by
+    the fence that is open at its end, or by the names of other files that come with it.
+
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1", ["a.rs", "b.rs"])
+    ('python', 'rust')
+    """
+    if name := language_of_file(filename):
+        return name
+    if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower(), "")):
+        return name
+    for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
+        if name := BY_NAME.get((match[1] or "").lower(), "") or language_of_file(match[2] or match[3] or ""):
+            return name
+    fences = OPENED.findall(text)
+    if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
+        return name
+    counts = Counter(name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE)
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def language_of_file(filename: str) -> str:
+    """The language of a file by its name, whatever folder it is in; "" if the name does not tell.
+
+    >>> language_of_file("/home/me/a.PY"), language_of_file("Dockerfile.dev"), language_of_file("notes")
+    ('python', 'dockerfile', '')
+    """
+    name = re.split(r"[/\\]", filename)[-1].lower()
+    first, dot, _ = name.partition(".")
+    ending = name[name.rfind(".") :] if dot else ""
+    if found := BY_FILENAME.get(name) or BY_ENDING.get(ending):
+        return found
+    return "dockerfile" if dot and BY_FILENAME.get(first) == "dockerfile" else ""

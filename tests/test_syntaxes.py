@@ -1,0 +1,1266 @@
+"""Where completions end in languages beside the first seven, and what of a long file in them is sent. `test_real_files`
+cuts real files of each language at random places."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import MODELS
+from pygments.lexers import get_lexer_by_name
+from pygments.token import Comment, Error, String
+from test_ending import cases, check, title
+
+from cerebrum_code import detect_mode, prepare
+from cerebrum_ending import Ending, embedded
+from cerebrum_languages import LANGUAGES, language_of_file
+
+# As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
+# the suffix after ‖.
+CASES = r'''
+=== java block: a method of a class
+/**
+ * A class of the bank's.
+ */
+public class Account {
+    public int balance() {
+«        return this.balance; // "}" is no brace
+    }
+»
+    public void close() {
+    }
+=== java block: a text block
+class A {
+    String f() {
+«        return """
+            }
+            "quoted" }
+            """;
+    }
+»
+    int g() {}
+=== java block: an escaped end of a text block
+class A {
+    String f() {
+«        return """
+            a \"""  }
+            """;
+    }
+»
+    int g() {}
+=== java block: a record is completed member by member
+record Point(int x, int y) {
+    double length() {
+«        return Math.sqrt(x * x + y * y);
+    }
+»
+    int z() { return 0; }
+=== java block: a character that is a quote
+class A {
+    boolean f(char c) {
+«        return c == '"' || c == '\'' || c == '}';
+    }
+»
+    int g() {}
+=== java block: try and catch
+class A {
+    void f() {
+        try {
+«            g();
+        } catch (Exception e) {
+            h();
+        }
+    }
+»
+    void g() {}
+=== java block: an infill
+class A {
+    int twice(int x) {
+        return «2 * x;»
+    }
+}‖
+    }
+}
+=== csharp block: a method, with a namespace and attributes around it
+namespace Shop
+{
+    [Serializable]
+    public class Bill
+    {
+        public decimal Total()
+        {
+«            return lines.Sum(line => line.Net);
+        }
+»
+        public void Pay() { }
+=== csharp block: a verbatim string, doubled quotes, an interpolated one
+class A {
+    string F() {
+«        var a = @"C:\""} \";
+        var b = $"{a}: {(a.Length > 3 ? "}" : "{")}";
+        var c = $@"{b} "" }
+";
+        return a + b + c;
+    }
+»
+    int G() => 3;
+=== csharp block: a raw string in more quotes
+class A {
+    string F() {
+«        return """"
+            """ }
+            """";
+    }
+»
+    int G() => 3;
+=== csharp block: a raw string
+class A {
+    string F() {
+«        return """
+            { "a": 1 }}
+            """;
+    }
+»
+    int G() => 3;
+=== csharp block: a region is no comment of Python's
+class A {
+    #region it's here
+    int F() {
+«        return 1;
+    }
+»    #endregion
+=== kotlin block: a function of a class with a constructor
+class Account(val owner: String) : Base() {
+    fun balance(): Int {
+«        return lines.sumOf { it.net }
+    }
+»
+    fun close() {}
+=== kotlin block: quotes in a template
+fun greet(map: Map<String, String>): String {
+«    val name = "${map["name"] ?: "}"}"
+    return """
+        { "a": "${name.uppercase()}" }}
+    """.trimIndent()
+}
+»
+fun main() {}
+=== kotlin block: when
+fun f(x: Int) = when (x) {
+«    1 -> "one"
+    else -> {
+        "many"
+    }
+}
+»
+fun g() {}
+=== kotlin block: a comment in a comment
+fun f() {
+«    /* x /* y */ it's } */
+}
+»
+fun g() {}
+=== swift block: members without semicolons
+struct A: Codable {
+    let id: Int
+«    let name: String
+
+    enum CodingKeys: String, CodingKey {
+        case id
+    }
+}
+»
+func f() {}
+=== kotlin block: a statement that goes on
+fun f() {}
+
+val names = users
+«    .map { it.name }
+    .sorted()
+»
+fun g() {}
+=== swift block: marks around a string
+func f() {
+«    let a = ##"a "# }"##
+    /* x /* y */ " } */
+}
+»
+func g() {}
+=== swift block: a method of an extension
+extension Account {
+    func total() -> Int {
+«        guard let lines = lines else { return 0 }
+        return lines.reduce(0) { $0 + $1.net }
+    }
+»
+    func close() {}
+=== swift block: quotes in an interpolation, raw strings
+func greet(_ name: String?) -> String {
+«    let a = "\(name ?? "nobody }") \("x".count)"
+    let b = #"a "quoted" \n } \#(a) text"#
+    return a + b + """
+        }
+        """
+}
+»
+func main() {}
+=== php block: a method behind a comment and an attribute
+<?php
+/** A bill's lines. */
+#[Entity]
+final class Bill
+{
+    public function total(): int
+    {
+«        # it's the sum
+        return array_sum(array_map(fn($line) => $line->net, $this->lines));
+    }
+»
+    public function pay(): void {}
+=== php block: strings over lines, and text below
+function f($a) {
+«    $b = "{$a['x']} it's } 
+    more }";
+    $c = <<<EOT
+    } don't
+    EOT;
+    return <<<'SQL'
+    }
+    SQL . $c;
+}
+»
+function g() {}
+=== php block: without its opening tag
+function f($x) {
+«    return $x + 1;
+}
+»
+echo f(1);
+=== php block: HTML around it
+<?php function f() {} ?>
+<ul>
+«    <li>It's one</li>
+</ul>
+»<p>More</p>
+=== php block: in a template
+<p>It's here</p>
+<?php
+function f($x) {
+«    return $x;
+}
+»
+=== php block: the other syntax
+<?php
+if ($x):
+«    foreach ($a as $b):
+        // it's ?> <p>it's }</p> <?php
+        echo $b;
+    endforeach;
+endif;
+»
+echo 1;
+=== ruby block: a method of a class
+class Account
+  def balance
+«    return 0 if lines.empty?
+    lines.map { |line| line.net }.sum
+  end
+»
+  def close
+=== ruby block: blocks and modifiers
+def f(xs)
+«  xs.each do |x|
+    puts x unless x.nil?
+    while x > 0 do
+      x -= 1
+    end
+    y = if x then 1 else 2 end
+  end
+  nil
+end
+»
+f([1])
+=== ruby block: strings, symbols and keys that hold keywords
+def f
+«  a = { if: 1, end: 2 }
+  b = "end #{a.map { |k, v| "#{k} end" }.join(" ")} it's"
+  c = :end
+  d = self.class.begin
+  e = 'end'
+  r = /end "/
+  [a, b, c, d, e, r]
+end
+»
+f
+=== ruby block: text below
+def f
+«  sql = <<~SQL
+    end
+    don't "
+  SQL
+  run(sql, <<-A, <<B)
+    end
+    A
+end
+B
+end
+»
+f
+=== ruby block: rescue and ensure
+def f
+  begin
+«    g
+  rescue Error => e
+    h
+  ensure
+    i
+  end
+end
+»
+g
+=== ruby block: a definition in one line
+class A
+  def a = 1
+  def b(x) = x + 1
+
+  def c
+«    3
+  end
+»
+  def d
+=== ruby block: =begin and =end
+=begin
+def f
+=end
+def g
+«  1
+=begin
+end
+=end
+end
+»
+h
+=== ruby block: a script ends at a blank line
+# print the lines
+«File.foreach("a.txt") do |line|
+
+  puts line
+end
+»
+puts "done"
+=== ruby block: describe
+describe Account do
+  it "adds" do
+«    expect(1 + 1).to eq(2)
+  end
+»
+  it "subtracts" do
+=== ruby block: an infill
+def twice(x)
+  «2 * x»
+end
+puts‖
+end
+puts twice(2)
+=== ruby block: modifiers behind literals
+def f(x)
+«  raise ArgumentError, "bad" if x.nil?
+  name = "x" if y
+  out << "x" unless y
+  a ||= 'b' if y
+  return x == 'a' if y
+  foo a: 'b' if y
+  out = `ls` if y
+  x = /a/ if y
+  attr_accessor :if, :end
+  foo :a => :if
+  [:do, :end, :class, :if]
+  y ? "a" : "b" if y
+end
+»
+f 1
+=== ruby block: literals with a percent sign
+def f
+«  a = %w[if a do class end]
+  b = %q{it's {x} }
+  c = %(it's)
+  x.split %r{it's/foo}
+  d = %i[if end].map { |e| e % 3 }
+  foo %w(a end)
+end
+»
+f
+=== ruby block: regexes without parentheses
+def f
+«  case x
+  when /^['"]/ then 1
+  end
+  x.split /'/
+  x.gsub /"/, ''
+  a and /'/ =~ x
+  b = a / c
+  y = ?'
+  z = $'
+end
+»
+f
+=== ruby block: a shift is no text below
+def f
+«  1 << B
+  a<<B
+end
+»
+f
+=== lua block: a function
+local M = {}
+function M.f(a)
+«  if a then
+    for i = 1, 3 do print("end", 'end') end
+  elseif b then
+    repeat a = a - 1 until a == 0
+  end
+  return function() return a end
+end
+»
+return M
+=== lua block: long strings and comments
+function f()
+«  --[[ end
+  it's ]]
+  -- don't end
+  local s = [[
+end "]] .. [==[ ]] end ]==]
+  return s, #s
+end
+»
+f()
+=== lua block: a function as an argument
+describe("f", function()
+  it("works", function()
+«    assert(f(1) == 1)
+  end)
+end)
+»
+describe("g", function()
+=== lua block: levels and lines that go on
+function f()
+«  local s = [===[ end ]==] end ]===]
+  local t = "\z
+    end"
+  local u = "a\
+  end"
+end
+»
+f()
+=== shell block: a function
+greet() {
+«    if [[ -n $1 ]]; then
+        echo "It's ${1:-"}"} $(date "+%F }") fi"
+    fi
+    for name in "$@"; do echo done; done
+}
+»
+greet
+=== shell block: case and its parentheses
+pick() {
+    case $1 in
+«        a | b) echo "esac" ;;
+        'c') echo c ;;
+        *) return 1 ;;
+    esac
+}
+»
+pick a
+=== shell block: text below
+usage() {
+«    cat <<EOF
+Usage: don't }
+EOF
+    cat <<-'END' | sed 's/a/b/'
+	}
+	END
+    echo $((1 << 2)) ${#1} "$#" # it's }
+}
+»
+usage
+=== shell block: escapes, expansions and arithmetic
+f() {
+«    echo "${x:-it's}" \{ \( \) \{ \' \"
+    a=(if then fi)
+    echo $(( (1 + y) << A )) $(( a[(1<<B)] ))
+    echo "$x" done
+    cat <<USAGE
+USAGE: it's }
+USAGE
+}
+»
+f
+=== shell block: a loop
+for f in *.txt; do
+«    mv "$f" "${f%.txt}.md"
+done
+»
+echo done
+=== shell block: a script ends at a blank line
+# count the lines of each file
+«wc -l -- *.txt |
+    sort -n
+»
+echo ready
+=== shell block: words that are no keywords
+backup() {
+«    dd if=/dev/zero of=x bs=1 count=1
+    git log --oneline done-file
+    echo if then fi
+}
+»
+backup
+=== sql block: a statement
+-- the ten customers who bought most
+SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END
+FROM customers -- it's ; here
+ORDER BY total DESC
+LIMIT 10;
+»SELECT 1;
+=== sql block: below a comment, behind another statement
+SELECT 1;
+-- all customers
+«SELECT *
+FROM customers;
+»
+=== sql block: a table
+CREATE TABLE bills (
+«    id integer PRIMARY KEY,
+    note text DEFAULT ';'
+);
+»
+CREATE TABLE more (
+=== sql block: a procedure
+CREATE PROCEDURE f()
+BEGIN
+«    DECLARE x INT;
+    IF x > 1 THEN
+        SET x = CASE x WHEN 2 THEN 1 ELSE 0 END;
+    END IF;
+END;
+»
+SELECT 2;
+=== sql block: dollars
+CREATE FUNCTION f() RETURNS int AS $body$
+«BEGIN
+    RETURN 1; -- it's
+END;
+$body$ LANGUAGE plpgsql;
+»
+SELECT 1;
+=== sql block: a procedure with declarations
+CREATE OR REPLACE PROCEDURE p IS
+«  x NUMBER;
+BEGIN
+  x := 1;
+END p;
+»
+SELECT 1;
+=== sql block: a procedure without a block
+CREATE PROCEDURE p AS
+«SELECT 1;
+»
+SELECT 2;
+=== sql block: quotes and comments of other databases
+SELECT «'it\'s;', E'it\'s;', 'C:\', ';' /* a /* b */ ' */
+FROM a;
+»SELECT 1;
+=== sql block: in an expression
+SELECT a, CASE WHEN x > 1 THEN «'b' ELSE 's' END AS size
+FROM t
+WHERE y = 1;
+»SELECT 2;
+=== sql block: a transaction is no block
+BEGIN;
+UPDATE a SET «b = 1;
+»COMMIT;
+=== html block: the innermost element
+<body>
+  <ul class="it's">
+    <li>One</li>
+«    <li>It's two <br> or <b>more</b></li>
+    <!-- </ul> -->
+  </ul>
+»  <p>Next</p>
+=== html block: an infill before the end of its element
+<ul>
+«  <li>a</li>
+»</ul>
+<p>‖</ul>
+=== html block: an infill of rows
+<table>
+  <tr>
+«    <td>a</td>
+»  </tr>
+  <tr>‖  </tr>
+  <tr>
+    <td>x</td>
+=== html block: what only looks like a script
+<body>
+<!-- <script> goes here -->
+<div data-x='<script>'>
+«<p>it's</p>
+</div>
+»<div>y</div>
+=== html block: a script in capitals
+<SCRIPT>
+function f() {
+«  return "it's }";
+}
+»
+g()
+</SCRIPT>
+=== html block: data in a script
+<script type="application/json">
+{
+  "a": [
+«    1
+  ],
+»  "b": 2
+}
+=== html block: a script inside
+<div>
+«  <script>
+    let a = "</div>";
+    if (a < 3) { b() }
+  </script>
+</div>
+»<p>
+=== html block: within a script
+<p>It's</p>
+<script type="module">
+function f(x) {
+«  return `${x} it's }`;
+}
+»
+f(1);
+=== html block: within a style
+<style>
+p {
+«  color: red;
+}
+»
+b { }
+=== css block: a rule
+p { margin: 0; }
+.menu > li {
+«  color: red; /* } */
+  background: url(https://example.org/a;b.png) "}";
+}
+»
+.menu { }
+=== css block: a rule of a media query
+@media (max-width: 600px) {
+  .menu {
+«    display: none;
+  }
+»
+  .more { }
+=== css block: the first rule
+/* links that were visited */
+«a:visited {
+  color: purple;
+}
+»
+b { }
+=== json block: the innermost object
+{
+  "name": "a",
+  "scripts": {
+«    "test": "echo \"}\"",
+    "build": "make {a,b}"
+  },
+»  "dependencies": {
+=== json block: the innermost array
+{
+  "files": [
+«    "a",
+    "b"
+  ],
+»  "more": 1
+=== json block: an infill of an array
+{
+  "a": [
+«    1,
+    2
+»  ],
+  "z": 2
+}‖  ],
+  "b": 2
+}
+=== json stop: an infill
+{
+  "a": «1,
+  "b": 2»,
+  "c": 3‖,
+  "c": 3
+}
+=== yaml block: the innermost mapping
+services:
+  web:
+    image: nginx
+«    ports:
+      - "80:80"
+    command: echo it's "fine" # don't
+»  db:
+    image: postgres
+=== yaml block: a text in a block
+jobs:
+  test:
+    steps:
+«      - run: |
+          if true; then
+
+          echo "it's
+          fi
+        env: {A: "b: c"}
+      - name: two
+»  more: 1
+=== yaml block: items at their key's own indentation
+steps:
+- name: one
+«  run: a
+- name: two
+  run: b
+»other: 1
+=== yaml block: below a tag and an anchor
+a: !!map &x
+«  b: 1
+  c: it's
+  d: e (f [g
+  h: - 'i
+»f: 1
+=== yaml block: up to the next document
+a:
+«  b: 1
+»---
+c: 1
+=== yaml block: top level ends at a blank line
+version: 3
+«name: test
+on: [push, "pull
+  request"]
+»
+jobs:
+=== toml block: a table
+[package]
+name = "a"
+«version = "0.1"
+text = """
+[x]
+
+it's"""
+list = [
+  "a",
+
+  "b",
+]
+»
+[dependencies]
+=== toml block: up to the next table
+[a]
+«x = 1
+»[b]
+y = 2
+=== markdown block: a paragraph
+# Title
+
+Some text «that goes on,
+and it's done.
+»
+More.
+=== markdown block: code in a fence is one thing
+Do this:
+«
+```sh
+make
+
+make test
+```
+»
+Then that.
+=== markdown block: within a fence that says more
+- Do:
+
+  ```python title="a"
+  def f(n):
+«      return n
+»
+  print(f(1))
+=== markdown block: within a longer fence
+````python
+def f(n):
+«    return """
+```
+"""
+»
+print(f(1))
+=== markdown block: what is announced
+Install «it by this command:
+
+```sh
+make install
+```
+»
+Then start it.
+=== markdown block: within a fence
+Example:
+
+```python
+def f(n):
+«    return n
+»
+print(f(1))
+```
+=== dockerfile block: up to a blank line
+FROM debian:13
+«RUN apt-get update && \
+    # it's a comment
+
+    apt-get install -y curl "a b" && \
+    echo 'don'
+COPY <<EOF /etc/a
+
+it's
+EOF
+»
+CMD ["a"]
+=== dockerfile block: up to the next stage
+FROM golang AS build
+«RUN go build .
+»FROM scratch
+'''  # noqa: W291
+
+
+@pytest.mark.parametrize("case", cases(CASES), ids=title)
+def test_ends(case: str) -> None:
+    head, _, text = case.partition("\n")
+    language, reason = head.replace(":", "").split()[:2]
+    prompt, _, rest = text.partition("«")
+    kept, _, more = rest.partition("»")
+    more, infill, suffix = more.partition("‖")
+    check("infill" if infill else "complete", language, prompt, suffix, kept + more, (kept, reason))
+
+
+# (language, prompt, the gap, the suffix, what a model writes behind the gap if that is not the suffix)
+GAPS: list[tuple[str, str, str, str, str | None]] = [
+    # The suffix begins like something in the middle of a line, or at another indentation.
+    ("python", "def f(x):\n", "    if x:\n        return 1\n    y = 2\n", "    return y\n", None),
+    ("java", "class A {\n    int f(int x) {\n", "        // return the double\n        int y = x * 2;\n",
+     "        return y;\n    }\n}\n", None),
+    ("java", "class A {\n    int f(int x) {\n",
+     "        if (x < 0) {\n            return 0;\n        }\n        int y = 2;\n",
+     "        return y;\n    }\n}\n", None),
+    ("kotlin", "fun f(x: Int): Int {\n", "    if (x < 0) return 0\n    val y = x * 2\n", "    return y\n}\n", None),
+    ("swift", "func f(x: Int?) -> Int {\n", "    guard let x = x else { return 0 }\n    let y = x\n",
+     "    return y\n}\n", None),
+    ("lua", "function f(x)\n", "  if not x then return nil end\n  local y = 2\n", "  return y\nend\n", None),
+    ("shell", "f() {\n", "    if [ -z \"$1\" ]; then\n        return 1\n    fi\n    y=2\n", "    return 0\n}\n", None),
+    ("ruby", "def index\n", "  respond_to do |format|\n    format.html\n", "    format.json { a }\n  end\nend\n", None),
+    ("yaml", "steps:\n", "      - uses: checkout\n      - name: Set up\n", "        uses: setup\n", None),
+    # What follows the block that the gap begins with.
+    ("java", "class A {\n    void f(int x) {\n",
+     "        if (x < 0) {\n            throw new E();\n        }\n        int y = 2;\n",
+     "        print(y);\n    }\n}\n", None),
+    ("ruby", "def f(x)\n", "  unless x\n    a\n  end\n  y = 2\n", "  puts y\nend\n", None),
+    ("shell", "f() {\n", "    if a; then\n        b\n    fi\n    y=2\n", "    echo $y\n}\n", None),
+    ("javascript", "function f(x) {\n", "  if (x) {\n    a()\n  }\n  else {\n    b()\n  }\n  let y = 2\n",
+     "  print(y)\n}\n", None),
+    ("python", "def f(x):\n", "    for a in x:\n        b(a)\n    else:\n        c()\n    y = 2\n",
+     "    print(y)\n", None),
+    ("php", "<?php\nfunction f() {\n", "    try {\n        g();\n    }\n    catch (E $e) {\n        h();\n    }\n",
+     "    p();\n}\n", None),
+    ("css", ".a {\n  color: red;\n}\n\n", ".b {\n  color: blue;\n}\n.c {\n  margin: 0;\n}\n",
+     ".d {\n  margin: 1px;\n}\n", None),
+    ("json", "{\n", '  "name": "app",\n  "version": "1",\n', '  "versions": []\n}\n', None),
+    # The same, and the model never comes to the suffix.
+    ("javascript", "function f(x) {\n", "  if (x) {\n    a()\n  }\n", "  done(x)\n}\n",
+     "  " + "somethingElse(entirely, different)\n  " * 4),
+    # Headers of closures and blocks with parameters.
+    ("ruby", "def a\n  xs.each ", "do |x|\n    puts x\n  end", "\n  y\nend\n", None),
+    ("ruby", "def f\n  items.each { |item|\n", "    puts item\n  }\n", "  done\nend\n", None),
+    ("swift", "func f() {\n    items.forEach { item in\n", "        print(item)\n    }\n", "    done()\n}\n", None),
+    ("kotlin", "fun f() {\n    items.forEach { item ->\n", "        println(item)\n    }\n", "    done()\n}\n", None),
+    # The cursor is in the brackets of a header.
+    ("shell", "f() {\n    if [ -n ", "\"$1\" ]; then\n        echo 1\n    fi", "\n    echo 2\n}\n", None),
+    ("lua", "function f(t)\n  if check(", "t) then\n    a()\n  end", "\n  b()\nend\n", None),
+    ("ruby", "def f(t)\n  if check(", "t)\n    a\n  end", "\n  b\nend\n", None),
+    # Words that close in capitals.
+    ("sql", "CREATE PROCEDURE p()\nBEGIN\n", "    SET x = 1;\n", "END;\n", None),
+    # YAML's items at their key's own indentation.
+    ("yaml", "script:\n", "- make\n- make test", "\nafter_script:\n- echo\n", None),
+    ("yaml", "steps:\n", "- run: a\n- run: b\n", "other: 1\n", None),
+    # Lines that go on.
+    ("java", "class A {\n    void f() {\n",
+     "        var names = users.stream()\n            .filter(user -> user.isActive() && user.getAge() > 18)\n"
+     "            .map(User::getName)\n            .collect(Collectors.toList());\n",
+     "        print(names);\n    }\n}\n", None),
+    ("dockerfile", "FROM a\nRUN apt-get update ", "&& \\\n    apt-get install -y curl", "\n\nCMD [\"x\"]\n", None),
+    ("shell", "f() {\n    docker run ", "--rm \\\n        -v a:b x", "\n}\n", None),
+    # The suffix is outside of the block that the cursor is in.
+    ("java", "class A {\n    void f() {\n        if (x == null) {\n            throw new Illeg",
+     "alArgumentException();\n        }",
+     "\n        h();\n    }\n}\n", None),
+    ("cpp", "namespace a {\nvoid f() {\n    g(", "1);\n}", "\nvoid h() {\n}\n}\n", None),
+    ("javascript", "switch (x) {\n  case 1:\n    a(", "1);", "\n  case 2:\n    b();\n}\n", None),
+    # Paragraphs.
+    ("markdown", "# A\n\n", "First paragraph here.\n\nSecond one here.\n\n", "## B\n\nText\n", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GAPS, ids=lambda case: f"{case[0]} {case[2][:20]!r}")
+def test_gaps(case: tuple[str, str, str, str, str | None]) -> None:
+    language, prompt, gap, suffix, behind = case
+    for size in (1, 7, 10_000):
+        ending, sent, text = Ending("infill", language, prompt, suffix, "auto"), "", gap + (behind or suffix)
+        for start in range(0, len(text), size):
+            piece, reason = ending.feed(text[start : start + size])
+            sent += piece
+            if reason:
+                break
+        else:
+            sent += ending.flush()
+        assert sent == gap
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "found", "rest"),
+    [
+        ("html", "<p>a</p><script src='x'>\nlet b", "javascript", "\nlet b"),
+        ("html", "<script>let a</script><style>\np {", "css", "\np {"),
+        ("html", "<script>let a</script><p>", "html", "<script>let a</script><p>"),
+        ("html", "<script sr", "html", "<script sr"),
+        ("php", "<?php f(); ?><p>", "html", "<p>"),
+        ("php", "<p><?php f(", "php", "<?php f("),
+        ("php", "<p>a", "html", "<p>a"),
+        ("php", "function f(", "php", "function f("),
+        ("php", "<?= a ?><style>p {", "css", "p {"),
+        ("html", "<scripture>\nlet b", "html", "<scripture>\nlet b"),
+        ("html", "<SCRIPT>let b", "javascript", "let b"),
+        ("html", "<script type='application/json'>{", "json", "{"),
+        ("html", "<textarea>it's", "html", "<textarea>it's"),
+        ("markdown", "1. a\n   ``` Rust {.x}\n   let b", "rust", "   let b"),
+        ("markdown", "```rust\nfn f() {}\n```\n\n```go\nx := 1\n", "go", "x := 1\n"),
+        ("markdown", "```rust\nfn f() {}\n```\n", "markdown", "```rust\nfn f() {}\n```\n"),
+        ("markdown", "```cobol\nADD", "markdown", "```cobol\nADD"),
+        ("python", "```rust\nfn f", "python", "```rust\nfn f"),
+    ],
+)
+def test_a_language_in_another(language: str, prompt: str, found: str, rest: str) -> None:
+    assert embedded(LANGUAGES[language], prompt) == (LANGUAGES[found], rest)
+
+
+# What is above, a definition that is repeated with a number, what is below; and what of above is sent.
+LONG = {
+    "java": (
+        "import java.util.List;\n\nclass Tax {\n    /** The tax. */\n    static int rate(int net) {\n"
+        "        return net / 5;\n"
+        "    }\n}\n\nclass Bill {\n",
+        "    int filler%d(int x) {\n        return x;\n    }\n\n",
+        "    int total(int net) {\n        return Tax.rate(net);\n    }\n\n",
+        "class Tax {\n    /** The tax. */\n    static int rate(int net) {\n        return net / 5;\n    }\n}\n"
+        "\nclass Bill {\n",
+    ),
+    "csharp": (
+        "using System;\n\nclass Tax\n{\n    public static int Rate(int net)\n    {\n        return net / 5;\n    }\n\n"
+        "    int Other()\n    {\n        return 1;\n    }\n}\n\nclass Bill\n{\n",
+        "    int Filler%d(int x)\n    {\n        return x;\n    }\n\n",
+        "    int Total(int net)\n    {\n        return Tax.Rate(net);\n    }\n\n",
+        "class Tax\n{\n    public static int Rate(int net)\n    {\n        return net / 5;\n    }\n",
+    ),
+    "kotlin": (
+        "package shop\n\nclass Tax {\n    fun rate(net: Int): Int {\n        return net / 5\n    }\n}\n\n"
+        "class Bill {\n",
+        "    fun filler%d(x: Int): Int {\n        return x\n    }\n\n",
+        "    fun total(net: Int): Int {\n        return Tax().rate(net)\n    }\n\n",
+        "class Tax {\n    fun rate(net: Int): Int {\n        return net / 5\n    }\n}\n\nclass Bill {\n",
+    ),
+    "swift": (
+        "import Foundation\n\nstruct Tax {\n    static func rate(_ net: Int) -> Int {\n        return net / 5\n"
+        "    }\n}\n\n"
+        "class Bill {\n",
+        "    func filler%d(x: Int) -> Int {\n        return x\n    }\n\n",
+        "    func total(net: Int) -> Int {\n        return Tax.rate(net)\n    }\n\n",
+        "struct Tax {\n    static func rate(_ net: Int) -> Int {\n        return net / 5\n    }\n}\n\nclass Bill {\n",
+    ),
+    "php": (
+        "<?php\nuse A\\B;\n\n// The tax.\nfunction rate($net) {\n    return $net / 5;\n}\n\nclass Bill {\n",
+        "    function filler%d($x) {\n        return $x;\n    }\n\n",
+        "    function total($net) {\n        return rate($net);\n    }\n\n",
+        "<?php\nuse A\\B;\n\n// The tax.\nfunction rate($net) {\n    return $net / 5;\n}\n\nclass Bill {\n",
+    ),
+    "ruby": (
+        "require 'json'\n\nclass Tax\n  # The tax.\n  def self.rate(net)\n    net / 5\n  rescue\n    0\n  end\n"
+        "\n  def other\n"
+        "    1\n  end\nend\n\nclass Bill\n",
+        "  def filler%d(x)\n    x\n  end\n\n",
+        "  def total(net)\n    Tax.rate(net)\n  end\n\n",
+        "class Tax\n  # The tax.\n  def self.rate(net)\n    net / 5\n  rescue\n    0\n  end\n",
+    ),
+    "lua": (
+        "local json = require 'json'\n\n-- The tax.\nlocal function rate(net)\n  if net then\n"
+        "    return net / 5\n  end\nend\n\n",
+        "local function filler%d(x)\n  return x\nend\n\n",
+        "local function total(net)\n  return rate(net)\nend\n\n",
+        "-- The tax.\nlocal function rate(net)\n  if net then\n    return net / 5\n  end\nend\n",
+    ),
+    "shell": (
+        "set -e\n\n# The tax.\nrate() {\n    echo $(($1 / 5))\n}\n\n",
+        "filler%d() {\n    echo 1\n}\n\n",
+        "total() {\n    rate 3\n}\n\n",
+        "set -e\n\n# The tax.\nrate() {\n    echo $(($1 / 5))\n}\n",
+    ),
+    "sql": (
+        "USE shop;\n\nCREATE TABLE rates (\n    id int,\n    rate int\n);\n\n",
+        "INSERT INTO filler VALUES (%d);\n\n",
+        "SELECT rate FROM rates;\n\n",
+        "USE shop;\n\nCREATE TABLE rates (\n    id int,\n    rate int\n);\n",
+    ),
+    "css": (
+        "@charset 'utf-8';\n\n/* The menu. */\n.menu {\n  color: blue;\n}\n\n",
+        ".filler%d {\n  width: 1px;\n}\n\n",
+        ".last {\n  @extend .menu;\n}\n\n",
+        "@charset 'utf-8';\n\n/* The menu. */\n.menu {\n  color: blue;\n}\n",
+    ),
+    "dockerfile": (
+        "FROM golang AS build\nARG VERSION=1\n\n",
+        "RUN echo filler%d\n",
+        "COPY --from=build /app/$VERSION /app\n",
+        "FROM golang AS build\nARG VERSION=1\n",
+    ),
+    "html": ("<html>\n<body>\n", "<p>filler%d</p>\n", "<p>last</p>\n", "<!-- ... lines left out -->\n<p>filler"),
+    "json": ("{\n", '  "filler%d": 1,\n', '  "last": 1,\n', '  // ... lines left out\n  "filler'),
+    "yaml": ("on: push\n\n", "filler%d:\n  x: 1\n\n", "last:\n  x: 1\n\n", "# ... lines left out\nfiller"),
+    "toml": ("[a]\nx = 1\n\n", "[filler%d]\nx = 1\n\n", "[last]\ny = 1\n\n", "# ... lines left out\n"),
+    "markdown": ("# A\n\n", "## Filler %d\n\nText.\n\n", "## Last\n\n", "<!-- ... lines left out -->\n"),
+}
+
+
+def test_each_language_is_fitted() -> None:
+    assert set(LONG) | {"python", "javascript", "typescript", "rust", "c", "cpp", "go"} == set(LANGUAGES)
+
+
+@pytest.mark.parametrize("language", LONG)
+def test_what_is_sent_of_a_long_file(language: str) -> None:
+    above, filler, below, expected = LONG[language]
+    end = below + "".join(filler % n for n in range(1000 // len(filler)))
+    text = above + "".join(filler % n for n in range(1500)) + end
+    sent = prepare({"language": language, "prompt": text}, "complete", 1200, 3.0)
+    prompt, mark = sent.body["prompt"], LANGUAGES[language].remark("... lines left out")
+    assert expected in prompt
+    assert prompt.count(mark) in (1, 2)
+    assert prompt.endswith(end)
+    assert len(prompt) < 5000
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_instruction_about_each_language(language: str) -> None:
+    """Its answer is code alone, in any language, even between fences of shells."""
+    messages = prepare({"language": language, "prompt": "x\n", "instruction": "y"}, "instruct", 1000, 3.0).body[
+        "messages"
+    ]
+    assert messages[-1]["content"] == f"```{language}\n"
+    assert messages[0]["content"] == f"y\n\n```{language}\nx\n```"
+    check("instruct", language, "", "", f"Here:\n```{language}\nx\n```\n", ("x\n", "stop"))
+
+
+@pytest.mark.parametrize(
+    ("language", "answer", "size"),
+    [
+        ("yaml", "build:\n  x: 1\n# Tests\ntest:\n  x: 1\n", None),
+        ("shell", "NAME=a\n# Usage\necho $NAME\n", None),
+        ("toml", "[a]\nx = 1\n# Example\n[b]\n", None),
+        ("markdown", "# A\n\n# Example\n\nb\n", None),
+        ("ruby", "def f\n  1\nend\n# Example usage\nputs f\n", 14),
+        ("java", "class A {\n}\n// Example usage\nnew A();\n", 12),
+    ],
+)
+def test_examples_that_nobody_asked_for(language: str, answer: str, size: int | None) -> None:
+    expected = (answer[:size], "block") if size else (answer, "stop")
+    check("instruct", language, "```\n", "", f"{answer}```\n", expected)
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "mode"),
+    [
+        ("markdown", "Write a README for a shop", "instruct"),
+        ("markdown", "How do I install it?\n\nRun ", "complete"),
+        ("markdown", "# Title\n\nWrite a ", "complete"),
+        ("sql", "Write a query that lists all customers", "instruct"),
+        ("sql", "CREATE TABLE a (", "complete"),
+        ("sql", "CREATE PROCEDURE foo()", "complete"),
+        ("sql", "CREATE ROLE admin WITH", "complete"),
+        ("sql", "create extension if not exists", "complete"),
+        ("sql", "EXPLAIN UPDATE a SET b = 1", "complete"),
+        ("sql", "EXPLAIN ALL a", "complete"),
+        ("sql", "describe users", "complete"),
+        ("sql", "explain this query", "instruct"),
+        ("dockerfile", "ADD a b", "complete"),
+        ("dockerfile", "Add a user", "instruct"),
+        ("yaml", "generate foo: x", "complete"),
+        ("shell", "find . -name '*.txt'", "complete"),
+        ("shell", "make install", "complete"),
+        ("shell", "Find all files that are larger than 1 GB", "instruct"),
+        ("html", "<p>Write a letter", "complete"),
+        ("yaml", "name: test", "complete"),
+        ("dockerfile", "FROM debian", "complete"),
+        ("ruby", "# Refactor this\ndef f\n  1\nend\n", "instruct"),
+        ("lua", "-- Refactor this function\nfunction f()\nend\n", "instruct"),
+        ("css", "/* Simplify this */\na {\n  color: red;\n}\n", "instruct"),
+    ],
+)
+def test_code_or_instruction(language: str, prompt: str, mode: str) -> None:
+    assert detect_mode({"language": language, "prompt": prompt}) == mode
+
+
+@pytest.mark.parametrize("name", ["c#", "C#", "CSharp", "cs"])
+def test_other_names_of_a_language(name: str) -> None:
+    check(
+        "complete",
+        name,
+        "class A {\n    int F() {\n",
+        "",
+        "        return 1;\n    }\n\n    int G",
+        ("        return 1;\n    }\n", "block"),
+    )
+
+
+def test_an_answer_of_shell_commands() -> None:
+    check("instruct", "shell", "", "", "Here:\n```bash\nls\n```\nDone.\n", ("ls\n", "stop"))
+    check("instruct", "python", "", "", "Run:\n```bash\nls\n```\n```python\nx\n```\n", ("x\n", "stop"))
+
+
+# --------------------------------------------------------------------------------------------- real files
+
+CACHE = MODELS.parent / "sources"
+# Debian's source packages; together they have files in every language, 27 MB packed.
+PACKAGES = (
+    "thrift", "flatbuffers", "jekyll", "capistrano", "phpmyadmin", "icinga2", "docker-compose", "ansible-lint",
+    "lua-penlight",
+)  # fmt: skip
+FILES, CUTS, MAX_FILE_BYTES = 40, 10, 60_000
+REST_CHARS = 6000  # that a model would write behind a cut
+LEXERS = {"csharp": "csharp", "shell": "bash", "dockerfile": "docker"}  # pygments' names
+
+
+def fetch_sources() -> None:
+    """Unpack the original sources of PACKAGES below CACHE. Skips if Debian's archive cannot be reached."""
+    done = CACHE / f"done-{'-'.join(PACKAGES)}"
+    if done.exists():
+        return
+    if not shutil.which("apt-get"):
+        pytest.skip("needs apt-get")
+    lists = CACHE / "lists"
+    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    stanzas = [
+        stanza.replace("Types: deb\n", "Types: deb-src\n")
+        for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
+        for stanza in f"\n{file.read_text()}".split("\n\n")
+        if "URIs: http" in stanza
+    ]
+    sources = CACHE / "debian.sources"
+    sources.write_text("\n\n".join(stanzas) + "\n")
+    options = [f"-oDir::Etc::sourcelist={sources}", "-oDir::Etc::sourceparts=-", f"-oDir::State::Lists={lists}"]
+    options += [f"-oDir::Cache={CACHE}"]
+    updated = subprocess.run(["apt-get", "update", "-q", *options], cwd=CACHE, capture_output=True, text=True)
+    if updated.returncode:
+        pytest.skip(f"Debian's archive cannot be reached: {updated.stderr[-200:]}")
+    for package in PACKAGES:  # an archive may lack one
+        command = ["apt-get", "source", "-q", "--tar-only", "--download-only", *options, package]
+        subprocess.run(command, cwd=CACHE, capture_output=True)
+    archives = list(CACHE.glob("*.orig*.tar.*"))
+    for archive in archives:
+        subprocess.run(["tar", "xf", archive, "--one-top-level", "--no-same-owner"], cwd=CACHE, capture_output=True)
+    if len(archives) == len(PACKAGES):
+        done.touch()
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, list[Path]]:
+    """Files of a few hundred lines at most, by language."""
+    fetch_sources()
+    found: dict[str, list[Path]] = {name: [] for name in LANGUAGES}
+    for folder, folders, files in os.walk(CACHE):
+        folders.sort()
+        for file in sorted(files):
+            path, language = Path(folder, file), language_of_file(file)
+            if language and path.is_file() and 200 < path.stat().st_size < MAX_FILE_BYTES:
+                found[language].append(path)
+    return found
+
+
+class Peer:
+    """What pygments takes for strings and comments of a text."""
+
+    def __init__(self, language: str, text: str) -> None:
+        self.line_comment = LANGUAGES[language].line_comment
+        lexer = get_lexer_by_name(LEXERS.get(language, language), stripnl=False, ensurenl=False)
+        self.text = text
+        self.tokens = [(start, start + len(value), kind) for start, kind, value in lexer.get_tokens_unprocessed(text)]
+        self.starts = [start for start, _, _ in self.tokens]
+
+    @property
+    def sure(self) -> bool:
+        """It has understood the text. It does not know MySQL's quotes in SQL, and takes text in Markdown for code."""
+        return not any(kind in Error for _, _, kind in self.tokens)
+
+    def inside(self, place: int) -> bool:
+        """Whether a place is inside a string or comment."""
+        number = bisect.bisect_left(self.starts, place) - 1
+        start, end, kind = self.tokens[number]
+        line = self.text[: place - 1].rpartition("\n")[2].lstrip()
+        if self.line_comment and line.startswith(self.line_comment):
+            return False  # Rust's lines of documentation are comments each
+        if kind in String.Backtick or kind in Comment.Preproc or kind in Comment.PreprocFile:
+            return False
+        if start < place < end:
+            return kind in String or kind in Comment
+        following = self.tokens[number + 1][2] if number + 1 < len(self.tokens) else None
+        return kind in String and following in String and self.text[place - 1] == "\n"
+
+
+def cuts(files: list[Path], language: str, chance: random.Random) -> Iterator[tuple[Path, str, int, Peer]]:
+    """(path, text, place to cut it, what pygments says of the text) for some of the files."""
+    chosen = 0
+    for path in chance.sample(files, len(files)):
+        text = path.read_text("utf-8", "replace").replace("\r\n", "\n")
+        peer = Peer(language, text)
+        if "\r" in text or not peer.sure or (language == "sql" and "`" in text):
+            continue
+        for _ in range(CUTS):
+            place = chance.randrange(len(text))
+            line = text.rfind("\n", 0, place) + 1
+            # Indentation that is typed already is not sent again, so the end would be elsewhere.
+            yield path, text, place if text[line:place].strip() else line, peer
+        chosen += 1
+        if chosen == FILES:
+            return
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_real_files(language: str, sources: dict[str, list[Path]]) -> None:
+    """Cut at random places, with the rest of the file as what a model writes: no end is inside a string or comment."""
+    files = sources[language]
+    if len(files) < 5:
+        pytest.skip(f"only {len(files)} files of {language} in the sources that could be fetched")
+    ends, wrong = 0, []
+    for path, text, place, peer in cuts(files, language, random.Random(language)):
+        out, reason = Ending("complete", language, text[:place], None, "auto").feed(text[place : place + REST_CHARS])
+        if reason == "block":
+            ends += 1
+            if peer.inside(place + len(out)):
+                wrong.append((path.name, place, text[place + len(out) - 80 : place + len(out)]))
+    assert wrong == []
+    assert ends >= 10, "hardly any completion ended"
