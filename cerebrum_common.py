@@ -35,7 +35,7 @@ import tomllib
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -1254,25 +1254,50 @@ class Model:
     sources: tuple[dict[str, Any], ...] = ()
 
 
-def load_models(path: Path, languages: Collection[str]) -> tuple[Model, ...]:
-    """The models of models.toml in order of preference; each may list only `languages`. ValueError says which entry is
-    wrong and how."""
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What models.toml says: the models in order of preference, and for a mode the ids that come before that order."""
+
+    models: tuple[Model, ...]
+    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+MODES = ("complete", "infill", "instruct")
+LANGUAGE_NAME = re.compile(r"[A-Za-z0-9+#._\-]{1,40}")
+
+
+def load_catalog(path: Path) -> Catalog:
+    """models.toml, checked. ValueError says which entry is wrong and how."""
     try:
-        entries = tomllib.loads(path.read_text("utf-8")).get("models")
+        table = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    entries = table.get("models")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected at least one [[models]]")
     try:
-        models = tuple(_read_model(entry, number, tuple(languages)) for number, entry in enumerate(entries, 1))
+        models = tuple(_read_model(entry, number) for number, entry in enumerate(entries, 1))
+        prefer = _read_preferences(table.get("prefer", {}), [model.id for model in models])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if len({model.id for model in models}) != len(models):
         raise ValueError(f"{path}: expected every id once")
-    return models
+    return Catalog(models, prefer)
 
 
-def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
+def _read_preferences(table: Any, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    if not isinstance(table, dict):
+        raise ValueError(f"prefer: expected a table, got {table!r}")
+    for mode, wanted in table.items():
+        if mode not in MODES:
+            raise ValueError(f"prefer: expected one of {', '.join(MODES)}, got {mode!r}")
+        if not isinstance(wanted, list) or (strange := [id for id in wanted if id not in ids]):
+            got = strange if isinstance(wanted, list) else wanted
+            raise ValueError(f"prefer: expected a list of ids among {', '.join(ids)} as {mode!r}, got {got!r}")
+    return {mode: tuple(wanted) for mode, wanted in table.items()}
+
+
+def _read_model(entry: Any, number: int) -> Model:
     required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
     kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
     if not isinstance(entry, dict):
@@ -1291,8 +1316,9 @@ def _read_model(entry: Any, number: int, languages: tuple[str, ...]) -> Model:
     ):
         if not re.fullmatch(pattern, value):
             raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
-    if unknown := [language for language in model.languages if language not in languages]:
-        raise ValueError(f"model {number}: expected languages of {', '.join(languages)}, got {unknown}")
+    for language in model.languages:
+        if not isinstance(language, str) or not LANGUAGE_NAME.fullmatch(language):
+            raise ValueError(f"model {number}: expected names of languages like 'cpp', got {language!r}")
     if not all(isinstance(source, dict) for source in model.sources):
         raise ValueError(f"model {number}: expected tables as 'sources'")
     return model

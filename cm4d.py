@@ -61,7 +61,17 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +96,7 @@ from cerebrum_common import (
     compact,
     describe,
     internal_error,
-    load_models,
+    load_catalog,
     log,
     notify,
     own_names,
@@ -118,7 +128,7 @@ from cerebrum_dialects import (
     write_model,
     write_props,
 )
-from cerebrum_languages import LANGUAGES, guess_language
+from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
 
 if TYPE_CHECKING:
     import ssl
@@ -151,6 +161,7 @@ class Config:
 
     vps: Vps
     models: tuple[Model, ...]
+    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of models, by mode
     host: str = "0.0.0.0"
     port: int = 7000
     key: str = ""
@@ -181,7 +192,7 @@ def load_config(environ: Environment) -> Config:
     """The environment, checked. ConfigError names the variable that is wrong."""
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     try:
-        models = load_models(path, LANGUAGES)
+        catalog = load_catalog(path)
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
     keys = {name: environ.text(name) for name in ("CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY")}
@@ -193,7 +204,8 @@ def load_config(environ: Environment) -> Config:
         raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
         vps=parse_vps_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")),
-        models=models,
+        models=catalog.models,
+        prefer=catalog.prefer,
         host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         key=keys["CEREBRUM_API_KEY"],
@@ -234,7 +246,7 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages = list(dict.fromkeys(language for model in models for language in model.languages))
+    languages = served_languages(models)
     if fields["language"] not in languages:
         got = describe(fields["language"])
         raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
@@ -243,6 +255,30 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         got = describe(fields["model"])
         raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
     return fields | {"mode": detect_mode(fields)}
+
+
+def served_languages(models: Iterable[Model]) -> list[str]:
+    """The languages that a request of our own API may name, in the order of models.toml."""
+    return list(dict.fromkeys(language for model in models for language in model.languages))
+
+
+def choose_model(
+    config: Config, language: str, mode: str, present: Collection[str] | None, any_language: bool = False
+) -> str:
+    """The id of the model for a request: of those `present` on the VPS the first that [prefer] lists for the mode and
+    that serves the language, else the first in the table's order. A chat counts as an instruction.
+
+    With `any_language`, a language that no present model serves goes to the first of all. Without it, the model may be
+    one that is not there: the VPS's 404 says which file is missing and how to get it. As long as it is unknown which
+    models are there (None), there are no preferences.
+    """
+    models, here = config.models, [model for model in config.models if present is None or model.id in present]
+    if any_language and not any(language in model.languages for model in here):
+        language = ""
+    ids = config.prefer.get("instruct" if mode == "chat" else mode, ())
+    preferred = [model for id in ids for model in models if model.id == id]
+    model = route_language(preferred, language, present or ()) or route_language(models, language, present)
+    return (model or route_language(models, language, None) or models[0]).id
 
 
 def session_of(address: str, session: str | None) -> str:
@@ -360,6 +396,36 @@ class Predictions:
                 if 0 < typed < len(prediction.text):
                     return prediction, prediction.text[typed:]
         return None
+
+
+# ---------------------------------------------------------------------------------- policy: preferences
+
+RELOADS, RELOADS_SECONDS = 3, 600.0  # so many within this time are no accident
+
+
+class Reloads:
+    """Notices preferred models that push each other out of the VPS's memory. Pure; `now` is in seconds (monotonic)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}  # when each model was in memory for the last time
+        self._loaded: frozenset[str] = frozenset()
+        self._reloads: deque[float] = deque(maxlen=RELOADS)
+        self._told = False
+
+    def notice(self, loaded: Collection[str], now: float) -> str:
+        """The id of a model that came back into memory and was the last of RELOADS, but only once; else "".
+
+        `loaded` has the preferred models that are in memory now.
+        """
+        told = ""
+        for model in sorted(set(loaded) - self._loaded):
+            if now - self._seen.get(model, -math.inf) <= RELOADS_SECONDS:
+                self._reloads.append(now)
+                if len(self._reloads) == RELOADS and now - self._reloads[0] <= RELOADS_SECONDS and not self._told:
+                    self._told, told = True, model
+        self._loaded = frozenset(loaded)
+        self._seen |= dict.fromkeys(loaded, now)
+        return told
 
 
 # ------------------------------------------------------------------------------------- policy: breaker
@@ -539,13 +605,30 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_contexts(answer: Mapping[str, Any]) -> dict[str, int]:
-    """The n_ctx of each model that the VPS has, from its /v1/models."""
+TOLD = {"loaded": Field(bool), "encoding": Field(str, 1, 100), "memory_mb": Field(float, 0, 10**9)}
+
+
+def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the VPS's /v1/models tells of each model that it has: `n_ctx`, and of TOLD what it tells.
+
+    >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
+    {'m': {'n_ctx': 4096, 'loaded': False}}
+    """
     listed = answer.get("models")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    present = [entry for entry in entries if isinstance(entry.get("id"), str) and entry.get("available") is not False]
-    sizes = {entry["id"]: entry.get("n_ctx") for entry in present}
-    return {id: n_ctx if type(n_ctx) is int and n_ctx > 0 else DEFAULT_N_CTX for id, n_ctx in sizes.items()}
+    models: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if isinstance(entry.get("id"), str) and entry.get("available") is not False:
+            n_ctx = entry.get("n_ctx")
+            told = {name: entry[name] for name, kind in TOLD.items() if kind.accepts(entry.get(name))}
+            models[entry["id"]] = {"n_ctx": n_ctx if type(n_ctx) is int and n_ctx > 0 else DEFAULT_N_CTX, **told}
+    return models
+
+
+def read_loaded(answer: Mapping[str, Any]) -> list[str]:
+    """The ids of the models in the VPS's memory, from its /health."""
+    loaded = answer.get("models_loaded")
+    return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
 
 
 class Body:
@@ -1160,6 +1243,7 @@ class Gateway:
         self.ratio = Ratio()
         self.started, self.created = time.monotonic(), int(time.time())
         self.requests_total = 0
+        self.reloads = Reloads()
         self.active: list[Job] = []
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
@@ -1174,8 +1258,10 @@ class Gateway:
         self.probes = 0  # that have ended
         self.trouble = "VPS backend has not been asked yet"  # what is wrong with the VPS; "": nothing
         self.response_ms: float | None = None  # of the last good probe
-        self.contexts: dict[str, int] | None = None  # n_ctx of each model of the VPS; None until a list came
-        self._contexts_until = 0.0
+        # The VPS's models, as `read_models` gives them; None until a list came.
+        self.models: dict[str, dict[str, Any]] | None = None
+        self.models_loaded: list[str] = []  # by the last good probe
+        self._models_until = 0.0
         self._wake = asyncio.Event()  # probe now
 
     @property
@@ -1189,7 +1275,7 @@ class Gateway:
     # Probing: the only place that asks /health.
 
     async def probe_forever(self) -> None:
-        """Keep `trouble`, `response_ms` and `contexts` up to date: probe every 5 s, and when woken."""
+        """Keep `trouble`, `response_ms` and `models` up to date: probe every 5 s, and when woken."""
         while True:
             self._wake.clear()
             await self._probe()
@@ -1204,17 +1290,29 @@ class Gateway:
     async def _probe(self) -> None:
         started = time.monotonic()
         try:
-            await self.upstream.get("/health", MAX_ERROR_BYTES)
+            answer = await self.upstream.get("/health", MAX_ERROR_BYTES)
             now = time.monotonic()
             self.response_ms = round((now - started) * 1000, 1)
             self.breaker.healthy(now)
-            if self.trouble or now >= self._contexts_until:
+            loaded = read_loaded(answer)
+            if self.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self._learn_models()
+            self.models_loaded = loaded
+            self._notice_reloads(loaded, now)
         except HttpError as error:
             self._found(error.message)
         else:
             self._found("")
             self._warm_next()
+
+    def _notice_reloads(self, loaded: Sequence[str], now: float) -> None:
+        preferred = {id for ids in self.config.prefer.values() for id in ids}
+        if model := self.reloads.notice([id for id in loaded if id in preferred], now):
+            log.warning(
+                "the VPS loads %s again and again, since its memory does not hold all models that [prefer] in"
+                " models.toml chooses: give the VPS more memory, or prefer one model",
+                model,
+            )
 
     def _found(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -1223,9 +1321,9 @@ class Gateway:
 
     async def _learn_models(self) -> None:
         """Ask which models the VPS has. If it fails to answer, the last list stays; Misfit if it does not let us in."""
-        self._contexts_until = time.monotonic() + MODELS_SECONDS
+        self._models_until = time.monotonic() + MODELS_SECONDS
         try:
-            self.contexts = read_contexts(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
+            self.models = read_models(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
         except Misfit:
             raise
         except HttpError as error:
@@ -1351,7 +1449,7 @@ class Gateway:
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
-        model = job.model or self.route(job.fields)
+        model = job.model or self.route(job.fields, bool(job.kind))
         return {"model": model, "n_ctx": job.n_ctx or self.n_ctx(model), "kept": job.kept}
 
     def join(self, reading: Reading) -> Shared:
@@ -1527,9 +1625,9 @@ class Gateway:
 
     async def _ask(self, job: Job, stack: contextlib.AsyncExitStack) -> Answer:
         """Choose the model, fit the prompt and send it; fit and send it again if the VPS counts too many tokens."""
-        if self.contexts is None:
+        if self.models is None:
             await self._learn_models()
-        job.model = self.route(job.fields)
+        job.model = self.route(job.fields, bool(job.kind))
         job.n_ctx = self.n_ctx(job.model)
         try:
             return await self._send(job, self.ratio.get(job.model), stack)
@@ -1541,16 +1639,16 @@ class Gateway:
         job.n_ctx = n_ctx
         return await self._send(job, REFIT * job.weight / counted, stack)
 
-    def route(self, fields: Mapping[str, Any]) -> str:
-        if fields["model"] is not None:
+    def route(self, fields: Mapping[str, Any], any_language: bool = True) -> str:
+        """The id of the model that is asked for, or as `choose_model` says."""
+        if fields.get("model") is not None:
             return str(fields["model"])
-        language, models = fields["language"], self.config.models
-        # If the VPS has no model for this language, its 404 says which file is missing and how to get it.
-        model = route_language(models, language, self.contexts) or route_language(models, language, None)
-        return model.id if model else models[0].id
+        mode = fields.get("mode", "")
+        return choose_model(self.config, fields.get("language", ""), mode, self.models, any_language)
 
     def n_ctx(self, model: str) -> int:
-        return (self.contexts or {}).get(model, DEFAULT_N_CTX)
+        told = (self.models or {}).get(model)
+        return told["n_ctx"] if told else DEFAULT_N_CTX
 
     async def _send(self, job: Job, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
         fields, n_ctx = job.fields, job.n_ctx
@@ -1565,14 +1663,14 @@ class Gateway:
         passed = {name: fields[name] for name in PASSED_TO_VPS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
-        if fields["language"] in LANGUAGES:  # the VPS knows the syntax of these
-            passed["language"] = fields["language"]
+        if language := BY_NAME.get(fields["language"].lower()):  # the VPS knows the syntax of these
+            passed["language"] = language
         body = {"model": job.model, **passed, **prepared.body}
         try:
             return await stack.enter_async_context(self.upstream.ask("POST", "/v1/inference/stream", body))
         except HttpError as error:
             if error.code == "MODEL_NOT_FOUND":
-                self._contexts_until = 0.0
+                self._models_until = 0.0
             raise
 
     def _result(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -1662,9 +1760,10 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file. `data`
-    is OpenAI's list: those that the VPS has, or all as long as that is unknown."""
-    present = (gateway.contexts or {}) if gateway.available else {}
+    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file; then the
+    entry also has what the VPS tells about the model. `languages` has those that models.toml names (`served`) and those
+    whose syntax is known. `data` is OpenAI's list: the models that the VPS has, or all as long as that is unknown."""
+    models, present = gateway.config.models, (gateway.models or {}) if gateway.available else {}
     listed = [
         {
             "id": model.id,
@@ -1673,12 +1772,31 @@ async def models(gateway: Gateway, request: Request) -> Response:
             "parameters": model.parameters,
             "quantization": model.quantization,
             "available": model.id in present,
+            **present.get(model.id, {}),
         }
-        for model in gateway.config.models
+        for model in models
     ]
-    served = [model for model in gateway.config.models if not gateway.contexts or model.id in gateway.contexts]
-    data = [write_model(model.id, gateway.created) for model in served]
-    return Response(compact({"models": listed, "object": "list", "data": data}))
+    served = served_languages(models)
+    languages: list[dict[str, Any]] = []
+    for name in dict.fromkeys([*served, *LANGUAGES]):
+        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
+        endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
+        languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
+    here = [model for model in models if not gateway.models or model.id in gateway.models]
+    data = [write_model(model.id, gateway.created) for model in here]
+    prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
+    return Response(
+        compact(
+            {
+                "models": listed,
+                "vps_available": gateway.available,
+                "languages": languages,
+                "prefer": prefer,
+                "object": "list",
+                "data": data,
+            }
+        )
+    )
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
@@ -1691,7 +1809,7 @@ async def model(gateway: Gateway, request: Request) -> Response:
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: of the model that answers when none is named."""
-    model = gateway.route({"model": None, "language": ""})
+    model = gateway.route({})
     return Response(compact(write_props(model, gateway.n_ctx(model), gateway.config.max_concurrent)))
 
 
@@ -1701,7 +1819,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     if gateway.breaker.state == "open":
         raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
-    asked["model"] = gateway.route({"model": None, "language": ""})
+    asked["model"] = gateway.route({})
     async with gateway.tokenizing:
         answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
     return Response(compact({"tokens": answer.get("tokens", [])}))

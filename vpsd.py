@@ -72,7 +72,7 @@ from cerebrum_common import (
     Server,
     describe,
     internal_error,
-    load_models,
+    load_catalog,
     log,
     notify,
     own_names,
@@ -142,7 +142,7 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
     env = read_environment(environ, folder)
     home = Path.home()
     try:
-        models = load_models(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES)
+        models = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml")))).models
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")

@@ -26,8 +26,7 @@ from typing import Any
 
 from harness import KEY, PATIENCE, ROOT, Client, until
 
-from cerebrum_code import LANGUAGES
-from cerebrum_common import Access, Server, load_models, own_names
+from cerebrum_common import Access, Server, load_catalog, own_names
 from cm4d import ROUTES, Config, Gateway, parse_vps_url
 
 RESET, HANG = "reset", "hang"
@@ -234,7 +233,7 @@ class Pi(Client):
 @contextlib.asynccontextmanager
 async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIterator[Pi]:
     """A Pi whose VPS listens on `port`. With `probing` its first probe has ended."""
-    models = load_models(ROOT / "models.toml", LANGUAGES)
+    models = load_catalog(ROOT / "models.toml").models
     settings = {"key": KEY, "models": models, "vps": parse_vps_url(f"http://127.0.0.1:{port}"), **config}
     gateway = Gateway(Config(**settings))
     server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))

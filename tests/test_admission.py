@@ -13,6 +13,7 @@ from harness import PATIENCE
 import vpsd
 from cerebrum_common import ConfigError, HttpError
 from cerebrum_engine import MB
+from cerebrum_languages import LANGUAGES
 from vpsd import (
     CpuMeter,
     Headroom,
@@ -58,7 +59,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         BASE | {"language": "cobol"},
-        'language: expected one of python, javascript, typescript, rust, c, cpp, go, got the string "cobol"',
+        f'language: expected one of {", ".join(LANGUAGES)}, got the string "cobol"',
     ),
     (BASE | {"mode": "chat"}, 'mode: expected one of complete, infill, instruct, got the string "chat"'),
     (BASE | {"stop_at": "end"}, 'stop_at: expected one of auto, none, got the string "end"'),

@@ -31,8 +31,7 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_code import LANGUAGES
-from cerebrum_common import ConfigError, Environment, load_models
+from cerebrum_common import ConfigError, Environment, load_catalog
 from cm4d import load_config, parse_vps_url, prompt_budget, read_completion, read_text
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
@@ -139,7 +138,7 @@ def test_a_bad_field_is_named(field: str, value: Any, message: str):
 @pytest.mark.parametrize("field", [{"stop": ["a"] * 17}, {"stop": [""]}, {"stop": [1]}, {"seed": -1}, {"seed": 1.5}])
 def test_further_fields_have_ranges(field: dict[str, Any]):
     with pytest.raises(cm4d.HttpError) as caught:
-        read_completion(GOOD_FIELDS | field, load_models(ROOT / "models.toml", LANGUAGES))
+        read_completion(GOOD_FIELDS | field, load_catalog(ROOT / "models.toml").models)
     assert (caught.value.status, caught.value.message.partition(":")[0]) == (400, next(iter(field)))
 
 
@@ -169,7 +168,7 @@ def test_defaults_of_a_completion_and_what_reaches_the_vps():
 
 
 def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction():
-    models = load_models(ROOT / "models.toml", LANGUAGES)
+    models = load_catalog(ROOT / "models.toml").models
     assert read_completion({"prompt": "", "language": "go", "suffix": "}\n"}, models)["mode"] == "infill"
     assert (
         read_completion({"prompt": "", "language": "go", "instruction": "Write a queue"}, models)["mode"] == "instruct"
@@ -661,6 +660,133 @@ def test_a_model_can_be_named():
     run(scenario())
 
 
+ALL = present("qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b")
+PREFER = {"infill": ("qwen_0_5b", "qwen_1_5b"), "instruct": ("codellama_7b", "qwen_1_5b")}
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "model"),
+    [
+        (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
+        (ALL, {}, "qwen_7b"),  # no preference for it
+        (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
+        (ALL, {"instruction": "Write it", "language": "rust"}, "codellama_7b"),
+        (ALL, {"suffix": "\n)", "model": "qwen_7b"}, "qwen_7b"),
+        (present("qwen_7b", "qwen_1_5b"), {"suffix": "\n)"}, "qwen_1_5b"),
+        (present("qwen_7b"), {"suffix": "\n)"}, "qwen_7b"),
+        (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
+    ],
+)
+def test_a_mode_goes_to_the_model_that_is_preferred(models: bytes, asked: dict[str, Any], model: str):
+    async def scenario() -> None:
+        async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
+            assert (await pi.complete(**asked)).json["model"] == model
+
+    run(scenario())
+
+
+def test_preferences_of_the_dialects():
+    async def scenario() -> None:
+        async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
+            infill = {"input_prefix": "def f(:", "input_suffix": "x", "n_predict": 5}
+            assert (await pi.ask("POST", "/infill", infill)).json["model"] == "qwen_0_5b"
+            chat = {"messages": [{"role": "user", "content": "a"}]}
+            assert (await pi.ask("POST", "/v1/chat/completions", chat)).json["model"] == "codellama_7b"
+            assert (await pi.ask("POST", "/v1/completions", {"prompt": "a"})).json["model"] == "qwen_7b"
+            java = infill | {"filename": "A.java"}  # which no model lists
+            assert (await pi.ask("POST", "/infill", java)).json["model"] == "qwen_0_5b"
+
+    run(scenario())
+
+
+def memory(*ids: str) -> bytes:
+    return answer(200, {"models_loaded": list(ids)})
+
+
+def test_preferences_that_reload_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Infills and instructions alternate, and the VPS holds one of their models at a time."""
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
+    told = (
+        "the VPS loads qwen_0_5b again and again, since its memory does not hold all models that [prefer] in"
+        " models.toml chooses: give the VPS more memory, or prefer one model"
+    )
+
+    async def scenario() -> None:
+        async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
+            for turn in range(9):
+                loaded = ["qwen_7b", ("qwen_0_5b", "qwen_1_5b")[turn % 2]]
+                backend.health = memory(*loaded)
+                await until(lambda ids=loaded: pi.gateway.models_loaded == ids)
+                assert pi.gateway.notes == [told] * (turn >= 4)  # the first two turns load for the first time
+            assert (await pi.get("/v1/activity")).json["notes"] == [told]
+
+    run(scenario())
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [told]
+
+
+def test_reloads_that_are_no_sign():
+    reloads = cm4d.Reloads()
+    assert [reloads.notice(ids, 0.0) for ids in (["a"], ["a"], ["a", "b"], ["b"])] == [""] * 4
+    for now in range(1000, 9000, 1000):  # an idle model is unloaded, and comes back
+        assert reloads.notice(["a"], now) == reloads.notice([], now + 1) == ""
+    assert [reloads.notice(ids, 20_000) for ids in (["a"], [], ["a"], [], ["a"], [], ["a"])] == [""] * 6 + ["a"]
+    assert [reloads.notice(ids, 20_001) for ids in ([], ["a"], [], ["a"])] == [""] * 4
+
+
+def test_models_that_take_turns_without_a_preference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        async with Backend(models=ALL) as backend, pi_for(backend.port) as pi:
+            for turn in range(9):
+                loaded = [("qwen_0_5b", "qwen_1_5b")[turn % 2]]
+                backend.health = memory(*loaded)
+                await until(lambda ids=loaded: pi.gateway.models_loaded == ids)
+            assert pi.gateway.notes == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"input_prefix": "fn f", "input_suffix": "}", "filename": "a.rs"},
+        {"input_prefix": "class A", "input_suffix": "}", "filename": "A.java"},
+        {"input_prefix": "a", "input_suffix": "b", "filename": "a.unheard-of"},
+        {"input_prefix": "a", "input_suffix": "b"},
+    ],
+)
+def test_a_dialect_never_fails_for_its_language(asked: dict[str, Any]):
+    """The VPS has one model, which lists Python alone."""
+
+    async def scenario() -> None:
+        async with Backend(models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
+            assert (await pi.ask("POST", "/infill", asked)).json["model"] == "qwen_7b"
+            language = {"a.rs": "rust", "A.java": "java"}.get(asked.get("filename", ""))
+            assert backend.completions[0].get("language") == language
+
+    run(scenario())
+
+
+def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Path):
+    path = tmp_path / "models.toml"
+    path.write_text(
+        (ROOT / "models.toml").read_text().replace('languages = ["rust"', 'languages = ["haskell", "java", "C#"')
+    )
+    models = load_catalog(path).models
+
+    async def scenario() -> None:
+        async with Backend(models=ALL) as backend, pi_for(backend.port, models=models) as pi:
+            for language in ("haskell", "java", "C#"):
+                assert (await pi.complete(language=language)).json["model"] == "codellama_7b"
+            assert [sent.get("language") for sent in backend.completions] == [None, "java", "csharp"]
+            refused = (await pi.complete(language="cobol")).json["message"]
+            known = "python, javascript, typescript, haskell, java, C#, c, cpp, go, rust"
+            assert refused == f'language: expected one of {known}, got the string "cobol"'
+
+    run(scenario())
+
+
 def test_a_model_that_has_gone_is_looked_for_again():
     async def scenario() -> None:
         scripts = [[error(404, "MODEL_NOT_FOUND")], GOOD]
@@ -668,7 +794,7 @@ def test_a_model_that_has_gone_is_looked_for_again():
             assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
             backend.models = answer(200, MODELS)
             pi.gateway._wake.set()
-            await until(lambda: pi.gateway.contexts == {"qwen_0_5b": 4096})
+            await until(lambda: list(pi.gateway.models or ()) == ["qwen_0_5b"])
             assert (await pi.complete()).json["model"] == "qwen_0_5b"
 
     run(scenario())

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import cerebrum_common as common
-from cerebrum_code import LANGUAGES
 from cerebrum_common import (
     ConfigError,
     Environment,
@@ -25,7 +24,7 @@ from cerebrum_common import (
     describe,
     error_body,
     error_event,
-    load_models,
+    load_catalog,
     notify,
     own_names,
     read_environment,
@@ -168,6 +167,7 @@ def test_bad_integer() -> None:
 
 # ------------------------------------------------------------------------------------------------- models
 
+SEVEN = ["python", "javascript", "typescript", "rust", "c", "cpp", "go"]
 GOOD = """[[models]]
 id = "m"
 name = "M"
@@ -179,15 +179,16 @@ languages = ["python"]
 
 
 def test_the_table_of_models() -> None:
-    models = load_models(ROOT / "models.toml", LANGUAGES)
+    models = load_catalog(ROOT / "models.toml").models
     assert [model.id for model in models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+    assert {language for model in models for language in model.languages} == set(SEVEN)
     present = {model.id for model in models}
-    chosen = {language: route_language(models, language, present) for language in LANGUAGES}
+    chosen = {language: route_language(models, language, present) for language in SEVEN}
     assert {language: model.id for language, model in chosen.items() if model} == dict.fromkeys(
         ["python", "javascript", "typescript"], "qwen_7b"
     ) | dict.fromkeys(["rust", "c", "cpp", "go"], "codellama_7b")
     assert all(
-        (model := route_language(models, language, {"qwen_0_5b"})) and model.id == "qwen_0_5b" for language in LANGUAGES
+        (model := route_language(models, language, {"qwen_0_5b"})) and model.id == "qwen_0_5b" for language in SEVEN
     )
     assert route_language(models, "python", set()) is None
     assert route_language(models, "cobol", None) is None
@@ -215,26 +216,44 @@ def test_the_table_of_models() -> None:
         (GOOD + 'size = "x"\n', "model 1: expected int as 'size', got 'x'"),
         (GOOD + "sources = [1]\n", "model 1: expected tables as 'sources'"),
         (GOOD.replace('["python"]', '"python"'), "model 1: expected list as 'languages', got 'python'"),
-        (GOOD.replace('["python"]', '["cobol"]'), "model 1: expected languages of python, "),
-        (GOOD.replace('["python"]', "[5]"), "model 1: expected languages of python, "),
-        (GOOD.replace('["python"]', "[[]]"), "model 1: expected languages of python, "),
+        (GOOD.replace('["python"]', '["a b"]'), "model 1: expected names of languages"),
+        ("prefer = 5\n" + GOOD, "prefer: expected a table, got 5"),
+        (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
+        (GOOD + '[prefer]\ninfill = "m"\n', "prefer: expected a list of ids among m as 'infill', got 'm'"),
+        (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: expected a list of ids among m as 'infill', got ['n']"),
+        (GOOD + "[prefer]\ninfill = [[]]\n", "prefer: expected a list of ids among m as 'infill', got [[]]"),
+        (GOOD.replace('["python"]', "[5]"), "model 1: expected names of languages"),
+        (GOOD.replace('["python"]', "[[]]"), "model 1: expected names of languages"),
     ],
 )
 def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "models.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        load_models(path, LANGUAGES)
+        load_catalog(path)
     assert str(error.value).startswith(str(path))
+
+
+def test_any_language_may_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(GOOD.replace('["python"]', '["python", "haskell", "c#", "objective-c", "F90"]'))
+    assert load_catalog(path).models[0].languages == ("python", "haskell", "c#", "objective-c", "F90")
+
+
+def test_preferences(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(GOOD + GOOD.replace('"m"', '"n"') + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
+    assert load_catalog(path).prefer == {"infill": ("n", "m"), "complete": ()}
+    assert load_catalog(ROOT / "models.toml").prefer == {}, "off in the shipped file"
 
 
 def test_no_models_file(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(ValueError, match=r"No such file|Is a directory"):
-            load_models(path, LANGUAGES)
+            load_catalog(path)
     (tmp_path / "m").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="m: "):
-        load_models(tmp_path / "m", LANGUAGES)
+        load_catalog(tmp_path / "m")
 
 
 # --------------------------------------------------------------------------------------------------- logs

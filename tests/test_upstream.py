@@ -714,5 +714,14 @@ def test_nothing_that_was_read_is_overtaken_on_the_express_lane():
 
 def test_json_of_a_list_of_models_that_lies():
     entries = [1, None, {"id": []}, {"id": "a", "n_ctx": "x"}, {"id": "b", "n_ctx": 8}, {"id": "c", "available": False}]
-    assert cm4d.read_contexts({"models": entries}) == {"a": 4096, "b": 8}
-    assert cm4d.read_contexts({"models": "no"}) == {}
+    entries += [{"id": "d", "loaded": "yes", "encoding": "", "memory_mb": -1, "path": "/x", "last_used": 1}]
+    entries += [{"id": "e", "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}]
+    assert cm4d.read_models({"models": entries}) == {
+        "a": {"n_ctx": 4096},
+        "b": {"n_ctx": 8},
+        "d": {"n_ctx": 4096},
+        "e": {"n_ctx": 4096, "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
+    }
+    assert cm4d.read_models({"models": "no"}) == {}
+    assert cm4d.read_loaded({"models_loaded": ["a", 1, None, "b"]}) == ["a", "b"]
+    assert cm4d.read_loaded({"models_loaded": "no"}) == cm4d.read_loaded({}) == []

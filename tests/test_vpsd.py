@@ -35,8 +35,7 @@ from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, run_to_t
 
 import cerebrum_engine as engine
 import vpsd
-from cerebrum_code import LANGUAGES
-from cerebrum_common import load_models
+from cerebrum_common import load_catalog
 from cerebrum_encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
 from cerebrum_engine import llama
 from cerebrum_gguf import Gguf, Part
@@ -723,7 +722,7 @@ def test_an_idle_sequence_is_stored_before_another_request_needs_its_slot(output
     with start(output, CEREBRUM_STATE_DIR=str(output / "idle")) as vps:
         vps.complete("x", max_tokens=0)
         before = vps.model()["memory_mb"]
-        prompt = new_prompt(1000)
+        prompt = new_prompt(600)
         tokens = vps.complete(prompt, max_tokens=4)["prompt_tokens"]
         wait_until(lambda: vps.model()["memory_mb"] > before + 5)  # 12 KB per token
         for _ in range(3):  # fill all slots
@@ -786,14 +785,14 @@ def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Refere
 
 
 def test_a_short_request_beside_a_long_one(vps: Vps, reference: Reference) -> None:
-    long, short = new_prompt(600), PROMPTS[0] + " # beside"
-    with vps.stream(long, max_tokens=48) as stream:
+    long, short = new_prompt(400), PROMPTS[0] + " # beside"
+    with vps.stream(long, max_tokens=32) as stream:
         events = stream.events()
         first = next(event for event in events if "token" in event)
-        body = vps.complete(short, max_tokens=24)
+        body = vps.complete(short, max_tokens=16)
         text = first["token"] + "".join(event.get("token", "") for event in events)
-    reference.check(reference.tokenize(short), body["completion"], 24)
-    reference.check(reference.tokenize(long), text, 48)
+    reference.check(reference.tokenize(short), body["completion"], 16)
+    reference.check(reference.tokenize(long), text, 32)
 
 
 def test_max_tokens_0_warms_the_cache(vps: Vps) -> None:
@@ -1292,7 +1291,7 @@ def test_a_tuned_file_is_used(output: Path) -> None:
     published = FILES[SMALL]
     file = tuned_path(output / "state", published)
     file.parent.mkdir(parents=True)
-    (sha256,) = (model.sha256 for model in load_models(ROOT / "models.toml", LANGUAGES) if model.id == SMALL)
+    (sha256,) = (model.sha256 for model in load_catalog(ROOT / "models.toml").models if model.id == SMALL)
     passport = Passport(
         source=sha256,
         library=engine.llama_cpp.__version__,
