@@ -55,7 +55,7 @@ MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends 
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
 MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
-MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health
+MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health or another open route
 MAX_ACCEPTS = 64  # sockets accepted at a time; the sum stays well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the reader's own limit
 WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before its stream pauses
@@ -63,8 +63,9 @@ WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before 
 HEAD_SECONDS = 10.0  # in all, from the first byte: a head that comes at one byte a second is refused
 BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
-OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for /health
+OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
 WRITE_SECONDS = 30.0  # a client that reads nothing for this long is cut
+PAGE_SECONDS = 0.1  # between a stream's error and the cut: a browser drops what its page has not read by then
 LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -79,7 +80,7 @@ STATUSES = {
     "RESOURCE_EXHAUSTED": 503, "SHUTTING_DOWN": 503, "VERSION_NOT_SUPPORTED": 505,
 }  # fmt: skip
 REASONS = {status: code.replace("_", " ").title() for code, status in reversed(STATUSES.items())}
-REASONS |= {200: "OK", 204: "No Content"}
+REASONS |= {200: "OK", 204: "No Content", 304: "Not Modified"}
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -581,13 +582,15 @@ def read_objects(
 class Response:
     """What a handler returns: a `body` for JSON, or `events`, an async generator of blocks of whole SSE events.
 
-    Bytes as a `body` are JSON already. `headers` are read when the first block of `events` has come.
+    `kind` is the media type of a `body` of bytes; JSON in bytes is sent as it is. `headers` are read when the first
+    block of `events` has come.
     """
 
     body: Any = None
     status: int = 200
     events: AsyncIterator[bytes] | None = None
     headers: Headers = ()
+    kind: str = "application/json"
 
 
 def sse_event(data: Mapping[str, Any]) -> bytes:
@@ -661,7 +664,8 @@ class Route:
     method: str
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
-    open: bool = False  # needs no key, answers over the connection limit, and is logged at DEBUG
+    open: bool = False  # needs no key, and answers over the connection limit
+    quiet: bool = False  # its successes are logged at DEBUG: it is asked every few seconds
     json: bool = False  # takes a JSON body; other routes read a body and drop it
     watched: bool = False  # may run long: the handler is cancelled when its client leaves
     any_type: bool = False  # its JSON body may come under any Content-Type
@@ -736,7 +740,7 @@ class Connection:
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
-        self.over = False  # over the limit: it may ask for /health and nothing else
+        self.over = False  # over the limit: it may ask for open routes and nothing else
         self.idle = True  # between two requests: a shutdown may close it
         self.answered = False  # at least one request: it may idle longer
         self.streaming = False  # between the head of a chunked stream and its end
@@ -878,10 +882,10 @@ class Exchange:
     async def send(self, response: Response) -> None:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
-        if response.status != 204:
+        if response.status not in (204, 304):
             body = response.body
             body = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+            headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
         await self.connection.write(self._encode_head(response.status, headers) + body)
@@ -896,6 +900,8 @@ class Exchange:
         self.keep = False
         await self.connection.write(self.frame(sse_block(foreign) if foreign else error_event(error)))
         self.log(error.status)
+        if self.head and "origin" in self.head.headers:
+            await asyncio.sleep(PAGE_SECONDS)
         return None
 
     async def stream(self, response: Response) -> None:
@@ -928,7 +934,7 @@ class Exchange:
         headers = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("X-Request-ID", request_id_var.get()),
-            ("Cache-Control", "no-store"),
+            *([] if any(name == "Cache-Control" for name, _ in more) else [("Cache-Control", "no-store")]),
             *more,
         ]
         if self.head and "origin" in self.head.headers and self.access.allows_origin(self.head):
@@ -1065,7 +1071,7 @@ class Server:
                     await connection.read_body(head, discard)
                     exchange.keep = True
             return
-        exchange.quiet = route.open
+        exchange.quiet = route.quiet
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self._hold() as (body, hold):

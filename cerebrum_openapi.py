@@ -275,12 +275,37 @@ def native_events(model: str) -> list[Schema]:
 
 def listed(models: Sequence[Model]) -> dict[str, Any]:
     entry = {"id": "m", "name": "M", "languages": ["python"], "parameters": "7B", "quantization": "Q4"}
+    told = {"loaded": Optional(type="boolean"), "encoding": Optional(type="string")}
+    sizes = {"n_ctx": Optional(type="integer"), "memory_mb": Optional(type="number")}
+    ids = {"type": "array", "items": STRING}
     return {
-        "models": [{**entry, "available": True}],
+        "models": [{**entry, "available": True, **told, **sizes}],
+        "vps_available": True,
+        "languages": [{"id": "python", "endings": [".py"], "filenames": ["a"], "served": True}],
+        "prefer": Given(type="object", additionalProperties=ids),
         "object": "list",
         "data": [write_model(models[0].id, 1)],
     }
 
+
+STATS: dict[str, Any] = {
+    "uptime": 1.5,
+    "requests_total": 1,
+    "requests_active": 0,
+    "vps_available": True,
+    "vps_response_time_ms": Given(type=["number", "null"]),
+    "memory_mb": 25.5,
+    "load_avg": [0.5, 0.5, 0.5],
+    "breaker": {
+        "state": Given(enum=["closed", "open", "half-open"]),
+        "failures": 0,
+        "opens": 0,
+        "retry_in_s": 0.5,
+    },
+    "type_through": 0,
+    "shared": 0,
+    "replaced": 0,
+}
 
 # The responses of GETs, by the last part of their paths.
 ANSWERS: dict[str, Callable[[Sequence[Model]], dict[str, Any]]] = {
@@ -291,23 +316,17 @@ ANSWERS: dict[str, Callable[[Sequence[Model]], dict[str, Any]]] = {
     "tokenize": lambda _: {"tokens": [1]},
     "complete": lambda models: {"completion": "a + b", **native_result(models[0].id)},
     "openapi.json": lambda _: {"openapi": Given(const="3.1.0"), "info": Given(type="object")},
-    "stats": lambda _: {
-        "uptime": 1.5,
-        "requests_total": 1,
-        "requests_active": 0,
-        "vps_available": True,
-        "vps_response_time_ms": Given(type=["number", "null"]),
-        "memory_mb": 25.5,
-        "load_avg": [0.5, 0.5, 0.5],
-        "breaker": {
-            "state": Given(enum=["closed", "open", "half-open"]),
-            "failures": 0,
-            "opens": 0,
-            "retry_in_s": 0.5,
-        },
-        "type_through": 0,
-        "shared": 0,
-        "replaced": 0,
+    "stats": lambda _: STATS,
+    "activity": lambda _: {
+        "timestamp": TIME,
+        **STATS,
+        "vps_message": "",
+        "models_loaded": ["m"],
+        "notes": ["why"],
+        "step_s": 30,
+        "requests": [1],
+        "failed": [0],
+        "tokens": [64],
     },
 }
 
@@ -355,6 +374,7 @@ def codes_of(route: Route, passed_on: Collection[str], keyed: bool) -> set[str]:
     codes |= {*passed_on, "RATE_LIMIT", "VPS_UNAVAILABLE"} if route.watched else set()  # these ask the VPS
     codes |= {"MODEL_NOT_FOUND"} if route.path.endswith("{id}") else set()
     codes |= {"VPS_UNAVAILABLE"} if route.path == "/health" else set()
+    codes |= {"NOT_FOUND"} if route.path == "/" else set()
     return codes
 
 
@@ -486,6 +506,8 @@ def success(route: Route, dialect: Dialect | None, models: Sequence[Model]) -> t
         content = dialect_content(dialect, models[0].id, ref("schemas", "ForeignError"))
     elif last == "stream":
         content = stream_of(native_events(models[0].id))
+    elif not last:
+        last, content = "page", {"text/html": {"schema": STRING}}
     else:
         content = {"application/json": {"schema": like(ANSWERS[last](models))}}
     name = name_of(dialect) if dialect else re.sub(r"\W", "", last)

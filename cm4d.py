@@ -21,7 +21,8 @@ cut. A POST is never sent again once a byte of it is out, and a connection to th
 Who owns what: `Gateway` owns the places, the breaker, the learned ratios and what is known of the VPS. Its probe task
 keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. A `Shared` completion
 owns the task that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no
-other thread. Standard library only, with cerebrum_*.py and models.toml beside it.
+other thread. Standard library only, with cerebrum_*.py and models.toml beside it, and cerebrum_page.html, without which
+there is no page at `/`.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ from cerebrum_dialects import (
     write_props,
 )
 from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
+from cerebrum_page import History, Page
 
 if TYPE_CHECKING:
     import ssl
@@ -1242,8 +1244,12 @@ class Gateway:
         self.breaker = Breaker(random.random)
         self.ratio = Ratio()
         self.started, self.created = time.monotonic(), int(time.time())
-        self.requests_total = 0
+        self.page = load_page(HERE / "cerebrum_page.html")
+        self.requests_total = self.requests_failed = 0
+        self.tokens_done = 0  # of the completions that have ended
+        self.history = History(self.started)
         self.reloads = Reloads()
+        self.notes: list[str] = []  # for the page: what its user may want to change
         self.active: list[Job] = []
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
@@ -1272,14 +1278,20 @@ class Gateway:
     def available(self) -> bool:
         return not self.trouble and self.breaker.state != "open"
 
+    def sample(self) -> None:
+        """Bring `history` up to date."""
+        tokens = self.tokens_done + sum(job.tokens for job in self.active)
+        self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, tokens))
+
     # Probing: the only place that asks /health.
 
     async def probe_forever(self) -> None:
-        """Keep `trouble`, `response_ms` and `models` up to date: probe every 5 s, and when woken."""
+        """Keep `trouble`, `response_ms`, `models` and `history` up to date: probe every 5 s, and when woken."""
         while True:
             self._wake.clear()
             await self._probe()
             self.probes += 1
+            self.sample()
             delay = PROBE_SECONDS * random.uniform(0.8, 1.2)
             if retry := self.breaker.retry_in(time.monotonic()):
                 delay = min(delay, retry)
@@ -1308,11 +1320,12 @@ class Gateway:
     def _notice_reloads(self, loaded: Sequence[str], now: float) -> None:
         preferred = {id for ids in self.config.prefer.values() for id in ids}
         if model := self.reloads.notice([id for id in loaded if id in preferred], now):
-            log.warning(
-                "the VPS loads %s again and again, since its memory does not hold all models that [prefer] in"
-                " models.toml chooses: give the VPS more memory, or prefer one model",
-                model,
+            note = (
+                f"the VPS loads {model} again and again, since its memory does not hold all models that [prefer] in"
+                " models.toml chooses: give the VPS more memory, or prefer one model"
             )
+            log.warning("%s", note)
+            self.notes.append(note)
 
     def _found(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -1345,7 +1358,7 @@ class Gateway:
         generator ends or is closed; a generator that was never started holds nothing.
         """
         self.requests_total += 1
-        async with self._place(job), contextlib.AsyncExitStack() as stack:
+        async with self._counting_failures(), self._place(job), contextlib.AsyncExitStack() as stack:
             answer = await self._ask(job, stack)
             yield "started", self.beginning(job)
             answer.express = functools.partial(self._express, job)
@@ -1359,6 +1372,14 @@ class Gateway:
                     self._tokens(job, 0)
                     value = self._result(job, value)
                 yield kind, value
+
+    @contextlib.asynccontextmanager
+    async def _counting_failures(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.requests_failed += not (isinstance(error, HttpError) and error.code == "SUPERSEDED")
+            raise
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job) -> AsyncIterator[None]:
@@ -1389,6 +1410,7 @@ class Gateway:
             raise
         finally:
             self.active.remove(job)
+            self.tokens_done += job.tokens
             job.gone.set()
             self.breaker.left(job.ticket)
             self._call_next()
@@ -1759,6 +1781,16 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     return Response({"completion": text.getvalue(), **result})
 
 
+async def page(gateway: Gateway, request: Request) -> Response:
+    """GET /: a page for a person, which uses this API."""
+    if not gateway.page:
+        raise HttpError(
+            "NOT_FOUND", "expected cerebrum_page.html beside cm4d.py for this page; the API works without it"
+        )
+    status, body, headers = gateway.page.respond(request.head.headers)
+    return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
+
+
 async def models(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file; then the
     entry also has what the VPS tells about the model. `languages` has those that models.toml names (`served`) and those
@@ -1896,8 +1928,22 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 async def stats(gateway: Gateway, request: Request) -> Response:
     """GET /v1/stats: counters and gauges. `vps_response_time_ms` is the last good probe's, null before one; requests
     are completions."""
+    return Response(count(gateway))
+
+
+async def activity(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/activity: the statistics, why the VPS is not available, and the counts of the last half hour. Each number
+    of `requests`, `failed` and `tokens` counts `step_s` seconds, the last one the present step so far."""
+    gateway.sample()
+    message = "" if gateway.available else gateway.trouble or BREAKER_OPEN
+    told = {"vps_message": message, "models_loaded": gateway.models_loaded, "notes": gateway.notes}
+    return Response({"timestamp": timestamp(), **count(gateway), **told, **gateway.history.describe()})
+
+
+def count(gateway: Gateway) -> dict[str, Any]:
+    """The members of /v1/stats."""
     now = time.monotonic()
-    body = {
+    return {
         "uptime": round(now - gateway.started, 1),
         "requests_total": gateway.requests_total,
         "requests_active": gateway.requests_active,
@@ -1908,7 +1954,6 @@ async def stats(gateway: Gateway, request: Request) -> Response:
         "breaker": gateway.breaker.describe(now),
         **gateway.counts,
     }
-    return Response(body)
 
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
@@ -1917,6 +1962,15 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, DIALECTS, FIELDS, config.models, PASSED_ON, bool(config.client_key))))
+
+
+def load_page(path: Path) -> Page | None:
+    """The page, or None and a line in the log: the daemon lives without it."""
+    try:
+        return Page(path.read_bytes())
+    except OSError as error:
+        log.warning("no page at /: cannot read %s: %s", path.name, error.strerror)
+        return None
 
 
 def memory_mb() -> float:
@@ -1940,11 +1994,13 @@ DIALECTS = {
     INFILL: ("/infill",),
 }
 ROUTES = (
-    Route("GET", "/health", health, open=True),
+    Route("GET", "/", page, open=True),
+    Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/complete", complete, json=True, watched=True),
     Route("POST", "/v1/complete/stream", complete_stream, json=True, watched=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
+    Route("GET", "/v1/activity", activity, quiet=True),
     *(
         Route("POST", path, speaking(dialect), json=True, watched=True, any_type=True, foreign_error=write_error)
         for dialect, paths in DIALECTS.items()

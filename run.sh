@@ -58,6 +58,7 @@ need_system() {
 	fi
 	if [[ $1 == clients ]]; then
 		command -v nvim >/dev/null || packages+=(neovim)
+		command -v chromium >/dev/null || packages+=(chromium)
 		command -v node >/dev/null || packages+=(nodejs)
 		command -v npm >/dev/null || packages+=(npm)
 	fi
@@ -185,7 +186,7 @@ run() {
 	start cm4d CEREBRUM_CM4_PORT "$PYTHON" -s -S cm4d.py
 	export CEREBRUM_URL=$ADDRESS no_proxy=127.0.0.1
 	wait_for cm4d "${PIDS[1]}" curl -qsf -o "$STATE/health.json" "$CEREBRUM_URL/health"
-	note "Cerebrum is up at $CEREBRUM_URL"
+	note "Cerebrum is up at $CEREBRUM_URL, which is also a page for a browser"
 
 	if [[ -t 0 && -t 1 ]]; then
 		set -m # gives the REPL the terminal, so that Ctrl-C does not reach make

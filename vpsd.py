@@ -1020,7 +1020,7 @@ async def cleanup(engine: Engine, _request: Request) -> Response:
 # ------------------------------------------------------------------------------------------------ routes
 
 ROUTES = (
-    Route("GET", "/health", health, open=True),
+    Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/inference", inference, json=True, watched=True),
     Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
     Route("POST", "/v1/tokenize", tokenize, json=True, watched=True),

@@ -29,13 +29,12 @@ from scripted import GOOD, Backend, answer, error, in_a_thread, pi_for
 import cerebrum_dialects
 import cerebrum_openapi
 import cm4d
-from cerebrum_code import LANGUAGES
-from cerebrum_common import METHODS, STATUSES, Field, HttpError, load_models
+from cerebrum_common import METHODS, STATUSES, Field, HttpError, load_catalog
 from cerebrum_dialects import COMPLETION, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
 from cerebrum_openapi import REQUESTS, VERSION, describe_operation, like, name_of, schema_of, write_openapi
 from cm4d import DIALECTS, FIELDS, PASSED_ON, ROUTES, read_completion
 
-MODELS = load_models(ROOT / "models.toml", LANGUAGES)
+MODELS = load_catalog(ROOT / "models.toml").models
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, DIALECTS, FIELDS, MODELS, PASSED_ON, True)))
 OPERATIONS = {
     (method.upper(), path): operation
@@ -281,19 +280,36 @@ def names_of(value: Any) -> Any:
     """The members of a value's objects, at every depth."""
     if isinstance(value, dict):
         return {name: names_of(member) for name, member in value.items()}
-    return [names_of(item) for item in value[:1]] if isinstance(value, list) else None
+    if not isinstance(value, list):
+        return None
+    merged: dict[str, Any] = {}
+    for item in value:
+        for name, member in (names_of(item) or {}).items():
+            merged[name] = merged.get(name) or member
+    return [merged] if merged else [names_of(item) for item in value[:1]]
 
 
 def described_names(schema: Mapping[str, Any]) -> Any:
     if "properties" in schema:
         return {name: described_names(member) for name, member in schema["properties"].items()}
+    if schema.get("type") == "object":
+        return {}
     return [described_names(schema["items"])] if "items" in schema else [] if schema.get("type") == "array" else None
 
 
-@pytest.mark.parametrize("path", ["/health", "/v1/models", "/models", "/v1/models/qwen_7b", "/v1/stats", "/props"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/v1/models", "/models", "/v1/models/qwen_7b", "/v1/stats", "/v1/activity", "/props"]
+)
 def test_a_get_answers_as_described(path: str) -> None:
     async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
+        entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "memory_mb": 980.5, "n_ctx": 4096}
+        async with (
+            Backend(
+                models=answer(200, {"models": [entry]}), health=answer(200, {"models_loaded": ["qwen_0_5b"]})
+            ) as backend,
+            pi_for(backend.port) as pi,
+        ):
+            pi.gateway.notes.append("why")
             reply = await pi.get(path)
             described = path.replace("qwen_7b", "{id}")
             schema = response_of("GET", described, 200)["content"]["application/json"]["schema"]
@@ -336,7 +352,7 @@ def test_a_post_answers_as_described(path: str, stream: bool) -> None:
 
 
 def test_each_code_is_described() -> None:
-    """Whatever code these files mention, an operation can end with; a route that does not exist is none."""
+    """Whatever code these files mention, an operation can end with; a path that does not exist has none."""
     sources = "".join(Path(str(module.__file__)).read_text() for module in (cm4d, cerebrum_dialects))
     codes = {code for code in re.findall(r'"([A-Z_]+)"', sources) if code in STATUSES}
     told = {
@@ -345,7 +361,7 @@ def test_each_code_is_described() -> None:
         for code in re.split(", ", response["description"])
     }
     assert codes - told == set()
-    assert set(STATUSES) - told == {"NOT_FOUND", "METHOD_NOT_ALLOWED"}
+    assert set(STATUSES) - told == {"METHOD_NOT_ALLOWED"}
 
 
 WRONG = [

@@ -1,0 +1,125 @@
+"""The page of the Pi: how it is sent, and what it shows of the last half hour.
+
+In: the bytes of cerebrum_page.html, and the Pi's counters from time to time. Out: the response's headers and body
+(`Page`), and three series of numbers (`History`).
+
+    >>> page = Page(b"<style>p {}</style><script>f()</script>")
+    >>> page.respond({"if-none-match": page.etag})[0]
+    304
+    >>> history = History(now=0.0)
+    >>> history.sample(31.0, (2, 0, 50))
+    >>> history.describe()["requests"][-2:]
+    [0, 2]
+
+Pure: no file, no socket, no clock. Standard library only.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import re
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from cerebrum_common import Headers
+
+SCRIPT, STYLE = (re.compile(rb"<%b>(.*?)</%b>" % (tag, tag), re.S) for tag in (b"script", b"style"))
+GZIP_WINDOW = 31  # zlib's code for 32 KiB with gzip's head
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding allows gzip (RFC 9110 section 12.5.3).
+
+    >>> accepts_gzip("gzip, deflate, br"), accepts_gzip("*;q=0.5"), accepts_gzip("gzip;q=0, *"), accepts_gzip("")
+    (True, True, False, False)
+    """
+    codings = (coding.partition(";q=") for coding in header.lower().replace(" ", "").split(","))
+    weights = {name: weight or "1" for name, _, weight in codings}
+    return bool(weights.get("gzip", weights.get("*", "0")).strip("0."))
+
+
+def sources(inline: re.Pattern[bytes], text: bytes) -> str:
+    """What a Content-Security-Policy allows of a kind: the page's own, by their hashes."""
+    digests = (hashlib.sha256(one).digest() for one in inline.findall(text))
+    return " ".join(f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'" for digest in digests) or "'none'"
+
+
+class Page:
+    """An HTML file in one compressed copy, and the headers that confine it.
+
+    Nothing but the file's own script and style runs in it, and it can ask nobody but the Pi. A script can make no HTML
+    out of text, and no other page can show this one in a frame.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        text = text.replace(b"\r\n", b"\n")  # as browsers read it before they hash
+        compressor = zlib.compressobj(9, zlib.DEFLATED, GZIP_WINDOW)
+        self._compressed = compressor.compress(text) + compressor.flush()
+        self.etag = f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'  # weak: compressed or not, it is the same
+        policy = [
+            "default-src 'none'",
+            f"script-src {sources(SCRIPT, text)}",
+            f"style-src {sources(STYLE, text)}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+        ]
+        self._headers: Headers = (
+            ("ETag", self.etag),
+            ("Cache-Control", "no-cache"),  # may be kept, but is asked for each time
+            ("Vary", "Accept-Encoding"),
+            ("Content-Security-Policy", "; ".join(policy)),
+            ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+        )
+
+    def respond(self, headers: Mapping[str, str]) -> tuple[int, bytes, Headers]:
+        """(status, body, headers) for a request with these headers, whose names are in lower case."""
+        if known := headers.get("if-none-match"):
+            opaque = self.etag.removeprefix("W/")  # RFC 9110 section 13.1.2: compared weakly
+            if known.strip() == "*" or opaque in (tag.strip().removeprefix("W/") for tag in known.split(",")):
+                return 304, b"", self._headers
+        if accepts_gzip(headers.get("accept-encoding", "")):
+            return 200, self._compressed, (*self._headers, ("Content-Encoding", "gzip"))
+        return 200, zlib.decompress(self._compressed, GZIP_WINDOW), self._headers
+
+
+STEP_SECONDS, STEPS = 30, 60  # half an hour
+SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
+
+
+class History:
+    """How much was counted in each of the last STEPS steps of STEP_SECONDS.
+
+    It is given totals, of which it takes the differences, so counting costs nothing per token. What came since the last
+    sample counts for the present step.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._step = int(now // STEP_SECONDS)
+        self._totals = (0,) * len(SERIES)
+        self._steps = deque(([0] * len(SERIES) for _ in range(STEPS)), maxlen=STEPS)
+
+    def sample(self, now: float, totals: tuple[int, ...]) -> None:
+        """Take the totals of SERIES at a time in seconds (monotonic)."""
+        step = int(now // STEP_SECONDS)
+        for _ in range(min(step - self._step, STEPS)):
+            self._steps.append([0] * len(SERIES))
+        self._step = step
+        present = self._steps[-1]
+        for number, (new, old) in enumerate(zip(totals, self._totals, strict=True)):
+            present[number] += new - old
+        self._totals = totals
+
+    def describe(self) -> dict[str, Any]:
+        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
+        columns = {name: [step[number] for step in self._steps] for number, name in enumerate(SERIES)}
+        return {"step_s": STEP_SECONDS, **columns}

@@ -1,0 +1,1206 @@
+"""The Pi's page in a real browser: Debian's Chromium, driven by playwright, and axe-core for accessibility.
+
+A script stands for the VPS, so every text is exact. The last test asks both daemons and the 0.5B, by keyboard alone.
+Each visit also asserts that the page logs no error, opens no dialog, and sends no request to another origin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import re
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import FILES, KEY, PATIENCE, ROOT, daemon, until
+from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
+from test_peers import needs
+
+from cerebrum_common import load_catalog
+
+pytestmark = pytest.mark.clients
+
+CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
+PAGE = ROOT / "cerebrum_page.html"
+EXPECT_MS = 20_000
+END = b"0\r\n\r\n"
+CODE = "def add(a, b):\n    return "
+HOSTILE = '</textarea><script>window.pwned=1</script><img src=x onerror="window.pwned=1">\'"&amp;'
+BIDI = "a\u202eb\u2066c\x07d\x1b[2J\U000e0041"
+BIDI_SPELLED = "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0007⟩d⟨U+001B⟩[2J⟨U+E0041⟩"
+WIDE, PHONES = (1440, 900), ((320, 640), (390, 844))
+
+Scenario = Callable[["Visit"], Awaitable[None]]
+
+
+def done(**more: Any) -> bytes:
+    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop"}
+    return chunk(event(done=True, **told | more)) + END
+
+
+def completion(*pieces: Any, **more: Any) -> list[Any]:
+    """A script of the VPS. A piece that is no string is a step of its own, such as an event's `wait`."""
+    return [CHUNKED, *(chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces), done(**more)]
+
+
+# ---------------------------------------------------------------------------------------------- the browser
+
+
+@dataclass
+class Visit:
+    """A page that a scripted VPS stands behind."""
+
+    page: Any
+    backend: Backend
+    pi: Pi
+    complaints: list[str] = field(default_factory=list)  # errors, dialogs, requests to elsewhere
+    asked: list[str] = field(default_factory=list)  # paths
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.pi.port}/"
+
+    def find(self, selector: str) -> Any:
+        return self.page.locator(selector)
+
+    async def value(self) -> str:
+        return str(await self.find("#editor").input_value())
+
+    async def see(self, selector: str, text: str | re.Pattern[str]) -> None:
+        """Wait until the element has this text."""
+        await expect(self.find(selector)).to_have_text(text)
+
+    async def see_text(self, text: str) -> None:
+        """Wait until the editor holds this text."""
+        await expect(self.find("#editor")).to_have_value(text)
+
+    async def write(self, text: str, at: int | None = None) -> None:
+        """Put a text into the editor as a paste does, and the cursor at its end or where asked."""
+        await self.find("#editor").focus()
+        await self.press("Control+a")
+        await (self.page.keyboard.insert_text(text) if text else self.press("Delete"))
+        at = len(text) if at is None else at
+        await self.find("#editor").evaluate("(box, at) => box.setSelectionRange(at, at)", at)
+
+    async def press(self, *keys: str) -> None:
+        for key in keys:
+            await self.page.keyboard.press(key)
+
+    async def instruct(self, instruction: str) -> None:
+        await self.find("#instruction").fill(instruction)
+        await self.press("Enter")
+
+    async def complete(self, text: str, pending: str) -> None:
+        """Complete `text` at its end, and wait until `pending` is marked and the stream has ended."""
+        await self.write(text)
+        await self.press("Control+Enter")
+        await self.see("#mark", pending)
+        await expect(self.find("#stop")).to_be_disabled()
+
+    async def drop(self, name: str, content: bytes) -> None:
+        carried = await self.page.evaluate_handle(
+            "([name, bytes]) => { const carried = new DataTransfer();"
+            " carried.items.add(new File([Uint8Array.from(bytes, c => c.charCodeAt())], name)); return carried }",
+            [name, content.decode("latin-1")],
+        )
+        await self.page.dispatch_event("#editor", "drop", {"dataTransfer": carried})
+
+    async def diff(self) -> list[str]:
+        return list(await self.find("#diff > *").all_text_contents())
+
+    async def focused(self) -> str:
+        return str(await self.page.evaluate("document.activeElement.id"))
+
+    async def check_accessibility(self) -> None:
+        found = await self.page.evaluate("axe.run()")
+        broken = [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]]
+        assert broken == []
+
+
+@dataclass
+class Chrome:
+    """One browser for all tests, in an event loop of its own."""
+
+    runner: asyncio.Runner
+    browser: Any
+
+    def visit(self, scenario: Scenario, *scripts: Sequence[Any], **more: Any) -> None:
+        """Play a scenario. See `visiting`."""
+
+        async def play() -> None:
+            async with visiting(self.browser, scripts or (completion("a + b"),), **more) as visit:
+                await scenario(visit)
+
+        self.runner.run(asyncio.wait_for(play(), PATIENCE))
+
+
+@contextlib.asynccontextmanager
+async def visiting(
+    browser: Any,
+    scripts: Sequence[Sequence[Any]],
+    *,
+    size: tuple[int, int] = WIDE,
+    wait: bool = True,
+    down: bool = False,
+    touch: bool = False,
+    before: Callable[[Visit], Awaitable[None]] | None = None,
+    context: dict[str, Any] | None = None,
+    **config: Any,
+) -> AsyncIterator[Visit]:
+    """Open the page, by default of a Pi that reaches its VPS (not `down`), and `wait` until it says so."""
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(Backend(scripts))
+        port = 1 if down else backend.port  # nobody listens on port 1
+        pi = await stack.enter_async_context(pi_for(port, **config))
+        options = {"viewport": {"width": size[0], "height": size[1]}, "has_touch": touch, "is_mobile": touch}
+        opened = await browser.new_context(**options | (context or {}))
+        stack.push_async_callback(opened.close)
+        page = await opened.new_page()
+        visit = Visit(page, backend, pi)
+        watch(visit)
+        if before:
+            await before(visit)
+        await page.goto(visit.url)
+        if wait:
+            await expect(visit.find("#light.up, #light.down")).to_be_visible()
+        yield visit
+        assert await page.evaluate("typeof window.pwned") == "undefined"
+        assert visit.complaints == []
+
+
+def watch(visit: Visit) -> None:
+    def on_console(message: Any) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):  # a status, or offline
+            visit.complaints.append(message.text)
+
+    def on_request(request: Any) -> None:
+        if request.url.startswith(visit.url):
+            visit.asked.append(request.url.removeprefix(visit.url[:-1]))
+        elif not request.url.startswith(("data:", "blob:")):
+            visit.complaints.append(request.url)
+
+    async def on_dialog(dialog: Any) -> None:
+        if dialog.type != "beforeunload":
+            visit.complaints.append(dialog.message)
+        await dialog.accept()
+
+    visit.page.on("console", on_console)
+    visit.page.on("pageerror", lambda fault: visit.complaints.append(str(fault)))
+    visit.page.on("request", on_request)
+    visit.page.on("dialog", on_dialog)
+
+
+def expect(what: Any) -> Any:
+    from playwright.async_api import expect as playwright_expect
+
+    playwright_expect.set_options(timeout=EXPECT_MS)
+    return playwright_expect(what)
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Chrome]:
+    api = pytest.importorskip("playwright.async_api", reason="please run: ./run.sh setup clients")
+    options = {"executable_path": needs("chromium"), "args": ["--no-sandbox"]}
+    with asyncio.Runner() as runner:
+        driver = runner.run(api.async_playwright().start())
+        browser = runner.run(driver.chromium.launch(**options))
+        yield Chrome(runner, browser)
+        runner.run(browser.close())
+        runner.run(driver.stop())
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The accessibility checker's source."""
+    npm, source = needs("npm"), CACHE / "node_modules/axe-core/axe.min.js"
+    if not source.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "axe-core@4"], cwd=CACHE, check=True)
+    return source.read_text()
+
+
+# ----------------------------------------------------------------------------------------------- completing
+
+
+def test_a_completion_streams_in_is_marked_and_accepted(chrome: Chrome) -> None:
+    gate = asyncio.Event()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see_text(CODE + "a")  # before the rest was written
+        await visit.see("#mark", "a")
+        await expect(visit.find("#stage")).to_contain_text("Writing, 1 token")
+        gate.set()
+        await visit.see_text(CODE + "a + b\n")
+        await visit.see("#mark", "a + b\n")
+        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.press("Tab")
+        await visit.see("#mark", "")
+        assert await visit.value() == CODE + "a + b\n"
+        await visit.press("Control+z")
+        assert await visit.value() == CODE
+        await visit.press("Control+Shift+z")
+        assert await visit.value() == CODE + "a + b\n"
+        await visit.press("Control+z", "Control+z")
+        assert await visit.value() == ""
+        (sent,) = visit.backend.completions
+        assert (sent["mode"], sent["prompt"], sent["language"]) == ("complete", CODE, "python")
+        assert (sent["max_tokens"], sent["temperature"], sent["progress"]) == (512, 0.4, True)
+        assert "suffix" not in sent
+
+    chrome.visit(scenario, completion("a", gate.wait, " + b\r", "\n"))
+
+
+def test_esc_undoes_a_completion(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.complete(CODE, "a + b")
+        await visit.press("Escape")
+        assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE, "")
+        await visit.press("Control+y")
+        assert await visit.value() == CODE + "a + b"  # who pressed Esc to stop, and came too late, loses nothing
+        await visit.press("Control+z", "Control+z")
+        assert await visit.value() == ""  # the undone completion is no step of its own
+
+    chrome.visit(scenario)
+
+
+def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a")
+        await visit.press("x")
+        assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE + "ax", "")
+        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
+        await visit.press("Control+z")
+        assert await visit.value() == CODE + "a"
+        await visit.press("Control+z")
+        assert await visit.value() == CODE
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG])
+
+
+def test_esc_stops_and_the_vps_is_left(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a")
+        assert not visit.backend.left.is_set()
+        await visit.press("Escape")
+        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
+        await visit.see("#outcome", "Stopped. What had come is still marked.")
+        assert await visit.find("#mark").text_content() == "a"
+        await visit.press("Escape")
+        assert await visit.value() == CODE
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG])
+
+
+def test_an_infill_sends_what_is_around_the_cursor(chrome: Chrome) -> None:
+    """With a selection, its end is the cursor. The buttons do the same as the keys."""
+    suffix = "\n\n\nprint(add(1, 2))\n"
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE + suffix)
+        await visit.find("#editor").evaluate("(box, end) => box.setSelectionRange(3, end)", len(CODE))
+        await visit.find("#complete").click()
+        await visit.see_text(CODE + "a + b" + suffix)
+        await visit.see("#mark", "a + b")
+        (sent,) = visit.backend.completions
+        assert (sent["mode"], sent["prompt"], sent["suffix"]) == ("infill", CODE, suffix)
+        await visit.find("#undo").click()
+        assert await visit.value() == CODE + suffix
+        await visit.find("#complete").click()
+        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.find("#accept").click()
+        assert await visit.value() == CODE + "a + b" + suffix
+        await visit.find("#undo").click()
+        assert await visit.value() == CODE + suffix
+
+    chrome.visit(scenario)
+
+
+def test_blank_text_after_the_cursor_stays(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE + "\n \n", at=len(CODE))
+        await visit.press("Control+Enter")
+        await visit.see_text(CODE + "a + b\n \n")
+        (sent,) = visit.backend.completions
+        assert (sent["mode"], sent["prompt"], sent.get("suffix")) == ("complete", CODE, None)
+
+    chrome.visit(scenario)
+
+
+def test_an_empty_editor_asks_for_code(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.find("#editor").focus()
+        await visit.press("Control+Enter")
+        await expect(visit.find("#outcome")).to_contain_text("There is no code yet: ")
+        assert visit.backend.completions == []
+        await visit.find("#example").click()
+        await visit.see("#mark", "a + b")
+        assert visit.backend.completions[0]["prompt"] == "def is_prime(n):\n    "
+
+    chrome.visit(scenario)
+
+
+def test_a_newer_completion_is_of_the_same_session(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.complete(CODE, "a + b")
+        await visit.press("Control+Enter")  # accepts and goes on
+        await visit.see_text(CODE + "a + ba + b")
+        first, second = visit.backend.completions
+        assert second["prompt"] == CODE + "a + b"
+        assert first["session"] == second["session"]
+
+    chrome.visit(scenario)
+
+
+def test_a_user_who_scrolls_stays_where_he_is(chrome: Chrome) -> None:
+    """Until then, the end of the text that comes stays in view."""
+    more, rest = asyncio.Event(), asyncio.Event()
+    script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
+
+    async def scenario(visit: Visit) -> None:
+        editor = visit.find("#editor")
+        await visit.write("x = 1\n" * 100)
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a\n" * 40)
+        followed = await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop")
+        assert followed < 48
+        await editor.evaluate("box => { box.scrollTop = 100 }")
+        more.set()
+        await visit.see("#mark", "a\n" * 40 + "b\n" * 40)
+        assert await editor.evaluate("box => box.scrollTop") == 100
+        await editor.evaluate("box => box.setSelectionRange(7, 7)")
+        rest.set()
+        await expect(visit.find("#stop")).to_be_disabled()
+        assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
+        transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
+        assert transform == "translate(0px, -100px)"
+
+    chrome.visit(scenario, script)
+
+
+def test_the_mark_lies_behind_its_text(chrome: Chrome) -> None:
+    """Both layers have the same metrics, so their contents are equally large."""
+
+    async def scenario(visit: Visit) -> None:
+        await visit.complete("if x:\n\ty = 'ä' * 3  # 日本\n\treturn ", "a + b")
+        metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
+        read = "(it, names) => names.map(name => getComputedStyle(it)[name])"
+        boxes = [await visit.find(one).evaluate(read, metrics) for one in ("#editor", ".mirror")]
+        assert boxes[0] == boxes[1]
+        places = [await visit.find(one).bounding_box() for one in ("#editor", ".mirror")]
+        assert (places[0]["x"], places[0]["y"]) == (places[1]["x"], places[1]["y"])
+
+    chrome.visit(scenario)
+
+
+# ---------------------------------------------------------------------------------------------- instructing
+
+BEFORE = "".join(f"line {n}\n" for n in range(20))
+AFTER = BEFORE.replace("line 9\n", "line nine\nmore\n")
+DIFF = [
+    "… 6 unchanged lines",
+    *(f"  line {n}" for n in (6, 7, 8)),
+    "- line 9",
+    "+ line nine",
+    "+ more",
+    *(f"  line {n}" for n in (10, 11, 12)),
+    "… 7 unchanged lines",
+]
+
+
+def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(BEFORE)
+        await visit.instruct("say nine")
+        await visit.see("#proposal-summary", "2 lines added, 1 removed.")
+        assert await visit.diff() == DIFF
+        assert (await visit.value(), await visit.focused()) == (BEFORE, "take")
+        await visit.press("Escape")
+        await expect(visit.find("#proposal")).to_be_hidden()
+        assert (await visit.value(), await visit.focused()) == (BEFORE, "editor")
+        await visit.instruct("say nine")
+        await expect(visit.find("#take")).to_be_focused()
+        await visit.press("Enter")
+        assert (await visit.value(), await visit.focused()) == (AFTER, "editor")
+        await visit.press("Control+z")
+        assert await visit.value() == BEFORE
+        sent = visit.backend.completions[0]
+        assert (sent["mode"], sent["max_tokens"]) == ("instruct", 512)
+        assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
+
+    chrome.visit(scenario, completion(AFTER.removesuffix("\n")))
+
+
+def test_an_instruction_is_shown_while_it_comes(chrome: Chrome) -> None:
+    gate = asyncio.Event()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n" * 600)
+        await visit.instruct("use y")
+        await visit.see("#diff", "y = 1")
+        assert await visit.find("#take").is_visible() is False
+        gate.set()
+        await visit.see("#proposal-summary", "1 line added, 600 removed.")
+        assert visit.backend.completions[0]["max_tokens"] == 1264  # a third of the characters, and 64
+
+    chrome.visit(scenario, completion("y = 1", gate.wait))
+
+
+def test_an_instruction_changes_the_selection_only(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("one\ntwo\nthree\n")
+        await visit.find("#editor").evaluate("box => box.setSelectionRange(4, 8)")
+        await visit.see("#scope", "(in the selection)")
+        await visit.instruct("in capitals")
+        await visit.see("#proposal-summary", "1 line added, 1 removed.")
+        assert await visit.diff() == ["- two", "+ TWO"]
+        await visit.press("Enter")
+        assert await visit.value() == "one\nTWO\nthree\n"
+        assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
+
+    chrome.visit(scenario, completion("TWO"))
+
+
+def test_an_instruction_without_code_is_answered_with_new_code(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.instruct("print one")
+        await expect(visit.find("#take")).to_be_focused()
+        assert await visit.diff() == ["+ print(1)"]
+        await visit.press("Enter")
+        assert await visit.value() == "print(1)\n"
+
+    chrome.visit(scenario, completion("print(1)\n"))
+
+
+def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n")
+        await visit.instruct("use y")
+        await expect(visit.find("#take")).to_be_focused()
+        await visit.write("z = 3\n")
+        await visit.find("#take").click()
+        await expect(visit.find("#error")).to_contain_text("The text has changed since")
+        assert await visit.value() == "z = 3\n"
+
+    chrome.visit(scenario, completion("y = 1"))
+
+
+def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n")
+        await visit.instruct("use y")
+        await visit.see("#proposal-warning", re.compile("The answer was cut off at 512 tokens: .* may be missing"))
+        assert await visit.focused() == "leave"
+        await visit.write("".join(f"value_{n} = {n}\n" for n in range(500)))
+        await visit.instruct("use y")
+        await visit.see(
+            "#proposal-warning",
+            re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack the rest\."),
+        )
+        assert await visit.focused() == "leave"
+        await visit.write("x = 1\n")
+        await visit.instruct("use y")
+        await visit.see("#diff", "y")
+        await visit.press("Escape")
+        await visit.see("#outcome", "Stopped.")
+        await expect(visit.find("#take")).to_be_hidden()  # half an answer is shown, not offered
+
+    half = [CHUNKED, chunk(token("y", 1)), HANG]
+    chrome.visit(scenario, completion("y = 1", finish_reason="length"), completion("y = 1"), half)
+
+
+def test_lines_are_compared(chrome: Chrome) -> None:
+    """Both texts can be made from the rows, and no shorter difference exists in the small cases."""
+    chance = random.Random(7)
+    texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
+    texts += ["".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(60)]
+
+    async def scenario(visit: Visit) -> None:
+        pairs = [(one, other) for one in texts[:20] for other in texts]
+        answers = await visit.page.evaluate("pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs)
+        for (one, other), rows in zip(pairs, answers, strict=True):
+            before, after = ([line for sign, line in rows if sign in signs] for signs in (" -", " +"))
+            assert (before, after) == (one.splitlines(True), other.splitlines(True))
+        shortest = await visit.page.evaluate("diffLines('a\\nb\\nc\\nd', 'a\\nc\\nx\\nd')")
+        assert [sign for sign, _ in shortest] == [" ", "-", " ", "+", " "]
+        large = ["\n".join(f"{name}{n}" for n in range(3000)) for name in "xy"]
+        rows = await visit.page.evaluate("([one, other]) => diffLines(one, other)", large)  # too much to compare
+        assert [sign for sign, _ in rows] == ["-"] * 3000 + ["+"] * 3000
+
+    chrome.visit(scenario)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+def test_the_vps_dies_in_mid_stream(chrome: Chrome) -> None:
+    """The error comes before the cut, so that the page can read it."""
+    gate = asyncio.Event()
+
+    async def scenario(visit: Visit) -> None:
+        async with visit.page.expect_response("**/v1/complete/stream") as answered:
+            await visit.write(CODE)
+            await visit.press("Control+Enter")
+        await visit.see("#mark", "a")
+        gate.set()
+        id = (await answered.value).headers["x-request-id"]
+        told = r"VPS backend is unavailable \(it ended in the middle of its answer\)\."
+        await visit.see("#error", re.compile(f"{told} Request id: {id}"))
+        assert await visit.find("#mark").text_content() == "a"
+        await visit.press("Tab")
+        assert await visit.value() == CODE + "a"
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
+
+
+def test_the_pi_dies_in_mid_stream(chrome: Chrome) -> None:
+    """The connection ends without an event."""
+    gate = asyncio.Event()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a")
+        await visit.pi.server.stop(0)
+        words = "The connection broke before the end; what had come is still marked."
+        await expect(visit.find("#error")).to_contain_text(re.compile(words + " Request id: [0-9a-f-]{36}"))
+        assert await visit.find("#mark").text_content() == "a"
+        await visit.press("Control+Enter")
+        await visit.see("#error", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
+        assert await visit.value() == CODE + "a"
+        await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
+
+
+def test_a_stream_that_falls_silent(chrome: Chrome) -> None:
+    """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
+
+    async def install(visit: Visit) -> None:
+        await visit.page.clock.install()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await until(lambda: len(visit.backend.completions) == 1)
+        await visit.page.clock.run_for(1000)
+        await visit.see("#mark", "a")
+        await visit.page.clock.run_for(30_000)
+        await expect(visit.find("#work")).to_be_visible()
+        await visit.page.clock.run_for(15_000)
+        await expect(visit.find("#error")).to_contain_text("The connection broke before the end")
+        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
+        assert await visit.find("#mark").text_content() == "a"
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG], before=install)
+
+
+def test_a_tab_before_anything_has_come_indents(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("if x:\n")
+        await visit.press("Control+Enter")
+        await expect(visit.find("#stop")).to_be_enabled()
+        await visit.press("Tab")
+        assert await visit.value() == "if x:\n    "
+        await expect(visit.find("#stop")).to_be_disabled()
+
+    chrome.visit(scenario, [CHUNKED, HANG])
+
+
+def test_too_many_requests(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        await asyncio.wait_for(visit.backend.begun.wait(), PATIENCE)
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        words = "Busy: other completions are running already; try again in a moment. Request id: "
+        await expect(visit.find("#error")).to_contain_text(words)
+        assert await visit.value() == CODE
+        writer.transport.abort()
+
+    chrome.visit(scenario, [CHUNKED, HANG], max_concurrent=1)
+
+
+def test_the_vps_is_down_from_the_start(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await expect(visit.find("#light")).to_have_class("down")
+        await visit.see("#health", "VPS backend is unavailable (connection refused).")
+        await visit.see("#plot-words", "No request in the last half hour.")
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await expect(visit.find("#error")).to_contain_text("VPS backend is unavailable")
+        await expect(visit.find("#plot-words")).to_contain_text("1 request, 1 failed")
+        assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
+
+    chrome.visit(scenario, down=True)
+
+
+def test_stages_and_the_time(chrome: Chrome) -> None:
+    loading, reading, writing = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def stage(name: str, done: int, total: int) -> bytes:
+        return chunk(event(progress={"stage": name, "done": done, "total": total}))
+
+    pieces = [
+        stage("queued", 0, 1) + stage("loading", 40, 100),
+        loading.wait,
+        stage("prefill", 300, 900),
+        reading.wait,
+        stage("decode", 0, 512) + chunk(token("a", 12)),
+        writing.wait,
+    ]
+    told = {
+        "total_tokens": 128,
+        "inference_time": 18.2,
+        "load_time": 9.1,
+        "ttft": 4.0,
+        "prompt_tokens": 900,
+        "cached_tokens": 200,
+        "tokens_per_second": 12.1,
+    }
+
+    async def scenario(visit: Visit) -> None:
+        bar = visit.find("progress")
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see("#stage", "Loading the model, 40 %")
+        assert await bar.evaluate("bar => [bar.value, bar.max]") == [40, 100]
+        loading.set()
+        await visit.see("#stage", "Reading the prompt, 300 of 900 tokens")
+        assert await bar.evaluate("bar => [bar.value, bar.max]") == [300, 900]
+        reading.set()
+        await expect(visit.find("#stage")).to_contain_text("Writing, 12 tokens")
+        writing.set()
+        time = "128 tokens in 18.2 s: 9.1 s loading qwen_0_5b, 4.0 s waiting and reading 700 of 900 tokens,"
+        time += " then 12.1 tokens/s."
+        await visit.see("#outcome", time)
+        await expect(visit.find("#work")).to_be_hidden()
+        await expect(visit.find("#slow")).to_contain_text(f"Your last request: {time}")
+        await visit.press("Escape")
+        await visit.press("Control+Enter")  # this answer tells next to nothing
+        await visit.see("#outcome", "2 tokens in 0.3 s.")
+
+    chrome.visit(scenario, completion(*pieces, **told), completion("b"))
+
+
+# --------------------------------------------------------------------------------------------------- a key
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        form = visit.find("#key-form")
+        await expect(form).to_be_visible()
+        assert await visit.focused() == "key"
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await expect(visit.find("#key")).to_be_focused()
+        await visit.page.keyboard.type("wrong")
+        await visit.press("Enter")
+        await visit.see("#key-error", "That key is wrong. Please try again.")
+        stores = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
+        assert await visit.page.evaluate(stores) == [{}, []]
+        assert visit.backend.completions == []
+        await visit.find("#key").fill(KEY)
+        await visit.press("Enter")
+        await visit.see("#mark", "a + b")  # the request was sent again
+        await expect(form).to_be_hidden()
+        assert len(visit.backend.completions) == 1
+        await expect(visit.find("#light")).to_have_class("up")
+        assert await visit.page.evaluate(stores) == [{"cerebrum": f'"{KEY}"'}, []]
+        assert await visit.page.context.cookies() == []
+        await visit.page.reload()
+        await expect(visit.find("#light")).to_have_class("up")
+        await expect(form).to_be_hidden()
+        other = await visit.page.context.new_page()
+        await other.goto(visit.url)
+        await expect(other.locator("#key-form")).to_be_visible()
+
+    chrome.visit(scenario, wait=False, client_key=KEY)
+
+
+def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await expect(visit.find("#key")).to_be_focused()
+        await visit.press("Escape")
+        await visit.see("#outcome", "Stopped.")
+        await visit.find("#key").fill("two words")
+        await visit.press("Enter")
+        await expect(visit.find("#key-error")).to_have_text("That key is wrong. Please try again.")
+        await visit.find("#key").fill(KEY)
+        await visit.press("Enter")
+        await expect(visit.find("#light")).to_have_class("up")
+        assert (await visit.value(), visit.backend.completions) == (CODE, [])
+
+    chrome.visit(scenario, wait=False, client_key=KEY)
+
+
+# -------------------------------------------------------------------------------------------- hostile texts
+
+
+def test_hostile_code_is_text(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.complete("x = ", HOSTILE + BIDI)
+        assert await visit.value() == "x = " + HOSTILE + BIDI
+        await expect(visit.find("#outcome")).to_contain_text("The marked text contains invisible characters.")
+        await expect(visit.find("#live")).to_contain_text(HOSTILE + BIDI_SPELLED)
+        await visit.press("Tab")
+        await visit.instruct(HOSTILE)
+        await expect(visit.find("#take")).to_be_focused()
+        assert await visit.diff() == [f"- x = {HOSTILE}{BIDI_SPELLED}", f"+ {HOSTILE}{BIDI_SPELLED}"]
+        assert await visit.find("img, script:not(:last-child)").count() == 0
+
+    chrome.visit(scenario, completion(HOSTILE + BIDI))
+
+
+def test_hostile_names_and_messages_are_text(chrome: Chrome) -> None:
+    models = load_catalog(ROOT / "models.toml").models
+    hostile = tuple(dataclasses.replace(model, name=HOSTILE + BIDI) for model in models)
+
+    async def lie(visit: Visit) -> None:
+        """What the Pi itself would not pass on."""
+        activity = {
+            "vps_available": False,
+            "vps_message": HOSTILE + BIDI,
+            "models_loaded": [HOSTILE],
+            "notes": [HOSTILE + BIDI],
+            "requests_active": HOSTILE,
+            "breaker": HOSTILE,
+            "load_avg": [HOSTILE],
+            "uptime": None,
+        }
+
+        async def answer(route: Any) -> None:
+            await route.fulfill(json=activity)
+
+        await visit.page.route("**/v1/activity", answer)
+
+    async def scenario(visit: Visit) -> None:
+        await visit.see("#health", f"{HOSTILE}{BIDI_SPELLED}.")
+        await visit.see("#notes", HOSTILE + BIDI_SPELLED)
+        await expect(visit.find("#models td:first-child").first).to_have_text(HOSTILE + BIDI_SPELLED)
+        await expect(visit.find("#model option").nth(1)).to_contain_text(HOSTILE + BIDI_SPELLED)
+        await visit.drop(HOSTILE.replace("/", "") + BIDI + ".rs", b"fn main() {}")
+        await visit.see("#file-name", f"File: {HOSTILE.replace('/', '')}{BIDI_SPELLED}.rs")
+        await visit.press("Control+Enter")
+        await expect(visit.find("#error")).to_contain_text(HOSTILE)
+        assert await visit.find("img").count() == 0
+
+    chrome.visit(scenario, [error(500, "MODEL_LOAD_FAILED", HOSTILE + BIDI)], before=lie, models=hostile)
+
+
+# ----------------------------------------------------------------------------------------- files, settings
+
+
+def test_files_are_opened_by_dropping_and_by_button(chrome: Chrome, tmp_path: Path) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("unsaved = 1\n")
+        await visit.drop("main.RS", b"\xef\xbb\xbffn main() {\r\n    ")
+        await visit.see_text("fn main() {\n    ")
+        assert await visit.find("#language").input_value() == "rust"
+        await visit.see("#outcome", "main.RS is open. Your text before it was not saved: Undo brings it back.")
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a + b")
+        (sent,) = visit.backend.completions
+        assert (sent["filename"], sent["language"]) == ("main.RS", "rust")
+        await visit.press("Tab")
+        async with visit.page.expect_download() as downloaded:
+            await visit.find("#save").click()
+        saved = await downloaded.value
+        assert saved.suggested_filename == "main.RS"
+        assert (await asyncio.to_thread(Path(await saved.path()).read_bytes)) == b"fn main() {\r\n    a + b"
+        await visit.find("#undo").click()
+        await visit.find("#undo").click()
+        assert await visit.value() == "unsaved = 1\n"
+        await expect(visit.find("#file-name")).to_be_hidden()
+        source = tmp_path / "sum.py"
+        source.write_text("x = 1\n")
+        async with visit.page.expect_file_chooser() as chosen:
+            await visit.find("#open").press("Enter")
+        await (await chosen.value).set_files(source)
+        await visit.see_text("x = 1\n")
+        assert await visit.find("#language").input_value() == "python"
+
+    chrome.visit(scenario)
+
+
+def test_files_that_cannot_be_opened(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n")
+        for name, content, words in (
+            ("large.py", b"#" * (2 << 20), "large.py is larger than 700 KB; it was not opened."),
+            ("latin.py", b"# \xe4", "latin.py is not a file of UTF-8 text; it was not opened."),
+            ("zero.py", b"a\0b", "zero.py is not a file of UTF-8 text; it was not opened."),
+        ):
+            await visit.drop(name, content)
+            await visit.see("#error", words)
+            assert await visit.value() == "x = 1\n"
+        await visit.drop("a.java", b"class A {}")
+        await expect(visit.find("#outcome")).to_contain_text(
+            "a.java is java, which no model in models.toml serves; it is treated as python."
+        )
+        await visit.drop("notes.txt", b"text")
+        await expect(visit.find("#outcome")).to_contain_text("Its name tells no language; it is treated as python.")
+
+    async def languages(visit: Visit) -> None:
+        served = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
+        known = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
+
+        async def answer(route: Any) -> None:
+            await route.fulfill(json={"models": [], "languages": [served, known]})
+
+        await visit.page.route("**/v1/models", answer)
+
+    chrome.visit(scenario, before=languages)
+
+
+def test_the_text_can_be_copied(chrome: Chrome) -> None:
+    """By the command that needs no https."""
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n")
+        await visit.find("#copy").click()
+        await visit.see("#outcome", "Copied.")
+        await visit.find("#editor").focus()
+        await visit.press("Control+a", "Delete", "Control+v")
+        assert await visit.value() == "x = 1\n"
+
+    chrome.visit(scenario, context={"permissions": ["clipboard-read", "clipboard-write"]})
+
+
+def test_settings_are_sent_and_remembered(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.find("#language").select_option("go")
+        await visit.find("#model").select_option("qwen_1_5b")
+        await visit.find("#tokens").fill("99999")
+        await visit.find("#temperature").fill("0")
+        await visit.complete("func f() {\n", "a + b")
+        (sent,) = visit.backend.completions
+        assert (sent["language"], sent["model"], sent["max_tokens"], sent["temperature"]) == (
+            "go",
+            "qwen_1_5b",
+            2048,
+            0,
+        )
+        await visit.press("Tab", "Enter", "Tab")
+        assert (await visit.value()).endswith("a + b\n\t")  # Go is indented by tabs
+        stored = await visit.page.evaluate("Object.values(localStorage).join()")
+        assert "func" not in stored
+        await visit.page.reload()
+        await expect(visit.find("#light")).to_have_class("up")
+        shown = [await visit.find(f"#{name}").input_value() for name in ("language", "model", "tokens", "temperature")]
+        assert shown == ["go", "qwen_1_5b", "2048", "0"]
+        gone = '{"language": "cobol", "model": "gpt", "tokens": "x", "temperature": null}'
+        await visit.page.evaluate("gone => localStorage.setItem('cerebrum', gone)", gone)
+        await visit.page.reload()
+        await expect(visit.find("#light")).to_have_class("up")
+        shown = [await visit.find(f"#{name}").input_value() for name in ("language", "model", "tokens", "temperature")]
+        assert shown == ["python", "", "512", "0.4"]
+
+    chrome.visit(scenario)
+
+
+def test_a_browser_without_storage(chrome: Chrome) -> None:
+    async def forbid(visit: Visit) -> None:
+        refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
+        await visit.page.add_init_script(
+            f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
+        )
+
+    async def scenario(visit: Visit) -> None:
+        await visit.find("#tokens").fill("7")
+        await visit.complete(CODE, "a + b")
+        assert visit.backend.completions[0]["max_tokens"] == 7
+
+    chrome.visit(scenario, before=forbid)
+
+
+# --------------------------------------------------------------------------------------------- the keyboard
+
+
+def test_tab_indents(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write("ab")
+        await visit.press("Tab")
+        assert await visit.value() == "ab  "
+        await visit.write("if x:\n    a\n\nb\n")
+        await visit.press("Control+a", "Tab")
+        assert await visit.value() == "    if x:\n        a\n\n    b\n"
+        await visit.press("Shift+Tab", "Shift+Tab")
+        assert await visit.value() == "if x:\na\n\nb\n"
+        await visit.press("Control+z")
+        assert await visit.value() == "if x:\n    a\n\nb\n"
+        await visit.write("\nabc", at=0)
+        await visit.press("Tab", "Shift+Tab", "Shift+Tab")
+        assert await visit.value() == "\nabc"
+        await visit.write("if x:\n\ta")
+        await visit.press("Tab")
+        assert await visit.value() == "if x:\n\ta\t"
+        assert await visit.focused() == "editor"
+
+    chrome.visit(scenario)
+
+
+def test_what_was_typed_and_then_deleted_at_once_comes_back(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.find("#editor").press_sequentially("x = 1")
+        await visit.press("Control+a", "Delete", "Control+z")
+        assert await visit.value() == "x = 1"
+
+    chrome.visit(scenario)
+
+
+def test_a_number_that_is_being_typed_counts(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.find("#tokens").focus()
+        await visit.press("Control+a")
+        await visit.page.keyboard.type("64")
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a + b")
+        assert visit.backend.completions[0]["max_tokens"] == 64
+
+    chrome.visit(scenario)
+
+
+def test_a_text_that_is_emptied_comes_back(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.find("#new").click()
+        assert await visit.value() == ""
+        await visit.see("#outcome", "Emptied. Undo brings the old text back.")
+        await visit.find("#undo").click()
+        assert await visit.value() == CODE
+
+    chrome.visit(scenario)
+
+
+def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
+    """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
+    everything = "language model tokens temperature open save copy new editor complete accept undo instruction send"
+    changed = f"{everything} diff take leave".split()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write("x = 1\n")
+        await visit.instruct("use y")
+        await expect(visit.find("#take")).to_be_focused()
+        await visit.write("x = 1\n")
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "y = 1")
+        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.page.evaluate("document.activeElement.blur(), getSelection().removeAllRanges(), scrollTo(0, 0)")
+        await visit.find("#language").focus()
+        reached = [await visit.focused()]
+        while reached[-1] != "leave" and len(reached) < 40:
+            if reached[-1] == "editor":
+                await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
+            await visit.press("Tab")
+            reached.append(await visit.focused())
+        assert reached == changed
+        await visit.press("Escape")  # undoes
+        await visit.press("Escape")  # leaves the change
+        assert await visit.focused() == "editor"
+        await visit.press("Escape", "Shift+Tab")
+        assert await visit.focused() == "new"
+        await visit.press("Tab", "Escape", "a", "Tab")  # another key than Tab takes it back
+        assert await visit.focused() == "editor"
+
+    chrome.visit(scenario, completion("y = 1"))
+
+
+# ---------------------------------------------------------------------------------------- what it looks like
+
+
+@pytest.mark.parametrize("size", PHONES)
+def test_a_phone(chrome: Chrome, size: tuple[int, int]) -> None:
+    """Nothing is wider than the screen, and what can be touched is large enough."""
+
+    async def scenario(visit: Visit) -> None:
+        async def check() -> None:
+            assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
+            boxes = [await one.bounding_box() for one in await visit.find("button, select, input, textarea").all()]
+            sizes = [(box["width"], box["height"]) for box in boxes if box]
+            assert len(sizes) >= 10
+            assert [small for small in sizes if min(small) < 44] == []
+
+        await check()
+        await visit.find("#editor").tap()
+        await visit.page.keyboard.insert_text("x = " + "1 + " * 100)
+        await visit.find("#complete").tap()
+        await visit.see("#mark", "1\n")
+        await check()
+        await visit.find("#accept").tap()
+        await visit.find("#instruction").fill("shorter")
+        await visit.find("#send").tap()
+        await expect(visit.find("#take")).to_be_visible()
+        await check()
+        await visit.find("#take").tap()
+        assert await visit.value() == "1\n"
+        await visit.find("#undo").tap()
+        assert await visit.value() == "x = " + "1 + " * 100 + "1\n"
+
+    chrome.visit(scenario, completion("1\n"), size=size, touch=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [WIDE, PHONES[0]])
+def test_an_accessibility_checker_finds_nothing(chrome: Chrome, axe: str, scheme: str, size: tuple[int, int]) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.page.evaluate(axe)
+        dark = await visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
+        assert dark == (scheme == "dark")
+        await expect(visit.find("#key-form")).to_be_visible()
+        await visit.check_accessibility()
+        await visit.find("#key").fill(KEY)
+        await visit.press("Enter")
+        await expect(visit.find("#light")).to_have_class("up")
+        await visit.check_accessibility()
+        await visit.complete("x = 1\n", "y = 1\n")
+        await visit.check_accessibility()
+        await visit.press("Tab")
+        await visit.instruct("use y")
+        await expect(visit.find("#leave")).to_be_focused()
+        await expect(visit.find("#plot svg")).to_be_visible()
+        await visit.check_accessibility()
+        await visit.press("Escape")
+        await visit.find("#editor").press("Control+Enter")
+        await expect(visit.find("#error")).to_contain_text("Request id: ")
+        await visit.check_accessibility()
+
+    scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, chunk(token("a", 1))]
+    context = {"color_scheme": scheme, "bypass_csp": False}
+    chrome.visit(scenario, *scripts, wait=False, client_key=KEY, size=size, context=context)
+
+
+# --------------------------------------------------------------------------------------------- the state
+
+
+def test_the_state_of_the_pi_and_of_its_models(chrome: Chrome) -> None:
+    async def scenario(visit: Visit) -> None:
+        await visit.see("#health", re.compile("^Ready"))
+        await visit.see("#plot-words", "No request in the last half hour.")
+        rows = visit.find("#models tr:has(td)")
+        await expect(rows).to_have_count(4)
+        await expect(rows.nth(3)).to_contain_text("Qwen 0.5B")
+        await expect(rows.nth(3)).to_contain_text("loaded")
+        await expect(rows.nth(0)).to_contain_text("not there")
+        await visit.complete(CODE, "a + b")
+        await expect(visit.find("#plot-words")).to_contain_text("1 request, none failed; ")
+        assert await visit.find("#plot svg").get_attribute("role") == "img"
+        assert await visit.find("#plot path.bar").count() == 1
+        await expect(visit.find("#facts")).to_contain_text("Running: 0 · up for 0 min · the VPS answers in ")
+
+    chrome.visit(scenario)
+
+
+def test_the_state_is_asked_for_every_five_seconds(chrome: Chrome) -> None:
+    """Less often if it does not answer, and the list of models only if something has changed."""
+
+    async def install(visit: Visit) -> None:
+        await visit.page.clock.install()
+
+    async def scenario(visit: Visit) -> None:
+        def times() -> int:
+            return visit.asked.count("/v1/activity")
+
+        assert (times(), visit.asked.count("/v1/models")) == (1, 1)
+        await visit.page.clock.run_for(4900)
+        assert times() == 1
+        await visit.page.clock.run_for(200)
+        await until(lambda: times() == 2)
+        await expect(visit.find("#facts")).to_be_visible()
+        await visit.page.context.set_offline(True)
+        await visit.page.clock.run_for(5100)
+        await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
+        failed = times()
+        await visit.page.clock.run_for(9000)
+        assert times() == failed
+        await visit.page.context.set_offline(False)
+        await visit.page.clock.run_for(2000)
+        await expect(visit.find("#light")).to_have_class("up")
+        assert visit.asked.count("/v1/models") == 2
+
+    chrome.visit(scenario, before=install)
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
+    """Complete, fill in and change a function with both daemons and the 0.5B."""
+    file = FILES["qwen_0_5b"]
+    if not file.exists():
+        pytest.skip(f"{file} is missing: python3 vpsd.py fetch")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / file.name).symlink_to(file)
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+
+    async def scenario(url: str) -> None:
+        page = await chrome.browser.new_page()
+        try:
+            await page.goto(url)
+            await expect(page.locator("#light")).to_have_class("up")
+            keyboard, editor = page.keyboard, page.locator("#editor")
+            while await page.evaluate("document.activeElement.id") != "temperature":
+                await keyboard.press("Tab")
+            await keyboard.press("Control+a")
+            await keyboard.type("0")  # always the likeliest token
+            while await page.evaluate("document.activeElement.id") != "editor":
+                await keyboard.press("Tab")
+            await keyboard.insert_text(CODE)
+            await keyboard.press("Control+Enter")
+            await expect(page.locator("#mark")).to_contain_text("a + b")
+            await expect(page.locator("#stop")).to_be_disabled()
+            await expect(page.locator("#outcome")).to_contain_text("tokens/s")
+            await keyboard.press("Tab")
+            assert adds(await editor.input_value())
+            await keyboard.press("Control+a")
+            await keyboard.insert_text(CODE + "\n\n\nprint(add(1, 2))\n")
+            for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp", "End"):
+                await keyboard.press(key)
+            await keyboard.press("Control+Enter")
+            await expect(page.locator("#mark")).to_contain_text("a + b")
+            await expect(page.locator("#stop")).to_be_disabled()
+            await keyboard.press("Tab")
+            filled = await editor.input_value()
+            assert adds(filled)
+            assert filled.endswith("\n\n\nprint(add(1, 2))\n")
+            await keyboard.press("Escape")
+            while await page.evaluate("document.activeElement.id") != "instruction":
+                await keyboard.press("Tab")
+            await keyboard.insert_text("rename the function add to plus")
+            await keyboard.press("Enter")
+            await expect(page.locator("#take")).to_be_focused()
+            assert "def plus(" in "".join(await page.locator("#diff ins").all_text_contents())
+            await keyboard.press("Enter")
+            assert "def plus(" in await editor.input_value()
+        finally:
+            await page.close()
+
+    with (
+        daemon("vpsd", tmp_path / "vpsd", CEREBRUM_MODELS_DIR=str(tmp_path / "models"), **easy) as vps,
+        daemon(
+            "cm4d", tmp_path / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}"
+        ) as pi,
+    ):
+        chrome.runner.run(asyncio.wait_for(scenario(f"http://127.0.0.1:{pi.port}/"), PATIENCE))
+        assert pi.complaints() == ""
+
+
+def adds(code: str) -> bool:
+    """Whether the code defines a function that adds."""
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return bool(names["add"](20, 3) == 23)
