@@ -25,10 +25,11 @@ MODEL='' # empty: the server chooses by the language
 TOKENS=512
 TEMPERATURE=0.4
 MAX_TOKENS=2048 # the limit of the API
+LIST_SECONDS=10 # for an answer that needs no model: a server that hangs shall not hang the REPL
 
 # The texts of a completion are files in a directory, since a bash variable cannot hold every byte:
 #     original        the file as it was read; empty for a plain prompt
-#     before, after   the text on both sides of the gap
+#     before, after   the text on both sides of the gap; both empty after an instruction
 #     completion      what was generated for the gap, byte for byte
 #     result          before + completion + after; for an instruction the completion alone
 # A command prepares them in $NEXT; its answer makes them the last result, in $LAST. A command without an
@@ -42,6 +43,10 @@ UNFIT=''       # why the last result must not be written to $FILE; empty if it m
 INTERRUPTED='' # set by Ctrl-C
 BAR=''         # set while a progress bar is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
+MODEL_INK=''   # these three start a colour and PLAIN_INK ends it; all are empty where there are no colours
+ADDED_INK=''
+REMOVED_INK=''
+PLAIN_INK=''
 
 #
 # The terminal
@@ -57,12 +62,25 @@ complain() {
 	return 1
 }
 
-# print_text TEXT: prints a text without its control characters: a model must not control the terminal.
+# start_colours: if stdout is a terminal with colours and the user has not refused them (https://no-color.org).
+# Bash sets TERM to "dumb" if it is unset. Magenta reads equally well on black and on white.
+start_colours() {
+	[[ -t 1 && -z ${NO_COLOR-} && -n ${TERM-} && $TERM != dumb ]] || return 0
+	if command -v tput >/dev/null; then
+		[[ $(tput colors 2>/dev/null) -ge 8 ]] || return 0
+	fi
+	MODEL_INK=$'\e[35m' ADDED_INK=$'\e[32m' REMOVED_INK=$'\e[31m' PLAIN_INK=$'\e[m'
+}
+
+# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal.
+# Each text ends its own colour, so whatever happens between two tokens finds the terminal as it was. Ctrl-C cuts
+# off what a slow terminal has not taken yet: then printf fails, and the colour is ended once more.
 C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
 print_text() {
 	local LC_ALL=C # so that a pattern matches bytes
 	local text=${1//["$C0"]/}
-	printf '%s' "${text//$'\xc2'[$'\x80'-$'\x9f']/}" # the C1 controls in UTF-8
+	text=${text//$'\xc2'[$'\x80'-$'\x9f']/} # the C1 controls in UTF-8
+	printf '%s%s%s' "${2-}" "$text" "${2:+$PLAIN_INK}" || printf '%s' "${2:+$PLAIN_INK}"
 }
 
 # print_token TEXT, escaped as by json_events.
@@ -70,19 +88,39 @@ print_token() {
 	local text
 	if [[ -t 1 ]]; then
 		printf -v text '%b' "${1//\\0000/}"
-		print_text "$text"
+		print_text "$text" "$MODEL_INK"
 	else
 		printf '%b' "$1"
 	fi
 }
 
+# print_file PATH [INK]
 print_file() {
-	if [[ -t 1 ]]; then
-		print_text "$(tr -d '\0' <"$1")"
+	[[ -t 1 ]] || { cat "$1"; return; }
+	print_part "$1" "${2-}"
+	! lacks_newline "$1" || echo
+}
+
+# print_part PATH [INK]: prints a file on the terminal. The dot saves the newlines before it from $().
+print_part() {
+	local text
+	text=$(tr -d '\0' <"$1" && echo .)
+	print_text "${text%.}" "${2-}"
+}
+
+# print_diff PATH
+print_diff() {
+	local line ink
+	[[ -n $PLAIN_INK ]] || { print_file "$1"; return; }
+	while IFS= read -r line || [[ -n $line ]]; do
+		case $line in
+			+*) ink=$ADDED_INK ;;
+			-*) ink=$REMOVED_INK ;;
+			*) ink='' ;;
+		esac
+		print_text "$line" "$ink"
 		echo
-	else
-		cat "$1"
-	fi
+	done <"$1"
 }
 
 # draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
@@ -162,20 +200,52 @@ for line in sys.stdin.buffer:
     sys.stdout.flush()'
 }
 
-# json_table: prints an answer of /v1/models or /v1/stats as lines of NAME<tab>VALUE.
+# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, their languages, or its members
+# (VIEW is models, languages or members). CHOSEN is marked. Of an error it prints the reason, and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
+LINE = 78  # characters
+FEW = 8  # languages that are named in the line of a model that has them all
+view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
 if answer.get("error"):
-    rows = [(answer["code"], answer["message"])]
-elif "models" in answer:
-    rows = [(m["id"], " ".join(m["languages"]) + (" (not available)" if m.get("available") is False else ""))
-            for m in answer["models"]]
+    print("{code}: {message}".format(**answer))
+    sys.exit(1)
+models = answer["models"] if view != "members" else []
+away = "not there" if answer.get("vps_available", True) else "unknown"
+served = sorted({language for m in models for language in m.get("languages", [])})
+
+def mark(name):
+    return "* " if name == chosen else "  "
+
+def state(m):
+    if not m.get("loaded"):
+        return away if m.get("available") is False else "on the VPS"
+    return "loaded, {:.0f} MB".format(m["memory_mb"]) if "memory_mb" in m else "loaded"
+
+def encoding(m):  # "tuned: Q5_0 to Q8_0, Q4_K to Q4_1" in one word
+    return m.get("encoding", "published").split(":")[0].replace("published", "")
+
+def languages(m):
+    names = m.get("languages", [])
+    return "all {} languages".format(len(served)) if len(set(names)) == len(served) > FEW else " ".join(names)
+
+if view == "models":
+    rows = [(mark(m["id"]) + m["id"], state(m), m.get("parameters", ""), encoding(m), languages(m)) for m in models]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width) for row in rows]
+    lines += ["the VPS cannot be reached"] * (away == "unknown")
+    lines += ["preferred for {}: {}".format(kind, ", ".join(ids)) for kind, ids in answer.get("prefer", {}).items()]
+elif view == "languages":
+    width = max(map(len, served), default=0) + 4
+    count = max(1, LINE // width)
+    cells = [(mark(name) + name).ljust(width) for name in served]
+    lines = ["".join(cells[i : i + count]) for i in range(0, len(cells), count)]
 else:
-    rows = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in answer.items()]
-for row in rows:
-    print(*row, sep="\t")'
+    lines = ["{:24} {}".format(k, v if isinstance(v, str) else json.dumps(v)) for k, v in answer.items()]
+for line in lines:
+    print(line.rstrip())' "$@"
 }
 
 #
@@ -189,13 +259,19 @@ call_api() {
 	curl -qsS --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
 }
 
+# print_table PATH VIEW [CHOSEN]: VIEW and CHOSEN as for json_table.
 print_table() {
-	local name value
-	call_api "$1" >"$WORK/answer" 2>"$WORK/curl" || { complain "$(<"$WORK/curl")"; return; }
-	json_table <"$WORK/answer" >"$WORK/table" 2>/dev/null ||
-		{ complain "$URL$1: expected an answer of Cerebrum, got something else"; return; }
-	while IFS=$'\t' read -r name value; do
-		printf '%-24s %s\n' "$(print_text "$name")" "$(print_text "$value")"
+	local line reason
+	call_api "$1" -m "$LIST_SECONDS" >"$WORK/answer" 2>"$WORK/curl" ||
+		{ reason=$(<"$WORK/curl"); complain "${reason:-interrupted}"; return; }
+	json_table "$2" "${3-}" <"$WORK/answer" >"$WORK/table" 2>/dev/null ||
+		{
+			reason=$(<"$WORK/table")
+			complain "${reason:-$URL$1: expected an answer of Cerebrum, got something else}"
+			return
+		}
+	while IFS= read -r line; do
+		print_text "$line"$'\n'
 	done <"$WORK/table"
 }
 
@@ -280,6 +356,7 @@ make_result() {
 	if [[ $1 != instruct ]]; then
 		cat "$NEXT/before" && match_line_ends <"$NEXT/completion" && cat "$NEXT/after"
 	else
+		: >"$NEXT/before"
 		{
 			cat "$NEXT/completion"
 			if lacks_newline "$NEXT/completion" && ! { [[ -n $2 ]] && lacks_newline "$NEXT/original"; }; then
@@ -321,16 +398,34 @@ keep_result() {
 # Files
 #
 
-# language_of PATH: prints the language of a file by its ending, the present one if the ending is unknown.
+# language_of PATH: prints the language of a file by its name, the present one if the name tells none. The server's
+# table is in cerebrum_languages.py. LC_ALL, since the small letter of a Turkish I is none of these.
 language_of() {
-	case ${1##*.} in
-		py | pyi) echo python ;;
-		js | mjs | cjs | jsx) echo javascript ;;
-		ts | mts | cts | tsx) echo typescript ;;
-		rs) echo rust ;;
-		c | h) echo c ;;
-		cc | cpp | cxx | hh | hpp | hxx) echo cpp ;;
-		go) echo go ;;
+	local LC_ALL=C name=${1##*/}
+	case ${name,,} in
+		*.py | *.pyi | *.pyw) echo python ;;
+		*.js | *.jsx | *.mjs | *.cjs) echo javascript ;;
+		*.ts | *.tsx | *.mts | *.cts) echo typescript ;;
+		*.rs) echo rust ;;
+		*.c | *.h) echo c ;;
+		*.cpp | *.cc | *.cxx | *.hpp | *.hh | *.hxx) echo cpp ;;
+		*.go) echo go ;;
+		*.java) echo java ;;
+		*.cs | *.csx) echo csharp ;;
+		*.kt | *.kts) echo kotlin ;;
+		*.swift) echo swift ;;
+		*.php | *.phtml) echo php ;;
+		*.rb | *.rake | *.gemspec | *.ru | rakefile | gemfile) echo ruby ;;
+		*.lua) echo lua ;;
+		*.sh | *.bash | *.zsh | *.ksh | .bashrc | .profile | .zshrc | .bash_profile) echo shell ;;
+		*.sql) echo sql ;;
+		*.html | *.htm | *.xhtml) echo html ;;
+		*.css | *.scss | *.less) echo css ;;
+		*.json | *.jsonc | *.json5 | *.geojson | *.webmanifest) echo json ;;
+		*.yaml | *.yml) echo yaml ;;
+		*.toml | pipfile) echo toml ;;
+		*.md | *.markdown | *.mdx) echo markdown ;;
+		*.dockerfile | dockerfile | containerfile | dockerfile.* | containerfile.*) echo dockerfile ;;
 		*) printf '%s' "$LANGUAGE" ;;
 	esac
 }
@@ -385,7 +480,7 @@ except OSError as error:
 # diff_files OLD NEW NAME
 diff_files() {
 	diff -u --label "$3" --label "$3 (new)" "$1" "$2" >"$WORK/diff" && echo "no change"
-	print_file "$WORK/diff"
+	print_diff "$WORK/diff"
 }
 
 #
@@ -397,7 +492,7 @@ cmd_usage() {
 	Usage: $PROGRAM [OPTION]...      start a conversation; type :help there
 	       $PROGRAM [OPTION]... -    complete stdin and print nothing but the completion
 
-	  -l, --lang LANGUAGE   the language (default: python)
+	  -l, --lang LANGUAGE   the language (default: python); :lang lists what the server has
 	  -m, --model ID        the model (default: the server's choice for the language)
 	  -n, --tokens N        at most N tokens, 1 to $MAX_TOKENS (default: $TOKENS)
 	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
@@ -406,7 +501,8 @@ cmd_usage() {
 
 	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if the
 	completion reached its end, 1 if it did not, and 2 if an argument was wrong.
-	If \$CEREBRUM_CM4_API_KEY is set, its key is sent as X-API-Key.
+	If \$CEREBRUM_CM4_API_KEY is set, its key is sent as X-API-Key. If \$NO_COLOR is not empty, nothing is
+	coloured; the output of -, and what goes to a file or a pipe, never is.
 	EOF
 }
 
@@ -423,7 +519,7 @@ cmd_help() {
 	  :last                 show the last result: your code together with its completion
 	  :save PATH            save the last result as a new file (:save! also replaces a file)
 
-	  :lang [LANGUAGE]      show or set the language; a file's ending sets it too
+	  :lang [LANGUAGE]      list the languages, or set one; a file's name sets it too
 	  :model [ID]           list the models, or choose one; "auto" leaves the choice to the server
 	  :tokens [N]           show or set the maximum length of a completion
 	  :temp [T]             show or set the temperature, 0 to 1
@@ -432,7 +528,8 @@ cmd_help() {
 	  :clear                clear the screen
 	  :exit                 leave; so does Ctrl-D
 
-	Ctrl-C stops a completion.
+	Ctrl-C stops a completion. On a terminal with colours, what the model wrote and what a difference adds and
+	removes are coloured, unless $NO_COLOR is set.
 	EOF
 }
 
@@ -515,7 +612,14 @@ cmd_write() {
 
 cmd_last() {
 	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
-	print_file "$LAST/result"
+	if [[ -s $LAST/before || -s $LAST/after ]] && [[ -n $MODEL_INK ]]; then
+		print_part "$LAST/before"
+		print_part "$LAST/completion" "$MODEL_INK"
+		print_part "$LAST/after"
+		! lacks_newline "$LAST/result" || echo
+	else
+		print_file "$LAST/result" "$MODEL_INK"
+	fi
 }
 
 # cmd_save PATH [FORCE]
@@ -530,13 +634,13 @@ cmd_save() {
 }
 
 cmd_lang() {
-	[[ -z $1 ]] || LANGUAGE=$1
+	if [[ -n $1 ]]; then LANGUAGE=$1; else print_table /v1/models languages "$LANGUAGE"; fi
 	echo "language: $LANGUAGE"
 }
 
 cmd_model() {
 	if [[ -z $1 ]]; then
-		print_table /v1/models
+		print_table /v1/models models "$MODEL"
 	elif [[ $1 == auto ]]; then
 		MODEL=''
 	else
@@ -613,6 +717,7 @@ read_line() {
 
 cmd_repl() {
 	trap 'INTERRUPTED=yes' INT
+	start_colours
 	if [[ -t 0 ]]; then
 		start_readline
 		echo "Cerebrum at $URL. Type :help for the commands."
@@ -650,7 +755,7 @@ run_line() {
 		:model) cmd_model "$argument" ;;
 		:tokens) cmd_tokens "$argument" ;;
 		:temp) cmd_temp "$argument" ;;
-		:stats) print_table /v1/stats ;;
+		:stats) print_table /v1/stats members ;;
 		:history) history ;;
 		:clear) printf '\e[H\e[2J\e[3J' ;;
 		:exit | :quit) exit 0 ;;

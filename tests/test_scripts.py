@@ -30,6 +30,8 @@ import pytest
 from harness import PATIENCE, ROOT
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
+from cerebrum_languages import LANGUAGES, language_of_file
+
 REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")
 RUN = str(ROOT / "run.sh")
@@ -301,10 +303,9 @@ def test_several_lines(env: dict[str, str], backend: Backend) -> None:
 
 
 def test_commands_that_ask_nothing(env: dict[str, str], backend: Backend) -> None:
-    out, err = converse(
-        env, ":lang", ":tokens", ":temp", ":last", ":write", ":save", ":do it", ":nonsense", "", "   ", ":exit", "never"
-    )
-    assert out == "language: python\ntokens: 512\ntemperature: 0.4\n"
+    unusable = [":last", ":write", ":save", ":do it", ":nonsense", "", "   "]
+    out, err = converse(env, ":lang go", ":tokens", ":temp", *unusable, ":exit", "never")
+    assert out == "language: go\ntokens: 512\ntemperature: 0.4\n"
     assert err.splitlines() == [
         "cerebrum_repl.sh: there is no result yet",
         "cerebrum_repl.sh: the last result belongs to no file; save it by :save PATH",
@@ -315,29 +316,112 @@ def test_commands_that_ask_nothing(env: dict[str, str], backend: Backend) -> Non
     assert backend.asked == []
 
 
-def test_models_and_stats(env: dict[str, str], backend: Backend) -> None:
-    models = {"models": [{"id": "a", "languages": ["c", "go"]}, {"id": "b", "languages": ["c"], "available": False}]}
-    stats = {"uptime": 1.5, "vps_available": True, "load_avg": [0.5, 1], "breaker": {"state": "closed"}}
-    backend.models, backend.stats = answer(200, models), answer(200, stats)
-    out, err = converse(env, ":model", ":stats")
-    words = [line.split(maxsplit=1) for line in out.splitlines()]
+MANY = ["python", "javascript", "typescript", "rust", "c", "cpp", "go", "java", "sql"]
+LISTED = {
+    "models": [
+        {"id": "small", "name": "S", "languages": MANY, "parameters": "0.5B", "available": True, "loaded": True,
+         "memory_mb": 1288.6, "encoding": "tuned: Q5_0 to Q8_0, Q4_K to Q4_1", "n_ctx": 4096},
+        {"id": "middle", "name": "M", "languages": MANY[:2], "parameters": "1.5B", "available": True, "loaded": False,
+         "encoding": "published", "n_ctx": 4096},
+        {"id": "large", "name": "L", "languages": MANY[1:], "parameters": "7B", "available": False},
+    ],
+    "languages": [{"id": "lua", "endings": [".lua"], "filenames": [], "served": False}],
+    "prefer": {"infill": ["middle"], "instruct": ["large", "middle"]},
+    "object": "list",
+    "data": [],
+}  # fmt: skip
+
+
+def test_the_models_and_their_state(env: dict[str, str], backend: Backend) -> None:
+    backend.models = answer(200, LISTED)
+    out, err = converse(env, ":model", ":model middle", ":model")
+    lines = [
+        "  small   loaded, 1289 MB  0.5B  tuned  all 9 languages",
+        f"  middle  on the VPS       1.5B         {MANY[0]} {MANY[1]}",
+        f"  large   not there        7B           {' '.join(MANY[1:])}",
+        "preferred for infill: middle",
+        "preferred for instruct: large, middle",
+        "model: auto",
+    ]
+    chosen = [lines[0], "*" + lines[1][1:], *lines[2:5], "model: middle"]
+    assert (out.splitlines(), err) == ([*lines, "model: middle", *chosen], "")
+    assert [line for line, _, _ in backend.asked] == ["GET /v1/models HTTP/1.1"] * 2
+
+
+LESS: list[tuple[dict[str, Any], str]] = [  # an answer that tells less, what is shown
+    ({"models": [{"id": "a", "languages": ["c", "go"]}, {"id": "b", "languages": ["c"], "available": False}]},
+     "  a  on the VPS  c go\n  b  not there   c\nmodel: auto\n"),
+    ({"models": [{"id": "a", "loaded": True}]}, "  a  loaded\nmodel: auto\n"),
+    ({"models": []}, "model: auto\n"),
+    ({"models": [{"id": "a", "available": False}], "vps_available": False},
+     "  a  unknown\nthe VPS cannot be reached\nmodel: auto\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("listed", "shown"), LESS)
+def test_models_of_which_less_is_told(
+    env: dict[str, str], backend: Backend, listed: dict[str, Any], shown: str
+) -> None:
+    backend.models = answer(200, listed)
+    assert converse(env, ":model") == (shown, "")
+
+
+def test_the_languages_that_are_served(env: dict[str, str], backend: Backend) -> None:
+    models = [{"id": "a", "languages": ["rust", "typescript"]}, {"id": "b", "languages": ["c", "cpp", "go", "rust"]}]
+    backend.models = answer(200, {**LISTED, "models": models})
+    out, err = converse(env, ":lang", ":lang go", ":lang")
+    lines = ["  c             cpp           go            rust          typescript", "language: python", "language: go"]
+    chosen = ["  c             cpp         * go            rust          typescript", "language: go"]
+    assert (out.splitlines(), err) == ([*lines, *chosen], "")
+
+
+def test_many_languages_take_several_lines(env: dict[str, str], backend: Backend) -> None:
+    backend.models = answer(200, {"models": [{"id": "a", "languages": list(LANGUAGES)}]})
+    *lines, last = converse(env, ":lang")[0].splitlines()
+    assert " ".join(lines).split() == " ".join(sorted(LANGUAGES)).replace("python", "* python").split()
+    assert max(map(len, lines)) <= 78
+    assert last == "language: python"
+
+
+# A command that lists, and what it tells even without an answer.
+LISTS = [(":lang", "language: python\n"), (":model", "model: auto\n"), (":stats", "")]
+
+
+@pytest.mark.parametrize(("command", "told"), LISTS)
+def test_what_a_server_refuses_to_list(env: dict[str, str], backend: Backend, command: str, told: str) -> None:
+    backend.models = backend.stats = error(401, "UNAUTHORIZED", "expected\x1b[1m a key")
+    said = "cerebrum_repl.sh: UNAUTHORIZED: expected[1m a key\n"
+    assert converse(env, command) == (told, said)
+
+
+def test_stats(env: dict[str, str], backend: Backend) -> None:
+    stats = {"uptime": 1.5, "vps_available": True, "load_avg": [0.5, 1], "breaker": {"state": "closed"}, "host": "pi"}
+    backend.stats = answer(200, stats)
+    out, err = converse(env, ":stats")
     assert err == ""
-    assert words[:3] == [["a", "c go"], ["b", "c (not available)"], ["model:", "auto"]]
-    assert [name for name, _ in words[3:]] == list(stats)
-    assert [json.loads(value) for _, value in words[3:]] == list(stats.values())
-    assert [line for line, _, _ in backend.asked] == ["GET /v1/models HTTP/1.1", "GET /v1/stats HTTP/1.1"]
+    assert out.splitlines() == [
+        "uptime                   1.5",
+        "vps_available            true",
+        "load_avg                 [0.5, 1]",
+        'breaker                  {"state": "closed"}',
+        "host                     pi",
+    ]
+    assert [line for line, _, _ in backend.asked] == ["GET /v1/stats HTTP/1.1"]
 
 
-@pytest.mark.parametrize(("command", "path"), [(":model", "/v1/models"), (":stats", "/v1/stats")])
+@pytest.mark.parametrize(
+    ("command", "path"), [(":model", "/v1/models"), (":lang", "/v1/models"), (":stats", "/v1/stats")]
+)
 def test_an_answer_that_is_not_ours(env: dict[str, str], backend: Backend, command: str, path: str) -> None:
     backend.models = backend.stats = page(200, "text/html", b"<html>")
     _, err = converse(env, command)
     assert err == f"cerebrum_repl.sh: {env['CEREBRUM_URL']}{path}: expected an answer of Cerebrum, got something else\n"
 
 
-def test_stats_of_nobody(env: dict[str, str]) -> None:
-    out, err = converse(env | {"CEREBRUM_URL": "http://127.0.0.1:1"}, ":stats")
-    assert out == ""
+@pytest.mark.parametrize(("command", "told"), LISTS)
+def test_a_list_of_nobody(env: dict[str, str], command: str, told: str) -> None:
+    out, err = converse(env | {"CEREBRUM_URL": "http://127.0.0.1:1"}, command)
+    assert out == told
     assert re.fullmatch(r"cerebrum_repl.sh: curl: \(7\) Failed to connect to 127.0.0.1 port 1 .*\n", err)
 
 
@@ -375,17 +459,39 @@ def test_a_file_is_completed_at_its_end(env: dict[str, str], backend: Backend, t
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-ENDINGS = "py:python js:javascript ts:typescript rs:rust c:c h:c cpp:cpp hpp:cpp go:go txt:python"
+NAMES = "x.py:python x.hpp:cpp X.MD:markdown Gemfile:ruby .bashrc:shell Dockerfile.dev:dockerfile x.txt:python c:python"
 
 
-@pytest.mark.parametrize("ending", ENDINGS.split())
-def test_the_language_of_a_file(env: dict[str, str], backend: Backend, tmp_path: Path, ending: str) -> None:
-    suffix, language = ending.split(":")
-    path = tmp_path / f"x.{suffix}"
+@pytest.mark.parametrize("name", NAMES.split())
+def test_the_language_of_a_file(env: dict[str, str], backend: Backend, tmp_path: Path, name: str) -> None:
+    name, language = name.split(":")
+    path = tmp_path / name
     path.write_text("x")
     backend.scripts.append(completion("y"))
     converse(env, f":file {path}")
     assert backend.completions[0]["language"] == language
+
+
+LANGUAGE_OF = re.search(r"(?ms)^language_of\(\) \{$.*?^\}$", Path(REPL).read_text())
+assert LANGUAGE_OF
+
+
+def test_the_repl_and_the_server_know_the_same_names_of_files() -> None:
+    known = {name: set(row.split(" | ")) for row, name in re.findall(r"(?m)^\t\t(.+)\) echo (\w+) ;;$", LANGUAGE_OF[0])}
+    expected = {name: {*(f"*{end}" for end in one.endings), *one.filenames} for name, one in LANGUAGES.items()}
+    expected["dockerfile"] |= {"dockerfile.*", "containerfile.*"}
+    assert known == expected
+
+
+def test_the_repl_finds_the_language_as_the_server_does(env: dict[str, str]) -> None:
+    endings = [end for one in LANGUAGES.values() for end in one.endings]
+    whole = [name for one in LANGUAGES.values() for name in one.filenames]
+    names = [f"x{end}" for end in endings] + whole + ["Dockerfile.dev", "containerfile.a.b", ".py", "x.tar.gz.rs"]
+    names += [name.upper() for name in names]
+    names += ["x.txt", "x", "x.", "", "py", "x.py~", "xdockerfile", "dockerfile-dev", "rakefile.txt", "x.py/x"]
+    script = f'LANGUAGE=; {LANGUAGE_OF[0]}; for name; do printf "%s\\n" "$(language_of "$name")"; done'
+    result = subprocess.run(["bash", "-c", script, "bash", *names], env=env, capture_output=True, text=True, check=True)
+    assert dict(zip(names, result.stdout.splitlines(), strict=True)) == {name: language_of_file(name) for name in names}
 
 
 GAPS = [  # file, line, text before the gap, text after it
@@ -747,8 +853,8 @@ class Terminal:
 def terminal(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def open_terminal(*args: str) -> Terminal:
-        opened.append(Terminal([REPL, *args], env))
+    def open_terminal(*args: str, **variables: str) -> Terminal:
+        opened.append(Terminal([REPL, *args], env | variables))
         return opened[-1]
 
     yield open_terminal
@@ -758,6 +864,7 @@ def terminal(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
 
 PROMPT = "python> "
 ENTER = "\r\n\x1b[?2004l\r"  # how readline ends a line
+MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
 
 
 def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Terminal], backend: Backend) -> None:
@@ -869,7 +976,7 @@ def test_the_bar_shows_progress_and_is_gone_before_the_first_token(
     assert screen.expect("\r\x1b[Kloading the model [######                  ] 25 %") == ""
     assert screen.expect("\r\x1b[Kreading the prompt [############            ] 50 %") == ""
     assert screen.expect("\r\x1b[Kreading the prompt") == ""
-    assert screen.expect("token\r\n") == "\r\x1b[K"
+    assert screen.expect("token") == "\r\x1b[K" + MAGENTA
 
 
 def test_a_model_cannot_send_the_terminal_a_control_sequence(
@@ -880,12 +987,138 @@ def test_a_model_cannot_send_the_terminal_a_control_sequence(
     screen.expect(PROMPT)
     screen.type("x\r")
     screen.expect(ENTER)
-    clean = "a[2Jb\tc\r\ndefg\\x1b€\\\r\n["
-    assert screen.expect(clean) == ""
+    clean = "a[2Jb\tc\r\ndefg\\x1b€\\"
+    assert screen.expect(f"{MAGENTA}{clean}{PLAIN}\r\n") == ""
     screen.expect(PROMPT)
     screen.type(":last\r")
     screen.expect(ENTER)
-    assert screen.expect(clean[:-1]) == ""
+    assert screen.expect(f"{MAGENTA}{clean}\r\n{PLAIN}") == ""
+
+
+def test_what_the_model_wrote_is_coloured(terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path) -> None:
+    path, saved = tmp_path / "x.py", tmp_path / "saved.py"
+    path.write_text("a = \nb\n\n")
+    backend.scripts.append(completion("1", "\n\n"))
+    screen = terminal()
+    screen.expect(PROMPT)
+    screen.type(f":infill {path}:1\r")
+    screen.expect(ENTER)
+    assert screen.expect("[3 tokens") == f"{MAGENTA}1{PLAIN}{MAGENTA}\r\n\r\n{PLAIN}\r\n"
+    screen.expect(PROMPT)
+    screen.type(":last\r")
+    screen.expect(ENTER)
+    assert screen.expect("\x1b[?2004h" + PROMPT) == f"a = {MAGENTA}1\r\n\r\n{PLAIN}\r\nb\r\n\r\n"
+    screen.type(f":save {saved}\r")
+    screen.expect(f"saved {saved}")
+    screen.type(":write\r")
+    screen.expect(f"wrote {path}")
+    assert path.read_text() == saved.read_text() == "a = 1\n\n\nb\n\n"
+
+
+def test_a_difference_is_coloured(terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("a\n- b\n")
+    backend.scripts.append(completion("a\n+ c\x1b[2J", mode="instruct"))
+    screen = terminal()
+    screen.expect(PROMPT)
+    screen.type(f":do @{path} it\r")
+    screen.expect("block]\r\n")
+    lines = [
+        f"{RED}--- {path}{PLAIN}", f"{GREEN}+++ {path} (new){PLAIN}", "@@ -1,2 +1,2 @@",
+        " a", f"{RED}-- b{PLAIN}", f"{GREEN}++ c[2J{PLAIN}", "\x1b[?2004h",
+    ]  # fmt: skip
+    assert screen.expect(PROMPT) == "\r\n".join(lines)
+    screen.type(":last\r")
+    screen.expect(ENTER)
+    assert screen.expect("\x1b[?2004h") == f"{MAGENTA}a\r\n+ c[2J\r\n{PLAIN}"
+
+
+COLOURLESS = [{"NO_COLOR": "1"}, {"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}]
+
+
+@pytest.mark.parametrize("variables", COLOURLESS, ids=str)
+def test_a_terminal_without_colours(
+    terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("a\n")
+    backend.scripts.append(completion("b\x1b[31m\n", mode="instruct"))
+    screen = terminal(**variables)
+    screen.expect(PROMPT)
+    screen.type(f":do @{path} it\r")
+    shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r")
+    summary = "[3 tokens in 1.2 s, tiny, block]"
+    assert shown == f"b[31m\r\n\r\n{summary}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
+
+
+@pytest.mark.parametrize(
+    ("says", "coloured"),
+    [("echo 256", True), ("echo 8", True), ("echo 7", False), ("echo -1", False), ("false", False)],
+)
+def test_tput_says_whether_the_terminal_has_colours(
+    terminal: Callable[..., Terminal], env: dict[str, str], backend: Backend, says: str, coloured: bool
+) -> None:
+    tput = Path(env["PATH"], "tput")
+    tput.write_text(f"#!{env['PATH']}/bash\n[[ $* == colors ]] && {says}\n")
+    tput.chmod(0o755)
+    backend.scripts.append(completion("x"))
+    screen = terminal(NO_COLOR="")
+    screen.expect(PROMPT)
+    screen.type("y\r")
+    screen.expect(ENTER)
+    assert screen.expect("\r\n[3 tokens") == (f"{MAGENTA}x{PLAIN}" if coloured else "x")
+
+
+def test_a_file_gets_no_colours(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    """While stdin and stderr are a terminal."""
+    out, path = tmp_path / "out", tmp_path / "x.py"
+    path.write_text("a\n")
+    backend.scripts.append(completion("b\n", mode="instruct"))
+    screen = Terminal(["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)], env)
+    try:
+        screen.expect(PROMPT)
+        screen.type(f":do @{path} it\r")
+        screen.expect(ENTER)
+        screen.expect(PROMPT)
+        screen.type(":exit\r")
+        assert screen.process.wait(PATIENCE) == 0
+    finally:
+        screen.close()
+    greeting, *lines = out.read_text().splitlines()
+    assert greeting == f"Cerebrum at {env['CEREBRUM_URL']}. Type :help for the commands."
+    assert lines == [
+        "b", "", "[3 tokens in 1.2 s, tiny, block]", f"--- {path}", f"+++ {path} (new)", "@@ -1 +1 @@", "-a", "+b",
+    ]  # fmt: skip
+
+
+def test_the_filter_gets_no_colours(terminal: Callable[..., Terminal], backend: Backend) -> None:
+    backend.scripts.append([head(), *tokens("one", " two"), done()])
+    screen = terminal("-")
+    screen.type("x\x04\x04")
+    assert screen.expect("\r\n") == "xone two"
+    assert screen.process.wait(PATIENCE) == 0
+
+
+ENDED = [  # how a completion ends early, what a person types meanwhile, what is said
+    (HANG, "\x03", "interrupted"),
+    (FAILED_MIDWAY[-1], "", "VPS_UNAVAILABLE: backend died"),
+    (b"data: {nonsense\n\n", "", NO_EVENT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "keys", "said"), ENDED, ids=[row[2] for row in ENDED])
+def test_no_colour_outlasts_its_token(
+    terminal: Callable[..., Terminal], backend: Backend, step: Any, keys: str, said: str
+) -> None:
+    backend.scripts.append([head(), *tokens("one", "two"), step])
+    screen = terminal()
+    screen.expect(PROMPT)
+    screen.type("x\r")
+    screen.expect(ENTER)
+    assert screen.expect(f"two{PLAIN}") == f"{MAGENTA}one{PLAIN}{MAGENTA}"
+    screen.type(keys)
+    rest = screen.expect(f"cerebrum_repl.sh: {said}\r\n")
+    assert rest == ("^C\r\n" if keys else "\r\n")
 
 
 def test_pasted_lines_are_one_prompt(terminal: Callable[..., Terminal], backend: Backend) -> None:

@@ -200,7 +200,8 @@ def test_the_repl_of_the_readme(cerebrum: Machine) -> None:
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
     said = cerebrum.run("cd cerebrum\n" + command, stdin=":temp 0\n:tokens 16\ndef fibonacci(n):\n:model\n")
     assert "return" in said
-    assert f"{MODEL:24} python javascript typescript rust c cpp go\n" in said
+    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +1\.5B +python javascript typescript rust c cpp go$", said, re.M)
+    assert cerebrum.run("curl -s http://pi.local:7000/").startswith("<!doctype html>")
 
 
 def test_every_language_has_a_model(cerebrum: Machine) -> None:
