@@ -34,7 +34,7 @@ import time
 import tomllib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1328,6 +1328,11 @@ def _read_model(entry: Any, number: int) -> Model:
     if not all(isinstance(source, dict) for source in model.sources):
         raise ValueError(f"model {number}: expected tables as 'sources'")
     return model
+
+
+def served_languages(models: Iterable[Model]) -> list[str]:
+    """The languages that the models list, each once, in the order of models.toml."""
+    return list(dict.fromkeys(language for model in models for language in model.languages))
 
 
 def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:

@@ -166,8 +166,10 @@ class Scanner:
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
         self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
         self.indented = language.indented
-        self.watchful = bool(language.words or language.heredoc or language.doubled) or language.blocks == "tags"
-        self.rich = self.watchful or language.plain_scalars or language.nested_comments or not language.strings
+        # Whether code and literals may have what few languages have: the others need not pay for it.
+        self.rare_code = bool(language.words or language.heredoc or language.doubled) or language.blocks == "tags"
+        rare = language.plain_scalars or language.nested_comments or not language.strings
+        self.rare_literals = self.rare_code or rare
         self.pair = ("", "")  # the brackets of Ruby's literal with a percent sign
         self.opener = self.closer = ""  # of the literal or comment that the text is in; "" in code
         self.since = 0  # characters since it opened
@@ -180,14 +182,14 @@ class Scanner:
         self.closed = ""  # the string that the last character closed, if two quotes may be one
         self.stack: list[Bracket] = []  # open ones; a block that a keyword or a tag opened counts as {
         self.unmatched = 0  # closing brackets whose partner is not in the text
-        self.ended = 0  # those of them that end a block
+        self.unmatched_blocks = 0  # those of them that close a block
         self.word = ""  # the keyword, or the name, that the code ends with
         self.in_loop = False  # in the header of a loop, which a `do` may end
         self.resumable: Bracket | None = None  # of the block that the last word has closed
         self.opening = self.opened_here = False  # this line, the last line of code opened a block that is still open
         self.raw_line = ""  # the line, if it may announce the text below it
         self.marks: list[int] = []  # in it, where << stands
-        self.below: list[str] = []  # the last lines of texts that follow this line
+        self.terminators: list[str] = []  # the last lines of the texts that follow this line
         self.text_line = ""  # of such a text
         self.info = ""  # what stands behind a fence
         self.scalar: int | None = None  # YAML: the column of the key whose text this is; `indent` has the line's
@@ -238,18 +240,21 @@ class Scanner:
     def step(self, char: str) -> None:
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
-        if self.watchful and self._goes_on(char):
+        if self.rare_code and self._goes_on(char):
             return
         if char in self.opener_ends and (pair := self._opening()):
             if not self.closer and pair in self.comments:
                 self._take_back(pair[0][:-1])
-            self.opener, self.closer = pair
-            self.since, self.escaped, self.in_class, self.starting, self.escaped_at = 0, False, False, False, 0
-            self.nested = 0
+            self._enter(*pair)
         elif self.closer:
             self._in_literal(char)
         else:
             self._in_code(char)
+
+    def _enter(self, opener: str, closer: str) -> None:
+        """A literal or a comment begins behind the last character."""
+        self.opener, self.closer, self.since, self.escaped_at, self.nested = opener, closer, 0, 0, 0
+        self.escaped = self.in_class = self.starting = False
 
     def _goes_on(self, char: str) -> bool:
         """Whether a character goes on with a string that seemed to be closed. Before, it may end a word."""
@@ -323,7 +328,7 @@ class Scanner:
         return ""
 
     def _in_literal(self, char: str) -> None:
-        if self.rich and self._is_rich(char):
+        if self.rare_literals and self._in_rare_literal(char):
             return
         if self.since == 2 and self.opener == "'" in self.language.ambiguous and char != "'" and self.tail[-2] != "\\":
             self.closer = ""  # a lifetime
@@ -342,7 +347,7 @@ class Scanner:
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-        elif (self.rich or char == self.closer[-1]) and self._is_closed():
+        elif (self.rare_literals or char == self.closer[-1]) and self._is_closed():
             doubled = self.opener in self.language.doubled or (self.language.dollars and self.tail[-2:-1] == "\\")
             self.closed = self.opener if doubled else ""
             if self.since > len(self.closer):  # only an empty string becomes a triple quote by one more quote
@@ -360,10 +365,10 @@ class Scanner:
                 self.closer = ""  # an unclosed string ends with its line
                 self._in_code(char)
         elif comment and self.closer == "\n" and self.language.alternative and self.tail.endswith("?>"):
-            self.opener, self.closer, self.since = "?>", "<?", 0
+            self._enter("?>", "<?")
 
-    def _is_rich(self, char: str) -> bool:
-        """What few languages have: texts below a line, what was no literal, one in another. Whether that is all."""
+    def _in_rare_literal(self, char: str) -> bool:
+        """Read a character of a literal that few languages have. Whether nothing else is to be done with it."""
         if self.opener == "<<":
             self._in_text_below(char)
         elif self.opener == "|":
@@ -416,8 +421,8 @@ class Scanner:
         more = not re.match(r"\w", rest) if self.language.alternative else not rest.strip(self.closer[0])
         if line.startswith(self.closer) and more and (not rest or not self.language.words):
             self.closer = ""
-            if self.below:
-                self.closer = self.below.pop(0)
+            if self.terminators:
+                self.closer = self.terminators.pop(0)
                 return
             self.starting, self.indent, self.last = True, 0, '"'
             for behind in f"{rest}\n" if self.language.alternative else "\n":
@@ -435,7 +440,7 @@ class Scanner:
             if self.starting:
                 self.scalar, self.closer = None, ""
                 if char in self.opener_ends and (pair := self._opening()):
-                    self.opener, self.closer, self.since, self.starting = *pair, 0, False
+                    self._enter(*pair)
                 else:
                     self._in_code(char)
 
@@ -447,7 +452,7 @@ class Scanner:
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if self.watchful and self._is_special(char):
+        if self.rare_code and self._in_rare_code(char):
             return
         if char in self.brackets:
             self._bracket(char)
@@ -472,21 +477,21 @@ class Scanner:
                 self.stack.append(Bracket("${" if char == "{" and in_words else char, "", self.indent))
             self._add(char)
 
-    def _is_special(self, char: str) -> bool:
-        """What few languages have: tags, keywords that make blocks, texts below <<NAME, strings between $NAME$. Whether
-        that is all."""
+    def _in_rare_code(self, char: str) -> bool:
+        """Read a character of code that few languages have: tags, keywords that make blocks, <<NAME, $NAME$. Whether
+        nothing else is to be done with it."""
         language = self.language
         if language.blocks == "tags":
             self._in_markup(char)
             return True
         if language.words and (char.isalnum() or char == "_"):
             self.word += char
-        elif char == "<" == self.tail[-2:-1] and language.heredoc and self._may_announce():
+        elif char == "<" == self.tail[-2:-1] and language.heredoc and self._may_announce_text():
             self.marks.append(len(self.raw_line))
         elif language.loose and char in PERCENT_PAIRS and (match := PERCENT.search(self.tail)):
             if match[1] or self.last in tuple("=(,[{|&!;:?<>%"):
-                self.opener, self.closer, self.since, self.nested = "%", PERCENT_PAIRS[char], 0, 0
-                self.pair, self.escaped_at = (char, self.closer), 0
+                self._enter("%", PERCENT_PAIRS[char])
+                self.pair = (char, self.closer)
                 return True
         elif language.alternative and char == ":" and ALTERNATIVE.search(self.head):
             self.stack.append(Bracket("{", self.head, self.indent))
@@ -494,14 +499,13 @@ class Scanner:
             return True
         elif char == "$" and language.dollars and (match := DOLLARS.search(self.tail)):
             if self.stack and DECLARES.search(self.stack[-1].header.lower()) and re.fullmatch(r"\s*\$\w*", self.head):
-                self.stack.pop()  # the body is a string
-                self.opening = False
-            self.opener, self.closer, self.since = "$", match[0], 0
+                self._drop_block()  # the body is a string
+            self._enter("$", match[0])
             return True
         return False
 
-    def _may_announce(self) -> bool:
-        """Whether << in code may announce a text below, and is no shift in arithmetics."""
+    def _may_announce_text(self) -> bool:
+        """Whether << in code may announce a text on the next lines, and is no shift of bits."""
         kinds = "".join(bracket.kind for bracket in self.stack[-8:]).rpartition("{")[2]
         before = self.tail[-3:-2]
         shift = self.language.loose and (before.isalnum() or before in (")", "]", "_"))
@@ -514,9 +518,13 @@ class Scanner:
         elif self.language.blocks == "statements":
             transaction = block.endswith("begin") and not statement
             if transaction or (DECLARES.search(block) and statement.startswith(QUERIES)):  # no block follows
-                self.stack.pop()
-                self.opening = False
+                self._drop_block()
         self.head = ""
+
+    def _drop_block(self) -> None:
+        """What seemed to open the innermost block has opened none."""
+        self.stack.pop()
+        self.opening = False
 
     def _in_markup(self, char: str) -> None:
         """HTML: only tags count."""
@@ -541,14 +549,14 @@ class Scanner:
             depths = range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1)
             depth = next((depth for depth in depths if self.stack[depth].header == name), None)
             if depth is None:
-                self.unmatched, self.ended = self.unmatched + 1, self.ended + 1
+                self.unmatched, self.unmatched_blocks = self.unmatched + 1, self.unmatched_blocks + 1
             else:
                 del self.stack[depth:]
         elif name not in VOID_ELEMENTS:
             self.stack.append(Bracket("{", name, self.indent))
             self.last = "{"
             if name in RAW_ELEMENTS:
-                self.opener, self.closer, self.since = name, f"</{name}", 0
+                self._enter(name, f"</{name}")
 
     def _word_ended(self, following: str) -> None:
         """A word of code has ended before this character: it may open or close a block."""
@@ -562,7 +570,7 @@ class Scanner:
         if word in words.closes and words.closes[word].search(before, near):
             depth = self._opener_of("}")
             if depth is None:
-                self.unmatched, self.ended = self.unmatched + 1, self.ended + 1
+                self.unmatched, self.unmatched_blocks = self.unmatched + 1, self.unmatched_blocks + 1
             else:
                 self.resumable = self.stack[depth]
                 del self.stack[depth:]
@@ -570,8 +578,7 @@ class Scanner:
         elif resumable and word in words.resumed:
             self.stack.append(resumable)
         elif word in words.no_block and not before.strip() and self.stack:
-            self.stack.pop()
-            self.opening = False
+            self._drop_block()
         elif word == "do" and self.in_loop:
             self.in_loop = False
         elif word in words.opens and words.opens[word].search(before, 0 if word in words.wide else near):
@@ -597,7 +604,7 @@ class Scanner:
         depth = self._opener_of(char)
         if depth is None:
             self.unmatched += 1
-            self.ended += char == "}" and not self.language.indented
+            self.unmatched_blocks += char == "}" and not self.language.indented
             return
         kind, header, _, literal = self.stack[depth]
         del self.stack[depth:]
@@ -619,7 +626,8 @@ class Scanner:
             self._line_of_words()
         elif language.blocks == "lines":
             if fence := FENCE.match(self.head.strip()) if not language.strings else None:
-                self.opener, self.closer, self.info, self.since = "<<", fence[1], fence[2].strip(), 0
+                self._enter("<<", fence[1])
+                self.info = fence[2].strip()
             self.starting, self.indent = True, 0
             if self.last != "\\" or not language.heredoc:
                 self.head, self.last = "", ""
@@ -636,16 +644,15 @@ class Scanner:
             self._line_of_block()
         if self.marks:
             found = (self.language.heredoc.match(self.raw_line, place) for place in self.marks if self.language.heredoc)
-            self.below = [match[2] for match in found if match]
+            self.terminators = [match[2] for match in found if match]
             self.marks, self.raw_line = [], ""
-            if self.below:
-                self.opener, self.closer, self.starting = "<<", self.below.pop(0), False
+            if self.terminators:
+                self._enter("<<", self.terminators.pop(0))
 
     def _line_of_words(self) -> None:
         """A line has ended, and a statement with it unless the line says that the statement goes on."""
         if self.opening and self.stack[-1].header.endswith("def") and ONE_LINE.match(self.head):
-            self.stack.pop()
-            self.opening = False
+            self._drop_block()
         if self.head.strip() or self.opening or self.last == "}":
             self.opened_here = self.opening
         self.starting, self.indent, self.in_loop, self.opening = True, 0, False, False
@@ -663,7 +670,8 @@ class Scanner:
             self.blocks += [(level, head)] * self.fresh
             self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
             if self.language.plain_scalars and (match := SCALAR.match(head)):
-                self.opener, self.closer, self.scalar = "|", "|", self.indent + len(match[1])
+                self._enter("|", "|")
+                self.scalar = self.indent + len(match[1])
         self.starting, self.indent, self.head, self.last = True, 0, "", ""
 
 
@@ -1041,8 +1049,8 @@ class BracedBlock(Block):
             return ""
         words = self.scanner.language.words
         if words and (self.scanner.stack or self.base) and words.may_close(word):
-            self.closed = not words.closing(word)
-            return "" if words.closing(word) else None
+            self.closed = not words.is_closing(word)
+            return "" if words.is_closing(word) else None
         call = word[0] == "." and self.statement and self.scanner.language.line_ends
         reason = "" if word[0] in PAIRS or call else continues(word) if self.clauses else self.helps(word)
         self.closed = reason != ""
@@ -1192,7 +1200,7 @@ class Gap(Lines):
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
         self.below, self.below_indent = below.strip()[:1], columns_of(below) if below else -1
         words, tags = scanner.language.words, scanner.language.blocks == "tags"
-        if (words and words.closing(re.split(r"\W", below.strip())[0])) or (tags and below.strip().startswith("</")):
+        if (words and words.is_closing(re.split(r"\W", below.strip())[0])) or (tags and below.strip().startswith("</")):
             self.below = "}"
         self.level = indent_step(prompt)  # columns by which a body is deeper than its header
         self.closers = self._count_closers(suffix)  # so many brackets have to be open where the suffix follows
@@ -1239,7 +1247,7 @@ class Gap(Lines):
         for char in suffix[:CLOSERS_CHARS]:
             before = scanner.unmatched
             scanner.step(char)
-            if scanner.ended:
+            if scanner.unmatched_blocks:
                 break
             closers += scanner.unmatched - before
         return closers
@@ -1278,15 +1286,15 @@ class Gap(Lines):
         """If the suffix lacks the body of a header with this indentation, wait for the body's end."""
         if self.below_indent > indent:
             return
-        stack = self.scanner.stack
-        depth = max((depth for depth, bracket in enumerate(stack, 1) if bracket.kind == "{"), default=len(stack))
-        if self.scanner.language.blocks == "brackets":
-            depth = len(stack)
-        elif not self.scanner.language.indented:
+        scanner, stack = self.scanner, self.scanner.stack
+        if scanner.language.indented:
+            self.limit, self.header = indent, scanner.head.strip() or scanner.blocks[-1][1]
+            return
+        depth = len(stack)
+        if scanner.language.blocks != "brackets":  # the cursor may be in brackets of the header
+            depth = max((depth for depth, bracket in enumerate(stack, 1) if bracket.kind == "{"), default=depth)
             self.header = stack[depth - 1].header
-        if self.scanner.language.indented:
-            self.limit, self.header = indent, self.scanner.head.strip() or self.scanner.blocks[-1][1]
-        elif self.below in PAIRS and self.below_indent == indent:
+        if self.below in PAIRS and self.below_indent == indent:
             self.floor = depth
         else:
             self.target = depth - 1
@@ -1312,8 +1320,9 @@ class Gap(Lines):
                 self.enough, self.fits = None, False
             else:
                 self.target = None
-        if len(word) == 1 and word == "." and self.mark == self.enough and scanner.language.blocks == "braces":
-            self.enough, self.fits = (None, False) if scanner.language.line_comment else (self.enough, self.fits)
+        calls = scanner.language.blocks == "braces" and scanner.language.line_comment  # CSS has selectors with a dot
+        if word == "." and calls and self.mark == self.enough:
+            self.enough, self.fits = None, False  # the line above goes on
         if len(word) == 1:
             self.line_indent = scanner.indent
             if self.floor is not None and len(scanner.stack) < self.floor:
@@ -1327,7 +1336,7 @@ class Gap(Lines):
                     self.ahead = FAR_AHEAD_CHARS  # the text is in a block that it has to leave before the suffix
         if self.floor is not None and (words := scanner.language.words):
             first = re.split(r"\W", word)[0]
-            if words.closing(first) and first != word:
+            if words.is_closing(first) and first != word:
                 return "block" if len(scanner.stack) < self.floor else ""
             if words.may_close(word):
                 return None
@@ -1678,29 +1687,29 @@ def closes_docstring(prompt: str, quotes: str) -> bool:
     return bool(before) and not behind.strip() and before[-1] != ":" and CODE.search(prompt, place) is not None
 
 
-def embedded(language: Language, prompt: str) -> tuple[Language, str]:
-    """The language at the prompt's end, and the part of the prompt that is in it: a script or a style in HTML, the HTML
-    around PHP, the code in a fence of Markdown.
+def scan(language: Language, prompt: str) -> tuple[Scanner, str]:
+    """A scanner at the prompt's end, and the part of the prompt that it has read. That is in another language than the
+    prompt if the end is: a script or a style in HTML, the HTML around PHP, the code in a fence of Markdown.
 
-    >>> embedded(LANGUAGES["html"], "<p>a</p><script>let b")[1]
+    >>> scan(LANGUAGES["html"], "<p>a</p><script>let b")[1]
     'let b'
     """
     if language is LANGUAGES["php"]:
         closed, opened = prompt.rfind("?>"), prompt.rfind("<?")
         if closed < opened or (closed < 0 and not prompt.lstrip().startswith("<")):
-            return language, prompt[max(0, prompt.find("<?")) :]
+            prompt = prompt[max(0, prompt.find("<?")) :]
+            return Scanner(language, prompt), prompt
         language, prompt = LANGUAGES["html"], prompt[closed + 2 if closed >= 0 else 0 :]
-    if language in (LANGUAGES["html"], LANGUAGES["markdown"]):
-        scanner = Scanner(language, prompt)
-        inside = prompt[len(prompt) - scanner.since :] if scanner.closer else ""
-        if scanner.closer and scanner.opener in RAW_ELEMENTS:
-            tag = prompt[: len(prompt) - len(inside)].rpartition("<")[2]
-            code = "json" if "json" in tag else {"script": "javascript", "style": "css"}.get(scanner.opener)
-            return (LANGUAGES[code], inside) if code else (language, prompt)
-        fenced = BY_NAME.get(re.split(r"[\s{,]", scanner.info.lower())[0])
-        if scanner.closer and scanner.opener == "<<" and fenced:
-            return LANGUAGES[fenced], inside
-    return language, prompt
+    scanner, inner = Scanner(language, prompt), ""
+    if scanner.closer and scanner.opener in RAW_ELEMENTS:
+        tag = prompt[: len(prompt) - scanner.since].rpartition("<")[2]
+        inner = "json" if "json" in tag else {"script": "javascript", "style": "css"}.get(scanner.opener, "")
+    elif scanner.closer and scanner.opener == "<<":
+        inner = BY_NAME.get(re.split(r"[\s{,]", scanner.info.lower())[0], "")
+    if inner:
+        prompt = prompt[len(prompt) - scanner.since :]
+        return Scanner(LANGUAGES[inner], prompt), prompt
+    return scanner, prompt
 
 
 class Ending:
@@ -1736,8 +1745,8 @@ class Ending:
             if syntax and not extras and (syntax.function or syntax.blocks == "braces"):
                 self.stages.append(Extras(syntax))
         elif known := syntax or self._guess(prompt, suffix if gap else ""):
-            known, prompt = embedded(known, prompt)
-            scanner = Scanner(known, prompt)
+            scanner, prompt = scan(known, prompt)
+            known = scanner.language
             if known.indented and scanner.closer in TRIPLE_QUOTES and closes_docstring(prompt, scanner.closer):
                 scanner = Scanner(known, scanner.closer + prompt)  # the prompt begins inside a docstring
             if scanner.starting and scanner.indent:

@@ -41,7 +41,7 @@ class Words:
     resumed: frozenset[str] = frozenset()  # behind a closing word: it did not close the block (END IF)
     no_block: frozenset[str] = frozenset()  # behind an opening word: it opened no block (BEGIN TRANSACTION)
 
-    def closing(self, word: str) -> bool:
+    def is_closing(self, word: str) -> bool:
         """Whether a word at the start of a line closes a block."""
         return (word.lower() if self.any_case else word) in self.closes
 
@@ -107,8 +107,9 @@ class Language:
 
     def remark(self, text: str) -> str:
         """A text as a comment of one line."""
-        opening, closing = self.block_comment or ("//", "")
-        return f"{self.line_comment} {text}" if self.line_comment else f"{opening} {text} {closing}".rstrip()
+        if self.line_comment or not self.block_comment:
+            return f"{self.line_comment} {text}"
+        return "{0} {2} {1}".format(*self.block_comment, text)
 
 
 _C_STRINGS = (('"', '"'), ("'", "'"))

@@ -37,6 +37,7 @@ from cerebrum_common import (
     Model,
     Route,
     error_body,
+    served_languages,
     sse_event,
 )
 from cerebrum_dialects import (
@@ -218,9 +219,8 @@ def dialect_request(dialect: Dialect) -> Schema:
 
 def native_request(fields: Mapping[str, Field], models: Sequence[Model]) -> Schema:
     """A completion of our own API. The three forms say which members go together, as `detect_mode` checks it."""
-    languages = list(dict.fromkeys(language for model in models for language in model.languages))
     schema = object_of({**fields, "prompt": replace(fields["prompt"], low=0)})
-    schema["properties"]["language"] = {"enum": languages}
+    schema["properties"]["language"] = {"enum": served_languages(models)}
     schema["properties"]["model"] = {"enum": [model.id for model in models]}
     some, blank = {"minLength": 1}, {"maxLength": 0}
     nothing: Schema = {"not": {}}

@@ -45,7 +45,7 @@ if __name__ == "__main__":
     if "https://" not in os.environ.get("CEREBRUM_VPS_URL", "") + readable:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
     # Where no .pyc can be written, every start compiles. Compiling the largest modules first, while little else is in
-    # memory, lowers the peak by 0.8 MB.
+    # memory, lowers the peak.
     import cerebrum_code  # noqa: F401
 
 import asyncio
@@ -68,7 +68,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -109,6 +108,7 @@ from cerebrum_common import (
     request_id_var,
     route_language,
     scan_head,
+    served_languages,
     set_up_logging,
     sse_event,
     timestamp,
@@ -257,11 +257,6 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         got = describe(fields["model"])
         raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
     return fields | {"mode": detect_mode(fields)}
-
-
-def served_languages(models: Iterable[Model]) -> list[str]:
-    """The languages that a request of our own API may name, in the order of models.toml."""
-    return list(dict.fromkeys(language for model in models for language in model.languages))
 
 
 def choose_model(
@@ -1928,7 +1923,7 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 async def stats(gateway: Gateway, request: Request) -> Response:
     """GET /v1/stats: counters and gauges. `vps_response_time_ms` is the last good probe's, null before one; requests
     are completions."""
-    return Response(count(gateway))
+    return Response(statistics(gateway))
 
 
 async def activity(gateway: Gateway, request: Request) -> Response:
@@ -1937,10 +1932,10 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     message = "" if gateway.available else gateway.trouble or BREAKER_OPEN
     told = {"vps_message": message, "models_loaded": gateway.models_loaded, "notes": gateway.notes}
-    return Response({"timestamp": timestamp(), **count(gateway), **told, **gateway.history.describe()})
+    return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.history.describe()})
 
 
-def count(gateway: Gateway) -> dict[str, Any]:
+def statistics(gateway: Gateway) -> dict[str, Any]:
     """The members of /v1/stats."""
     now = time.monotonic()
     return {

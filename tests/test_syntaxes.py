@@ -18,7 +18,7 @@ from pygments.token import Comment, Error, String
 from test_ending import cases, check, title
 
 from cerebrum_code import detect_mode, prepare
-from cerebrum_ending import Ending, embedded
+from cerebrum_ending import Ending, scan
 from cerebrum_languages import LANGUAGES, language_of_file
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
@@ -958,7 +958,8 @@ def test_gaps(case: tuple[str, str, str, str, str | None]) -> None:
     ],
 )
 def test_a_language_in_another(language: str, prompt: str, found: str, rest: str) -> None:
-    assert embedded(LANGUAGES[language], prompt) == (LANGUAGES[found], rest)
+    scanner, read = scan(LANGUAGES[language], prompt)
+    assert (scanner.language, read) == (LANGUAGES[found], rest)
 
 
 # What is above, a definition that is repeated with a number, what is below; and what of above is sent.
