@@ -1247,25 +1247,33 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One entry of models.toml. An empty `sha256` is not checked; `sources` tell `fetch` where to download the file."""
+    """One entry of models.toml. An empty `sha256` is not checked; `sources` tell `fetch` where to download the file.
+
+    `aliases` are what other engines call the model. `fim` has its marks before the prefix, before the suffix and before
+    the gap, or nothing. A model that only other engines have needs no `file`.
+    """
 
     id: str
     name: str
     languages: tuple[str, ...]
     parameters: str
     quantization: str
-    file: str
+    file: str = ""
     sha256: str = ""
     size: int = 0
     sources: tuple[dict[str, Any], ...] = ()
+    aliases: tuple[str, ...] = ()
+    fim: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """What models.toml says: the models in order of preference, and for a mode the ids that come before that order."""
+    """What models.toml says: the models in order of preference, for a mode the ids that come before that order, and the
+    tables of the backends, which the Pi alone reads and checks."""
 
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    backends: tuple[Any, ...] = ()
 
 
 MODES = ("complete", "infill", "instruct")
@@ -1284,11 +1292,15 @@ def load_catalog(path: Path) -> Catalog:
     try:
         models = tuple(_read_model(entry, number) for number, entry in enumerate(entries, 1))
         prefer = _read_preferences(table.get("prefer", {}), [model.id for model in models])
+        backends = table.get("backends", [])
+        if not isinstance(backends, list):
+            raise ValueError(f"backends: expected [[backends]], got {backends!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if len({model.id for model in models}) != len(models):
-        raise ValueError(f"{path}: expected every id once")
-    return Catalog(models, prefer)
+    names = [name for model in models for name in (model.id, *model.aliases)]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path}: expected every id and alias once")
+    return Catalog(models, prefer, tuple(backends))
 
 
 def _read_preferences(table: Any, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -1305,9 +1317,11 @@ def _read_preferences(table: Any, ids: Sequence[str]) -> dict[str, tuple[str, ..
 
 def _read_model(entry: Any, number: int) -> Model:
     required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
-    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list}
+    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list, "aliases": list, "fim": list}
     if not isinstance(entry, dict):
         raise ValueError(f"model {number}: expected a table, got {entry!r}")
+    if entry.get("aliases"):
+        del required["file"]
     for name, kind in kinds.items():
         if not isinstance(entry.get(name, kind()), kind) or (name in required and not entry.get(name)):
             raise ValueError(f"model {number}: expected {kind.__name__} as {name!r}, got {entry.get(name)!r}")
@@ -1317,7 +1331,7 @@ def _read_model(entry: Any, number: int) -> Model:
     model = Model(**{"languages": (), **given})
     for name, value, pattern in (
         ("id", model.id, r"[A-Za-z0-9._\-]+"),
-        ("file", model.file, r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"),  # a name, not a path: it is joined to a folder
+        ("file", model.file, r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # a name, no path: it is joined to a folder
         ("sha256", model.sha256, r"(?:[0-9a-f]{64})?"),
     ):
         if not re.fullmatch(pattern, value):
@@ -1327,6 +1341,11 @@ def _read_model(entry: Any, number: int) -> Model:
             raise ValueError(f"model {number}: expected names of languages like 'cpp', got {language!r}")
     if not all(isinstance(source, dict) for source in model.sources):
         raise ValueError(f"model {number}: expected tables as 'sources'")
+    for name, texts in (("aliases", model.aliases), ("fim", model.fim)):
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"model {number}: expected strings as {name!r}, got {texts!r}")
+    if len(model.fim) not in (0, 3):
+        raise ValueError(f"model {number}: expected three marks as 'fim', got {len(model.fim)}")
     return model
 
 

@@ -142,7 +142,7 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
     env = read_environment(environ, folder)
     home = Path.home()
     try:
-        models = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml")))).models
+        catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
@@ -152,7 +152,7 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
         key=env.text("CEREBRUM_API_KEY"),
-        models=models,
+        models=tuple(model for model in catalog.models if model.file),  # others are on other engines
         models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(home / ".cache/cerebrum/models"))).expanduser(),
         hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
         origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),

@@ -204,7 +204,7 @@ def test_the_table_of_models() -> None:
         ("models = []", "at least one"),
         ("models = ['x']", "model 1: expected a table"),
         ("[[models]", "line 1"),
-        (GOOD + GOOD, "every id once"),
+        (GOOD + GOOD, "every id and alias once"),
         (GOOD.replace('"m"', "5"), "model 1: expected str as 'id', got 5"),
         (GOOD.replace('"m"', '""'), "model 1: expected str as 'id', got ''"),
         (GOOD.replace('"m"', '"a b"'), "model 1: expected 'id' of the form"),
