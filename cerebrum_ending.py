@@ -39,6 +39,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
+        self.starts = {stop[0] for stop in self.stops}
         self.borders = [borders(stop) for stop in self.stops]
         self.matched = [0] * len(self.stops)
         self.longest, self.size = "", 0  # the stop string with the longest match, and the match's length
@@ -53,6 +54,8 @@ class StopStrings:
 
         The first one to be complete counts, however the text is cut into tokens; of two at the same place, the longer.
         """
+        if not self.size and self.starts.isdisjoint(text):
+            return text, False  # most texts
         for place, char in enumerate(text, self.size + 1):
             if complete := self._step(char):
                 out, self.size = self._first(place - complete, text), 0
@@ -1799,3 +1802,23 @@ class Ending:
             text, why = stage.feed(text)
             text += "" if why else stage.flush(whole)
         return text
+
+
+class Cutter:
+    """Cuts a text at the first stop string or at its natural end, whichever comes first, however it is split."""
+
+    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
+        self.stops, self.ending = StopStrings(stops), ending
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """The text to send now, and why the completion has ended (None: it goes on)."""
+        text, stopped = self.stops.feed(text)
+        text, reason = self.ending.feed(text)
+        if stopped and not reason:
+            return text + self.ending.flush(), "stop"
+        return text, reason
+
+    def flush(self, whole: bool = True) -> str:
+        """The text still held back when no more comes, by the model's own end (`whole`) or by a limit."""
+        text, reason = self.ending.feed(self.stops.held)
+        return text if reason else text + self.ending.flush(whole)

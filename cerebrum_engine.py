@@ -60,7 +60,7 @@ import numpy as np
 import psutil
 
 from cerebrum_common import HttpError, log, request_id_var
-from cerebrum_ending import Ending, StopStrings, wants_extras
+from cerebrum_ending import Cutter, Ending, wants_extras
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 MB = 1 << 20
@@ -594,21 +594,15 @@ class TextAssembler:
 
     def __init__(self, stops: Sequence[str], ending: Ending) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stops, self.ending = StopStrings(stops), ending
+        self.cutter = Cutter(stops, ending)
 
     def feed(self, data: bytes) -> tuple[str, str | None]:
         """The text to send now, and why the completion has ended (None: it goes on)."""
-        text, stopped = self.stops.feed(self.decoder.decode(data))
-        text, reason = self.ending.feed(text)
-        if stopped and not reason:
-            return text + self.ending.flush(), "stop"
-        return text, reason
+        return self.cutter.feed(self.decoder.decode(data))
 
     def flush(self, whole: bool = True) -> str:
-        """The text still held back when the tokens end, by the model's own end (`whole`) or by a limit. The bytes of an
-        incomplete character are dropped."""
-        text, reason = self.ending.feed(self.stops.held)
-        return text if reason else text + self.ending.flush(whole)
+        """As `Cutter.flush`. The bytes of an incomplete character are dropped."""
+        return self.cutter.flush(whole)
 
 
 # ---------------------------------------------------------------------------------------- IO: llama.cpp
