@@ -1,7 +1,9 @@
-"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them.
+"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
 
-In: the JSON members of a client's request. Out: what it asks for (`Asked`), in fields like those of our own API, and
-the answer in the client's shape (`Reply`), whole or as a stream. A `Dialect` is one kind of request:
+A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, what it
+asks for (`Asked`), in fields like those of our own API, and the answer in the client's shape (`Reply`), whole or as a
+stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and what each event
+of its stream tells (`Piece`).
 
     >>> from cerebrum_dialects import INFILL
     >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
@@ -13,20 +15,22 @@ the answer in the client's shape (`Reply`), whole or as a stream. A `Dialect` is
 
 What clients send is taken as they mean it: unknown fields are ignored, a field that is null is absent, a limit above
 ours is lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
-pictures, tools, a prompt of token numbers, several prompts at once.
+pictures, tools, a prompt of token numbers, several prompts at once. What an engine sends is taken as far as it has the
+right type; the rest is absent.
 
 Pure: no socket, no clock, no state. Standard library only. What the clients send and read comes from their sources
 (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's
-documentation and from OpenAI's.
+documentation and from OpenAI's. What engines read and send comes from the documentation of llama-server, vLLM, SGLang,
+TGI, Ollama and OpenAI, and from the answers of the first two llama.cpp servers.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
 
@@ -554,18 +558,306 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------ asking other engines
+
+MIN_N_CTX, MAX_N_CTX = 128, 10**7  # tokens; nobody runs a model with less, and the longest contexts have a million
+OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
+LLAMA_MORE = {"timings_per_token": True, "return_progress": True}  # counts even if we hang up, and signs of life
+# The last event would have the whole prompt as well, and may then be longer than we take.
+LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a backend is asked for. `fields` are those of vpsd's `POST /v1/inference/stream`."""
+
+    fields: Mapping[str, Any]
+    model: str  # the backend's name for it
+    fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
+    room: int = MAX_TOKENS  # tokens that the context has left for the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event of an engine's stream tells."""
+
+    text: str = ""
+    reason: str | None = None  # why the text has ended, as by `read_reason`
+    thought: bool = False  # the model thinks, which is no part of the answer
+
+
+def write_sampling(wanted: Wanted, limit: str) -> dict[str, Any]:
+    """The members that every request has. `limit` is the name of the largest number of tokens."""
+    fields = wanted.fields
+    given = {name: fields[name] for name in ("temperature", "top_p", "seed", "stop") if name in fields}
+    if given.get("top_p", 0) >= 1:
+        del given["top_p"]  # it leaves all tokens; TGI refuses it
+    if not given.get("stop"):
+        given.pop("stop", None)  # an empty list is refused by some, and replaces the model's own stops in others
+    return {"model": wanted.model, "stream": True, limit: min(fields["max_tokens"], max(1, wanted.room)), **given}
+
+
+def write_openai(wanted: Wanted) -> dict[str, Any]:
+    """The members of both of OpenAI's requests."""
+    members = write_sampling(wanted, "max_tokens") | {"stream_options": {"include_usage": True}}
+    return members | ({"stop": members["stop"][:OPENAI_STOPS]} if "stop" in members else {})
+
+
+def write_files(fields: Mapping[str, Any]) -> str:
+    """Other files' texts, which precede the file itself."""
+    return "".join(f"{entry['text'].rstrip(chr(10))}\n" for entry in fields.get("extra", ()))
+
+
+def write_text_completion(wanted: Wanted) -> dict[str, Any]:
+    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if it has none."""
+    fields, files, members = wanted.fields, write_files(wanted.fields), write_openai(wanted)
+    if "suffix" not in fields:
+        return members | {"prompt": files + fields["prompt"]}
+    if not wanted.fim:
+        return members | {"prompt": files + fields["prompt"], "suffix": fields["suffix"]}
+    before, after, middle = wanted.fim
+    return members | {"prompt": f"{files}{before}{fields['prompt']}{after}{fields['suffix']}{middle}"}
+
+
+def write_chat(wanted: Wanted) -> dict[str, Any]:
+    """POST /v1/chat/completions. The answer that we begin for an instruction is left out: many engines would not
+    continue it."""
+    messages = wanted.fields["messages"]
+    begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
+    return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
+
+
+def write_llama_chat(wanted: Wanted) -> dict[str, Any]:
+    """The same for llama-server."""
+    return write_chat(wanted) | LLAMA_MORE
+
+
+def write_llama(wanted: Wanted) -> dict[str, Any]:
+    """The members of both of llama-server's own requests."""
+    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
+    return members | {"cache_prompt": True, "response_fields": LLAMA_LAST}
+
+
+def write_completion(wanted: Wanted) -> dict[str, Any]:
+    """POST /completion"""
+    return write_llama(wanted) | {"prompt": write_files(wanted.fields) + wanted.fields["prompt"]}
+
+
+def write_infill(wanted: Wanted) -> dict[str, Any]:
+    """POST /infill"""
+    fields = wanted.fields
+    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
+    return write_llama(wanted) | gap | {"input_extra": list(fields.get("extra", ()))}
+
+
+def members_of(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(value: Any) -> str:
+    """A text, which may come in parts."""
+    parts = [part.get("text") for part in value if isinstance(part, dict)] if isinstance(value, list) else [value]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
+
+
+def read_reason(value: Any) -> str | None:
+    """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is not whole."""
+    if isinstance(value, dict):  # SGLang, formerly
+        value = value.get("type")
+    if not value:
+        return None
+    return REASONS.get(value, "stop") if isinstance(value, str) else "stop"
+
+
+MILLISECONDS = Field(float, 0, 10**12)
+COUNTS = frozenset(("usage", "timings", "tokens_predicted"))  # an event with one of them has something to count
+
+
+def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
+    """What an event counts, by the names of our own done event, not yet checked: OpenAI's `usage`, llama-server's
+    `timings`, and the numbers beside them."""
+    used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
+    counts = {
+        "prompt_tokens": used.get("prompt_tokens"),
+        "total_tokens": used.get("completion_tokens"),
+        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", timed.get("cache_n")),
+        "tokens_per_second": timed.get("predicted_per_second"),
+        "draft_tokens": timed.get("draft_n"),
+        "accepted_tokens": timed.get("draft_n_accepted"),
+    }
+    if MILLISECONDS.accepts(timed.get("prompt_ms")):
+        counts["ttft"] = timed["prompt_ms"] / 1000
+    if {"cache_n", "prompt_n", "predicted_n"} <= timed.keys() and not used:
+        cached, read = timed["cache_n"], timed["prompt_n"]
+        whole = cached + read if type(cached) is type(read) is int else None
+        counts |= {"prompt_tokens": whole, "total_tokens": timed["predicted_n"]}
+    for name, ours in (("tokens_evaluated", "prompt_tokens"), ("tokens_predicted", "total_tokens")):
+        counts[ours] = members.get(name, counts[ours])
+    return {name: value for name, value in counts.items() if value is not None}
+
+
+def read_progress(members: Mapping[str, Any]) -> tuple[Any, Any]:
+    """llama-server's `prompt_progress`: tokens of the prompt that are read, and all of them."""
+    progress = members_of(members.get("prompt_progress"))
+    return progress.get("processed"), progress.get("total")
+
+
+def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first of an event's choices; empty where it has none, as an event with `usage` alone."""
+    choices = members.get("choices")
+    listed = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return next((choice for choice in listed if not choice.get("index")), {})
+
+
+def read_text_event(members: Mapping[str, Any]) -> Piece:
+    """An event of /v1/completions."""
+    choice = read_choice(members)
+    return Piece(text_of(choice.get("text")), read_reason(choice.get("finish_reason")))
+
+
+def read_chat_event(members: Mapping[str, Any]) -> Piece:
+    """An event of /v1/chat/completions. What a model thinks before it answers is no part of the answer."""
+    choice = read_choice(members)
+    delta = members_of(choice.get("delta", choice.get("message")))
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    return Piece(text_of(delta.get("content")), read_reason(choice.get("finish_reason")), bool(thought))
+
+
+def read_llama_event(members: Mapping[str, Any]) -> Piece:
+    """An event of llama-server's own calls. Older ones have no `stop_type`, but a flag for each reason."""
+    reason = None
+    if members.get("stop") is True:
+        limited = members.get("stopped_limit") is True
+        reason = "length" if limited else read_reason(members.get("stop_type")) or "stop"
+    return Piece(text_of(members.get("content")), reason)
+
+
+def is_length(value: Any) -> TypeGuard[int]:
+    """Whether this can be the number of tokens of a prompt."""
+    return type(value) is int and 0 < value <= MAX_N_CTX
+
+
+def is_context(value: Any) -> TypeGuard[int]:
+    """Whether this can be the number of tokens of a context."""
+    return is_length(value) and value >= MIN_N_CTX
+
+
+def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The names in OpenAI's list of models (or a bare one), each with its `n_ctx` where the engine tells one.
+
+    >>> read_listed({"data": [{"id": "Qwen/Qwen2.5-Coder-7B-Instruct", "max_model_len": 8192}, {"id": "other"}]})
+    {'Qwen/Qwen2.5-Coder-7B-Instruct': {'n_ctx': 8192}, 'other': {}}
+    """
+    listed: dict[str, dict[str, Any]] = {}
+    entries = members.get("data")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+            lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]
+            n_ctx = next(filter(is_context, lengths), None)
+            listed[entry["id"]] = {} if n_ctx is None else {"n_ctx": n_ctx}
+    return listed
+
+
+def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
+    """`n_ctx`, of one slot, in llama-server's /props."""
+    n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx", members.get("n_ctx"))
+    return {"n_ctx": n_ctx} if is_context(n_ctx) else {}
+
+
+def error_in(members: Mapping[str, Any]) -> Any:
+    """An engine's error: an object or a text; None if there is none. Some send it with status 200, or as an event."""
+    return members.get("error") or (members if members.get("object") == "error" else None)
+
+
+# How engines say in a sentence that a prompt is too long. The first pattern that is found has the context's length, or
+# the prompt's, in tokens.
+CONTEXT = (
+    r"n_ctx: ?(\d+)", r"max_seq_len (\d+)", r"(\d+) maximum context", r"`(?: must have less than| must be <=) ?(\d+)",
+    r"maximum (?:model|prompt|allowed) length\D{1,5}(\d+)", r"[Cc]ontext (?:length|window|size)\D{0,20}(\d+)",
+)  # fmt: skip
+COUNTED = (
+    r"n_keep: ?(\d+)", r"Requested tokens \((\d+)\)", r"[Ii]nput (?:length )?\((\d+) tokens", r"Given: (\d+)",
+    r"(\d+) tokens from the input", r"(\d+) in (?:the|your) (?:messages|prompt)", r"\((\d+) of text input",
+    r"[Pp]rompt \(length (\d+)\)", r"[Pp]rompt contains (\d+) tokens", r"[Pp]rompt length (\d+)", r"first (\d+) tokens",
+    r"contains (\d+) tokens", r"resulted in (\d+) tokens", r"at least (\d+) input", r"(\d+) (?:input|prompt) tokens",
+)  # fmt: skip
+TOO_LONG = "context_length_exceeded"  # OpenAI's code, without a number in some answers
+
+
+def find_length(patterns: Sequence[str], message: str) -> int:
+    found = (match for pattern in patterns if (match := re.search(pattern, message)))
+    number = next((match[1] for match in found), "0")
+    return int(number) if len(number) < 9 else 0
+
+
+def read_overflow(error: Any) -> dict[str, int] | None:
+    """{"n_ctx", "prompt_tokens"} as far as they are told, if this `error` of an engine says that a prompt is too long,
+    else None. The sentences are other people's, so their numbers may be misread.
+
+    >>> read_overflow({"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 "
+    ...                           "tokens (4488 in the messages, 512 in the completion)."})
+    {'n_ctx': 4096, 'prompt_tokens': 4488}
+    """
+    told = members_of(error)
+    message = text_of(told.get("message", error))
+    n_ctx = told.get("n_ctx", find_length(CONTEXT, message))
+    counted = told.get("n_prompt_tokens", find_length(COUNTED, message))
+    if not is_context(n_ctx) and TOO_LONG not in (told.get("code"), told.get("type")):
+        return None
+    lengths = {"n_ctx": n_ctx if is_context(n_ctx) else 0, "prompt_tokens": counted if is_length(counted) else 0}
+    return {name: length for name, length in lengths.items() if length}
+
+
 # ---------------------------------------------------------------------------------------------- the dialects
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One kind of request, in both directions."""
+    """One kind of request, in both directions. An engine is asked at the first of `paths`; clients use all of them."""
 
+    paths: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Asked]
     reply: type[Reply]
+    write: Callable[[Wanted], dict[str, Any]]
+    read_event: Callable[[Mapping[str, Any]], Piece]
 
 
-OPENAI_TEXT = Dialect(read_text_completion, OpenAIReply)
-OPENAI_CHAT = Dialect(read_chat, ChatReply)
-COMPLETION = Dialect(read_completion, LlamaReply)
-INFILL = Dialect(read_infill, LlamaReply)
+# Some clients put /v1 before their paths only if the URL that their user has typed ends so.
+OPENAI_TEXT = Dialect(
+    ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_text_event
+)
+OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_chat_event)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_completion, read_llama_event)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_infill, read_llama_event)
+DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """How an engine of another kind is asked."""
+
+    complete: Dialect
+    infill: Dialect
+    chat: Dialect
+    health: str  # tells without cost that it is there
+    props: str = ""  # tells the context's length
+    tokenize: str = ""
+    warms: bool = False  # reading a prompt ahead costs nothing
+
+
+# An `openai` backend may be paid by the token, or count each request.
+APIS = {
+    "llama.cpp": Api(
+        COMPLETION,
+        INFILL,
+        replace(OPENAI_CHAT, write=write_llama_chat),
+        "/health",
+        props="/props",
+        tokenize="/tokenize",
+        warms=True,
+    ),
+    "openai": Api(OPENAI_TEXT, OPENAI_TEXT, OPENAI_CHAT, "/v1/models"),
+}
