@@ -149,7 +149,7 @@ def _is_whole(code: str, language: Language) -> bool:
 
 # --------------------------------------------------------------------------------------------------- weight of a text
 
-FIRST_RATIO = 3.0  # weight per token, until the VPS has reported a model's counts
+FIRST_RATIO = 3.0  # weight per token, until a backend has reported a model's counts
 MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen, one file in fifty is below 3.5
 # The weight of a character by its kind, in fifths: a regression of Qwen's token counts over files in five languages.
 # Most words are one token whatever their length; each digit is one, and many signs are; indentation is nearly free.
@@ -167,11 +167,11 @@ KINDS = bytes(
 
 @dataclass(slots=True)
 class Ratio:
-    """Weight per token of each model's prompts, learned from the token counts that the VPS reports.
+    """Weight per token of each model's prompts, learned from the token counts that a backend reports.
 
     An estimate that is too high gets a prompt refused; one that is too low only leaves out some lines. So a lower
     observation counts at once, a higher one by a sixteenth. `get` moves in steps of a quarter, because a new ratio
-    moves the window, and then the VPS must prefill it again.
+    moves the window, and then the backend must prefill it again.
     """
 
     low: dict[str, float] = field(default_factory=dict)  # the estimate for each model
@@ -441,7 +441,7 @@ SUFFIX_FRESH = 4  # the suffix's share, a fourth, of what may be read anew
 MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
-MAX_TURNS = 99  # the VPS takes a hundred messages
+MAX_TURNS = 99  # vpsd takes a hundred messages
 MIN_REPEATED = 200  # characters: a shorter paragraph may be an idiom of its language, and dropping it saves nothing
 MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
@@ -452,9 +452,9 @@ PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request as the VPS gets it."""
+    """A request as vpsd gets it."""
 
-    body: dict[str, Any]  # the VPS's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
+    body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: dict[str, Any]  # what of the user's text it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
     above: str = ""  # all of its text before the cursor
@@ -646,13 +646,13 @@ def prepare(
     max_fresh: int | None = None,
     cached: Sequence[str] = (),
 ) -> Prepared:
-    """The VPS's fields for a request, with a prompt of about `budget` tokens at most.
+    """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
     `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. What fits is sent as it is, byte
     for byte. `kept` says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions",
     "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
 
-    `max_fresh` limits the tokens that the VPS must read. `cached` has texts that it has read already; what begins like
+    `max_fresh` limits the tokens that must be read. `cached` has texts that the backend has read; what begins like
     one of them does not count.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
@@ -749,7 +749,7 @@ def common_length(one: str, other: str) -> int:
 def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     """A chat: its system message, and as many of its latest messages as fit. `kept` also has the numbers of `messages`.
 
-    Messages are left out four at a time, if enough of them remain. What follows them moves forward, so the VPS has to
+    Messages are left out four at a time, if enough of them remain. What follows them moves forward, so a backend has to
     read it again; this way it does so only every other turn.
     """
     system, turns = list(messages[:1]), list(messages[1:])

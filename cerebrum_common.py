@@ -1354,12 +1354,6 @@ def served_languages(models: Iterable[Model]) -> list[str]:
     return list(dict.fromkeys(language for model in models for language in model.languages))
 
 
-def route_language(models: Sequence[Model], language: str, present: Collection[str] | None) -> Model | None:
-    """The first model for `language` ("": for any) among those `present` on the VPS (None: unknown, so among all)."""
-    listed = [model for model in models if not language or language in model.languages]
-    return next((model for model in listed if present is None or model.id in present), None)
-
-
 # --------------------------------------------------------------------------------------- logs, systemd
 
 

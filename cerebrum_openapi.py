@@ -41,7 +41,9 @@ from cerebrum_common import (
     sse_event,
 )
 from cerebrum_dialects import (
+    APIS,
     COMPLETION,
+    DIALECTS,
     EXTRA,
     INFILL,
     INFILL_FIELDS,
@@ -258,6 +260,7 @@ def native_result(model: str) -> dict[str, Any]:
         "mode": Given(enum=["complete", "infill", "instruct"]),
         "finish_reason": Optional(type="string"),
         "prompt_tokens": Optional(type="integer", minimum=0),
+        "backend": Optional(type="string", description="Who has answered, if there are several."),
         "kept": Optional(**kept, description="How much of the text was sent to the model, and which parts."),
     }
 
@@ -279,7 +282,7 @@ def listed(models: Sequence[Model]) -> dict[str, Any]:
     sizes = {"n_ctx": Optional(type="integer"), "memory_mb": Optional(type="number")}
     ids = {"type": "array", "items": STRING}
     return {
-        "models": [{**entry, "available": True, **told, **sizes}],
+        "models": [{**entry, "available": True, "backends": ["vps"], **told, **sizes}],
         "vps_available": True,
         "languages": [{"id": "python", "endings": [".py"], "filenames": ["a"], "served": True}],
         "prefer": Given(type="object", additionalProperties=ids),
@@ -288,6 +291,21 @@ def listed(models: Sequence[Model]) -> dict[str, Any]:
     }
 
 
+STATE = {"id": "vps", "available": True, "message": ""}
+BREAKER = {"state": Given(enum=["closed", "open", "half-open"]), "failures": 0, "opens": 0, "retry_in_s": 0.5}
+BACKEND: dict[str, Any] = {
+    **STATE,
+    "api": Given(enum=["cerebrum", *APIS]),
+    "response_time_ms": Given(type=["number", "null"]),
+    "requests_total": 1,
+    "requests_active": 0,
+    "requests_failed": 0,
+    "max_concurrent": 2,
+    "tokens_total": 64,
+    "models": ["m"],
+    "models_loaded": ["m"],
+    "breaker": BREAKER,
+}
 STATS: dict[str, Any] = {
     "uptime": 1.5,
     "requests_total": 1,
@@ -296,12 +314,8 @@ STATS: dict[str, Any] = {
     "vps_response_time_ms": Given(type=["number", "null"]),
     "memory_mb": 25.5,
     "load_avg": [0.5, 0.5, 0.5],
-    "breaker": {
-        "state": Given(enum=["closed", "open", "half-open"]),
-        "failures": 0,
-        "opens": 0,
-        "retry_in_s": 0.5,
-    },
+    "breaker": BREAKER,
+    "backends": [BACKEND],
     "type_through": 0,
     "shared": 0,
     "replaced": 0,
@@ -309,7 +323,13 @@ STATS: dict[str, Any] = {
 
 # The responses of GETs, by the last part of their paths.
 ANSWERS: dict[str, Callable[[Sequence[Model]], dict[str, Any]]] = {
-    "health": lambda _: {"status": Given(const="healthy"), "timestamp": TIME, "vps_available": True, "uptime": 1.5},
+    "health": lambda _: {
+        "status": Given(const="healthy"),
+        "timestamp": TIME,
+        "vps_available": True,
+        "uptime": 1.5,
+        "backends": [STATE],
+    },
     "models": listed,
     "{id}": lambda models: write_model(models[0].id, 1),
     "props": lambda models: write_props(models[0].id, 4096, 2),
@@ -411,18 +431,18 @@ def describe_operation(doc: str | None) -> dict[str, str]:
 
 def write_openapi(
     routes: Sequence[Route],
-    dialects: Mapping[Dialect, Sequence[str]],
     fields: Mapping[str, Field],
     models: Sequence[Model],
     passed_on: Collection[str],
     keyed: bool,
 ) -> dict[str, Any]:
-    """The document. `passed_on` are the VPS's codes that clients get to see; `keyed`: clients need a key."""
-    speaking = {path: dialect for dialect, paths in dialects.items() for path in paths}
+    """The document. `passed_on` are the backends' codes that clients get to see; `keyed`: clients need a key."""
+    speaking = {path: dialect for dialect in DIALECTS for path in dialect.paths}
     foreign = next(route.foreign_error for route in routes if route.foreign_error)
     sample = HttpError("INVALID_REQUEST", "why")
     extra = {"prompt_tokens": Optional(type="integer"), "n_ctx": Optional(type="integer")}
     health = {"status": Optional(type="string"), "vps_available": Optional(type="boolean")}
+    health["backends"] = Optional(**like([STATE]))
     code = {"code": Given(enum=list(STATUSES))}
     schemas = {
         "Error": like({**error_body(sample), **code, **extra, **health, "uptime": Optional(type="number")}),
@@ -448,7 +468,7 @@ def write_openapi(
         if route.json:
             operation["requestBody"] = {"required": True, "content": {"application/json": body_of(route, dialect)}}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
-    for dialect in dialects:
+    for dialect in DIALECTS:
         schemas[name_of(dialect)] = dialect_request(dialect)
     model_id = {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"}
     return {

@@ -227,6 +227,10 @@ def state(m):
 def encoding(m):  # "tuned: Q5_0 to Q8_0, Q4_K to Q4_1" in one word
     return m.get("encoding", "published").split(":")[0].replace("published", "")
 
+def backend(b):
+    figures = "{requests_active} of {max_concurrent} places taken, {requests_total} requests, {requests_failed} failed"
+    return "{}; {}".format("there" if b["available"] else b["message"], figures.format(**b))
+
 def languages(m):
     names = m.get("languages", [])
     return "all {} languages".format(len(served)) if len(set(names)) == len(served) > FEW else " ".join(names)
@@ -243,7 +247,9 @@ elif view == "languages":
     cells = [(mark(name) + name).ljust(width) for name in served]
     lines = ["".join(cells[i : i + count]) for i in range(0, len(cells), count)]
 else:
-    lines = ["{:24} {}".format(k, v if isinstance(v, str) else json.dumps(v)) for k, v in answer.items()]
+    members = [(k, v) for k, v in answer.items() if k != "backends"]
+    members += [("backend " + b["id"], backend(b)) for b in answer.get("backends", [])]
+    lines = ["{:24} {}".format(k, v if isinstance(v, str) else json.dumps(v)) for k, v in members]
 for line in lines:
     print(line.rstrip())' "$@"
 }

@@ -1,28 +1,31 @@
 #!/usr/bin/env python3
 """Cerebrum's orchestrator for the Raspberry Pi: checks, prepares, routes, sheds, breaks, relays.
 
-    python3 cm4d.py                       # listens on 0.0.0.0:7000, asks the VPS at CEREBRUM_VPS_URL
+    python3 cm4d.py                       # listens on 0.0.0.0:7000, asks the backends
     curl http://localhost:7000/health
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-Every completion is one async generator, `Gateway.complete`. It takes a place, asks the breaker, routes the language to
-a model, fits the prompt and sends it to the VPS on a connection of its own. It yields pairs of (kind, value) that do
-not depend on the client's API: `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON answer. Editors
-and tools speak the dialects of cerebrum_dialects.py. They follow a completion by a `Reading`: identical requests at the
-same time share one, a newer infill of the same file ends the older one, and text that the last completion predicted is
-served without the VPS.
+The backends are those of models.toml, or one: the VPS at CEREBRUM_VPS_URL. Every completion is one async generator,
+`Gateway.complete`. It chooses a model and a backend with a free place, fits the prompt and sends it there on a
+connection of its own. If that backend fails before the first token, the next one gets the request. The generator yields
+pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream` renders them
+as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum_dialects.py. They follow a
+completion by a `Reading`: identical requests at the same time share one, a newer infill of the same file ends the older
+one, and text that the last completion predicted is served without a backend.
 
-It refuses a third completion at a time (429) and every completion while the breaker is open (503); a completion in a
-dialect waits for its place for a while. From the VPS it refuses redirects, framing or JSON that is not exact, and a
-stream that ends without a done event: the client gets all whole events up to the fault, then an error event, then a
-cut. A POST is never sent again once a byte of it is out, and a connection to the VPS is used for one request only.
+It refuses a completion while all places are taken (429) and while every breaker is open (503); a completion in a
+dialect waits for its place for a while. From a backend it refuses redirects, framing or JSON that is not exact, and a
+stream that ends without saying so: the client gets all whole events up to the fault, then an error event, then a cut.
+After its first token no request is sent again. Before it, no backend gets a request twice, but for a prompt that it has
+refused as too long. A connection to a backend is used for one request only.
 
-Who owns what: `Gateway` owns the places, the breaker, the learned ratios and what is known of the VPS. Its probe task
-keeps that knowledge fresh; a completion asks for the list of models only if none has come yet. A `Shared` completion
-owns the task that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no
-other thread. Standard library only, with cerebrum_*.py and models.toml beside it, and cerebrum_page.html, without which
-there is no page at `/`.
+Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. Its probe task
+keeps that knowledge fresh; a completion asks for lists of models only before any probe. `Gateway` owns the backends
+and what belongs to clients: those who wait, what they share, what is predicted. A `Shared` completion owns the task
+that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no other thread.
+Standard library only, with cerebrum_*.py and models.toml beside it, and cerebrum_page.html, without which there is no
+page at `/`.
 """
 
 from __future__ import annotations
@@ -39,13 +42,14 @@ from pathlib import Path
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here))  # `python3 -I` leaves it out
-    # asyncio and hmac load OpenSSL where they find it: 6 MB of 30, needed only for a VPS behind https.
-    dotenv = here / ".env"
-    readable = dotenv.read_text(errors="replace") if dotenv.is_file() and os.access(dotenv, os.R_OK) else ""
-    if "https://" not in os.environ.get("CEREBRUM_VPS_URL", "") + readable:
+    # What only some backends need is loaded here or not at all. `main` knows them, and starts this program once more
+    # with `-X tls` or `-X engines`. asyncio and hmac load OpenSSL where they find it: 6 MB of 30, for https alone.
+    if "tls" not in sys._xoptions:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
     # Where no .pyc can be written, every start compiles. Compiling the largest modules first, while little else is in
     # memory, lowers the peak.
+    if "engines" in sys._xoptions:
+        import cerebrum_ending  # noqa: F401
     import cerebrum_code  # noqa: F401
 
 import asyncio
@@ -75,13 +79,39 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cerebrum_code import Ratio, common_length, detect_mode, prepare
+from cerebrum_backends import (
+    MAX_MESSAGE_CHARACTERS,
+    MAX_PLACES,
+    PASSED_ON,
+    BackendConfig,
+    BackendFailure,
+    Body,
+    Events,
+    Misfit,
+    Pair,
+    TooLong,
+    Translator,
+    engine_refusal,
+    event_in,
+    find_models,
+    is_chunk_of_token,
+    parse_answer,
+    parse_leniently,
+    read_backends,
+    read_key,
+    read_loaded,
+    read_models,
+    read_result,
+    read_text,
+    refusal,
+    take_apart,
+    text_event,
+)
+from cerebrum_code import MIN_RATIO, TEMPLATE_TOKENS, Ratio, common_length, detect_mode, prepare
 from cerebrum_common import (
     READ_BYTES,
     SSE_COMMENT,
-    STATUS_LINE,
     Access,
-    ChunkedDecoder,
     ConfigError,
     Environment,
     Field,
@@ -100,13 +130,11 @@ from cerebrum_common import (
     log,
     notify,
     own_names,
-    parse_framing,
-    parse_headers,
     parse_json,
+    printable,
     read_environment,
     read_fields,
     request_id_var,
-    route_language,
     scan_head,
     served_languages,
     set_up_logging,
@@ -114,17 +142,18 @@ from cerebrum_common import (
     timestamp,
 )
 from cerebrum_dialects import (
-    COMPLETION,
+    APIS,
     DEFAULT_TOKENS,
-    INFILL,
+    DIALECTS,
     MAX_TOKENS,
-    OPENAI_CHAT,
-    OPENAI_TEXT,
     TOKENIZE,
     Asked,
     Dialect,
     Reply,
+    Wanted,
     present,
+    read_listed,
+    read_props,
     write_error,
     write_model,
     write_props,
@@ -139,55 +168,23 @@ HERE = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------- configuration
 
-VPS_URL = re.compile(
-    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
-)
-KEY = re.compile(r"[!-~]*")
 HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
 
 
 @dataclass(frozen=True, slots=True)
-class Vps:
-    """Where the VPS is. `authority` goes into the Host header, `prefix` before every path."""
-
-    host: str
-    port: int
-    authority: str
-    prefix: str
-    tls: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
-    """The settings. `key` is sent to the VPS; `client_key` is expected from clients (empty: from nobody)."""
+    """The settings. `client_key` is expected from clients (empty: from nobody)."""
 
-    vps: Vps
+    backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of models, by mode
     host: str = "0.0.0.0"
     port: int = 7000
-    key: str = ""
     client_key: str = ""
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
-    max_concurrent: int = 2
     log_level: str = "INFO"
     log_file: str = ""
-
-
-def parse_vps_url(text: str) -> Vps:
-    """`http://name[:port][/prefix]` to a Vps; ConfigError names the variable.
-
-    >>> parse_vps_url("http://127.0.0.1:9000")
-    Vps(host='127.0.0.1', port=9000, authority='127.0.0.1:9000', prefix='', tls=False)
-    """
-    match = VPS_URL.fullmatch(text)
-    if not match or int(match[3] or 1) not in range(1, 65536):
-        raise ConfigError(f"CEREBRUM_VPS_URL: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
-    scheme, host, port, prefix = match.groups()
-    tls = scheme == "https"
-    authority = f"{host}:{port}" if port else host
-    return Vps(host.strip("[]"), int(port or (443 if tls else 80)), authority, (prefix or "").rstrip("/"), tls)
 
 
 def load_config(environ: Environment) -> Config:
@@ -197,24 +194,19 @@ def load_config(environ: Environment) -> Config:
         catalog = load_catalog(path)
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
-    keys = {name: environ.text(name) for name in ("CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY")}
-    for name, key in keys.items():
-        if not KEY.fullmatch(key):
-            raise ConfigError(f"{name}: expected printable ASCII without spaces")
+    max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, MAX_PLACES)
     host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
     if not HOST.fullmatch(host):
         raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
-        vps=parse_vps_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")),
+        backends=read_backends(catalog.backends, environ, max_concurrent),
         models=catalog.models,
         prefer=catalog.prefer,
         host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
-        key=keys["CEREBRUM_API_KEY"],
-        client_key=keys["CEREBRUM_CM4_API_KEY"],
+        client_key=read_key(environ, "CEREBRUM_CM4_API_KEY"),
         hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
         origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
-        max_concurrent=environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 64),
         log_level=environ.text("CEREBRUM_LOG_LEVEL", "INFO"),
         log_file=environ.text("CEREBRUM_LOG_FILE"),
     )
@@ -241,7 +233,17 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_VPS = ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_at", "progress", "indent", "predict_ms")
+PASSED_TO_BACKENDS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "stop_at",
+    "progress",
+    "indent",
+    "predict_ms",
+)
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -259,37 +261,38 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     return fields | {"mode": detect_mode(fields)}
 
 
-def choose_model(
+def rank_models(
     config: Config, language: str, mode: str, present: Collection[str] | None, any_language: bool = False
-) -> str:
-    """The id of the model for a request: of those `present` on the VPS the first that [prefer] lists for the mode and
-    that serves the language, else the first in the table's order. A chat counts as an instruction.
+) -> list[str]:
+    """The ids of the models for a request, best first: of those `present` on a backend, first those that [prefer] lists
+    for the mode and that serve the language, then the others in the table's order. A chat counts as an instruction.
 
-    With `any_language`, a language that no present model serves goes to the first of all. Without it, the model may be
-    one that is not there: the VPS's 404 says which file is missing and how to get it. As long as it is unknown which
+    With `any_language`, a language that no present model serves goes to any of them. Without it, the one model may be
+    one that is not there: a backend's 404 says which file is missing and how to get it. As long as it is unknown which
     models are there (None), there are no preferences.
     """
-    models, here = config.models, [model for model in config.models if present is None or model.id in present]
-    if any_language and not any(language in model.languages for model in here):
-        language = ""
-    ids = config.prefer.get("instruct" if mode == "chat" else mode, ())
-    preferred = [model for id in ids for model in models if model.id == id]
-    model = route_language(preferred, language, present or ()) or route_language(models, language, present)
-    return (model or route_language(models, language, None) or models[0]).id
+    here = [model for model in config.models if present is None or model.id in present]
+    serving = [model.id for model in here if language in model.languages]
+    if not language or (any_language and not serving):
+        serving = [model.id for model in here]
+    if not serving:
+        return [next((model for model in config.models if language in model.languages), config.models[0]).id]
+    preferred = () if present is None else config.prefer.get("instruct" if mode == "chat" else mode, ())
+    return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
 
 
 def session_of(address: str, session: str | None) -> str:
     """A name for the session that is unique across clients, or "" without one.
 
-    Two clients may choose the same string and must not end each other's requests. The VPS sees only the Pi's address,
+    Two clients may choose the same string and must not end each other's requests. A backend sees only the Pi's address,
     so it gets this name as well.
     """
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
 def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
-    """A dialect's request in the fields that `Gateway.complete` reads. An unknown model is none; the language is what
-    the text and the files' names tell."""
+    """A dialect's request in the fields that `Gateway.complete` reads. A model may be named by an alias, and an unknown
+    one is none; the language is what the text and the files' names tell."""
     fields: dict[str, Any] = {
         "prompt": "",
         "filename": "",
@@ -298,14 +301,16 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
         "progress": False,
     } | asked.fields
     others = [entry["filename"] for entry in fields["extra"]]
-    known = fields["model"] in {model.id for model in models}
+    ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if asked.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
-    return fields | {"language": language, "model": fields["model"] if known else None}
+    return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
-DEFAULT_N_CTX = 4096  # until the VPS tells its own
+DEFAULT_N_CTX = 4096  # until a backend tells its own
 MARGIN_TOKENS = 8  # of n_ctx, never used
-REFIT = 0.95  # the one retry assumes this share of the weight per token that the VPS has just counted
+PLAUSIBLE = 4  # what another engine counts is believed if it is within this factor of our estimate
+REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just counted
+SPARE = 1.1  # other engines refuse an answer that might not fit, so their prompt counts as this much longer
 
 
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
@@ -401,7 +406,8 @@ RELOADS, RELOADS_SECONDS = 3, 600.0  # so many within this time are no accident
 
 
 class Reloads:
-    """Notices preferred models that push each other out of the VPS's memory. Pure; `now` is in seconds (monotonic)."""
+    """Notices preferred models that push each other out of a backend's memory. Pure; `now` is in seconds
+    (monotonic)."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}  # when each model was in memory for the last time
@@ -434,7 +440,7 @@ TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s a
 
 
 class Breaker:
-    """Decides when not to ask the VPS at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
+    """Decides when not to ask a backend at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
 
     closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
     From half-open, a failed or overdue trial opens it again for twice as long. `admit` returns a ticket, which is the
@@ -451,14 +457,18 @@ class Breaker:
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
         self._trial = False  # half-open: a trial is under way
 
+    def admits(self, now: float) -> bool:
+        """Whether a request may be sent: any while closed, one as a trial while half-open."""
+        if self._trial:
+            self._expire(now)
+        return self.state == "closed" or (self.state == "half-open" and not self._trial)
+
     def admit(self, now: float) -> int | None:
         """A ticket for one request; None means do not ask."""
-        self._expire(now)
-        if self.state == "closed":
-            return self._generation
-        if self.state == "open" or self._trial:
+        if not self.admits(now):
             return None
-        self._trial, self._until = True, now + TRIAL_SECONDS
+        if self.state == "half-open":
+            self._trial, self._until = True, now + TRIAL_SECONDS
         return self._generation
 
     def succeeded(self, ticket: int) -> int:
@@ -472,7 +482,7 @@ class Breaker:
         return self._generation
 
     def failed(self, ticket: int, now: float) -> None:
-        """The VPS, or the network on the way to it, failed this request."""
+        """The backend, or the network on the way to it, failed this request."""
         if ticket != self._generation:
             return
         self.failures += 1
@@ -488,7 +498,7 @@ class Breaker:
             self._trial = False
 
     def healthy(self, now: float) -> None:
-        """The VPS answered /health."""
+        """The backend answered a probe."""
         if self.state == "open" and now >= self._until:
             self._change("half-open")
 
@@ -511,353 +521,48 @@ class Breaker:
         self._generation += 1
 
 
-# ------------------------------------------------------------------------------ policy: the VPS's answers
-
-
-class VpsFailure(HttpError):
-    """The VPS or the network on the way to it is at fault: 503, counted by the breaker. `reason` is our own wording."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
-        self.reason = reason
-
-
-BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
-
-
-class Misfit(HttpError):
-    """The VPS is there, but the two are not configured for each other: 503, not counted by the breaker."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("VPS_UNAVAILABLE", message)
-
-
-MAX_MESSAGE_CHARACTERS = 2000  # of an error of the VPS that is passed on
-PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
-    {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
-    | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
-)
-EXPLAINED = {
-    401: "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and of the VPS do not match",
-    421: "VPS backend does not know the name it was asked by: add the host of the Pi's CEREBRUM_VPS_URL to"
-    " CEREBRUM_ALLOWED_HOSTS on the VPS",
-}
-CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
-CONTROLS = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+"
-)  # what could act on a client's terminal
-
-
-def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(message, code, further members) if this JSON value is an error in the form of both daemons, else None."""
-    if not isinstance(members, dict) or members.get("error") is not True:
-        return None
-    message, code = members.get("message"), members.get("code")
-    if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
-        return None
-    message = CONTROLS.sub(" ", message)
-    message = message.replace(key, "***") if key else message  # before the cut, which could leave half of the key
-    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if type(members.get(name)) is int}
-    return message[:MAX_MESSAGE_CHARACTERS], code, more
-
-
-def refusal(status: int, body: bytes, key: str) -> HttpError:
-    """The error for the client when the VPS answers with a status other than 200. VpsFailure if no Cerebrum backend
-    would answer that way."""
-    try:
-        ours = our_error(parse_json(body), key)
-    except HttpError:
-        ours = None
-    if ours is None or status < 400:
-        return VpsFailure(f"it answered {status}, and not as a Cerebrum backend does")
-    message, code, more = ours
-    if code in PASSED_ON:
-        return HttpError(code, message, extra=more)
-    if status in EXPLAINED:
-        return Misfit(EXPLAINED[status])
-    return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
-
-
-COUNT = Field(int, 0, 10**9)
-SECONDS = Field(float, 0, 10**9)
-RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT)
-RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
-RESULT |= {"finish_reason": Field(str, 1, 40)}
-OURS = frozenset(  # members that a result or an error of ours consists of: no backend may set them
-    {"completion", "language", "model", "timestamp", "mode", "kept", "done", "token", "error", "message", "code"}
-)
-
-
-def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
-    """The members of a done event that may be passed on: none of ours, and none of a wrong type or range.
-
-    >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
-    {'prompt_tokens': 5, 'ttft': 0.25}
-    """
-    return {
-        name: value
-        for name, value in done.items()
-        if name not in OURS
-        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # without a token
-    }
-
-
-TOLD = {"loaded": Field(bool), "encoding": Field(str, 1, 100), "memory_mb": Field(float, 0, 10**9)}
-
-
-def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the VPS's /v1/models tells of each model that it has: `n_ctx`, and of TOLD what it tells.
-
-    >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
-    {'m': {'n_ctx': 4096, 'loaded': False}}
-    """
-    listed = answer.get("models")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    models: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if isinstance(entry.get("id"), str) and entry.get("available") is not False:
-            n_ctx = entry.get("n_ctx")
-            told = {name: entry[name] for name, kind in TOLD.items() if kind.accepts(entry.get(name))}
-            models[entry["id"]] = {"n_ctx": n_ctx if type(n_ctx) is int and n_ctx > 0 else DEFAULT_N_CTX, **told}
-    return models
-
-
-def read_loaded(answer: Mapping[str, Any]) -> list[str]:
-    """The ids of the models in the VPS's memory, from its /health."""
-    loaded = answer.get("models_loaded")
-    return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
-
-
-class Body:
-    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close.
-
-    `failure` is its first fault. It is kept rather than raised, because the payload before it still counts: what a
-    client sees must not depend on how the bytes were split.
-    """
-
-    def __init__(self, length: int | None, chunked: bool) -> None:
-        self.done = length == 0
-        self.failure: VpsFailure | None = None
-        self._chunks = ChunkedDecoder() if chunked else None
-        self._left = length
-
-    @property
-    def between_chunks(self) -> bool:
-        return self._chunks is not None and self._chunks.between
-
-    def feed(self, data: bytes) -> bytes:
-        """The payload in `data`, up to the end of the body or its first fault."""
-        if self.done:
-            payload, past = b"", data
-        elif self._chunks:
-            payload, past = self._feed_chunks(self._chunks, data)
-        elif self._left is not None:
-            payload, past = data[: self._left], data[self._left :]
-            self._left -= len(payload)
-            self.done = self._left == 0
-        else:
-            payload, past = data, b""
-        if past:
-            self.failure = self.failure or VpsFailure("its answer goes on past its end")
-        return payload
-
-    def _feed_chunks(self, chunks: ChunkedDecoder, data: bytes) -> tuple[bytes, bytes]:
-        try:
-            payload = chunks.feed(data)
-        except HttpError:
-            self.failure = VpsFailure("it sent a malformed chunk")
-            return chunks.before, b""
-        self.done = chunks.done
-        return payload, chunks.rest
-
-    def end(self, cut: str) -> None:
-        """The connection has ended, by a plain close or as `cut` says. That is a fault unless the body is whole."""
-        if not self.done and (cut or self._chunks or self._left):
-            self.failure = VpsFailure(f"{cut or 'it ended'} in the middle of its answer")
-
-
-def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
-    """A whole response head to its status and body. HttpError or VpsFailure if it is not exact HTTP/1.x, or if it is a
-    200 of another media type than `kind`."""
-    first, *lines = block[:-4].split(b"\r\n")
-    match = STATUS_LINE.fullmatch(first)
-    if not match:
-        raise VpsFailure("its answer is not HTTP/1.1")
-    status, headers = int(match[1]), parse_headers(lines)
-    if "content-encoding" in headers:
-        raise VpsFailure("its answer has a Content-Encoding that nobody asked for")
-    if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
-        raise VpsFailure("its answer is not of the type that was asked for")
-    length, chunked = parse_framing(first[:8].decode(), headers)
-    return status, Body(0 if status in (204, 304) else length, chunked)
-
-
-# ----------------------------------------------------------------------------------- policy: the events
-
-# Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed untouched. Any other valid
-# event is parsed, which costs microseconds. The possessive `++` keeps the regex from backtracking into a long run.
-TOKEN = (
-    rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
-    rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
-)
-TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
-CHUNK_OF_TOKEN = re.compile(rb"([0-9a-f]{1,4})\r\n(%b)\r\n" % TOKEN)
-
-
-def is_chunk_of_token(data: bytes) -> bool:
-    """Whether these bytes are exactly one chunk with exactly one token event."""
-    match = CHUNK_OF_TOKEN.fullmatch(data)
-    return match is not None and int(match[1], 16) == len(match[2])
-
-
-MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
-
-
-class Events:
-    """Cuts a stream that arrives in any split into blocks of whole SSE events. Line ends may be LF or CRLF."""
-
-    def __init__(self) -> None:
-        self._rest = bytearray()  # the beginning of an event
-        self._cr = b""  # perhaps half of a CRLF
-
-    @property
-    def inside(self) -> bool:
-        """An event has begun and has not ended."""
-        return bool(self._rest or self._cr)
-
-    def feed(self, data: bytes) -> bytes:
-        """The events that `data` completes, with LF line ends, or b"". VpsFailure for an event that is too long.
-
-        `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
-        long, and it is the first of its block: raising loses no event.
-        """
-        if self._cr or b"\r" in data:
-            data = self._cr + data
-            self._cr = b"\r" if data.endswith(b"\r") else b""
-            data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
-        if not self._rest and data.endswith(b"\n\n"):
-            return data
-        begun = len(self._rest)
-        self._rest += data
-        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
-        block = bytes(self._rest[:end]) if end > 1 else b""
-        del self._rest[: len(block)]
-        # The last byte of an unfinished event may be the first of its two line ends.
-        if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
-            raise VpsFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        return block
-
-
-Pair = tuple[str, Any]  # (kind, value), as `Gateway.complete` describes them
-
-
-def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """A block of whole events to pairs; ("done", dict) holds the members as the VPS sent them.
-
-    An error event is raised as its error. VpsFailure for an event that is not JSON.
-    """
-    position = 0
-    while position < len(block):
-        if match := TOKENS.match(block, position):
-            yield "text", match[0]
-            position = match.end()
-            continue
-        end = block.index(b"\n\n", position)
-        if pair := read_event(block[position:end], key):
-            yield pair
-        position = end + 2
-
-
-def read_event(event: bytes, key: str) -> Pair | None:
-    """One event, without its final line ends, to a pair as in `take_apart`; None for an unknown one."""
-    lines = event.split(b"\n")
-    data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
-    if not data:
-        return ("idle", None) if event.startswith(b":") else None
-    try:
-        members = parse_json(data)
-    except HttpError:
-        raise VpsFailure("it sent an event that is not JSON") from None
-    if "error" in members:
-        ours = our_error(members, key)
-        if ours is None:
-            raise VpsFailure("it sent an error without message and code")
-        message, code, more = ours
-        raise HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
-    if members.get("done") is True:
-        return "done", members
-    if isinstance(members.get("token"), str):
-        if not COUNT.accepts(members.get("total_tokens")):
-            raise VpsFailure("it sent a token without its number")
-        return "text", sse_event({"token": members["token"], "total_tokens": members["total_tokens"]})
-    progress = members.get("progress")
-    return ("progress", progress) if isinstance(progress, dict) else None
-
-
-def read_text(events: bytes) -> str:
-    """The text in a block of whole native token events.
-
-    >>> read_text(b'data: {"token": "a", "total_tokens": 1}\\n\\ndata: {"token": "b", "total_tokens": 2}\\n\\n')
-    'ab'
-    """
-    return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
-
-
-def text_event(text: str) -> bytes:
-    """A native token event with this text."""
-    return sse_event({"token": text, "total_tokens": 1})
-
-
-def write_event(kind: str, value: Any) -> bytes:
-    """A pair as native SSE, or b"" for a pair that has no event."""
-    if kind == "text":
-        return bytes(value)
-    if kind == "idle":
-        return SSE_COMMENT
-    if kind == "progress":
-        return sse_event({"progress": value})
-    if kind == "done":
-        return sse_event({"done": True, **value})
-    return b""
-
-
-# -------------------------------------------------------------------------------------- IO: the VPS
-
-CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead VPS
-HEAD_SECONDS = 10.0  # the VPS sends its head before it loads a model or reads a prompt
-IDLE_SECONDS = 30.0  # between two reads of a stream: the VPS sends a comment every 5 s
-CLOSE_SECONDS = 0.5  # the VPS closes right after its answer, as we ask; bytes instead of the close are a fault
+# ---------------------------------------------------------------------------------- IO: asking backends
+
+CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
+HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
+IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
+READING_SECONDS = 180.0  # the same for other engines, which are silent while they load a model or read a prompt; the
+# longest time without an event that shows progress, too
+ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
+COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
+CLOSE_SECONDS = 0.5  # a backend closes right after its answer, as we ask; bytes instead of the close are a fault
 STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
-ASIDE_SECONDS = 2.0  # /health and /v1/models, which the VPS answers in milliseconds
+ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
-MAX_LIST_BYTES = 262_144  # /v1/models of the VPS
+MAX_JSON_BYTES = 1 << 20  # /v1/models, of which a cloud lists hundreds; an answer that is not streamed
 
 
 class Watchdog:
-    """Cuts a connection that stays silent for IDLE_SECONDS while we read from it.
+    """Cuts a connection that stays silent for `idle` seconds while we read from it.
 
     It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
     read. `since` is when the current read began, infinite while nobody reads.
     """
 
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
+    def __init__(self, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
+        self._idle = idle
         self._end = self._loop.time() + STREAM_SECONDS
         self.since = float("inf")
         self.expired = False
-        self._timer = self._loop.call_later(IDLE_SECONDS, self._check)
+        self._timer = self._loop.call_later(idle, self._check)
 
     def _check(self) -> None:
         now = self._loop.time()
-        left = min(self.since + IDLE_SECONDS, self._end) - now
+        left = min(self.since + self._idle, self._end) - now
         if left <= 0:
             self.expired = True
             self._transport.abort()
         else:
-            self._timer = self._loop.call_later(min(left, IDLE_SECONDS), self._check)
+            self._timer = self._loop.call_later(min(left, self._idle), self._check)
 
     def stop(self) -> None:
         self._timer.cancel()
@@ -870,12 +575,14 @@ class Reader(asyncio.StreamReader):
     and nothing that came earlier is still unsent.
     """
 
-    express: Callable[[bytes], bool] | None = None
+    express: Callable[[bytes], bytes] | None = None  # returns what it does not take
     broken = False  # the stream ended by a reset
 
     def feed_data(self, data: Any) -> None:
-        if self.express and self.express(data):
-            return
+        if self.express:
+            data = self.express(data)
+            if not data:
+                return
         self.express = None
         super().feed_data(data)
 
@@ -886,40 +593,42 @@ class Reader(asyncio.StreamReader):
 
 
 class Answer:
-    """The VPS's answer to one request. Owns nothing: `Upstream.ask` closes the connection."""
+    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport) -> None:
-        self.status = 0
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
+        self.status, self.kind = 0, ""
         self._reader = reader
-        self._ahead = b""  # what came in one read with the head
+        self._ahead = b""  # read, but not yet used: a part of the head, then what came in one read with it
+        self._scanned = self._skipped = 0  # bytes of a head, and heads
         self._body = Body(0, False)
-        self._watchdog = Watchdog(transport)
+        self._watchdog = Watchdog(transport, idle)
         self._now = asyncio.get_running_loop().time
-        self.express: Callable[[bytes], bool] | None = None  # sends whole chunks on, and says whether it did
+        self.express: Callable[[bytes], bytes] = lambda data: data  # sends whole chunks on, and returns the rest
         self.close = self._watchdog.stop
 
-    async def read_head(self, kind: str) -> None:
-        """Read the head, skipping those with status 1xx. HttpError or VpsFailure as in `parse_answer`."""
-        buffer, scanned, skipped = b"", 0, 0
-        while True:
-            end = scan_head(buffer, scanned) if buffer else None
+    async def read_head(self, *kinds: str) -> None:
+        """Read the head, skipping those with status 1xx. HttpError or BackendFailure as in `parse_answer`. If this is
+        cancelled, another call goes on where it was."""
+        while self.status < 200:
+            end = scan_head(self._ahead, self._scanned) if self._ahead else None
             if end is None:
-                scanned = len(buffer)
-                data = await self._reader.read(READ_BYTES)
+                self._scanned = len(self._ahead)
+                data = await self._receive(express=False)
                 if not data:
-                    raise VpsFailure("it closed the connection without an answer")
-                buffer += data
+                    raise BackendFailure(
+                        "it did not answer in time"
+                        if self._watchdog.expired
+                        else "it closed the connection without an answer"
+                    )
+                self._ahead += data
                 continue
-            self.status, self._body = parse_answer(buffer[:end], kind)
-            buffer, scanned, skipped = buffer[end:], 0, skipped + 1
-            if self.status >= 200:
-                self._ahead = buffer
-                return
-            if self.status == 101 or skipped > 8:
-                raise VpsFailure(f"it answered {self.status}")
+            self.status, self.kind, self._body = parse_answer(self._ahead[:end], kinds)
+            self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
+            if self.status == 101 or self._skipped > 8:
+                raise BackendFailure(f"it answered {self.status}")
 
     async def read(self, express: bool = False) -> bytes:
-        """More of the body's payload, b"" once it is whole, or VpsFailure. With `express`, whole chunks that arrive
+        """More of the body's payload, b"" once it is whole, or BackendFailure. With `express`, whole chunks that arrive
         while this waits may take the express lane."""
         body = self._body
         while not body.failure:
@@ -935,14 +644,15 @@ class Answer:
         raise body.failure
 
     async def _receive(self, express: bool) -> bytes:
-        self._watchdog.since = self._now()
+        self._watchdog.since = min(self._watchdog.since, self._now())  # a read that was cancelled goes on
         self._reader.express = self._pass_by if express and self._body.between_chunks else None
         try:
-            return await self._reader.read(READ_BYTES)
+            data = await self._reader.read(READ_BYTES)
         finally:
             # Close the lane even if the read did not have to wait: a later token must not overtake these bytes.
             self._reader.express = None
-            self._watchdog.since = float("inf")
+        self._watchdog.since = float("inf")
+        return data
 
     async def _receive_last(self) -> bytes:
         """What follows a whole body: b"" for the close that we asked for, or if no close comes soon."""
@@ -951,44 +661,82 @@ class Answer:
                 return await self._reader.read(READ_BYTES)
         return b""
 
-    def _pass_by(self, data: bytes) -> bool:
-        if self.express is None or not self.express(data):
-            return False
+    def _pass_by(self, data: bytes) -> bytes:
         self._watchdog.since = self._now()
-        return True
+        return self.express(data)
 
     async def read_all(self, limit: int) -> bytes:
-        """The whole body. VpsFailure over `limit` bytes."""
+        """The whole body. BackendFailure over `limit` bytes."""
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
             size += len(piece)
             if size > limit:
-                raise VpsFailure("its answer is too long")
+                raise BackendFailure("its answer is too long")
         return b"".join(pieces)
 
 
 @contextlib.contextmanager
 def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """Turns whatever the VPS and the network do inside it into VpsFailure. No exception's own text reaches a client."""
+    """Turns whatever a backend and the network do inside it into BackendFailure. No exception's own text reaches a
+    client."""
     try:
         yield
     except TimeoutError:
-        raise VpsFailure("it did not answer in time") from None
+        raise BackendFailure("it did not answer in time") from None
     except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
-        raise VpsFailure(broken) from None
-    except VpsFailure:
+        raise BackendFailure(broken) from None
+    except BackendFailure:
         raise
     except HttpError:
-        raise VpsFailure(malformed) from None
+        raise BackendFailure(malformed) from None
+
+
+EVENTS, JSON = "text/event-stream", "application/json"
 
 
 class Upstream:
-    """Asks the VPS, on a new connection for each request: a late answer can never reach another request."""
+    """Asks a backend, on a new connection for each request: a late answer can never reach another request."""
 
-    def __init__(self, config: Config) -> None:
-        self._vps, self._key = config.vps, config.key
-        self._tls = make_tls() if config.vps.tls else None
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
+
+    @contextlib.asynccontextmanager
+    async def send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
+    ) -> AsyncIterator[Answer]:
+        """Send one request once and yield its answer, of which nothing has been read. `idle` is for its Watchdog."""
+        reader, transport = await self._connect()
+        answer = Answer(reader, transport, idle or IDLE_SECONDS)
+        try:
+            transport.write(self._encode(method, path, body))
+            yield answer
+        finally:
+            answer.close()
+            transport.abort()
+
+    async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
+        """Read the head of a 200 of one of these media types; False if it has not come after `seconds`, then call
+        again. HttpError if the backend refuses, BackendFailure if its answer is malformed."""
+        with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
+            try:
+                async with asyncio.timeout(seconds):
+                    await answer.read_head(*kinds)
+            except TimeoutError:
+                return False
+            if answer.status == 200:
+                return True
+            config, refused = self._config, b""
+            try:
+                async with asyncio.timeout(seconds):
+                    refused = await answer.read_all(MAX_ERROR_BYTES)
+            except (BackendFailure, TimeoutError):  # of another engine, the status tells enough
+                if config.api == "cerebrum":
+                    raise
+        if config.api == "cerebrum":
+            raise refusal(answer.status, refused, config.key, config.key_env)
+        raise engine_refusal(answer.status, refused, config.key_env)
 
     @contextlib.asynccontextmanager
     async def ask(
@@ -996,59 +744,61 @@ class Upstream:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
-        kind: str = "text/event-stream",
+        kind: str = EVENTS,
         seconds: float | None = None,
     ) -> AsyncIterator[Answer]:
-        """Send one request once and yield its 200 of the media type `kind`, whose head has been read. HttpError if the
-        VPS refuses, VpsFailure if its answer is malformed or its head takes over `seconds` (None: HEAD_SECONDS)."""
-        reader, transport = await self._connect()
-        answer = Answer(reader, transport)
-        try:
-            transport.write(self._encode(method, path, body))
-            with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
-                async with asyncio.timeout(HEAD_SECONDS if seconds is None else seconds):
-                    await answer.read_head(kind)
-                    refused = b"" if answer.status == 200 else await answer.read_all(MAX_ERROR_BYTES)
-            if answer.status != 200:
-                raise refusal(answer.status, refused, self._key)
+        """Send one request and yield its answer, whose head has been read, as by `begin`. BackendFailure if the head
+        takes over `seconds` (None: HEAD_SECONDS)."""
+        async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
+            if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
+                raise BackendFailure("it did not answer in time")
             yield answer
-        finally:
-            answer.close()
-            transport.abort()
 
     async def get(self, path: str, limit: int) -> dict[str, Any]:
         """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
         return await self._json("GET", path, None, limit, ASIDE_SECONDS)
 
     async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-        """POST for a JSON object, which the VPS may have to load a model for."""
+        """POST for a JSON object, which the backend may have to load a model for."""
         return await self._json("POST", path, body, limit, LOAD_SECONDS)
 
     async def _json(
         self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
     ) -> dict[str, Any]:
-        async with self.ask(method, path, body, "application/json", seconds) as answer:
+        async with self.ask(method, path, body, JSON, seconds) as answer:
             with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    return parse_json(await answer.read_all(limit))
+                    whole = await answer.read_all(limit)
+                if self._config.api == "cerebrum":
+                    return parse_json(whole)
+        members = parse_leniently(whole)
+        if members is None:
+            raise BackendFailure("its answer is not JSON")
+        return members
 
     async def _connect(self) -> tuple[Reader, asyncio.Transport]:
-        vps, loop = self._vps, asyncio.get_running_loop()
+        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
         reader = Reader(limit=READ_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         with blamed("it cannot be connected to"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, _ = await loop.create_connection(lambda: protocol, vps.host, vps.port, ssl=self._tls)
+                    transport, _ = await loop.create_connection(
+                        lambda: protocol, endpoint.host, endpoint.port, ssl=self._tls
+                    )
             except ConnectionRefusedError:
-                raise VpsFailure("connection refused") from None
+                raise BackendFailure("connection refused") from None
         # By default the kernel takes in megabytes, although the client may have stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
     def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        lines = [f"{method} {self._vps.prefix}{path} HTTP/1.1", f"Host: {self._vps.authority}", "Connection: close"]
-        lines += [f"X-API-Key: {self._key}"] if self._key and path != "/health" else []
+        endpoint, key = self._config.endpoint, self._config.key
+        lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
+        if key and self._config.api != "cerebrum":
+            lines.append(f"Authorization: Bearer {key}")
+        elif key and path != "/health":
+            lines.append(f"X-API-Key: {key}")
         lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
         payload = b""
         if body is not None:
@@ -1057,72 +807,404 @@ class Upstream:
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
 
 
-def make_tls() -> ssl.SSLContext:
-    """A context with the system's certificates. ssl is imported only where CEREBRUM_VPS_URL says https."""
+def make_tls(ca_file: str) -> ssl.SSLContext:
+    """A context with the system's certificates, or with those of `ca_file` alone. ssl is imported only where a backend
+    is behind https. ConfigError if the file has no certificate."""
     import ssl
 
-    return ssl.create_default_context()
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:
+        raise ConfigError(f"ca_file: expected certificates in PEM form in {ca_file}, got {error}") from None
 
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
-    """The VPS's events as pairs; the last one is ("done", its members).
+    """The events of a backend of our own as pairs; the last one is ("done", its members).
 
     The done event is held until the body has ended as well: whether a stream counts as finished must not depend on how
-    its bytes were split. Every other end is a VpsFailure.
+    its bytes were split. Every other end is a BackendFailure.
     """
     events = Events()
     done: dict[str, Any] | None = None
     while payload := await answer.read(express=not events.inside and done is None):
         for kind, value in take_apart(events.feed(payload), key):
             if done is not None and kind in ("text", "done"):
-                raise VpsFailure("it sent events after the last one")
+                raise BackendFailure("it sent events after the last one")
             if kind == "done":
                 done = value
             else:
                 yield kind, value
     if events.inside:
-        raise VpsFailure("it ended in the middle of an event")
+        raise BackendFailure("it ended in the middle of an event")
     if done is None:
-        raise VpsFailure("it ended without saying that it is done")
+        raise BackendFailure("it ended without saying that it is done")
     yield "done", done
+
+
+WAKE = chunk(b"\n\n")  # no event, but it ends the wait of the reading task
+
+
+async def translate(
+    upstream: Upstream, answer: Answer, translator: Translator, send: Callable[[bytes], bytes]
+) -> AsyncGenerator[Pair, None]:
+    """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
+    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. An error, or the answer of an engine
+    that does not stream, may come in one piece. A text that the engine has ended is whole, whatever follows. `send` is
+    the client's end of the express lane."""
+    now = asyncio.get_running_loop().time
+    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
+    spoke = lived = now()  # when the client got something for the last time, when the engine got on
+    behind: list[Pair] = []  # what the express lane could not send
+
+    def express(data: bytes) -> bytes:
+        nonlocal spoke
+        event = event_in(data)
+        if not event:
+            return data
+        try:
+            pairs = list(translator.feed(event, now()))
+        except HttpError:
+            return data  # comes again on the other way
+        for pair in pairs:
+            spoke = now()
+            if pair[0] != "text" or behind or send(chunk(pair[1])):
+                behind.append(pair)
+        return WAKE if behind or translator.reason else b""
+
+    answer.express = express
+    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS, JSON):
+        if now() - lived > READING_SECONDS:
+            raise BackendFailure("it did not answer in time")
+        yield "idle", None
+    is_whole, whole = answer.kind == JSON, bytearray()
+    if not is_whole:
+        yield "begun", None
+    while not translator.done:
+        payload = None
+        try:
+            async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
+                payload = await answer.read(express=not (is_whole or events.inside))
+        except TimeoutError:
+            pass
+        except BackendFailure:
+            if not translator.reason:
+                raise
+        for pair in behind:
+            yield pair
+        behind.clear()
+        if is_whole:
+            whole += payload or b""
+            if len(whole) > MAX_JSON_BYTES:
+                raise BackendFailure("its answer is too long")
+            block = b"data: " + b" ".join(whole.splitlines()) + b"\n\n" if payload == b"" else b""
+        else:  # some engines forget the blank line behind their last event
+            block = events.feed(b"\n\n" if payload == b"" else payload or b"")
+        for pair in translator.feed(block, now()):
+            if is_whole:
+                yield "begun", None
+            spoke = now()
+            yield pair
+        if is_whole and block and translator.heard:
+            translator.reason = translator.reason or "stop"
+        if translator.reason:
+            ended = ended or now()
+        elif translator.life != life:
+            life, lived = translator.life, now()
+        elif now() - lived > READING_SECONDS:  # it sends nothing but comments
+            raise BackendFailure("it did not answer in time")
+        is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
+        if not translator.done and (payload == b"" or is_late):
+            yield translator.end()
+        elif now() - spoke >= ALIVE_SECONDS:
+            spoke = now()
+            yield "idle", None
 
 
 # ------------------------------------------------------------------------------------------- the gateway
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
-MODELS_SECONDS = 60.0  # the age at which the list of the VPS's models is asked for again
+MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
+RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
-MAX_CACHED = 16  # texts that the VPS has read, some 10 KB each
+MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
+MAX_SERVED = 512  # sessions, files and beginnings of prompts, each with the backend that served it last
 SAME_BEGINNING = 200  # characters
+WORTH_CACHING = 40  # characters: fewer are read in no time
 MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
+NEVER_ASKED = "VPS backend has not been asked yet"
+BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One completion: what the client asked, what was sent to the VPS, and what has come back."""
+    """One completion: what the client asked, what was sent to a backend, and what has come back."""
 
     fields: dict[str, Any]  # as `read_completion` gives them
     session: str = ""  # from `session_of`; "" without one
     end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
     limit: float = math.inf  # bytes of text events that its client's API can take
     send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
+    express: Callable[[bytes], bytes] = lambda data: data  # the backend's end
     kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
     client: str = ""  # of a dialect's request: its address
+    backend: Backend | None = None  # where it holds a place
+    tried: list[Backend] = field(default_factory=list)  # that have failed it
+    failure: HttpError | None = None  # of the one whose error tells most
     model: str = ""
     mode: str = ""
     n_ctx: int = 0  # of the model
     kept: dict[str, Any] = field(default_factory=dict)  # how much of the prompt was sent
     weight: int = 0  # of the prompt that was sent, for the ratio
+    counted: int = 0  # tokens of it, if the backend has refused it as too long
+    most: int = sys.maxsize  # tokens that another engine may get, if it has refused more without a number
+    room: int = 0  # tokens that the context has left for the answer
     above: str = ""  # the text before the cursor that was sent
     cut: bool = False  # to what can be read in the time that the client allows
     tokens: int = 0  # relayed so far
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer request of its session has ended it
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds nothing any more
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds no place any more
     started: float = field(default_factory=time.perf_counter)
+
+
+class Backend:
+    """One backend: what is known of it, and what it does for us. Owns its places, its breaker and its ratios."""
+
+    def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
+        self.config, self.id, self.limit = config, config.id, config.max_concurrent
+        self.api = APIS.get(config.api)  # None: one of our own
+        self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
+        self.upstream = Upstream(config)
+        self.breaker = Breaker(random.random)
+        self.ratio = Ratio()
+        self.reloads = Reloads()
+        self.active: list[Job] = []  # that hold a place
+        self.requests_total = self.requests_failed = 0
+        self.tokens_done = 0  # of the completions that have ended
+        self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
+        self.warming: tuple[Job, asyncio.Task[None]] | None = None
+        self.wake = asyncio.Event()  # probe now
+        self.probes = 0  # that have ended
+        self.is_known = False  # it has been asked for anything
+        self.trouble = NEVER_ASKED  # what is wrong with it; "": nothing
+        self.response_ms: float | None = None  # of the last good probe
+        # Its models by our id: what it tells of each, with `n_ctx`, and its name for it. None until a list came.
+        self.models: dict[str, dict[str, Any]] | None = None
+        self.names: dict[str, str] = {}
+        self.models_loaded: list[str] = []  # by the last good probe
+        self._catalog = catalog
+        self._strange = ""  # what it listed when it had none of our models
+        self._untold: set[str] = set()  # models whose `n_ctx` neither the table nor the engine tells, ...
+        self._lengths: dict[str, int] = {}  # ... and what refusals have told of it
+        self._models_until = 0.0
+
+    @property
+    def available(self) -> bool:
+        return not self.trouble and self.breaker.state != "open"
+
+    @property
+    def message(self) -> str:
+        """Why it is not available."""
+        return "" if self.available else self.trouble or BREAKER_OPEN
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_done + sum(job.tokens for job in self.active)
+
+    @property
+    def warms(self) -> bool:
+        """Whether reading a prompt ahead costs nothing."""
+        return self.api is None or self.api.warms
+
+    def load(self) -> float:
+        """The share of its places that is taken."""
+        return len(self.active) / self.limit
+
+    def has_place(self, job: Job) -> bool:
+        """Whether it has a place for this job, which ends the older ones of its session."""
+        if len(self.active) < self.limit:
+            return True
+        session = job.session or None
+        return sum(not other.superseded and other.session != session for other in self.active) < self.limit
+
+    def has(self, model: str) -> bool:
+        """Whether it may have a model. Of another engine, the name for it must be known."""
+        return self.api is None if self.models is None else model in self.models
+
+    def n_ctx(self, model: str) -> int:
+        told = (self.models or {}).get(model)
+        return int(told["n_ctx"]) if told else self.config.n_ctx or DEFAULT_N_CTX
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """For /v1/stats."""
+        return {
+            "id": self.id,
+            "api": self.config.api,
+            "available": self.available,
+            "message": self.message,
+            "response_time_ms": self.response_ms,
+            "requests_total": self.requests_total,
+            "requests_active": len(self.active),
+            "requests_failed": self.requests_failed,
+            "max_concurrent": self.limit,
+            "tokens_total": self.tokens,
+            "models": list(self.models or ()),
+            "models_loaded": self.models_loaded,
+            "breaker": self.breaker.describe(now),
+        }
+
+    # Probing.
+
+    async def probe(self) -> None:
+        """Bring `trouble`, `response_ms` and `models` up to date. Another engine that is answering is not disturbed:
+        llama_cpp.server would end its answer if anybody asked for its models, and it hears nothing while it reads a
+        prompt. The answer itself shows that the engine is there."""
+        if self.api and self.breaker.state == "closed" and (self.active or self.warming):
+            return
+        started = time.monotonic()
+        try:
+            loaded = await self._ask_health()
+            now = time.monotonic()
+            self.response_ms = round((now - started) * 1000, 1)
+            self.breaker.healthy(now)
+            if self.trouble or now >= self._models_until or loaded != self.models_loaded:
+                await self.learn_models()
+            self.models_loaded = loaded
+        except HttpError as error:
+            self.found(error.message)
+        else:
+            self.found("")
+        self.is_known = True
+        self.probes += 1
+
+    async def _ask_health(self) -> list[str]:
+        """The ids of the models in its memory. Of another engine the status is enough."""
+        if self.api is None:
+            return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
+        try:
+            async with self.upstream.ask("GET", self.api.health, kind=JSON, seconds=ASIDE_SECONDS):
+                return []
+        except HttpError as error:
+            if error.code != "RATE_LIMIT":  # who refuses is there
+                raise
+            return []
+
+    def found(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            log.log(
+                logging.WARNING if trouble else logging.INFO, "%s: %s", self.id, trouble or "VPS backend is available"
+            )
+        self.trouble = trouble
+
+    async def learn_models(self) -> None:
+        """Ask which models it has. If it fails to answer, the last list stays. HttpError if no list has ever come,
+        except from a backend of our own, which can be asked without one; Misfit if it does not let us in."""
+        if self.api and self.active:
+            return  # a completion has begun since this probe did
+        self._models_until = time.monotonic() + MODELS_SECONDS
+        try:
+            answer = await self.upstream.get("/v1/models", MAX_JSON_BYTES)
+            listed = read_listed(answer) if self.api else read_models(answer)
+            props = await self._ask_props()
+        except HttpError as error:
+            if isinstance(error, Misfit) or (self.api and self.models is None):
+                self._models_until = 0.0
+                raise
+            log.warning("%s: no list of models: %s", self.id, error.message)
+            return
+        found = find_models(self._catalog, listed)
+        strange = "" if found else printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
+        if strange and strange != self._strange:
+            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
+        self._strange = strange
+        self.names = {id: name for id, (name, _) in found.items()}
+        told = {id: self.config.n_ctx or about.get("n_ctx") or props.get("n_ctx") for id, (_, about) in found.items()}
+        self._untold = {id for id, n_ctx in told.items() if not n_ctx}
+        self.models = {
+            id: {**about, "n_ctx": told[id] or self._lengths.get(id, DEFAULT_N_CTX)} for id, (_, about) in found.items()
+        }
+
+    async def learn_first(self) -> None:
+        """The same before the first probe has ended."""
+        try:
+            await self.learn_models()
+        except HttpError as error:
+            self.found(error.message)
+        self.is_known = True
+
+    async def _ask_props(self) -> dict[str, Any]:
+        if not self.api or not self.api.props:
+            return {}
+        try:
+            return read_props(await self.upstream.get(self.api.props, MAX_JSON_BYTES))
+        except HttpError:
+            return {}  # it can be turned off
+
+    # Completing.
+
+    async def stream(self, job: Job, asked: Mapping[str, Any]) -> AsyncGenerator[Pair, None]:
+        """Send a request, whose fields are those of vpsd, and yield the answer: ("begun", None) when it begins, then
+        the pairs that `Gateway.complete` describes."""
+        model = self.names.get(job.model, job.model)
+        if self.api is None:
+            async with self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer:
+                yield "begun", None
+                answer.express = job.express
+                async with contextlib.aclosing(relay(answer, self.config.key)) as pairs:
+                    async for pair in pairs:
+                        yield pair
+            return
+        api, fim = self.api, self.fim.get(job.model, ())
+        dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
+        body = dialect.write(Wanted(asked, model, fim, job.room))
+        translator = Translator(dialect, asked, [mark.strip() for mark in fim])
+        async with (
+            self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
+            contextlib.aclosing(translate(self.upstream, answer, translator, job.express)) as pairs,
+        ):
+            async for pair in pairs:
+                yield pair
+
+    def failed(self, ticket: int, error: HttpError) -> None:
+        """A request to it has ended with this error."""
+        self.requests_failed += error.code != "SUPERSEDED"
+        if isinstance(error, Misfit):
+            self.found(error.message)
+        elif isinstance(error, BackendFailure):
+            self.breaker.failed(ticket, time.monotonic())
+            log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
+            self.trouble = error.message
+            self.wake.set()  # a probe finds out at once whether it is gone
+
+    def refused(self, job: Job, error: HttpError) -> None:
+        """Remember what a refusal tells about a model."""
+        if error.code == "MODEL_NOT_FOUND":
+            self._models_until = 0.0
+        n_ctx, counted = error.extra.get("n_ctx", 0), error.extra.get("prompt_tokens", 0)
+        if not isinstance(error, TooLong) or not 0 < n_ctx < job.n_ctx:
+            return
+        if job.model in self._untold:
+            self._lengths[job.model] = n_ctx
+        if (job.model in self._untold or counted > n_ctx) and self.models and job.model in self.models:
+            self.models[job.model]["n_ctx"] = n_ctx  # until the next list
+
+    async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
+        """The tokens of a text, as llama-server's /tokenize has it."""
+        if self.api:
+            answer = await self.upstream.post(self.api.tokenize, fields, MAX_TOKENS_BYTES)
+        else:
+            asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
+            asked["model"] = self.names.get(model, model)
+            answer = await self.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
+        tokens = answer.get("tokens", [])
+        return tokens if isinstance(tokens, list) else []
+
+    def learn_speed(self, model: str, speed: float) -> None:
+        """How fast it reads prompts, in tokens per second."""
+        self.read_speed[model] = self.read_speed.get(model, speed) * 0.75 + speed * 0.25
 
 
 class Shared:
@@ -1230,143 +1312,253 @@ class Reading:
         self.woken.set()
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
+    the table's order."""
+
+    options: Sequence[tuple[str, frozenset[Backend]]]
+    backends: Sequence[Backend]
+
+
+def cache_keys(job: Job) -> list[tuple[str, ...]]:
+    """What tells that a backend may have the beginning of a job's prompt in its cache: that it served the same session,
+    the same file, or the same beginning."""
+    fields, keys = job.fields, list[tuple[str, ...]]()
+    if job.session:
+        keys.append(("session", job.session))
+    if filename := fields.get("filename"):
+        keys.append(("file", job.client, filename))
+    # The first message of a chat is often the same for all clients of an editor.
+    texts = [fields.get("prompt") or "", *(message["content"] for message in fields.get("messages", ())[:2])]
+    start = "".join(text[:SAME_BEGINNING] for text in texts)
+    return [*keys, ("beginning", start)] if len(start) >= WORTH_CACHING else keys
+
+
 class Gateway:
-    """All state of the Pi. Owns the places, the breaker, the ratios, and what is known of the VPS."""
+    """All state of the Pi. Owns the backends, and what belongs to clients."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.upstream = Upstream(config)
-        self.breaker = Breaker(random.random)
-        self.ratio = Ratio()
+        self.backends = [Backend(backend, config.models) for backend in config.backends]
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum_page.html")
         self.requests_total = self.requests_failed = 0
-        self.tokens_done = 0  # of the completions that have ended
         self.history = History(self.started)
-        self.reloads = Reloads()
         self.notes: list[str] = []  # for the page: what its user may want to change
-        self.active: list[Job] = []
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
         self.readings: list[Reading] = []
         self.predictions = Predictions()
         self.tokenizing = asyncio.Lock()  # it takes no place, so it is done for one client at a time
         self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
-        self.cached: list[tuple[str, str, str]] = []  # (client, model, text before a cursor that the VPS has read)
-        self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
-        self.to_warm: dict[str, Job] = {}  # to be read into the VPS's cache when nothing else is to do, by client
-        self.warming: tuple[Job, asyncio.Task[None]] | None = None
-        self.probes = 0  # that have ended
-        self.trouble = "VPS backend has not been asked yet"  # what is wrong with the VPS; "": nothing
-        self.response_ms: float | None = None  # of the last good probe
-        # The VPS's models, as `read_models` gives them; None until a list came.
-        self.models: dict[str, dict[str, Any]] | None = None
-        self.models_loaded: list[str] = []  # by the last good probe
-        self._models_until = 0.0
-        self._wake = asyncio.Event()  # probe now
+        # Texts before a cursor that a backend has read, each behind its client, model and backend.
+        self.cached: list[tuple[str, str, str, str]] = []
+        self.served: dict[tuple[str, ...], Backend] = {}  # who served a session, a file or a beginning last
+        self.to_warm: dict[str, Job] = {}  # to be read into a backend's cache when it has nothing to do, by client
+        self._candidates: dict[tuple[Any, ...], Candidates] = {}
+
+    @property
+    def active(self) -> list[Job]:
+        return [job for backend in self.backends for job in backend.active]
 
     @property
     def requests_active(self) -> int:
-        return len(self.active)
+        return sum(len(backend.active) for backend in self.backends)
 
     @property
     def available(self) -> bool:
-        return not self.trouble and self.breaker.state != "open"
+        return any(backend.available for backend in self.backends)
+
+    @property
+    def first(self) -> Backend:
+        """The first backend that is there, or else the first."""
+        return next((backend for backend in self.backends if backend.available), self.backends[0])
+
+    @property
+    def message(self) -> str:
+        """Why no backend is available."""
+        if self.available:
+            return ""
+        named = [f"{backend.id}: {backend.message}" for backend in self.backends]
+        return "; ".join(named) if len(named) > 1 else self.first.message
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]] | None:
+        """What the first backend that has it tells of each model; None until a list came."""
+        lists = [backend.models for backend in self.backends if backend.models is not None]
+        return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
+
+    @property
+    def probes(self) -> int:
+        """How often every backend has been probed."""
+        return min(backend.probes for backend in self.backends)
 
     def sample(self) -> None:
         """Bring `history` up to date."""
-        tokens = self.tokens_done + sum(job.tokens for job in self.active)
+        tokens = sum(backend.tokens for backend in self.backends)
         self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, tokens))
 
-    # Probing: the only place that asks /health.
+    # Probing.
 
     async def probe_forever(self) -> None:
-        """Keep `trouble`, `response_ms`, `models` and `history` up to date: probe every 5 s, and when woken."""
+        """Keep `history` and what is known of each backend up to date: probe every 5 s, and when woken."""
+        await asyncio.gather(*map(self._probe_forever, self.backends))
+
+    async def _probe_forever(self, backend: Backend) -> None:
         while True:
-            self._wake.clear()
-            await self._probe()
-            self.probes += 1
+            backend.wake.clear()
+            await backend.probe()
+            self._candidates.clear()
             self.sample()
+            if not backend.trouble:
+                self._notice_reloads(backend)
+                self._call_next()
             delay = PROBE_SECONDS * random.uniform(0.8, 1.2)
-            if retry := self.breaker.retry_in(time.monotonic()):
+            if retry := backend.breaker.retry_in(time.monotonic()):
                 delay = min(delay, retry)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await self._wake.wait()
+                    await backend.wake.wait()
 
-    async def _probe(self) -> None:
-        started = time.monotonic()
-        try:
-            answer = await self.upstream.get("/health", MAX_ERROR_BYTES)
-            now = time.monotonic()
-            self.response_ms = round((now - started) * 1000, 1)
-            self.breaker.healthy(now)
-            loaded = read_loaded(answer)
-            if self.trouble or now >= self._models_until or loaded != self.models_loaded:
-                await self._learn_models()
-            self.models_loaded = loaded
-            self._notice_reloads(loaded, now)
-        except HttpError as error:
-            self._found(error.message)
-        else:
-            self._found("")
-            self._warm_next()
-
-    def _notice_reloads(self, loaded: Sequence[str], now: float) -> None:
+    def _notice_reloads(self, backend: Backend) -> None:
         preferred = {id for ids in self.config.prefer.values() for id in ids}
-        if model := self.reloads.notice([id for id in loaded if id in preferred], now):
+        loaded = [id for id in backend.models_loaded if id in preferred]
+        if model := backend.reloads.notice(loaded, time.monotonic()):
             note = (
-                f"the VPS loads {model} again and again, since its memory does not hold all models that [prefer] in"
-                " models.toml chooses: give the VPS more memory, or prefer one model"
+                f"the backend {backend.id} loads {model} again and again, since its memory does not hold all models"
+                " that [prefer] in models.toml chooses: give it more memory, or prefer one model"
             )
             log.warning("%s", note)
             self.notes.append(note)
 
-    def _found(self, trouble: str) -> None:
-        if trouble != self.trouble:
-            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or "VPS backend is available")
-        self.trouble = trouble
+    # Routing.
 
-    async def _learn_models(self) -> None:
-        """Ask which models the VPS has. If it fails to answer, the last list stays; Misfit if it does not let us in."""
-        self._models_until = time.monotonic() + MODELS_SECONDS
-        try:
-            self.models = read_models(await self.upstream.get("/v1/models", MAX_LIST_BYTES))
-        except Misfit:
-            raise
-        except HttpError as error:
-            log.warning("no list of models: %s", error.message)
+    def route(self, fields: Mapping[str, Any]) -> str:
+        """The id of the model that is asked for, or the best one, of those that are there if any is."""
+        options = self._who_may(fields, any_language=True).options
+        there = (model for model, having in options if any(backend.available for backend in having))
+        return next(there, options[0][0])
+
+    def _who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
+        """Who may answer. This depends on the lists of models alone, so it is worked out once between two probes."""
+        asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
+        key = asked, language, mode, any_language
+        if known := self._candidates.get(key):
+            return known
+        present = self.models
+        ids = [asked] if asked is not None else rank_models(self.config, language, mode, present, any_language)
+        options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
+        if not any(having for _, having in options):  # one of our own says what is missing, and how to get it
+            options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
+        backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
+        found = self._candidates[key] = Candidates(options, backends)
+        return found
+
+    def _choose(self, job: Job) -> tuple[str, Backend] | None:
+        """The model and the backend for a job; None if all places are taken. HttpError if nobody may be asked.
+
+        Backends that the last probe did not reach are asked only if there are no others. Of those with a free place,
+        the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
+        """
+        now, candidates = time.monotonic(), self._who_may(job.fields, bool(job.kind))
+        usable = [one for one in candidates.backends if one not in job.tried and one.breaker.admits(now)]
+        usable = [backend for backend in usable if not backend.trouble] or usable
+        if not usable:
+            raise job.failure or self._nobody(candidates)
+        if not self._is_fair(job, usable):
+            return None
+        last = self._served_last(job) if len(usable) > 1 else None
+        free = [backend for backend in usable if backend.has_place(job)]
+        for model, having in candidates.options:
+            if best := [backend for backend in free if backend in having]:
+                return model, last if last in best else min(best, key=Backend.load)
+        return None
+
+    def _nobody(self, candidates: Candidates) -> HttpError:
+        if candidates.backends:
+            return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+        if unknown := [backend for backend in self.backends if backend.models is None]:
+            return HttpError("VPS_UNAVAILABLE", next((one.message for one in unknown if one.message), NEVER_ASKED))
+        expected, got = ", ".join(self.models or ()), describe(candidates.options[0][0])
+        return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
+
+    def _is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
+        """Chats and plain completions leave a place for infills, and the infills of one client leave one for other
+        clients. Requests of our own API take any place."""
+        if not job.kind:
+            return True
+        running = [other for backend in usable for other in backend.active if not other.superseded]
+        most = sum(backend.limit for backend in usable)
+        if job.kind == "infill":
+            alike = [other for other in running if other.kind == "infill" and other.client == job.client]
+        else:
+            alike = [other for other in running if other.kind in ("chat", "completion")]
+        return len(alike) < max(1, most - 1)
+
+    def _served_last(self, job: Job) -> Backend | None:
+        return next((self.served[key] for key in cache_keys(job) if key in self.served), None)
+
+    def _assign(self, job: Job) -> bool:
+        """Give the job a place; False if all are taken. HttpError as by `_choose`."""
+        chosen = self._choose(job)
+        if not chosen:
+            return False
+        job.model, backend = chosen
+        ticket = backend.breaker.admit(time.monotonic())
+        assert ticket is not None
+        job.ticket, job.backend, job.gone = ticket, backend, asyncio.Event()
+        backend.active.append(job)
+        backend.requests_total += 1
+        self._remember_served(job, backend)
+        return True
+
+    def _remember_served(self, job: Job, backend: Backend) -> None:
+        if len(self.backends) == 1:
+            return
+        for key in cache_keys(job):
+            self.served.pop(key, None)
+            self.served[key] = backend
+        while len(self.served) > MAX_SERVED:
+            del self.served[next(iter(self.served))]
 
     # Completing.
 
     async def complete(self, job: Job) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
-            ("started", dict)   first: the backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
-                                still be an HTTP status.
+            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
+                                still be an HTTP status. It comes again if another backend takes over.
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
             ("done", dict)      last: the result, which is the native done event without its `done`
 
-        A completion that fails raises HttpError. Whatever it holds is acquired in this body, so it is released when the
-        generator ends or is closed; a generator that was never started holds nothing.
+        If a backend fails before its first token, the next one gets the request. A completion that fails raises
+        HttpError. Whatever it holds is acquired in this body, so it is released when the generator ends or is closed; a
+        generator that was never started holds nothing.
         """
         self.requests_total += 1
-        async with self._counting_failures(), self._place(job), contextlib.AsyncExitStack() as stack:
-            answer = await self._ask(job, stack)
-            yield "started", self.beginning(job)
-            answer.express = functools.partial(self._express, job)
-            async for kind, value in relay(answer, self.config.key):
-                if kind == "text":
-                    job.size += len(value)
-                    if job.size > job.limit:
-                        raise VpsFailure("its completion is too long")
-                    self._tokens(job, value.count(b"\n\n"))
-                elif kind == "done":
-                    self._tokens(job, 0)
-                    value = self._result(job, value)
-                yield kind, value
+        begun: dict[str, Any] = {}
+        async with self._counting_failures():
+            while True:
+                backend = await self._enter(job)
+                try:
+                    async with self._place(job, backend), contextlib.aclosing(self._answer(job, backend)) as pairs:
+                        async for kind, value in pairs:
+                            if (not begun or kind == "begun") and begun != (now := self.beginning(job)):
+                                begun = now
+                                yield "started", begun
+                            if kind != "begun":
+                                yield kind, value
+                    return
+                except HttpError as error:
+                    may_fit = isinstance(error, TooLong)  # a longer context
+                    if job.tokens or job.superseded or not (may_fit or error.status in RETRIED):
+                        raise
+                    job.tried.append(backend)
+                    if job.failure is None or not isinstance(error, BackendFailure):  # what a backend says tells more
+                        job.failure = error
 
     @contextlib.asynccontextmanager
     async def _counting_failures(self) -> AsyncIterator[None]:
@@ -1376,97 +1568,136 @@ class Gateway:
             self.requests_failed += not (isinstance(error, HttpError) and error.code == "SUPERSEDED")
             raise
 
-    @contextlib.asynccontextmanager
-    async def _place(self, job: Job) -> AsyncIterator[None]:
-        """A place among the running completions and the breaker's permission, or HttpError 429 or 503.
+    async def _enter(self, job: Job) -> Backend:
+        """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
+        gets its 429 at once, as its clients are promised. A job that a backend has failed gets that failure."""
+        if not any(backend.is_known for backend in self.backends):  # the daemon has just been started
+            await asyncio.gather(*(backend.learn_first() for backend in self.backends))
+            self._candidates.clear()
+        if not self._assign(job) and job.kind:
+            await self._wait_in_line(job)
+            if not job.backend:
+                self._assign(job)
+        if not job.backend:
+            there = [backend for backend in self.backends if backend.available] or self.backends
+            limit = sum(backend.limit for backend in there)
+            busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
+            raise job.failure or busy
+        return job.backend
 
-        A newer completion that is admitted ends the older one of its session. It waits until the older one has let go
-        of the VPS, which therefore never works on more than `max_concurrent` of our requests.
-        """
-        older = [other for other in self._running() if job.session and other.session == job.session]
-        await self._enter(job, len(older))
-        try:
-            ticket = self.breaker.admit(time.monotonic())
-            if ticket is None:
-                raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-            job.ticket = ticket
-            for other in older:
-                other.superseded = True
-                other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
-            for other in [other for other in self.active if other.superseded]:
-                await other.gone.wait()
-            await self._stop_warming()
-            yield
-        except VpsFailure as failure:
-            self._failed(job.ticket, failure)
-            raise
-        except Misfit as error:
-            self._found(error.message)
-            raise
-        finally:
-            self.active.remove(job)
-            self.tokens_done += job.tokens
-            job.gone.set()
-            self.breaker.left(job.ticket)
-            self._call_next()
-
-    def _running(self) -> list[Job]:
-        return [job for job in self.active if not job.superseded]
-
-    async def _enter(self, job: Job, leaving: int) -> None:
-        """Add the job to `active`. A dialect's job waits in line for a place. One of our own API gets its 429 at once,
-        as its clients are promised."""
-        if self._may_run(job, leaving):
-            self.active.append(job)
-            return
-        limit = self.config.max_concurrent
-        busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
-        if not job.kind:
-            raise busy
+    async def _wait_in_line(self, job: Job) -> None:
+        """Until the job has a place, nobody may be asked, or its client has waited for long enough."""
         waiting = job, asyncio.Event()
         self.line.append(waiting)
         try:
-            async with asyncio.timeout(WAIT_SECONDS[job.kind]):
+            async with asyncio.timeout(WAIT_SECONDS[job.kind] - (time.perf_counter() - job.started)):
                 await waiting[1].wait()
         except TimeoutError:
-            if job not in self.active:
-                raise busy from None
+            pass
         except asyncio.CancelledError:
-            if job in self.active:
-                self.active.remove(job)
-                self._call_next()
+            if job.backend:
+                self._release(job, job.backend)
             raise
         finally:
             if waiting in self.line:
                 self.line.remove(waiting)
 
-    def _may_run(self, job: Job, leaving: int = 0) -> bool:
-        """Whether there is a place. Chats and plain completions leave one for infills, and the infills of one client
-        leave one for other clients. Requests of our own API take any place."""
-        running, most = self._running(), self.config.max_concurrent
-        if len(running) - leaving >= most:
-            return False
-        if job.kind == "infill":
-            alike = [other for other in running if other.kind == "infill" and other.client == job.client]
-        else:
-            alike = [other for other in running if other.kind in ("chat", "completion")]
-        return not job.kind or len(alike) < max(1, most - 1)
+    @contextlib.asynccontextmanager
+    async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
+        """Hold the job's place, and tell the backend's breaker how it went.
+
+        A newer completion ends the older one of its session. It waits until the older one has let go of the backend,
+        which therefore never works on more than `max_concurrent` of our requests.
+        """
+        try:
+            for other in self._running():
+                if job.session and other.session == job.session and other is not job:
+                    other.superseded = True
+                    other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
+            for other in [other for other in backend.active if other.superseded]:
+                await other.gone.wait()
+            await self._stop_warming(backend)
+            yield
+        except HttpError as error:
+            backend.failed(job.ticket, error)
+            raise
+        finally:
+            self._release(job, backend)
+
+    def _release(self, job: Job, backend: Backend) -> None:
+        backend.active.remove(job)
+        backend.tokens_done += job.tokens
+        backend.breaker.left(job.ticket)
+        job.backend = None
+        job.gone.set()
+        self._call_next()
+
+    def _running(self) -> list[Job]:
+        return [job for backend in self.backends for job in backend.active if not job.superseded]
 
     def _call_next(self) -> None:
         """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
         clients = [job.client for job in self._running()]
         for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
-            if self._may_run(waiting[0]):
+            try:
+                called = self._assign(waiting[0])
+            except HttpError:
+                called = True  # it is told as soon as it asks again
+            if called:
                 self.line.remove(waiting)
-                self.active.append(waiting[0])
                 waiting[1].set()
         self._warm_next()
+
+    async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
+        """What the backend answers, as pairs. If it counts too many tokens, the prompt is fitted and sent again,
+        once."""
+        job.n_ctx, job.most = backend.n_ctx(job.model), sys.maxsize
+        for ratio in (backend.ratio.get(job.model), None):
+            try:
+                asked = self._prepare(job, backend, ratio or max(REFIT * job.weight / job.counted, MIN_RATIO))
+                job.express = functools.partial(self._express, job, backend)
+                async with contextlib.aclosing(backend.stream(job, asked)) as pairs:
+                    async for kind, value in pairs:
+                        if kind == "text":
+                            job.size += len(value)
+                            if job.size > job.limit:
+                                raise BackendFailure("its completion is too long")
+                            self._tokens(job, backend, value.count(b"\n\n"))
+                        elif kind == "done":
+                            self._tokens(job, backend, 0)
+                            value = self._result(job, backend, value)
+                        yield kind, value
+                return
+            except HttpError as error:
+                backend.refused(job, error)
+                if job.tokens or ratio is None or not isinstance(error, TooLong):
+                    raise
+                self._refit(job, backend, error)
+
+    def _refit(self, job: Job, backend: Backend, error: TooLong) -> None:
+        """Learn from a refusal that a prompt is too long. What another engine says may be misread, so it counts only if
+        it is plausible; without a number, the prompt becomes shorter by a quarter."""
+        counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", job.n_ctx)
+        if backend.api:
+            counted = counted if self._is_plausible(job, backend, counted) else 0
+            n_ctx = min(n_ctx, job.n_ctx)
+        estimated = job.weight / backend.ratio.get(job.model)
+        if counted:
+            backend.ratio.learn(job.model, job.weight, counted)
+        else:
+            job.most = int(0.75 * estimated)
+        job.counted, job.n_ctx = counted or max(1, round(estimated)), n_ctx
+
+    def _is_plausible(self, job: Job, backend: Backend, counted: int) -> bool:
+        """Whether a prompt may have so many tokens."""
+        estimated = job.weight / backend.ratio.get(job.model)
+        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
     # Following a completion in a dialect.
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
-        model = job.model or self.route(job.fields, bool(job.kind))
+        model = job.model or self.route(job.fields)
         return {"model": model, "n_ctx": job.n_ctx or self.n_ctx(model), "kept": job.kept}
 
     def join(self, reading: Reading) -> Shared:
@@ -1565,18 +1796,19 @@ class Gateway:
         """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
         which counts on its limit: if that has cut it, it is no beginning of another."""
         assert shared.job
-        begun, reason = shared.pairs[0][1], shared.pairs[-1][1].get("finish_reason", "stop")
+        begun = [value for kind, value in shared.pairs if kind == "started"][-1]
+        reason = shared.pairs[-1][1].get("finish_reason", "stop")
         if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
             return
         shared.remembered = True
         text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
         self.predictions.add(client, shared.job.fields, text, begun, reason)
 
-    # Warming: reading a prompt into the VPS's cache while there is nothing else to do.
+    # Warming: reading a prompt into a backend's cache while it has nothing else to do.
 
     def warm(self, job: Job) -> None:
-        """Read this prompt soon. Takes no place, waits until none is taken, and ends when one is; then it waits again.
-        Of each client the newest counts."""
+        """Read this prompt soon. Takes no place, waits until a backend has nothing to do, and ends when that gets a
+        request; then it waits again. Of each client the newest counts."""
         self.to_warm.pop(job.client, None)
         self.to_warm[job.client] = job
         if len(self.to_warm) > MAX_TO_WARM:
@@ -1584,118 +1816,101 @@ class Gateway:
         self._warm_next()
 
     def _warm_next(self) -> None:
-        busy = self.active or self.line or self.warming
-        if self.to_warm and not busy and self.breaker.state == "closed":
-            job = self.to_warm.pop(next(iter(self.to_warm)))
-            self.warming = job, asyncio.create_task(self._warm(job))
+        for job in [] if self.line else [*self.to_warm.values()]:
+            try:
+                chosen = self._choose(job)
+            except HttpError:
+                continue  # nobody is there
+            if not chosen:
+                continue
+            model, backend = chosen
+            if not any(one.warms for one in self._who_may(job.fields, True).backends):
+                del self.to_warm[job.client]
+            elif backend.warms and not backend.active and not backend.warming and backend.breaker.state == "closed":
+                del self.to_warm[job.client]
+                job.model = model
+                self._remember_served(job, backend)
+                backend.warming = job, asyncio.create_task(self._warm(job, backend))
 
-    async def _warm(self, job: Job) -> None:
+    async def _warm(self, job: Job, backend: Backend) -> None:
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                answer = await self._ask(job, stack)
-                async for kind, value in relay(answer, self.config.key):
-                    if kind == "done":
-                        self._result(job, value)
+            async with contextlib.aclosing(self._answer(job, backend)) as pairs:
+                async for _ in pairs:
+                    pass
         except HttpError as error:
-            log.info("no prompt was read ahead: %s", error.message)
+            log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
         except Exception as exception:
             internal_error(exception)
         finally:
-            self.warming = None
+            backend.warming = None
         self._warm_next()
 
-    async def _stop_warming(self) -> None:
-        if self.warming:
-            job, task = self.warming
+    async def _stop_warming(self, backend: Backend) -> None:
+        if backend.warming:
+            job, task = backend.warming
             if job.client not in self.to_warm:
-                self.warm(job)  # again, later: the VPS keeps what it has read so far
+                self.warm(job)  # again, later: the backend keeps what it has read so far
             task.cancel()
             await asyncio.wait([task])
 
-    def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
-        """(how many tokens may be read for this job, texts that the VPS has read for its client before)."""
-        speed, limit = self.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
+    def _max_fresh(self, job: Job, backend: Backend) -> tuple[int | None, list[str]]:
+        """(how many tokens may be read for this job, texts that the backend has read for its client before)."""
+        speed, limit = backend.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
         if limit <= 1 or not speed or not job.fields["max_tokens"]:
             return None, []
-        return int(speed * limit / 1000), [text for *who, text in self.cached if who == [job.client, job.model]]
+        mine = [job.client, job.model, backend.id]
+        return int(speed * limit / 1000), [text for *who, text in self.cached if who == mine]
 
-    def _express(self, job: Job, data: bytes) -> bool:
-        """The express lane: send one chunk with one token on as it came, unless the client is behind."""
-        job.size += len(data)
-        if job.size > job.limit or not is_chunk_of_token(data) or not job.send_now(data):
-            return False
-        self._tokens(job, 1)
-        return True
+    def _express(self, job: Job, backend: Backend, data: bytes) -> bytes:
+        """The express lane: send one chunk with one token on as it came, unless the client is behind. Returns what is
+        still to be sent."""
+        size = job.size + len(data)
+        if size > job.limit or not is_chunk_of_token(data) or not job.send_now(data):
+            return data
+        job.size = size
+        self._tokens(job, backend, 1)
+        return b""
 
-    def _tokens(self, job: Job, count: int) -> None:
+    def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens; a whole answer without any counts as a success too."""
         job.tokens += count
-        job.ticket = self.breaker.succeeded(job.ticket)
-        if self.trouble:
-            self._found("")
-
-    def _failed(self, ticket: int, failure: VpsFailure) -> None:
-        self.breaker.failed(ticket, time.monotonic())
-        log.warning("%s; the breaker is %s", failure.message, self.breaker.state)
-        self.trouble = failure.message
-        self._wake.set()  # a probe finds out at once whether the VPS is gone
-
-    async def _ask(self, job: Job, stack: contextlib.AsyncExitStack) -> Answer:
-        """Choose the model, fit the prompt and send it; fit and send it again if the VPS counts too many tokens."""
-        if self.models is None:
-            await self._learn_models()
-        job.model = self.route(job.fields, bool(job.kind))
-        job.n_ctx = self.n_ctx(job.model)
-        try:
-            return await self._send(job, self.ratio.get(job.model), stack)
-        except HttpError as error:
-            counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", 0)
-            if error.status != 400 or counted <= 0 or n_ctx <= 0:
-                raise
-        self.ratio.learn(job.model, job.weight, counted)
-        job.n_ctx = n_ctx
-        return await self._send(job, REFIT * job.weight / counted, stack)
-
-    def route(self, fields: Mapping[str, Any], any_language: bool = True) -> str:
-        """The id of the model that is asked for, or as `choose_model` says."""
-        if fields.get("model") is not None:
-            return str(fields["model"])
-        mode = fields.get("mode", "")
-        return choose_model(self.config, fields.get("language", ""), mode, self.models, any_language)
+        job.ticket = backend.breaker.succeeded(job.ticket)
+        if backend.trouble:
+            backend.found("")
 
     def n_ctx(self, model: str) -> int:
-        told = (self.models or {}).get(model)
-        return told["n_ctx"] if told else DEFAULT_N_CTX
+        """Of the first backend that has the model, of those that are there if any is."""
+        having = [backend for backend in self.backends if backend.has(model)]
+        return next((backend for backend in having if backend.available), (having or self.backends)[0]).n_ctx(model)
 
-    async def _send(self, job: Job, ratio: float, stack: contextlib.AsyncExitStack) -> Answer:
+    def _prepare(self, job: Job, backend: Backend, ratio: float) -> dict[str, Any]:
+        """The fields of vpsd's request, with a prompt that fits."""
         fields, n_ctx = job.fields, job.n_ctx
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
         # In the dialects, a small limit leaves no more room than the usual one: a warm-up, with its limit of 0, must
         # fit the same text as the request that follows.
         least = DEFAULT_TOKENS if job.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
-        prepared = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job))
+        if backend.api:
+            budget = min(int(budget / SPARE), job.most)
+        prepared = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job, backend))
         job.mode, job.kept, job.weight = fields["mode"], prepared.kept, prepared.weight
         job.above, job.cut = prepared.above, prepared.cut
-        passed = {name: fields[name] for name in PASSED_TO_VPS if fields.get(name) is not None}
+        job.room = n_ctx - int(SPARE * (prepared.weight / ratio + TEMPLATE_TOKENS[fields["mode"]])) - MARGIN_TOKENS
+        passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
-        if language := BY_NAME.get(fields["language"].lower()):  # the VPS knows the syntax of these
+        if language := BY_NAME.get(fields["language"].lower()):  # a backend knows the syntax of these
             passed["language"] = language
-        body = {"model": job.model, **passed, **prepared.body}
-        try:
-            return await stack.enter_async_context(self.upstream.ask("POST", "/v1/inference/stream", body))
-        except HttpError as error:
-            if error.code == "MODEL_NOT_FOUND":
-                self._models_until = 0.0
-            raise
+        return {**passed, **prepared.body}
 
-    def _result(self, job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
-        """The result's own members, then whatever else the VPS tells about it."""
+    def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
+        """The result's own members, then whatever else the backend tells about it."""
         told = read_result(done)
-        if counted := told.get("prompt_tokens"):
-            self.ratio.learn(job.model, job.weight, counted)
-            self._learn_reading(job, counted - told.get("cached_tokens", 0), told.get("ttft"))
+        counted = told.get("prompt_tokens", 0)
+        if counted and (not backend.api or self._is_plausible(job, backend, counted)):
+            backend.ratio.learn(job.model, job.weight, counted)
+            self._learn_reading(job, backend, counted - told.get("cached_tokens", 0), told.get("ttft"))
         ours = {
             "language": job.fields["language"],
             "model": job.model,
@@ -1704,20 +1919,21 @@ class Gateway:
             "timestamp": timestamp(),
             "mode": job.mode,
         }
+        if len(self.backends) > 1:
+            ours["backend"] = backend.id
         return ours | told | ({"kept": job.kept} if job.kept else {})
 
-    def _learn_reading(self, job: Job, read: int, seconds: float | None) -> None:
-        """How fast the VPS reads prompts, and which text of a client's file it has read. A prompt that was cut short
-        for the sake of time is read whole later, so that the next one need not be."""
-        if seconds and read >= MIN_READ_TOKENS:
-            speed = read / seconds
-            self.read_speed[job.model] = self.read_speed.get(job.model, speed) * 0.75 + speed * 0.25
+    def _learn_reading(self, job: Job, backend: Backend, read: int, seconds: float | None) -> None:
+        """How fast the backend reads prompts, and which text of a client's file it has read. A prompt that was cut
+        short for the sake of time is read whole later, so that the next one need not be."""
+        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS:
+            backend.learn_speed(job.model, read / seconds)
         if job.kind not in ("infill", "completion"):
             return
-        mine = job.client, job.model
+        mine = job.client, job.model, backend.id
         # What begins alike is of the same file.
         of_others = [
-            entry for entry in self.cached if entry[:2] != mine or not entry[2].startswith(job.above[:SAME_BEGINNING])
+            entry for entry in self.cached if entry[:3] != mine or not entry[3].startswith(job.above[:SAME_BEGINNING])
         ]
         self.cached = [*of_others, (*mine, job.above)][-MAX_CACHED:]
         if job.cut:
@@ -1734,12 +1950,19 @@ def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """GET /health: the VPS's state as the last probe and the traffic have shown it. 503 says what is wrong."""
-    uptime = round(time.monotonic() - gateway.started, 1)
+    """GET /health: the backends' state as the last probe and the traffic have shown it. `vps_available`: any of them is
+    there. 503 says what is wrong."""
+    told = {
+        "vps_available": gateway.available,
+        "uptime": round(time.monotonic() - gateway.started, 1),
+        "backends": [
+            {"id": backend.id, "available": backend.available, "message": backend.message}
+            for backend in gateway.backends
+        ],
+    }
     if gateway.available:
-        return Response({"status": "healthy", "timestamp": timestamp(), "vps_available": True, "uptime": uptime})
-    message = gateway.trouble or BREAKER_OPEN
-    raise HttpError("VPS_UNAVAILABLE", message, extra={"status": "unhealthy", "vps_available": False, "uptime": uptime})
+        return Response({"status": "healthy", "timestamp": timestamp(), **told})
+    raise HttpError("VPS_UNAVAILABLE", gateway.message, extra={"status": "unhealthy", **told})
 
 
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
@@ -1753,6 +1976,19 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
     job = read_job(gateway, request)
     job.send_now = request.send_now
     return Response(events=native_stream(gateway.complete(job)))
+
+
+def write_event(kind: str, value: Any) -> bytes:
+    """A pair as native SSE, or b"" for a pair that has no event."""
+    if kind == "text":
+        return bytes(value)
+    if kind == "idle":
+        return SSE_COMMENT
+    if kind == "progress":
+        return sse_event({"progress": value})
+    if kind == "done":
+        return sse_event({"done": True, **value})
+    return b""
 
 
 async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[bytes, None]:
@@ -1787,22 +2023,23 @@ async def page(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/models: the models of models.toml. `available`: the VPS can be reached and has the model's file; then the
-    entry also has what the VPS tells about the model. `languages` has those that models.toml names (`served`) and those
-    whose syntax is known. `data` is OpenAI's list: the models that the VPS has, or all as long as that is unknown."""
-    models, present = gateway.config.models, (gateway.models or {}) if gateway.available else {}
-    listed = [
-        {
+    """GET /v1/models: the models of models.toml. `available`: a backend can be reached and has the model; then the
+    entry also has what the first such backend tells about the model, and `backends` names all of them. `languages` has
+    those that models.toml names (`served`) and those whose syntax is known. `data` is OpenAI's list: the models that
+    some backend has, or all as long as that is unknown."""
+    models, listed = gateway.config.models, list[dict[str, Any]]()
+    for model in models:
+        having = [one for one in gateway.backends if one.available and one.models and model.id in one.models]
+        about = {
             "id": model.id,
             "name": model.name,
             "languages": list(model.languages),
             "parameters": model.parameters,
             "quantization": model.quantization,
-            "available": model.id in present,
-            **present.get(model.id, {}),
+            "available": bool(having),
+            "backends": [backend.id for backend in having],
         }
-        for model in models
-    ]
+        listed.append(about | ((having[0].models or {})[model.id] if having else {}))
     served = served_languages(models)
     languages: list[dict[str, Any]] = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
@@ -1837,19 +2074,24 @@ async def model(gateway: Gateway, request: Request) -> Response:
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: of the model that answers when none is named."""
     model = gateway.route({})
-    return Response(compact(write_props(model, gateway.n_ctx(model), gateway.config.max_concurrent)))
+    places = sum(backend.limit for backend in gateway.backends)
+    return Response(compact(write_props(model, gateway.n_ctx(model), places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text in tokens of the model that answers when none is named."""
     fields = read_fields(present(request.json()), TOKENIZE)
-    if gateway.breaker.state == "open":
-        raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-    asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
-    asked["model"] = gateway.route({})
+    model = gateway.route({})
+    having = [one for one in gateway.backends if one.has(model) and (not one.api or one.api.tokenize)]
+    able = [backend for backend in having if backend.breaker.state != "open"]
+    if not able:
+        raise HttpError(
+            "VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
+        )
+    backend = next((backend for backend in able if backend.available), able[0])
     async with gateway.tokenizing:
-        answer = await gateway.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
-    return Response(compact({"tokens": answer.get("tokens", [])}))
+        tokens = await backend.tokenize(model, fields)
+    return Response(compact({"tokens": tokens}))
 
 
 def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
@@ -1893,12 +2135,14 @@ async def dialect_stream(
     reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], request: Request, response: Response
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first may be empty, as in `native_stream`."""
+    begun = False
     async with contextlib.aclosing(reading.pairs()) as pairs:
         async for kind, value in pairs:
             if kind == "started":
                 reply, response.headers = reply_to(value), kept_headers(value["kept"])
                 reading.send_now = functools.partial(send_tokens, request, reply)
-                yield reply.begin()
+                yield b"" if begun else reply.begin()
+                begun = True
             elif kind == "text":
                 yield reply.text(value)
             elif kind == "idle":
@@ -1921,17 +2165,18 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/stats: counters and gauges. `vps_response_time_ms` is the last good probe's, null before one; requests
-    are completions."""
+    """GET /v1/stats: counters and gauges; requests are completions. `backends` has those of each backend; `breaker` and
+    `vps_response_time_ms`, which is the last good probe's and null before one, are those of the first that is there."""
     return Response(statistics(gateway))
 
 
 async def activity(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/activity: the statistics, why the VPS is not available, and the counts of the last half hour. Each number
+    """GET /v1/activity: the statistics, why no backend is available, and the counts of the last half hour. Each number
     of `requests`, `failed` and `tokens` counts `step_s` seconds, the last one the present step so far."""
     gateway.sample()
-    message = "" if gateway.available else gateway.trouble or BREAKER_OPEN
-    told = {"vps_message": message, "models_loaded": gateway.models_loaded, "notes": gateway.notes}
+    loaded = dict.fromkeys(id for backend in gateway.backends for id in backend.models_loaded)
+    away = [f"{one.id} is away: {one.message}" for one in gateway.backends if gateway.available and one.message]
+    told = {"vps_message": gateway.message, "models_loaded": [*loaded], "notes": [*gateway.notes, *away]}
     return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.history.describe()})
 
 
@@ -1943,10 +2188,11 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
         "requests_total": gateway.requests_total,
         "requests_active": gateway.requests_active,
         "vps_available": gateway.available,
-        "vps_response_time_ms": gateway.response_ms,
+        "vps_response_time_ms": gateway.first.response_ms,
         "memory_mb": memory_mb(),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": gateway.breaker.describe(now),
+        "breaker": gateway.first.breaker.describe(now),
+        "backends": [backend.describe(now) for backend in gateway.backends],
         **gateway.counts,
     }
 
@@ -1956,7 +2202,7 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum_openapi import write_openapi  # compiled and loaded only for those who ask
 
     config = gateway.config
-    return Response(compact(write_openapi(ROUTES, DIALECTS, FIELDS, config.models, PASSED_ON, bool(config.client_key))))
+    return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_key))))
 
 
 def load_page(path: Path) -> Page | None:
@@ -1981,13 +2227,6 @@ def memory_mb() -> float:
 
 # ---------------------------------------------------------------------------------------------- routes
 
-# Some clients put /v1 before their paths only if the URL that their user has typed ends so.
-DIALECTS = {
-    OPENAI_TEXT: ("/v1/completions", "/completions"),
-    OPENAI_CHAT: ("/v1/chat/completions", "/chat/completions"),
-    COMPLETION: ("/completion",),
-    INFILL: ("/infill",),
-}
 ROUTES = (
     Route("GET", "/", page, open=True),
     Route("GET", "/health", health, open=True, quiet=True),
@@ -1998,8 +2237,8 @@ ROUTES = (
     Route("GET", "/v1/activity", activity, quiet=True),
     *(
         Route("POST", path, speaking(dialect), json=True, watched=True, any_type=True, foreign_error=write_error)
-        for dialect, paths in DIALECTS.items()
-        for path in paths
+        for dialect in DIALECTS
+        for path in dialect.paths
     ),
     *(Route("GET", f"{path}/{{id}}", model, foreign_error=write_error) for path in ("/v1/models", "/models")),
     Route("GET", "/models", models),
@@ -2045,10 +2284,19 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
-    if not config.key:
-        log.warning("CEREBRUM_API_KEY is not set: the VPS will refuse every completion")
+    needed = {"tls": any(backend.endpoint.tls for backend in config.backends)}
+    needed["engines"] = any(backend.api != "cerebrum" for backend in config.backends)
+    if missing := [name for name, is_needed in needed.items() if is_needed and name not in sys._xoptions]:
+        options = [word for name in missing for word in ("-X", name)]
+        os.execv(sys.executable, [sys.executable, *options, *sys.orig_argv[1:]])
+    for backend in config.backends:
+        if not backend.key and (backend.key_env or backend.api == "cerebrum"):
+            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
     try:
         asyncio.run(serve(config))
+    except ConfigError as error:
+        print(f"cm4d.py: {error}", file=sys.stderr)
+        return 2
     except ListenError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1

@@ -26,8 +26,9 @@ from typing import Any
 
 from harness import KEY, PATIENCE, ROOT, Client, until
 
+from cerebrum_backends import BackendConfig, parse_url
 from cerebrum_common import Access, Server, load_catalog, own_names
-from cm4d import ROUTES, Config, Gateway, parse_vps_url
+from cm4d import ROUTES, Config, Gateway
 
 RESET, HANG = "reset", "hang"
 
@@ -87,6 +88,7 @@ class Backend:
     health: bytes = answer(200, HEALTH)
     models: bytes = answer(200, MODELS)
     stats: bytes = answer(200, {})
+    props: bytes = answer(404, {})  # of llama-server
     tokens: bytes = b""  # the answer to /v1/tokenize; without one, a script answers it
     split: bool = False  # send byte by byte
     port: int = 0
@@ -131,7 +133,8 @@ class Backend:
         self.asked.append((first, headers, body))
         method, path, _ = first.split(" ")
         if method == "GET":
-            writer.write({"/health": self.health, "/v1/models": self.models, "/v1/stats": self.stats}[path])
+            told = {"/health": self.health, "/v1/models": self.models, "/v1/stats": self.stats, "/props": self.props}
+            writer.write(told[path])
             return
         if path == "/v1/tokenize" and self.tokens:
             writer.write(self.tokens)
@@ -230,12 +233,24 @@ class Pi(Client):
         return dataclasses.replace(self, address=address)
 
 
+def backend_at(port: int, id: str = "vps", **more: Any) -> BackendConfig:
+    """The configuration of a backend on this machine."""
+    return BackendConfig(id=id, endpoint=parse_url(f"http://127.0.0.1:{port}", "url"), **{"key": KEY, **more})
+
+
 @contextlib.asynccontextmanager
-async def pi_for(port: int, *, probing: bool = True, **config: Any) -> AsyncIterator[Pi]:
-    """A Pi whose VPS listens on `port`. With `probing` its first probe has ended."""
+async def pi_for(
+    *backends: int | BackendConfig, probing: bool = True, max_concurrent: int = 2, **config: Any
+) -> AsyncIterator[Pi]:
+    """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed once."""
+    configs = [
+        backend_at(backend, max_concurrent=max_concurrent, key_env="CEREBRUM_API_KEY")
+        if isinstance(backend, int)
+        else backend
+        for backend in backends
+    ]
     models = load_catalog(ROOT / "models.toml").models
-    settings = {"key": KEY, "models": models, "vps": parse_vps_url(f"http://127.0.0.1:{port}"), **config}
-    gateway = Gateway(Config(**settings))
+    gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
     server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))
     task = asyncio.create_task(gateway.probe_forever()) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))

@@ -31,8 +31,9 @@ from scripted import (
 )
 
 import cm4d
+from cerebrum_backends import BackendConfig, Endpoint, read_text
 from cerebrum_common import ConfigError, Environment, load_catalog
-from cm4d import load_config, parse_vps_url, prompt_budget, read_completion, read_text
+from cm4d import load_config, prompt_budget, read_completion
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -44,9 +45,18 @@ KNOWN = "python, javascript, typescript, rust, c, cpp, go"
 
 def test_defaults():
     config = load_config(Environment({}))
-    assert (config.host, config.port, config.max_concurrent) == ("0.0.0.0", 7000, 2)
-    assert (config.key, config.client_key, config.log_level, config.log_file) == ("", "", "INFO", "")
-    assert (config.vps.host, config.vps.port, config.vps.tls) == ("127.0.0.1", 9000, False)
+    assert (config.host, config.port) == ("0.0.0.0", 7000)
+    assert (config.client_key, config.log_level, config.log_file) == ("", "INFO", "")
+    assert config.backends == (
+        BackendConfig(
+            id="vps",
+            endpoint=Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False),
+            api="cerebrum",
+            key="",
+            key_env="CEREBRUM_API_KEY",
+            max_concurrent=2,
+        ),
+    )
     assert [model.id for model in config.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
 
 
@@ -60,7 +70,8 @@ def test_defaults():
     ],
 )
 def test_vps_url(url: str, host: str, port: int, authority: str, prefix: str, tls: bool):
-    assert parse_vps_url(url) == cm4d.Vps(host, port, authority, prefix, tls)
+    (backend,) = load_config(Environment({"CEREBRUM_VPS_URL": url})).backends
+    assert backend.endpoint == Endpoint(host, port, authority, prefix, tls)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +224,7 @@ def test_the_seam_yields_pairs_that_any_api_can_render():
             assert read_text(pairs[-1][1]) == "ab"
             broken = pi.gateway.complete(cm4d.Job(fields))
             assert await anext(broken) == ("started", begun)
-            with pytest.raises(cm4d.VpsFailure, match="in the middle of its answer"):
+            with pytest.raises(cm4d.BackendFailure, match="in the middle of its answer"):
                 await anext(broken)
 
     run(scenario())
@@ -256,12 +267,32 @@ def test_health_and_stats_and_models_while_the_vps_is_up():
             health, stats = await pi.get("/health"), await pi.get("/v1/stats")
             models = await pi.get("/v1/models")
             assert len(backend.asked) == asked, "the VPS is asked per call"
-            assert (health.status, set(health.json)) == (200, {"status", "timestamp", "vps_available", "uptime"})
+            assert (health.status, set(health.json)) == (
+                200,
+                {"status", "timestamp", "vps_available", "uptime", "backends"},
+            )
+            assert health.json["backends"] == [{"id": "vps", "available": True, "message": ""}]
             assert (health.json["status"], health.json["vps_available"]) == ("healthy", True)
             assert stats.json.keys() == {
                 "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
-                "load_avg", "breaker", "type_through", "shared", "replaced",
+                "load_avg", "breaker", "backends", "type_through", "shared", "replaced",
             }  # fmt: skip
+            (told,) = stats.json["backends"]
+            assert told.pop("breaker") == stats.json["breaker"]
+            assert told.pop("response_time_ms") == stats.json["vps_response_time_ms"]
+            assert told == {
+                "id": "vps",
+                "api": "cerebrum",
+                "available": True,
+                "message": "",
+                "requests_total": 1,
+                "requests_active": 0,
+                "requests_failed": 0,
+                "max_concurrent": 2,
+                "tokens_total": 2,
+                "models": ["qwen_0_5b"],
+                "models_loaded": [],
+            }
             assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
             assert 0 < stats.json["vps_response_time_ms"] < 5000
             assert 5 < stats.json["memory_mb"] < 500
@@ -273,7 +304,9 @@ def test_health_and_stats_and_models_while_the_vps_is_up():
                 "parameters": "7B",
                 "quantization": "Q4",
                 "available": False,
+                "backends": [],
             }
+            assert models.json["models"][3]["backends"] == ["vps"]
             assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
 
     run(scenario())
@@ -296,17 +329,17 @@ def test_health_and_stats_and_models_while_the_vps_is_down():
 def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
-    words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and of the VPS do not match"
+    words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS do not match"
 
     async def scenario() -> None:
-        async with Backend(models=unauthorized) as backend, pi_for(backend.port) as pi:
+        async with Backend([[unauthorized], GOOD], models=unauthorized) as backend, pi_for(backend.port) as pi:
             reply = await pi.get("/health")
             assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
             assert (reply.json["status"], reply.json["vps_available"]) == ("unhealthy", False)
             assert (await pi.get("/v1/stats")).json["vps_available"] is False
             reply = await pi.complete()
             assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
             backend.models = answer(200, MODELS)
             await until(lambda: pi.gateway.available)
             assert (await pi.get("/health")).status == 200
@@ -416,7 +449,7 @@ def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, script: lis
             writer.transport.abort()
             await backend.left.wait()
             await until(lambda: pi.gateway.requests_active == 0)
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -473,7 +506,7 @@ def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
             check_superseded(await older, path, begun=hang != "before its head")
             await backend.left.wait()
             assert backend.most_running == 1, "the newer one was sent while the older still ran"
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -569,7 +602,7 @@ def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], s
             await backend.begun.wait()
             if not more:
                 for _ in range(cm4d.FAILURES_TO_OPEN):
-                    pi.gateway.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
+                    pi.gateway.first.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
             newer = await pi.complete(session="editor", **more)
             assert (newer.status, newer.json["code"]) == (status, code)
             go.set()
@@ -595,7 +628,7 @@ def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
                 await until(lambda: pi.gateway.active[0].tokens == 1)
             assert (await other.complete(session="editor")).json["completion"] == "ab"
             check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -614,7 +647,7 @@ def test_a_model_that_cannot_be_loaded_is_500(path: str):
                 assert (reply.status, reply.clean, reply.events) == (200, False, [told])
             else:
                 assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -707,8 +740,8 @@ def test_preferences_that_reload_are_told_once(monkeypatch: pytest.MonkeyPatch, 
     """Infills and instructions alternate, and the VPS holds one of their models at a time."""
     monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
     told = (
-        "the VPS loads qwen_0_5b again and again, since its memory does not hold all models that [prefer] in"
-        " models.toml chooses: give the VPS more memory, or prefer one model"
+        "the backend vps loads qwen_0_5b again and again, since its memory does not hold all models that [prefer] in"
+        " models.toml chooses: give it more memory, or prefer one model"
     )
 
     async def scenario() -> None:
@@ -716,7 +749,7 @@ def test_preferences_that_reload_are_told_once(monkeypatch: pytest.MonkeyPatch, 
             for turn in range(9):
                 loaded = ["qwen_7b", ("qwen_0_5b", "qwen_1_5b")[turn % 2]]
                 backend.health = memory(*loaded)
-                await until(lambda ids=loaded: pi.gateway.models_loaded == ids)
+                await until(lambda ids=loaded: pi.gateway.first.models_loaded == ids)
                 assert pi.gateway.notes == [told] * (turn >= 4)  # the first two turns load for the first time
             assert (await pi.get("/v1/activity")).json["notes"] == [told]
 
@@ -741,7 +774,7 @@ def test_models_that_take_turns_without_a_preference(monkeypatch: pytest.MonkeyP
             for turn in range(9):
                 loaded = [("qwen_0_5b", "qwen_1_5b")[turn % 2]]
                 backend.health = memory(*loaded)
-                await until(lambda ids=loaded: pi.gateway.models_loaded == ids)
+                await until(lambda ids=loaded: pi.gateway.first.models_loaded == ids)
             assert pi.gateway.notes == []
 
     run(scenario())
@@ -793,7 +826,7 @@ def test_a_model_that_has_gone_is_looked_for_again():
         async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
             assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
             backend.models = answer(200, MODELS)
-            pi.gateway._wake.set()
+            pi.gateway.first.wake.set()
             await until(lambda: list(pi.gateway.models or ()) == ["qwen_0_5b"])
             assert (await pi.complete()).json["model"] == "qwen_0_5b"
 

@@ -30,7 +30,6 @@ from cerebrum_common import (
     read_environment,
     read_fields,
     request_id_var,
-    route_language,
     set_up_logging,
     sse_event,
     timestamp,
@@ -182,18 +181,11 @@ def test_the_table_of_models() -> None:
     models = load_catalog(ROOT / "models.toml").models
     assert [model.id for model in models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
     assert {language for model in models for language in model.languages} == set(SEVEN)
-    present = {model.id for model in models}
-    chosen = {language: route_language(models, language, present) for language in SEVEN}
-    assert {language: model.id for language, model in chosen.items() if model} == dict.fromkeys(
-        ["python", "javascript", "typescript"], "qwen_7b"
-    ) | dict.fromkeys(["rust", "c", "cpp", "go"], "codellama_7b")
-    assert all(
-        (model := route_language(models, language, {"qwen_0_5b"})) and model.id == "qwen_0_5b" for language in SEVEN
+    first = {language: next(model.id for model in models if language in model.languages) for language in SEVEN}
+    assert first == dict.fromkeys(["python", "javascript", "typescript"], "qwen_7b") | dict.fromkeys(
+        ["rust", "c", "cpp", "go"], "codellama_7b"
     )
-    assert route_language(models, "python", set()) is None
-    assert route_language(models, "cobol", None) is None
-    assert (model := route_language(models, "go", None)) is not None
-    assert model.id == "codellama_7b"
+    assert set(models[-1].languages) == set(SEVEN), "the default model serves every language"
 
 
 @pytest.mark.parametrize(

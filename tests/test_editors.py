@@ -393,7 +393,7 @@ def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
             await start(pi, "/infill", WARM_UP)
             await backend.begun.wait()
             assert (await infill(pi)).json["content"] == "ab"
-            await until(lambda: len(backend.completions) == 3 and pi.gateway.warming is None)
+            await until(lambda: len(backend.completions) == 3 and pi.gateway.first.warming is None)
             assert [asked["max_tokens"] for asked in backend.completions] == [0, 512, 0]
             assert backend.most_running == 1
 
@@ -603,9 +603,9 @@ def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
 
     async def scenario() -> None:
         async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
             await infill(pi, **IN_TIME)
-            await until(lambda: len(backend.completions) == 2 and pi.gateway.warming is None)
+            await until(lambda: len(backend.completions) == 2 and pi.gateway.first.warming is None)
             await start(pi, CHATS, CHAT)
             await infill(pi, **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64})
             await infill(pi, **{**IN_TIME, "prompt": "xy"})
@@ -627,9 +627,9 @@ def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
 
     async def scenario() -> None:
         async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
             await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
-            await until(lambda: backend.completions and pi.gateway.warming is None)
+            await until(lambda: backend.completions and pi.gateway.first.warming is None)
             await infill(pi, **IN_TIME, input_extra=extra)
             warm, asked = backend.completions[:2]
             assert warm["extra"] == asked["extra"] == extra[-len(warm["extra"]) :]
@@ -644,7 +644,7 @@ def test_no_limit_of_time(limit: int):
 
     async def scenario() -> None:
         async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
             await infill(pi, input_prefix=lines, t_max_prompt_ms=limit)
             assert backend.completions[0]["prompt"] == lines + FILE["prompt"]
 
@@ -656,7 +656,7 @@ def test_the_speed_of_reading_is_learned_from_results():
         told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
         async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
             await infill(pi)
-            assert pi.gateway.read_speed == {"qwen_0_5b": 200.0}
+            assert pi.gateway.first.read_speed == {"qwen_0_5b": 200.0}
 
     run(scenario())
 

@@ -30,12 +30,12 @@ import cerebrum_dialects
 import cerebrum_openapi
 import cm4d
 from cerebrum_common import METHODS, STATUSES, Field, HttpError, load_catalog
-from cerebrum_dialects import COMPLETION, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
+from cerebrum_dialects import COMPLETION, DIALECTS, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
 from cerebrum_openapi import REQUESTS, VERSION, describe_operation, like, name_of, schema_of, write_openapi
-from cm4d import DIALECTS, FIELDS, PASSED_ON, ROUTES, read_completion
+from cm4d import FIELDS, PASSED_ON, ROUTES, read_completion
 
 MODELS = load_catalog(ROOT / "models.toml").models
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, DIALECTS, FIELDS, MODELS, PASSED_ON, True)))
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, FIELDS, MODELS, PASSED_ON, True)))
 OPERATIONS = {
     (method.upper(), path): operation
     for path, operations in DOCUMENT["paths"].items()
@@ -86,7 +86,7 @@ def test_everything_that_is_named_is_used() -> None:
 
 
 def test_who_needs_a_key() -> None:
-    keyless = write_openapi(ROUTES, DIALECTS, FIELDS, MODELS, PASSED_ON, False)
+    keyless = write_openapi(ROUTES, FIELDS, MODELS, PASSED_ON, False)
     assert DOCUMENT["security"] == [{"X-API-Key": []}, {"Bearer": []}]
     assert keyless["security"] == []
     assert '"401"' not in json.dumps(keyless)

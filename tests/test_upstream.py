@@ -30,7 +30,18 @@ from scripted import (
 )
 
 import cm4d
-from cm4d import Body, Events, Reader, VpsFailure, is_chunk_of_token, take_apart
+from cerebrum_backends import (
+    MAX_EVENT_BYTES,
+    MAX_MESSAGE_CHARACTERS,
+    BackendFailure,
+    Body,
+    Events,
+    is_chunk_of_token,
+    read_loaded,
+    read_models,
+    take_apart,
+)
+from cm4d import Reader
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -163,7 +174,7 @@ def test_refused(name: str, split: bool):
             check_error(await pi.stream(), status, code, part)
             check_error(await pi.complete(), status, code, part)
             assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.breaker.describe(0)["failures"] == (2 if counted else 0)
+            assert pi.gateway.first.breaker.describe(0)["failures"] == (2 if counted else 0)
 
     run(scenario())
 
@@ -196,7 +207,7 @@ def test_broken(name: str, how: str):
             assert part in last["message"]
             check_error(await pi.complete(), 503, UNAVAILABLE, part)
             assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.breaker.describe(0)["failures"] == (1 if before else 2)
+            assert pi.gateway.first.breaker.describe(0)["failures"] == (1 if before else 2)
 
     run(scenario())
 
@@ -288,7 +299,7 @@ def test_an_error_event_is_passed_on_with_its_code():
             assert (reply.status, reply.clean) == (200, False)
             assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
             check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
-            assert pi.gateway.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -298,7 +309,7 @@ def test_an_error_event_is_passed_on_with_its_code():
     [
         ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
         (f"the key {KEY}", "the key ***"),
-        ("x" * (cm4d.MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (cm4d.MAX_MESSAGE_CHARACTERS - 9) + "***"),
+        ("x" * (MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (MAX_MESSAGE_CHARACTERS - 9) + "***"),
         ("größer 😀", "größer 😀"),
     ],
 )
@@ -459,7 +470,7 @@ def test_a_collected_answer_without_end_is_cut():
         async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
             check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
             await backend.left.wait()
-            assert pi.gateway.breaker.describe(0)["failures"] == 1
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 1
 
     run(scenario())
 
@@ -493,10 +504,10 @@ def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
             check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
             assert (await pi.get("/health")).status == 503
             async with Backend(port=port):
-                await until(lambda: pi.gateway.breaker.state == "half-open")
+                await until(lambda: pi.gateway.first.breaker.state == "half-open")
                 assert (await pi.get("/health")).status == 200
                 assert (await pi.stream()).clean
-                assert pi.gateway.breaker.state == "closed"
+                assert pi.gateway.first.breaker.state == "closed"
 
     run(scenario())
 
@@ -510,7 +521,7 @@ def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
         async with Backend([[], [], [], trial]) as backend, pi_for(backend.port) as pi:
             for _ in range(3):
                 await pi.stream()
-            await until(lambda: pi.gateway.breaker.state == "half-open")
+            await until(lambda: pi.gateway.first.breaker.state == "half-open")
             backend.begun.clear()
             running = asyncio.create_task(pi.stream())
             await backend.begun.wait()
@@ -532,16 +543,16 @@ def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.Monkey
         async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
             for _ in range(3):
                 await pi.stream()
-            await until(lambda: pi.gateway.breaker.state == "half-open")
+            await until(lambda: pi.gateway.first.breaker.state == "half-open")
             backend.begun.clear()
             backend.left.clear()
             _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
             await backend.begun.wait()
             writer.transport.abort()
             await backend.left.wait()
-            assert pi.gateway.breaker.state == "half-open"
+            assert pi.gateway.first.breaker.state == "half-open"
             assert (await pi.stream()).clean
-            assert pi.gateway.breaker.state == "closed"
+            assert pi.gateway.first.breaker.state == "closed"
 
     run(scenario())
 
@@ -614,11 +625,11 @@ def test_the_express_lane_opens_after_the_first_token(monkeypatch: pytest.Monkey
 
 
 def spy(method: Any, taken: list[bytes]) -> Any:
-    def called(gateway: Any, job: Any, data: bytes) -> bool:
-        took: bool = method(gateway, job, data)
-        if took:
+    def called(gateway: Any, job: Any, backend: Any, data: bytes) -> bytes:
+        rest: bytes = method(gateway, job, backend, data)
+        if not rest:
             taken.append(data)
-        return took
+        return rest
 
     return called
 
@@ -626,7 +637,7 @@ def spy(method: Any, taken: list[bytes]) -> Any:
 def test_reader_falls_back_to_its_buffer():
     async def scenario() -> None:
         reader, seen = Reader(), []
-        reader.express = lambda data: data != b"b" and not seen.append(data)  # type: ignore[func-returns-value]
+        reader.express = lambda data: data if data == b"b" else seen.append(data) or b""  # type: ignore[func-returns-value]
         for data in (b"a", b"b", b"c"):
             reader.feed_data(data)
         assert (seen, await reader.read(10)) == ([b"a"], b"bc")
@@ -674,7 +685,7 @@ def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
 
 
 def test_an_event_is_too_long_or_not_however_it_is_split():
-    longest = b"data: " + b"x" * (cm4d.MAX_EVENT_BYTES - 6)
+    longest = b"data: " + b"x" * (MAX_EVENT_BYTES - 6)
     for event_, good in ((longest, True), (longest + b"x", False)):
         for line_ends in (b"\n\n", b"\r\n\r\n"):
             data = event_ + line_ends + b": next\n\n"
@@ -686,7 +697,7 @@ def test_an_event_is_too_long_or_not_however_it_is_split():
                 if good:
                     assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
                 else:
-                    with pytest.raises(VpsFailure, match="an event of more than 262144 bytes"):
+                    with pytest.raises(BackendFailure, match="an event of more than 262144 bytes"):
                         list(map(events.feed, pieces))
 
 
@@ -697,7 +708,7 @@ def test_nothing_that_was_read_is_overtaken_on_the_express_lane():
         reader = Reader()
         upstream = cm4d.Answer(reader, asyncio.get_running_loop())  # type: ignore[arg-type]
         lane: list[bytes] = []
-        upstream.express = lambda data: not lane.append(data)  # type: ignore[func-returns-value]
+        upstream.express = lambda data: lane.append(data) or b""  # type: ignore[func-returns-value]
         try:
             reader.feed_data(CHUNKED)
             await upstream.read_head("text/event-stream")
@@ -716,12 +727,12 @@ def test_json_of_a_list_of_models_that_lies():
     entries = [1, None, {"id": []}, {"id": "a", "n_ctx": "x"}, {"id": "b", "n_ctx": 8}, {"id": "c", "available": False}]
     entries += [{"id": "d", "loaded": "yes", "encoding": "", "memory_mb": -1, "path": "/x", "last_used": 1}]
     entries += [{"id": "e", "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}]
-    assert cm4d.read_models({"models": entries}) == {
-        "a": {"n_ctx": 4096},
+    assert read_models({"models": entries}) == {
+        "a": {},
         "b": {"n_ctx": 8},
-        "d": {"n_ctx": 4096},
-        "e": {"n_ctx": 4096, "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
+        "d": {},
+        "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
     }
-    assert cm4d.read_models({"models": "no"}) == {}
-    assert cm4d.read_loaded({"models_loaded": ["a", 1, None, "b"]}) == ["a", "b"]
-    assert cm4d.read_loaded({"models_loaded": "no"}) == cm4d.read_loaded({}) == []
+    assert read_models({"models": "no"}) == {}
+    assert read_loaded({"models_loaded": ["a", 1, None, "b"]}) == ["a", "b"]
+    assert read_loaded({"models_loaded": "no"}) == read_loaded({}) == []

@@ -1,0 +1,1105 @@
+"""Other engines behind the Pi: their table, the requests that are written for them, and what is read of their streams.
+
+The streams have the shapes that llama-server, llama_cpp.server and vLLM really send. Each is read whole and in any
+split, and ends for the client like a stream of a backend of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, run, until
+from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
+
+import cerebrum_backends
+import cm4d
+from cerebrum_backends import (
+    BackendFailure,
+    Characters,
+    Endpoint,
+    Events,
+    Translator,
+    engine_refusal,
+    find_models,
+    read_backends,
+)
+from cerebrum_common import ConfigError, Environment, HttpError, Model, load_catalog
+from cerebrum_dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
+
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+def test_the_examples_of_the_module_are_true() -> None:
+    assert doctest.testmod(cerebrum_backends, optionflags=doctest.NORMALIZE_WHITESPACE) == (0, 11)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
+
+
+def read(*tables: Any, **variables: str) -> tuple[cerebrum_backends.BackendConfig, ...]:
+    return read_backends(tables, Environment(variables), 3)
+
+
+def test_a_table() -> None:
+    gpu = {"id": "gpu", "url": "https://gpu.lan/llm/v1/", "api": "openai", "key_env": "GPU_KEY", "max_concurrent": 16}
+    attic, other = read(ATTIC, gpu | {"n_ctx": 8192, "infill": "suffix"}, GPU_KEY="secret", CEREBRUM_API_KEY="other")
+    assert attic.endpoint == Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
+    assert (attic.id, attic.api, attic.key, attic.key_env, attic.max_concurrent) == ("attic", "cerebrum", "", "", 2)
+    assert other.endpoint == Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
+    assert (other.key, other.max_concurrent, other.n_ctx, other.infill) == ("secret", 16, 8192, "suffix")
+
+
+def test_without_a_table_there_is_the_vps_of_the_environment() -> None:
+    (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")
+    assert (vps.id, vps.api, vps.key, vps.max_concurrent) == ("vps", "cerebrum", "k", 3)
+    assert vps.endpoint == Endpoint("vps", 1, "vps:1", "", False)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (7, "backend 1: expected a table, got 7"),
+        ({}, "backend 1: id: expected up to 40 letters, digits, '.', '_' or '-', got ''"),
+        ({"id": "a b"}, "backend 1: id: expected up to 40 letters, digits, '.', '_' or '-', got 'a b'"),
+        ({"id": 1}, "backend 1: expected str as 'id', got 1"),
+        ({"id": "a"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got ''"),
+        (ATTIC | {"url": "ftp://x"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got 'ftp://x'"),
+        (ATTIC | {"api": "vllm"}, "backend 1: api: expected one of cerebrum, llama.cpp, openai, got 'vllm'"),
+        (ATTIC | {"key_env": "A B"}, "backend 1: key_env: expected the name of a variable, got 'A B'"),
+        (ATTIC | {"max_concurrent": 0}, "backend 1: max_concurrent: expected a number from 1 to 64, got 0"),
+        (ATTIC | {"max_concurrent": True}, "backend 1: expected int as 'max_concurrent', got True"),
+        (ATTIC | {"max_concurent": 2}, "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
+                                       "max_concurrent, n_ctx, got 'max_concurent'"),
+        (ATTIC | {"n_ctx": -1}, "backend 1: n_ctx: expected a number of tokens up to 10000000, got -1"),
+        (ATTIC | {"infill": "both"}, "backend 1: infill: expected one of fim, suffix, got 'both'"),
+        (ATTIC | {"ca_file": "/nowhere.pem"}, "backend 1: ca_file: expected the path of a file, got '/nowhere.pem'"),
+        (ATTIC | {"ca_file": __file__}, "backend 1: ca_file: expected only beside a url with https"),
+    ],
+)  # fmt: skip
+def test_a_bad_table(table: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(table)
+    assert str(caught.value) == message
+
+
+def test_two_backends_with_one_id() -> None:
+    with pytest.raises(ConfigError, match=r"^backends: expected every id once$"):
+        read(ATTIC, ATTIC)
+
+
+def test_a_bad_key_is_named_and_not_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(ATTIC | {"key_env": "ATTIC_KEY"}, ATTIC_KEY="two words")
+    assert str(caught.value) == "ATTIC_KEY: expected printable ASCII without spaces"
+
+
+def test_the_file_of_certificates_is_checked_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"^ca_file: expected certificates in PEM form in .*ca\.pem, got "):
+        cm4d.make_tls(str(tmp_path / "ca.pem"))
+
+
+CATALOG = """
+[[models]]
+id = "big"
+name = "Big"
+languages = ["python"]
+parameters = "7B"
+quantization = "none"
+aliases = ["org/Big"]
+fim = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+"""
+
+
+def test_a_model_that_other_engines_have_needs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(CATALOG)
+    (model,) = load_catalog(path).models
+    assert (model.file, model.aliases, model.fim) == ("", ("org/Big",), FIM)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('aliases = ["a", 1]', "model 1: expected strings as 'aliases', got ('a', 1)"),
+        ('aliases = "a"', "model 1: expected list as 'aliases', got 'a'"),
+        ('fim = ["a", "b"]\naliases = ["a"]', "model 1: expected three marks as 'fim', got 2"),
+        ("", "model 1: expected str as 'file', got None"),
+    ],
+)
+def test_a_bad_model(tmp_path: Path, more: str, message: str) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(CATALOG.split("aliases")[0] + more)
+    with pytest.raises(ValueError, match="model 1: ") as caught:
+        load_catalog(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        (["m"], "m"),
+        (["other", "org/M"], "org/M"),
+        (["m:7b", "org/M"], "org/M"),
+        (["/srv/models/m-q4.gguf"], "/srv/models/m-q4.gguf"),
+        ([r"C:\models\m-q4.gguf"], r"C:\models\m-q4.gguf"),
+        (["m-q4"], "m-q4"),
+        (["m-q4.gguf", "m"], "m"),
+        (["M", "org/m", "m-q8.gguf"], None),
+        ([], None),
+    ],
+)
+def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
+    found = find_models([MODEL], {entry: {} for entry in listed})
+    assert found == ({} if name is None else {"m": (name, {})})
+
+
+# -------------------------------------------------------------------------------------- requests of engines
+
+ASKED = {"max_tokens": 64, "temperature": 0, "stop": ["a", "b", "c", "d", "e"], "mode": "complete", "prompt": "x ="}
+GAP = ASKED | {"mode": "infill", "suffix": "\ny", "extra": [{"filename": "b.py", "text": "import os"}]}
+SAID = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "```python\n"}]
+CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {"messages": SAID, "seed": 7, "top_p": 0.9}
+INSTRUCT = CHAT | {"mode": "instruct"}
+PLAIN = {name: value for name, value in ASKED.items() if name != "stop"} | {"stop": [], "top_p": 1.0}
+COMMON = {"model": "org/M", "stream": True, "temperature": 0}
+OPENAI = COMMON | {"max_tokens": 64, "stop": ["a", "b", "c", "d"], "stream_options": {"include_usage": True}}
+UNSTOPPED = {name: value for name, value in OPENAI.items() if name != "stop"}
+LLAMA = COMMON | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "timings_per_token": True}
+LLAMA |= {"return_progress": True, "cache_prompt": True}
+LLAMA["response_fields"] = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
+LIVE = {"timings_per_token": True, "return_progress": True}
+FILES_OF_GAP = [{"filename": "b.py", "text": "import os"}]
+
+
+@pytest.mark.parametrize(
+    ("api", "kind", "asked", "fim", "body"),
+    [
+        ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
+        ("openai", "infill", GAP, FIM, OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"}),
+        ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
+        ("openai", "chat", INSTRUCT, FIM, OPENAI | {"messages": SAID[:1], "seed": 7, "top_p": 0.9}),
+        ("openai", "chat", CHAT, FIM, OPENAI | {"messages": SAID, "seed": 7, "top_p": 0.9}),
+        ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
+        ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
+        ("llama.cpp", "infill", GAP, FIM, LLAMA | {"input_prefix": "x =", "input_suffix": "\ny", "prompt": "",
+                                                  "input_extra": FILES_OF_GAP}),
+        ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | {"messages": SAID[:1], "seed": 7, "top_p": 0.9}),
+    ],
+)  # fmt: skip
+def test_what_an_engine_is_asked(api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any) -> None:
+    assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
+
+
+def test_an_answer_must_fit_into_the_context() -> None:
+    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=50))["max_tokens"] == 50
+    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=-50))["max_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ({"message": "request (1180 tokens) exceeds the available context size (512 tokens), try increasing it",
+          "type": "exceed_context_size_error", "n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),
+        ({"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4488 in "
+                     "the messages, 512 in the completion). Please reduce the length."}, (4096, 4488)),
+        ({"message": "This model's maximum context length is 2048 tokens. Your request has 2100 input tokens."},
+         (2048, 2100)),
+        ({"message": "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length "
+                     "is 2048 tokens and your request has 1900 input tokens (512 > 2048 - 1900)."}, (2048, 1900)),
+        ({"message": "Requested tokens (600) exceed context window of 512"}, (512, 600)),
+        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", (4096, 5000)),
+        ("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens and 512 `max_new_tokens`",
+         (4096, 4000)),
+        ({"message": "This model's maximum context length is 4097 tokens, however you requested 5097 tokens (1000 in "
+                     "your prompt; 4097 for the completion)."}, (4097, 1000)),
+        ({"message": "maximum context length is 4096 tokens"}, (4096, 0)),
+        ("`inputs` must have less than 4095 tokens. Given: 5000", (4095, 5000)),
+        ({"message": "Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a "
+                     "total of 5012 tokens: 4500 tokens from the input messages and 512 tokens for the completion."},
+         (4096, 4500)),
+        ("Input length (5000 tokens) exceeds the maximum allowed length (4090 tokens)", (4090, 5000)),
+        ("The decoder prompt (length 5000) is longer than the maximum model length of 4096.", (4096, 5000)),
+        ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", (32768, 40000)),
+        ("maximum context length is 32768 tokens. However, you requested about 40000 tokens (39488 of text input, 512 "
+         "in the output).", (32768, 39488)),
+        ("The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 10247 >= "
+         "n_ctx: 4096)", (4096, 10247)),
+        ("Trying to keep the first 15857 tokens when context the overflows. However, the model is loaded with context "
+         "length of only 4096 tokens", (4096, 15857)),
+        ("This model's maximum prompt length is 4096 but the request contains 5000 tokens.", (4096, 5000)),
+        ("Prompt length 5000 is greater than max_seq_len 4096", (4096, 5000)),
+        ({"message": "It exceeds the context window of this model.", "code": "context_length_exceeded"}, (0, 0)),
+        ({"message": "suffix is not currently supported"}, None),
+        ({"message": "temperature must be <= 2"}, None),
+        ({"message": "the context length is 16 tokens"}, None),
+        ({"message": 5}, None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_how_engines_say_that_a_prompt_is_too_long(error: Any, told: tuple[int, int] | None) -> None:
+    lengths = {"n_ctx": told[0], "prompt_tokens": told[1]} if told else {}
+    expected = {name: length for name, length in lengths.items() if length}
+    assert read_overflow(error) == (None if told is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("props", "told"),
+    [
+        ({"default_generation_settings": {"n_ctx": 512}, "n_ctx": 700}, {"n_ctx": 512}),
+        ({"default_generation_settings": 1, "n_ctx": 700}, {"n_ctx": 700}),
+        ({"default_generation_settings": {"n_ctx": True}}, {}),
+        ({"default_generation_settings": {"n_ctx": 7}}, {}),
+        ({}, {}),
+    ],
+)
+def test_the_context_that_props_tell(props: dict[str, Any], told: dict[str, Any]) -> None:
+    assert read_props(props) == told
+
+
+LONG_MESSAGE = (
+    "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in the messages)."
+)
+LONG = {"error": {"message": LONG_MESSAGE}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "message", "counted"),
+    [
+        (
+            401,
+            {"error": "x"},
+            "VPS_UNAVAILABLE",
+            "VPS backend refuses our key: expected the right one in GPU_KEY",
+            False,
+        ),
+        (403, {}, "VPS_UNAVAILABLE", "VPS backend refuses our key: expected the right one in GPU_KEY", False),
+        (404, {}, "MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call", False),
+        (429, {}, "RATE_LIMIT", "VPS backend has too many requests; try again later", False),
+        (400, LONG, "INVALID_REQUEST", "expected a shorter prompt, got one that exceeds the context", False),
+        (400, {"error": {"message": "/srv/key"}}, "VPS_UNAVAILABLE", "VPS backend refuses the request (400)", False),
+        (422, {"detail": []}, "VPS_UNAVAILABLE", "VPS backend refuses the request (422)", False),
+        (501, {}, "VPS_UNAVAILABLE", "VPS backend refuses the request (501)", False),
+        (503, {"error": {"message": "Loading model"}}, "VPS_UNAVAILABLE", "VPS backend is loading its model", False),
+        (500, {"error": "Traceback"}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 500)", True),
+        (503, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 503)", True),
+        (307, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 307)", True),
+        (204, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 204)", True),
+    ],
+)
+def test_a_refusal_of_an_engine(status: int, body: Any, code: str, message: str, counted: bool) -> None:
+    error = engine_refusal(status, json.dumps(body).encode(), "GPU_KEY")
+    assert (error.code, error.message, isinstance(error, BackendFailure)) == (code, message, counted)
+
+
+# ---------------------------------------------------------------------------------------- streams of engines
+
+# A fake text of a def whose body is whole before the model goes on.
+PIECES = ("    return", " a + b", "\n", "\n", "print(add(1, 2))", "\n")
+BODY = "    return a + b\n"
+
+
+def data(members: Any) -> bytes:
+    return b"data: " + json.dumps(members).encode() + b"\n\n"
+
+
+def text_chunk(text: str, reason: str | None = None, **more: Any) -> bytes:
+    return data({"choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], **more})
+
+
+def chat_chunk(reason: str | None = None, /, **delta: Any) -> bytes:
+    return data({"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+
+
+def llama_chunk(text: str, count: int, **more: Any) -> bytes:
+    return data({"index": 0, "content": text, "stop": False, "tokens_predicted": count, "tokens_evaluated": 9, **more})
+
+
+TIMINGS = {"cache_n": 4, "prompt_n": 5, "prompt_ms": 250.0, "predicted_n": 2, "predicted_per_second": 20.0}
+USAGE = data({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}})
+END = b"data: [DONE]\n\n"
+LAST = {"index": 0, "content": "", "stop": True, "stop_type": "eos", "tokens_predicted": 2, "tokens_evaluated": 9}
+
+# The dialect, the request, the stream, the text that a client gets, and the result.
+STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
+    "vLLM's text with its usage": (
+        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "stop") + USAGE + END, "1 + 2",
+        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+    ),
+    "a text that its limit cuts": (
+        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "length") + END, "1 + 2",
+        {"finish_reason": "length", "total_tokens": 2},
+    ),
+    "no [DONE]": (OPENAI_TEXT, {}, text_chunk("1", "eos_token"), "1", {"finish_reason": "stop", "total_tokens": 1}),
+    "no blank line at its end": (
+        OPENAI_TEXT, {}, (text_chunk("1", "stop") + END)[:-2], "1", {"finish_reason": "stop", "total_tokens": 1}
+    ),
+    "odd counts": (
+        OPENAI_TEXT, {},
+        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None}),
+        "1", {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "a count of nothing": (
+        OPENAI_TEXT, {}, text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), "1",
+        {"finish_reason": "stop", "prompt_tokens": 0, "total_tokens": 1},
+    ),
+    "nulls and members of other types": (
+        OPENAI_TEXT, {}, data({"choices": None, "error": None}) + data({"choices": [7]}) + data({"choices": [{}]})
+        + text_chunk("1") + data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}), "1",
+        {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "comments and events that nobody knows": (
+        OPENAI_TEXT, {}, b": ping\n\nevent: x\nid: 1\n\n" + data({"news": 1}) + text_chunk("1", "stop"), "1",
+        {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "a fault behind the end": (
+        OPENAI_TEXT, {}, text_chunk("1", "stop") + data({"error": "boom"}) + text_chunk("2"), "1",
+        {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "no JSON behind the end": (
+        OPENAI_TEXT, {}, text_chunk("1", "stop") + b"data: {oops\n\n", "1", {"finish_reason": "stop", "total_tokens": 1}
+    ),
+    "more than was asked for": (
+        OPENAI_TEXT, {"max_tokens": 2}, text_chunk("1") + text_chunk("2") + text_chunk("3") + text_chunk("4"), "12",
+        {"finish_reason": "length", "total_tokens": 2},
+    ),
+    "a mark of the bytes' order": (
+        OPENAI_TEXT, {}, b"\xef\xbb\xbf" + text_chunk("1", "stop"), "1", {"finish_reason": "stop", "total_tokens": 1}
+    ),
+    "a second choice": (
+        OPENAI_TEXT, {}, data({"choices": [{"index": 1, "text": "X"}]}) + data({"choices": [
+            {"index": 1, "text": "Y", "finish_reason": "stop"}, {"index": 0, "text": "1"}]}) + text_chunk("2", "stop"),
+        "12", {"finish_reason": "stop", "total_tokens": 2},
+    ),
+    "a reason that is an object": (
+        OPENAI_TEXT, {}, text_chunk("1") + text_chunk("", {"type": "length", "length": 1}), "1",  # type: ignore[arg-type]
+        {"finish_reason": "length", "total_tokens": 1},
+    ),
+    "an empty count behind the real one": (
+        OPENAI_TEXT, {}, text_chunk("1", "stop") + USAGE + data({"choices": [], "usage": None}) + END, "1",
+        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+    ),
+    "numbers that nobody can count": (
+        COMPLETION, {}, llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}) + data(LAST), "1",
+        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2},
+    ),
+    "a text in parts": (
+        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+        chat_chunk("stop", content=[{"type": "text", "text": "H"}, {"type": "text", "text": "i"}, 7]), "Hi",
+        {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "no text at all": (OPENAI_TEXT, {}, text_chunk("", "stop") + END, "", {"finish_reason": "stop", "total_tokens": 0}),
+    "the natural end": (
+        OPENAI_TEXT, {"prompt": "def add(a, b):\n", "language": "python"}, b"".join(map(text_chunk, PIECES)), BODY,
+        {"finish_reason": "block", "total_tokens": 5},
+    ),
+    "a gap that meets its suffix": (
+        OPENAI_TEXT, {"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
+        text_chunk("2, 3") + text_chunk("]\ny = 2") + text_chunk("\n"), "2, 3",
+        {"finish_reason": "stop", "total_tokens": 2},
+    ),
+    "a stop string over two events": (
+        OPENAI_TEXT, {"stop": ["END"]}, text_chunk("1E") + text_chunk("ND2"), "1",
+        {"finish_reason": "stop", "total_tokens": 2},
+    ),
+    "a mark that leaks": (
+        OPENAI_TEXT, {}, text_chunk("1<|end") + text_chunk("oftext|>Human:"), "1",
+        {"finish_reason": "stop", "total_tokens": 2},
+    ),
+    "a mark that the prompt has, too": (
+        OPENAI_TEXT, {"prompt": "end = '<|endoftext|>'\nx ="}, text_chunk(" '<|endoftext|>'", "stop"),
+        " '<|endoftext|>'", {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "a character in two events": (
+        OPENAI_TEXT, {}, text_chunk("a") + b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n'
+        b'data: {"choices": [{"text": "\xac"}]}\n\n' + text_chunk("b", "stop"), "a\u20acb",
+        {"finish_reason": "stop", "total_tokens": 4},
+    ),
+    "half of a surrogate pair in each of two events": (
+        OPENAI_TEXT, {}, text_chunk("\ud83d") + text_chunk("\ude00", "stop"), "\U0001f600",
+        {"finish_reason": "stop", "total_tokens": 2},
+    ),
+    "a chat": (
+        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+        chat_chunk(role="assistant", content="") + chat_chunk(content="Hi") + chat_chunk(content="!")
+        + chat_chunk("stop") + USAGE + END, "Hi!", {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+    ),
+    "thoughts are no answer": (
+        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+        chat_chunk(reasoning_content="hm") + chat_chunk(content=None) + chat_chunk("stop", content="Hi"), "Hi",
+        {"finish_reason": "stop", "total_tokens": 1},
+    ),
+    "the code of an instruction alone": (
+        OPENAI_CHAT, {"messages": SAID, "mode": "instruct", "language": "python"},
+        chat_chunk(content="Here you are:\n\n```py") + chat_chunk(content="thon\nx = 1\n``")
+        + chat_chunk(content="`\nBye") + chat_chunk(content="."),
+        "x = 1\n", {"finish_reason": "stop", "total_tokens": 3},
+    ),
+    "a chat in one piece": (
+        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+        data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
+        "Hi", {"finish_reason": "stop", "prompt_tokens": 3, "total_tokens": 1},
+    ),
+    "llama-server": (
+        COMPLETION, {}, llama_chunk("1", 1) + llama_chunk("2", 2) + data({**LAST, "timings": TIMINGS}), "12",
+        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2, "cached_tokens": 4, "ttft": 0.25,
+         "tokens_per_second": 20.0},
+    ),
+    "llama-server at its limit": (
+        COMPLETION, {}, llama_chunk("1", 1) + data(LAST | {"stop_type": "limit"}), "1",
+        {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 2},
+    ),
+    "llama-server, formerly": (
+        COMPLETION, {}, llama_chunk("1", 1) + data({"content": "", "stop": True, "stopped_limit": True}), "1",
+        {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 1},
+    ),
+    "llama-server before its end": (
+        COMPLETION, {"prompt": "def add(a, b):\n", "language": "python"},
+        b"".join(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
+        BODY, {"finish_reason": "block", "prompt_tokens": 9, "total_tokens": 5, "cached_tokens": 4, "ttft": 0.25,
+         "tokens_per_second": 20.0},
+    ),
+}  # fmt: skip
+
+BASE = {"prompt": "x =", "mode": "complete"}
+
+
+def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
+    """The text and the result of a stream that is read in pieces of `cut` bytes."""
+    dialect, asked, stream, _, _ = STREAMS[name]
+    translator, events = Translator(dialect, BASE | asked, []), Events()
+    pairs = []
+    for start in range(0, len(stream), cut):
+        pairs += translator.feed(events.feed(stream[start : start + cut]), 0.0)
+    if not translator.done:
+        pairs += translator.feed(events.feed(b"\n\n"), 0.0)
+    if not translator.done:
+        pairs.append(translator.end())
+    (result,) = [value for kind, value in pairs if kind == "done"]
+    assert pairs[-1] == ("done", result)
+    assert {kind for kind, _ in pairs} <= {"text", "done"}
+    return cerebrum_backends.read_text(b"".join(value for kind, value in pairs if kind == "text")), result
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1 << 20])
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_of_an_engine(name: str, cut: int) -> None:
+    *_, text, result = STREAMS[name]
+    assert translate(name, cut) == (text, result)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (text_chunk("1"), "it ended without saying that it is done"),
+        (text_chunk("1") + END, "it ended without saying that it is done"),  # llama_cpp.server, cut by another request
+        (data({"error": {"message": "boom at /srv/x.py", "code": 500}}), "it reported an error"),
+        (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
+        (data({"object": "error", "message": "boom"}), "it reported an error"),
+        (b"error: {}\n\n", "it reported an error"),
+        (text_chunk("1", "abort"), "it gave up"),
+        (text_chunk("", "error"), "it gave up"),
+        (b"data: {oops\n\n", "it sent an event that is not JSON"),
+        (b"data: 1\n\n", "it sent an event that is not JSON"),
+        (b'event: error\ndata: {"message": "boom"}\n\n', "it reported an error"),
+        (b'{"error": {"message": "boom"}}\n\n', "it reported an error"),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "it sent an event that is not JSON"),
+    ],
+)
+def test_a_stream_that_fails(stream: bytes, message: str) -> None:
+    translator = Translator(OPENAI_TEXT, BASE, [])
+    with pytest.raises(BackendFailure) as caught:
+        [*translator.feed(stream, 0.0), translator.end()]
+    assert caught.value.message == f"VPS backend is unavailable ({message})"
+
+
+def test_an_engine_that_says_nothing_is_not_to_blame() -> None:
+    with pytest.raises(HttpError, match=r"^VPS backend answered nothing; a lower n_ctx of it may help$") as caught:
+        Translator(OPENAI_TEXT, BASE, []).end()
+    assert not isinstance(caught.value, BackendFailure)
+
+
+def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
+    with pytest.raises(HttpError) as caught:
+        list(Translator(OPENAI_TEXT, BASE, []).feed(data(LONG), 0.0))
+    assert (caught.value.code, caught.value.extra) == ("INVALID_REQUEST", {"n_ctx": 512, "prompt_tokens": 800})
+
+
+def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
+    translator = Translator(OPENAI_TEXT, BASE | {"predict_ms": 500}, [])
+    assert list(translator.feed(text_chunk("1"), 10.0))[-1][0] == "text"
+    assert list(translator.feed(text_chunk("2"), 10.9))[-1][0] == "text"
+    assert list(translator.feed(text_chunk("3\n"), 11.0))[-1] == (
+        "done",
+        {"finish_reason": "length", "total_tokens": 3},
+    )
+
+
+def test_progress_is_passed_on_to_those_who_ask() -> None:
+    event = data({"content": "", "stop": False, "prompt_progress": {"total": 90, "cache": 0, "processed": 64}})
+    odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
+    wanted = Translator(COMPLETION, BASE | {"progress": True}, [])
+    assert list(wanted.feed(event + odd, 0.0)) == [("progress", {"stage": "prefill", "done": 64, "total": 90})]
+    assert list(Translator(COMPLETION, BASE, []).feed(event, 0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["a", "b"], "ab"),
+        (["\udce2\udc82", "\udcac"], "\u20ac"),
+        (["\udce2", "\udc82\udcac."], "\u20ac."),
+        (["\udce2", "x"], "\ufffdx"),
+        (["\ud83d", "\ude00"], "\U0001f600"),
+        (["\ud83d\ude00", ""], "\U0001f600"),
+        (["\ud83d\udc80"], "\U0001f480"),  # its second half looks like a byte
+        (["\ude00x"], "\ufffdx"),
+    ],
+)
+def test_characters_that_an_engine_has_cut(pieces: list[str], text: str) -> None:
+    characters = Characters()
+    assert "".join(map(characters.feed, pieces)) == text
+
+
+# ------------------------------------------------------------------------------- engines behind a real gateway
+
+LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
+VLLM = (CHUNKED, chunk(text_chunk("1")), chunk(text_chunk(" + 2", "stop")), chunk(USAGE), chunk(END), b"0\r\n\r\n")
+LLAMA_SERVER = (
+    CHUNKED,
+    *(chunk(llama_chunk(text, n)) for n, text in enumerate("ab", 1)),
+    chunk(data(LAST)),
+    b"0\r\n\r\n",
+)
+
+
+def engine(port: int, api: str = "openai", **more: Any) -> Any:
+    return backend_at(port, "gpu", api=api, key="gpu-key", key_env="GPU_KEY", **more)
+
+
+def result_of(reply: Any) -> dict[str, Any]:
+    """The done event, without what the clock decides."""
+    (done,) = [event for event in reply.events if isinstance(event, dict) and event.get("done")]
+    return {name: value for name, value in done.items() if name not in ("timestamp", "inference_time")}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
+@pytest.mark.parametrize(
+    ("api", "script", "text", "more", "path"),
+    [
+        ("openai", VLLM, "1 + 2", {"prompt_tokens": 9, "total_tokens": 3}, "/v1/completions"),
+        ("llama.cpp", LLAMA_SERVER, "ab", {"prompt_tokens": 9, "total_tokens": 2}, "/completion"),
+    ],
+)
+def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
+    async def scenario() -> None:
+        async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
+            reply = await pi.stream()
+            assert (reply.status, reply.clean) == (200, True)
+            assert "".join(event["token"] for event in reply.events if "token" in event) == text
+            assert result_of(reply) == {
+                "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
+                "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
+            }  # fmt: skip
+            whole = await pi.complete()
+            assert (whole.status, whole.json["completion"]) == (200, text)
+            line, headers, body = backend.asked[-1]
+            assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
+            assert headers["authorization"] == "Bearer gpu-key"
+            assert "x-api-key" not in headers
+            listed = (await pi.get("/v1/models")).json["models"][3]
+            assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "part", "counted"),
+    [
+        ([answer(200, {"error": {"message": "boom"}})], 503, "(it reported an error)", True),
+        ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], 503, "(it reported an error)", True),
+        ([CHUNKED, b"0\r\n\r\n"], 503, "answered nothing", False),
+        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "answered nothing", False),
+        ([CHUNKED, RESET], 503, "(the connection broke in the middle of its answer)", True),
+        ([CHUNKED], 503, "in the middle of its answer", True),
+        ([], 503, "(it closed the connection without an answer)", True),
+        ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], 503, "(it answered 307)", True),
+        ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], 503, "not of the type", True),
+        ([answer(401, {"detail": "Invalid API key"})], 503, "expected the right one in GPU_KEY", False),
+        (
+            [answer(404, {"error": {"message": "The model `x` does not exist."}})],
+            404,
+            "does not have this model",
+            False,
+        ),
+        ([answer(429, {})], 429, "too many requests", False),
+        ([answer(400, {"error": {"message": "no"}})], 503, "refuses the request (400)", False),
+    ],
+)
+def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
+    async def scenario() -> None:
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
+            reply = await pi.complete()
+            assert reply.status == status
+            assert part in reply.json["message"]
+            assert "boom" not in reply.json["message"]
+            assert len(backend.completions) == 1
+            assert pi.gateway.first.breaker.describe(0)["failures"] == int(counted)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("rest", "part"),
+    [
+        ([chunk(data({"error": "boom"})), b"0\r\n\r\n"], "it reported an error"),
+        ([chunk(END), b"0\r\n\r\n"], "without saying that it is done"),
+        ([b"0\r\n\r\n"], "without saying that it is done"),
+        ([RESET], "the connection broke"),
+        ([], "in the middle of its answer"),
+        ([chunk(b"data: {oops\n\n")], "not JSON"),
+    ],
+)
+def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
+    async def scenario() -> None:
+        script = [CHUNKED, chunk(text_chunk("1")), *rest]
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            reply = await pi.stream()
+            assert (reply.status, reply.clean) == (200, False)
+            token, error = reply.events
+            assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
+            assert part in error["message"]
+            assert len(backend.completions) == 1
+
+    run(scenario())
+
+
+def test_the_tokens_of_an_engine_take_the_express_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the client keeps up. What the natural end holds back goes out with the token that frees it."""
+    lane: list[str] = []
+    express = cm4d.Gateway._express
+
+    def spy(gateway: Any, job: Any, one: Any, piece: bytes) -> bytes:
+        rest = express(gateway, job, one, piece)
+        if not rest:
+            lane.append(cerebrum_backends.read_text(piece[piece.index(b"\n") + 1 : -2]))
+        return rest
+
+    monkeypatch.setattr(cm4d.Gateway, "_express", spy)
+
+    async def scenario() -> None:
+        seen = [asyncio.Event() for _ in PIECES]
+        steps = [
+            step for piece, gate in zip(PIECES, seen, strict=True) for step in (chunk(text_chunk(piece)), gate.wait)
+        ]
+        async with Backend([[CHUNKED, *steps]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            body = {"prompt": "def add(a, b):\n", "language": "python"}
+            reader, writer = await pi.open("POST", "/v1/complete/stream", body)
+            await reader.readuntil(b"return")
+            seen[0].set()
+            await reader.readuntil(b"a + b")
+            for gate in seen[1:]:
+                gate.set()
+            rest = await reader.read()
+            assert b'"finish_reason": "block"' in rest
+            assert b"print" not in rest
+            assert lane[0] == " a + b"
+            writer.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("reason", ["stop", None])
+def test_an_engine_that_does_not_stream(reason: str | None) -> None:
+    """Its answer in one piece is whole, even without a reason. After a failure elsewhere it names its own model."""
+
+    async def scenario() -> None:
+        choice = {"index": 0, "text": "1 + 2", "finish_reason": reason}
+        whole = answer(200, {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 4}})
+        broken = answer(200, {"models": [{"id": "qwen_1_5b", "n_ctx": 4096}]})
+        async with (
+            Backend([[CHUNKED, RESET]], models=broken) as first,
+            Backend([[whole]], models=LISTED) as backend,
+            pi_for(backend_at(first.port, "first"), engine(backend.port)) as pi,
+        ):
+            reply = await pi.ask("POST", "/v1/completions", {"prompt": "# language: python\nx ="})
+            assert reply.json["choices"][0]["text"] == "1 + 2"
+            assert reply.json["model"] == "qwen_0_5b"
+            assert reply.json["usage"]["total_tokens"] == 7
+
+    run(scenario())
+
+
+def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
+    """Else it would stay shut out as long as its other answers run."""
+
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            first = pi.gateway.first
+            _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+            await backend.begun.wait()
+            for _ in range(cm4d.FAILURES_TO_OPEN):
+                first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+            await first.probe()
+            assert first.breaker.state == "half-open"
+            writer.transport.abort()
+
+    run(scenario())
+
+
+def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cm4d, "COUNTS_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
+        scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
+        async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            for _ in scripts:
+                reply = await pi.complete()
+                assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
+def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        async with (
+            Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend,
+            pi_for(engine(backend.port)) as pi,
+        ):
+            reply = await pi.complete()
+            assert (reply.status, reply.json["message"]) == (
+                503,
+                "VPS backend is unavailable (it did not answer in time)",
+            )
+
+    run(scenario())
+
+
+def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its client gets a comment now and then."""
+    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.2)
+    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
+    thought = chunk(chat_chunk(reasoning_content="hm"))
+    end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
+
+    async def scenario() -> None:
+        gates = [asyncio.Event() for _ in range(12)]
+        steps = [step for gate in gates for step in (gate.wait, thought)]
+        async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            body = {"prompt": "x", "instruction": "y", "language": "python"}
+            reader, writer = await pi.open("POST", "/v1/complete/stream", body)
+            for gate in gates:
+                await reader.readuntil(b"\n\n\r\n")  # a comment
+                gate.set()
+            assert b'"token": "x = 1' in await reader.read()
+            writer.close()
+
+    run(scenario())
+
+
+def test_what_follows_the_natural_end_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            reply = await pi.stream(prompt="def add(a, b):\n")
+            assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
+            assert result_of(reply)["finish_reason"] == "block"
+            await asyncio.wait_for(backend.left.wait(), 30)
+            assert pi.gateway.requests_active == 0
+
+    run(scenario())
+
+
+def test_a_client_that_leaves_ends_the_engines_work() -> None:
+    async def scenario() -> None:
+        script = [CHUNKED, chunk(text_chunk("1")), HANG]
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            await reader.readuntil(b"1}\n\n")
+            writer.transport.abort()
+            await asyncio.wait_for(backend.left.wait(), 30)
+            await until(lambda: pi.gateway.requests_active == 0)
+
+    run(scenario())
+
+
+def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head comes only when it has read the prompt; then it pauses again."""
+    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        heads, rest = asyncio.Event(), asyncio.Event()
+        script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+            for gate in (heads, rest):
+                await reader.readuntil(b"\n\n\r\n")  # a comment
+                gate.set()
+            body = await reader.read()
+            assert body.count(b'"token"') == 2
+            assert b'"done": true' in body
+            writer.close()
+
+    run(scenario())
+
+
+def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            assert "did not answer in time" in (await pi.complete()).json["message"]
+            assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
+
+    run(scenario())
+
+
+def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
+    message = (
+        "This model's maximum context length is 256 tokens. However, you requested 900 tokens (800 in the messages)"
+    )
+    refused = answer(400, {"error": {"message": message}})
+
+    async def scenario() -> None:
+        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+            prompt = "x = 1\n" * 400
+            assert (await pi.complete(prompt=prompt)).status == 200
+            first, second = backend.completions
+            assert first["prompt"] == prompt
+            assert len(second["prompt"]) < len(prompt) / 2
+            assert second["max_tokens"] < 256
+            assert (await pi.complete(prompt=prompt)).status == 200
+            assert len(backend.completions) == 3, "the context's length was forgotten"
+            assert pi.gateway.n_ctx("qwen_0_5b") == 256
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("told", "message", "n_ctx"),
+    [
+        ({}, "invalid stop: the context window 16 chars", 4096),
+        ({}, "the context length is 9000 tokens", 4096),
+        ({}, "maximum context length is 1000 tokens, and you requested 900000 input tokens", 1000),
+        ({"max_model_len": 2048}, "maximum context length is 1000 tokens", 2048),
+        ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
+    ],
+)
+def test_what_a_refusal_says_of_the_context_may_be_misread(told: dict[str, Any], message: str, n_ctx: int) -> None:
+    """The prompt is fitted once more, shorter, and the length is kept if nobody else tells one that is plausible."""
+
+    async def scenario() -> None:
+        refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
+        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+            assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
+            first, second = (len(asked["prompt"]) for asked in backend.completions)
+            assert 0.1 * first < second < 0.9 * first
+            assert pi.gateway.n_ctx("qwen_0_5b") == n_ctx
+
+    run(scenario())
+
+
+def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
+    async def scenario() -> None:
+        refused = answer(400, {"error": {"message": LONG_MESSAGE}})
+        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+        async with (
+            Backend([[refused]], models=listed) as short,
+            Backend() as own,
+            pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
+        ):
+            reply = await pi.complete(prompt="x = 1\n" * 300)
+            assert (reply.status, reply.json["backend"]) == (200, "own")
+            assert (len(short.completions), len(own.completions)) == (2, 1)
+
+    run(scenario())
+
+
+def test_an_impossible_count_teaches_nothing() -> None:
+    async def scenario() -> None:
+        counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
+        async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
+            assert pi.gateway.first.ratio.get("qwen_0_5b") == 3.0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        b'[{"id": "qwen_0_5b"}]',
+        b'\xef\xbb\xbf{"data": [{"id": "qwen_0_5b"}]}',
+        b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}',
+    ],
+)
+def test_a_list_that_is_not_strict(listed: bytes) -> None:
+    async def scenario() -> None:
+        whole = (
+            head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
+        )
+        async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
+            assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("refused", "part"),
+    [
+        (head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b", "refuses our key"),
+        (head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000, "does not have this model"),
+    ],
+)
+def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
+    async def scenario() -> None:
+        async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            assert part in (await pi.complete()).json["message"]
+            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+
+    run(scenario())
+
+
+def test_an_engine_that_asks_for_patience_is_there() -> None:
+    async def scenario() -> None:
+        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            backend.models = answer(429, {})
+            await pi.gateway.first.probe()
+            assert pi.gateway.available
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("api", "told", "table", "n_ctx"),
+    [
+        ("openai", {"max_model_len": 1000}, {}, 1000),
+        ("openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500),
+        ("openai", {"max_model_len": "long"}, {}, 4096),
+        ("llama.cpp", {}, {}, 512),
+    ],
+)
+def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
+    async def scenario() -> None:
+        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+        props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
+        async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
+            assert pi.gateway.n_ctx("qwen_0_5b") == n_ctx
+
+    run(scenario())
+
+
+def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again at each probe."""
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        broken = answer(500, {"error": "Traceback"})
+        async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
+            assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
+            assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
+            backend.models = LISTED
+            await until(lambda: pi.gateway.available)
+            assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with (
+            Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
+            pi_for(engine(backend.port)) as pi,
+        ):
+            answer = asyncio.create_task(pi.complete())
+            await backend.begun.wait()
+            await until(lambda: len(pi.gateway.backends[0].active) == 1)
+            asked, probes = len(backend.asked), pi.gateway.probes
+            pi.gateway.first.wake.set()
+            await pi.gateway.first.probe()
+            await pi.gateway.first.learn_models()
+            assert (len(backend.asked), pi.gateway.probes) == (asked, probes)
+            go.set()
+            assert (await answer).status == 200
+            await until(lambda: pi.gateway.probes > probes)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("n_ctx", [-5, 0, True, 10**9, "4096", None])
+def test_a_length_that_cannot_be_is_not_believed(n_ctx: Any) -> None:
+    async def scenario() -> None:
+        error = {"error": {"message": "x", "n_ctx": n_ctx, "n_prompt_tokens": 800}}
+        listed = answer(200, {"data": [{"id": "qwen_0_5b", "max_model_len": n_ctx}]})
+        async with Backend([[answer(400, error)]], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+            assert (await pi.complete()).json["message"] == "VPS backend refuses the request (400)"
+            assert len(backend.completions) == 1
+            assert pi.gateway.n_ctx("qwen_0_5b") == 4096
+
+    run(scenario())
+
+
+def test_an_engine_without_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with Backend(models=answer(200, {"data": []})) as backend, pi_for(engine(backend.port)):
+            pass
+
+    run(scenario())
+    assert "gpu: expected a model of models.toml, got none" in caplog.text
+
+
+def test_an_engine_with_none_of_our_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
+        async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
+            reply = await pi.complete()
+            assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
+            assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
+            assert backend.completions == []
+
+    run(scenario())
+    assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
+
+
+def test_the_tokens_of_a_text_come_from_llama_server() -> None:
+    async def scenario() -> None:
+        script = [answer(200, {"tokens": [1, 2]})]
+        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
+            reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
+            assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
+            line, _, body = backend.asked[-1]
+            assert line == "POST /tokenize HTTP/1.1"
+            assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
+        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+            reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
+            assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
+
+    run(scenario())
+
+
+def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:
+    marks = {model.id: model.fim for model in load_catalog(ROOT / "models.toml").models}
+    assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == FIM
+    assert marks["codellama_7b"] == ("<PRE> ", " <SUF>", " <MID>")
