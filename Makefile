@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality editor drafts prepare parse page))
 
-.PHONY: help run test test-clients test-slow lint bench fuzz clean
+.PHONY: help run test test-clients test-engines test-slow lint bench fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -20,6 +20,10 @@ test: ## the tests, with the default model
 test-clients: ## other people's clients, which are installed for it, against both daemons
 	@./run.sh setup clients
 	$(PYTHON) -m pytest -m clients
+
+test-engines: ## other people's engines, which are built for it (about four minutes, once), behind the Pi
+	@./run.sh setup engines
+	$(PYTHON) -m pytest -m engines
 
 test-slow: ## the tests that take minutes, need root or a second model (1.1 GB)
 	@./run.sh setup test

