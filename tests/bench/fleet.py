@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""How far one Pi goes with many backends: a simulated fleet, and how many streams it relays.
+
+    python tests/bench/fleet.py [--clients 1000] [--rounds 3] [--python /usr/bin/python3]
+
+The fleet is that of tests/fleet.py: 20 scripted backends, most of which fail now and then, some 60 places for 100
+clients at a time, all in this process. Everything else is measured with a real cm4d.py, whose backends are one scripted
+process; it streams Python code, the body of one function, so the natural end has to look at all of it. Prints one line
+of JSON:
+
+    first_token_ms       p50, p95 and p99 by kind of request, from its connection on; the last attempt counts
+    answers_s            whole answers per second
+    retries, told_429    requests that another backend got, and those that were told to come again
+    backends             of each: requests, whole answers, places, and how many were in use at most
+    relayed              by the backends' API: how many streams of 20 tokens/s, a GPU's pace for one stream, are relayed
+                         at the same time until the CPU is full (`cpu`), the added delay's p95 is above 50 ms (`delay`)
+                         or the Pi takes no more connections (`connections`); with the CPU's share and that delay there
+    routing_us           of `Gateway._choose`, by the number of backends; `assign_us` is with taking a place and giving
+                         it back
+    *_cpu_us_per_token   of cm4d.py's process, for 2 streams of 200 tokens/s; `foreign` is of an `openai` backend
+    peak_rss_mb          VmHWM with 5 backends (2 cerebrum, 2 openai, 1 llama.cpp) after streams from each
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import timeit
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a fleet.py too
+
+from harness import ROOT, Daemon, daemon, program, wait_until
+from relay import HEAD, STREAM_HEAD, Target, chunk, percentile, receive
+
+PACE, TOKENS = 20, 64  # tokens/s of one stream, and how many it has
+STEPS = (60, 120, 180, 240)  # streams at a time; the Pi takes 256 connections, 128 of one address
+MAX_DELAY_MS, FULL_CPU = 50.0, 0.95
+LOADED = 2, 200, 512  # streams, tokens/s of each, tokens: for the CPU time of a token
+PATHS = {"cerebrum": "/v1/inference/stream", "openai": "/v1/completions", "llama.cpp": "/completion"}
+STAMP = re.compile(rb" (\d{10,})")
+
+# ----------------------------------------------------------------------------------------- the backend
+
+LISTED = {
+    "status": "healthy",
+    "models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}],
+    "data": [{"id": "qwen_0_5b"}],
+}
+
+
+def python_code(n: int) -> str:
+    """The n-th token of the body of a function. Each third of a line tells when it was sent."""
+    return ("    total", " +=", f" {time.monotonic_ns()}", "\n")[n % 4]
+
+
+def encode(path: str, text: str, n: int, reason: str | None = None) -> bytes:
+    """An event with a token, or with the `reason` for the end."""
+    if path == PATHS["openai"]:
+        members: dict[str, Any] = {"choices": [{"index": 0, "text": text, "finish_reason": reason}]}
+    elif path == PATHS["llama.cpp"]:
+        members = {"content": text, "stop": bool(reason)}
+    else:
+        members = {"done": True, "total_tokens": n} if reason else {"token": text, "total_tokens": n}
+    return chunk(b"data: " + json.dumps(members).encode() + b"\n\n")
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    top = await reader.readuntil(b"\r\n\r\n")
+    path = top.split(b" ")[1].decode()
+    if length := re.search(rb"content-length: (\d+)", top.lower()):
+        body = await reader.readexactly(int(length[1]))
+        number, streams, pace, count = map(int, re.findall(rb"paced (\d+) (\d+) (\d+) (\d+)", body)[0])
+        writer.write(STREAM_HEAD)
+        now = asyncio.get_running_loop().time
+        start = now() + 0.2 + number / (pace * streams)  # the streams take turns
+        for n in range(count):
+            await asyncio.sleep(start + n / pace - now())
+            writer.write(encode(path, python_code(n), n + 1))
+        writer.write(encode(path, "", count, "stop") + b"0\r\n\r\n")
+    else:
+        told = json.dumps(LISTED).encode()
+        writer.write(HEAD % b"application/json" + b"Content-Length: %d\r\n\r\n" % len(told) + told)
+    writer.close()
+
+
+def backend() -> None:
+    async def main() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
+        print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------- the real daemon
+
+
+@contextlib.contextmanager
+def pi(folder: Path, python: str, port: int, apis: list[str], places: int) -> Iterator[Daemon]:
+    """A cm4d with a backend of each of these APIs, once it has reached all of them."""
+    folder.mkdir(parents=True)
+    table = '[[backends]]\nid = "b{}"\nurl = "http://127.0.0.1:{}"\napi = "{}"\nmax_concurrent = {}\n'
+    tables = [table.format(number, port, api, places) for number, api in enumerate(apis)]
+    file = folder / "models.toml"
+    file.write_text("\n".join([(ROOT / "models.toml").read_text(), *tables]))
+    more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MODELS_FILE": str(file)}
+    with daemon("cm4d", folder, python, **more) as started:
+        wait_until(lambda: all(one["available"] for one in stats(started)["backends"]), "all backends are there")
+        yield started
+
+
+def stats(started: Daemon) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{started.port}/v1/stats") as reply:
+        return json.load(reply)
+
+
+def open_stream(port: int, path: str, number: int, streams: int, pace: int, count: int) -> socket.socket:
+    prompt = f"# paced {number} {streams} {pace} {count}\ndef f():\n    total = 0\n"
+    body = json.dumps({"prompt": prompt, "language": "python", "max_tokens": 2048}).encode()
+    peer = socket.create_connection(("127.0.0.1", port), source_address=(f"127.0.0.{2 + number % 4}", 0))
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", "Content-Type: application/json"]
+    peer.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+    return peer
+
+
+def run_paced(target: Target, path: str, streams: int, pace: int, count: int) -> tuple[list[int], float, float]:
+    """(delays in ns, CPU time of a token in µs, the CPU's share) of these streams through the target."""
+    cpu, began = target.cpu_ns(), time.monotonic_ns()
+    peers = [open_stream(target.port, path, number, streams, pace, count) for number in range(streams)]
+    delays: list[int] = []
+    for now, data in receive(peers):
+        delays += [now - int(stamp) for stamp in STAMP.findall(data)]
+    used, passed = target.cpu_ns() - cpu, time.monotonic_ns() - began
+    expected = streams * (count // 4)
+    assert len(delays) > expected * 0.99, f"{target.name}: {len(delays)} stamps of {expected}"  # a read may cut one
+    return delays, used / (streams * count) / 1000, used / passed
+
+
+def relayed(direct: Target, target: Target) -> dict[str, Any]:
+    """The largest of STEPS that the target relays, and why not more."""
+    told: dict[str, Any] = {"streams": 0}
+    for streams in STEPS:
+        plain, _, _ = run_paced(direct, PATHS["cerebrum"], streams, PACE, TOKENS)
+        delays, us, share = run_paced(target, "/v1/complete/stream", streams, PACE, TOKENS)
+        added = (percentile(delays, 0.95) - percentile(plain, 0.95)) / 1000
+        if share > FULL_CPU or added > MAX_DELAY_MS:
+            return told | {"stopped_by": "cpu" if share > FULL_CPU else "delay"}
+        told = {"streams": streams, "cpu_share": round(share, 2), "added_ms_p95": round(added, 2)}
+        told["cpu_us_per_token"] = round(us, 1)
+    return told | {"stopped_by": "connections"}
+
+
+def measure_daemons(folder: Path, python: str, rounds: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, __file__, "backend"]
+        source = stack.enter_context(program("direct", command, folder / "direct", {"PATH": "/usr/bin:/bin"}))
+        direct = Target("direct", source.process.pid, source.port)
+        targets = {}
+        for api in ("cerebrum", "openai"):
+            started = stack.enter_context(pi(folder / api, python, source.port, [api] * 4, 64))
+            targets[api] = Target(api, started.process.pid, started.port)
+            run_paced(targets[api], "/v1/complete/stream", 4, 100, 64)  # warm
+        cpu = defaultdict(list)
+        for _ in range(rounds):
+            for api, target in targets.items():
+                cpu[api].append(run_paced(target, "/v1/complete/stream", *LOADED)[1])
+        result["foreign_cpu_us_per_token"] = round(statistics.median(cpu["openai"]), 1)
+        result["native_cpu_us_per_token"] = round(statistics.median(cpu["cerebrum"]), 1)
+        result["relayed"] = {api: relayed(direct, target) for api, target in targets.items()}
+        apis = ["cerebrum", "cerebrum", "openai", "openai", "llama.cpp"]
+        mixed = stack.enter_context(pi(folder / "mixed", python, source.port, apis, 2))
+        run_paced(Target("mixed", mixed.process.pid, mixed.port), "/v1/complete/stream", 2 * len(apis), 100, 256)
+        assert all(one["requests_total"] for one in stats(mixed)["backends"]), "a backend was not asked"
+        result["peak_rss_mb"] = round(mixed.peak_rss_kb() / 1024, 1)
+    return result
+
+
+# ----------------------------------------------------------------------------------------- in this process
+
+
+def routing(count: int) -> tuple[float, float]:
+    """Microseconds to choose one of `count` backends, and to take a place there and give it back."""
+    from scripted import backend_at
+
+    from cerebrum_common import load_catalog
+    from cm4d import Config, Gateway, Job, read_completion, session_of
+
+    models = load_catalog(ROOT / "models.toml").models
+    gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))
+    for one in gateway.backends:
+        one.models, one.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
+    fields = read_completion({"prompt": "def f():\n" * 50, "language": "python", "session": "s"}, models)
+    job = Job(fields, session_of("127.0.0.1", "s"))
+
+    def take() -> None:
+        gateway._assign(job)
+        assert job.backend
+        gateway._release(job, job.backend)
+
+    take()
+    times = [min(timeit.repeat(what, number=10_000, repeat=5)) * 100 for what in (lambda: gateway._choose(job), take)]
+    return round(times[0], 2), round(times[1], 2)
+
+
+def simulate_fleet(clients: int) -> dict[str, Any]:
+    from fleet import simulate
+
+    logging.disable(logging.WARNING)  # thousands of lines
+    result = asyncio.run(simulate(clients))
+    logging.disable(logging.NOTSET)
+    whole = [outcome for outcome in result.outcomes if outcome.ended]
+    first = defaultdict(list)
+    for outcome in whole:
+        if outcome.to_first is not None:
+            first[outcome.way.name].append(int(outcome.to_first * 1e6))
+    asked, finished = (
+        Counter(engine for what, engine, _ in result.journal.entries if what == wanted)
+        for wanted in ("asked", "finished")
+    )
+    marks = Counter(mark for what, _, mark in result.journal.entries if what == "asked")
+    return {
+        "clients": clients,
+        "seconds": round(result.seconds, 2),
+        "answers_s": round(len(whole) / result.seconds, 1),
+        "first_token_ms": {
+            name: {f"p{share}": round(percentile(times, share / 100), 1) for share in (50, 95, 99)}
+            for name, times in sorted(first.items())
+        },
+        "retries": sum(count - 1 for count in marks.values()),
+        "told_429": sum(outcome.code == "RATE_LIMIT" for outcome in result.outcomes),
+        "failed": sum(outcome.code not in ("", "RATE_LIMIT") for outcome in result.outcomes),
+        "wrong": len(result.journal.faults),
+        "backends": {
+            id: {
+                "asked": asked[id],
+                "finished": finished[id],
+                "places": engine.plan.places,
+                "most": engine.most_running,
+            }
+            for id, engine in result.engines.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3, help="of the CPU time of a token")
+    parser.add_argument("--python", default=sys.executable, help="the Python that runs cm4d.py")
+    options = parser.parse_args()
+    told = {"benchmark": "fleet", **simulate_fleet(options.clients)}
+    figures = {count: routing(count) for count in (1, 5, 20)}
+    told["routing_us"] = {count: choose for count, (choose, _) in figures.items()}
+    told["assign_us"] = {count: assign for count, (_, assign) in figures.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        told |= measure_daemons(Path(folder), options.python, options.rounds)
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["backend"]:
+        backend()
+    else:
+        main()
