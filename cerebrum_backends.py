@@ -26,7 +26,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,9 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
             raise ConfigError(f"{where}: expected one of {', '.join(kinds)}, got {name!r}")
         if type(value) is not kinds[name]:
             raise ConfigError(f"{where}: expected {kinds[name].__name__} as {name!r}, got {value!r}")
-    given = {"api": "cerebrum", "key_env": "", "max_concurrent": 2, "n_ctx": 0, "ca_file": "", "infill": "fim", **table}
+    given = {one.name: one.default for one in fields(BackendConfig) if one.name in kinds} | {"id": "", **table}
     for name, valid, expected in (
-        ("id", ID.fullmatch(given.get("id", "")), "up to 40 letters, digits, '.', '_' or '-'"),
+        ("id", ID.fullmatch(given["id"]), "up to 40 letters, digits, '.', '_' or '-'"),
         ("api", given["api"] in ("cerebrum", *APIS), f"one of {', '.join(('cerebrum', *APIS))}"),
         ("key_env", not given["key_env"] or VARIABLE.fullmatch(given["key_env"]), "the name of a variable"),
         ("max_concurrent", given["max_concurrent"] in range(1, MAX_PLACES + 1), f"a number from 1 to {MAX_PLACES}"),
@@ -152,7 +152,7 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
         ("infill", given["infill"] in ("fim", "suffix"), "one of fim, suffix"),
     ):
         if not valid:
-            raise ConfigError(f"{where}: {name}: expected {expected}, got {given.get(name, '')!r}")
+            raise ConfigError(f"{where}: {name}: expected {expected}, got {given[name]!r}")
     endpoint = parse_url(given.pop("url", ""), f"{where}: url")
     if given["api"] != "cerebrum":  # the addresses that these engines tell their users end in /v1 as often as not
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
@@ -521,10 +521,14 @@ def take_apart(block: bytes, key: str) -> Iterator[Pair]:
         position = end + 2
 
 
+def data_of(event: bytes) -> bytes:
+    """The data of an event, whose lines may be many."""
+    return b"\n".join(line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
+
+
 def read_event(event: bytes, key: str) -> Pair | None:
     """One event, without its final line ends, to a pair as in `take_apart`; None for an unknown one."""
-    lines = event.split(b"\n")
-    data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+    data = data_of(event)
     if not data:
         return ("idle", None) if event.startswith(b":") else None
     try:
@@ -541,7 +545,7 @@ def read_event(event: bytes, key: str) -> Pair | None:
     if isinstance(members.get("token"), str):
         if not COUNT.accepts(members.get("total_tokens")):
             raise BackendFailure("it sent a token without its number")
-        return "text", sse_event({"token": members["token"], "total_tokens": members["total_tokens"]})
+        return "text", text_event(members["token"], members["total_tokens"])
     progress = members.get("progress")
     return ("progress", progress) if isinstance(progress, dict) else None
 
@@ -555,9 +559,9 @@ def read_text(events: bytes) -> str:
     return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
 
 
-def text_event(text: str) -> bytes:
-    """A native token event with this text."""
-    return sse_event({"token": text, "total_tokens": 1})
+def text_event(text: str, number: int = 1) -> bytes:
+    """A native token event with this text, as the token of this number."""
+    return sse_event({"token": text, "total_tokens": number})
 
 
 # ------------------------------------------------------------------------------ the events of other engines
@@ -595,7 +599,7 @@ class Translator:
     before it, where the thing asked for is whole. `asked` has the fields of vpsd's request."""
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
-        from cerebrum_ending import Cutter, Ending, wants_extras  # 1.5 MB, needed only for other engines
+        from cerebrum_ending import Cutter, Ending, wants_extras  # needed only for other engines
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
@@ -648,9 +652,7 @@ class Translator:
         return self._done(self.reason)
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
-        lines = event.split(b"\n")
-        data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
-        data = data or (event if event.startswith(b"{") else b"")  # an error without the stream's form
+        data = data_of(event) or (event if event.startswith(b"{") else b"")  # an error without the stream's form
         if data.strip() == DONE:
             yield self.end()
             return
@@ -685,7 +687,7 @@ class Translator:
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
         if text and self.tokens == self.most:  # an event has a token at least: the engine does not keep to its limit
             if rest := self.cutter.flush(whole=False):
-                yield "text", sse_event({"token": rest, "total_tokens": self.tokens})
+                yield "text", text_event(rest, self.tokens)
             yield self._done("length")
             return
         if text:
@@ -699,7 +701,7 @@ class Translator:
         elif reason and not ended:
             text += self.cutter.flush(whole=reason == "stop")
         if text:
-            yield "text", sse_event({"token": text, "total_tokens": self.tokens})
+            yield "text", text_event(text, self.tokens)
         self.reason = reason
         if ended:
             yield self._done(ended)

@@ -526,8 +526,7 @@ class Breaker:
 CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
 HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
-READING_SECONDS = 180.0  # the same for other engines, which are silent while they load a model or read a prompt; the
-# longest time without an event that shows progress, too
+READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
 ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
 COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
 CLOSE_SECONDS = 0.5  # a backend closes right after its answer, as we ask; bytes instead of the close are a fault
@@ -1023,6 +1022,10 @@ class Backend:
         """The share of its places that is taken."""
         return len(self.active) / self.limit
 
+    def estimated_tokens(self, job: Job) -> float:
+        """Of the job's prompt, by the ratio that it has learned."""
+        return job.weight / self.ratio.get(job.model)
+
     def has_place(self, job: Job) -> bool:
         """Whether it has a place for this job, which ends the older ones of its session."""
         if len(self.active) < self.limit:
@@ -1312,6 +1315,11 @@ class Reading:
         self.woken.set()
 
 
+def first_there(backends: Sequence[Backend]) -> Backend:
+    """The first of these that is there, or else the first."""
+    return next((backend for backend in backends if backend.available), backends[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
@@ -1364,7 +1372,7 @@ class Gateway:
 
     @property
     def requests_active(self) -> int:
-        return sum(len(backend.active) for backend in self.backends)
+        return len(self.active)
 
     @property
     def available(self) -> bool:
@@ -1372,8 +1380,8 @@ class Gateway:
 
     @property
     def first(self) -> Backend:
-        """The first backend that is there, or else the first."""
-        return next((backend for backend in self.backends if backend.available), self.backends[0])
+        """The backend whose figures stand for all."""
+        return first_there(self.backends)
 
     @property
     def message(self) -> str:
@@ -1633,7 +1641,7 @@ class Gateway:
         self._call_next()
 
     def _running(self) -> list[Job]:
-        return [job for backend in self.backends for job in backend.active if not job.superseded]
+        return [job for job in self.active if not job.superseded]
 
     def _call_next(self) -> None:
         """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
@@ -1678,10 +1686,10 @@ class Gateway:
         """Learn from a refusal that a prompt is too long. What another engine says may be misread, so it counts only if
         it is plausible; without a number, the prompt becomes shorter by a quarter."""
         counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", job.n_ctx)
+        estimated = backend.estimated_tokens(job)
         if backend.api:
             counted = counted if self._is_plausible(job, backend, counted) else 0
             n_ctx = min(n_ctx, job.n_ctx)
-        estimated = job.weight / backend.ratio.get(job.model)
         if counted:
             backend.ratio.learn(job.model, job.weight, counted)
         else:
@@ -1690,7 +1698,7 @@ class Gateway:
 
     def _is_plausible(self, job: Job, backend: Backend, counted: int) -> bool:
         """Whether a prompt may have so many tokens."""
-        estimated = job.weight / backend.ratio.get(job.model)
+        estimated = backend.estimated_tokens(job)
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
     # Following a completion in a dialect.
@@ -1881,7 +1889,7 @@ class Gateway:
     def n_ctx(self, model: str) -> int:
         """Of the first backend that has the model, of those that are there if any is."""
         having = [backend for backend in self.backends if backend.has(model)]
-        return next((backend for backend in having if backend.available), (having or self.backends)[0]).n_ctx(model)
+        return first_there(having or self.backends).n_ctx(model)
 
     def _prepare(self, job: Job, backend: Backend, ratio: float) -> dict[str, Any]:
         """The fields of vpsd's request, with a prompt that fits."""
@@ -2088,9 +2096,8 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
         raise HttpError(
             "VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
         )
-    backend = next((backend for backend in able if backend.available), able[0])
     async with gateway.tokenizing:
-        tokens = await backend.tokenize(model, fields)
+        tokens = await first_there(able).tokenize(model, fields)
     return Response(compact({"tokens": tokens}))
 
 
