@@ -60,7 +60,6 @@ from cerebrum_dialects import (
 # --------------------------------------------------------------------------------------- configuration
 
 URL = re.compile(r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?")
-KEY = re.compile(r"[!-~]*")
 ID = re.compile(r"[A-Za-z0-9._\-]{1,40}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 MAX_PLACES = 64  # of a backend
@@ -108,11 +107,8 @@ def parse_url(text: str, name: str) -> Endpoint:
 
 
 def read_key(environ: Environment, name: str) -> str:
-    """The key in this variable, "" if it is not set."""
-    key = environ.text(name)
-    if not KEY.fullmatch(key):
-        raise ConfigError(f"{name}: expected printable ASCII without spaces")
-    return key
+    """The key in this variable, the new one of two, "" if it is not set."""
+    return next(iter(environ.keys(name)), "")
 
 
 def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: int) -> tuple[BackendConfig, ...]:

@@ -29,7 +29,6 @@ import math
 import os
 import re
 import socket
-import sys
 import time
 import tomllib
 import uuid
@@ -65,6 +64,7 @@ BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
 OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
 WRITE_SECONDS = 30.0  # a client that reads nothing for this long is cut
+FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
 PAGE_SECONDS = 0.1  # between a stream's error and the cut: a browser drops what its page has not read by then
 LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
 
@@ -122,6 +122,10 @@ def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
 
 def too_busy() -> HttpError:
     return malformed("too many connections; try again later", "OVERLOADED")
+
+
+def shutting_down() -> HttpError:
+    return malformed("the daemon is being stopped; try again later", "SHUTTING_DOWN")
 
 
 def internal_error(exception: Exception) -> HttpError:
@@ -481,15 +485,20 @@ def _refuse_depth(value: Any) -> None:
 # ------------------------------------------------------------------------------------------ pure: fields
 
 
+SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
+
+
 def describe(value: Any) -> str:
-    """A value for use in a message: its JSON type and the value itself, cut if it is long."""
+    """A value for use in a message: its JSON type and the value itself. Messages are logged, and any other string than
+    an id may be a prompt, of which only the length is told."""
     kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string"}
     if value is None:
         return "null"
     if isinstance(value, list | dict):
         return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
-    text = json.dumps(value)
-    return f"{kinds[type(value)]} {text if len(text) <= 40 else text[:36] + '…'}"
+    if isinstance(value, str) and not SHOWN.fullmatch(value):
+        return f"a string of {len(value)} characters"
+    return f"{kinds[type(value)]} {json.dumps(value)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -643,7 +652,7 @@ class Request:
 
     `address` is the client's. `end` ends this request from outside its handler: it cancels the handler and answers with
     the error instead. `send_now` is `Connection.send_now`, for chunks that need not wait for the generator of
-    `Response.events`.
+    `Response.events`. `notes` are added to the request's line in the log as `name=value`.
     """
 
     head: Head
@@ -652,6 +661,7 @@ class Request:
     address: str = ""
     end: Callable[[HttpError], None] = lambda _: None
     send_now: Callable[[bytes], bool] = lambda _: False
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         return parse_json(self.body)
@@ -674,9 +684,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of the key (empty: anyone), by which names beside IP addresses, from which origins."""
+    """Who may ask: the holders of one of the keys (none: anyone), by which names beside IP addresses, from which
+    origins."""
 
-    key: str = ""
+    keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
 
@@ -690,12 +701,12 @@ class Access:
             )
         if "origin" in head.headers and not self.allows_origin(head):
             raise HttpError("FORBIDDEN", "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
-        if public or not self.key or self.is_preflight(head):
+        if public or not self.keys or self.is_preflight(head):
             return
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
-        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode("utf-8")):
+        if not any(hmac.compare_digest(given.encode("latin-1"), key.encode("utf-8")) for key in self.keys):
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
 
@@ -742,6 +753,7 @@ class Connection:
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
         self.over = False  # over the limit: it may ask for open routes and nothing else
         self.idle = True  # between two requests: a shutdown may close it
+        self.exchange: Exchange | None = None  # the one that is going on
         self.answered = False  # at least one request: it may idle longer
         self.streaming = False  # between the head of a chunked stream and its end
 
@@ -866,6 +878,9 @@ class Exchange:
         self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
         self.verdict: HttpError | None = None  # why `end` cancelled that task
         self.foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # of the route, once it is known
+        self.notes: dict[str, Any] = {}  # of the request, for the log
+        self.reason = ""  # of an error, for the log
+        self.ended = False  # it has its line in the log
         self.started = time.perf_counter()
 
     def begin(self, head: Head, keep: bool) -> None:
@@ -874,8 +889,8 @@ class Exchange:
         request_id_var.set(head.request_id)
 
     def end(self, error: HttpError) -> None:
-        """Cancel the work on this request and answer with `error` instead."""
-        if self.task and not self.task.done():
+        """Cancel the work on this request and answer with `error` instead, unless it has been answered."""
+        if self.task and not self.task.done() and not self.ended:
             self.verdict = error
             self.task.cancel()
 
@@ -894,6 +909,7 @@ class Exchange:
     async def fail(self, error: HttpError) -> None:
         """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
         self.keep = self.keep and not error.close
+        self.reason = f" {error.code}: {error.message}"
         foreign = self.foreign_error and compact(self.foreign_error(error))
         if self.frame is None:
             return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
@@ -943,10 +959,17 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """`POST /v1/complete 200 1.23s`. 499 is nginx's number for a client that left before its answer."""
+        """`POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, or the reason of an error behind that. 499
+        is nginx's number for a client that left before its answer. A request is logged once, even if its
+        client leaves behind an error event."""
+        if self.ended:
+            return
+        self.ended = True
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
-        log.log(level, "%s %d %.2fs", what, status, time.perf_counter() - self.started)
+        notes = "".join(f" {name}={value}" for name, value in self.notes.items())
+        seconds = time.perf_counter() - self.started
+        log.log(level, "%s %d %.2fs%s%s", what, status, seconds, notes, self.reason, extra={"is_request": True})
 
 
 # --------------------------------------------------------------------------------------- connection loop
@@ -966,35 +989,51 @@ class Server:
         self.clients: Counter[str] = Counter()  # the connections within the limit, by address
         self.body_bytes = 0  # of the requests that are being read or answered
         self.stopping = False
-        self._listener: asyncio.Server | None = None
+        self.url = ""  # where it listens
+        self._listeners: list[asyncio.Server] = []
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen, and return the port that was really bound. ListenError if that fails."""
+    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
+        """Listen, on `sockets` instead of the address if there are any. Returns the port that was really bound.
+        ListenError if that fails."""
+        how: dict[str, Any] = {"limit": READ_BYTES, "backlog": MAX_ACCEPTS}
         try:
-            self._listener = await asyncio.start_server(self._accept, host, port, limit=READ_BYTES, backlog=MAX_ACCEPTS)
+            if not sockets:
+                self._listeners = [await asyncio.start_server(self._accept, host, port, **how)]
+            for one in sockets:
+                self._listeners.append(await asyncio.start_server(self._accept, sock=one, **how))
         except OSError as error:
             raise ListenError(error.errno, error.strerror) from None
-        for listening in self._listener.sockets:
+        listening = [one for listener in self._listeners for one in listener.sockets]
+        for one in listening:
             # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer than that.
-            with socket.socket(fileno=os.dup(listening.fileno())) as twin:
+            with socket.socket(fileno=os.dup(one.fileno())) as twin:
                 twin.listen(1024)
                 # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-        return int(self._listener.sockets[0].getsockname()[1])
+                if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that lost its network keeps its place for long
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+        bound, port = listening[0].getsockname()[:2]
+        host = bound if sockets else host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return int(port)
 
     async def stop(self, grace: float) -> None:
-        """Stop listening, close idle connections, and cut the others after `grace` seconds."""
+        """Stop listening, and let running answers end within `grace` seconds. Kept connections can ask until then, and
+        are told that we stop. Answers that take longer end with an error."""
         self.stopping = True
-        if self._listener:
-            self._listener.close()
-        for task, connection in self.connections.items():
-            if connection.idle:
-                task.cancel()
-        if self.connections:
-            _, late = await asyncio.wait(list(self.connections), timeout=grace)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
+            await asyncio.wait(busy, timeout=grace)
+        for connection in self.connections.values():
+            if connection.exchange:
+                connection.exchange.end(shutting_down())
+        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
+            await asyncio.wait(busy, timeout=FAREWELL_SECONDS)
+        late = list(self.connections)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
@@ -1034,11 +1073,12 @@ class Server:
     async def _serve_one(self, connection: Connection) -> bool:
         """One request and its answer; whether the connection is kept for another."""
         request_id_var.set(str(uuid.uuid4()))
-        exchange = Exchange(connection, self.access)
+        exchange = connection.exchange = Exchange(connection, self.access)
         try:
             block = await connection.next_head()
             if block is None:
                 return False
+            exchange.access = self.access  # settings may have been read again meanwhile
             head = parse_request(block)
             exchange.begin(head, keep=head.keep_alive and not connection.over)
             await self._answer(exchange, head)
@@ -1051,6 +1091,8 @@ class Server:
         except asyncio.CancelledError:
             if connection.over:  # a newer connection took its place
                 await exchange.fail(too_busy())
+            elif exchange.head and self.stopping:  # its client does not read what it is told
+                exchange.log(503)
             raise
         connection.answered = True
         await asyncio.sleep(0)  # a flood of pipelined requests must not have the loop for itself
@@ -1060,6 +1102,8 @@ class Server:
         connection = exchange.connection
         try:
             route, parameter = self._route(head, connection.over, exchange)
+            if self.stopping:
+                raise shutting_down()
             check_body(head, route)
         except HttpError as error:
             # The error is known before the body has come: answer now, then discard the body.
@@ -1076,7 +1120,15 @@ class Server:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self._hold() as (body, hold):
             await connection.read_body(head, hold if route.json else discard)
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end, connection.send_now)
+            request = Request(
+                head,
+                bytes(body),
+                parameter,
+                connection.address,
+                exchange.end,
+                connection.send_now,
+                exchange.notes,
+            )
             body.clear()
             await (self._watch if route.watched else self._call)(exchange, route, request)
 
@@ -1195,14 +1247,41 @@ class ConfigError(ValueError):
     """A setting that a daemon cannot start with; the message names the variable."""
 
 
+KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for the comma; a header can carry it as it is
+MAX_KEYS = 2  # a key that was forgotten should not stay valid
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The environment on top of a `.env` file, read once. A bad value raises ConfigError with the variable's name."""
+    """What the environment, a `.env` file and credentials say. A bad value raises ConfigError with the variable's
+    name."""
 
     values: Mapping[str, str]
 
     def text(self, name: str, default: str = "") -> str:
         return self.values.get(name, "") or default
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The key in this variable, or two during a rotation, separated by a comma: the new one, then the old one."""
+        if not (text := self.text(name)):
+            return ()
+        keys = tuple(key.strip() for key in text.split(","))
+        if not all(KEY.fullmatch(key) for key in keys):
+            raise ConfigError(f"{name}: expected printable ASCII without spaces")
+        if len(keys) > MAX_KEYS:
+            raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
+        return keys
+
+    def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
+        """Log which of these variables, which only a start uses, a newer reading has changed."""
+        if changed := [name for name in names if self.text(name) != new.text(name)]:
+            log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
+
+    def log_level(self) -> str:
+        text = self.text("CEREBRUM_LOG_LEVEL", "INFO")
+        if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
+        return text.upper()
 
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
@@ -1222,14 +1301,44 @@ class Environment:
 
 
 def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
-    """The process's environment, which wins over `folder`/.env. That file has `NAME=value` lines as systemd reads them:
-    quotes are optional, and a `#` inside a value is part of it."""
-    path, values = folder / ".env", {}
+    """The credentials that systemd has passed, then the process's environment, then `folder`/.env: the first one that
+    has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a
+    value is part of it."""
+    return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
+
+
+CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables in files of their names: those of LoadCredential= in the unit, and on top of them what a rotation of
+    keys has put into the unit's RuntimeDirectory=, since older versions of systemd load credentials only at a start."""
+    values = {}
+    for place in ("CREDENTIALS_DIRECTORY", "RUNTIME_DIRECTORY"):
+        if folder := environ.get(place, "").partition(":")[0]:
+            try:
+                for path in sorted(Path(folder).iterdir()):
+                    if not CREDENTIAL_NAME.fullmatch(path.name):
+                        continue
+                    values[path.name] = path.read_text("utf-8", "replace").strip()
+                    if not values[path.name]:  # a full disk, say; it must not turn authentication off
+                        raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise ConfigError(f"{place}: cannot read {error.filename}: {error.strerror}") from None
+    return values
+
+
+def _read_env(path: Path) -> dict[str, str]:
+    values = {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
         lines = []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -1239,7 +1348,7 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
         value = match[2]
         values[match[1]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-    return Environment({**values, **environ})
+    return values
 
 
 # ----------------------------------------------------------------------------------------------- models
@@ -1354,7 +1463,7 @@ def served_languages(models: Iterable[Model]) -> list[str]:
     return list(dict.fromkeys(language for model in models for language in model.languages))
 
 
-# --------------------------------------------------------------------------------------- logs, systemd
+# ------------------------------------------------------------------------------------------------ text
 
 
 def printable(text: str) -> str:
@@ -1362,51 +1471,3 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-class LogFormatter(logging.Formatter):
-    """`2025-12-25 12:00:00 - INFO - [request id] message`: always one line, whatever outside text the message holds.
-
-    A traceback follows on indented lines, none of which can pass for a record.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
-        record.request_id = request_id_var.get()
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
-
-
-def set_up_logging(level: str, file: str) -> None:
-    """`2025-12-25 12:00:00 - INFO - [request id] message` on stdout and, if named, in a file that rotates at 5 MB."""
-    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if file:
-        from logging.handlers import RotatingFileHandler  # 1 MB of memory that is needed only here
-
-        try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(RotatingFileHandler(file, maxBytes=5_000_000, backupCount=3, encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"CEREBRUM_LOG_FILE: cannot write {file}: {error.strerror}") from None
-    for handler in handlers:
-        handler.setFormatter(LogFormatter())
-        log.addHandler(handler)
-    log.setLevel(level.upper())
-    log.propagate = False
-
-
-def notify(state: str) -> None:
-    """Tell systemd `READY=1` or `STOPPING=1`, if it started us; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
-        notifier.send(state.encode())

@@ -34,17 +34,18 @@ import ctypes
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import re
 import struct
-import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +474,8 @@ class Drafter:
 
 # ------------------------------------------------------------------------------------- policy: prefixes
 
+# A step of the worker that takes longer has hung: it takes at most a few seconds, or a multiple of what was measured.
+STEP_SECONDS, SLOWEST = 120.0, 20.0
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
@@ -1073,6 +1076,7 @@ class Worker(threading.Thread):
         self.waiting: list[Job] = []
         self.drafted = self.accepted = 0
         self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by all
+        self.due = math.inf  # when the step that is under way must have ended; monotonic; written by the thread
         self._door = threading.Lock()  # between a job that is handed over and the end of the thread
         self._closed = False
         self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
@@ -1135,8 +1139,14 @@ class Worker(threading.Thread):
 
     # -- the thread
 
+    def _beat(self) -> bool:
+        """Note progress for the watchdog. Returns whether to stop."""
+        self.due = time.monotonic() + STEP_SECONDS
+        return self.stopping
+
     def run(self) -> None:
         try:
+            self.due = time.monotonic() + STEP_SECONDS
             failure = self._load_logged()
             if failure is None:
                 self.ready.set_result(None)
@@ -1145,6 +1155,7 @@ class Worker(threading.Thread):
             if failure is not None:  # only now, when its memory is free
                 self.ready.set_exception(failure)
         finally:
+            self.due = math.inf
             if not self.ready.done():
                 self.ready.set_exception(self._farewell)
             self.ended.set_result(None)
@@ -1159,7 +1170,7 @@ class Worker(threading.Thread):
 
     def _serve(self) -> None:
         try:
-            while not self.stopping:
+            while not self._beat():
                 self._turn()
         except Exception:
             log.exception("model %s: the worker failed; the next request loads the model again", self.model)
@@ -1183,8 +1194,9 @@ class Worker(threading.Thread):
         key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
         self.acceptance = Acceptance()
-        self.costs = load_costs(self.llama, self.calibration, self.baton, lambda: self.stopping)
+        self.costs = load_costs(self.llama, self.calibration, self.baton, self._beat)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
+            self._beat()
             self.store.add(entry)
         self.memory_bytes = max(0, rss_bytes() - before - self.store.size)
         log.info(
@@ -1198,14 +1210,11 @@ class Worker(threading.Thread):
 
         def progress(done: float) -> bool:
             self.load_progress = done
-            return not self.stopping
-
-        def stopping() -> bool:
-            return self.stopping
+            return not self._beat()
 
         if tuned := self.tuned:
             try:
-                check_digest(self.path, tuned.source, self.settings.state_dir, stopping)
+                check_digest(self.path, tuned.source, self.settings.state_dir, self._beat)
                 model = Llama(tuned.path, tuned.settings, progress)
             except (ModelError, OSError) as error:
                 if self.stopping:
@@ -1214,7 +1223,7 @@ class Worker(threading.Thread):
             else:
                 self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
                 return model
-        check_digest(self.path, self.sha256, self.settings.state_dir, stopping)
+        check_digest(self.path, self.sha256, self.settings.state_dir, self._beat)
         return Llama(self.path, self.settings, progress)
 
     @property
@@ -1241,8 +1250,9 @@ class Worker(threading.Thread):
         if self.ready.done():  # else the slots hold nothing yet
             with self._logged("saving parked sequences"):
                 for slot in self.slots:
+                    self._beat()
                     self._park(slot)
-                save_parked(self.kv_dir, self.key, list(self.store.entries.values()))
+                save_parked(self.kv_dir, self.key, list(self.store.entries.values()), self._beat)
         self.store = PrefixStore(0)
         with self._logged("freeing the model"):
             self.llama.close()
@@ -1304,7 +1314,11 @@ class Worker(threading.Thread):
         for slot in self.slots:
             if self.inbox.empty() and not slot.run:
                 self._store(slot)
-        return self.inbox.get()
+        self.due = math.inf
+        try:
+            return self.inbox.get()
+        finally:
+            self.due = time.monotonic() + STEP_SECONDS
 
     def _recalibrate(self) -> None:
         """Calibrate again if the last calibration ran on a busy machine, and nobody waits here or at another model."""
@@ -1315,7 +1329,7 @@ class Worker(threading.Thread):
         for slot in self.slots:
             self._park(slot)
         self.llama.abort_flag[0] = b"\x00"
-        table = calibrate(self.llama, self.calibration, self.baton, lambda: self.stopping or not self.inbox.empty())
+        table = calibrate(self.llama, self.calibration, self.baton, lambda: self._beat() or not self.inbox.empty())
         if table:
             self.costs = Costs(table)
 
@@ -1452,6 +1466,8 @@ class Worker(threading.Thread):
             if self.stopping or all(run.job.cancelled for run in self.running):
                 return
             with self.baton:
+                size = sum(len(work.tokens) for work in works)
+                self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * self.costs(size))
                 begin = time.perf_counter()
                 code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
                 seconds = time.perf_counter() - begin
@@ -1611,11 +1627,12 @@ def file_digest(path: Path, tick: Callable[[int], None]) -> str:
 
 
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by size and time."""
+    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by the file's size
+    and the time of its last change, which no program can set back."""
     if not sha256:
         return
     stat = path.stat()
-    stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_mtime_ns}.{sha256[:16]}"
+    stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_ctime_ns}.{sha256[:16]}"
     if stamp.exists():
         return
 
@@ -1684,23 +1701,25 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file in one step. Its folder is created for this user alone."""
+    """Replace the file in one step. The file and a new folder are for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}")  # of one name, so that what a killed process left is replaced
+    try:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.write(data)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:  # a full disk, say
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def save_parked(folder: Path, key: str, entries: Sequence[Parked]) -> None:
-    """Write a model's parked sequences, the most recently used last, in place of those that were there before."""
+def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
+    """Write a model's parked sequences, the most recently used last, in place of those that were there before. `tick`
+    is called before each."""
     try:
         names = set()
         for order, entry in enumerate(entries):
+            tick()
             name = f"{order:04d}.kv"
             write_atomically(folder / name, encode_parked(entry, key))
             names.add(name)

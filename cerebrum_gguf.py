@@ -328,6 +328,8 @@ class Gguf:
     """
 
     def __init__(self, path: Path) -> None:
+        with path.open("rb"):  # an OSError says more than the library
+            pass
         self.path, self.lib = path, ggml().lib
         self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
         if not self.handle:

@@ -18,7 +18,8 @@ It refuses a completion while all places are taken (429) and while every breaker
 dialect waits for its place for a while. From a backend it refuses redirects, framing or JSON that is not exact, and a
 stream that ends without saying so: the client gets all whole events up to the fault, then an error event, then a cut.
 After its first token no request is sent again. Before it, no backend gets a request twice, but for a prompt that it has
-refused as too long. A connection to a backend is used for one request only.
+refused as too long, and for a model that it could not load, if it has another one. A connection to a backend is used
+for one request only.
 
 Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. Its probe task
 keeps that knowledge fresh; a completion asks for lists of models only before any probe. `Gateway` owns the backends
@@ -62,7 +63,6 @@ import logging
 import math
 import random
 import re
-import signal
 import socket
 import time
 from collections import deque
@@ -98,7 +98,6 @@ from cerebrum_backends import (
     parse_answer,
     parse_leniently,
     read_backends,
-    read_key,
     read_loaded,
     read_models,
     read_result,
@@ -128,7 +127,6 @@ from cerebrum_common import (
     internal_error,
     load_catalog,
     log,
-    notify,
     own_names,
     parse_json,
     printable,
@@ -137,7 +135,6 @@ from cerebrum_common import (
     request_id_var,
     scan_head,
     served_languages,
-    set_up_logging,
     sse_event,
     timestamp,
 )
@@ -160,6 +157,7 @@ from cerebrum_dialects import (
 )
 from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum_page import History, Page
+from cerebrum_service import Service, prompt_of, set_up_logging
 
 if TYPE_CHECKING:
     import ssl
@@ -173,22 +171,28 @@ HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The settings. `client_key` is expected from clients (empty: from nobody)."""
+    """The settings. One of `client_keys` is expected from clients (none: nothing is)."""
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of models, by mode
     host: str = "0.0.0.0"
     port: int = 7000
-    client_key: str = ""
+    client_keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     log_level: str = "INFO"
     log_file: str = ""
+    log_prompts: bool = False
+
+    @property
+    def access(self) -> Access:
+        return Access(self.client_keys, own_names(self.hosts), self.origins)
 
 
 def load_config(environ: Environment) -> Config:
     """The environment, checked. ConfigError names the variable that is wrong."""
+    logs = HERE / "logs"
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     try:
         catalog = load_catalog(path)
@@ -204,12 +208,16 @@ def load_config(environ: Environment) -> Config:
         prefer=catalog.prefer,
         host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
-        client_key=read_key(environ, "CEREBRUM_CM4_API_KEY"),
+        client_keys=environ.keys("CEREBRUM_CM4_API_KEY"),
         hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
         origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
-        log_level=environ.text("CEREBRUM_LOG_LEVEL", "INFO"),
-        log_file=environ.text("CEREBRUM_LOG_FILE"),
+        log_level=environ.log_level(),
+        log_file=environ.text("CEREBRUM_LOG_FILE", str(logs / "cerebrum.log") if logs.is_dir() else ""),
+        log_prompts=environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
     )
+
+
+NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
 
 
 # ------------------------------------------------------------------------------------ policy: requests
@@ -501,6 +509,11 @@ class Breaker:
         """The backend answered a probe."""
         if self.state == "open" and now >= self._until:
             self._change("half-open")
+
+    def reset(self) -> None:
+        """Another backend has taken the place of this one. Results of the old one are late."""
+        self.failures, self._pause = 0, 0.0
+        self._change("closed")
 
     def retry_in(self, now: float) -> float:
         """Seconds until a good /health would count."""
@@ -922,9 +935,11 @@ async def translate(
 # ------------------------------------------------------------------------------------------- the gateway
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
+WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_SERVED = 512  # sessions, files and beginnings of prompts, each with the backend that served it last
@@ -950,7 +965,9 @@ class Job:
     client: str = ""  # of a dialect's request: its address
     backend: Backend | None = None  # where it holds a place
     tried: list[Backend] = field(default_factory=list)  # that have failed it
+    without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
     failure: HttpError | None = None  # of the one whose error tells most
+    notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
     model: str = ""
     mode: str = ""
     n_ctx: int = 0  # of the model
@@ -962,6 +979,7 @@ class Job:
     above: str = ""  # the text before the cursor that was sent
     cut: bool = False  # to what can be read in the time that the client allows
     tokens: int = 0  # relayed so far
+    first_token: float = 0.0  # when the first of them came, as `started`
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer request of its session has ended it
@@ -973,10 +991,8 @@ class Backend:
     """One backend: what is known of it, and what it does for us. Owns its places, its breaker and its ratios."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self.config, self.id, self.limit = config, config.id, config.max_concurrent
+        self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: one of our own
-        self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
-        self.upstream = Upstream(config)
         self.breaker = Breaker(random.random)
         self.ratio = Ratio()
         self.reloads = Reloads()
@@ -987,6 +1003,7 @@ class Backend:
         self.warming: tuple[Job, asyncio.Task[None]] | None = None
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # that have ended
+        self.probed = time.monotonic()  # when the last one did
         self.is_known = False  # it has been asked for anything
         self.trouble = NEVER_ASKED  # what is wrong with it; "": nothing
         self.response_ms: float | None = None  # of the last good probe
@@ -994,11 +1011,25 @@ class Backend:
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last good probe
-        self._catalog = catalog
         self._strange = ""  # what it listed when it had none of our models
         self._untold: set[str] = set()  # models whose `n_ctx` neither the table nor the engine tells, ...
         self._lengths: dict[str, int] = {}  # ... and what refusals have told of it
         self._models_until = 0.0
+
+    def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
+        self.config, self.id, self.limit = config, config.id, config.max_concurrent
+        self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
+        self.upstream, self._catalog = upstream, catalog
+
+    def adopt(self, other: Backend) -> None:
+        """Take the settings of another object with the same id and API. What is known of an address is forgotten if
+        there is another one; what was counted stays."""
+        if other.config.endpoint != self.config.endpoint:
+            self.breaker.reset()
+            self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
+        self._configure(other.config, other._catalog, other.upstream)
+        self._models_until = 0.0
+        self.wake.set()
 
     @property
     def available(self) -> bool:
@@ -1065,9 +1096,9 @@ class Backend:
         """Bring `trouble`, `response_ms` and `models` up to date. Another engine that is answering is not disturbed:
         llama_cpp.server would end its answer if anybody asked for its models, and it hears nothing while it reads a
         prompt. The answer itself shows that the engine is there."""
+        self.probed = started = time.monotonic()
         if self.api and self.breaker.state == "closed" and (self.active or self.warming):
             return
-        started = time.monotonic()
         try:
             loaded = await self._ask_health()
             now = time.monotonic()
@@ -1082,6 +1113,7 @@ class Backend:
             self.found("")
         self.is_known = True
         self.probes += 1
+        self.probed = time.monotonic()
 
     async def _ask_health(self) -> list[str]:
         """The ids of the models in its memory. Of another engine the status is enough."""
@@ -1184,8 +1216,9 @@ class Backend:
 
     def refused(self, job: Job, error: HttpError) -> None:
         """Remember what a refusal tells about a model."""
-        if error.code == "MODEL_NOT_FOUND":
+        if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
+            self.wake.set()
         n_ctx, counted = error.extra.get("n_ctx", 0), error.extra.get("prompt_tokens", 0)
         if not isinstance(error, TooLong) or not 0 < n_ctx < job.n_ctx:
             return
@@ -1291,6 +1324,7 @@ class Reading:
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.gateway.leave(self)
+            self.job.notes |= notes_of(self.shared.job or self.job)
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
@@ -1329,6 +1363,14 @@ class Candidates:
     backends: Sequence[Backend]
 
 
+def notes_of(job: Job) -> dict[str, Any]:
+    """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
+    notes: dict[str, Any] = {"model": job.model} if job.model else {}
+    if job.first_token:
+        notes |= {"tokens": job.tokens, "ttft": f"{job.first_token - job.started:.2f}s"}
+    return notes
+
+
 def cache_keys(job: Job) -> list[tuple[str, ...]]:
     """What tells that a backend may have the beginning of a job's prompt in its cache: that it served the same session,
     the same file, or the same beginning."""
@@ -1349,6 +1391,8 @@ class Gateway:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.backends = [Backend(backend, config.models) for backend in config.backends]
+        self.retired: list[Backend] = []  # that are no longer in models.toml, and still answer
+        self.tokens_retired = 0  # of those that have ended
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum_page.html")
         self.requests_total = self.requests_failed = 0
@@ -1365,10 +1409,11 @@ class Gateway:
         self.served: dict[tuple[str, ...], Backend] = {}  # who served a session, a file or a beginning last
         self.to_warm: dict[str, Job] = {}  # to be read into a backend's cache when it has nothing to do, by client
         self._candidates: dict[tuple[Any, ...], Candidates] = {}
+        self._reconfigured = asyncio.Event()
 
     @property
     def active(self) -> list[Job]:
-        return [job for backend in self.backends for job in backend.active]
+        return [job for backend in (*self.backends, *self.retired) for job in backend.active]
 
     @property
     def requests_active(self) -> int:
@@ -1404,17 +1449,57 @@ class Gateway:
 
     def sample(self) -> None:
         """Bring `history` up to date."""
-        tokens = sum(backend.tokens for backend in self.backends)
+        tokens = self.tokens_retired + sum(backend.tokens for backend in (*self.backends, *self.retired))
         self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, tokens))
 
     # Probing.
 
+    def reconfigure(self, config: Config) -> None:
+        """Apply new settings; running requests continue. A backend whose id stays keeps what is known of it.
+        ConfigError if the settings cannot be used; then nothing has changed."""
+        backends = [Backend(backend, config.models) for backend in config.backends]
+        known = {(backend.id, backend.config.api): backend for backend in self.backends}
+        for number, new in enumerate(backends):
+            if old := known.get((new.id, new.config.api)):
+                old.adopt(new)
+                backends[number] = old
+        gone = [backend for backend in self.backends if backend not in backends]
+        self.config, self.backends = config, backends
+        self.retired += gone
+        self.served = {key: backend for key, backend in self.served.items() if backend not in gone}
+        for backend in gone:
+            backend.wake.set()  # ends its probing
+            if backend.warming:
+                backend.warming[1].cancel()
+        self._bury()
+        self._candidates.clear()
+        self._reconfigured.set()
+        self._call_next()
+
+    def _bury(self) -> None:
+        """Forget the backends that are no longer in models.toml, once they have answered."""
+        for backend in [backend for backend in self.retired if not backend.active]:
+            self.retired.remove(backend)
+            self.tokens_retired += backend.tokens_done
+
     async def probe_forever(self) -> None:
         """Keep `history` and what is known of each backend up to date: probe every 5 s, and when woken."""
-        await asyncio.gather(*map(self._probe_forever, self.backends))
+        async with asyncio.TaskGroup() as group:
+            probed = set[Backend]()
+            while True:
+                for backend in set(self.backends) - probed:
+                    group.create_task(self._probe_forever(backend))
+                probed |= set(self.backends)
+                self._reconfigured.clear()
+                await self._reconfigured.wait()
+
+    def stuck(self, now: float) -> str:
+        """Names a backend whose probe has hung; "" if there is none."""
+        stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
+        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
 
     async def _probe_forever(self, backend: Backend) -> None:
-        while True:
+        while backend in self.backends:
             backend.wake.clear()
             await backend.probe()
             self._candidates.clear()
@@ -1548,7 +1633,9 @@ class Gateway:
         """
         self.requests_total += 1
         begun: dict[str, Any] = {}
-        async with self._counting_failures():
+        if self.config.log_prompts:
+            log.info("prompt: %s", prompt_of(job.fields))
+        async with self._counting(job):
             while True:
                 backend = await self._enter(job)
                 try:
@@ -1564,17 +1651,31 @@ class Gateway:
                     may_fit = isinstance(error, TooLong)  # a longer context
                     if job.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
-                    job.tried.append(backend)
+                    if error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
+                        job.tried.append(backend)
                     if job.failure is None or not isinstance(error, BackendFailure):  # what a backend says tells more
                         job.failure = error
 
+    def _has_another(self, backend: Backend, job: Job) -> bool:
+        """Whether a backend that could not load the job's model has another one for it."""
+        job.without.append((backend, job.model))
+        options = self._who_may(job.fields, bool(job.kind)).options
+        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
+        if others and backend.models:
+            backend.models.pop(job.model, None)  # until its next list
+            self._candidates.clear()
+        return bool(others)
+
     @contextlib.asynccontextmanager
-    async def _counting_failures(self) -> AsyncIterator[None]:
+    async def _counting(self, job: Job) -> AsyncIterator[None]:
+        """Count the completion if it fails, and note for the log how it went."""
         try:
             yield
         except Exception as error:
             self.requests_failed += not (isinstance(error, HttpError) and error.code == "SUPERSEDED")
             raise
+        finally:
+            job.notes |= notes_of(job)
 
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
@@ -1638,6 +1739,7 @@ class Gateway:
         backend.breaker.left(job.ticket)
         job.backend = None
         job.gone.set()
+        self._bury()
         self._call_next()
 
     def _running(self) -> list[Job]:
@@ -1719,6 +1821,7 @@ class Gateway:
         if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             self._count("type_through")
             self._replace_older(reading, ahead=True)
+            job.notes |= {"model": found[0].begun["model"], "tokens": 0}
             return Shared(typed_pairs(*found))
         shared = self._typed_meanwhile(reading) or self._identical(job)
         shared.readers.append(reading)
@@ -1881,6 +1984,8 @@ class Gateway:
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens; a whole answer without any counts as a success too."""
+        if not job.tokens and count:
+            job.first_token = time.perf_counter()
         job.tokens += count
         job.ticket = backend.breaker.succeeded(job.ticket)
         if backend.trouble:
@@ -1976,7 +2081,7 @@ async def health(gateway: Gateway, request: Request) -> Response:
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
     """A native request as a Job."""
     fields = read_completion(request.json(), gateway.config.models)
-    return Job(fields, session_of(request.address, fields["session"]), request.end, limit)
+    return Job(fields, session_of(request.address, fields["session"]), request.end, limit, notes=request.notes)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
@@ -2107,7 +2212,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
     async def handle(gateway: Gateway, request: Request) -> Response:
         asked = dialect.read(request.json())
         fields = native_fields(asked, gateway.config.models)
-        job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address)
+        job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
         reading = Reading(gateway, job, asked, editor)
 
@@ -2209,7 +2314,7 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum_openapi import write_openapi  # compiled and loaded only for those who ask
 
     config = gateway.config
-    return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_key))))
+    return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
 
 
 def load_page(path: Path) -> Page | None:
@@ -2256,58 +2361,72 @@ ROUTES = (
 
 # ----------------------------------------------------------------------------------------------- start
 
-DRAIN_SECONDS = 10.0  # given to running completions when we are told to stop
+DRAIN_SECONDS = 30.0  # given to running completions when we are told to stop
 
 
-async def serve(config: Config) -> None:
-    """Listen and answer until SIGTERM or SIGINT, then let running completions end."""
-    told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
+async def serve(environ: Environment, config: Config) -> int:
+    """Listen and answer until SIGTERM or SIGINT, then let running completions end. Returns the exit status."""
     gateway = Gateway(config)
-    server = Server(gateway, ROUTES, Access(config.client_key, own_names(config.hosts), config.origins))
+    server = Server(gateway, ROUTES, config.access)
+
+    def reload() -> None:
+        new_environ = read_environment(os.environ, HERE)
+        new = load_config(new_environ)
+        if unloaded := unloaded_parts(new):
+            raise ConfigError(f"a backend in models.toml needs a restart: {', '.join(unloaded)} is not loaded")
+        gateway.reconfigure(new)
+        server.access = new.access
+        set_up_logging(new.log_level, new.log_file)
+        warn_of(new)
+        environ.warn_of_changes(new_environ, NEEDS_RESTART)
+
+    service = Service(reload, gateway.stuck)
     probing = asyncio.create_task(gateway.probe_forever())
-    port = await server.start(config.host, config.port)
-    log.info("listening on http://%s:%d", f"[{config.host}]" if ":" in config.host else config.host, port)
-    notify("READY=1")
-    stopping = asyncio.create_task(told.wait())
-    await asyncio.wait({probing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    notify("STOPPING=1")
-    log.info("stopping")
+    await server.start(config.host, config.port)
+    log.info("listening on %s", server.url)
+    failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
-    probing.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await probing  # if it ended by itself, its error ends the daemon
+    return int(failed)  # systemd starts it again
+
+
+def unloaded_parts(config: Config) -> list[str]:
+    """Which parts of this program some backend needs that are not loaded."""
+    needed = {"tls": any(backend.endpoint.tls for backend in config.backends)}
+    needed["engines"] = any(backend.api != "cerebrum" for backend in config.backends)
+    return [name for name, is_needed in needed.items() if is_needed and name not in sys._xoptions]
+
+
+def warn_of(config: Config) -> None:
+    """Log which backends will refuse us."""
+    for backend in config.backends:
+        if not backend.key and (backend.key_env or backend.api == "cerebrum"):
+            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 for a wrong configuration, which no restart can mend, 1 for what one may mend."""
+    """Returns the exit status: 2 for a wrong configuration, 1 for what may pass by itself."""
     if arguments:
         print("cm4d.py: expected no arguments; environment variables configure it, see .env.example", file=sys.stderr)
         return 2
     try:
-        config = load_config(read_environment(os.environ, HERE))
+        environ = read_environment(os.environ, HERE)
+        config = load_config(environ)
         set_up_logging(config.log_level, config.log_file)
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
-    needed = {"tls": any(backend.endpoint.tls for backend in config.backends)}
-    needed["engines"] = any(backend.api != "cerebrum" for backend in config.backends)
-    if missing := [name for name, is_needed in needed.items() if is_needed and name not in sys._xoptions]:
-        options = [word for name in missing for word in ("-X", name)]
+    if unloaded := unloaded_parts(config):
+        options = [word for name in unloaded for word in ("-X", name)]
         os.execv(sys.executable, [sys.executable, *options, *sys.orig_argv[1:]])
-    for backend in config.backends:
-        if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
+    warn_of(config)
     try:
-        asyncio.run(serve(config))
+        return asyncio.run(serve(environ, config))
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
     except ListenError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

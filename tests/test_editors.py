@@ -713,7 +713,7 @@ def test_an_unknown_model_means_the_default_and_a_slash_is_tolerated(path: str, 
 
 def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape():
     async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, client_key="secret") as pi:
+        async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
             for header in ({"Authorization": "Bearer secret"}, {"X_API_Key": "secret"}):
                 assert (await start(pi, "/v1/completions", {"prompt": "x"}, **header)).status == 200
             reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")

@@ -26,6 +26,7 @@ from harness import settings as daemon_settings
 
 import cerebrum_encoding as encoding
 import vpsd as backend
+from cerebrum_common import Environment
 from cerebrum_encoding import (
     DECODES,
     MIN_GAIN,
@@ -629,7 +630,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     loads = iter([80.0] * backend.QUIET_SECONDS)
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
     given = {"CEREBRUM_MODELS_DIR": str(MODEL.parent), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
-    config = backend.load_config(given, tmp_path)
+    config = backend.load_config(Environment(given), tmp_path)
     with pytest.raises(TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"):
         backend.tune_model(config.models[-1], config, sys.stdout)
     assert list(loads) == []

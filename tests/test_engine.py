@@ -10,6 +10,8 @@ import math
 import queue
 import random
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import FILES, PATIENCE, wait_until
+from harness import FILES, PATIENCE, ROOT, wait_until
 
 import cerebrum_engine as engine
 import vpsd
@@ -740,6 +742,15 @@ def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "file").read_bytes() == b"two"
 
 
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    killed = f"import os, cerebrum_engine as e, pathlib; e.os.replace = lambda *_: os._exit(9); p = {str(tmp_path)!r}"
+    code = killed + "; e.write_atomically(pathlib.Path(p, 'file'), b'much')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    engine.write_atomically(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
+
+
 class Measured:
     """Stands for a model, with a clock of its own: a decode takes 10 ms, and each token in it 30 ms."""
 
@@ -1033,6 +1044,28 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
     assert (error.code, error.message) == ("INTERNAL_ERROR", "internal error; see the log")
     assert [beside.outcome()[0], waiting.outcome()[0]] == ["yza", "de"]
     assert [slot.run for slot in worker.slots] == [None, None]
+
+
+def test_a_worker_is_due_only_while_it_works(worker: engine.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle worker may rest for ever, and one that decodes has a multiple of what the decode costs."""
+    monkeypatch.setattr(engine, "STORE_SECONDS", 0.01)
+    worker.wake()  # it may be waiting for the usual time
+    wait_until(lambda: worker.due == math.inf, "the worker rests")
+    for prompt, step_seconds, slowest in (("abc", 100.0, 1.0), ("xyz", 1.0, 1e6)):
+        monkeypatch.setattr(engine, "STEP_SECONDS", step_seconds)
+        monkeypatch.setattr(engine, "SLOWEST", slowest)
+        assert isinstance(worker.llama, ScriptedLlama)
+        worker.llama.hold = threading.Event()
+        worker.llama.decoding.clear()
+        began = time.monotonic()
+        asked = ask(worker, prompt, max_tokens=1)
+        assert worker.llama.decoding.wait(PATIENCE)
+        due, now = worker.due, time.monotonic()
+        worker.llama.hold.set()
+        asked.outcome()
+        allowed = max(step_seconds, slowest * worker.costs(len(prompt)))
+        assert began + allowed <= due <= now + allowed
+        wait_until(lambda: worker.due == math.inf, "the worker rests")
 
 
 def test_a_fault_with_one_token_ends_that_request_alone(worker: engine.Worker) -> None:

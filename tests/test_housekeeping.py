@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import FILES, PATIENCE, until
+from harness import FILES, PATIENCE, ROOT, until
 
 import vpsd
-from cerebrum_common import HttpError
+from cerebrum_common import Environment, HttpError
 from cerebrum_engine import MB, Settings, TunedFile
 from vpsd import Completion, Engine, EventStream, Headroom, load_config
 
@@ -31,13 +35,14 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
 
     def __init__(self, name: str, *rest: Any) -> None:
-        self.model, self.tuned = name, rest[-1]
+        self.model, (*_, self.tuned) = name, rest
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
+        self.due = float("inf")
         self.stopping = False
         self.load_progress = 0.0
-        self.drafted = self.accepted = 0
         self.llama, self.store = SimpleNamespace(n_ctx=4096), SimpleNamespace(size=0)
+        self.drafted = self.accepted = 0
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.fails: Exception | None = None
@@ -103,7 +108,7 @@ def play(
             "CEREBRUM_STATE_DIR": str(folder / "state"),
             "CEREBRUM_IDLE_MINUTES": "0",
         }
-        config = load_config(given, Path("/nonexistent"))
+        config = load_config(Environment(given), Path("/nonexistent"))
         for model in config.models:
             (folder / model.file).write_bytes(b"GGUF")
         ScriptedWorker.made = []
@@ -456,5 +461,162 @@ def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(vpsd.CpuMeter, "sample", fail)
-    served = asyncio.wait_for(vpsd.serve(load_config(given, tmp_path)), PATIENCE)
+    environ = Environment(given)
+    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
     assert asyncio.run(served) == 1
+
+
+def test_new_settings_take_models_and_let_go_on_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        engine = house.engine
+        running, idle = await house.loaded(A), await house.idle(B)
+        first, second = (engine.models[id] for id in (A, B))
+        models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
+        (tmp_path / "newer.gguf").write_bytes(b"GGUF")
+        settings = dataclasses.replace(engine.config.engine, n_ctx=256)
+        engine.reconfigure(dataclasses.replace(engine.config, models=models, idle_minutes=7, engine=settings))
+        assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
+        assert not house.worker(A).stopping  # its client is still there
+        assert engine._unused() == []  # a new name is no new model
+        assert not idle.stopping
+        busy = house.worker(A)
+        beside = house.ask(A)
+        await until(lambda: beside.job in busy.submitted)  # as long as somebody uses it, it serves
+        assert not busy.stopping
+        engine.finish(beside)
+        engine.finish(running)
+        again = house.ask(A)
+        await until(lambda: busy.stopping)
+        busy.ended.set_result(None)
+        await until(lambda: house.worker(A) is not busy)
+        engine.finish(again)
+
+    play(scenario, monkeypatch, tmp_path, room=3)
+
+
+def test_a_model_that_is_listed_no_more_is_unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        engine, worker = house.engine, await house.idle(A)
+        engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1], idle_minutes=60))
+        assert A not in engine.models
+        cleaning = asyncio.create_task(engine.unload_unused())
+        await until(lambda: worker.stopping)
+        worker.ended.set_result(None)
+        assert list(await cleaning) == [A]
+        with pytest.raises(HttpError, match=r"^model: expected one of "):
+            house.ask(A)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_clock_that_jumps_unloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        await house.idle(A)
+        house.engine.config = dataclasses.replace(house.engine.config, idle_minutes=1)
+        now = time.time()
+        for jump in (86_400, -86_400):
+            monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+            assert house.engine._unused() == []
+            (entry,) = house.engine.instances.values()
+            shown = datetime.fromtimestamp(now + jump, UTC).replace(tzinfo=None)
+            assert abs((entry.last_used_at - shown).total_seconds()) < 60
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "4000\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}, 1900),
+        ({"memory.max": "max\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}, float("inf")),
+        ({"memory.max": "4000\n"}, float("inf")),
+        ({}, float("inf")),
+    ],
+    ids=["limit", "no limit", "half", "none"],
+)
+def test_the_limit_of_the_service_counts(tmp_path: Path, files: dict[str, str], left: float) -> None:
+    """A model that does not fit into MemoryMax= is refused. The kernel would end the daemon."""
+    (tmp_path / "table").write_text("1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n")
+    group = tmp_path / "system.slice" / "cerebrum-backend.service"
+    group.mkdir(parents=True)
+    for name, text in files.items():
+        (group / name).write_text(text)
+    assert vpsd.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
+
+
+def test_a_model_beyond_the_limit_of_the_service_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vpsd, "cgroup_left_bytes", lambda: 300 * MB)
+    engine = Engine(load_config(Environment({"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}), tmp_path))
+    assert 0 < engine._free_mb() <= 300
+
+
+def test_a_worker_that_makes_no_progress_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        worker = await house.idle(A)
+        now = time.monotonic()
+        assert house.engine.stuck(now) == ""
+        worker.due = now - 1
+        assert house.engine.stuck(now) == f"model {A}: the worker makes no progress"
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_loaded_model_needs_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        worker = await house.idle(A)
+        (tmp_path / house.engine.models[A].file).unlink()
+        await house.idle(A)
+        assert ScriptedWorker.made == [worker]
+        worker.stop()
+        with pytest.raises(HttpError, match=f"^model {A}: the file .* is missing"):
+            house.ask(A)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scenario(house: House) -> None:
+        async def fail() -> None:
+            completion = house.ask(A)
+            await until(lambda: A in house.engine.instances)
+            worker = house.worker(A)
+            worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+            worker.ended.set_result(None)
+            assert (await error_of(completion)).message == "it is damaged"
+            house.engine.finish(completion)
+            await until(lambda: A not in house.engine.instances)
+
+        engine = house.engine
+        file = tmp_path / engine.models[A].file
+        await fail()
+        for _ in range(2):
+            with pytest.raises(HttpError, match=r"^it is damaged$") as refused:
+                house.ask(A)
+            assert refused.value.code == "MODEL_LOAD_FAILED"
+        assert not engine.is_available(engine.models[A])
+        assert len(ScriptedWorker.made) == 1
+        file.write_bytes(b"GGUF again")
+        assert engine.is_available(engine.models[A])
+        await fail()
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + vpsd.LOAD_AGAIN_SECONDS)
+        assert engine.is_available(engine.models[A])
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_folder_that_cannot_be_looked_into_has_no_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        def is_hidden(path: Path, **_: Any) -> Any:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "stat", is_hidden)
+        monkeypatch.setattr(os, "stat", is_hidden)
+        with pytest.raises(HttpError) as refused:
+            house.ask(A)
+        monkeypatch.undo()
+        assert (refused.value.status, refused.value.code) == (404, "MODEL_NOT_FOUND")
+
+    play(scenario, monkeypatch, tmp_path)

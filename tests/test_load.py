@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -127,7 +128,7 @@ def test_the_end_lingers_for_an_unread_body() -> None:
             return b"".join(iter(lambda: peer.recv(65_536), b""))
 
     async def run() -> bytes:
-        async with serving(key="") as (_, port):
+        async with serving(keys=()) as (_, port):
             return await asyncio.to_thread(client, port)
 
     assert b" 413 " in asyncio.run(run())
@@ -432,7 +433,7 @@ def test_a_flood_behind_a_running_handler_is_bounded() -> None:
     asyncio.run(run())
 
 
-def test_stop_closes_idle_and_lets_the_others_finish() -> None:
+def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -> None:
     async def run() -> None:
         async with (
             slow_server() as (server, port, slow),
@@ -444,9 +445,13 @@ def test_stop_closes_idle_and_lets_the_others_finish() -> None:
             writer.write(SLOW)
             await slow.begun.wait()
             stopping = asyncio.create_task(server.stop(PATIENCE))
-            assert await closed(idle) == b""
+            await until(lambda: server.stopping)
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection("127.0.0.1", port)
+            idler.write(HEALTH)
+            told = await read_reply(idle)
+            assert (told.status, told.json["code"], told.one("Connection")) == (503, "SHUTTING_DOWN", "close")
+            assert await closed(idle) == b""
             slow.release.set()
             reply = await read_reply(reader)
             assert (reply.status, reply.one("Connection")) == (200, "close")
@@ -456,14 +461,23 @@ def test_stop_closes_idle_and_lets_the_others_finish() -> None:
     asyncio.run(run())
 
 
-def test_stop_cuts_who_does_not_finish() -> None:
+def test_stop_ends_who_does_not_finish_with_an_error() -> None:
     async def run() -> None:
-        async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
+        async with (
+            slow_server() as (server, port, slow),
+            connect(port) as (reader, writer),
+            connect(port) as (idle, idler),
+        ):
+            idler.write(HEALTH)
+            await read_reply(idle)
             writer.write(SLOW)
             await slow.begun.wait()
             await server.stop(SOON)
             assert slow.cancelled.is_set()
+            reply = await read_reply(reader)
+            assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "SHUTTING_DOWN", "close")
             assert await closed(reader) == b""
+            assert await closed(idle) == b""
 
     asyncio.run(run())
 
@@ -618,7 +632,9 @@ def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pytest.Log
             await until(lambda: not server.connections)
 
     asyncio.run(run())
-    assert [message.rpartition(" ")[0] for message in messages(caplog)] == ["POST /v1/complete 401"]
+    (line,) = messages(caplog)
+    form = r"POST /v1/complete 401 \d\.\d\ds UNAUTHORIZED: expected the API key in the header X-API-Key"
+    assert re.fullmatch(form, line)
 
 
 def test_a_body_counts_until_it_is_answered() -> None:

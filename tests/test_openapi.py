@@ -394,7 +394,7 @@ def test_an_error_has_the_described_form(line: str, header: str, status: int) ->
 
     async def scenario() -> None:
         down = error(503, "SHUTTING_DOWN")
-        async with Backend(scripts=[[down]], tokens=down) as backend, pi_for(backend.port, client_key="k") as pi:
+        async with Backend(scripts=[[down]], tokens=down) as backend, pi_for(backend.port, client_keys=("k",)) as pi:
             reply = await ask(pi.port, raw, method)
             assert reply.status == status
             described = response_of(method, path, status)
@@ -412,7 +412,7 @@ def test_an_error_has_the_described_form(line: str, header: str, status: int) ->
 
 def test_the_daemon_serves_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with pi_for(1, probing=False, client_key="k") as pi:
+        async with pi_for(1, probing=False, client_keys=("k",)) as pi:
             assert (await pi.get("/openapi.json")).status == 401
             reply = await pi.get("/openapi.json", X_API_Key="k")
             assert reply.json == DOCUMENT

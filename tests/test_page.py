@@ -43,7 +43,7 @@ def policy_of(header: str) -> dict[str, str]:
 
 def test_the_page_is_confined() -> None:
     async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, client_key="k") as pi:
+        async with Backend() as backend, pi_for(backend.port, client_keys=("k",)) as pi:
             reply = await pi.get("/")
             assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
             assert reply.body == FILE.read_bytes()

@@ -83,7 +83,7 @@ def peer() -> Iterator[Peer]:
             Route("POST", "/v1/tokens", peer.tokens, json=True, watched=True),
             Route("POST", "/v1/echo", echo, json=True),
         )
-        peer.server = Server(State(), (*ROUTES, *more), Access(KEY, own_names()))
+        peer.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
         peer.port = await peer.server.start("127.0.0.1", 0)
         ready.set()
         await stop.wait()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +31,8 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_backends import BackendFailure
+from cerebrum_backends import BackendFailure, parse_url
+from cerebrum_common import ConfigError
 from cm4d import rank_models
 
 FIRST = chunk(token("a", 1))
@@ -630,5 +634,115 @@ def test_failures_are_counted_by_backend() -> None:
             stats = (await pi.get("/v1/stats")).json
             assert [told["requests_failed"] for told in stats["backends"]] == [1, 0]
             assert stats["vps_available"] is True
+
+    run(scenario())
+
+
+# ------------------------------------------------------------------------------------------- new settings
+
+
+def test_new_settings_keep_what_runs_and_what_is_known() -> None:
+    async def scenario() -> None:
+        go = asyncio.Event()
+        one = Backend([[CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"], script("a")])
+        async with fleet(one, Backend(), Backend()) as pi, Backend([script("new")]) as fresh:
+            gateway, old = pi.gateway, list(pi.gateway.backends)
+            running = asyncio.create_task(pi.stream())
+            await one.begun.wait()
+            await until(lambda: old[0].tokens == 1)
+            tokens = sum(backend.tokens for backend in old)
+            changed = dataclasses.replace(gateway.config.backends[1], max_concurrent=7, key="another")
+            added = backend_at(fresh.port, "new", key="new-key")
+            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(changed, added)))
+            kept, new = gateway.backends
+            assert kept is old[1]
+            assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
+            assert new.id == "new"
+            await until(lambda: new.probes > 0)  # it is probed without a restart
+            assert (pi.gateway.requests_active, pi.gateway.retired) == (1, [old[0], old[2]][:1])
+            go.set()
+            reply = await running
+            assert reply.clean
+            assert (pi.gateway.requests_active, pi.gateway.retired) == (0, [])
+            assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
+            assert await answered(pi, prompt="y =") == "b"
+            gateway.sample()
+            assert sum(gateway.history.describe()["tokens"]) >= tokens
+            probes = [backend.probes for backend in (old[0], old[2])]
+            for backend in (*old, new):
+                backend.wake.set()
+            await until(lambda: new.probes > 1)
+            assert [backend.probes for backend in (old[0], old[2])] == probes  # those that are gone are not probed
+
+    run(scenario())
+
+
+def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
+    async def scenario() -> None:
+        go = asyncio.Event()
+        one = Backend([script("a"), [CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"]])
+        async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
+            gateway, backend = pi.gateway, pi.gateway.backends[0]
+            assert await answered(pi) == "a"
+            running = asyncio.create_task(pi.stream(prompt="y ="))
+            await until(lambda: backend.tokens == 2)
+            there = backend_at(moved.port, "a", max_concurrent=2, key=f"{KEY}-a")
+            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
+            assert gateway.backends[0] is backend
+            await until(lambda: list(backend.models or ()) == ["qwen_7b"])
+            assert await answered(pi, model="qwen_7b") == "a"
+            assert moved.most_running == 1
+            go.set()
+            assert (await running).clean
+            assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 3, "closed")
+
+    run(scenario())
+
+
+def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with fleet(Backend(), Backend()) as pi:
+            gateway, before = pi.gateway, list(pi.gateway.backends)
+            endpoint = parse_url("https://desktop.lan", "url")
+            bad = dataclasses.replace(before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
+            wanted = dataclasses.replace(before[0].config, max_concurrent=9)
+            with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
+                gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
+            assert gateway.backends == before
+            assert [backend.limit for backend in before] == [2, 2]
+
+    run(scenario())
+
+
+def test_a_probe_that_hangs_is_noticed() -> None:
+    async def scenario() -> None:
+        async with fleet(Backend(), Backend()) as pi:
+            now = time.monotonic()
+            assert pi.gateway.stuck(now) == ""
+            pi.gateway.backends[1].probed = now - cm4d.STUCK_SECONDS - 1
+            assert pi.gateway.stuck(now) == "the probe of b has made no progress for 300 s"
+
+    run(scenario())
+
+
+# --------------------------------------------------------------------------------------- a model that is damaged
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "MODEL_LOAD_FAILED"), (404, "MODEL_NOT_FOUND")])
+def test_another_model_of_the_backend_takes_over(status: int, code: str) -> None:
+    async def scenario() -> None:
+        refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
+        one = Backend([[refusal], script("b"), script("c"), [refusal], [refusal]], models=listing(*ids))
+        async with one, pi_for(one.port) as pi:
+            one.models = listing("qwen_0_5b")  # what it will say when it is asked again
+            reply = await pi.complete()
+            assert (reply.status, reply.json["model"], reply.json["completion"]) == (200, "qwen_0_5b", "b")
+            assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
+            assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
+            asked = await pi.complete(model="qwen_1_5b")  # a model that the request names is not replaced
+            assert (asked.status, asked.json["code"]) == (status, code)
+            last = await pi.complete()  # there is no other model
+            assert (last.status, last.json["code"]) == (status, code)
+            assert len(one.completions) == 5
 
     run(scenario())

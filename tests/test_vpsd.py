@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,20 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, run_to_the_end, wait_until
+from harness import (
+    FILES,
+    KEY,
+    MODELS,
+    PATIENCE,
+    ROOT,
+    Daemon,
+    command_of,
+    daemon,
+    program,
+    run_to_the_end,
+    settings,
+    wait_until,
+)
 
 import cerebrum_engine as engine
 import vpsd
@@ -149,15 +163,17 @@ class Vps:
 
 
 @contextlib.contextmanager
-def start(output: Path, **more: str) -> Iterator[Vps]:
-    settings = {
+def start(output: Path, command: list[str] | None = None, **more: str) -> Iterator[Vps]:
+    given = {
         "CEREBRUM_MODELS_DIR": str(MODELS),
         "CEREBRUM_MAX_CPU_PERCENT": "100",
         "CEREBRUM_MIN_FREE_MB": "256",
         "CEREBRUM_N_CTX": "2048",
     }
-    with daemon("vpsd", output, **(settings | more)) as process:
+    environment = settings(output, **(given | more))
+    with program("vpsd", command or command_of("vpsd"), output, environment) as process:
         yield Vps(process)
+    assert process.process.returncode == 0
     assert process.complaints() == ""
 
 
@@ -1196,8 +1212,9 @@ def test_a_model_that_does_not_fit(output: Path) -> None:
 # ------------------------------------------------------------------------------------------- SIGTERM
 
 
-def test_sigterm_lets_a_short_stream_end_and_cuts_a_long_one(output: Path) -> None:
-    with start(output) as vps:
+def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(output: Path) -> None:
+    impatient = "import sys, vpsd; vpsd.DRAIN_SECONDS = 1.0; sys.exit(vpsd.main([]))"
+    with start(output, command=[sys.executable, "-u", "-c", impatient], PYTHONPATH=str(ROOT)) as vps:
         vps.complete("x", max_tokens=1)
         with vps.stream(new_prompt(30), max_tokens=2000) as long, vps.stream(new_prompt(30), max_tokens=4) as short:
             events = long.events()
@@ -1206,8 +1223,11 @@ def test_sigterm_lets_a_short_stream_end_and_cuts_a_long_one(output: Path) -> No
             next(few)
             vps.process.process.send_signal(signal.SIGTERM)
             assert list(few)[-1]["done"] is True
+            told = []
             with pytest.raises((Cut, ConnectionError)):
-                list(events)
+                told += events
+            message = "the daemon is being stopped; try again later"
+            assert told[-1] == {"error": True, "message": message, "code": "SHUTTING_DOWN"}
         vps.process.process.wait(PATIENCE)
 
 

@@ -24,6 +24,7 @@ from harness import HEALTH, KEY, PATIENCE, ROOT, Daemon, Reply, daemon, read_rep
 
 import cerebrum_common as common
 from cerebrum_common import Access, Field, HttpError, Request, Response, Route, Server, own_names, read_fields
+from cerebrum_service import LogFormatter
 
 K, C = True, False
 PAGE = -2  # 200 from cm4d, which has a page at its root, and 404 from the others
@@ -423,7 +424,7 @@ async def serving(**options: Any) -> AsyncIterator[tuple[Server, int]]:
     """A server in this process, which must end without complaints of asyncio."""
     loop, complaints = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
-    access = Access(**{"key": KEY, "hosts": own_names(), **options})
+    access = Access(**{"keys": (KEY,), "hosts": own_names(), **options})
     server = Server(State(), ROUTES, access)
     port = await server.start("127.0.0.1", 0)
     try:
@@ -695,15 +696,19 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         asyncio.run(play(server, raw, count, 1))
         return [
-            re.sub(r"[0-9]\.[0-9]{2}s$", "0.00s", common.LogFormatter().format(record).split(" - ", 1)[1])
+            re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", LogFormatter().format(record).split(" - ", 1)[1])
             for record in caplog.records
             if record.name == "cerebrum"
         ]
 
     forged = "/%E2%80%A8x%C2%85%20200%201.00s"
+    shown, quoted = r"/\u2028x\x85 200 0.00s", r'"/\u2028x\u0085 200 1.00s"'
+    refused = "expected CRLF line ends and no control characters, got byte 0x16"
     assert logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
-    assert logged(get(forged)) == ["INFO - [-] GET /\\u2028x\\x85 200 1.00s 404 0.00s"]
-    assert logged(HELLO) == ["INFO - [-] - - 400 0.00s"]
+    assert logged(get(forged)) == [
+        f"INFO - [-] GET {shown} 404 0.00s NOT_FOUND: expected a path of this API, got {quoted}"
+    ]
+    assert logged(HELLO) == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
     assert logged(b"", 0) == []
 
 
@@ -735,7 +740,7 @@ def test_origins_by_configuration() -> None:
 
 def test_non_ascii_key() -> None:
     async def run(sent: bytes) -> int:
-        async with serving(key="schlüssel") as (_, port):
+        async with serving(keys=("schlüssel",)) as (_, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-API-Key: " + sent + b"\r\n\r\n")
             reply = await read_reply(reader)

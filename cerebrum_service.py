@@ -1,0 +1,252 @@
+"""How a daemon lives under its supervisor: the log, signals, and systemd's readiness, reloads, watchdog and sockets.
+
+    service = Service(reload, stuck)     # from here on, signals are heard
+    await service.run(task)              # until SIGTERM or SIGINT comes, or the task ends by itself
+
+- SIGTERM and SIGINT end `run`. The daemon then lets its clients finish. From the first of these signals on, a second
+  one has its default effect, so the kernel ends the process at once, even if the event loop is blocked.
+- SIGHUP calls `reload`. If that fails, the log says why, and the daemon goes on with the settings that it has.
+- systemd hears when the daemon is ready, reloads or stops (sd_notify(3)). Its watchdog is fed by the event loop as long
+  as `stuck` finds nothing that has stopped making progress.
+- The log goes to standard output and, if one is named, to a file that rotates. While the file cannot be written, its
+  lines are dropped: a full disk must not end the service.
+
+Nothing here needs systemd: without its variables in the environment, the calls do nothing. Standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cerebrum_common import ConfigError, log, printable, request_id_var, timestamp
+
+# -------------------------------------------------------------------------------------------------- logs
+
+MAX_LOG_BYTES, OLD_LOGS = 5_000_000, 3  # 20 MB in all: some 200,000 requests
+
+
+class LogFormatter(logging.Formatter):
+    """`2025-12-25 12:00:00 - INFO - [request id] message`: always one line, whatever outside text the message holds.
+
+    A traceback follows on indented lines, none of which can pass for a record.
+    """
+
+    converter = staticmethod(time.gmtime)  # UTC
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        record.request_id = request_id_var.get()
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
+
+
+class Output(logging.StreamHandler[Any]):
+    """Standard output. Whoever reads it may end; the daemon goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def set_up_logging(level: str, file: str) -> None:
+    """Log to standard output and to `file` (empty: none). Another call replaces what an earlier one has set up, and
+    opens the file anew.
+
+    Lines are written without waiting for the disk. Where systemd keeps standard output in its journal, requests are in
+    the file alone, so that they are not written to an SD card twice.
+    """
+    output = Output(sys.stdout)
+    handlers: list[logging.Handler] = [output]
+    if file:
+        log_file = _log_file(file)
+        handlers.append(log_file)
+        if _in_journal():
+            output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
+    for handler in handlers:
+        handler.setFormatter(LogFormatter())
+    old = log.handlers
+    for logger in (log, logging.getLogger("asyncio")):  # asyncio tells there what nobody has caught
+        logger.handlers, logger.propagate = handlers[:], False
+        logger.setLevel(level)
+    for one in old:
+        if not isinstance(one, Output):
+            one.close()
+
+
+def _in_journal() -> bool:
+    """Whether standard output is systemd's journal; see systemd.exec(5)."""
+    try:
+        output = os.fstat(1)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{output.st_dev}:{output.st_ino}"
+
+
+MAX_LOGGED_CHARS = 10_000  # of a prompt
+
+
+def prompt_of(fields: Mapping[str, Any]) -> str:
+    """What a request asks, in JSON, for those who want it in the log."""
+    texts = {name: fields[name] for name in ("prompt", "suffix", "instruction", "messages") if fields.get(name)}
+    return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
+
+
+def _log_file(path: str) -> Any:
+    from logging.handlers import RotatingFileHandler  # 1 MB of memory that is needed only here
+
+    class LogFile(RotatingFileHandler):
+        """Says once that it cannot write, drops the lines, and tries again with each new one."""
+
+        reason = ""  # why the last line was not written
+
+        def emit(self, record: logging.LogRecord) -> None:
+            before, self.reason = self.reason, ""
+            if self.stream and not os.fstat(self.stream.fileno()).st_nlink:  # somebody has removed the file
+                self.close()
+            super().emit(record)
+            if self.reason and not before:
+                with contextlib.suppress(OSError):
+                    print(f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on without it", flush=True)
+
+        def handleError(self, record: logging.LogRecord) -> None:
+            error = sys.exc_info()[1]
+            self.reason = getattr(error, "strerror", None) or repr(error)
+            stream, self.stream = self.stream, None  # the next line opens it again
+            with contextlib.suppress(OSError):
+                if stream:
+                    stream.close()
+
+    with contextlib.suppress(OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return LogFile(path, maxBytes=MAX_LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8", delay=True)
+
+
+# ----------------------------------------------------------------------------------------------- systemd
+
+FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
+FEEDS = 4  # of the watchdog in its time: some may come late on a busy machine
+
+
+def notify(*lines: str) -> None:
+    """Tell systemd lines like `READY=1`, if it started us; see sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+        notifier.send("\n".join(lines).encode())
+
+
+def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that systemd has opened for us; see sd_listen_fds(3)."""
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(environ.get("LISTEN_FDS", "0"))
+    sockets = [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
+    for one in sockets:
+        one.set_inheritable(False)
+    return sockets
+
+
+def watchdog_seconds(environ: Mapping[str, str]) -> float:
+    """The time after which systemd takes a silent daemon for hung; 0 without a watchdog. See sd_watchdog_enabled(3)."""
+    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return 0.0
+    return int(environ.get("WATCHDOG_USEC", "0")) / 1e6
+
+
+# ----------------------------------------------------------------------------------------------- service
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Service:
+    """A daemon between its start and its end. Lives on the event loop.
+
+    `reload()` applies new settings, or raises and changes nothing. `stuck(now)` names what has stopped making progress,
+    "" if nothing has; `now` is monotonic.
+    """
+
+    def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
+        self._reload, self._stuck = reload, stuck
+        self._stopping = self._hung_up = False
+        self._woken = asyncio.Event()
+        self._feeding: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        for number in ENDING:
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _stop(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in ENDING:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        self._stopping = True
+        self._woken.set()
+
+    def _hang_up(self) -> None:
+        self._hung_up = True
+        self._woken.set()
+
+    async def run(self, *work: asyncio.Task[Any]) -> bool:
+        """Until we are told to stop (False), or one of the tasks has ended by itself (True), whose error is logged. The
+        watchdog is fed until the event loop ends."""
+        self._feeding = asyncio.create_task(self._feed())
+        notify("READY=1")
+        tasks = {self._feeding, *work}
+        while not self._stopping and not any(task.done() for task in tasks):
+            if self._hung_up:
+                self._hung_up = False
+                self._reload_settings()
+            woken = asyncio.create_task(self._woken.wait())
+            await asyncio.wait({woken, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            woken.cancel()
+            self._woken.clear()
+        ended = [task for task in tasks if task.done()]
+        for task in ended:
+            log.error("a task of the daemon has ended", exc_info=task.exception())
+        notify("STOPPING=1")
+        log.info("stopping")
+        return bool(ended)
+
+    def _reload_settings(self) -> None:
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        told = "reloaded"
+        try:
+            self._reload()
+            log.info(told)
+        except ConfigError as error:
+            told = f"not reloaded, the old settings stay: {error}"
+            log.error("%s", told)
+        except Exception:
+            told = "not reloaded, the old settings stay"
+            log.exception(told)
+        # `systemctl status` shows it. generate_api_key.sh waits until it changes, hence the time.
+        notify("READY=1", f"STATUS={timestamp()} {printable(told)}")
+
+    async def _feed(self) -> None:
+        seconds, told = watchdog_seconds(os.environ) / FEEDS, ""
+        while True:
+            reason = self._stuck(time.monotonic())
+            if reason and reason != told:
+                log.error("%s", reason)
+            if not reason and seconds:
+                notify("WATCHDOG=1")
+            told = reason
+            await asyncio.sleep(seconds or 60.0)

@@ -1,0 +1,419 @@
+"""The log, signals, and what systemd is told: how both daemons live under their supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import HEALTH, PATIENCE, Client, command_of, daemon, program, run, settings, until
+from scripted import CHUNKED, Backend, chunk, pi_for, token
+
+import cm4d
+from cerebrum_common import ConfigError, Environment, log, request_id_var
+from cerebrum_service import Service, notify, passed_sockets, set_up_logging, watchdog_seconds
+
+# --------------------------------------------------------------------------------------------------- logs
+
+
+@pytest.fixture
+def _logger() -> Iterator[None]:
+    loggers = log, logging.getLogger("asyncio")
+    before = [logger.handlers for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers, logger.propagate = handlers, True
+        logger.setLevel(logging.NOTSET)
+    request_id_var.set("-")
+
+
+@pytest.mark.usefixtures("_logger")
+def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "logs" / "cerebrum.log"
+    set_up_logging("INFO", str(path))
+    request_id_var.set("65652caa")
+    log.info("POST %s", "/x")
+    log.debug("not seen")
+    form = r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} - INFO - \[65652caa\] POST /x\n"
+    assert re.fullmatch(form, capsys.readouterr().out)
+    assert re.fullmatch(form, path.read_text())
+
+
+@pytest.mark.usefixtures("_logger")
+@pytest.mark.parametrize(
+    ("text", "logged"),
+    [
+        ("a\r\n2025-12-25 12:00:00 - INFO - [x] forged", r"a\r\n2025-12-25 12:00:00 - INFO - [x] forged"),
+        ("\x1b[2Jgone\x07\0\x7f", r"\x1b[2Jgone\x07\x00\x7f"),
+        ("/\u2028x\x85 \u202ecod", r"/\u2028x\x85 \u202ecod"),
+        ("half \ud83d", r"half \ud83d"),
+        ("größer 日本 😀", "größer 日本 😀"),
+    ],
+)
+def test_outside_text_stays_on_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, logged: str
+) -> None:
+    set_up_logging("INFO", str(tmp_path / "log"))
+    log.info("%s", text)
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        log.error("internal error", exc_info=error)
+    out = (tmp_path / "log").read_text()
+    assert capsys.readouterr().out == out
+    first, second, *rest = out.split("\n")
+    assert first.endswith(f" - INFO - [-] {logged}")
+    assert second.endswith(" - ERROR - [-] internal error")
+    assert rest.pop() == ""
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    name = f"\0cerebrum-{os.getpid()}" if abstract else str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name)
+        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
+        notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    notify("STOPPING=1")  # nobody listens any more: no error
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    notify("READY=1")
+
+
+@pytest.mark.usefixtures("_logger")
+def test_a_log_is_in_utc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead
+    time.tzset()
+    try:
+        set_up_logging("INFO", "")
+        log.info("now")
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
+    logged = time.strptime(capsys.readouterr().out[:19] + " UTC", "%Y-%m-%d %H:%M:%S %Z")
+    assert abs(time.mktime(logged) - time.mktime(time.gmtime())) < 60
+
+
+@pytest.mark.usefixtures("_logger")
+def test_a_log_file_that_cannot_be_written_is_given_up_until_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cerebrum.log"
+    file.symlink_to("/dev/full")
+    set_up_logging("INFO", str(file))
+    log.info("one")
+    log.info("two")
+    file.unlink()
+    log.info("three")
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.endswith((" one", " two", " three"))]
+    assert said == [f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"]
+    assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["three"]
+
+
+@pytest.mark.usefixtures("_logger")
+def test_a_log_file_in_a_place_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
+    log.info("one")
+    assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_logger")
+def test_a_log_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "cerebrum.log"
+    set_up_logging("INFO", str(file))
+    log.info("one")
+    file.unlink()
+    log.info("two")
+    assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["two"]
+
+
+@pytest.mark.usefixtures("_logger")
+def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cerebrum_service.MAX_LOG_BYTES", 1000)
+    set_up_logging("INFO", str(tmp_path / "log"))
+    for number in range(200):
+        log.info("line %d", number)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["log", "log.1", "log.2", "log.3"]
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+
+
+@pytest.mark.usefixtures("_logger")
+def test_requests_are_not_written_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = os.fstat(1)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{output.st_dev}:{output.st_ino}")
+    set_up_logging("INFO", str(tmp_path / "log"))
+    log.info("a request", extra={"is_request": True})
+    log.info("something else")
+    assert [line[-9:] for line in capsys.readouterr().out.splitlines()] == ["hing else"]
+    assert [line[-9:] for line in (tmp_path / "log").read_text().splitlines()] == ["a request", "hing else"]
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").symlink_to("/dev/full")
+    for number in range(3):  # while the file cannot be written, the journal has the requests
+        log.info("request %d", number, extra={"is_request": True})
+    assert [line[-9:] for line in capsys.readouterr().out.splitlines()[1:]] == ["request 1", "request 2"]
+
+
+# ------------------------------------------------------------------------------------------- a daemon's life
+
+
+class Systemd:
+    """Hears what a daemon tells its supervisor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "notify"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+        self.socket.setblocking(False)
+        self.said: list[str] = []
+
+    def heard(self) -> list[str]:
+        while True:
+            try:
+                self.said.append(self.socket.recv(1000).decode())
+            except BlockingIOError:
+                return self.said
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    systemd = Systemd(tmp_path)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path))
+    yield systemd
+    systemd.socket.close()
+
+
+def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    asked: list[float] = []
+
+    def stuck(now: float) -> str:
+        asked.append(now)
+        return "a worker hangs" if len(asked) > 3 else ""
+
+    async def scenario() -> None:
+        service = Service(lambda: None, stuck)
+        work = asyncio.create_task(until(lambda: len(asked) >= 10))
+        assert await service.run(work)
+
+    asyncio.run(scenario())
+    assert systemd.heard() == ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "STOPPING=1"]
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "a worker hangs",
+        "a task of the daemon has ended",
+    ]
+
+
+def test_a_watchdog_of_another_process_is_not_ours() -> None:
+    assert watchdog_seconds({}) == 0
+    assert watchdog_seconds({"WATCHDOG_USEC": "30000000"}) == 30
+    assert watchdog_seconds({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}) == 30
+    assert watchdog_seconds({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}) == 0
+
+
+def test_sockets_of_another_process_are_not_ours() -> None:
+    assert passed_sockets({}) == []
+    assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_reloads_and_the_end(systemd: Systemd, caplog: pytest.LogCaptureFixture, number: signal.Signals) -> None:
+    caplog.set_level(logging.INFO)
+    faults = iter([None, ConfigError("CEREBRUM_X: expected a number, got 'x'"), ValueError("a fault of ours"), None])
+    reloads = []
+
+    def reload() -> None:
+        reloads.append(time.monotonic_ns() // 1000)
+        if fault := next(faults):
+            raise fault
+
+    async def scenario() -> None:
+        service = Service(reload, lambda now: "")
+        running = asyncio.create_task(service.run())
+        for count in range(1, 5):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda count=count: len(reloads) == count)
+        os.kill(os.getpid(), number)
+        await running
+        assert signal.getsignal(number) == signal.SIG_DFL  # the next one ends the process
+
+    before = signal.getsignal(number)
+    try:
+        asyncio.run(scenario())
+    finally:
+        signal.signal(number, before)
+    said = systemd.heard()
+    assert [line.partition("\n")[0] for line in said] == ["READY=1", *["RELOADING=1", "READY=1"] * 4, "STOPPING=1"]
+    for line, at in zip(said[1:9:2], reloads, strict=True):
+        assert 0 <= at - int(line.partition("\nMONOTONIC_USEC=")[2]) < 5_000_000
+    assert [record.getMessage() for record in caplog.records] == [
+        "reloaded",
+        "not reloaded, the old settings stay: CEREBRUM_X: expected a number, got 'x'",
+        "not reloaded, the old settings stay",
+        "reloaded",
+        "stopping",
+    ]
+
+
+def test_what_ends_by_itself_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async def fail() -> None:
+            raise OSError(5, "of /proc")
+
+        task = asyncio.create_task(fail())
+        assert await asyncio.wait_for(Service(lambda: None, lambda now: "").run(task), PATIENCE)
+
+    asyncio.run(scenario())
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.getMessage() == "a task of the daemon has ended"
+    assert record.exc_info
+    assert str(record.exc_info[1]) == "[Errno 5] of /proc"
+
+
+def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def fail(_: object) -> None:
+        raise OSError(5, "of /proc")
+
+    monkeypatch.setattr(cm4d.Gateway, "probe_forever", fail)
+    environ = Environment({"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0"})
+    assert asyncio.run(asyncio.wait_for(cm4d.serve(environ, cm4d.load_config(environ)), PATIENCE)) == 1
+
+
+# ------------------------------------------------------------------------------------------- both daemons
+
+
+def cm4d_at(backend: Backend, **more: str) -> dict[str, str]:
+    return {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": "", **more}
+
+
+def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Backend([[CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]]) as backend:
+            with program("cm4d", command_of("cm4d"), tmp_path, settings(tmp_path, **cm4d_at(backend))) as process:
+                running = asyncio.create_task(Client(port=process.port).stream())
+                await backend.begun.wait()
+                process.process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(process.wait_for_line, "stopping")
+                process.process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.process.wait, PATIENCE) == -signal.SIGTERM
+                assert not (await running).clean
+
+    run(scenario())
+
+
+def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = [CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            running = asyncio.create_task(pi.stream())
+            await backend.begun.wait()
+            await until(lambda: pi.gateway.active[0].tokens)
+            await pi.server.stop(0.0)
+            reply = await running
+            assert not reply.clean
+            assert reply.events == [
+                {"token": "a", "total_tokens": 1},
+                {"error": True, "message": "the daemon is being stopped; try again later", "code": "SHUTTING_DOWN"},
+            ]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("name", ["cm4d", "vpsd"])
+def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wrong(tmp_path: Path, name: str) -> None:
+    variable = {"cm4d": "CEREBRUM_CM4_API_KEY", "vpsd": "CEREBRUM_API_KEY"}[name]
+
+    async def status(port: int, key: str) -> int:
+        return (await Client(port=port).ask("GET", "/v1/stats", X_API_Key=key)).status
+
+    async def scenario() -> None:
+        credentials = tmp_path / "credentials"
+        credentials.mkdir()
+        (credentials / variable).write_text("one\n")
+        given = {"CREDENTIALS_DIRECTORY": str(credentials), "CEREBRUM_API_KEY": "not-used"}
+        with daemon(name, tmp_path, **given) as process:
+            assert [await status(process.port, key) for key in ("one", "two")] == [200, 401]
+            (credentials / variable).write_text("two,one\n")
+            process.process.send_signal(signal.SIGHUP)
+            await asyncio.to_thread(process.wait_for_line, " reloaded")
+            assert [await status(process.port, key) for key in ("one", "two", "not-used")] == [200, 200, 401]
+            (credentials / variable).write_text("th ree\n")
+            process.process.send_signal(signal.SIGHUP)
+            wrong = f"not reloaded, the old settings stay: {variable}: expected printable ASCII without spaces"
+            await asyncio.to_thread(process.wait_for_line, wrong)
+            assert [await status(process.port, key) for key in ("one", "two", "three")] == [200, 200, 401]
+            (credentials / variable).write_text("two")
+            (credentials / "CEREBRUM_LOG_LEVEL").write_text("DEBUG")
+            (credentials / "CEREBRUM_N_CTX").write_text("2048")
+            (credentials / "CEREBRUM_CM4_PORT").write_text("1")
+            process.process.send_signal(signal.SIGHUP)
+            await until(lambda: process.stdout().count("] reloaded\n") == 2)
+            assert [await status(process.port, key) for key in ("one", "two")] == [401, 200]
+            assert (await Client(port=process.port).ask("GET", "/health")).status in (200, 503)
+            await asyncio.to_thread(process.wait_for_line, "GET /health")
+            later = {"cm4d": "CEREBRUM_CM4_PORT", "vpsd": "CEREBRUM_N_CTX"}[name]
+            assert f"WARNING - [-] {later} changed: restart the daemon to use it\n" in process.stdout()
+
+    run(scenario())
+
+
+def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
+    """As systemd passes it: open before the daemon runs, and on while it is restarted."""
+    code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
+    code += "; os.execv(sys.argv[2], sys.argv[2:])"
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
+            early.sendall(HEALTH)
+            environ = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
+            command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
+            for _ in range(2):
+                process = await asyncio.create_subprocess_exec(
+                    *command, env=environ, pass_fds=[listening.fileno()], stdout=asyncio.subprocess.PIPE
+                )
+                assert process.stdout
+                assert f"listening on http://127.0.0.1:{port}\n".encode() in await process.stdout.readline()
+                assert early.recv(15) == b"HTTP/1.1 200 OK"
+                early.close()
+                process.terminate()
+                await process.communicate()
+                early = socket.create_connection(("127.0.0.1", port))  # refused if the socket were closed
+                early.sendall(HEALTH)
+            early.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
+    async def scenario() -> None:
+        async with Backend() as backend:
+            with daemon("cm4d", tmp_path, **cm4d_at(backend, CEREBRUM_LOG_PROMPTS=wanted)) as process:
+                asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
+                await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
+                await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")
+                prompts = re.findall(r"\[the-id\] (prompt: .*)", process.stdout())
+                shown = r'prompt: {"prompt": "def my_secret():\n", "suffix": "zwölf"}'
+                assert prompts == ([shown] if wanted == "1" else [])
+                assert ("my_secret" in process.stdout()) == (wanted == "1")
+
+    run(scenario())
