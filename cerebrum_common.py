@@ -39,6 +39,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+VERSION = "1.1.0"  # of all files beside each other; pyproject.toml has the same
+
 # ---------------------------------------------------------------------------------------------- limits
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
@@ -652,7 +654,8 @@ class Request:
 
     `address` is the client's. `end` ends this request from outside its handler: it cancels the handler and answers with
     the error instead. `send_now` is `Connection.send_now`, for chunks that need not wait for the generator of
-    `Response.events`. `notes` are added to the request's line in the log as `name=value`.
+    `Response.events`. `notes` are added to the request's line in the log as `name=value`. `answered` is that of
+    `Server`.
     """
 
     head: Head
@@ -662,6 +665,7 @@ class Request:
     end: Callable[[HttpError], None] = lambda _: None
     send_now: Callable[[bytes], bool] = lambda _: False
     notes: dict[str, Any] = field(default_factory=dict)
+    answered: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         return parse_json(self.body)
@@ -867,10 +871,13 @@ class Connection:
 
 
 class Exchange:
-    """One request and its answer: what was asked, whether the connection is kept, and the line in the log."""
+    """One request and its answer: what was asked, whether the connection is kept, and the line in the log.
 
-    def __init__(self, connection: Connection, access: Access) -> None:
-        self.connection, self.access = connection, access
+    `answered` is that of `Server`.
+    """
+
+    def __init__(self, connection: Connection, access: Access, answered: Counter[tuple[str, int]]) -> None:
+        self.connection, self.access, self.answered = connection, access, answered
         self.head: Head | None = None  # not read yet, or malformed
         self.keep = False
         self.quiet = False
@@ -880,6 +887,7 @@ class Exchange:
         self.foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # of the route, once it is known
         self.notes: dict[str, Any] = {}  # of the request, for the log
         self.reason = ""  # of an error, for the log
+        self.path = OTHER_PATH  # of the route, once it is known
         self.ended = False  # it has its line in the log
         self.started = time.perf_counter()
 
@@ -960,11 +968,12 @@ class Exchange:
 
     def log(self, status: int) -> None:
         """`POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, or the reason of an error behind that. 499
-        is nginx's number for a client that left before its answer. A request is logged once, even if its
+        is nginx's number for a client that left before its answer. A request is logged and counted once, even if its
         client leaves behind an error event."""
         if self.ended:
             return
         self.ended = True
+        self.answered[self.path, status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
@@ -974,16 +983,21 @@ class Exchange:
 
 # --------------------------------------------------------------------------------------- connection loop
 
+OTHER_PATH = "other"  # stands for all paths that have no route, in the counts of requests
+
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the connections, their count by client, and the bytes of
-    request bodies in memory."""
+    """Accepts connections and runs one task for each. Owns the connections, their count by client, the bytes of
+    request bodies in memory, and the counts of what was answered."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
+        # Requests by the path of their route and their status. The usual ones begin at 0, so that a first one is an
+        # increase.
+        self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}
         self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
         self.clients: Counter[str] = Counter()  # the connections within the limit, by address
@@ -1073,7 +1087,7 @@ class Server:
     async def _serve_one(self, connection: Connection) -> bool:
         """One request and its answer; whether the connection is kept for another."""
         request_id_var.set(str(uuid.uuid4()))
-        exchange = connection.exchange = Exchange(connection, self.access)
+        exchange = connection.exchange = Exchange(connection, self.access, self.answered)
         try:
             block = await connection.next_head()
             if block is None:
@@ -1128,6 +1142,7 @@ class Server:
                 exchange.end,
                 connection.send_now,
                 exchange.notes,
+                self.answered,
             )
             body.clear()
             await (self._watch if route.watched else self._call)(exchange, route, request)
@@ -1160,6 +1175,7 @@ class Server:
             known = self.routes.get(head.path[1:], {})
             methods = {method: route for method, route in known.items() if route.foreign_error}
         exchange.foreign_error = next((route.foreign_error for route in methods.values()), None)
+        exchange.path = next((route.path for route in methods.values()), OTHER_PATH)
         public = head.path == "*" or any(route.open for route in methods.values())
         if over and not public:
             raise too_busy()

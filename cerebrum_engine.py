@@ -62,6 +62,7 @@ import psutil
 
 from cerebrum_common import HttpError, log, request_id_var
 from cerebrum_ending import Cutter, Ending, wants_extras
+from cerebrum_metrics import CANCELLED, Tally
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 MB = 1 << 20
@@ -931,6 +932,21 @@ class Job:
 
 
 @dataclass(slots=True)
+class ModelTally(Tally):
+    """Totals of a model's completions and of the work on them, whether or not it is loaded. The worker's thread
+    writes all but the loads."""
+
+    drafts: int = 0  # decodes of drafted tokens
+    decodes: int = 0  # calls of llama_decode
+    decoded_sequences: int = 0  # in all of them
+    prompt_seconds: float = 0.0  # from the start of each completion to its first token
+    token_seconds: float = 0.0  # from there to its last token
+    loads: int = 0
+    failed_loads: int = 0
+    load_seconds: float = 0.0  # of those that succeeded
+
+
+@dataclass(slots=True)
 class Slot:
     """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
 
@@ -963,7 +979,7 @@ class Run:
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
         self.beside = 0  # other streams' tokens in the same decode
-        self.first_token = self.last_token = 0.0
+        self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
         self.has_line = False  # a line end has been generated
         self.outbox: list[Event | HttpError] = []
 
@@ -1059,6 +1075,7 @@ class Worker(threading.Thread):
         sha256: str = "",
         baton: Baton | None = None,
         tuned: TunedFile | None = None,
+        tally: ModelTally | None = None,
     ) -> None:
         super().__init__(name=f"worker-{name}", daemon=True)
         self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
@@ -1074,7 +1091,7 @@ class Worker(threading.Thread):
         self.store = PrefixStore(settings.cache_mb * MB)
         self.slots = [Slot(i) for i in range(settings.sequences)]
         self.waiting: list[Job] = []
-        self.drafted = self.accepted = 0
+        self.tally = tally or ModelTally()
         self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by all
         self.due = math.inf  # when the step that is under way must have ended; monotonic; written by the thread
         self._door = threading.Lock()  # between a job that is handed over and the end of the thread
@@ -1337,7 +1354,7 @@ class Worker(threading.Thread):
         self.waiting = [job for job in self.waiting if not job.cancelled]
         for slot in self.slots:
             if slot.run and slot.run.job.cancelled:
-                self._release(slot.run)
+                self._release(slot.run, CANCELLED)
 
     def _start_waiting(self) -> None:
         for job in list(self.waiting):
@@ -1393,6 +1410,7 @@ class Worker(threading.Thread):
         self.llama.trim(slot, cached)
         slot.tokens = prompt[:cached]
         job.progress("prefill", cached, len(prompt))
+        self.tally.cached_tokens += cached
         slot.run = Run(job, slot, cached, guide)
 
     def _park(self, slot: Slot) -> None:
@@ -1476,7 +1494,9 @@ class Worker(threading.Thread):
         if code:
             self._after_failure(works, code)
             return
-        self.costs.learn(sum(len(work.tokens) for work in works), seconds)
+        self.costs.learn(size, seconds)
+        self.tally.decodes += 1
+        self.tally.decoded_sequences += len(works)
         base = 0
         for work in works:
             with self._blamed_on(work.run):
@@ -1497,6 +1517,7 @@ class Worker(threading.Thread):
                 # But not the prompt's last token: its logits are missing, so it has to be decoded again.
                 read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
+                self.tally.prompt_tokens += max(0, read)
             self.llama.trim(slot, len(slot.tokens))
             if code != ABORTED:
                 log.error("llama_decode answered %d", code)
@@ -1515,6 +1536,7 @@ class Worker(threading.Thread):
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot
         slot.tokens += work.tokens
+        self.tally.prompt_tokens += len(work.tokens)
         run.job.progress("prefill", len(slot.tokens), len(run.job.prompt))
         if len(slot.tokens) < len(run.job.prompt):
             return
@@ -1548,8 +1570,9 @@ class Worker(threading.Thread):
             self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
             run.drafted += drafted
             run.accepted += accepted
-            self.drafted += drafted
-            self.accepted += accepted
+            self.tally.drafts += 1
+            self.tally.draft_tokens += drafted
+            self.tally.accepted_tokens += accepted
 
     def _sample(self, run: Run, index: int) -> int:
         assert self.llama
@@ -1569,7 +1592,9 @@ class Worker(threading.Thread):
         piece = self.llama.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
-        run.generated += bool(piece) or not known  # a token that repeats what the client has does not count
+        counts = bool(piece) or not known  # a token that repeats what the client has does not
+        run.generated += counts
+        self.tally.tokens += counts
         if run.drafter:
             run.drafter.advance(token)
         text, reason = run.text.feed(piece)
@@ -1590,17 +1615,23 @@ class Worker(threading.Thread):
         if flush and (text := run.text.flush(reason == "stop")):
             run.outbox.append({"token": text, "total_tokens": run.generated})
         run.outbox.append(run.result(reason))
-        self._release(run)
+        self._release(run, reason)
 
     def _fail(self, run: Run, error: HttpError) -> None:
         if run.slot.run is not run:
             return  # it has had its last event
         run.outbox.append(error)
-        self._release(run)
+        self._release(run, error.code)
 
-    def _release(self, run: Run) -> None:
+    def _release(self, run: Run, reason: str) -> None:
         """The slot is idle again; its sequence stays, as a prefix of what may come."""
         run.slot.run = None
+        tally = self.tally
+        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
+        if run.first_token:
+            tally.token_seconds += run.last_token - run.first_token
+            tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
+        tally.end(reason)
         run.slot.used = time.monotonic()
         run.sampler.close()
         self._flush(run)

@@ -32,6 +32,7 @@ from cerebrum_common import (
     MAX_INTEGER_DIGITS,
     MAX_JSON_DEPTH,
     STATUSES,
+    VERSION,
     Field,
     HttpError,
     Model,
@@ -65,7 +66,6 @@ from cerebrum_dialects import (
     write_props,
 )
 
-VERSION = "1.0.0"  # of the API, as in pyproject.toml
 DESCRIPTION = (
     "Code completion at home. Beside Cerebrum's own API, the Pi speaks OpenAI's and llama-server's, so that an editor"
     " works by entering its address. Unknown members of a request are ignored. Paths of other people's APIs read their"
@@ -528,6 +528,8 @@ def success(route: Route, dialect: Dialect | None, models: Sequence[Model]) -> t
         content = stream_of(native_events(models[0].id))
     elif not last:
         last, content = "page", {"text/html": {"schema": STRING}}
+    elif last == "metrics":
+        content = {"text/plain": {"schema": STRING}}
     else:
         content = {"application/json": {"schema": like(ANSWERS[last](models))}}
     name = name_of(dialect) if dialect else re.sub(r"\W", "", last)

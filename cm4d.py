@@ -43,9 +43,17 @@ from pathlib import Path
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here))  # `python3 -I` leaves it out
+    if "--check" in sys.argv[1:]:
+        try:
+            from cerebrum_check import begin
+        except (ImportError, SyntaxError) as error:
+            print(f"FAIL  files     {error}: copy all files of one version here again")
+            sys.exit(1)
+        if not begin(Path(__file__).resolve(), {}):
+            sys.exit(1)
     # What only some backends need is loaded here or not at all. `main` knows them, and starts this program once more
     # with `-X tls` or `-X engines`. asyncio and hmac load OpenSSL where they find it: 6 MB of 30, for https alone.
-    if "tls" not in sys._xoptions:
+    elif "tls" not in sys._xoptions:
         sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
     # Where no .pyc can be written, every start compiles. Compiling the largest modules first, while little else is in
     # memory, lowers the peak.
@@ -80,6 +88,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cerebrum_backends import (
+    COUNT,
     MAX_MESSAGE_CHARACTERS,
     MAX_PLACES,
     PASSED_ON,
@@ -110,6 +119,7 @@ from cerebrum_code import MIN_RATIO, TEMPLATE_TOKENS, Ratio, common_length, dete
 from cerebrum_common import (
     READ_BYTES,
     SSE_COMMENT,
+    VERSION,
     Access,
     ConfigError,
     Environment,
@@ -156,6 +166,7 @@ from cerebrum_dialects import (
     write_props,
 )
 from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
+from cerebrum_metrics import CANCELLED, CONTENT_TYPE, Metrics, Tally, add_build, add_process, add_requests, add_speed
 from cerebrum_page import History, Page
 from cerebrum_service import Service, prompt_of, set_up_logging
 
@@ -445,6 +456,9 @@ FAILURES_TO_OPEN = 3  # in a row
 OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles it
 JITTER = 0.2  # +- this share of every pause: several Pis should not come back in step
 TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
+
+
+BREAKER_STATES = ("closed", "open", "half-open")
 
 
 class Breaker:
@@ -947,6 +961,7 @@ SAME_BEGINNING = 200  # characters
 WORTH_CACHING = 40  # characters: fewer are read in no time
 MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
+NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
@@ -980,6 +995,8 @@ class Job:
     cut: bool = False  # to what can be read in the time that the client allows
     tokens: int = 0  # relayed so far
     first_token: float = 0.0  # when the first of them came, as `started`
+    result_came: float = 0.0  # when its backend said that it is whole
+    reason: str = ""  # and why it ended, one of REASONS
     size: int = 0  # bytes of text events so far
     ticket: int = 0  # of the breaker
     superseded: bool = False  # a newer request of its session has ended it
@@ -1363,6 +1380,9 @@ class Candidates:
     backends: Sequence[Backend]
 
 
+REASONS = frozenset({"stop", "length", "block", "repeat"})  # why a completion ends by itself
+
+
 def notes_of(job: Job) -> dict[str, Any]:
     """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
     notes: dict[str, Any] = {"model": job.model} if job.model else {}
@@ -1395,7 +1415,8 @@ class Gateway:
         self.tokens_retired = 0  # of those that have ended
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum_page.html")
-        self.requests_total = self.requests_failed = 0
+        self.requests_total = self.requests_failed = self.reconfigured = 0
+        self.tallies = {model.id: Tally() for model in config.models}
         self.history = History(self.started)
         self.notes: list[str] = []  # for the page: what its user may want to change
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
@@ -1465,6 +1486,8 @@ class Gateway:
                 backends[number] = old
         gone = [backend for backend in self.backends if backend not in backends]
         self.config, self.backends = config, backends
+        self.reconfigured += 1
+        self.tallies = {model.id: Tally() for model in config.models} | self.tallies
         self.retired += gone
         self.served = {key: backend for key, backend in self.served.items() if backend not in gone}
         for backend in gone:
@@ -1668,14 +1691,36 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _counting(self, job: Job) -> AsyncIterator[None]:
-        """Count the completion if it fails, and note for the log how it went."""
+        """Count how the completion ends, and note for the log how it went."""
+        reason = CANCELLED
         try:
             yield
         except Exception as error:
-            self.requests_failed += not (isinstance(error, HttpError) and error.code == "SUPERSEDED")
+            reason = error.code if isinstance(error, HttpError) else "INTERNAL_ERROR"
+            self.requests_failed += reason != "SUPERSEDED"
             raise
         finally:
             job.notes |= notes_of(job)
+            self._count_end(job, job.reason or ("SUPERSEDED" if job.superseded else reason))
+
+    def _count_end(self, job: Job, reason: str) -> None:
+        tally = self.tallies.setdefault(job.model or NO_MODEL, Tally())
+        tally.end(reason)
+        tally.tokens += job.tokens
+        if job.first_token:
+            # When the last token of an answer came that is not whole, nobody has noted.
+            last, tokens = (job.result_came, job.tokens) if job.reason else (job.first_token, 1)
+            tally.spoke(job.first_token - job.started, last - job.started, tokens)
+
+    def _count_work(self, job: Job, told: Mapping[str, Any]) -> None:
+        """Count what the backend tells that it has done."""
+        names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
+        prompt, cached, drafted, accepted = (told[name] if COUNT.accepts(told.get(name)) else 0 for name in names)
+        tally = self.tallies[job.model]
+        tally.prompt_tokens += max(0, prompt - cached)
+        tally.cached_tokens += cached
+        tally.draft_tokens += drafted
+        tally.accepted_tokens += accepted
 
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
@@ -2020,6 +2065,10 @@ class Gateway:
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """The result's own members, then whatever else the backend tells about it."""
         told = read_result(done)
+        job.result_came, reason = time.perf_counter(), told.get("finish_reason", "stop")
+        job.reason = reason if reason in REASONS else "other"
+        self._count_work(job, told)
+        job.tokens = max(job.tokens, told.get("total_tokens", 0))  # an event may have several
         counted = told.get("prompt_tokens", 0)
         if counted and (not backend.api or self._is_plausible(job, backend, counted)):
             backend.ratio.learn(job.model, job.weight, counted)
@@ -2309,6 +2358,71 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
     }
 
 
+async def metrics(gateway: Gateway, request: Request) -> Response:
+    """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
+    told = Metrics()
+    add_build(told, "cm4d", VERSION)
+    add_process(told)
+    add_requests(told, request.answered)
+    add_completions(told, gateway)
+    add_backends(told, gateway.backends, time.monotonic())
+    return Response(told.encode(), kind=CONTENT_TYPE)
+
+
+def add_completions(told: Metrics, gateway: Gateway) -> None:
+    """Counts of completions, and totals for each model that models.toml has listed since the start."""
+    told.counter("cerebrum_completions_started_total", "Completions that were asked for.", gateway.requests_total)
+    told.counter("cerebrum_completions_failed_total", "Completions that failed.", gateway.requests_failed)
+    told.gauge("cerebrum_completions_active", "Completions that hold a place at a backend.", gateway.requests_active)
+    told.gauge("cerebrum_completions_waiting", "Completions that wait in line for a place.", len(gateway.line))
+    told.counter("cerebrum_shared_total", "Requests that shared a running completion.", gateway.counts["shared"])
+    told.counter("cerebrum_replaced_total", "Infills that a newer one replaced.", gateway.counts["replaced"])
+    told.counter(
+        "cerebrum_type_through_total",
+        "Requests that were answered by the rest of an earlier completion.",
+        gateway.counts["type_through"],
+    )
+    told.counter("cerebrum_reloads_total", "How often the settings were read again.", gateway.reconfigured)
+    tallies = gateway.tallies
+    add_speed(told, tallies, "a request")
+    for name, member, about in (
+        ("tokens", "tokens", "Tokens of completions that have ended."),
+        ("prompt_tokens", "prompt_tokens", "Tokens of prompts that backends have computed, as they tell."),
+        ("prompt_tokens_cached", "cached_tokens", "Tokens of prompts that backends had in a cache, as they tell."),
+        ("draft_tokens", "draft_tokens", "Tokens that drafts proposed, as backends tell."),
+        ("accepted_tokens", "accepted_tokens", "Tokens of drafts that were accepted, as backends tell."),
+    ):
+        values = {id: getattr(tally, member) for id, tally in tallies.items()}
+        told.counter(f"cerebrum_{name}_total", about, values, "model")
+
+
+def add_backends(told: Metrics, backends: Sequence[Backend], now: float) -> None:
+    """What /v1/stats tells of each backend; of lists their lengths."""
+    described = {backend.id: backend.describe(now) for backend in backends}
+    for name, member, about in (
+        ("up", "available", "Whether it is available."),
+        ("places", "max_concurrent", "Completions that it takes at a time."),
+        ("active", "requests_active", "Completions that hold a place there."),
+        ("models", "models", "Models that it has."),
+        ("models_loaded", "models_loaded", "Models that it has in memory, as it tells."),
+        ("requests_total", "requests_total", "Completions that were sent there."),
+        ("failures_total", "requests_failed", "Completions that failed there."),
+        ("tokens_total", "tokens_total", "Tokens that came from there."),
+    ):
+        figures = {id: one[member] for id, one in described.items()}
+        values = {id: len(figure) if isinstance(figure, list) else figure for id, figure in figures.items()}
+        add = told.counter if name.endswith("_total") else told.gauge
+        add(f"cerebrum_backend_{name}", about, values, "backend")
+    probes = {id: one["response_time_ms"] for id, one in described.items()}
+    seconds = {id: milliseconds / 1000 for id, milliseconds in probes.items() if milliseconds is not None}
+    told.gauge("cerebrum_backend_probe_seconds", "Time that the last good probe took.", seconds, "backend")
+    breakers = {id: one["breaker"] for id, one in described.items()}
+    states = {(id, state): one["state"] == state for id, one in breakers.items() for state in BREAKER_STATES}
+    told.gauge("cerebrum_breaker_state", "1 for the state of its circuit breaker.", states, "backend", "state")
+    opens = {id: one["opens"] for id, one in breakers.items()}
+    told.counter("cerebrum_breaker_opens_total", "How often its circuit breaker opened.", opens, "backend")
+
+
 async def openapi(gateway: Gateway, request: Request) -> Response:
     """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
     from cerebrum_openapi import write_openapi  # compiled and loaded only for those who ask
@@ -2347,6 +2461,7 @@ ROUTES = (
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
     Route("GET", "/v1/activity", activity, quiet=True),
+    Route("GET", "/metrics", metrics, quiet=True),
     *(
         Route("POST", path, speaking(dialect), json=True, watched=True, any_type=True, foreign_error=write_error)
         for dialect in DIALECTS
@@ -2403,11 +2518,44 @@ def warn_of(config: Config) -> None:
             log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
+def answer_arguments(arguments: Sequence[str]) -> int:
+    """Do what the options ask instead of serving. What they need is loaded only here."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="cm4d.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM.",
+        epilog=HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
+    parser.add_argument("--version", action="version", version=f"cm4d {VERSION}")
+    parser.parse_args(arguments)
+    from cerebrum_check_pi import check_pi
+
+    return check_pi(HERE, load_config, Backend)
+
+
+HELP = """\
+configuration, the first that has a variable counts:
+  files named like the variable in $RUNTIME_DIRECTORY and $CREDENTIALS_DIRECTORY
+  the environment
+  .env beside cm4d.py; .env.example lists all variables
+  models.toml beside cm4d.py has the models and backends
+SIGHUP reads them again.
+
+exit status:
+  0  told to stop; with --check: nothing has failed
+  1  something that may pass, such as a busy port; with --check: something has failed
+  2  wrong configuration or arguments
+"""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for what may pass by itself."""
     if arguments:
-        print("cm4d.py: expected no arguments; environment variables configure it, see .env.example", file=sys.stderr)
-        return 2
+        return answer_arguments(arguments)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)

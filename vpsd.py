@@ -40,6 +40,7 @@ import subprocess
 import time
 import urllib.request
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,13 +48,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    if missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
+    if "--check" in sys.argv[1:]:
+        try:
+            from cerebrum_check import PACKAGES, begin
+        except (ImportError, SyntaxError) as error:
+            print(f"FAIL  files     {error}: copy all files of one version here again")
+            sys.exit(1)
+        if not begin(Path(__file__).resolve(), PACKAGES):
+            sys.exit(1)
+    elif missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
     # Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of
     # 2 MiB (measured with a 1.5B). The C library asks for those only if told before the process starts.
-    if "GLIBC_TUNABLES" not in os.environ:
+    if "GLIBC_TUNABLES" not in os.environ and "--check" not in sys.argv[1:]:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -61,6 +70,7 @@ import psutil
 
 from cerebrum_common import (
     SSE_COMMENT,
+    VERSION,
     Access,
     ConfigError,
     Environment,
@@ -94,6 +104,7 @@ from cerebrum_engine import (
     Event,
     Job,
     ModelError,
+    ModelTally,
     Settings,
     TunedFile,
     Worker,
@@ -106,6 +117,7 @@ from cerebrum_engine import (
 )
 from cerebrum_gguf import read_shape
 from cerebrum_languages import LANGUAGES
+from cerebrum_metrics import CONTENT_TYPE, Metrics, add_build, add_process, add_requests, add_speed
 from cerebrum_service import Service, passed_sockets, prompt_of, set_up_logging
 
 HERE = Path(__file__).resolve().parent
@@ -692,7 +704,7 @@ class Engine:
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
-        self.drafted = self.accepted = 0  # of models that have been unloaded
+        self.tallies = {model.id: ModelTally() for model in config.models}  # also of models that have been unloaded
         self.loading = asyncio.Lock()  # memory is judged for one load at a time
         # Of models that could not be loaded: why, the stamp of the file, and until when that is believed.
         self.load_failures: dict[str, tuple[str, tuple[int, ...] | None, float]] = {}
@@ -738,6 +750,7 @@ class Engine:
         changed is unloaded once nobody uses it. The settings of llama.cpp stay."""
         self.config = dataclasses.replace(config, engine=self.config.engine, models_dir=self.config.models_dir)
         self.models = {model.id: model for model in config.models}
+        self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
 
     def stuck(self, now: float) -> str:
         """Names a model whose worker has hung; "" if there is none."""
@@ -853,10 +866,20 @@ class Engine:
         if not tuned:
             parts = await asyncio.to_thread(self._estimate, model, path, settings)
         await self._make_room(model, parts)
-        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned)
+        tally, begun = self.tallies[model.id], time.monotonic()
+        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned, tally)
         worker.start()  # before anything waits for its end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
-        ready.add_done_callback(lambda future: future.exception())  # nobody may be left to hear of a failure
+
+        def count(future: asyncio.Future[None]) -> None:
+            error = future.exception()  # which nobody else may be left to hear
+            if not error:
+                tally.loads += 1
+                tally.load_seconds += time.monotonic() - begun
+            elif not worker.stopping:
+                tally.failed_loads += 1
+
+        ready.add_done_callback(count)
         estimate = sum(parts.values())
         instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.monotonic())
         instance.gone = asyncio.create_task(self._reap(instance))
@@ -865,8 +888,6 @@ class Engine:
         """Forget the instance when its worker has ended, for whatever reason, and return its memory to the system."""
         await asyncio.wait([asyncio.wrap_future(instance.worker.ended)])
         instance.worker.join()  # returns at once
-        self.drafted += instance.worker.drafted
-        self.accepted += instance.worker.accepted
         instance.worker.llama = None
         del self.instances[instance.model.id]
         ctypes.CDLL(None).malloc_trim(0)
@@ -1092,7 +1113,6 @@ async def models(engine: Engine, _request: Request) -> Response:
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the text's fields, what other programs use of the CPU, and how drafting went."""
     memory = psutil.virtual_memory()
-    workers = [instance.worker for instance in engine.instances.values()]
     return Response(
         {
             "cpu_percent": round(engine.cpu.system_percent, 1),
@@ -1104,10 +1124,102 @@ async def stats(engine: Engine, _request: Request) -> Response:
             "requests_active": len(engine.completions),
             "uptime": round(time.monotonic() - engine.started, 1),
             "cpu_percent_others": round(engine.cpu.others_percent, 1),
-            "draft_tokens": engine.drafted + sum(worker.drafted for worker in workers),
-            "accepted_tokens": engine.accepted + sum(worker.accepted for worker in workers),
+            "draft_tokens": sum(tally.draft_tokens for tally in engine.tallies.values()),
+            "accepted_tokens": sum(tally.accepted_tokens for tally in engine.tallies.values()),
         }
     )
+
+
+async def metrics(engine: Engine, request: Request) -> Response:
+    """GET /metrics: the counters of /v1/stats and more, for Prometheus. What llama-server's /metrics has as well has
+    its name and meaning here, with the model as a label."""
+    told = Metrics()
+    add_build(told, "vpsd", VERSION)
+    add_process(told)
+    add_requests(told, request.answered)
+    add_completions(told, engine)
+    add_machine(told, engine)
+    return Response(told.encode(), kind=CONTENT_TYPE)
+
+
+# What llama-server counts as well: its name without `llamacpp:`, our field, what it is.
+LLAMACPP = (
+    ("prompt_tokens_total", "prompt_tokens", "Tokens of prompts that were computed."),
+    ("prompt_tokens_cached_total", "cached_tokens", "Tokens of prompts that were in the cache."),
+    ("prompt_seconds_total", "prompt_seconds", "Time in which prompts were read."),
+    ("tokens_predicted_total", "tokens", "Tokens that were generated."),
+    ("tokens_predicted_seconds_total", "token_seconds", "Time in which tokens were generated."),
+    ("n_decode_total", "decodes", "Calls of llama_decode."),
+    ("spec_decode_num_draft_tokens_total", "draft_tokens", "Tokens that drafts proposed."),
+    ("spec_decode_num_accepted_tokens_total", "accepted_tokens", "Tokens of drafts that the model accepted."),
+    ("spec_decode_num_drafts_total", "drafts", "Drafts that the model checked."),
+)
+
+
+def add_completions(told: Metrics, engine: Engine) -> None:
+    """Totals of completions for each model that models.toml has listed since the start."""
+    told.counter("cerebrum_completions_started_total", "Completions that were admitted.", engine.requests_total)
+    told.gauge("cerebrum_completions_active", "Completions that hold a place.", len(engine.completions))
+    told.gauge("cerebrum_places", "Completions that may run at a time.", engine.config.max_concurrent)
+    tallies = engine.tallies
+    add_speed(told, tallies, "a completion's start with a loaded model")
+    for name, member, about in LLAMACPP:
+        told.counter(f"llamacpp:{name}", about, {id: getattr(tally, member) for id, tally in tallies.items()}, "model")
+    for name, about, rates in (
+        (
+            "prompt_tokens_seconds",
+            "Tokens per second at which prompts were read, since the start.",
+            {id: (tally.prompt_tokens, tally.prompt_seconds) for id, tally in tallies.items()},
+        ),
+        (
+            "predicted_tokens_seconds",
+            "Tokens per second that were generated, since the start.",
+            {id: (tally.tokens, tally.token_seconds) for id, tally in tallies.items()},
+        ),
+        (
+            "n_busy_slots_per_decode",
+            "Mean number of sequences in a call of llama_decode.",
+            {id: (tally.decoded_sequences, tally.decodes) for id, tally in tallies.items()},
+        ),
+    ):
+        told.gauge(f"llamacpp:{name}", about, {id: a / b if b else 0.0 for id, (a, b) in rates.items()}, "model")
+    admitted = Counter(completion.model for completion in engine.completions)
+    running = {
+        id: sum(bool(slot.run) for slot in engine.instances[id].worker.slots) if id in engine.instances else 0
+        for id in tallies
+    }
+    told.gauge("llamacpp:requests_processing", "Completions that the model works on.", running, "model")
+    waiting = {id: max(0, admitted[id] - running[id]) for id in tallies}
+    told.gauge("llamacpp:requests_deferred", "Completions that wait for the model.", waiting, "model")
+
+
+def add_machine(told: Metrics, engine: Engine) -> None:
+    """The models and their memory, and what the machine has to spare."""
+    tallies, workers = engine.tallies, {id: one.worker for id, one in engine.instances.items() if one.loaded}
+    told.gauge("cerebrum_model_loaded", "Whether it is in memory.", {id: id in workers for id in tallies}, "model")
+    told.gauge(
+        "cerebrum_model_memory_bytes",
+        "Memory that a loaded model takes, with its cache of prompts.",
+        {id: workers[id].memory_bytes + workers[id].store.size if id in workers else 0 for id in tallies},
+        "model",
+    )
+    told.gauge(
+        "cerebrum_prompt_cache_bytes",
+        "Memory of the prompts that a model keeps beside those in its context.",
+        {id: workers[id].store.size if id in workers else 0 for id in tallies},
+        "model",
+    )
+    for name, member, about in (
+        ("cerebrum_model_loads_total", "loads", "How often it was loaded."),
+        ("cerebrum_model_load_failures_total", "failed_loads", "How often loading it failed."),
+        ("cerebrum_model_load_seconds_total", "load_seconds", "Time in which it was loaded."),
+    ):
+        told.counter(name, about, {id: getattr(tally, member) for id, tally in tallies.items()}, "model")
+    memory, cpu = psutil.virtual_memory(), engine.cpu
+    told.gauge("cerebrum_memory_total_bytes", "Memory of the machine.", memory.total)
+    told.gauge("cerebrum_memory_available_bytes", "Memory of the machine that is available.", memory.available)
+    told.gauge("cerebrum_cpu_ratio", "Share of all CPUs that was busy in the last second.", cpu.system_percent / 100)
+    told.gauge("cerebrum_cpu_others_ratio", "Share that other programs kept busy.", cpu.others_percent / 100)
 
 
 async def unload(engine: Engine, request: Request) -> Response:
@@ -1132,6 +1244,7 @@ ROUTES = (
     Route("POST", "/v1/tokenize", tokenize, json=True, watched=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
+    Route("GET", "/metrics", metrics, quiet=True),
     Route("POST", "/v1/unload/{id}", unload),
     Route("POST", "/v1/cleanup", cleanup),
 )
@@ -1174,9 +1287,33 @@ def check_keys(config: Config) -> None:
         raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 
 
+HELP = """\
+configuration, the first that has a variable counts:
+  files named like the variable in $RUNTIME_DIRECTORY and $CREDENTIALS_DIRECTORY
+  the environment
+  .env beside vpsd.py; .env.example lists all variables
+  models.toml beside vpsd.py has the models
+SIGHUP reads them again. A socket that systemd passes is used instead of CEREBRUM_VPS_HOST and CEREBRUM_VPS_PORT.
+
+exit status:
+  0  told to stop, or the command is done; with --check: nothing has failed
+  1  something that may pass, such as a busy port or a failed download; with --check: something has failed
+  2  wrong configuration or arguments
+"""
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="vpsd.py", description="The Cerebrum backend.")
+    parser = argparse.ArgumentParser(
+        prog="vpsd.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Cerebrum's backend. Without an option or command it serves until it gets SIGTERM.",
+        epilog=HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
+    parser.add_argument("--version", action="version", version=f"vpsd {VERSION}")
     commands = parser.add_subparsers(dest="command")
+    commands.add_parser("memory", help="print the limit of memory for systemd's MemoryMax= in MB, and why")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
     fetching.add_argument("--no-tune", dest="tune", action="store_false", help="leave the model as it is published")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
@@ -1186,6 +1323,12 @@ def main(arguments: Sequence[str]) -> int:
     for command in (fetching, tuning):
         command.add_argument("model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest")
     options = parser.parse_args(arguments)
+    if options.check:
+        if options.command:
+            parser.error(f"expected --check alone, got {options.command!r} too")
+        from cerebrum_check_vps import check_vps
+
+        return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar, PYTHON)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ, HERE)
@@ -1193,6 +1336,11 @@ def main(arguments: Sequence[str]) -> int:
             return fetch_command(options, config)
         if options.command == "tune":
             return tune_command(options, config)
+        if options.command == "memory":
+            from cerebrum_check_vps import memory_limit
+
+            print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
+            return 0
         check_keys(config)
         set_up_logging(config.log_level, config.log_file)
     except ConfigError as error:

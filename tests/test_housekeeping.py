@@ -35,14 +35,13 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
 
     def __init__(self, name: str, *rest: Any) -> None:
-        self.model, (*_, self.tuned) = name, rest
+        self.model, (*_, self.tuned, self.tally) = name, rest
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.due = float("inf")
         self.stopping = False
         self.load_progress = 0.0
         self.llama, self.store = SimpleNamespace(n_ctx=4096), SimpleNamespace(size=0)
-        self.drafted = self.accepted = 0
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.fails: Exception | None = None

@@ -350,6 +350,36 @@ def test_memory_mb_is_the_memory_of_the_process(vps: Vps) -> None:
     assert vps.model()["memory_mb"] > vps.process.rss_kb() / 1024 - 200  # Python, numpy, llama.cpp itself
 
 
+def test_metrics_count_a_completion_that_nobody_waits_for(vps: Vps) -> None:
+    def read() -> dict[str, float]:
+        connection = http.client.HTTPConnection("127.0.0.1", vps.port, timeout=PATIENCE)
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("Content-Type")) == (200, "text/plain; version=0.0.4; charset=utf-8")
+        lines = answer.read().decode().splitlines()
+        connection.close()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    before = read()
+    with vps.stream(new_prompt(), max_tokens=500) as stream:
+        event = next(event for event in stream.events() if event.get("total_tokens", 0) >= 3)
+        running = read()
+        assert running[f'llamacpp:requests_processing{{model="{SMALL}"}}'] == 1
+        assert running["cerebrum_completions_active"] == 1
+    ended = f'cerebrum_completions_ended_total{{model="{SMALL}",reason="CANCELLED"}}'
+    after = wait_until(lambda: (now := read()).get(ended, 0) > before.get(ended, 0) and now)
+    assert isinstance(after, dict)
+    assert after[ended] == before.get(ended, 0) + 1
+    for name, least in (
+        ("llamacpp:tokens_predicted_total", event["total_tokens"]),
+        ("llamacpp:prompt_tokens_total", 1),
+        ("cerebrum_time_to_first_token_seconds_count", 1),
+    ):
+        key = f'{name}{{model="{SMALL}"}}'
+        assert after[key] - before[key] >= least, name
+    assert after[f'llamacpp:requests_processing{{model="{SMALL}"}}'] == 0
+
+
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
     names = (
