@@ -2,13 +2,14 @@
 # .venv and the default model.
 
 PYTHON = .venv/bin/python
-SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh .ci/run
+SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/install.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality editor drafts prepare parse page fleet))
 
 .PHONY: help run test test-clients test-engines test-slow lint bench fuzz clean
+.PHONY: install-cm4 install-vps uninstall-cm4 uninstall-vps
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
 
 run: ## from nothing to a completion: prepare, start both daemons, open the REPL
 	@./run.sh
@@ -45,6 +46,19 @@ bench: ## the benchmarks, one line of JSON each
 fuzz: ## random bytes, sent to both daemons
 	@./run.sh setup test
 	$(PYTHON) tests/fuzz_sockets.py
+
+# DESTDIR stages the files. PREFIX is the daemon's folder.
+install-cm4: ## the Pi's daemon as a service of this machine, or its upgrade (as root)
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh cm4
+
+install-vps: ## the same with the VPS's daemon
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh vps
+
+uninstall-cm4: ## remove the Pi's daemon, but no configuration
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh uninstall-cm4
+
+uninstall-vps: ## the same with the VPS's daemon
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh uninstall-vps
 
 clean: ## remove what make built, but not the models and the .env
 	rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
