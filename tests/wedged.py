@@ -1,0 +1,45 @@
+"""vpsd with a llama.cpp that goes wrong as no test can make the real one go wrong.
+
+    GOOD_DECODES=100 THEN=hang python tests/wedged.py     # the next decode never returns
+    GOOD_DECODES=100 THEN=fail python tests/wedged.py     # all later ones fail
+
+Decodes are counted from the load on; those that measure the model's costs are not. A step may take 3 s here, so that a
+test need not wait for two minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cerebrum_engine as engine
+import vpsd
+
+engine.STEP_SECONDS = 3.0
+
+
+class Wedged(engine.Llama):
+    left = int(os.environ["GOOD_DECODES"])
+
+    def decode(self, parts: Any) -> int:
+        worker = threading.current_thread()
+        if isinstance(worker, engine.Worker) and worker.running:
+            self.left -= 1
+            if self.left < 0 and os.environ["THEN"] == "fail":
+                return -3
+            if self.left < 0:
+                threading.Event().wait()
+        return super().decode(parts)
+
+
+engine.Llama = Wedged  # type: ignore[misc]
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a test aborts this process: no dump of all weights
+    sys.exit(vpsd.main([]))
