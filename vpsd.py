@@ -823,10 +823,11 @@ class Engine:
             completion.worker = instance.worker
             instance.worker.submit(completion.job)
         except HttpError as error:
-            if error.code == "MODEL_LOAD_FAILED":
-                stamp = file_stamp(self.config.models_dir / self.listed(completion.model).file)
+            model = self.models.get(completion.model)  # None: new settings do not list it any more
+            if model and error.code == "MODEL_LOAD_FAILED":
+                stamp = file_stamp(self.config.models_dir / model.file)
                 until = time.monotonic() + LOAD_AGAIN_SECONDS
-                self.load_failures[completion.model] = error.message, stamp, until
+                self.load_failures[model.id] = error.message, stamp, until
             completion.events.put_nowait([error])
         except Exception as exception:
             completion.events.put_nowait([internal_error(exception)])

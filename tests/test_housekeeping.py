@@ -606,6 +606,22 @@ def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
     play(scenario, monkeypatch, tmp_path)
 
 
+def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scenario(house: House) -> None:
+        engine, completion = house.engine, house.ask(A)
+        await until(lambda: A in engine.instances)
+        engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1]))
+        worker = house.worker(A)
+        worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+        worker.ended.set_result(None)
+        assert (await error_of(completion)).message == "it is damaged"
+        engine.finish(completion)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
 def test_a_folder_that_cannot_be_looked_into_has_no_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
         def is_hidden(path: Path, **_: Any) -> Any:
