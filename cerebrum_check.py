@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from cerebrum_common import VERSION, ConfigError, Environment, printable, read_environment
+from cerebrum_common import VERSION, ConfigError, Environment, printable, read_environment, without_keys
 from cerebrum_service import MAX_LOG_BYTES, OLD_LOGS
 
 T = TypeVar("T")
@@ -449,7 +449,7 @@ def systemctl(*arguments: str) -> str:
     try:
         done = subprocess.run(
             ["systemctl", *arguments],
-            env={name: value for name, value in os.environ.items() if not name.endswith("KEY")},
+            env=without_keys(os.environ),
             capture_output=True,
             text=True,
             timeout=ASK_SECONDS,

@@ -1323,6 +1323,11 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
 
 
+def without_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process, which needs none of our keys."""
+    return {name: value for name, value in environ.items() if not name.endswith("KEY")}
+
+
 CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 

@@ -1657,13 +1657,19 @@ def file_digest(path: Path, tick: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(path: Path) -> str:
+    """The file's size and the time of its last change, in nanoseconds. Unlike the time of writing, no program can set
+    that back."""
+    stat = path.stat()
+    return f"{stat.st_size}.{stat.st_ctime_ns}"
+
+
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by the file's size
-    and the time of its last change, which no program can set back."""
+    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by the file's
+    stamp."""
     if not sha256:
         return
-    stat = path.stat()
-    stamp = state_dir / "verified" / f"{path.name}.{stat.st_size}.{stat.st_ctime_ns}.{sha256[:16]}"
+    stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
     if stamp.exists():
         return
 

@@ -27,9 +27,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cerebrum_common import ConfigError, log, printable, request_id_var, timestamp
+from cerebrum_common import VERSION, ConfigError, log, printable, request_id_var, timestamp
+
+if TYPE_CHECKING:
+    import argparse
 
 # -------------------------------------------------------------------------------------------------- logs
 
@@ -68,7 +71,7 @@ def set_up_logging(level: str, file: str) -> None:
     opens the file anew.
 
     Lines are written without waiting for the disk. Where systemd keeps standard output in its journal, requests are in
-    the file alone, so that they are not written to an SD card twice.
+    the file alone, as long as that can be written: an SD card should not get them twice.
     """
     output = Output(sys.stdout)
     handlers: list[logging.Handler] = [output]
@@ -168,6 +171,25 @@ def watchdog_seconds(environ: Mapping[str, str]) -> float:
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     return int(environ.get("WATCHDOG_USEC", "0")) / 1e6
+
+
+# ----------------------------------------------------------------------------------------------- options
+
+
+def make_parser(daemon: str, about: str, more: str) -> argparse.ArgumentParser:
+    """A parser of the options that both daemons have; `more` follows them in the help."""
+    import argparse  # a daemon that serves needs none of it
+
+    parser = argparse.ArgumentParser(
+        prog=f"{daemon}.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about,
+        epilog=more,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
+    parser.add_argument("--version", action="version", version=f"{daemon} {VERSION}")
+    return parser
 
 
 # ----------------------------------------------------------------------------------------------- service

@@ -168,7 +168,7 @@ from cerebrum_dialects import (
 from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum_metrics import CANCELLED, CONTENT_TYPE, Metrics, Tally, add_build, add_process, add_requests, add_speed
 from cerebrum_page import History, Page
-from cerebrum_service import Service, prompt_of, set_up_logging
+from cerebrum_service import Service, make_parser, prompt_of, set_up_logging
 
 if TYPE_CHECKING:
     import ssl
@@ -2520,18 +2520,8 @@ def warn_of(config: Config) -> None:
 
 def answer_arguments(arguments: Sequence[str]) -> int:
     """Do what the options ask instead of serving. What they need is loaded only here."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="cm4d.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM.",
-        epilog=HELP,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
-    parser.add_argument("--version", action="version", version=f"cm4d {VERSION}")
-    parser.parse_args(arguments)
+    about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
+    make_parser("cm4d", about, HELP).parse_args(arguments)
     from cerebrum_check_pi import check_pi
 
     return check_pi(HERE, load_config, Backend)

