@@ -291,10 +291,6 @@ class Body:
         self._chunks = ChunkedDecoder() if chunked else None
         self._left = length
 
-    @property
-    def between_chunks(self) -> bool:
-        return self._chunks is not None and self._chunks.between
-
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its first fault."""
         if self.done:
@@ -441,23 +437,6 @@ TOKEN = (
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
-CHUNK_OF_TOKEN = re.compile(rb"([0-9a-f]{1,4})\r\n(%b)\r\n" % TOKEN)
-
-
-def is_chunk_of_token(data: bytes) -> bool:
-    """Whether these bytes are exactly one chunk with exactly one token event."""
-    match = CHUNK_OF_TOKEN.fullmatch(data)
-    return match is not None and int(match[1], 16) == len(match[2])
-
-
-WHOLE_EVENT = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n(data:[^\r\n]*\n\n)\r\n")
-
-
-def event_in(data: bytes) -> bytes:
-    """The event, if these bytes are exactly one chunk with exactly one event of any engine, else b""."""
-    match = WHOLE_EVENT.fullmatch(data)
-    return match[2] if match and int(match[1], 16) == len(match[2]) else b""
-
 
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
 

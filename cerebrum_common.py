@@ -348,11 +348,6 @@ class ChunkedDecoder:
         self._step = ChunkedDecoder._size  # reads what follows that payload
         self._limit, self._total = limit, 0
 
-    @property
-    def between(self) -> bool:
-        """Whether the next chunk has not begun."""
-        return not self._left and not self._held and self._step is ChunkedDecoder._size
-
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
         pieces: list[bytes] = []
@@ -653,9 +648,7 @@ class Request:
     """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`.
 
     `address` is the client's. `end` ends this request from outside its handler: it cancels the handler and answers with
-    the error instead. `send_now` is `Connection.send_now`, for chunks that need not wait for the generator of
-    `Response.events`. `notes` are added to the request's line in the log as `name=value`. `answered` is that of
-    `Server`.
+    the error instead. `notes` are added to the request's line in the log as `name=value`. `answered` is `Server`'s.
     """
 
     head: Head
@@ -663,7 +656,6 @@ class Request:
     parameter: str = ""
     address: str = ""
     end: Callable[[HttpError], None] = lambda _: None
-    send_now: Callable[[bytes], bool] = lambda _: False
     notes: dict[str, Any] = field(default_factory=dict)
     answered: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
@@ -759,7 +751,6 @@ class Connection:
         self.idle = True  # between two requests: a shutdown may close it
         self.exchange: Exchange | None = None  # the one that is going on
         self.answered = False  # at least one request: it may idle longer
-        self.streaming = False  # between the head of a chunked stream and its end
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -834,13 +825,6 @@ class Connection:
                 if not await self.fill():
                     return
             await asyncio.get_running_loop().create_future()  # its leaving can no longer be seen; a write will tell
-
-    def send_now(self, data: bytes) -> bool:
-        """Send without waiting. False, with nothing sent, unless a stream is running and the client keeps up."""
-        if not self.streaming or self.transport.is_closing() or self.transport.get_write_buffer_size():
-            return False
-        self.transport.write(data)
-        return True
 
     async def write(self, data: bytes) -> None:
         """Send, waiting only if the client is behind; ClientGone if it reads nothing for WRITE_SECONDS."""
@@ -944,13 +928,9 @@ class Exchange:
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
-            connection.streaming = chunked
-            try:
-                async for block in events:
-                    if block:  # an empty chunk would be the end
-                        await connection.write(frame(block))
-            finally:
-                connection.streaming = False
+            async for block in events:
+                if block:  # an empty chunk would be the end
+                    await connection.write(frame(block))
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
 
@@ -1140,7 +1120,6 @@ class Server:
                 parameter,
                 connection.address,
                 exchange.end,
-                connection.send_now,
                 exchange.notes,
                 self.answered,
             )

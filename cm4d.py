@@ -63,7 +63,6 @@ if __name__ == "__main__":
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -101,9 +100,7 @@ from cerebrum_backends import (
     TooLong,
     Translator,
     engine_refusal,
-    event_in,
     find_models,
-    is_chunk_of_token,
     parse_answer,
     parse_leniently,
     read_backends,
@@ -131,7 +128,6 @@ from cerebrum_common import (
     Response,
     Route,
     Server,
-    chunk,
     compact,
     describe,
     internal_error,
@@ -595,22 +591,9 @@ class Watchdog:
 
 
 class Reader(asyncio.StreamReader):
-    """A StreamReader with an express lane: what `express` takes goes out without waking the reading task.
+    """A StreamReader that keeps what came before a reset."""
 
-    Waking the task is a third of the cost of relaying a token. The lane is open only while that task waits for bytes
-    and nothing that came earlier is still unsent.
-    """
-
-    express: Callable[[bytes], bytes] | None = None  # returns what it does not take
     broken = False  # the stream ended by a reset
-
-    def feed_data(self, data: Any) -> None:
-        if self.express:
-            data = self.express(data)
-            if not data:
-                return
-        self.express = None
-        super().feed_data(data)
 
     def set_exception(self, exc: Exception) -> None:
         """A reset. StreamReader itself would drop the bytes before it that are not read yet."""
@@ -629,7 +612,6 @@ class Answer:
         self._body = Body(0, False)
         self._watchdog = Watchdog(transport, idle)
         self._now = asyncio.get_running_loop().time
-        self.express: Callable[[bytes], bytes] = lambda data: data  # sends whole chunks on, and returns the rest
         self.close = self._watchdog.stop
 
     async def read_head(self, *kinds: str) -> None:
@@ -639,7 +621,7 @@ class Answer:
             end = scan_head(self._ahead, self._scanned) if self._ahead else None
             if end is None:
                 self._scanned = len(self._ahead)
-                data = await self._receive(express=False)
+                data = await self._receive()
                 if not data:
                     raise BackendFailure(
                         "it did not answer in time"
@@ -653,13 +635,12 @@ class Answer:
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
 
-    async def read(self, express: bool = False) -> bytes:
-        """More of the body's payload, b"" once it is whole, or BackendFailure. With `express`, whole chunks that arrive
-        while this waits may take the express lane."""
+    async def read(self) -> bytes:
+        """More of the body's payload, b"" once it is whole, or BackendFailure."""
         body = self._body
         while not body.failure:
             data, self._ahead = self._ahead, b""
-            data = data or await (self._receive_last() if body.done else self._receive(express))
+            data = data or await (self._receive_last() if body.done else self._receive())
             if payload := body.feed(data):
                 return payload
             if not data:
@@ -669,14 +650,9 @@ class Answer:
                     return b""
         raise body.failure
 
-    async def _receive(self, express: bool) -> bytes:
+    async def _receive(self) -> bytes:
         self._watchdog.since = min(self._watchdog.since, self._now())  # a read that was cancelled goes on
-        self._reader.express = self._pass_by if express and self._body.between_chunks else None
-        try:
-            data = await self._reader.read(READ_BYTES)
-        finally:
-            # Close the lane even if the read did not have to wait: a later token must not overtake these bytes.
-            self._reader.express = None
+        data = await self._reader.read(READ_BYTES)
         self._watchdog.since = float("inf")
         return data
 
@@ -686,10 +662,6 @@ class Answer:
             async with asyncio.timeout(CLOSE_SECONDS):
                 return await self._reader.read(READ_BYTES)
         return b""
-
-    def _pass_by(self, data: bytes) -> bytes:
-        self._watchdog.since = self._now()
-        return self.express(data)
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body. BackendFailure over `limit` bytes."""
@@ -852,7 +824,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """
     events = Events()
     done: dict[str, Any] | None = None
-    while payload := await answer.read(express=not events.inside and done is None):
+    while payload := await answer.read():
         for kind, value in take_apart(events.feed(payload), key):
             if done is not None and kind in ("text", "done"):
                 raise BackendFailure("it sent events after the last one")
@@ -867,37 +839,13 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     yield "done", done
 
 
-WAKE = chunk(b"\n\n")  # no event, but it ends the wait of the reading task
-
-
-async def translate(
-    upstream: Upstream, answer: Answer, translator: Translator, send: Callable[[bytes], bytes]
-) -> AsyncGenerator[Pair, None]:
+async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
     """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
     while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. An error, or the answer of an engine
-    that does not stream, may come in one piece. A text that the engine has ended is whole, whatever follows. `send` is
-    the client's end of the express lane."""
+    that does not stream, may come in one piece. A text that the engine has ended is whole, whatever follows."""
     now = asyncio.get_running_loop().time
     events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
     spoke = lived = now()  # when the client got something for the last time, when the engine got on
-    behind: list[Pair] = []  # what the express lane could not send
-
-    def express(data: bytes) -> bytes:
-        nonlocal spoke
-        event = event_in(data)
-        if not event:
-            return data
-        try:
-            pairs = list(translator.feed(event, now()))
-        except HttpError:
-            return data  # comes again on the other way
-        for pair in pairs:
-            spoke = now()
-            if pair[0] != "text" or behind or send(chunk(pair[1])):
-                behind.append(pair)
-        return WAKE if behind or translator.reason else b""
-
-    answer.express = express
     while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS, JSON):
         if now() - lived > READING_SECONDS:
             raise BackendFailure("it did not answer in time")
@@ -909,15 +857,12 @@ async def translate(
         payload = None
         try:
             async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
-                payload = await answer.read(express=not (is_whole or events.inside))
+                payload = await answer.read()
         except TimeoutError:
             pass
         except BackendFailure:
             if not translator.reason:
                 raise
-        for pair in behind:
-            yield pair
-        behind.clear()
         if is_whole:
             whole += payload or b""
             if len(whole) > MAX_JSON_BYTES:
@@ -974,8 +919,6 @@ class Job:
     session: str = ""  # from `session_of`; "" without one
     end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
     limit: float = math.inf  # bytes of text events that its client's API can take
-    send_now: Callable[[bytes], bool] = lambda _: False  # the client's end of the express lane
-    express: Callable[[bytes], bytes] = lambda data: data  # the backend's end
     kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
     client: str = ""  # of a dialect's request: its address
     backend: Backend | None = None  # where it holds a place
@@ -1204,7 +1147,6 @@ class Backend:
         if self.api is None:
             async with self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer:
                 yield "begun", None
-                answer.express = job.express
                 async with contextlib.aclosing(relay(answer, self.config.key)) as pairs:
                     async for pair in pairs:
                         yield pair
@@ -1215,7 +1157,7 @@ class Backend:
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
-            contextlib.aclosing(translate(self.upstream, answer, translator, job.express)) as pairs,
+            contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
             async for pair in pairs:
                 yield pair
@@ -1295,17 +1237,6 @@ class Shared:
             if all_of_them or reader.streams:
                 reader.woken.set()
 
-    def pass_by(self, data: bytes) -> bool:
-        """The express lane: give one chunk with one token event to all readers, without waking those that keep up."""
-        event = data[data.index(b"\n") + 1 : -2]
-        self.pairs.append(("text", event))
-        for reader in self.readers:
-            if reader.at == len(self.pairs) - 1 and not reader.skip and reader.send_now(event):
-                reader.at += 1
-            elif reader.streams:
-                reader.woken.set()
-        return True
-
 
 class Reading:
     """One client's request in a dialect: its place in a completion, which it may share with others."""
@@ -1318,7 +1249,6 @@ class Reading:
         self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
         self.woken = asyncio.Event()
         self.replaced = False  # a newer infill of this file came
-        self.send_now: Callable[[bytes], bool] = lambda _: False  # sends token events, unless the client is behind
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
@@ -1810,7 +1740,6 @@ class Gateway:
         for ratio in (backend.ratio.get(job.model), None):
             try:
                 asked = self._prepare(job, backend, ratio or max(REFIT * job.weight / job.counted, MIN_RATIO))
-                job.express = functools.partial(self._express, job, backend)
                 async with contextlib.aclosing(backend.stream(job, asked)) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":
@@ -1899,7 +1828,6 @@ class Gateway:
             self._count("shared")
         else:
             shared = self.shared[key] = Shared(job=job, key=key)
-            job.send_now = shared.pass_by
             shared.task = asyncio.create_task(self._compute(shared, job))
         return shared
 
@@ -2017,16 +1945,6 @@ class Gateway:
         mine = [job.client, job.model, backend.id]
         return int(speed * limit / 1000), [text for *who, text in self.cached if who == mine]
 
-    def _express(self, job: Job, backend: Backend, data: bytes) -> bytes:
-        """The express lane: send one chunk with one token on as it came, unless the client is behind. Returns what is
-        still to be sent."""
-        size = job.size + len(data)
-        if size > job.limit or not is_chunk_of_token(data) or not job.send_now(data):
-            return data
-        job.size = size
-        self._tokens(job, backend, 1)
-        return b""
-
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens; a whole answer without any counts as a success too."""
         if not job.tokens and count:
@@ -2135,9 +2053,7 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    job = read_job(gateway, request)
-    job.send_now = request.send_now
-    return Response(events=native_stream(gateway.complete(job)))
+    return Response(events=native_stream(gateway.complete(read_job(gateway, request))))
 
 
 def write_event(kind: str, value: Any) -> bytes:
@@ -2271,7 +2187,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
         if not asked.stream:
             return await collect(reading, reply_to)
         response = Response()
-        response.events = dialect_stream(reading, reply_to, request, response)
+        response.events = dialect_stream(reading, reply_to, response)
         return response
 
     return handle
@@ -2293,7 +2209,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
 
 
 async def dialect_stream(
-    reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], request: Request, response: Response
+    reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first may be empty, as in `native_stream`."""
     begun = False
@@ -2301,7 +2217,6 @@ async def dialect_stream(
         async for kind, value in pairs:
             if kind == "started":
                 reply, response.headers = reply_to(value), kept_headers(value["kept"])
-                reading.send_now = functools.partial(send_tokens, request, reply)
                 yield b"" if begun else reply.begin()
                 begun = True
             elif kind == "text":
@@ -2310,11 +2225,6 @@ async def dialect_stream(
                 yield SSE_COMMENT
             elif kind == "done":
                 yield reply.end(value)
-
-
-def send_tokens(request: Request, reply: Reply, tokens: bytes) -> bool:
-    """The express lane's last part."""
-    return request.send_now(chunk(reply.text(tokens)))
 
 
 def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -685,41 +685,6 @@ def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
     run(scenario())
 
 
-def test_the_tokens_of_an_engine_take_the_express_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the client keeps up. What the natural end holds back goes out with the token that frees it."""
-    lane: list[str] = []
-    express = cm4d.Gateway._express
-
-    def spy(gateway: Any, job: Any, one: Any, piece: bytes) -> bytes:
-        rest = express(gateway, job, one, piece)
-        if not rest:
-            lane.append(cerebrum_backends.read_text(piece[piece.index(b"\n") + 1 : -2]))
-        return rest
-
-    monkeypatch.setattr(cm4d.Gateway, "_express", spy)
-
-    async def scenario() -> None:
-        seen = [asyncio.Event() for _ in PIECES]
-        steps = [
-            step for piece, gate in zip(PIECES, seen, strict=True) for step in (chunk(text_chunk(piece)), gate.wait)
-        ]
-        async with Backend([[CHUNKED, *steps]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            body = {"prompt": "def add(a, b):\n", "language": "python"}
-            reader, writer = await pi.open("POST", "/v1/complete/stream", body)
-            await reader.readuntil(b"return")
-            seen[0].set()
-            await reader.readuntil(b"a + b")
-            for gate in seen[1:]:
-                gate.set()
-            rest = await reader.read()
-            assert b'"finish_reason": "block"' in rest
-            assert b"print" not in rest
-            assert lane[0] == " a + b"
-            writer.close()
-
-    run(scenario())
-
-
 @pytest.mark.parametrize("reason", ["stop", None])
 def test_an_engine_that_does_not_stream(reason: str | None) -> None:
     """Its answer in one piece is whole, even without a reason. After a failure elsewhere it names its own model."""

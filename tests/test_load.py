@@ -246,33 +246,6 @@ def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> Non
     asyncio.run(run())
 
 
-def test_sending_past_the_iterator_ends_with_the_stream() -> None:
-    """`send_now` works between the head and the end of its own stream, and at no other time."""
-    sends: list[Any] = []
-    sent: list[bool] = []
-
-    async def events(send_now: Any) -> AsyncIterator[bytes]:
-        sent.append(send_now(common.chunk(b"too early")))
-        yield b": a\n\n"
-        sent.append(send_now(common.chunk(b": b\n\n")))
-        yield b": c\n\n"
-
-    async def handle(state: Any, request: Request) -> Response:
-        sends.append(request.send_now)
-        return Response(events=events(request.send_now))
-
-    async def run() -> None:
-        async with serving() as (server, port), connect(port) as (reader, writer):
-            server.routes["/lane"] = {"POST": Route("POST", "/lane", handle, json=True)}
-            for version, body in (("HTTP/1.1", b": a\n\n: b\n\n: c\n\n"), ("HTTP/1.0", b": a\n\n: c\n\n")):
-                writer.write(sized(BODY, version=version).replace(b"@POST", b"/lane"))
-                assert (await read_reply(reader)).body == body
-                assert sends.pop()(b"x") is False
-
-    asyncio.run(run())
-    assert sent == [False, True, False, False]
-
-
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watched: bool) -> None:
     """What a handler takes and its events release is released even if not one byte can be sent."""

@@ -36,12 +36,10 @@ from cerebrum_backends import (
     BackendFailure,
     Body,
     Events,
-    is_chunk_of_token,
     read_loaded,
     read_models,
     take_apart,
 )
-from cm4d import Reader
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -584,67 +582,6 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
         assert classified([text[:at], text[at:]], line_end) == expected
 
 
-@pytest.mark.parametrize(
-    ("data", "taken"),
-    [
-        (A, True),
-        (chunk(token('\\ " \n \u00e9', 12)), True),
-        (A.upper(), False),
-        (A + B, False),
-        (A[:-1], False),
-        (A[1:], False),
-        (chunk(token("a", 1) + token("b", 2)), False),
-        (chunk(DONE), False),
-        (b"0" + A, True),
-        (A.replace(b'"a"', b'"ab"'), False),
-        (chunk(b'data: {"token": "\xc3\xa9", "total_tokens": 1}\n\n'), False),
-        (chunk(b'data: {"token": "\\x", "total_tokens": 1}\n\n'), False),
-        (chunk(b'data: {"token": "a", "total_tokens": 1, "x": 2}\n\n'), False),
-    ],
-)
-def test_the_express_lane_takes_exactly_one_token(data: bytes, taken: bool):
-    assert is_chunk_of_token(data) is taken
-
-
-def test_the_express_lane_opens_after_the_first_token(monkeypatch: pytest.MonkeyPatch):
-    lane: list[bytes] = []
-    monkeypatch.setattr(cm4d.Gateway, "_express", spy(cm4d.Gateway._express, lane))
-
-    async def scenario() -> None:
-        arrived = asyncio.Event()
-        script = [CHUNKED, A, arrived.wait, B, HANG]
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-            await reader.readuntil(A)
-            arrived.set()
-            assert await reader.readexactly(len(B)) == B
-            assert lane == [B]
-            writer.transport.abort()
-
-    run(scenario())
-
-
-def spy(method: Any, taken: list[bytes]) -> Any:
-    def called(gateway: Any, job: Any, backend: Any, data: bytes) -> bytes:
-        rest: bytes = method(gateway, job, backend, data)
-        if not rest:
-            taken.append(data)
-        return rest
-
-    return called
-
-
-def test_reader_falls_back_to_its_buffer():
-    async def scenario() -> None:
-        reader, seen = Reader(), []
-        reader.express = lambda data: data if data == b"b" else seen.append(data) or b""  # type: ignore[func-returns-value]
-        for data in (b"a", b"b", b"c"):
-            reader.feed_data(data)
-        assert (seen, await reader.read(10)) == ([b"a"], b"bc")
-
-    run(scenario())
-
-
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(
     ("body", "data", "payload", "done", "failure"),
@@ -699,28 +636,6 @@ def test_an_event_is_too_long_or_not_however_it_is_split():
                 else:
                     with pytest.raises(BackendFailure, match="an event of more than 262144 bytes"):
                         list(map(events.feed, pieces))
-
-
-def test_nothing_that_was_read_is_overtaken_on_the_express_lane():
-    """Bytes in the reader's buffer are read without waiting. The lane must be closed after that."""
-
-    async def scenario() -> None:
-        reader = Reader()
-        upstream = cm4d.Answer(reader, asyncio.get_running_loop())  # type: ignore[arg-type]
-        lane: list[bytes] = []
-        upstream.express = lambda data: lane.append(data) or b""  # type: ignore[func-returns-value]
-        try:
-            reader.feed_data(CHUNKED)
-            await upstream.read_head("text/event-stream")
-            reader.feed_data(chunk(b": hello\n\n" + token("a", 1)))
-            first = await upstream.read(express=True)
-            reader.feed_data(B)  # while its reader is still busy with the first
-            assert (first, lane) == (b": hello\n\n" + token("a", 1), [])
-            assert await upstream.read(express=True) == token("b", 2)
-        finally:
-            upstream.close()
-
-    run(scenario())
 
 
 def test_json_of_a_list_of_models_that_lies():
