@@ -574,7 +574,7 @@ class Translator:
     before it, where the thing asked for is whole. `asked` has the fields of vpsd's request."""
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
-        from cerebrum_ending import Cutter, Ending, wants_extras  # needed only for other engines
+        from cerebrum_ending import Cutter, Ending, wants_extras  # 3 MB that a Pi without other engines need not have
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]

@@ -51,15 +51,6 @@ if __name__ == "__main__":
             sys.exit(1)
         if not begin(Path(__file__).resolve(), {}):
             sys.exit(1)
-    # What only some backends need is loaded here or not at all. `main` knows them, and starts this program once more
-    # with `-X tls` or `-X engines`. asyncio and hmac load OpenSSL where they find it: 6 MB of 30, for https alone.
-    elif "tls" not in sys._xoptions:
-        sys.modules |= {"ssl": None, "_hashlib": None}  # type: ignore[dict-item]
-    # Where no .pyc can be written, every start compiles. Compiling the largest modules first, while little else is in
-    # memory, lowers the peak.
-    if "engines" in sys._xoptions:
-        import cerebrum_ending  # noqa: F401
-    import cerebrum_code  # noqa: F401
 
 import asyncio
 import contextlib
@@ -71,6 +62,7 @@ import math
 import random
 import re
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import (
@@ -84,7 +76,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cerebrum_backends import (
     COUNT,
@@ -165,9 +157,6 @@ from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum_metrics import CANCELLED, CONTENT_TYPE, Metrics, Tally, add_build, add_process, add_requests, add_speed
 from cerebrum_page import History, Page
 from cerebrum_service import Service, make_parser, prompt_of, set_up_logging
-
-if TYPE_CHECKING:
-    import ssl
 
 HERE = Path(__file__).resolve().parent
 
@@ -806,10 +795,7 @@ class Upstream:
 
 
 def make_tls(ca_file: str) -> ssl.SSLContext:
-    """A context with the system's certificates, or with those of `ca_file` alone. ssl is imported only where a backend
-    is behind https. ConfigError if the file has no certificate."""
-    import ssl
-
+    """A context with the system's certificates, or with those of `ca_file` alone. ConfigError if the file has none."""
     try:
         return ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
@@ -2397,8 +2383,6 @@ async def serve(environ: Environment, config: Config) -> int:
     def reload() -> None:
         new_environ = read_environment(os.environ, HERE)
         new = load_config(new_environ)
-        if unloaded := unloaded_parts(new):
-            raise ConfigError(f"a backend in models.toml needs a restart: {', '.join(unloaded)} is not loaded")
         gateway.reconfigure(new)
         server.access = new.access
         set_up_logging(new.log_level, new.log_file)
@@ -2412,13 +2396,6 @@ async def serve(environ: Environment, config: Config) -> int:
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
     return int(failed)  # systemd starts it again
-
-
-def unloaded_parts(config: Config) -> list[str]:
-    """Which parts of this program some backend needs that are not loaded."""
-    needed = {"tls": any(backend.endpoint.tls for backend in config.backends)}
-    needed["engines"] = any(backend.api != "cerebrum" for backend in config.backends)
-    return [name for name, is_needed in needed.items() if is_needed and name not in sys._xoptions]
 
 
 def warn_of(config: Config) -> None:
@@ -2463,9 +2440,6 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
-    if unloaded := unloaded_parts(config):
-        options = [word for name in unloaded for word in ("-X", name)]
-        os.execv(sys.executable, [sys.executable, *options, *sys.orig_argv[1:]])
     warn_of(config)
     try:
         return asyncio.run(serve(environ, config))
