@@ -404,37 +404,6 @@ class Predictions:
         return None
 
 
-# ---------------------------------------------------------------------------------- policy: preferences
-
-RELOADS, RELOADS_SECONDS = 3, 600.0  # so many within this time are no accident
-
-
-class Reloads:
-    """Notices preferred models that push each other out of a backend's memory. Pure; `now` is in seconds
-    (monotonic)."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, float] = {}  # when each model was in memory for the last time
-        self._loaded: frozenset[str] = frozenset()
-        self._reloads: deque[float] = deque(maxlen=RELOADS)
-        self._told = False
-
-    def notice(self, loaded: Collection[str], now: float) -> str:
-        """The id of a model that came back into memory and was the last of RELOADS, but only once; else "".
-
-        `loaded` has the preferred models that are in memory now.
-        """
-        told = ""
-        for model in sorted(set(loaded) - self._loaded):
-            if now - self._seen.get(model, -math.inf) <= RELOADS_SECONDS:
-                self._reloads.append(now)
-                if len(self._reloads) == RELOADS and now - self._reloads[0] <= RELOADS_SECONDS and not self._told:
-                    self._told, told = True, model
-        self._loaded = frozenset(loaded)
-        self._seen |= dict.fromkeys(loaded, now)
-        return told
-
-
 # ------------------------------------------------------------------------------------- policy: breaker
 
 FAILURES_TO_OPEN = 3  # in a row
@@ -941,7 +910,6 @@ class Backend:
         self.api = APIS.get(config.api)  # None: one of our own
         self.breaker = Breaker(random.random)
         self.ratio = Ratio()
-        self.reloads = Reloads()
         self.active: list[Job] = []  # that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens_done = 0  # of the completions that have ended
@@ -1334,7 +1302,6 @@ class Gateway:
         self.requests_total = self.requests_failed = self.reconfigured = 0
         self.tallies = {model.id: Tally() for model in config.models}
         self.history = History(self.started)
-        self.notes: list[str] = []  # for the page: what its user may want to change
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
         self.readings: list[Reading] = []
@@ -1444,7 +1411,6 @@ class Gateway:
             self._candidates.clear()
             self.sample()
             if not backend.trouble:
-                self._notice_reloads(backend)
                 self._call_next()
             delay = PROBE_SECONDS * random.uniform(0.8, 1.2)
             if retry := backend.breaker.retry_in(time.monotonic()):
@@ -1452,17 +1418,6 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()
-
-    def _notice_reloads(self, backend: Backend) -> None:
-        preferred = {id for ids in self.config.prefer.values() for id in ids}
-        loaded = [id for id in backend.models_loaded if id in preferred]
-        if model := backend.reloads.notice(loaded, time.monotonic()):
-            note = (
-                f"the backend {backend.id} loads {model} again and again, since its memory does not hold all models"
-                " that [prefer] in models.toml chooses: give it more memory, or prefer one model"
-            )
-            log.warning("%s", note)
-            self.notes.append(note)
 
     # Routing.
 
@@ -2233,7 +2188,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = dict.fromkeys(id for backend in gateway.backends for id in backend.models_loaded)
     away = [f"{one.id} is away: {one.message}" for one in gateway.backends if gateway.available and one.message]
-    told = {"vps_message": gateway.message, "models_loaded": [*loaded], "notes": [*gateway.notes, *away]}
+    told = {"vps_message": gateway.message, "models_loaded": [*loaded], "notes": away}
     return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.history.describe()})
 
 

@@ -736,50 +736,6 @@ def memory(*ids: str) -> bytes:
     return answer(200, {"models_loaded": list(ids)})
 
 
-def test_preferences_that_reload_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """Infills and instructions alternate, and the VPS holds one of their models at a time."""
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
-    told = (
-        "the backend vps loads qwen_0_5b again and again, since its memory does not hold all models that [prefer] in"
-        " models.toml chooses: give it more memory, or prefer one model"
-    )
-
-    async def scenario() -> None:
-        async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-            for turn in range(9):
-                loaded = ["qwen_7b", ("qwen_0_5b", "qwen_1_5b")[turn % 2]]
-                backend.health = memory(*loaded)
-                await until(lambda ids=loaded: pi.gateway.first.models_loaded == ids)
-                assert pi.gateway.notes == [told] * (turn >= 4)  # the first two turns load for the first time
-            assert (await pi.get("/v1/activity")).json["notes"] == [told]
-
-    run(scenario())
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [told]
-
-
-def test_reloads_that_are_no_sign():
-    reloads = cm4d.Reloads()
-    assert [reloads.notice(ids, 0.0) for ids in (["a"], ["a"], ["a", "b"], ["b"])] == [""] * 4
-    for now in range(1000, 9000, 1000):  # an idle model is unloaded, and comes back
-        assert reloads.notice(["a"], now) == reloads.notice([], now + 1) == ""
-    assert [reloads.notice(ids, 20_000) for ids in (["a"], [], ["a"], [], ["a"], [], ["a"])] == [""] * 6 + ["a"]
-    assert [reloads.notice(ids, 20_001) for ids in ([], ["a"], [], ["a"])] == [""] * 4
-
-
-def test_models_that_take_turns_without_a_preference(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        async with Backend(models=ALL) as backend, pi_for(backend.port) as pi:
-            for turn in range(9):
-                loaded = [("qwen_0_5b", "qwen_1_5b")[turn % 2]]
-                backend.health = memory(*loaded)
-                await until(lambda ids=loaded: pi.gateway.first.models_loaded == ids)
-            assert pi.gateway.notes == []
-
-    run(scenario())
-
-
 @pytest.mark.parametrize(
     "asked",
     [
