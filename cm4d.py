@@ -856,9 +856,8 @@ RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; ever
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
-MAX_SERVED = 512  # sessions, files and beginnings of prompts, each with the backend that served it last
+MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 SAME_BEGINNING = 200  # characters
-WORTH_CACHING = 40  # characters: fewer are read in no time
 MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
@@ -1275,18 +1274,10 @@ def notes_of(job: Job) -> dict[str, Any]:
     return notes
 
 
-def cache_keys(job: Job) -> list[tuple[str, ...]]:
-    """What tells that a backend may have the beginning of a job's prompt in its cache: that it served the same session,
-    the same file, or the same beginning."""
-    fields, keys = job.fields, list[tuple[str, ...]]()
-    if job.session:
-        keys.append(("session", job.session))
-    if filename := fields.get("filename"):
-        keys.append(("file", job.client, filename))
-    # The first message of a chat is often the same for all clients of an editor.
-    texts = [fields.get("prompt") or "", *(message["content"] for message in fields.get("messages", ())[:2])]
-    start = "".join(text[:SAME_BEGINNING] for text in texts)
-    return [*keys, ("beginning", start)] if len(start) >= WORTH_CACHING else keys
+def cache_key(job: Job) -> str:
+    """Names the session of a job, or else its client's file. The backend that served it last probably has the beginning
+    of the prompt in its cache."""
+    return job.session or f"{job.client} {job.fields.get('filename') or ''}".lstrip()
 
 
 class Gateway:
@@ -1310,7 +1301,7 @@ class Gateway:
         self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
         # Texts before a cursor that a backend has read, each behind its client, model and backend.
         self.cached: list[tuple[str, str, str, str]] = []
-        self.served: dict[tuple[str, ...], Backend] = {}  # who served a session, a file or a beginning last
+        self.served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
         self.to_warm: dict[str, Job] = {}  # to be read into a backend's cache when it has nothing to do, by client
         self._candidates: dict[tuple[Any, ...], Candidates] = {}
         self._reconfigured = asyncio.Event()
@@ -1455,7 +1446,7 @@ class Gateway:
             raise job.failure or self._nobody(candidates)
         if not self._is_fair(job, usable):
             return None
-        last = self._served_last(job) if len(usable) > 1 else None
+        last = self.served.get(cache_key(job))
         free = [backend for backend in usable if backend.has_place(job)]
         for model, having in candidates.options:
             if best := [backend for backend in free if backend in having]:
@@ -1483,9 +1474,6 @@ class Gateway:
             alike = [other for other in running if other.kind in ("chat", "completion")]
         return len(alike) < max(1, most - 1)
 
-    def _served_last(self, job: Job) -> Backend | None:
-        return next((self.served[key] for key in cache_keys(job) if key in self.served), None)
-
     def _assign(self, job: Job) -> bool:
         """Give the job a place; False if all are taken. HttpError as by `_choose`."""
         chosen = self._choose(job)
@@ -1501,13 +1489,11 @@ class Gateway:
         return True
 
     def _remember_served(self, job: Job, backend: Backend) -> None:
-        if len(self.backends) == 1:
-            return
-        for key in cache_keys(job):
+        if key := cache_key(job):
             self.served.pop(key, None)
             self.served[key] = backend
-        while len(self.served) > MAX_SERVED:
-            del self.served[next(iter(self.served))]
+            if len(self.served) > MAX_SERVED:
+                del self.served[next(iter(self.served))]
 
     # Completing.
 

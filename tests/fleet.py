@@ -28,7 +28,6 @@ import cm4d
 from cerebrum_common import HttpError
 
 MARK = re.compile(rb"mark-\d+-\d+")
-WHO = re.compile(r"client (\d+)")
 AT_ONCE = 100  # clients, for some 60 places: the Pi takes 256 connections, and one outlives its client a little
 CALM, CALM_AT_ONCE = 100, 10  # clients that come back when the rush is over
 ADDRESSES = 8
@@ -344,7 +343,7 @@ class Oracle:
 
     def __init__(self, gateway: cm4d.Gateway, journal: Journal) -> None:
         self.gateway, self.journal, self.choose = gateway, journal, gateway._choose
-        self.last: dict[str, tuple[str, int]] = {}  # by client: its backend, and the number of that decision
+        self.last: dict[Any, tuple[str, int]] = {}  # by session or file: its backend, and the number of that decision
         self.decisions = Counter[str]()
         gateway._choose = self._watch  # type: ignore[method-assign]
 
@@ -388,14 +387,14 @@ class Oracle:
     def _check_stay(self, job: cm4d.Job, backend: cm4d.Backend, free: Sequence[str]) -> None:
         self.decisions["assigned"] += 1
         number = self.decisions["assigned"]
-        turns = "".join(turn["content"] for turn in job.fields.get("messages", ()))
-        who = WHO.findall(job.fields["prompt"] + turns)[0]
+        who = job.session or (job.client, job.fields.get("filename") or "")
+        if who == ("", ""):
+            return
         last, then = self.last.get(who, ("", 0))
-        # The gateway remembers a number of keys, of which a request has two or three.
-        if last in free and number - then < cm4d.MAX_SERVED // 3:
+        if last in free and number - then < cm4d.MAX_SERVED:
             self.decisions["stayed"] += 1
             if backend.id != last:
-                self._wrong(f"client {who} moved from {last} to {backend.id}", job)
+                self._wrong(f"{who} moved from {last} to {backend.id}", job)
         self.last[who] = backend.id, number
 
 

@@ -110,12 +110,10 @@ def test_the_least_busy_one() -> None:
     [
         ({"session": "s"}, {"session": "s", "prompt": "other"}),
         ({"filename": "a.py"}, {"filename": "a.py", "prompt": "other"}),
-        ({"prompt": "def f():\n" * 5}, {"prompt": "def f():\n" * 5}),
-        ({"prompt": "x" * 200 + "one"}, {"prompt": "x" * 200 + "two"}),
     ],
-    ids=["session", "file", "prompt", "beginning"],
+    ids=["session", "file"],
 )
-def test_the_one_that_has_the_beginning_in_its_cache(first: dict[str, Any], then: dict[str, Any]) -> None:
+def test_the_one_that_served_a_session_or_file_last(first: dict[str, Any], then: dict[str, Any]) -> None:
     async def scenario() -> None:
         one, two = Backend([HANGING, script("a")]), Backend()
         async with fleet(one, two) as pi:
@@ -132,15 +130,16 @@ def test_a_dialects_requests_stay_with_the_backend_of_their_file() -> None:
         one, two = Backend([HANGING, script("a")]), Backend()
         async with fleet(one, two) as pi:
             asked = {"input_prefix": "x =", "input_suffix": "", "filename": "a.py"}
-            chat = {"messages": [{"role": "user", "content": "Hello, can you explain this function to me?"}]}
+            chat = {"messages": [{"role": "user", "content": "Hello"}]}
             async with running(pi, one):
                 assert (await pi.ask("POST", "/infill", asked)).json["content"] == "b"
                 assert (await pi.ask("POST", "/v1/chat/completions", chat)).status == 200
             assert (await pi.ask("POST", "/infill", asked | {"input_prefix": "y ="})).json["content"] == "b"
+            assert (await pi.ask("POST", "/infill", asked | {"filename": "b.py"})).json["content"] == "a"
             longer = {"messages": [*chat["messages"], {"role": "assistant", "content": "b"}, *chat["messages"]]}
-            reply = await pi.ask("POST", "/v1/chat/completions", longer)
-            assert reply.json["choices"][0]["message"]["content"] == "a", "another beginning: of two messages"
-            assert (await pi.ask("POST", "/v1/chat/completions", chat)).json["choices"][0]["message"]["content"] == "b"
+            for messages in (chat, longer):
+                reply = await pi.ask("POST", "/v1/chat/completions", messages)
+                assert reply.json["choices"][0]["message"]["content"] == "b"
 
     run(scenario())
 
