@@ -469,9 +469,10 @@ class LlamaReply(Reply):
         answer = self.members(text, result)
         if self.asked.only is None:
             return answer
+        chosen: dict[str, Any] = {}
         if result.get("finish_reason") == "replaced":
             del answer["content"]  # llama.vim would keep an empty one, and show nothing at this place again
-        chosen = {}
+            chosen["replaced"] = True
         for path in self.asked.only:
             value: Any = answer
             for name in path.split("/"):
@@ -509,8 +510,9 @@ class LlamaReply(Reply):
 
 
 def told(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dialect has no member for."""
-    return {"type_through": True} if result.get("type_through") else {}
+    """What a dialect has no member for: an answer that needed no backend, or that a newer request has replaced."""
+    marks = {"type_through": result.get("type_through"), "replaced": result.get("finish_reason") == "replaced"}
+    return {name: True for name, holds in marks.items() if holds}
 
 
 def timings(read: int, written: int, cached: int, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ if __name__ == "__main__":
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -104,7 +105,7 @@ from cerebrum_backends import (
     take_apart,
     text_event,
 )
-from cerebrum_code import MIN_RATIO, TEMPLATE_TOKENS, Ratio, common_length, detect_mode, prepare
+from cerebrum_code import MIN_RATIO, TEMPLATE_TOKENS, Ratio, detect_mode, prepare
 from cerebrum_common import (
     READ_BYTES,
     SSE_COMMENT,
@@ -328,7 +329,8 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 # ------------------------------------------------------------------------------------- policy: editors
 
-MIN_SAME, MIN_SAME_LINES = 0.5, 2  # of the shorter text's lines: two texts with fewer in common are of two files
+MAX_TYPED_CHARS = 1024  # while a completion is computed, accepted suggestions included
+MAX_RETYPED_CHARS = 8  # of a word that is corrected meanwhile
 TAIL_CHARS = 1024  # of the text before the cursor: with as many equal, two cursors are at the same place
 MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
 MAX_PREDICTED_CHARS = 2048
@@ -336,18 +338,37 @@ MAX_PREDICTED_CHARS = 2048
 ALIKE = ("mode", "suffix", "model", "language", "filename", "max_tokens", "stop", "temperature", "top_p", "seed")
 
 
-def same_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two infills are of the same file. Most editors send no name, so the texts around the cursors decide."""
-    if one["filename"] or other["filename"]:
-        return bool(one["filename"] == other["filename"])
-    shorter = min(len(one["prompt"]), len(other["prompt"]))
-    beginning = common_length(one["prompt"], other["prompt"])
-    if 0 < shorter <= 2 * beginning and one.get("suffix") == other.get("suffix"):
-        return True
-    lines, others = (
-        {*around["prompt"].split("\n"), *around.get("suffix", "").split("\n")} - {""} for around in (one, other)
-    )
-    return len(lines & others) >= max(MIN_SAME * min(len(lines), len(others)), MIN_SAME_LINES)
+def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
+    """Whether two infills are of one place where somebody types: the text before one cursor nearly continues that
+    before the other, and the lines below are the same. Two gaps of one file are not, nor two of a program's texts."""
+    if older["filename"] != newer["filename"]:
+        return False
+    one, other = (lines_below(fields.get("suffix") or "") for fields in (older, newer))
+    if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
+        return False
+    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
+
+
+def lines_below(suffix: str) -> str:
+    """What follows the cursor's line, whose rest changes when an editor closes a bracket; else that rest."""
+    return (suffix.partition("\n")[2] or suffix)[:TAIL_CHARS]
+
+
+def nearly_continues(text: str, longer: str) -> bool:
+    """Whether `longer` is `text` and at most MAX_TYPED_CHARS more. Up to MAX_RETYPED_CHARS at the end of the last line
+    may differ if that line begins alike. An editor's window moves, so `longer` may begin later.
+
+    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx", "a\\ny = ")
+    (True, False)
+    """
+    line = text[text.rfind("\n") + 1 :]
+    retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
+    for end in range(len(text), len(text) - retyped - 1, -1):
+        tail = text[max(0, end - TAIL_CHARS) : end]
+        start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
+        if longer.rfind(tail, start) >= 0 if len(tail) == TAIL_CHARS else not start and longer.startswith(tail):
+            return True
+    return False
 
 
 def alike(fields: Mapping[str, Any]) -> bytes:
@@ -849,8 +870,11 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
 # ------------------------------------------------------------------------------------------- the gateway
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
 STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
+EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
+BUSY_SECONDS = 1.0  # before a dialect's request asks a backend again that has answered 429
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
@@ -858,6 +882,7 @@ MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 SAME_BEGINNING = 200  # characters
+MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of tokens
 MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
@@ -877,6 +902,7 @@ class Job:
     client: str = ""  # of a dialect's request: its address
     backend: Backend | None = None  # where it holds a place
     tried: list[Backend] = field(default_factory=list)  # that have failed it
+    busy: list[Backend] = field(default_factory=list)  # that have answered 429 to a dialect's request
     without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
     failure: HttpError | None = None  # of the one whose error tells most
     notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
@@ -899,6 +925,10 @@ class Job:
     superseded: bool = False  # a newer request of its session has ended it
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds no place any more
     started: float = field(default_factory=time.perf_counter)
+
+    def patience(self) -> float:
+        """Seconds for which a dialect's request still waits for a place."""
+        return self.started + WAIT_SECONDS[self.kind] - time.perf_counter()
 
 
 class Backend:
@@ -961,6 +991,11 @@ class Backend:
     def warms(self) -> bool:
         """Whether reading a prompt ahead costs nothing."""
         return self.api is None or self.api.warms
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether it is probably a cloud."""
+        return self.config.api == "openai" and self.config.endpoint.tls
 
     def load(self) -> float:
         """The share of its places that is taken."""
@@ -1117,7 +1152,6 @@ class Backend:
 
     def failed(self, ticket: int, error: HttpError) -> None:
         """A request to it has ended with this error."""
-        self.requests_failed += error.code != "SUPERSEDED"
         if isinstance(error, Misfit):
             self.found(error.message)
         elif isinstance(error, BackendFailure):
@@ -1141,12 +1175,19 @@ class Backend:
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
         """The tokens of a text, as llama-server's /tokenize has it."""
-        if self.api:
-            answer = await self.upstream.post(self.api.tokenize, fields, MAX_TOKENS_BYTES)
-        else:
+        ticket = self.breaker.admit(time.monotonic()) or 0
+        asked, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
+        if not self.api:
             asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
             asked["model"] = self.names.get(model, model)
-            answer = await self.upstream.post("/v1/tokenize", asked, MAX_TOKENS_BYTES)
+        try:
+            answer = await self.upstream.post(path, asked, MAX_TOKENS_BYTES)
+            self.breaker.succeeded(ticket)
+        except HttpError as error:
+            self.failed(ticket, error)
+            raise
+        finally:
+            self.breaker.left(ticket)
         tokens = answer.get("tokens", [])
         return tokens if isinstance(tokens, list) else []
 
@@ -1201,7 +1242,7 @@ class Reading:
         self.at = 0  # pairs read
         self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
         self.woken = asyncio.Event()
-        self.replaced = False  # a newer infill of this file came
+        self.replaced = False  # its editor has typed on, and asked again
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
@@ -1297,7 +1338,8 @@ class Gateway:
         self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
         self.readings: list[Reading] = []
         self.predictions = Predictions()
-        self.tokenizing = asyncio.Lock()  # it takes no place, so it is done for one client at a time
+        self.editors: dict[str, float] = {}  # when each client asked for an infill last
+        self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
         # Texts before a cursor that a backend has read, each behind its client, model and backend.
         self.cached: list[tuple[str, str, str, str]] = []
@@ -1386,7 +1428,7 @@ class Gateway:
             while True:
                 for backend in set(self.backends) - probed:
                     group.create_task(self._probe_forever(backend))
-                probed |= set(self.backends)
+                probed = set(self.backends)
                 self._reconfigured.clear()
                 await self._reconfigured.wait()
 
@@ -1403,7 +1445,7 @@ class Gateway:
             self.sample()
             if not backend.trouble:
                 self._call_next()
-            delay = PROBE_SECONDS * random.uniform(0.8, 1.2)
+            delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
             if retry := backend.breaker.retry_in(time.monotonic()):
                 delay = min(delay, retry)
             with contextlib.suppress(TimeoutError):
@@ -1440,7 +1482,8 @@ class Gateway:
         the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
         """
         now, candidates = time.monotonic(), self._who_may(job.fields, bool(job.kind))
-        usable = [one for one in candidates.backends if one not in job.tried and one.breaker.admits(now)]
+        passed = [*job.tried, *job.busy]
+        usable = [one for one in candidates.backends if one not in passed and one.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
             raise job.failure or self._nobody(candidates)
@@ -1462,9 +1505,11 @@ class Gateway:
         return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
 
     def _is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
-        """Chats and plain completions leave a place for infills, and the infills of one client leave one for other
-        clients. Requests of our own API take any place."""
-        if not job.kind:
+        """While an editor was seen lately, chats and plain completions leave a place for infills, and one client's
+        infills leave one for another client's. Requests of our own API take any place."""
+        now = time.monotonic()
+        editors = {client for client, seen in self.editors.items() if now - seen < EDITOR_SECONDS}
+        if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
             return True
         running = [other for backend in usable for other in backend.active if not other.superseded]
         most = sum(backend.limit for backend in usable)
@@ -1531,7 +1576,9 @@ class Gateway:
                     may_fit = isinstance(error, TooLong)  # a longer context
                     if job.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
-                    if error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
+                    if error.code == "RATE_LIMIT" and job.kind:
+                        job.busy.append(backend)
+                    elif error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
                         job.tried.append(backend)
                     if job.failure is None or not isinstance(error, BackendFailure):  # what a backend says tells more
                         job.failure = error
@@ -1585,14 +1632,23 @@ class Gateway:
         if not any(backend.is_known for backend in self.backends):  # the daemon has just been started
             await asyncio.gather(*(backend.learn_first() for backend in self.backends))
             self._candidates.clear()
-        if not self._assign(job) and job.kind:
-            await self._wait_in_line(job)
-            if not job.backend:
-                self._assign(job)
+        while True:
+            try:
+                if not self._assign(job) and job.kind:
+                    await self._wait_in_line(job)
+                    if not job.backend:
+                        self._assign(job)
+                break
+            except HttpError:
+                if not job.busy or job.patience() < BUSY_SECONDS:
+                    raise
+                await asyncio.sleep(BUSY_SECONDS)
+                job.busy.clear()
         if not job.backend:
             there = [backend for backend in self.backends if backend.available] or self.backends
             limit = sum(backend.limit for backend in there)
-            busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time; try again later")
+            kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
+            busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
             raise job.failure or busy
         return job.backend
 
@@ -1601,7 +1657,7 @@ class Gateway:
         waiting = job, asyncio.Event()
         self.line.append(waiting)
         try:
-            async with asyncio.timeout(WAIT_SECONDS[job.kind] - (time.perf_counter() - job.started)):
+            async with asyncio.timeout(job.patience()):
                 await waiting[1].wait()
         except TimeoutError:
             pass
@@ -1630,6 +1686,7 @@ class Gateway:
             await self._stop_warming(backend)
             yield
         except HttpError as error:
+            backend.requests_failed += error.code != "SUPERSEDED"
             backend.failed(job.ticket, error)
             raise
         finally:
@@ -1714,7 +1771,10 @@ class Gateway:
     def join(self, reading: Reading) -> Shared:
         """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
         self.readings.append(reading)
-        job = reading.job
+        job, now = reading.job, time.monotonic()
+        if job.kind == "infill":
+            lately = {client: seen for client, seen in self.editors.items() if now - seen < EDITOR_SECONDS}
+            self.editors = lately | {job.client: now}
         if job.fields["max_tokens"] == 0:
             self.warm(job)
             done = "done", {"finish_reason": "length"}
@@ -1748,9 +1808,10 @@ class Gateway:
         return None
 
     def _identical(self, job: Job) -> Shared:
-        """The running completion of the same request, or a new one."""
+        """The running completion of the same request, or a new one. Samples without a seed shall differ."""
         key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
-        shared = self.shared.get(key)
+        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
+        shared = None if is_sample else self.shared.get(key)
         if shared:
             self._count("shared")
         else:
@@ -1774,8 +1835,8 @@ class Gateway:
             del self.shared[shared.key]
 
     def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
-        """End the older infills of the same editor and file, unless they ask the same. With `ahead`, those go on that
-        continue the reading's text: an editor asks ahead for what follows a completion that it shows."""
+        """End the older infills of an editor that has typed on, unless they ask the same. With `ahead`, those that
+        continue the reading's text go on: an editor asks ahead for what follows a completion that it shows."""
         fields = reading.job.fields
         for other in list(self.readings):
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
@@ -1783,7 +1844,7 @@ class Gateway:
                 continue
             if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
                 continue
-            if same_file(other.job.fields, fields):
+            if is_typed_on(other.job.fields, fields):
                 self.counts["replaced"] += 1
                 other.replace()
 
@@ -1841,7 +1902,9 @@ class Gateway:
                 del self.to_warm[job.client]
                 job.model = model
                 self._remember_served(job, backend)
-                backend.warming = job, asyncio.create_task(self._warm(job, backend))
+                task = asyncio.create_task(self._warm(job, backend))
+                task.add_done_callback(functools.partial(self._end_warming, backend))  # even if it never begins
+                backend.warming = job, task
 
     async def _warm(self, job: Job, backend: Backend) -> None:
         try:
@@ -1852,9 +1915,11 @@ class Gateway:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
         except Exception as exception:
             internal_error(exception)
-        finally:
-            backend.warming = None
-        self._warm_next()
+
+    def _end_warming(self, backend: Backend, task: asyncio.Task[None]) -> None:
+        backend.warming = None
+        if not task.cancelled():
+            self._warm_next()
 
     async def _stop_warming(self, backend: Backend) -> None:
         if backend.warming:
@@ -2088,12 +2153,12 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = read_fields(present(request.json()), TOKENIZE)
     model = gateway.route({})
     having = [one for one in gateway.backends if one.has(model) and (not one.api or one.api.tokenize)]
-    able = [backend for backend in having if backend.breaker.state != "open"]
-    if not able:
-        raise HttpError(
-            "VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
-        )
+    if not having:
+        raise HttpError("VPS_UNAVAILABLE", "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
+        able = [backend for backend in having if backend.breaker.admits(time.monotonic())]
+        if not able:
+            raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
         tokens = await first_there(able).tokenize(model, fields)
     return Response(compact({"tokens": tokens}))
 

@@ -353,7 +353,7 @@ class Oracle:
 
     def _watch(self, job: cm4d.Job) -> tuple[str, cm4d.Backend] | None:
         now = time.monotonic()
-        left = [one for one in self.gateway.backends if one not in job.tried and one.has("qwen_0_5b")]
+        left = [one for one in self.gateway.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")]
         left = [one for one in left if one.breaker.admits(now)]
         usable = [one for one in left if not one.trouble] or left
         free = [one for one in usable if len(one.active) < one.limit]

@@ -600,14 +600,17 @@ def test_response_fields_of_any_text() -> None:
 def test_a_replaced_request(dialect: Dialect) -> None:
     """With `response_fields`, as llama.vim asks, there is no content that it could keep."""
     replaced = {"finish_reason": "replaced"}
-    assert reply_to(dialect, response_fields=["content", "stop_type"]).whole("", replaced) == b'{"stop_type":"limit"}'
+    chosen = reply_to(dialect, response_fields=["content", "stop_type"]).whole("", replaced)
+    assert chosen == b'{"replaced":true,"stop_type":"limit"}'
     whole = json.loads(reply_to(dialect).whole("", replaced))
     assert (whole["content"], whole["stop"], whole["stop_type"], whole["tokens_cached"]) == ("", True, "limit", 0)
+    assert whole["replaced"] is True
 
 
 def test_a_replaced_request_of_openai() -> None:
     whole = json.loads(reply_to(OPENAI_TEXT).whole("", {"finish_reason": "replaced"}))
     assert whole["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]
+    assert whole["replaced"] is True
     assert whole["usage"] == {
         "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}
     }  # fmt: skip

@@ -18,7 +18,8 @@ from harness import Reply, run, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 import cm4d
-from cm4d import Predictions, same_file
+from cerebrum_dialects import INFILL
+from cm4d import Job, Predictions, is_typed_on, native_fields
 
 FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
 CHATS = "/v1/chat/completions"
@@ -95,7 +96,7 @@ def test_an_editor_that_keeps_answers_gets_no_empty_one():
             older = infill(pi, response_fields=["content", "truncated"])
             await backend.begun.wait()
             await infill(pi, prompt="    retu")
-            assert (await older).body == b'{"truncated":false}'
+            assert (await older).body == b'{"replaced":true,"truncated":false}'
 
     run(scenario())
 
@@ -154,21 +155,30 @@ TEXTS = [
     ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
     ("typed at the end", ("a", "", ""), ("ab", "", ""), True),
     ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
-    ("the window moved down a line", ("a\nb\nc\n", "d\ne\n", ""), ("b\nc\nd\n", "e\nf\n", ""), True),
-    ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "int y;\n", ""), False),
-    ("a third in common", ("a\nb\nc\n", "", ""), ("a\ny\nz\n", "", ""), False),
-    ("only the first line in common", ("import os\n", "x\n", ""), ("import os\nimport re\n", "y\n", ""), False),
+    ("the window moved", ("a" * 3000 + "\nb\n", "d\ne\n", ""), ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n", ""), True),
+    ("a word corrected", ("a = 1\nb = fo", "c\n", ""), ("a = 1\nb = bar", "c\n", ""), True),
+    ("a bracket closed by the editor", ("f", "\nc\n", ""), ("f(", ")\nc\n", ""), True),
+    ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "y = 2\n", ""), False),
+    (
+        "only the imports in common",
+        ("import os\n\ndef a():\n    ", "", ""),
+        ("import os\n\ndef b():\n    ", "", ""),
+        False,
+    ),
+    ("another name after the imports", ("import os\n\na = ", "", ""), ("import os\n\nb = ", "", ""), False),
+    ("two gaps of one text", ("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
+    ("two gaps far apart", ("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
     ("one is empty", ("", "\n", ""), ("x = 1\n", "y\n", ""), False),
-    ("equal names", ("a\n", "", "x.py"), ("b\n", "", "x.py"), True),
+    ("other places of one file", ("a\n", "", "x.py"), ("b\n", "", "x.py"), False),
     ("other names", ("a\n", "", "x.py"), ("a\n", "", "y.py"), False),
     ("one has a name", ("a\n", "", "x.py"), ("a\n", "", ""), False),
 ]
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS])
-def test_same_file(one: tuple[str, ...], other: tuple[str, ...], same: bool):
+def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
     first, second = (dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other))
-    assert (same_file(first, second), same_file(second, first)) == (same, same)
+    assert (is_typed_on(first, second), is_typed_on(second, first)) == (same, same)
 
 
 # --------------------------------------------------------------------------------------------- shared
@@ -194,6 +204,21 @@ def test_identical_requests_share_one_completion():
             assert len(backend.completions) == 1
             counts = await stats(pi)
             assert (counts["shared"], counts["requests_total"], counts["replaced"]) == (3, 4, 0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("sampling", "computed"), [({}, 3), ({"seed": 7}, 1)])
+def test_samples_without_a_seed_are_computed_each(sampling: dict[str, Any], computed: int):
+    async def scenario() -> None:
+        go = asyncio.Event()
+        async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
+            body = {"prompt": "x", "temperature": 0.9, **sampling}
+            asked = [start(pi, "/v1/completions", body) for _ in range(3)]
+            await until(lambda: len(pi.gateway.readings) == 3 and backend.running == computed)
+            go.set()
+            assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
+            assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 3 - computed)
 
     run(scenario())
 
@@ -286,31 +311,65 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
     await backend.left.wait()
 
 
-def test_chats_leave_a_place_for_infills():
+@pytest.mark.parametrize(("path", "body"), [(CHATS, CHAT), ("/v1/completions", {"prompt": "x"})])
+def test_without_an_editor_two_of_a_kind_run_together(path: str, body: dict[str, Any]):
+    async def scenario() -> None:
+        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port) as pi, busy(pi, backend, path, body):
+            assert (await start(pi, path, {**body, "seed": 5})).status == 200
+
+    run(scenario())
+
+
+def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatch: pytest.MonkeyPatch):
     async def scenario() -> None:
         go = asyncio.Event()
-        async with Backend([[HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+        async with Backend([GOOD, [HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+            await infill(pi)
             async with busy(pi, backend, CHATS, CHAT):
                 waiting = start(pi, CHATS, {**CHAT, "seed": 5})
                 await until(lambda: len(pi.gateway.line) == 1)
-                assert (await infill(pi)).json["content"] == "ab"
+                assert (await infill(pi, prompt="    x")).json["content"] == "ab"
                 assert not waiting.done()
+                monkeypatch.setattr(cm4d, "EDITOR_SECONDS", 0.0)
+                pi.gateway._call_next()  # as after each probe
+                await until(lambda: backend.running == 2)
             go.set()
             assert (await waiting).json["choices"][0]["message"]["content"] == "ab"
 
     run(scenario())
 
 
-def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("seen", "why"), [(True, ", one of them for an editor"), (False, "")])
+def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch, seen: bool, why: str):
     monkeypatch.setitem(cm4d.WAIT_SECONDS, "chat", 0.05)
 
     async def scenario() -> None:
-        async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi, busy(pi, backend, CHATS, CHAT):
-            reply = await start(pi, CHATS, {**CHAT, "seed": 5})
-            message = "expected at most 2 completions at a time; try again later"
-            wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
-            assert (reply.status, reply.json) == (429, {"error": wanted})
-            assert pi.gateway.line == []
+        async with Backend([GOOD] * seen + [[HANG]]) as backend, pi_for(backend.port, max_concurrent=1 + seen) as pi:
+            if seen:
+                await infill(pi)
+            async with busy(pi, backend, CHATS, CHAT):
+                reply = await start(pi, CHATS, {**CHAT, "seed": 5})
+                message = f"expected at most {1 + seen} completions at a time{why}; try again later"
+                wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
+                assert (reply.status, reply.json) == (429, {"error": wanted})
+                assert pi.gateway.line == []
+
+    run(scenario())
+
+
+def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):
+    """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are promised."""
+    monkeypatch.setattr(cm4d, "BUSY_SECONDS", 0.01)
+    busy = error(429, "RATE_LIMIT", "expected at most 2 requests at a time")
+
+    async def scenario() -> None:
+        async with Backend([[busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
+            assert (await infill(pi)).json["content"] == "ab"
+            assert len(backend.completions) == 3
+            assert (await pi.complete()).status == 429
+            monkeypatch.setitem(cm4d.WAIT_SECONDS, "infill", 0.1)
+            reply = await infill(pi, prompt="    x")
+            assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
 
     run(scenario())
 
@@ -348,11 +407,12 @@ def test_an_editor_does_not_starve_another_persons():
 
 def test_one_editor_leaves_a_place_for_another():
     async def scenario() -> None:
-        async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+        async with Backend([GOOD, [HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+            await infill(pi.from_address("127.0.0.2"))
             async with busy(pi, backend, "/infill", {**FILE, "filename": "a.py"}):
                 own = infill(pi, filename="b.py")
                 await until(lambda: len(pi.gateway.line) == 1)
-                assert (await infill(pi.from_address("127.0.0.2"))).status == 200
+                assert (await infill(pi.from_address("127.0.0.2"), prompt="    x")).status == 200
                 assert not own.done()
             assert (await own).status == 200
 
@@ -383,6 +443,22 @@ def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
             assert (asked["max_tokens"], asked["extra"], asked["prompt"], asked["suffix"]) == (0, extra, "", "")
             counts = await stats(pi)
             assert (counts["requests_total"], counts["requests_active"]) == (1, 0)
+
+    run(scenario())
+
+
+def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
+    """A request comes in the same turn of the event loop."""
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
+            pi.gateway.warm(Job(fields, kind="infill", client="me"))
+            assert pi.gateway.first.warming
+            async for _ in pi.gateway.complete(Job({**fields, "max_tokens": 8})):
+                pass
+            await until(lambda: backend.completions[-1]["max_tokens"] == 0, "the warm-up comes behind the request")
+            await until(lambda: pi.gateway.first.warming is None)
 
     run(scenario())
 
@@ -749,6 +825,22 @@ def test_tokens_are_counted_by_the_vps():
             assert (reply.status, reply.body) == (200, b'{"tokens":[1,2,3]}')
             wanted = {"text": "a b", "first": False, "special": True, "model": "qwen_0_5b"}
             assert backend.completions == [wanted]
+
+    run(scenario())
+
+
+def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            await backend.__aexit__()
+            replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
+            assert [reply.status for reply in replies] == [503] * 4
+            assert replies[-1].json["error"]["message"] == cm4d.BREAKER_OPEN
+        monkeypatch.setattr(cm4d, "LOAD_SECONDS", 0.3)
+        async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
+            replies = await asyncio.gather(*(start(pi, "/tokenize", {"content": "a b"}) for _ in range(6)))
+            refused = [reply.json["error"]["message"] == cm4d.BREAKER_OPEN for reply in replies]
+            assert (sum(refused), len(backend.completions)) == (2, 4)
 
     run(scenario())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_backends import BackendFailure, parse_url
+from cerebrum_backends import parse_url
 from cerebrum_common import ConfigError
 from cm4d import rank_models
 
@@ -624,12 +626,9 @@ def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None
 
 
 def test_failures_are_counted_by_backend() -> None:
-    failed = BackendFailure("why")
-
     async def scenario() -> None:
-        async with fleet(Backend(), Backend()) as pi:
-            first = pi.gateway.backends[0]
-            first.failed(first.breaker.admit(0.0) or 0, failed)
+        async with fleet(Backend([[RESET]]), Backend()) as pi:
+            assert await answered(pi) == "b"
             stats = (await pi.get("/v1/stats")).json
             assert [told["requests_failed"] for told in stats["backends"]] == [1, 0]
             assert stats["vps_available"] is True
@@ -709,6 +708,44 @@ def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None
                 gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
             assert gateway.backends == before
             assert [backend.limit for backend in before] == [2, 2]
+
+    run(scenario())
+
+
+def test_a_backend_that_has_gone_is_forgotten() -> None:
+    async def scenario() -> None:
+        async with fleet(Backend(), Backend()) as pi:
+            second = pi.gateway.config.backends[1]
+            gone = [weakref.ref(backend) for backend in pi.gateway.backends]
+            third = dataclasses.replace(second, id="c")
+            pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
+            await until(lambda: pi.gateway.probes > 0)
+            await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("url", "api", "paid"),
+    [("https://api.example", "openai", True), ("http://gpu", "openai", False), ("https://attic", "cerebrum", False)],
+)
+def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.001)
+    config = cm4d.BackendConfig("cloud", parse_url(url, "url"), api)
+    monkeypatch.setattr(cm4d.Backend, "is_paid", is_paid := cm4d.Backend(config, []).is_paid)
+    assert is_paid is paid
+
+    async def scenario() -> None:
+        async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
+            probes = pi.gateway.probes
+            if not paid:
+                await until(lambda: pi.gateway.probes > probes + 5)
+                return
+            for _ in range(5):  # each of these takes longer than a probe
+                assert (await pi.get("/v1/stats")).status == 200
+            assert (probes, pi.gateway.probes) == (1, 1)
+            pi.gateway.first.wake.set()
+            await until(lambda: pi.gateway.probes == 2)
 
     run(scenario())
 
