@@ -288,6 +288,7 @@ class Body:
     def __init__(self, length: int | None, chunked: bool) -> None:
         self.done = length == 0
         self.failure: BackendFailure | None = None
+        self.surplus = False  # bytes came behind its end, which are no part of it
         self._chunks = ChunkedDecoder() if chunked else None
         self._left = length
 
@@ -303,8 +304,7 @@ class Body:
             self.done = self._left == 0
         else:
             payload, past = data, b""
-        if past:
-            self.failure = self.failure or BackendFailure("its answer goes on past its end")
+        self.surplus = self.surplus or bool(past)
         return payload
 
     def _feed_chunks(self, chunks: ChunkedDecoder, data: bytes) -> tuple[bytes, bytes]:
@@ -446,6 +446,7 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
+        self._first = True  # a byte order mark may come before it (the SSE standard, section 9.2.6)
         self._cr = b""  # perhaps half of a CRLF
 
     @property
@@ -463,7 +464,7 @@ class Events:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
             data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
-        if not self._rest and data.endswith(b"\n\n"):
+        if not self._rest and not self._first and data.endswith(b"\n\n"):
             return data
         begun = len(self._rest)
         self._rest += data
@@ -473,6 +474,8 @@ class Events:
         # The last byte of an unfinished event may be the first of its two line ends.
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
+        if block and self._first:
+            self._first, block = False, block.removeprefix(BOM)
         return block
 
 
@@ -611,7 +614,7 @@ class Translator:
             if self.done or not event:
                 continue
             try:
-                yield from self._event(event.removeprefix(BOM), now)
+                yield from self._event(event, now)
             except BackendFailure:
                 if self.reason is None:
                     raise

@@ -18,7 +18,7 @@ It refuses a completion while all places are taken (429) and while every breaker
 dialect waits for its place for a while. From a backend it refuses redirects, framing or JSON that is not exact, and a
 stream that ends without saying so: the client gets all whole events up to the fault, then an error event, then a cut.
 After its first token no request is sent again. Before it, no backend gets a request twice, but for a prompt that it has
-refused as too long, and for a model that it could not load, if it has another one. A connection to a backend is used
+refused as too long, a model that it could not load, if it has another one, and a 429. A connection to a backend is used
 for one request only.
 
 Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. Its probe task
@@ -62,8 +62,10 @@ import logging
 import math
 import random
 import re
+import select
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import (
@@ -531,7 +533,11 @@ IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a co
 READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
 ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
 COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
-CLOSE_SECONDS = 0.5  # a backend closes right after its answer, as we ask; bytes instead of the close are a fault
+SPARE_SECONDS = {"cerebrum": 8.0}  # for which a connection waits for its request; vpsd closes it after 10
+OTHER_SPARE_SECONDS = 4.0  # llama-server closes it after 5
+STILL_SECONDS = 600.0  # of comments alone: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
+NAME_SECONDS = 60.0  # for which the addresses of a name are remembered
+RACE_SECONDS = 0.25  # until the next address of a name is tried beside the last one (RFC 8305)
 STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
@@ -567,6 +573,46 @@ class Watchdog:
 
     def stop(self) -> None:
         self._timer.cancel()
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up in threads of its own, one for each name, and remembers the addresses.
+
+    asyncio's threads are joined at the end, so a resolver that hangs would keep the daemon from stopping.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # until when, and the addresses
+        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # those that a thread is looking up
+
+    async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
+        """As socket.getaddrinfo."""
+        key = (host, port, *sorted(how.items()))
+        until, found = self.names.get(key, (0.0, []))
+        if self.time() < until:
+            return found
+        if key not in self._asked:
+            self._asked[key] = self.create_future()
+            threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
+        answer: list[Any] | OSError = await asyncio.shield(self._asked[key])
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
+        found: list[Any] | OSError
+        try:
+            found = socket.getaddrinfo(*key[:2], **how)
+        except OSError as error:
+            found = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            self.call_soon_threadsafe(self._learn, key, found)
+
+    def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
+        self._asked.pop(key).set_result(found)
+        if not isinstance(found, OSError):
+            self.names[key] = self.time() + NAME_SECONDS, found
 
 
 class Reader(asyncio.StreamReader):
@@ -614,12 +660,17 @@ class Answer:
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
 
+    @property
+    def ended(self) -> bool:
+        """The framing says that the body is whole. Whatever follows is nobody's: the connection is not used again."""
+        return self._body.done
+
     async def read(self) -> bytes:
         """More of the body's payload, b"" once it is whole, or BackendFailure."""
         body = self._body
-        while not body.failure:
+        while not (body.failure or body.done):
             data, self._ahead = self._ahead, b""
-            data = data or await (self._receive_last() if body.done else self._receive())
+            data = data or await self._receive()
             if payload := body.feed(data):
                 return payload
             if not data:
@@ -627,7 +678,9 @@ class Answer:
                 body.end("it stopped" if self._watchdog.expired else broken)
                 if not body.failure:
                     return b""
-        raise body.failure
+        if body.failure:
+            raise body.failure
+        return b""
 
     async def _receive(self) -> bytes:
         self._watchdog.since = min(self._watchdog.since, self._now())  # a read that was cancelled goes on
@@ -635,21 +688,16 @@ class Answer:
         self._watchdog.since = float("inf")
         return data
 
-    async def _receive_last(self) -> bytes:
-        """What follows a whole body: b"" for the close that we asked for, or if no close comes soon."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                return await self._reader.read(READ_BYTES)
-        return b""
-
     async def read_all(self, limit: int) -> bytes:
-        """The whole body. BackendFailure over `limit` bytes."""
+        """The whole body. BackendFailure over `limit` bytes, or if more than the body has come."""
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
             size += len(piece)
             if size > limit:
                 raise BackendFailure("its answer is too long")
+        if self._body.surplus:
+            raise BackendFailure("its answer goes on past its end")
         return b"".join(pieces)
 
 
@@ -672,26 +720,73 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
 EVENTS, JSON = "text/event-stream", "application/json"
 
 
+Connection = tuple[Reader, asyncio.Transport]
+
+
 class Upstream:
-    """Asks a backend, on a new connection for each request: a late answer can never reach another request."""
+    """Asks a backend, on a new connection for each request: a late answer can never reach another request.
+
+    A POST leaves a spare connection behind for the next one, which saves a round trip, or three by TLS. It is closed if
+    it is not used soon, so nothing connects while nobody asks.
+    """
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
+        self._spare: Connection | None = None
+        self._keeper: asyncio.Task[None] | None = None  # opens the spare one, and closes it
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the spare connection, and leave none any more."""
+        self._closed = True
+        if self._keeper:
+            self._keeper.cancel()
+
+    async def _keep_spare(self) -> None:
+        with contextlib.suppress(BackendFailure):
+            spare = self._spare = await self._connect()
+            try:
+                await asyncio.sleep(SPARE_SECONDS.get(self._config.api, OTHER_SPARE_SECONDS))
+            finally:
+                if self._spare is spare:
+                    self._spare = None
+                    spare[1].abort()
+        self._keeper = None
+
+    def _take_spare(self) -> Connection | None:
+        """The spare connection, unless the backend has closed it or sent anything."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return None
+        if self._keeper:
+            self._keeper.cancel()
+            self._keeper = None
+        poll = select.poll()
+        poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
+        if spare[1].is_closing() or spare[0].at_eof() or poll.poll(0):
+            spare[1].abort()
+            return None
+        return spare
 
     @contextlib.asynccontextmanager
     async def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
     ) -> AsyncIterator[Answer]:
         """Send one request once and yield its answer, of which nothing has been read. `idle` is for its Watchdog."""
-        reader, transport = await self._connect()
-        answer = Answer(reader, transport, idle or IDLE_SECONDS)
+        reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
+        answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
         try:
             transport.write(self._encode(method, path, body))
             yield answer
+        except BackendFailure:
+            leaves_spare = False
+            raise
         finally:
             answer.close()
             transport.abort()
+            if leaves_spare and not self._closed and not self._keeper:
+                self._keeper = asyncio.create_task(self._keep_spare())
 
     async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
         """Read the head of a 200 of one of these media types; False if it has not come after `seconds`, then call
@@ -753,7 +848,7 @@ class Upstream:
             raise BackendFailure("its answer is not JSON")
         return members
 
-    async def _connect(self) -> tuple[Reader, asyncio.Transport]:
+    async def _connect(self) -> Connection:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
         reader = Reader(limit=READ_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -761,10 +856,18 @@ class Upstream:
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, _ = await loop.create_connection(
-                        lambda: protocol, endpoint.host, endpoint.port, ssl=self._tls
+                        lambda: protocol,
+                        endpoint.host,
+                        endpoint.port,
+                        ssl=self._tls,
+                        happy_eyeballs_delay=RACE_SECONDS,
                     )
-            except ConnectionRefusedError:
-                raise BackendFailure("connection refused") from None
+            except OSError as error:
+                if isinstance(loop, Loop):
+                    loop.names.clear()  # it may have moved
+                if isinstance(error, ConnectionRefusedError):
+                    raise BackendFailure("connection refused") from None
+                raise
         # By default the kernel takes in megabytes, although the client may have stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
@@ -795,19 +898,23 @@ def make_tls(ca_file: str) -> ssl.SSLContext:
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """The events of a backend of our own as pairs; the last one is ("done", its members).
 
-    The done event is held until the body has ended as well: whether a stream counts as finished must not depend on how
-    its bytes were split. Every other end is a BackendFailure.
+    The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
+    depend on how its bytes were split. Every other end is a BackendFailure.
     """
-    events = Events()
+    events, now = Events(), asyncio.get_running_loop().time
+    moved = now()  # when anything but a comment came
     done: dict[str, Any] | None = None
-    while payload := await answer.read():
+    while not answer.ended and (payload := await answer.read()):
         for kind, value in take_apart(events.feed(payload), key):
             if done is not None and kind in ("text", "done"):
                 raise BackendFailure("it sent events after the last one")
             if kind == "done":
                 done = value
-            else:
-                yield kind, value
+                continue
+            moved = moved if kind == "idle" else now()
+            yield kind, value
+        if now() - moved > STILL_SECONDS:
+            raise BackendFailure("it makes no progress")
     if events.inside:
         raise BackendFailure("it ended in the middle of an event")
     if done is None:
@@ -970,6 +1077,7 @@ class Backend:
         if other.config.endpoint != self.config.endpoint:
             self.breaker.reset()
             self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
+        self.upstream.close()
         self._configure(other.config, other._catalog, other.upstream)
         self._models_until = 0.0
         self.wake.set()
@@ -1389,6 +1497,11 @@ class Gateway:
         tokens = self.tokens_retired + sum(backend.tokens for backend in (*self.backends, *self.retired))
         self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, tokens))
 
+    def close(self) -> None:
+        """Close what is kept for requests to come."""
+        for backend in (*self.backends, *self.retired):
+            backend.upstream.close()
+
     # Probing.
 
     def reconfigure(self, config: Config) -> None:
@@ -1408,6 +1521,7 @@ class Gateway:
         self.served = {key: backend for key, backend in self.served.items() if backend not in gone}
         for backend in gone:
             backend.wake.set()  # ends its probing
+            backend.upstream.close()
             if backend.warming:
                 backend.warming[1].cancel()
         self._bury()
@@ -2401,6 +2515,7 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
+    gateway.close()
     return int(failed)  # systemd starts it again
 
 
@@ -2448,7 +2563,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     warn_of(config)
     try:
-        return asyncio.run(serve(environ, config))
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            return runner.run(serve(environ, config))
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2

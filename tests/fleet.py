@@ -119,6 +119,7 @@ class Engine(Backend):
     journal: Journal = field(default_factory=Journal)
     here: bool = False
     fates: dict[str, str] = field(default_factory=dict)  # of each mark: the fault that it met, or ""
+    places: set[str] = field(default_factory=set)  # the marks of the requests that have one
 
     async def __aenter__(self) -> Engine:
         await super().__aenter__()
@@ -139,7 +140,8 @@ class Engine(Backend):
             return
         body = await reader.readexactly(int(re.findall(r"content-length: (\d+)", top)[0]))
         (mark,) = {found.decode() for found in MARK.findall(body)}
-        self.running += 1
+        self.places.add(mark)
+        self.running = len(self.places)
         self.most_running = max(self.most_running, self.running)
         self.journal.note("asked", self.plan.id, mark)
         self.fates[mark] = self.plan.fault if len(self.fates) % 10 >= 10 - self.plan.of_ten else ""
@@ -151,12 +153,16 @@ class Engine(Backend):
             self.journal.note("gone", self.plan.id, mark)
             raise
         finally:
-            self.running -= 1
+            self._give_back(mark)
             playing.cancel()
             leaving.cancel()
             told, _ = await asyncio.gather(playing, leaving, return_exceptions=True)
             if isinstance(told, Exception) and not isinstance(told, OSError):
                 self.journal.faults.append(f"{self.plan.id}: {told!r}")
+
+    def _give_back(self, mark: str) -> None:
+        self.places.discard(mark)
+        self.running = len(self.places)
 
     async def _tell(
         self, mark: str, path: str, asked: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -172,6 +178,7 @@ class Engine(Backend):
         cut = random.Random(f"{self.seed} {mark}").randint(1, len(words) - 1) if fate in AMID else len(words)
         wrong = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED") if own else event(error={"code": 500})
         if fate in ("503", "429"):
+            self._give_back(mark)
             code = {"503": "RESOURCE_EXHAUSTED", "429": "RATE_LIMIT"}[fate]
             yield error(int(fate), code) if own else answer(int(fate), {"error": {"message": "too much"}})
             return
@@ -196,11 +203,13 @@ class Engine(Backend):
             return
         self.journal.note("finished", self.plan.id, mark)
         if own:
+            self._give_back(mark)  # as vpsd does, before its last chunk
             yield chunk(event(done=True, total_tokens=len(words), finish_reason="stop")) + b"0\r\n\r\n"
             return
         if call != "chat":  # these engines go on behind the end, until somebody hangs up
             yield chunk(self._event(path, call, '\n\n\nf()\nprint("past")\n'))
             yield asyncio.Event().wait
+        self._give_back(mark)
         yield chunk(self._event(path, call, "", reason="stop")) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
     def _event(self, path: str, call: str, text: str, reason: str | None = None) -> bytes:

@@ -106,6 +106,8 @@ class Backend:
 
     async def __aenter__(self) -> Backend:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.waiting: set[asyncio.StreamWriter] = set()  # connections on which nothing was asked yet
+        self.connections = 0
         self._sessions: dict[str, asyncio.Task[None]] = {}  # the newest completion of each
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -127,7 +129,13 @@ class Backend:
         self._tasks.discard(task)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+        self.connections += 1
+        self.waiting.add(writer)
+        try:
+            asked = await reader.readuntil(b"\r\n\r\n")
+        finally:
+            self.waiting.discard(writer)
+        first, *lines = asked.decode().split("\r\n")[:-2]
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         self.asked.append((first, headers, body))
@@ -263,4 +271,5 @@ async def pi_for(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await server.stop(0)
+        gateway.close()
     assert gateway.requests_active == 0, "a slot was not given back"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import socket
+import threading
 import time
 from typing import Any
 
 import pytest
-from harness import KEY, Reply, run, until
+from harness import KEY, PATIENCE, Reply, run, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -21,6 +24,7 @@ from scripted import (
     Backend,
     Flood,
     answer,
+    backend_at,
     chunk,
     error,
     event,
@@ -118,9 +122,8 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "a token in a chunk longer than it says": ([CHUNKED, A, B[:-2] + b"x"], [TOKEN_A, TOKEN_B], "malformed chunk"),
     "a broken last chunk": ([CHUNKED, A, B + b"0\r\nx y\r\n\r\n"], [TOKEN_A, TOKEN_B], "malformed chunk"),
     "shorter than its length": ([length_of(token("a", 1), 500)], [TOKEN_A], "in the middle of its answer"),
-    "longer than its length": ([length_of(token("a", 1) + DONE + b"\n", len(token("a", 1) + DONE))], [TOKEN_A], "past"),
-    "longer than its length, without done": ([length_of(token("a", 1) + B, len(token("a", 1)))], [TOKEN_A], "past"),
-    "chunks past the last one": ([CHUNKED, A, chunk(DONE), END + A], [TOKEN_A], "past its end"),
+    "longer than its length": ([length_of(token("a", 1) + DONE, len(token("a", 1)))], [TOKEN_A], "without saying"),
+    "done past the last chunk": ([CHUNKED, A, END + chunk(DONE)], [TOKEN_A], "without saying"),
     "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
     "two dones": ([CHUNKED, chunk(DONE), chunk(DONE), END], [], "after the last one"),
     "not JSON": ([CHUNKED, A, chunk(b"data: {oops\n\n")], [TOKEN_A], "not JSON"),
@@ -144,6 +147,10 @@ WHOLE: dict[str, list[Any]] = {
     "chunks that cut events": [CHUNKED, *(chunk(bytes([c])) for c in token("a", 1) + token("b", 2)), chunk(DONE), END],
     "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
     "a length": [length_of(token("a", 1) + token("b", 2) + DONE)],
+    "surplus behind a length": [length_of(token("a", 1) + token("b", 2) + DONE) + b"HTTP/1.1 200 OK\r\n"],
+    "surplus behind the last chunk": [CHUNKED, A, B, chunk(DONE), END + A],
+    "a connection that stays open": [*GOOD, HANG],
+    "a byte order mark": [CHUNKED, chunk(b"\xef\xbb\xbf" + token("a", 1)), B, chunk(DONE), END],
     "until the close": [CLOSING, token("a", 1), token("b", 2), DONE],
     "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
     "without a media type": [b"HTTP/1.1 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
@@ -232,6 +239,132 @@ def test_whole(name: str, split: bool):
             assert (await pi.complete()).json["completion"] == "ab"
 
     run(scenario())
+
+
+def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "STILL_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        script = [CHUNKED, A, Flood(chunk(b": keep-alive\n\n"))]
+        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+            error = (await pi.stream()).events[-1]
+            assert error["message"] == "VPS backend is unavailable (it makes no progress)"
+
+    run(scenario())
+
+
+# ---------------------------------------------------------------------------------------- connections
+
+
+def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete()).status == 200
+            await until(lambda: backend.waiting)
+            (spare,) = backend.waiting
+            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes + 3)
+            assert backend.waiting == {spare}, "probes use none, and leave none"
+            assert (await pi.complete()).status == 200
+            await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
+            assert len(backend.completions) == 2
+
+    run(scenario())
+
+
+def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(cm4d.SPARE_SECONDS, "cerebrum", 0.05)
+
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete()).status == 200
+            await until(lambda: backend.waiting)
+            await until(lambda: not backend.waiting)
+            connections = backend.connections
+            pi.gateway.first.wake.set()
+            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes)
+            assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("last", [b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"], ids=["closed", "written to"])
+def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: bytes):
+    async def scenario() -> None:
+        async with Backend() as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete()).status == 200
+            await until(lambda: backend.waiting)
+            for writer in list(backend.waiting):
+                writer.write(last)
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+            assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
+    async def scenario() -> None:
+        async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
+            assert (await pi.complete()).status == 503
+            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes)
+            assert not backend.waiting
+
+    run(scenario())
+
+
+def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
+    """A listener whose queue is full drops what comes."""
+
+    async def scenario() -> None:
+        with contextlib.ExitStack() as stack:
+            deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(deaf.getsockname())
+            async with Backend() as backend:
+                ports = (deaf.getsockname()[1], backend.port)
+                both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+                monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
+                config = backend_at(backend.port, key_env="CEREBRUM_API_KEY")
+                endpoint = dataclasses.replace(config.endpoint, host="vps")
+                async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
+                    assert (await pi.complete()).status == 200
+
+    run(scenario())
+
+
+def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
+    asked, go = list[str](), threading.Event()
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
+
+    def resolve(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        if host == "hangs":
+            go.wait(PATIENCE)
+        if host == "unknown":
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(loop.getaddrinfo("hangs", 80), 0.01)
+            assert await asyncio.gather(*(loop.getaddrinfo("vps", 80) for _ in range(2))) == [found] * 2
+        for _ in range(2):
+            with pytest.raises(socket.gaierror):
+                await loop.getaddrinfo("unknown", 80)
+        assert sorted(asked) == ["hangs", "unknown", "unknown", "vps"]
+
+    with asyncio.Runner(loop_factory=cm4d.Loop) as runner:
+        runner.run(scenario())
+    go.set()  # only now: the loop has ended before
 
 
 HONEST: dict[str, Any] = {"done": True, "total_tokens": 2, "inference_time": 0.25, "prompt_tokens": 5}
@@ -588,11 +721,11 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
     [
         (lambda: Body(3, False), b"abc", b"abc", True, ""),
         (lambda: Body(3, False), b"ab", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(3, False), b"abcd", b"abc", True, "its answer goes on past its end"),
+        (lambda: Body(3, False), b"abcd", b"abc", True, ""),
         (lambda: Body(None, False), b"abc", b"abc", False, ""),
         (lambda: Body(None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", True, ""),
         (lambda: Body(None, True), b"2\r\nab\r\n", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", True, "its answer goes on past its end"),
+        (lambda: Body(None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", True, ""),
         (lambda: Body(None, True), b"2\r\nab\r\nzz\r\n", b"ab", False, "it sent a malformed chunk"),
         (lambda: Body(None, True), b"2\r\nab0\r\n\r\n", b"ab", False, "it sent a malformed chunk"),
     ],
@@ -603,7 +736,7 @@ def test_body(body: Any, data: bytes, payload: bytes, done: bool, failure: str, 
         got += body.feed(piece)
     if not body.failure:
         body.end("")
-    assert (got, body.done) == (payload, done)
+    assert (got, body.done, body.surplus) == (payload, done, data.endswith((b"d", b"x")))
     assert (body.failure.reason if body.failure else "") == failure
 
 
