@@ -740,8 +740,14 @@ class Upstream:
     def close(self) -> None:
         """Close the spare connection, and leave none any more."""
         self._closed = True
+        self._drop_spare()
+
+    def _drop_spare(self) -> None:
         if self._keeper:
             self._keeper.cancel()
+        if self._spare:
+            self._spare[1].abort()
+        self._spare = self._keeper = None
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
@@ -759,9 +765,7 @@ class Upstream:
         spare, self._spare = self._spare, None
         if spare is None:
             return None
-        if self._keeper:
-            self._keeper.cancel()
-            self._keeper = None
+        self._drop_spare()  # its keeper
         poll = select.poll()
         poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
         if spare[1].is_closing() or spare[0].at_eof() or poll.poll(0):
@@ -785,6 +789,9 @@ class Upstream:
         finally:
             answer.close()
             transport.abort()
+            # The backend should notice that this client has left before it gets the next request.
+            if not answer.ended:
+                self._drop_spare()
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
@@ -981,7 +988,7 @@ PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
 STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
 EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
-BUSY_SECONDS = 1.0  # before a dialect's request asks a backend again that has answered 429
+BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # before a dialect's request asks a busy backend again; the pause doubles
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
@@ -1010,6 +1017,7 @@ class Job:
     backend: Backend | None = None  # where it holds a place
     tried: list[Backend] = field(default_factory=list)  # that have failed it
     busy: list[Backend] = field(default_factory=list)  # that have answered 429 to a dialect's request
+    pause: float = BUSY_SECONDS  # before they are asked again
     without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
     failure: HttpError | None = None  # of the one whose error tells most
     notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
@@ -1754,10 +1762,11 @@ class Gateway:
                         self._assign(job)
                 break
             except HttpError:
-                if not job.busy or job.patience() < BUSY_SECONDS:
+                if not job.busy or job.patience() < job.pause:
                     raise
-                await asyncio.sleep(BUSY_SECONDS)
+                await asyncio.sleep(job.pause)
                 job.busy.clear()
+                job.pause = min(2 * job.pause, MAX_BUSY_SECONDS)
         if not job.backend:
             there = [backend for backend in self.backends if backend.available] or self.backends
             limit = sum(backend.limit for backend in there)

@@ -359,14 +359,14 @@ def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPa
 
 def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):
     """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are promised."""
-    monkeypatch.setattr(cm4d, "BUSY_SECONDS", 0.01)
     busy = error(429, "RATE_LIMIT", "expected at most 2 requests at a time")
 
     async def scenario() -> None:
-        async with Backend([[busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
+        async with Backend([[busy], [busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
             assert (await infill(pi)).json["content"] == "ab"
-            assert len(backend.completions) == 3
+            assert len(backend.completions) == 4
             assert (await pi.complete()).status == 429
+            assert len(backend.completions) == 5
             monkeypatch.setitem(cm4d.WAIT_SECONDS, "infill", 0.1)
             reply = await infill(pi, prompt="    x")
             assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
