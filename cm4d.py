@@ -43,14 +43,6 @@ from pathlib import Path
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path.insert(0, str(here))  # `python3 -I` leaves it out
-    if "--check" in sys.argv[1:]:
-        try:
-            from cerebrum_check import begin
-        except (ImportError, SyntaxError) as error:
-            print(f"FAIL  files     {error}: copy all files of one version here again")
-            sys.exit(1)
-        if not begin(Path(__file__).resolve(), {}):
-            sys.exit(1)
 
 import asyncio
 import contextlib
@@ -2539,7 +2531,7 @@ def answer_arguments(arguments: Sequence[str]) -> int:
     """Do what the options ask instead of serving. What they need is loaded only here."""
     about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
     make_parser("cm4d", about, HELP).parse_args(arguments)
-    from cerebrum_check_pi import check_pi
+    from cerebrum_check import check_pi
 
     return check_pi(HERE, load_config, Backend)
 

@@ -48,21 +48,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    if "--check" in sys.argv[1:]:
-        try:
-            from cerebrum_check import PACKAGES, begin
-        except (ImportError, SyntaxError) as error:
-            print(f"FAIL  files     {error}: copy all files of one version here again")
-            sys.exit(1)
-        if not begin(Path(__file__).resolve(), PACKAGES):
-            sys.exit(1)
-    elif missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
+    if missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
     # Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of
     # 2 MiB (measured with a 1.5B). The C library asks for those only if told before the process starts.
-    if "GLIBC_TUNABLES" not in os.environ and "--check" not in sys.argv[1:]:
+    if "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -1110,7 +1102,7 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
-    """GET /v1/stats: the text's fields, what other programs use of the CPU, and how drafting went."""
+    """GET /v1/stats: the text's fields, our version, what other programs use of the CPU, and how drafting went."""
     memory = psutil.virtual_memory()
     return Response(
         {
@@ -1122,6 +1114,7 @@ async def stats(engine: Engine, _request: Request) -> Response:
             "requests_total": engine.requests_total,
             "requests_active": len(engine.completions),
             "uptime": round(time.monotonic() - engine.started, 1),
+            "version": VERSION,
             "cpu_percent_others": round(engine.cpu.others_percent, 1),
             "draft_tokens": sum(tally.draft_tokens for tally in engine.tallies.values()),
             "accepted_tokens": sum(tally.accepted_tokens for tally in engine.tallies.values()),
@@ -1318,9 +1311,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum_check_vps import check_vps
+        from cerebrum_check import check_vps
 
-        return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar, PYTHON)
+        return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ, HERE)
@@ -1329,7 +1322,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "tune":
             return tune_command(options, config)
         if options.command == "memory":
-            from cerebrum_check_vps import memory_limit
+            from cerebrum_check import memory_limit
 
             print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
             return 0
