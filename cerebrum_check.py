@@ -191,7 +191,7 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
         if backend.models:
             report.add("ok", "models", f"{one.id} has {', '.join(backend.models)}")
         else:
-            mend = "`vpsd.py fetch` there gets one" if one.api == "cerebrum" else "see `aliases` there"
+            mend = "`vpsd.py fetch` there gets one" if one.api == "cerebrum" else "list its names as `aliases`"
             report.add(lacking, "models", f"{one.id} has no model of models.toml: {mend}")
 
 
