@@ -1152,9 +1152,10 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
 # ----------------------------------------------------------------------------------------------- key
 
 
-def keygen(*args: str, stdin: str = "") -> tuple[int, str, str]:
-    command = [KEYGEN, *args]
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False)
+def keygen(*args: str, stdin: str = "", path: str = os.environ["PATH"]) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [KEYGEN, *args], env={"PATH": path}, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     return result.returncode, result.stdout, result.stderr
 
 
@@ -1164,30 +1165,35 @@ def test_a_key_is_32_random_bytes() -> None:
     assert len({out for _, out, _ in keys}) == 5
 
 
-ENV_FILES = [  # before, after (K is the key)
-    (None, "CEREBRUM_API_KEY=K\n"),
-    ("", "CEREBRUM_API_KEY=K\n"),
-    ("A=1\nCEREBRUM_API_KEY=old\nB=2\n", "A=1\nCEREBRUM_API_KEY=K\nB=2\n"),
-    ("A=1", "A=1\nCEREBRUM_API_KEY=K\n"),
-    ("CEREBRUM_API_KEY=old", "CEREBRUM_API_KEY=K\n"),
-    ("export CEREBRUM_API_KEY = 'old'\nCEREBRUM_API_KEY=two\n", "CEREBRUM_API_KEY=K\n"),
-    ("# CEREBRUM_API_KEY=\n\nCEREBRUM_CM4_API_KEY=x\nX=CEREBRUM_API_KEY=\\n%s\n",
+WRITTEN = [  # file, before, after (K is the new key)
+    (".env", None, "CEREBRUM_API_KEY=K\n"),
+    (".env", "", "CEREBRUM_API_KEY=K\n"),
+    (".env", "A=1\nCEREBRUM_API_KEY=\nB=2\n", "A=1\nCEREBRUM_API_KEY=K\nB=2\n"),
+    (".env", "A=1", "A=1\nCEREBRUM_API_KEY=K\n"),
+    (".env", "CEREBRUM_API_KEY=o/l+d==", "CEREBRUM_API_KEY=K,o/l+d==\n"),
+    (".env", "export CEREBRUM_API_KEY = 'one'\nB=2\nCEREBRUM_API_KEY=\"two\"\r\n", "CEREBRUM_API_KEY=K,two\nB=2\n"),
+    (".env", "# CEREBRUM_API_KEY=\n\nCEREBRUM_CM4_API_KEY=x\nX=CEREBRUM_API_KEY=\\n%s\n",
      "# CEREBRUM_API_KEY=\n\nCEREBRUM_CM4_API_KEY=x\nX=CEREBRUM_API_KEY=\\n%s\nCEREBRUM_API_KEY=K\n"),
-    ("A=\xff\r\n", "A=\xff\r\nCEREBRUM_API_KEY=K\n"),
+    (".env", "A=\xff\r\n", "A=\xff\r\nCEREBRUM_API_KEY=K\n"),
+    ("CEREBRUM_API_KEY", None, "K\n"),
+    ("CEREBRUM_API_KEY", "\n", "K\n"),
+    ("CEREBRUM_CM4_API_KEY", "old==\n\n", "K,old==\n"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("before", "after"), ENV_FILES)
-def test_a_key_is_written(tmp_path: Path, before: str | None, after: str) -> None:
-    path = tmp_path / ".env"
+@pytest.mark.parametrize(("name", "before", "after"), WRITTEN)
+def test_a_key_is_written_before_the_one_that_is_there(
+    tmp_path: Path, name: str, before: str | None, after: str
+) -> None:
+    path = tmp_path / name
     if before is not None:
         path.write_bytes(before.encode("latin-1"))
         path.chmod(0o644)
-    assert keygen("--write", str(path)) == (0, f"CEREBRUM_API_KEY set in: {path}\n", "")
+    assert keygen("--write", str(path)) == (0, f"key set in: {path}\n", "")
     text = path.read_bytes().decode("latin-1")
-    assert re.sub(r"(?m)^(CEREBRUM_API_KEY=)[A-Za-z0-9_-]{43}$", r"\1K", text) == after
+    assert re.sub(r"(?m)^(CEREBRUM_API_KEY=|)[A-Za-z0-9_-]{43}(?=,|$)", r"\1K", text) == after
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert os.listdir(tmp_path) == [".env"]
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_the_same_key_goes_to_all_files_and_links_stay_links(tmp_path: Path) -> None:
@@ -1204,7 +1210,8 @@ def test_the_same_key_goes_to_all_files_and_links_stay_links(tmp_path: Path) -> 
     [
         ([], "--write needs at least one FILE"),
         (["good", "nowhere/x"], "nowhere/x: no such directory"),
-        (["good", "."], ".: not a regular file"),
+        (["good", "."], ".: expected a regular file that can be read"),
+        (["good", "TWO"], "TWO: expected one key at most, got two: --set the one that stays, then --write again"),
     ],
 )
 def test_one_bad_path_changes_no_file(
@@ -1212,19 +1219,22 @@ def test_one_bad_path_changes_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("good").write_text("CEREBRUM_API_KEY=old\n")
+    Path("TWO").write_text("new, old\n")
     code, out, err = keygen("--write", *paths)
     assert (code, out, err) == (1 if paths else 2, "", f"generate_api_key.sh: {said}\n")
     assert Path("good").read_text() == "CEREBRUM_API_KEY=old\n"
-    assert os.listdir() == ["good"]
+    assert Path("TWO").read_text() == "new, old\n"
+    assert sorted(os.listdir()) == ["TWO", "good"]
 
 
-@pytest.mark.parametrize("stdin", ["k-_1\n", "k-_1", "CEREBRUM_API_KEY=k-_1\r\n", "k-_1\nnext line"])
+@pytest.mark.parametrize("stdin", ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"])
 def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
-    path = tmp_path / ".env"
-    path.write_text("A=1\n")
-    assert keygen("--set", str(path), stdin=stdin) == (0, f"CEREBRUM_API_KEY set in: {path}\n", "")
-    assert path.read_text() == "A=1\nCEREBRUM_API_KEY=k-_1\n"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    env, credential = tmp_path / ".env", tmp_path / "CEREBRUM_API_KEY"
+    env.write_text("CEREBRUM_API_KEY=older,old\nA=1\n")
+    credential.write_text("old\n")
+    assert keygen("--set", str(env), str(credential), stdin=stdin) == (0, f"key set in: {env} {credential}\n", "")
+    assert (env.read_text(), credential.read_text()) == ("CEREBRUM_API_KEY=k-_1=\nA=1\n", "k-_1=\n")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (env, credential)] == [0o600, 0o600]
 
 
 @pytest.mark.parametrize(
@@ -1246,9 +1256,9 @@ def test_what_is_no_key_changes_no_file(tmp_path: Path, stdin: str, said: str) -
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
     screen = Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))
     try:
-        screen.expect("CEREBRUM_API_KEY (not shown): ")
+        screen.expect("key (not shown): ")
         screen.type("hush-hush\r")
-        assert screen.expect(f"CEREBRUM_API_KEY set in: {tmp_path}/.env\r\n") == "\r\n"
+        assert screen.expect(f"key set in: {tmp_path}/.env\r\n") == "\r\n"
     finally:
         screen.close()
     assert (tmp_path / ".env").read_text() == "CEREBRUM_API_KEY=hush-hush\n"
@@ -1265,6 +1275,28 @@ def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     assert "No space left on device" in err
     assert path.read_text() == "CEREBRUM_API_KEY=old\n"
     assert sorted(os.listdir(small_disk)) == [".env", "rest"]
+
+
+def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(tmp_path: Path) -> None:
+    files, log = [tmp_path / ".env", tmp_path / "CEREBRUM_API_KEY"], tmp_path / "log"
+    (tmp_path / "bin").mkdir()
+    for tool in ["base64", "chown", "head", "mktemp", "mv", "readlink", "rm", "sync", "tr"]:
+        spy = tmp_path / "bin" / tool
+        spy.write_text(f'#!/bin/bash\n{{ echo "CALL {tool} $*"; env; }} >>{log}\nexec {shutil.which(tool)} "$@"\n')
+        spy.chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    assert keygen("--set", *map(str, files), stdin="the-old-key", path=path)[0] == 0
+    assert keygen("--write", *map(str, files), path=path)[0] == 0
+    new, _, old = files[1].read_text().strip().partition(",")
+    assert (len(new), old) == (43, "the-old-key")
+    seen = log.read_text()
+    assert new not in seen
+    assert old not in seen
+    steps = re.findall(r"CALL (sync|mv) (?:-f )?-- (.+)", seen)
+    assert [tool for tool, _ in steps] == ["sync", "mv", "mv", "sync", "sync"] * 2
+    for begin in (0, 5):
+        moves = [f"{draft} {file}" for draft, file in zip(steps[begin][1].split(), files, strict=True)]
+        assert [arguments for _, arguments in steps[begin + 1 : begin + 3]] == moves
 
 
 # --------------------------------------------------------------------------------------------- run.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import HEALTH, PATIENCE, Client, command_of, daemon, program, run, settings, until
+from harness import FILES, HEALTH, KEY, PATIENCE, Client, command_of, daemon, program, run, settings, until
 from scripted import CHUNKED, Backend, chunk, pi_for, token
+from test_scripts import keygen
 
 import cm4d
 from cerebrum_common import ConfigError, Environment, log, request_id_var
@@ -372,6 +374,50 @@ def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wr
             assert f"WARNING - [-] {later} changed: restart the daemon to use it\n" in process.stdout()
 
     run(scenario())
+
+
+def test_a_key_is_exchanged_in_the_three_steps_of_the_readme(tmp_path: Path) -> None:
+    """No request is refused before, between and after them."""
+    vps, pi = (tmp_path / name / "CEREBRUM_API_KEY" for name in ("vpsd", "cm4d"))
+    for path in (vps, pi):
+        path.parent.mkdir()
+        path.write_text("old\n")
+    given = {"CEREBRUM_MODELS_DIR": str(FILES["qwen_0_5b"].parent), "CEREBRUM_MAX_CPU_PERCENT": "100"}
+    ports = {"vpsd": 0, "cm4d": 0}
+    stacks = {name: contextlib.ExitStack() for name in ports}
+
+    def restart(name: str) -> None:
+        stacks[name].close()
+        own = {"CREDENTIALS_DIRECTORY": str(tmp_path / name), "CEREBRUM_VPS_PORT": str(ports["vpsd"])}
+        own["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{ports['vpsd']}"
+        started = daemon(name, tmp_path / "of" / name, **given, **own, CEREBRUM_MIN_FREE_MB="0")
+        ports[name] = stacks[name].enter_context(started).port
+
+    async def complete() -> None:
+        asked = {"prompt": "x =", "language": "python", "max_tokens": 1}
+        reply = await Client(port=ports["cm4d"]).ask("POST", "/v1/complete", asked, X_API_Key=KEY)
+        assert reply.status == 200, reply.body
+
+    with stacks["vpsd"], stacks["cm4d"]:
+        restart("vpsd")
+        restart("cm4d")
+        for name, change in (
+            ("vpsd", lambda: keygen("--write", str(vps))),
+            ("cm4d", lambda: keygen("--set", str(pi), stdin=vps.read_text())),
+            ("vpsd", lambda: keygen("--set", str(vps), stdin=vps.read_text())),
+        ):
+            run(complete())
+            assert change()[0] == 0
+            run(complete())
+            restart(name)
+            run(complete())
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", vps.read_text())
+        assert pi.read_text() == vps.read_text()
+
+        async def status(key: str) -> int:
+            return (await Client(port=ports["vpsd"]).get("/v1/models", X_API_Key=key)).status
+
+        assert [asyncio.run(status(key)) for key in ("old", vps.read_text().strip())] == [401, 200]
 
 
 def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
