@@ -1311,22 +1311,21 @@ CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables in files of their names: those of LoadCredential= in the unit, and on top of them what a rotation of
-    keys has put into the unit's RuntimeDirectory=, since older versions of systemd load credentials only at a start."""
-    values = {}
-    for place in ("CREDENTIALS_DIRECTORY", "RUNTIME_DIRECTORY"):
-        if folder := environ.get(place, "").partition(":")[0]:
-            try:
-                for path in sorted(Path(folder).iterdir()):
-                    if not CREDENTIAL_NAME.fullmatch(path.name):
-                        continue
-                    values[path.name] = path.read_text("utf-8", "replace").strip()
-                    if not values[path.name]:  # a full disk, say; it must not turn authentication off
-                        raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise ConfigError(f"{place}: cannot read {error.filename}: {error.strerror}") from None
+    """Variables in files of their names, which systemd passes by the unit's LoadCredential=."""
+    values = dict[str, str]()
+    if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        return values
+    try:
+        for path in sorted(Path(folder).iterdir()):
+            if not CREDENTIAL_NAME.fullmatch(path.name):
+                continue
+            values[path.name] = path.read_text("utf-8", "replace").strip()
+            if not values[path.name]:  # a full disk, say; it must not turn authentication off
+                raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"CREDENTIALS_DIRECTORY: cannot read {error.filename}: {error.strerror}") from None
     return values
 
 

@@ -259,8 +259,7 @@ class Service:
         except Exception:
             told = "not reloaded, the old settings stay"
             log.exception(told)
-        # `systemctl status` shows it. generate_api_key.sh waits until it changes, hence the time.
-        notify("READY=1", f"STATUS={timestamp()} {printable(told)}")
+        notify("READY=1", f"STATUS={timestamp()} {printable(told)}")  # `systemctl status` shows it
 
     async def _feed(self) -> None:
         seconds, told = watchdog_seconds(os.environ) / FEEDS, ""

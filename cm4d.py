@@ -2538,7 +2538,7 @@ def answer_arguments(arguments: Sequence[str]) -> int:
 
 HELP = """\
 configuration, the first that has a variable counts:
-  files named like the variable in $RUNTIME_DIRECTORY and $CREDENTIALS_DIRECTORY
+  files named like the variable in $CREDENTIALS_DIRECTORY
   the environment
   .env beside cm4d.py; .env.example lists all variables
   models.toml beside cm4d.py has the models and backends

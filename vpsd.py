@@ -1281,7 +1281,7 @@ def check_keys(config: Config) -> None:
 
 HELP = """\
 configuration, the first that has a variable counts:
-  files named like the variable in $RUNTIME_DIRECTORY and $CREDENTIALS_DIRECTORY
+  files named like the variable in $CREDENTIALS_DIRECTORY
   the environment
   .env beside vpsd.py; .env.example lists all variables
   models.toml beside vpsd.py has the models

@@ -245,26 +245,22 @@ def test_no_models_file(tmp_path: Path) -> None:
 
 
 def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text(
-        "CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\nCEREBRUM_D=env-file\n"
-    )
-    for place in ("credentials", "runtime"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "CEREBRUM_C").write_text(f"{place}\n")
-        (tmp_path / place / "not.a.variable").write_text(place)
-    (tmp_path / "credentials" / "CEREBRUM_D").write_text("credentials")
-    environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment", "CEREBRUM_D": "environment"}
-    environ["CREDENTIALS_DIRECTORY"] = str(tmp_path / "credentials")
-    environ["RUNTIME_DIRECTORY"] = f"{tmp_path / 'runtime'}:/elsewhere"
+    (tmp_path / ".env").write_text("CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n")
+    credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
+    for place in (credentials, runtime):
+        place.mkdir()
+        (place / "CEREBRUM_C").write_text(f"{place.name}\n")
+        (place / "not.a.variable").write_text(place.name)
+    environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
+    environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
     read = read_environment(environ, tmp_path)
-    assert [read.text(f"CEREBRUM_{name}") for name in "ABCD"] == ["env-file", "environment", "runtime", "credentials"]
+    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == ["env-file", "environment", "credentials"]
     assert "not.a.variable" not in read.values
-    shutil.rmtree(tmp_path / "runtime")
-    (tmp_path / "credentials" / "CEREBRUM_E").touch()  # as a full disk leaves it
+    (credentials / "CEREBRUM_E").touch()  # as a full disk leaves it
     with pytest.raises(ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"):
         read_environment(environ, tmp_path)
-    (tmp_path / "credentials" / "CEREBRUM_E").unlink()
-    assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "credentials"
+    shutil.rmtree(credentials)
+    assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
 
 
 @pytest.mark.parametrize(
