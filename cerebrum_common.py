@@ -1302,11 +1302,6 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
 
 
-def without_keys(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child process, which needs none of our keys."""
-    return {name: value for name, value in environ.items() if not name.endswith("KEY")}
-
-
 CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
@@ -1382,6 +1377,13 @@ class Catalog:
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     backends: tuple[Any, ...] = ()
+
+    @property
+    def key_names(self) -> frozenset[str]:
+        """The variables that hold keys: our own two, and those that the backends name. A child process gets none."""
+        named = [table.get("key_env") for table in self.backends if isinstance(table, dict)]
+        own = "CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"
+        return frozenset(own).union(name for name in named if isinstance(name, str))
 
 
 MODES = ("complete", "infill", "instruct")

@@ -84,7 +84,6 @@ from cerebrum_common import (
     read_objects,
     sse_event,
     timestamp,
-    without_keys,
 )
 from cerebrum_encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum_engine import (
@@ -128,6 +127,7 @@ class Config:
     host: str
     port: int
     keys: tuple[str, ...]  # one of them is expected from clients
+    key_names: frozenset[str]  # the variables that hold keys
     models: tuple[Model, ...]
     models_dir: Path
     hosts: frozenset[str]
@@ -166,6 +166,7 @@ def load_config(env: Environment, folder: Path) -> Config:
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
         keys=env.keys("CEREBRUM_API_KEY"),
+        key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # others are on other engines
         models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(models_dir))).expanduser(),
         hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
@@ -460,7 +461,7 @@ def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> N
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
-    environ = {**without_keys(os.environ), "TMPDIR": str(temporary)}
+    environ = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
             bar.show(bytes_below(folder))
@@ -485,6 +486,8 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 def fetch_command(options: argparse.Namespace, config: Config) -> int:
     """Download a model, tell where it is, and tune it if that has not been done here. The download is what counts: the
     model also works without being tuned."""
+    for name in config.key_names:
+        os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     try:
         model = listed_model(options.model, config)
         path = fetch(model, config.models_dir)

