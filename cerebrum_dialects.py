@@ -774,43 +774,29 @@ def error_in(members: Mapping[str, Any]) -> Any:
     return members.get("error") or (members if members.get("object") == "error" else None)
 
 
-# How engines say in a sentence that a prompt is too long. The first pattern that is found has the context's length, or
-# the prompt's, in tokens.
-CONTEXT = (
-    r"n_ctx: ?(\d+)", r"max_seq_len (\d+)", r"(\d+) maximum context", r"`(?: must have less than| must be <=) ?(\d+)",
-    r"maximum (?:model|prompt|allowed) length\D{1,5}(\d+)", r"[Cc]ontext (?:length|window|size)\D{0,20}(\d+)",
-)  # fmt: skip
-COUNTED = (
-    r"n_keep: ?(\d+)", r"Requested tokens \((\d+)\)", r"[Ii]nput (?:length )?\((\d+) tokens", r"Given: (\d+)",
-    r"(\d+) tokens from the input", r"(\d+) in (?:the|your) (?:messages|prompt)", r"\((\d+) of text input",
-    r"[Pp]rompt \(length (\d+)\)", r"[Pp]rompt contains (\d+) tokens", r"[Pp]rompt length (\d+)", r"first (\d+) tokens",
-    r"contains (\d+) tokens", r"resulted in (\d+) tokens", r"at least (\d+) input", r"(\d+) (?:input|prompt) tokens",
-)  # fmt: skip
-TOO_LONG = "context_length_exceeded"  # OpenAI's code, without a number in some answers
-
-
-def find_length(patterns: Sequence[str], message: str) -> int:
-    found = (match for pattern in patterns if (match := re.search(pattern, message)))
-    number = next((match[1] for match in found), "0")
-    return int(number) if len(number) < 9 else 0
+TOO_LONG = "context_length_exceeded"  # OpenAI's code
+# OpenAI's and vLLM's sentence. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is left out:
+# they count no further than to the first token that does not fit.
+OVERFLOW = re.compile(r"context length is (?:only )?(\d{1,8}) tokens(?:.*?(?:\(|has )(\d{1,8}) in)?", re.DOTALL)
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:
-    """{"n_ctx", "prompt_tokens"} as far as they are told, if this `error` of an engine says that a prompt is too long,
-    else None. The sentences are other people's, so their numbers may be misread.
+    """Lengths in an engine's `error`, {"n_ctx", "prompt_tokens"} as far as they are given, if it says that the prompt
+    is too long, else None. llama-server gives them as members, OpenAI and vLLM in a sentence, which may be misread.
 
     >>> read_overflow({"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 "
     ...                           "tokens (4488 in the messages, 512 in the completion)."})
     {'n_ctx': 4096, 'prompt_tokens': 4488}
     """
     told = members_of(error)
-    message = text_of(told.get("message", error))
-    n_ctx = told.get("n_ctx", find_length(CONTEXT, message))
-    counted = told.get("n_prompt_tokens", find_length(COUNTED, message))
-    if not is_context(n_ctx) and TOO_LONG not in (told.get("code"), told.get("type")):
-        return None
-    lengths = {"n_ctx": n_ctx if is_context(n_ctx) else 0, "prompt_tokens": counted if is_length(counted) else 0}
-    return {name: length for name, length in lengths.items() if length}
+    sentence = OVERFLOW.search(text_of(told.get("message", error)))
+    n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)
+    lengths = {"n_ctx": told.get("n_ctx", n_ctx), "prompt_tokens": told.get("n_prompt_tokens", counted)}
+    if not is_context(lengths["n_ctx"]):
+        if TOO_LONG not in (told.get("code"), told.get("type")):
+            return None
+        del lengths["n_ctx"]
+    return {name: length for name, length in lengths.items() if is_length(length)}
 
 
 # ---------------------------------------------------------------------------------------------- the dialects

@@ -4,8 +4,8 @@
 
 A text has a token for each word, space or line end; the prompt counts one for each four characters. The head of a
 stream comes after a pause, and then a token every few milliseconds. With `--flat` errors have the form of vLLM before
-0.10: their members are not inside `error`. Each request's body is printed as `asked JSON`, and its end as `ended N`
-after N tokens, as `left N` if the client has left, or as `refused STATUS`.
+0.10: their members are not inside `error`, and tokens are counted to the prompt's end. Each request's body is printed
+as `asked JSON`, and its end as `ended N` after N tokens, as `left N` if the client has left, or as `refused STATUS`.
 """
 
 from __future__ import annotations
@@ -120,13 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"max_tokens must be at least 1, got {limit}.", "BadRequestError")
         counted = count(prompt)
         if counted + limit > self.context:
-            raise Refusal(
-                400,
-                f"This model's maximum context length is {self.context} tokens. However, you requested"
-                f" {counted + limit} tokens ({counted} in the messages, {limit} in the completion). Please reduce the"
-                " length of the messages or completion.",
-                "BadRequestError",
-            )
+            said = f"{counted + limit} tokens ({counted} in the messages, {limit} in the completion)"
+            if not self.flat:
+                said = f"{limit} output tokens and a prompt of at least {self.context - limit + 1} input tokens"
+            sentence = f"This model's maximum context length is {self.context} tokens. However, you requested {said}."
+            raise Refusal(400, sentence, "BadRequestError")
         return counted
 
     def complete(self, asked: dict[str, Any]) -> None:
