@@ -41,6 +41,7 @@ MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue 
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
 MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a limit of time; a longer one is lowered
+ANY_SEED = 2**32 - 1  # llama.cpp's word for none
 MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
 
 TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
@@ -111,7 +112,7 @@ def read_sampling(
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
         "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
-        "seed": None if seed is None or seed < 0 else seed % (2**32 - 1),
+        "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
         "stop": read_stops(members.get("stop", [])),
     }
 

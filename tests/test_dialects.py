@@ -103,7 +103,8 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": -1}, {"seed": None}),
     ({"seed": -(2**63)}, {"seed": None}),
     ({"seed": 2**32 - 2}, {"seed": 2**32 - 2}),
-    ({"seed": 2**32 - 1}, {"seed": 0}),  # llama-server's "any", which ours does not have
+    ({"seed": 2**32 - 1}, {"seed": None}),
+    ({"seed": 2**32}, {"seed": 1}),
     ({"seed": 2**64 - 1}, {"seed": (2**64 - 1) % (2**32 - 1)}),
     ({"n_predict": 0}, {"max_tokens": 0}),
     ({"n_predict": 1}, {"max_tokens": 1}),
