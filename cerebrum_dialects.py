@@ -94,10 +94,24 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
+LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
+
+
 def present(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The members without those that are null. Some languages' JSON writes the number 16 as 16.0."""
-    whole = {name: int(value) for name, value in members.items() if isinstance(value, float) and value.is_integer()}
-    return {name: value for name, value in members.items() if value is not None} | whole
+    """The members without those that are null, at every depth. Some languages' JSON writes the number 16 as 16.0, and
+    an editor may cut an emoji in half, which becomes U+FFFD."""
+    return {name: meant(value) for name, value in members.items() if value is not None}
+
+
+def meant(value: Any) -> Any:
+    """A member's value, as `present` takes it."""
+    if isinstance(value, str):
+        return LONE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return present(value)
+    if isinstance(value, list):
+        return [meant(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_sampling(
@@ -135,24 +149,16 @@ def read_prompt(members: Mapping[str, Any]) -> str:
     return str(read_fields({"prompt": value}, {"prompt": TEXT})["prompt"])
 
 
-def clean(value: Any) -> Any:
-    """An array's objects without their members that are null."""
-    return (
-        [present(entry) if isinstance(entry, dict) else entry for entry in value] if isinstance(value, list) else value
-    )
-
-
 def read_extra(value: Any) -> list[dict[str, str]]:
     """`input_extra`: other files' texts."""
-    return [entry for entry in read_objects(clean(value), "input_extra", 0, MAX_EXTRAS, EXTRA) if entry["text"]]
+    return [entry for entry in read_objects(value, "input_extra", 0, MAX_EXTRAS, EXTRA) if entry["text"]]
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
     """`messages` with the roles that a chat template knows, and text alone as content."""
-    entries = clean(value)
-    roles = read_objects(entries, "messages", 1, MAX_MESSAGES, MESSAGE)
+    roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
-    for number, (entry, role) in enumerate(zip(entries, roles, strict=True)):
+    for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
         if entry.get("tool_calls", []) != []:
             raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
         content = read_content(entry.get("content", ""), f"messages[{number}].content")
@@ -163,7 +169,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 def read_content(value: Any, where: str) -> str:
     """A message's text; its parts are joined by line ends."""
     if isinstance(value, list):
-        return "\n".join(part["text"] for part in read_objects(clean(value), where, 0, MAX_MESSAGES, PART))
+        return "\n".join(part["text"] for part in read_objects(value, where, 0, MAX_MESSAGES, PART))
     if not isinstance(value, str):
         raise wrong(where, "a string, or an array of text parts", value)
     return str(read_fields({where: value}, {where: TEXT})[where])
@@ -174,7 +180,7 @@ def wants_usage(members: Mapping[str, Any]) -> bool:
     options = members.get("stream_options", {})
     if not isinstance(options, dict):
         raise wrong("stream_options", 'an object such as {"include_usage": true}', options)
-    return bool(read_fields(present(options), STREAM_OPTIONS)["include_usage"])
+    return bool(read_fields(options, STREAM_OPTIONS)["include_usage"])
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
