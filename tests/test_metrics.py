@@ -1,7 +1,7 @@
 """/metrics of both daemons: the text, the numbers behind it, and whether others can read it.
 
 The peers are prometheus_client's parser, Debian's promtool, and a Debian Prometheus that scrapes both daemons as the
-README says and evaluates every query of the Grafana dashboard.
+README says and evaluates its queries.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import cm4d
 from cerebrum_metrics import FIRST_TOKEN_SECONDS, Histogram, Metrics, Tally, add_process, add_requests
 
 SMALL = "qwen_0_5b"
-DASHBOARD = ROOT / "systemd/grafana-dashboard.json"
 
 Samples = dict[tuple[str, ...], float]
 
@@ -366,30 +365,6 @@ def query(port: int, path: str, **parameters: str) -> Any:
     return reply["data"]
 
 
-def expressions() -> list[str]:
-    panels = json.loads(DASHBOARD.read_text())["panels"]
-    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
-
-
-def test_the_dashboard_can_be_imported() -> None:
-    """What Grafana needs: ids and places that do not collide, and a Prometheus that its user chooses."""
-    dashboard = json.loads(DASHBOARD.read_text())
-    panels = dashboard["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    assert [entry["name"] for entry in dashboard["templating"]["list"]] == ["datasource", "pi", "vps"]
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in
-                 range(place["y"], place["y"] + place["h"])}  # fmt: skip
-        assert max(x for x, _ in cells) < 24
-        assert not cells & taken, panel["title"]
-        taken |= cells
-        for part in (panel, *panel.get("targets", ())):
-            assert panel["type"] == "row" or part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
-    assert all('job="$pi"' in expr or 'job="$vps"' in expr for expr in expressions())
-
-
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
     folder, models = tmp_path_factory.mktemp("daemons"), tmp_path_factory.mktemp("models")
@@ -489,38 +464,18 @@ def test_numbers_outlive_the_model(daemons: tuple[Daemon, Daemon]) -> None:
 @pytest.mark.slow
 @needs_weights
 @needs_prometheus
-def test_prometheus_scrapes_both_and_answers_every_query_of_the_dashboard(
+def test_prometheus_scrapes_both_and_answers_the_queries_of_the_readme(
     daemons: tuple[Daemon, Daemon], tmp_path: Path
 ) -> None:
-    pi, vps = daemons
-    with prometheus(tmp_path, pi.port, vps.port) as port:
+    queries = re.findall(r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(queries) == 5
+    with prometheus(tmp_path, *(one.port for one in daemons)) as port:
 
-        def jobs(metric: str) -> list[str]:
-            found = query(port, "query", query=metric)["result"]
-            return sorted({sample["metric"]["job"] for sample in found})
+        def figures(expression: str) -> list[float]:
+            samples = query(port, "query", query=expression)["result"]
+            return [value for value in (float(sample["value"][1]) for sample in samples) if not math.isnan(value)]
 
-        variables = {entry["name"]: entry for entry in json.loads(DASHBOARD.read_text())["templating"]["list"]}
-        names = {}
-        for name in ("pi", "vps"):
-            metric = variables[name]["definition"].removeprefix("label_values(").partition(",")[0]
-            (names[name],) = wait_until(lambda metric=metric: jobs(metric), f"{metric} is scraped")  # type: ignore[misc]
-        assert names == {"pi": "cerebrum-pi", "vps": "cerebrum-vps"}
-        traffic(pi)
-
-        def scrapes_since(number: float, job: str) -> bool:
-            counted = query(port, "query", query=f'cerebrum_completions_started_total{{job="{job}"}}')["result"]
-            return bool(counted) and float(counted[0]["value"][1]) >= number
-
-        for one, job in zip(daemons, names.values(), strict=True):
-            wanted = read(ask(one.port, "/metrics")[1])["cerebrum_completions_started_total",]
-            wait_until(lambda wanted=wanted, job=job: scrapes_since(wanted, job), f"{job} after the traffic")  # type: ignore[misc]
-        up = {sample["metric"]["job"]: sample["value"][1] for sample in query(port, "query", query="up")["result"]}
-        assert up == {"cerebrum-pi": "1", "cerebrum-vps": "1"}
-        empty = []
-        for expr in expressions():
-            expr = expr.replace("$__rate_interval", "1m").replace("$pi", names["pi"]).replace("$vps", names["vps"])
-            assert "$" not in expr
-            result = query(port, "query", query=expr)["result"]
-            if all(sample["value"][1] == "NaN" for sample in result):
-                empty.append(expr)
-        assert empty == []
+        wait_until(lambda: figures("up") == [1, 1], "both are scraped")
+        traffic(daemons[0])
+        for expression in queries:
+            wait_until(lambda expression=expression: figures(expression), expression)  # type: ignore[misc]
