@@ -1,20 +1,19 @@
-"""Metrics for Prometheus: counters by model, histograms, and the text in which they are told (version 0.0.4).
+"""Counts of completions, and the tables of metrics that `/metrics` and `/v1/stats` of both daemons are written from.
 
-    >>> metrics = Metrics()
-    >>> metrics.counter("tokens_total", "Tokens that were relayed.", {"qwen": 42}, "model")
-    >>> print(metrics.encode().decode(), end="")
-    # HELP tokens_total Tokens that were relayed.
+    >>> table = {"model": (Metric("tokens_total", "Tokens of completions.", "tokens", "tokens"),)}
+    >>> things = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
+    >>> print(write_metrics(table, things).decode(), end="")
+    # HELP tokens_total Tokens of completions.
     # TYPE tokens_total counter
-    tokens_total{model="qwen"} 42
+    tokens_total{model="qwen"} 40
+    tokens_total{model="llama"} 2
+    >>> write_stats(table, things)
+    {'tokens': 42}
 
-Strategy
-- A daemon counts in a `Tally` of each model and in fields that it has anyway. `/v1/stats` reads the same ones, and a
-  scrape only writes them down.
-- The values of labels are bounded by tables: paths of routes, ids of models and backends, codes.
-- Units are seconds, bytes and ratios. Names end as Prometheus asks: `_total`, `_seconds`, `_bytes`.
-
-The format is https://prometheus.io/docs/instrumenting/exposition_formats/. Pure but for `add_process`, which reads
-/proc/self. Standard library only.
+A daemon counts in a `Tally` for each model and in its own fields. Its table has one row for each number, so `/metrics`
+and `/v1/stats` cannot disagree. Metrics are in seconds, bytes and ratios. Label values come from fixed sets (paths of
+routes, codes, ids of models and backends) and contain nothing that must be escaped. The text is Prometheus's format
+0.0.4, see https://prometheus.io/docs/instrumenting/exposition_formats/. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,11 +22,13 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+STARTED = time.monotonic()
 
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and reads 4,000 tokens in
 # 100 s. The longer its bounds, the more lines a scrape has, for each model.
@@ -92,147 +93,88 @@ class Tally:
             self.per_token.observe((last - first) / (tokens - 1))
 
 
-# ----------------------------------------------------------------------------------------------- writing
-
-Value = float | Histogram
-Values = Value | Mapping[Any, Value]  # by the value of the label, or by a tuple of the values of the labels
+# ----------------------------------------------------------------------------------------------- tables
 
 
-class Metrics:
-    """Families of metrics in the order of adding them. A family without any sample is left out."""
+class Metric(NamedTuple):
+    """A row: a metric, and the member of /v1/stats that is the same number.
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def counter(self, name: str, about: str, values: Values, *labels: str) -> None:
-        self._add("counter", name, about, values, labels)
-
-    def gauge(self, name: str, about: str, values: Values, *labels: str) -> None:
-        self._add("gauge", name, about, values, labels)
-
-    def histogram(self, name: str, about: str, values: Values, *labels: str) -> None:
-        self._add("histogram", name, about, values, labels)
-
-    def _add(self, kind: str, name: str, about: str, values: Values, labels: tuple[str, ...]) -> None:
-        samples: Mapping[Any, Value] = values if isinstance(values, Mapping) else {(): values}
-        if samples:
-            self._lines += [f"# HELP {name} {escape_help(about)}", f"# TYPE {name} {kind}"]
-        for key, value in samples.items():
-            pairs = list(zip(labels, (key,) if isinstance(key, str) else key, strict=True))
-            if not isinstance(value, Histogram):
-                self._sample(name, pairs, value)
-                continue
-            buckets = value.cumulative()
-            for bound, count in buckets:
-                self._sample(f"{name}_bucket", [*pairs, ("le", format_number(bound))], count)
-            self._sample(f"{name}_sum", pairs, value.sum)
-            self._sample(f"{name}_count", pairs, buckets[-1][1])
-
-    def _sample(self, name: str, pairs: list[tuple[str, str]], value: float) -> None:
-        labels = ",".join(f'{label}="{escape_label(text)}"' for label, text in pairs)
-        self._lines.append(f"{name}{{{labels}}} {format_number(value)}" if labels else f"{name} {format_number(value)}")
-
-    def encode(self) -> bytes:
-        return "".join(f"{line}\n" for line in self._lines).encode()
-
-
-def escape_label(text: str) -> str:
-    r"""The value of a label for use between quotes.
-
-    >>> print(escape_label('say "a\\b"'))
-    say \"a\\b\"
+    `read` is a function of what the row is about, such as a Tally, or the name of its attribute. It gives a number, a
+    Histogram, a mapping from values of `labels` to numbers, or None if there is no number now. A number is a counter if
+    `name` ends in `_total`, else a gauge.
     """
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    name: str
+    about: str
+    read: str | Callable[[Any], Any]
+    stats: str = ""  # the member; it is the sum over all labels
+    unit: float = 0  # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
+    labels: tuple[str, ...] = ()
+
+    def samples(self, label: str, things: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """(ending of the name, labels, number). `things` are what the row is about, by the value of `label`."""
+        read = attrgetter(self.read) if isinstance(self.read, str) else self.read
+        for key, thing in things.items():
+            found = read(thing)
+            for values, number in (found if isinstance(found, Mapping) else {(): found}).items():
+                labels = {label: key} | dict(zip(self.labels, values, strict=True))
+                if isinstance(number, Histogram):
+                    for bound, count in number.cumulative():
+                        yield "_bucket", labels | {"le": f"{bound:g}".replace("inf", "+Inf")}, count
+                    yield from (("_sum", labels, number.sum), ("_count", labels, count))
+                elif number is not None:
+                    yield "", labels, number
 
 
-def escape_help(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n")
+Table = Mapping[str, Sequence[Metric]]  # by the label of what the rows are about; "": there is only one
+Things = Mapping[str, Mapping[str, Any]]  # what the rows are about, by the same label and its value
 
 
-def format_number(value: float) -> str:
-    """As Go's ParseFloat reads it. All digits that a float has are written, so a sum never goes back.
-
-    >>> [format_number(value) for value in (3, 0.1, 1e21, True, math.inf, -math.inf, math.nan)]
-    ['3', '0.1', '1e+21', '1', '+Inf', '-Inf', 'NaN']
-    """
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
-
-
-# ------------------------------------------------------------------------- families that both daemons have
+def write_metrics(table: Table, things: Things) -> bytes:
+    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never goes back."""
+    lines = []
+    for row, label in ((row, label) for label, rows in table.items() for row in rows):
+        for number, (ending, labels, value) in enumerate(row.samples(label, things[label])):
+            if not number:
+                kind = "histogram" if ending else "counter" if row.name.endswith("_total") else "gauge"
+                lines += [f"# HELP {row.name} {row.about}", f"# TYPE {row.name} {kind}"]
+            pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
+            lines.append(f"{row.name}{ending}{f'{{{pairs}}}' if pairs else ''} {+value}")
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
-def add_build(metrics: Metrics, daemon: str, version: str) -> None:
-    metrics.gauge("cerebrum_build_info", "Which daemon this is; always 1.", {(daemon, version): 1}, "daemon", "version")
+def write_stats(table: Table, things: Things) -> dict[str, float]:
+    """The members of /v1/stats that the table has."""
+    rows = ((row, label) for label, rows in table.items() for row in rows if row.stats)
+    sums = ((row, sum(number for _, _, number in row.samples(label, things[label]))) for row, label in rows)
+    return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
 
 
-def add_requests(metrics: Metrics, answered: Mapping[tuple[str, int], int]) -> None:
-    """HTTP requests by the path of their route and their status."""
-    metrics.counter(
-        "cerebrum_http_requests_total",
-        "Requests that were answered, by the path of their route and their status as the log has it: 499 for a client"
-        " that left, and for an error in a stream that of the error.",
-        {(path, str(code)): count for (path, code), count in sorted(answered.items())},
-        "path",
-        "code",
+# --------------------------------------------------------------------------- rows that both daemons have
+
+COMPLETIONS = (  # of a Tally
+    Metric("cerebrum_completions_ended_total", "Completions by finish reason, error code, or CANCELLED.",
+           lambda tally: {(reason,): count for reason, count in tally.ended.copy().items()}, labels=("reason",)),
+    Metric("cerebrum_time_to_first_token_seconds",
+           "Time to the first token: on the Pi from the request, on the VPS from the start with a loaded model.",
+           "first_token"),
+    Metric("cerebrum_time_per_token_seconds", "Mean time of each further token of a completion.", "per_token"),
+)  # fmt: skip
+
+SERVER = {  # of `Server.answered`; the process has the names of other client libraries
+    "": (
+        Metric("cerebrum_http_requests_total", "Requests by path of their route and status in the log, such as 499.",
+               lambda answered: answered, labels=("path", "code")),
+        Metric("process_cpu_seconds_total", "CPU time of the process.", lambda _: time.process_time()),
+        Metric("process_resident_memory_bytes", "Resident memory of the process.", lambda _: resident_bytes()),
+        Metric("process_start_time_seconds", "Start of the process, by the clock as it is now.",
+               lambda _: round(time.time() - time.monotonic() + STARTED, 1)),
+        Metric("process_open_fds", "Open files of the process.", lambda _: len(os.listdir("/proc/self/fd")) - 1),
+        Metric("process_max_fds", "Most files that the process may open.", lambda _: os.sysconf("SC_OPEN_MAX")),
     )
+}  # fmt: skip
 
 
-def add_speed(metrics: Metrics, tallies: Mapping[str, Tally], since: str) -> None:
-    """How completions ended and how fast they came, by model. `since`: when the time to the first token begins."""
-    metrics.counter(
-        "cerebrum_completions_ended_total",
-        f"Completions that were computed, by how they ended: a finish reason, the code of an error, or {CANCELLED}.",
-        {
-            (model, reason): count
-            for model, tally in tallies.items()
-            for reason, count in sorted(tally.ended.copy().items())
-        },
-        "model",
-        "reason",
-    )
-    metrics.histogram(
-        "cerebrum_time_to_first_token_seconds",
-        f"Time from {since} to the first token of a completion.",
-        {model: tally.first_token for model, tally in tallies.items()},
-        "model",
-    )
-    metrics.histogram(
-        "cerebrum_time_per_token_seconds",
-        "Mean time of each further token of a completion.",
-        {model: tally.per_token for model, tally in tallies.items()},
-        "model",
-    )
-
-
-# ------------------------------------------------------------------------------------- IO: this process
-
-
-def add_process(metrics: Metrics) -> None:
-    """What the kernel knows of this process, under the names of other people's libraries; nothing without /proc."""
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b") ")[2].split()  # from the third field of proc_pid_stat(5) on
-        files = len(os.listdir("/proc/self/fd")) - 1  # one of them is this listing
-    except OSError:
-        return
-    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    # Both clocks run alike but for steps of the time, so the difference stays as it is until somebody sets the clock.
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    for kind, name, about, value in (
-        (metrics.counter, "cpu_seconds_total", "CPU time of the process.", (int(fields[11]) + int(fields[12])) / ticks),
-        (metrics.gauge, "resident_memory_bytes", "Resident memory of the process.", int(fields[21]) * page),
-        (metrics.gauge, "virtual_memory_bytes", "Virtual memory of the process.", int(fields[20])),
-        (
-            metrics.gauge,
-            "start_time_seconds",
-            "Start of the process since the Unix epoch.",
-            round(boot + int(fields[19]) / ticks, 1),
-        ),
-        (metrics.gauge, "open_fds", "Open files of the process.", files),
-        (metrics.gauge, "max_fds", "Most files that the process may open.", os.sysconf("SC_OPEN_MAX")),
-    ):
-        kind(f"process_{name}", about, value)
+def resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

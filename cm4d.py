@@ -149,7 +149,19 @@ from cerebrum_dialects import (
     write_props,
 )
 from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
-from cerebrum_metrics import CANCELLED, CONTENT_TYPE, Metrics, Tally, add_build, add_process, add_requests, add_speed
+from cerebrum_metrics import (
+    CANCELLED,
+    COMPLETIONS,
+    CONTENT_TYPE,
+    SERVER,
+    Metric,
+    Table,
+    Tally,
+    Things,
+    resident_bytes,
+    write_metrics,
+    write_stats,
+)
 from cerebrum_page import History, Page
 from cerebrum_service import Service, make_parser, prompt_of, set_up_logging
 
@@ -2363,81 +2375,68 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
     now = time.monotonic()
     return {
         "uptime": round(now - gateway.started, 1),
-        "requests_total": gateway.requests_total,
-        "requests_active": gateway.requests_active,
+        **write_stats(METRICS, things(gateway)),
         "vps_available": gateway.available,
         "vps_response_time_ms": gateway.first.response_ms,
-        "memory_mb": memory_mb(),
+        "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
         "breaker": gateway.first.breaker.describe(now),
         "backends": [backend.describe(now) for backend in gateway.backends],
-        **gateway.counts,
     }
+
+
+METRICS: Table = {
+    "": (
+        Metric("cerebrum_build_info", "Which daemon this is; always 1.",
+               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
+        Metric("cerebrum_completions_started_total", "Requests for a completion.", "requests_total", "requests_total"),
+        Metric("cerebrum_completions_failed_total", "Completions that failed.", "requests_failed"),
+        Metric("cerebrum_completions_active", "Completions that hold a place.", "requests_active", "requests_active"),
+        Metric("cerebrum_completions_waiting", "Completions that wait for a place.", lambda pi: len(pi.line)),
+        Metric("cerebrum_shared_total", "Requests that shared a completion.", lambda pi: pi.counts["shared"], "shared"),
+        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",
+               lambda pi: pi.counts["replaced"], "replaced"),
+        Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
+               lambda pi: pi.counts["type_through"], "type_through"),
+        Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
+    ),
+    "model": (
+        *COMPLETIONS,
+        Metric("cerebrum_tokens_total", "Tokens of completions that have ended.", "tokens"),
+        Metric("cerebrum_prompt_tokens_total", "Tokens of prompts that backends computed.", "prompt_tokens"),
+        Metric("cerebrum_prompt_tokens_cached_total", "Tokens of prompts that were in a cache.", "cached_tokens"),
+        Metric("cerebrum_draft_tokens_total", "Tokens that drafts proposed.", "draft_tokens"),
+        Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.", "accepted_tokens"),
+    ),
+    "backend": (  # of its part of /v1/stats
+        Metric("cerebrum_backend_up", "Whether it is available.", lambda one: one["available"]),
+        Metric("cerebrum_backend_places", "Completions that it takes at a time.", lambda one: one["max_concurrent"]),
+        Metric("cerebrum_backend_active", "Completions that hold a place.", lambda one: one["requests_active"]),
+        Metric("cerebrum_backend_models", "Models that it has.", lambda one: len(one["models"])),
+        Metric("cerebrum_backend_models_loaded", "Models in its memory.", lambda one: len(one["models_loaded"])),
+        Metric("cerebrum_backend_requests_total", "Requests sent to it.", lambda one: one["requests_total"]),
+        Metric("cerebrum_backend_failures_total", "Requests that failed there.", lambda one: one["requests_failed"]),
+        Metric("cerebrum_backend_tokens_total", "Tokens that came from there.", lambda one: one["tokens_total"]),
+        Metric("cerebrum_backend_probe_seconds", "Time of the last good probe.",
+               lambda one: None if one["response_time_ms"] is None else one["response_time_ms"] / 1000),
+        Metric("cerebrum_breaker_state", "1 for the state of its circuit breaker.",
+               lambda one: {(state,): one["breaker"]["state"] == state for state in BREAKER_STATES}, labels=("state",)),
+        Metric("cerebrum_breaker_opens_total", "How often its breaker opened.", lambda one: one["breaker"]["opens"]),
+    ),
+}  # fmt: skip
+
+
+def things(gateway: Gateway) -> Things:
+    """What the rows of METRICS read."""
+    now = time.monotonic()
+    backends = {backend.id: backend.describe(now) for backend in gateway.backends}
+    return {"": {"": gateway}, "model": gateway.tallies, "backend": backends}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
-    told = Metrics()
-    add_build(told, "cm4d", VERSION)
-    add_process(told)
-    add_requests(told, request.answered)
-    add_completions(told, gateway)
-    add_backends(told, gateway.backends, time.monotonic())
-    return Response(told.encode(), kind=CONTENT_TYPE)
-
-
-def add_completions(told: Metrics, gateway: Gateway) -> None:
-    """Counts of completions, and totals for each model that models.toml has listed since the start."""
-    told.counter("cerebrum_completions_started_total", "Completions that were asked for.", gateway.requests_total)
-    told.counter("cerebrum_completions_failed_total", "Completions that failed.", gateway.requests_failed)
-    told.gauge("cerebrum_completions_active", "Completions that hold a place at a backend.", gateway.requests_active)
-    told.gauge("cerebrum_completions_waiting", "Completions that wait in line for a place.", len(gateway.line))
-    told.counter("cerebrum_shared_total", "Requests that shared a running completion.", gateway.counts["shared"])
-    told.counter("cerebrum_replaced_total", "Infills that a newer one replaced.", gateway.counts["replaced"])
-    told.counter(
-        "cerebrum_type_through_total",
-        "Requests that were answered by the rest of an earlier completion.",
-        gateway.counts["type_through"],
-    )
-    told.counter("cerebrum_reloads_total", "How often the settings were read again.", gateway.reconfigured)
-    tallies = gateway.tallies
-    add_speed(told, tallies, "a request")
-    for name, member, about in (
-        ("tokens", "tokens", "Tokens of completions that have ended."),
-        ("prompt_tokens", "prompt_tokens", "Tokens of prompts that backends have computed, as they tell."),
-        ("prompt_tokens_cached", "cached_tokens", "Tokens of prompts that backends had in a cache, as they tell."),
-        ("draft_tokens", "draft_tokens", "Tokens that drafts proposed, as backends tell."),
-        ("accepted_tokens", "accepted_tokens", "Tokens of drafts that were accepted, as backends tell."),
-    ):
-        values = {id: getattr(tally, member) for id, tally in tallies.items()}
-        told.counter(f"cerebrum_{name}_total", about, values, "model")
-
-
-def add_backends(told: Metrics, backends: Sequence[Backend], now: float) -> None:
-    """What /v1/stats tells of each backend; of lists their lengths."""
-    described = {backend.id: backend.describe(now) for backend in backends}
-    for name, member, about in (
-        ("up", "available", "Whether it is available."),
-        ("places", "max_concurrent", "Completions that it takes at a time."),
-        ("active", "requests_active", "Completions that hold a place there."),
-        ("models", "models", "Models that it has."),
-        ("models_loaded", "models_loaded", "Models that it has in memory, as it tells."),
-        ("requests_total", "requests_total", "Completions that were sent there."),
-        ("failures_total", "requests_failed", "Completions that failed there."),
-        ("tokens_total", "tokens_total", "Tokens that came from there."),
-    ):
-        figures = {id: one[member] for id, one in described.items()}
-        values = {id: len(figure) if isinstance(figure, list) else figure for id, figure in figures.items()}
-        add = told.counter if name.endswith("_total") else told.gauge
-        add(f"cerebrum_backend_{name}", about, values, "backend")
-    probes = {id: one["response_time_ms"] for id, one in described.items()}
-    seconds = {id: milliseconds / 1000 for id, milliseconds in probes.items() if milliseconds is not None}
-    told.gauge("cerebrum_backend_probe_seconds", "Time that the last good probe took.", seconds, "backend")
-    breakers = {id: one["breaker"] for id, one in described.items()}
-    states = {(id, state): one["state"] == state for id, one in breakers.items() for state in BREAKER_STATES}
-    told.gauge("cerebrum_breaker_state", "1 for the state of its circuit breaker.", states, "backend", "state")
-    opens = {id: one["opens"] for id, one in breakers.items()}
-    told.counter("cerebrum_breaker_opens_total", "How often its circuit breaker opened.", opens, "backend")
+    server = write_metrics(SERVER, {"": {"": request.answered}})
+    return Response(server + write_metrics(METRICS, things(gateway)), kind=CONTENT_TYPE)
 
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
@@ -2455,17 +2454,6 @@ def load_page(path: Path) -> Page | None:
     except OSError as error:
         log.warning("no page at /: cannot read %s: %s", path.name, error.strerror)
         return None
-
-
-def memory_mb() -> float:
-    """This process's resident memory in MiB; where there is no /proc, its peak."""
-    try:
-        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
-        return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-    except OSError:
-        import resource
-
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 # ---------------------------------------------------------------------------------------------- routes

@@ -40,8 +40,7 @@ import subprocess
 import time
 import urllib.request
 import zipfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,7 +109,7 @@ from cerebrum_engine import (
 )
 from cerebrum_gguf import read_shape
 from cerebrum_languages import LANGUAGES
-from cerebrum_metrics import CONTENT_TYPE, Metrics, add_build, add_process, add_requests, add_speed
+from cerebrum_metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, Table, Things, write_metrics, write_stats
 from cerebrum_service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 
 HERE = Path(__file__).resolve().parent
@@ -1106,115 +1105,86 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the text's fields, our version, what other programs use of the CPU, and how drafting went."""
-    memory = psutil.virtual_memory()
-    return Response(
-        {
-            "cpu_percent": round(engine.cpu.system_percent, 1),
-            "memory_total_mb": round(memory.total / MB, 1),
-            "memory_available_mb": round(memory.available / MB, 1),
-            "memory_used_mb": round((memory.total - memory.available) / MB, 1),
-            "models_loaded": len(loaded_models(engine)),
-            "requests_total": engine.requests_total,
-            "requests_active": len(engine.completions),
-            "uptime": round(time.monotonic() - engine.started, 1),
-            "version": VERSION,
-            "cpu_percent_others": round(engine.cpu.others_percent, 1),
-            "draft_tokens": sum(tally.draft_tokens for tally in engine.tallies.values()),
-            "accepted_tokens": sum(tally.accepted_tokens for tally in engine.tallies.values()),
-        }
-    )
+    figures = write_stats(METRICS, things(engine))
+    used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
+    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": VERSION}
+    return Response({**figures, **known})
 
 
 async def metrics(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. What llama-server's /metrics has as well has
     its name and meaning here, with the model as a label."""
-    told = Metrics()
-    add_build(told, "vpsd", VERSION)
-    add_process(told)
-    add_requests(told, request.answered)
-    add_completions(told, engine)
-    add_machine(told, engine)
-    return Response(told.encode(), kind=CONTENT_TYPE)
+    server = write_metrics(SERVER, {"": {"": request.answered}})
+    return Response(server + write_metrics(METRICS, things(engine)), kind=CONTENT_TYPE)
 
 
-# What llama-server counts as well: its name without `llamacpp:`, our field, what it is.
-LLAMACPP = (
-    ("prompt_tokens_total", "prompt_tokens", "Tokens of prompts that were computed."),
-    ("prompt_tokens_cached_total", "cached_tokens", "Tokens of prompts that were in the cache."),
-    ("prompt_seconds_total", "prompt_seconds", "Time in which prompts were read."),
-    ("tokens_predicted_total", "tokens", "Tokens that were generated."),
-    ("tokens_predicted_seconds_total", "token_seconds", "Time in which tokens were generated."),
-    ("n_decode_total", "decodes", "Calls of llama_decode."),
-    ("spec_decode_num_draft_tokens_total", "draft_tokens", "Tokens that drafts proposed."),
-    ("spec_decode_num_accepted_tokens_total", "accepted_tokens", "Tokens of drafts that the model accepted."),
-    ("spec_decode_num_drafts_total", "drafts", "Drafts that the model checked."),
-)
+def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
+    """A row with a number of each loaded model, 0 for the others."""
+
+    def by_model(engine: Engine) -> dict[tuple[str], int]:
+        workers = {id: instance.worker for id, instance in engine.instances.items() if instance.loaded}
+        return {(id,): read(workers[id]) if id in workers else 0 for id in engine.tallies}
+
+    return Metric(name, about, by_model, stats, labels=("model",))
 
 
-def add_completions(told: Metrics, engine: Engine) -> None:
-    """Totals of completions for each model that models.toml has listed since the start."""
-    told.counter("cerebrum_completions_started_total", "Completions that were admitted.", engine.requests_total)
-    told.gauge("cerebrum_completions_active", "Completions that hold a place.", len(engine.completions))
-    told.gauge("cerebrum_places", "Completions that may run at a time.", engine.config.max_concurrent)
-    tallies = engine.tallies
-    add_speed(told, tallies, "a completion's start with a loaded model")
-    for name, member, about in LLAMACPP:
-        told.counter(f"llamacpp:{name}", about, {id: getattr(tally, member) for id, tally in tallies.items()}, "model")
-    for name, about, rates in (
-        (
-            "prompt_tokens_seconds",
-            "Tokens per second at which prompts were read, since the start.",
-            {id: (tally.prompt_tokens, tally.prompt_seconds) for id, tally in tallies.items()},
-        ),
-        (
-            "predicted_tokens_seconds",
-            "Tokens per second that were generated, since the start.",
-            {id: (tally.tokens, tally.token_seconds) for id, tally in tallies.items()},
-        ),
-        (
-            "n_busy_slots_per_decode",
-            "Mean number of sequences in a call of llama_decode.",
-            {id: (tally.decoded_sequences, tally.decodes) for id, tally in tallies.items()},
-        ),
-    ):
-        told.gauge(f"llamacpp:{name}", about, {id: a / b if b else 0.0 for id, (a, b) in rates.items()}, "model")
-    admitted = Counter(completion.model for completion in engine.completions)
-    running = {
-        id: sum(bool(slot.run) for slot in engine.instances[id].worker.slots) if id in engine.instances else 0
-        for id in tallies
-    }
-    told.gauge("llamacpp:requests_processing", "Completions that the model works on.", running, "model")
-    waiting = {id: max(0, admitted[id] - running[id]) for id in tallies}
-    told.gauge("llamacpp:requests_deferred", "Completions that wait for the model.", waiting, "model")
+def running(worker: Worker) -> int:
+    return sum(bool(slot.run) for slot in worker.slots)
 
 
-def add_machine(told: Metrics, engine: Engine) -> None:
-    """The models and their memory, and what the machine has to spare."""
-    tallies, workers = engine.tallies, {id: one.worker for id, one in engine.instances.items() if one.loaded}
-    told.gauge("cerebrum_model_loaded", "Whether it is in memory.", {id: id in workers for id in tallies}, "model")
-    told.gauge(
-        "cerebrum_model_memory_bytes",
-        "Memory that a loaded model takes, with its cache of prompts.",
-        {id: workers[id].memory_bytes + workers[id].store.size if id in workers else 0 for id in tallies},
-        "model",
-    )
-    told.gauge(
-        "cerebrum_prompt_cache_bytes",
-        "Memory of the prompts that a model keeps beside those in its context.",
-        {id: workers[id].store.size if id in workers else 0 for id in tallies},
-        "model",
-    )
-    for name, member, about in (
-        ("cerebrum_model_loads_total", "loads", "How often it was loaded."),
-        ("cerebrum_model_load_failures_total", "failed_loads", "How often loading it failed."),
-        ("cerebrum_model_load_seconds_total", "load_seconds", "Time in which it was loaded."),
-    ):
-        told.counter(name, about, {id: getattr(tally, member) for id, tally in tallies.items()}, "model")
-    memory, cpu = psutil.virtual_memory(), engine.cpu
-    told.gauge("cerebrum_memory_total_bytes", "Memory of the machine.", memory.total)
-    told.gauge("cerebrum_memory_available_bytes", "Memory of the machine that is available.", memory.available)
-    told.gauge("cerebrum_cpu_ratio", "Share of all CPUs that was busy in the last second.", cpu.system_percent / 100)
-    told.gauge("cerebrum_cpu_others_ratio", "Share that other programs kept busy.", cpu.others_percent / 100)
+def waiting(engine: Engine, model: str) -> int:
+    admitted = sum(completion.model == model for completion in engine.completions)
+    return max(0, admitted - (running(engine.instances[model].worker) if model in engine.instances else 0))
+
+
+METRICS: Table = {
+    "": (
+        Metric("cerebrum_build_info", "Which daemon this is; always 1.",
+               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
+        Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
+               lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
+        Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
+               lambda vps: vps.cpu.others_percent / 100, "cpu_percent_others", 0.01),
+        Metric("cerebrum_memory_total_bytes", "Memory of the machine.",
+               lambda _: psutil.virtual_memory().total, "memory_total_mb", MB),
+        Metric("cerebrum_memory_available_bytes", "Memory of the machine that is available.",
+               lambda _: psutil.virtual_memory().available, "memory_available_mb", MB),
+        Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total", "requests_total"),
+        Metric("cerebrum_completions_active", "Completions that hold a place.",
+               lambda vps: len(vps.completions), "requests_active"),
+        Metric("cerebrum_places", "Completions that may run at a time.", "config.max_concurrent"),
+        of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
+        of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
+                   lambda one: one.memory_bytes + one.store.size),
+        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", lambda one: one.store.size),
+        of_workers("llamacpp:requests_processing", "Completions that the model works on.", running),
+        Metric("llamacpp:requests_deferred", "Completions that wait for the model.",
+               lambda vps: {(id,): waiting(vps, id) for id in vps.tallies}, labels=("model",)),
+    ),
+    "model": (
+        *COMPLETIONS,
+        Metric("llamacpp:prompt_tokens_total", "Tokens of prompts that were computed.", "prompt_tokens"),
+        Metric("llamacpp:prompt_tokens_cached_total", "Tokens of prompts that were in the cache.", "cached_tokens"),
+        Metric("llamacpp:prompt_seconds_total", "Time in which prompts were read.", "prompt_seconds"),
+        Metric("llamacpp:tokens_predicted_total", "Tokens that were generated.", "tokens"),
+        Metric("llamacpp:tokens_predicted_seconds_total", "Time in which tokens were generated.", "token_seconds"),
+        Metric("llamacpp:n_decode_total", "Calls of llama_decode.", "decodes"),
+        Metric("llamacpp:n_busy_slots_per_decode", "Mean number of sequences in a call of llama_decode.",
+               lambda of: of.decoded_sequences / (of.decodes or math.inf)),
+        Metric("llamacpp:spec_decode_num_draft_tokens_total", "Drafted tokens.", "draft_tokens", "draft_tokens"),
+        Metric("llamacpp:spec_decode_num_accepted_tokens_total", "Tokens of drafts that the model accepted.",
+               "accepted_tokens", "accepted_tokens"),
+        Metric("llamacpp:spec_decode_num_drafts_total", "Drafts that the model checked.", "drafts"),
+        Metric("cerebrum_model_loads_total", "How often it was loaded.", "loads"),
+        Metric("cerebrum_model_load_failures_total", "How often loading it failed.", "failed_loads"),
+        Metric("cerebrum_model_load_seconds_total", "Time in which it was loaded.", "load_seconds"),
+    ),
+}  # fmt: skip
+
+
+def things(engine: Engine) -> Things:
+    """What the rows of METRICS read."""
+    return {"": {"": engine}, "model": engine.tallies}
 
 
 async def unload(engine: Engine, request: Request) -> Response:
