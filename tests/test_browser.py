@@ -1008,8 +1008,7 @@ def test_a_text_that_is_emptied_comes_back(chrome: Chrome) -> None:
 
 def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
     """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
-    everything = "language model tokens temperature open save copy new editor complete accept undo instruction send"
-    changed = f"{everything} diff take leave".split()
+    code, settings = "editor complete accept undo instruction send diff take leave", "language model tokens temperature"
 
     async def scenario(visit: Visit) -> None:
         await visit.write("x = 1\n")
@@ -1020,19 +1019,18 @@ def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
         await visit.see("#mark", "y = 1")
         await expect(visit.find("#stop")).to_be_disabled()
         await visit.page.evaluate("document.activeElement.blur(), getSelection().removeAllRanges(), scrollTo(0, 0)")
-        await visit.find("#language").focus()
+        await visit.find("#editor").focus()
+        await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
         reached = [await visit.focused()]
-        while reached[-1] != "leave" and len(reached) < 40:
-            if reached[-1] == "editor":
-                await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
+        while reached[-1] != "new" and len(reached) < 40:
             await visit.press("Tab")
             reached.append(await visit.focused())
-        assert reached == changed
+        assert reached == f"{code} {settings} open save copy new".split()
         await visit.press("Escape")  # undoes
         await visit.press("Escape")  # leaves the change
         assert await visit.focused() == "editor"
         await visit.press("Escape", "Shift+Tab")
-        assert await visit.focused() == "new"
+        assert await visit.focused() == ""  # nothing stands before it
         await visit.press("Tab", "Escape", "a", "Tab")  # another key than Tab takes it back
         assert await visit.focused() == "editor"
 
@@ -1044,13 +1042,14 @@ def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
 
 @pytest.mark.parametrize("size", PHONES)
 def test_a_phone(chrome: Chrome, size: tuple[int, int]) -> None:
-    """Nothing is wider than the screen, and what can be touched is large enough."""
+    """The text comes first, nothing is wider than the screen, and what can be touched is large enough."""
 
     async def scenario(visit: Visit) -> None:
         async def check() -> None:
             assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
             boxes = [await one.bounding_box() for one in await visit.find("button, select, input, textarea").all()]
             sizes = [(box["width"], box["height"]) for box in boxes if box]
+            assert min(box["y"] for box in boxes if box) == (await visit.find("#editor").bounding_box())["y"]
             assert len(sizes) >= 10
             assert [small for small in sizes if min(small) < 44] == []
 
@@ -1173,11 +1172,12 @@ def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
             await expect(page.locator("#light")).to_have_class("up")
             keyboard, editor = page.keyboard, page.locator("#editor")
             while await page.evaluate("document.activeElement.id") != "temperature":
+                await keyboard.press("Escape")
                 await keyboard.press("Tab")
             await keyboard.press("Control+a")
             await keyboard.type("0")  # always the likeliest token
             while await page.evaluate("document.activeElement.id") != "editor":
-                await keyboard.press("Tab")
+                await keyboard.press("Shift+Tab")
             await keyboard.insert_text(CODE)
             await keyboard.press("Control+Enter")
             await expect(page.locator("#mark")).to_contain_text("a + b")
