@@ -159,6 +159,7 @@ QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+HEADER_NAMES = re.compile(rb"(?=.{1,1024}\Z)%b(?:,[ \t]*%b)*" % (TOKEN, TOKEN))
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
 SINGLE_HEADERS = frozenset(
     {"host", "content-length", "content-type", "content-encoding", "transfer-encoding", "x-api-key"}
@@ -1175,8 +1176,10 @@ class Server:
     async def _options(self, request: Request, allow: str) -> Response:
         headers = [("Allow", allow)]
         if self.access.is_preflight(request.head):
-            headers.append(("Access-Control-Allow-Methods", allow))
-            headers.append(("Access-Control-Allow-Headers", "Content-Type, X-API-Key, X-Request-ID, Authorization"))
+            names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
+            asked = request.head.headers.get("access-control-request-headers", "")
+            names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # as openai-node needs it
+            headers += [("Access-Control-Allow-Methods", allow), ("Access-Control-Allow-Headers", names)]
         return Response(status=204, headers=tuple(headers))
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:

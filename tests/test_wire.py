@@ -726,13 +726,19 @@ def test_origins_by_configuration() -> None:
     assert reply.one("Vary") == "Origin"
     reply = asyncio.run(run(get("/nothing", "Origin: https://ide.example")))
     assert (reply.status, reply.one("Access-Control-Allow-Origin")) == (404, "https://ide.example")
-    preflight = without(
-        get("@POST", "Origin: https://ide.example", "Access-Control-Request-Method: POST", method="OPTIONS"),
-        "X-API-Key",
-    )
-    reply = asyncio.run(run(preflight))
-    assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
-    assert "X-API-Key" in reply.one("Access-Control-Allow-Headers")
+    asked = ("Origin: https://ide.example", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: ")
+    usual = "Content-Type, X-API-Key, X-Request-ID, Authorization"
+    for names, allowed in (
+        ("authorization,x-stainless-os,x-stainless-retry-count", True),  # openai-node
+        ("a, \tb", True),
+        ("ab" + ",c" * 511, True),
+        ("abc" + ",c" * 511, False),
+        *((bad, False) for bad in ("", "*,", "a;b", "a b", ",a", "a\xe4")),
+    ):
+        raw = without(get("@POST", *asked[:2], asked[2] + names, method="OPTIONS"), "X-API-Key")
+        reply = asyncio.run(run(raw))
+        assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
+        assert reply.one("Access-Control-Allow-Headers") == (f"{usual}, {names}" if allowed else usual)
     for foreign in ("http://ide.example", "https://ide.example.evil", "https://ide.example:444"):
         reply = asyncio.run(run(get("/health", f"Origin: {foreign}")))
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
