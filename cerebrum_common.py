@@ -259,7 +259,7 @@ def parse_target(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
-    path = path.removesuffix("/") or "/"  # people type a slash behind a URL; as %2F it stays
+    path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash behind a URL; as %2F it stays
     if "%" not in path:
         return path, authority
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
@@ -1151,9 +1151,6 @@ class Server:
         methods, parameter = self.routes.get(head.path, {}), ""
         if not methods and last:
             methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
-        if not methods and head.path.startswith("//"):  # a client put its path behind a URL that ends with a slash
-            known = self.routes.get(head.path[1:], {})
-            methods = {method: route for method, route in known.items() if route.foreign_error}
         exchange.foreign_error = next((route.foreign_error for route in methods.values()), None)
         exchange.path = next((route.path for route in methods.values()), OTHER_PATH)
         public = head.path == "*" or any(route.open for route in methods.values())

@@ -144,7 +144,7 @@ ROUTING: list[Row] = [
     ("GET where a POST belongs", get("@POST"), 405, K),
     ("POST on health", get(method="POST"), 405, K),
     ("path /", get("/"), PAGE, K),
-    *((f"path {v}", get(v), 404, K) for v in ("/nothing", "/../x", "/%2e%2e", "/%2E%2E/health", "//x", "//health")),
+    *((f"path {v}", get(v), 404, K) for v in ("/nothing", "/../x", "/%2e%2e", "/%2E%2E/health", "//x", "/%2Fhealth")),
     *(
         (f"path {v}", get(v), 404, K)
         for v in ("/health/..", "/./health", "/health/x", "/HEALTH", "/health%2F", "/health;a")
@@ -156,6 +156,9 @@ ROUTING: list[Row] = [
     ("an escape is decoded", get("/he%61lth"), 200, K),
     ("an escape is decoded once", get("/he%2561lth"), 404, K),
     ("the key sees the decoded path", lines("GET /v%31/models HTTP/1.1", "Host: localhost"), 401, K),
+    *((f"path {v}", get(v), 200, K) for v in ("//health", "///health/", "http://localhost//health")),
+    ("the key sees the path with one slash", lines("GET //v1/models HTTP/1.1", "Host: localhost"), 401, K),
+    ("a path names no host", get("//localhost/health"), 404, K),
     ("query", get("/health?a=%20b&c=/?:@"), 200, K),
     ("HEAD", get(method="HEAD"), 200, K),
     ("HEAD of nothing", get("/nothing", method="HEAD"), 404, K),
