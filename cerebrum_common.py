@@ -65,7 +65,9 @@ HEAD_SECONDS = 10.0  # in all, from the first byte: a head that comes at one byt
 BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
 OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
-WRITE_SECONDS = 30.0  # a client that reads nothing for this long is cut
+WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
+KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client; then the kernel probes whether it is still there
+KEEPALIVE_PROBE_SECONDS = 5  # between two probes: four are lost before WRITE_SECONDS cut the client
 FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
 PAGE_SECONDS = 0.1  # between a stream's error and the cut: a browser drops what its page has not read by then
 LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
@@ -1005,8 +1007,13 @@ class Server:
                 twin.listen(1024)
                 # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-                if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that lost its network keeps its place for long
+                # Else a client that lost its network keeps its place for long. Keepalive finds one that gets nothing;
+                # TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
+                twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
                     twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
         bound, port = listening[0].getsockname()[:2]
         host = bound if sockets else host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

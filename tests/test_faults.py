@@ -40,14 +40,16 @@ from harness import (
     Daemon,
     Reply,
     command_of,
+    post,
     program,
     read_reply,
     settings,
     until,
     wait_until,
 )
+from scripted import CHUNKED, Backend, chunk, in_a_thread
 
-from cerebrum_common import WRITE_SECONDS
+from cerebrum_common import SSE_COMMENT, WRITE_SECONDS
 from cerebrum_service import MAX_LOG_BYTES
 from cm4d import CONNECT_SECONDS, IDLE_SECONDS, PROBE_SECONDS
 
@@ -321,6 +323,25 @@ def test_a_client_that_falls_silent_gives_its_place_back(cable: Cable, folder: P
             print(f"a silent client held its place for {freed:.1f} s")
 
     run(scenario())
+
+
+def test_a_silent_client_that_is_sent_nothing_gives_its_place_back(cable: Cable, folder: Path) -> None:
+    """It waits for an answer in one piece, so the kernel alone asks whether it is still there."""
+    busy = [CHUNKED, *(chunk(SSE_COMMENT), lambda: asyncio.sleep(1)) * 600]  # a VPS that reads a long prompt
+
+    async def scenario(backend: Backend) -> None:
+        with cm4d(folder, backend.port, CEREBRUM_CM4_HOST=cable.near) as pi:
+            _, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
+            writer.write(post("/v1/complete", json.dumps(fields()).encode()))
+            await until(backend.begun.is_set)
+            cable.cut()
+            began = time.monotonic()
+            await until(backend.left.is_set, seconds=WRITE_SECONDS + MARGIN_SECONDS)
+            print(f"a silent client that was sent nothing held its place for {time.monotonic() - began:.1f} s")
+            await asyncio.to_thread(pi.wait_for_line, r"POST /v1/complete 499 ")
+
+    with in_a_thread(Backend([busy])) as backend:
+        run(scenario(backend))
 
 
 def test_a_pi_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
