@@ -256,14 +256,11 @@ def parse_target(target: str) -> tuple[str, str]:
     """A request target to its decoded path and the authority that its absolute form names (RFC 9112 section 3.2)."""
     authority = ""
     if absolute := ABSOLUTE_FORM.fullmatch(target):
-        authority, target = host_name(absolute[1]), absolute[2]
-        target = target if target.startswith("/") else "/" + target
+        authority, target = host_name(absolute[1]), "/" + absolute[2]
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
     path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash behind a URL; as %2F it stays
-    if "%" not in path:
-        return path, authority
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
     try:
         path = octets.decode("utf-8")
