@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import contextvars
 import hmac
+import itertools
 import json
 import logging
 import math
@@ -855,13 +856,10 @@ class Connection:
 
 
 class Exchange:
-    """One request and its answer: what was asked, whether the connection is kept, and the line in the log.
+    """One request and its answer: what was asked, whether the connection is kept, and the line in the log."""
 
-    `answered` is that of `Server`.
-    """
-
-    def __init__(self, connection: Connection, access: Access, answered: Counter[tuple[str, int]]) -> None:
-        self.connection, self.access, self.answered = connection, access, answered
+    def __init__(self, connection: Connection, server: Server) -> None:
+        self.connection, self.server = connection, server
         self.head: Head | None = None  # not read yet, or malformed
         self.keep = False
         self.quiet = False
@@ -941,7 +939,7 @@ class Exchange:
             *([] if any(name == "Cache-Control" for name, _ in more) else [("Cache-Control", "no-store")]),
             *more,
         ]
-        if self.head and "origin" in self.head.headers and self.access.allows_origin(self.head):
+        if self.head and "origin" in self.head.headers and self.server.access.allows_origin(self.head):
             headers += [("Access-Control-Allow-Origin", self.head.headers["origin"]), ("Vary", "Origin")]
             headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
@@ -953,7 +951,7 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        self.answered[self.path, status] += 1
+        self.server.answered[self.path, status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
@@ -989,12 +987,11 @@ class Server:
     async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
         """Listen, on `sockets` instead of the address if there are any. Returns the port that was really bound.
         ListenError if that fails."""
-        how: dict[str, Any] = {"limit": READ_BYTES, "backlog": MAX_ACCEPTS}
+        places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         try:
-            if not sockets:
-                self._listeners = [await asyncio.start_server(self._accept, host, port, **how)]
-            for one in sockets:
-                self._listeners.append(await asyncio.start_server(self._accept, sock=one, **how))
+            for place in places:
+                listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
+                self._listeners.append(listener)
         except OSError as error:
             raise ListenError(error.errno, error.strerror) from None
         listening = [one for listener in self._listeners for one in listener.sockets]
@@ -1072,12 +1069,11 @@ class Server:
     async def _serve_one(self, connection: Connection) -> bool:
         """One request and its answer; whether the connection is kept for another."""
         request_id_var.set(str(uuid.uuid4()))
-        exchange = connection.exchange = Exchange(connection, self.access, self.answered)
+        exchange = connection.exchange = Exchange(connection, self)
         try:
             block = await connection.next_head()
             if block is None:
                 return False
-            exchange.access = self.access  # settings may have been read again meanwhile
             head = parse_request(block)
             exchange.begin(head, keep=head.keep_alive and not connection.over)
             await self._answer(exchange, head)
@@ -1163,10 +1159,10 @@ class Server:
         self.access.check(head, public)
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
-        allowed = set(methods) or {route.method for known in self.routes.values() for route in known.values()}
+        allowed = set(methods or itertools.chain(*self.routes.values()))
         allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
         if head.method == "OPTIONS":
-            return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow), open=public), ""
+            return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
             raise HttpError(
