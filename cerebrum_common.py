@@ -673,10 +673,10 @@ class Route:
     handler: Callable[[Any, Request], Awaitable[Response]]
     open: bool = False  # needs no key, and answers over the connection limit
     quiet: bool = False  # its successes are logged at DEBUG: it is asked every few seconds
-    json: bool = False  # takes a JSON body; other routes read a body and drop it
-    watched: bool = False  # may run long: the handler is cancelled when its client leaves
-    any_type: bool = False  # its JSON body may come under any Content-Type
-    foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # the form of its errors, if it is not ours
+    # Takes a JSON body, which other routes drop. It may run long, so the handler is cancelled when its client leaves.
+    json: bool = False
+    # The form of its errors, if it is not ours; then the JSON body may come under any Content-Type, too.
+    foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1125,7 +1125,7 @@ class Server:
                 self.answered,
             )
             body.clear()
-            await (self._watch if route.watched else self._call)(exchange, route, request)
+            await (self._watch if route.json else self._call)(exchange, route, request)
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
@@ -1228,7 +1228,7 @@ def check_body(head: Head, route: Route) -> None:
         return
     if not head.chunked and head.length is None:
         raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
-    if not route.any_type and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
+    if not route.foreign_error and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
         raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
 
 

@@ -223,10 +223,10 @@ def content_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
 
 def codes_of(route: Route, passed: frozenset[str], keyed: bool) -> list[str]:
     """The codes of all errors with which a request of this route can end."""
-    only = dict.fromkeys(passed - {"INVALID_REQUEST", "OVERLOADED"}, route.watched)  # these ask the VPS
+    only = dict.fromkeys(passed - {"INVALID_REQUEST", "OVERLOADED"}, route.json)  # these ask the VPS
     only |= {"UNAUTHORIZED": keyed and not route.open, "LENGTH_REQUIRED": route.json, "METHOD_NOT_ALLOWED": False}
-    only |= {"NOT_FOUND": route.path == "/", "MODEL_NOT_FOUND": route.watched or "{id}" in route.path}
-    only |= {"VPS_UNAVAILABLE": route.watched or route.path == "/health"}
+    only |= {"NOT_FOUND": route.path == "/", "MODEL_NOT_FOUND": route.json or "{id}" in route.path}
+    only |= {"VPS_UNAVAILABLE": route.json or route.path == "/health"}
     return [code for code in common.STATUSES if only.get(code, True)]
 
 
@@ -254,7 +254,7 @@ def describe_operation(doc: str | None) -> dict[str, str]:
 
 def body_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
     name, example = "Completion", {"prompt": "def add(a, b):", "language": "python"}
-    if route.any_type:
+    if route.foreign_error:
         name, _, example = REQUESTS[dialect] if dialect else ("Text", {}, {"content": "a + b"})
     return {"required": True, "content": {"application/json": {"schema": ref("schemas", name), "example": example}}}
 

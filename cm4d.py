@@ -118,6 +118,7 @@ from cerebrum_common import (
     compact,
     describe,
     internal_error,
+    is_ip_literal,
     load_catalog,
     log,
     own_names,
@@ -736,6 +737,7 @@ class Upstream:
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
+        self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
         self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
         self._spare: Connection | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare one, and closes it
@@ -871,7 +873,7 @@ class Upstream:
                         endpoint.host,
                         endpoint.port,
                         ssl=self._tls,
-                        happy_eyeballs_delay=RACE_SECONDS,
+                        happy_eyeballs_delay=None if self._is_address else RACE_SECONDS,
                     )
             except OSError as error:
                 if isinstance(loop, Loop):
@@ -1074,8 +1076,6 @@ class Backend:
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last good probe
         self._strange = ""  # what it listed when it had none of our models
-        self._untold: set[str] = set()  # models whose `n_ctx` neither the table nor the engine tells, ...
-        self._lengths: dict[str, int] = {}  # ... and what refusals have told of it
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
@@ -1224,11 +1224,9 @@ class Backend:
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
         self._strange = strange
         self.names = {id: name for id, (name, _) in found.items()}
-        told = {id: self.config.n_ctx or about.get("n_ctx") or props.get("n_ctx") for id, (_, about) in found.items()}
-        self._untold = {id for id, n_ctx in told.items() if not n_ctx}
-        self.models = {
-            id: {**about, "n_ctx": told[id] or self._lengths.get(id, DEFAULT_N_CTX)} for id, (_, about) in found.items()
-        }
+        n_ctx = {"n_ctx": DEFAULT_N_CTX} | props
+        fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
+        self.models = {id: n_ctx | about | fixed for id, (_, about) in found.items()}
 
     async def learn_first(self) -> None:
         """The same before the first probe has ended."""
@@ -1285,12 +1283,8 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        n_ctx, counted = error.extra.get("n_ctx", 0), error.extra.get("prompt_tokens", 0)
-        if not isinstance(error, TooLong) or not 0 < n_ctx < job.n_ctx:
-            return
-        if job.model in self._untold:
-            self._lengths[job.model] = n_ctx
-        if (job.model in self._untold or counted > n_ctx) and self.models and job.model in self.models:
+        n_ctx = error.extra.get("n_ctx", 0)
+        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
             self.models[job.model]["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
@@ -2461,14 +2455,14 @@ def load_page(path: Path) -> Page | None:
 ROUTES = (
     Route("GET", "/", page, open=True),
     Route("GET", "/health", health, open=True, quiet=True),
-    Route("POST", "/v1/complete", complete, json=True, watched=True),
-    Route("POST", "/v1/complete/stream", complete_stream, json=True, watched=True),
+    Route("POST", "/v1/complete", complete, json=True),
+    Route("POST", "/v1/complete/stream", complete_stream, json=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
     *(
-        Route("POST", path, speaking(dialect), json=True, watched=True, any_type=True, foreign_error=write_error)
+        Route("POST", path, speaking(dialect), json=True, foreign_error=write_error)
         for dialect in DIALECTS
         for path in dialect.paths
     ),
@@ -2476,7 +2470,7 @@ ROUTES = (
     Route("GET", "/models", models),
     Route("GET", "/openapi.json", openapi),
     Route("GET", "/props", props, foreign_error=write_error),
-    Route("POST", "/tokenize", tokenize, json=True, watched=True, any_type=True, foreign_error=write_error),
+    Route("POST", "/tokenize", tokenize, json=True, foreign_error=write_error),
 )
 
 # ----------------------------------------------------------------------------------------------- start

@@ -1204,9 +1204,9 @@ async def cleanup(engine: Engine, _request: Request) -> Response:
 
 ROUTES = (
     Route("GET", "/health", health, open=True, quiet=True),
-    Route("POST", "/v1/inference", inference, json=True, watched=True),
-    Route("POST", "/v1/inference/stream", inference_stream, json=True, watched=True),
-    Route("POST", "/v1/tokenize", tokenize, json=True, watched=True),
+    Route("POST", "/v1/inference", inference, json=True),
+    Route("POST", "/v1/inference/stream", inference_stream, json=True),
+    Route("POST", "/v1/tokenize", tokenize, json=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
     Route("GET", "/metrics", metrics, quiet=True),

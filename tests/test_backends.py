@@ -851,12 +851,12 @@ def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
         ({}, "invalid stop: the context window 16 chars", 4096),
         ({}, "the context length is 9000 tokens", 4096),
         ({}, "maximum context length is 1000 tokens, and you requested 900000 input tokens", 1000),
-        ({"max_model_len": 2048}, "maximum context length is 1000 tokens", 2048),
+        ({"max_model_len": 2048}, "maximum context length is 1000 tokens", 1000),
         ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
     ],
 )
 def test_what_a_refusal_says_of_the_context_may_be_misread(told: dict[str, Any], message: str, n_ctx: int) -> None:
-    """The prompt is fitted once more, shorter, and the length is kept if nobody else tells one that is plausible."""
+    """The prompt is fitted once more, shorter, and a length in a known sentence counts until the next list."""
 
     async def scenario() -> None:
         refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})

@@ -180,7 +180,7 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, cap
     async def run() -> None:
         endless = Endless()
         async with serving() as (server, port):
-            server.routes["/endless"] = {"POST": Route("POST", "/endless", endless.handle, json=True, watched=True)}
+            server.routes["/endless"] = {"POST": Route("POST", "/endless", endless.handle, json=True)}
             with socket.socket() as peer:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 peer.connect(("127.0.0.1", port))
@@ -246,8 +246,7 @@ def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> Non
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watched: bool) -> None:
+def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken() -> None:
     """What a handler takes and its events release is released even if not one byte can be sent."""
     taken: list[str] = []
     given = asyncio.Event()
@@ -268,7 +267,7 @@ def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(watche
                     connection.transport.abort()  # like a reset while the handler runs
                 return Response(events=events())
 
-            server.routes["/held"] = {"POST": Route("POST", "/held", handle, json=True, watched=watched)}
+            server.routes["/held"] = {"POST": Route("POST", "/held", handle, json=True)}
             writer.write(sized(BODY).replace(b"@POST", b"/held"))
             with contextlib.suppress(ConnectionResetError):
                 assert await closed(reader) == b""
@@ -341,7 +340,7 @@ class Slow:
 async def slow_server() -> AsyncIterator[tuple[Any, int, Slow]]:
     slow = Slow()
     async with serving() as (server, port):
-        server.routes["/slow"] = {"POST": Route("POST", "/slow", slow.handle, json=True, watched=True)}
+        server.routes["/slow"] = {"POST": Route("POST", "/slow", slow.handle, json=True)}
         yield server, port, slow
 
 

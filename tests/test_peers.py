@@ -80,7 +80,7 @@ def peer() -> Iterator[Peer]:
     async def serve() -> None:
         loop.set_exception_handler(lambda _, context: peer.complaints.append(context))
         more = (
-            Route("POST", "/v1/tokens", peer.tokens, json=True, watched=True),
+            Route("POST", "/v1/tokens", peer.tokens, json=True),
             Route("POST", "/v1/echo", echo, json=True),
         )
         peer.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))

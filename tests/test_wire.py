@@ -416,8 +416,8 @@ ROUTES = (
     Route("GET", "/health", simple, open=True, quiet=True),
     Route("GET", "/v1/models", simple),
     Route("GET", "/v1/broken", broken),
-    Route("POST", "/v1/complete", complete, json=True, watched=True),
-    Route("POST", "/v1/complete/stream", stream, json=True, watched=True),
+    Route("POST", "/v1/complete", complete, json=True),
+    Route("POST", "/v1/complete/stream", stream, json=True),
     Route("POST", "/v1/unload/{id}", simple),
 )
 
