@@ -538,8 +538,7 @@ IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a co
 READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
 ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
 COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
-SPARE_SECONDS = {"cerebrum": 8.0}  # for which a connection waits for its request; vpsd closes it after 10
-OTHER_SPARE_SECONDS = 4.0  # llama-server closes it after 5
+SPARE_SECONDS = 8.0  # for which a connection waits for its request; vpsd closes it after 10
 STILL_SECONDS = 600.0  # of comments alone: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
 NAME_SECONDS = 60.0  # for which the addresses of a name are remembered
 RACE_SECONDS = 0.25  # until the next address of a name is tried beside the last one (RFC 8305)
@@ -759,7 +758,7 @@ class Upstream:
         with contextlib.suppress(BackendFailure):
             spare = self._spare = await self._connect()
             try:
-                await asyncio.sleep(SPARE_SECONDS.get(self._config.api, OTHER_SPARE_SECONDS))
+                await asyncio.sleep(SPARE_SECONDS)
             finally:
                 if self._spare is spare:
                     self._spare = None
@@ -1062,7 +1061,7 @@ class Backend:
         self.ratio = Ratio()
         self.active: list[Job] = []  # that hold a place
         self.requests_total = self.requests_failed = 0
-        self.tokens_done = 0  # of the completions that have ended
+        self.tokens = 0  # that it has generated
         self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
         self.warming: tuple[Job, asyncio.Task[None]] | None = None
         self.wake = asyncio.Event()  # probe now
@@ -1102,10 +1101,6 @@ class Backend:
     def message(self) -> str:
         """Why it is not available."""
         return "" if self.available else self.trouble or BREAKER_OPEN
-
-    @property
-    def tokens(self) -> int:
-        return self.tokens_done + sum(job.tokens for job in self.active)
 
     @property
     def warms(self) -> bool:
@@ -1227,14 +1222,6 @@ class Backend:
         n_ctx = {"n_ctx": DEFAULT_N_CTX} | props
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: n_ctx | about | fixed for id, (_, about) in found.items()}
-
-    async def learn_first(self) -> None:
-        """The same before the first probe has ended."""
-        try:
-            await self.learn_models()
-        except HttpError as error:
-            self.found(error.message)
-        self.is_known = True
 
     async def _ask_props(self) -> dict[str, Any]:
         if not self.api or not self.api.props:
@@ -1441,11 +1428,10 @@ class Gateway:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.backends = [Backend(backend, config.models) for backend in config.backends]
-        self.retired: list[Backend] = []  # that are no longer in models.toml, and still answer
-        self.tokens_retired = 0  # of those that have ended
+        self.active: list[Job] = []  # that hold a place, maybe at a backend that is no longer in models.toml
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum_page.html")
-        self.requests_total = self.requests_failed = self.reconfigured = 0
+        self.requests_total = self.requests_failed = self.tokens = self.reconfigured = 0
         self.tallies = {model.id: Tally() for model in config.models}
         self.history = History(self.started)
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
@@ -1459,12 +1445,7 @@ class Gateway:
         self.cached: list[tuple[str, str, str, str]] = []
         self.served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
         self.to_warm: dict[str, Job] = {}  # to be read into a backend's cache when it has nothing to do, by client
-        self._candidates: dict[tuple[Any, ...], Candidates] = {}
         self._reconfigured = asyncio.Event()
-
-    @property
-    def active(self) -> list[Job]:
-        return [job for backend in (*self.backends, *self.retired) for job in backend.active]
 
     @property
     def requests_active(self) -> int:
@@ -1500,12 +1481,11 @@ class Gateway:
 
     def sample(self) -> None:
         """Bring `history` up to date."""
-        tokens = self.tokens_retired + sum(backend.tokens for backend in (*self.backends, *self.retired))
-        self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, tokens))
+        self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, self.tokens))
 
     def close(self) -> None:
         """Close what is kept for requests to come."""
-        for backend in (*self.backends, *self.retired):
+        for backend in self.backends:
             backend.upstream.close()
 
     # Probing.
@@ -1523,23 +1503,14 @@ class Gateway:
         self.config, self.backends = config, backends
         self.reconfigured += 1
         self.tallies = {model.id: Tally() for model in config.models} | self.tallies
-        self.retired += gone
         self.served = {key: backend for key, backend in self.served.items() if backend not in gone}
         for backend in gone:
             backend.wake.set()  # ends its probing
             backend.upstream.close()
             if backend.warming:
                 backend.warming[1].cancel()
-        self._bury()
-        self._candidates.clear()
         self._reconfigured.set()
         self._call_next()
-
-    def _bury(self) -> None:
-        """Forget the backends that are no longer in models.toml, once they have answered."""
-        for backend in [backend for backend in self.retired if not backend.active]:
-            self.retired.remove(backend)
-            self.tokens_retired += backend.tokens_done
 
     async def probe_forever(self) -> None:
         """Keep `history` and what is known of each backend up to date: probe every 5 s, and when woken."""
@@ -1561,7 +1532,6 @@ class Gateway:
         while backend in self.backends:
             backend.wake.clear()
             await backend.probe()
-            self._candidates.clear()
             self.sample()
             if not backend.trouble:
                 self._call_next()
@@ -1581,19 +1551,14 @@ class Gateway:
         return next(there, options[0][0])
 
     def _who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
-        """Who may answer. This depends on the lists of models alone, so it is worked out once between two probes."""
+        """Who may answer, by the lists of models alone."""
         asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
-        key = asked, language, mode, any_language
-        if known := self._candidates.get(key):
-            return known
-        present = self.models
-        ids = [asked] if asked is not None else rank_models(self.config, language, mode, present, any_language)
+        ids = [asked] if asked is not None else rank_models(self.config, language, mode, self.models, any_language)
         options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
         if not any(having for _, having in options):  # one of our own says what is missing, and how to get it
             options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
         backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        found = self._candidates[key] = Candidates(options, backends)
-        return found
+        return Candidates(options, backends)
 
     def _choose(self, job: Job) -> tuple[str, Backend] | None:
         """The model and the backend for a job; None if all places are taken. HttpError if nobody may be asked.
@@ -1649,6 +1614,7 @@ class Gateway:
         assert ticket is not None
         job.ticket, job.backend, job.gone = ticket, backend, asyncio.Event()
         backend.active.append(job)
+        self.active.append(job)
         backend.requests_total += 1
         self._remember_served(job, backend)
         return True
@@ -1710,7 +1676,6 @@ class Gateway:
         others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
         if others and backend.models:
             backend.models.pop(job.model, None)  # until its next list
-            self._candidates.clear()
         return bool(others)
 
     @contextlib.asynccontextmanager
@@ -1750,8 +1715,7 @@ class Gateway:
         """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
         gets its 429 at once, as its clients are promised. A job that a backend has failed gets that failure."""
         if not any(backend.is_known for backend in self.backends):  # the daemon has just been started
-            await asyncio.gather(*(backend.learn_first() for backend in self.backends))
-            self._candidates.clear()
+            await asyncio.gather(*(backend.probe() for backend in self.backends))
         while True:
             try:
                 if not self._assign(job) and job.kind:
@@ -1815,11 +1779,10 @@ class Gateway:
 
     def _release(self, job: Job, backend: Backend) -> None:
         backend.active.remove(job)
-        backend.tokens_done += job.tokens
+        self.active.remove(job)
         backend.breaker.left(job.ticket)
         job.backend = None
         job.gone.set()
-        self._bury()
         self._call_next()
 
     def _running(self) -> list[Job]:
@@ -1853,7 +1816,6 @@ class Gateway:
                                 raise BackendFailure("its completion is too long")
                             self._tokens(job, backend, value.count(b"\n\n"))
                         elif kind == "done":
-                            self._tokens(job, backend, 0)
                             value = self._result(job, backend, value)
                         yield kind, value
                 return
@@ -2063,6 +2025,8 @@ class Gateway:
         if not job.tokens and count:
             job.first_token = time.perf_counter()
         job.tokens += count
+        backend.tokens += count
+        self.tokens += count
         job.ticket = backend.breaker.succeeded(job.ticket)
         if backend.trouble:
             backend.found("")
@@ -2099,7 +2063,7 @@ class Gateway:
         job.result_came, reason = time.perf_counter(), told.get("finish_reason", "stop")
         job.reason = reason if reason in REASONS else "other"
         self._count_work(job, told)
-        job.tokens = max(job.tokens, told.get("total_tokens", 0))  # an event may have several
+        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.tokens))  # an event may have several
         counted = told.get("prompt_tokens", 0)
         if counted and (not backend.api or self._is_plausible(job, backend, counted)):
             backend.ratio.learn(job.model, job.weight, counted)

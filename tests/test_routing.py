@@ -648,7 +648,6 @@ def test_new_settings_keep_what_runs_and_what_is_known() -> None:
             running = asyncio.create_task(pi.stream())
             await one.begun.wait()
             await until(lambda: old[0].tokens == 1)
-            tokens = sum(backend.tokens for backend in old)
             changed = dataclasses.replace(gateway.config.backends[1], max_concurrent=7, key="another")
             added = backend_at(fresh.port, "new", key="new-key")
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(changed, added)))
@@ -657,15 +656,15 @@ def test_new_settings_keep_what_runs_and_what_is_known() -> None:
             assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
             assert new.id == "new"
             await until(lambda: new.probes > 0)  # it is probed without a restart
-            assert (pi.gateway.requests_active, pi.gateway.retired) == (1, [old[0], old[2]][:1])
+            assert pi.gateway.requests_active == 1
             go.set()
             reply = await running
             assert reply.clean
-            assert (pi.gateway.requests_active, pi.gateway.retired) == (0, [])
+            assert pi.gateway.requests_active == 0
             assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
             assert await answered(pi, prompt="y =") == "b"
             gateway.sample()
-            assert sum(gateway.history.describe()["tokens"]) >= tokens
+            assert sum(gateway.history.describe()["tokens"]) == gateway.tokens == 4
             probes = [backend.probes for backend in (old[0], old[2])]
             for backend in (*old, new):
                 backend.wake.set()

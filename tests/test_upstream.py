@@ -274,7 +274,7 @@ def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.Monke
 
 
 def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(cm4d.SPARE_SECONDS, "cerebrum", 0.05)
+    monkeypatch.setattr(cm4d, "SPARE_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
