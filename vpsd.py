@@ -678,7 +678,8 @@ class Instance:
 
     @property
     def idle(self) -> bool:
-        return self.loaded and not self.completions
+        """Nobody uses it, or waits until it is loaded."""
+        return not self.completions and not self.worker.stopping
 
     @property
     def last_used_at(self) -> datetime:
@@ -702,6 +703,7 @@ class Engine:
         self.requests_total = 0
         self.tallies = {model.id: ModelTally() for model in config.models}  # also of models that have been unloaded
         self.loading = asyncio.Lock()  # memory is judged for one load at a time
+        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads without a worker yet, by model
         # Of models that could not be loaded: why, the stamp of the file, and until when that is believed.
         self.load_failures: dict[str, tuple[str, str, float]] = {}
 
@@ -808,8 +810,6 @@ class Engine:
         instance.completions.discard(completion)
         instance.last_used = time.monotonic()
         instance.worker.cancel(completion.job)
-        if not instance.completions and not instance.ready.done():
-            instance.worker.stop()  # nobody waits for this load any more
 
     def headroom(self) -> Headroom:
         return Headroom(psutil.virtual_memory().available, self.cpu.others_percent)
@@ -825,10 +825,6 @@ class Engine:
             completion.worker = instance.worker
             instance.worker.submit(completion.job)
         except HttpError as error:
-            model = self.models.get(completion.model)  # None: new settings do not list it any more
-            if model and error.code == "MODEL_LOAD_FAILED":
-                until = time.monotonic() + LOAD_AGAIN_SECONDS
-                self.load_failures[model.id] = error.message, self._stamp(model), until
             completion.events.put_nowait([error])
         except Exception as exception:
             completion.events.put_nowait([internal_error(exception)])
@@ -839,10 +835,8 @@ class Engine:
         while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
             if instance:
                 await wait_gone([instance])
-                continue
-            async with self.loading:
-                if model_id not in self.instances:
-                    await self._load(self.listed(model_id))
+            elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
+                raise error
         instance.completions.add(completion)
         while not instance.ready.done():
             if instance.worker.load_progress > told:
@@ -851,6 +845,32 @@ class Engine:
             await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
         instance.ready.result()
         return instance
+
+    def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
+        """The task that starts to load the model and returns why it could not. It outlives the completions that wait
+        for it: while somebody types, none of them lives as long as a load takes."""
+
+        async def load() -> HttpError | None:
+            try:
+                async with self.loading:
+                    await self._load(model)
+                return None
+            except Exception as exception:
+                error = exception if isinstance(exception, HttpError) else internal_error(exception)
+                self._remember(model, error)
+                return error
+            finally:
+                del self.starting[model.id]
+
+        if model.id not in self.starting:
+            self.starting[model.id] = asyncio.create_task(load())
+        return self.starting[model.id]
+
+    def _remember(self, model: Model, error: HttpError) -> None:
+        """A file that could not be loaded is not tried again for each request."""
+        if error.code == "MODEL_LOAD_FAILED":
+            until = time.monotonic() + LOAD_AGAIN_SECONDS
+            self.load_failures[model.id] = error.message, self._stamp(model), until
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
@@ -876,10 +896,13 @@ class Engine:
         def count(future: asyncio.Future[None]) -> None:
             error = future.exception()  # which nobody else may be left to hear
             if not error:
+                instance.last_used = time.monotonic()
                 tally.loads += 1
-                tally.load_seconds += time.monotonic() - begun
+                tally.load_seconds += instance.last_used - begun
             elif not worker.stopping:
                 tally.failed_loads += 1
+                if isinstance(error, HttpError):
+                    self._remember(model, error)
 
         ready.add_done_callback(count)
         estimate = sum(parts.values())
@@ -957,7 +980,10 @@ class Engine:
         return round(max(0, before - rss_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
-        """Unload a model and return the megabytes freed, None if it was not loaded; HttpError 409 while it is busy."""
+        """Unload a model, or stop its load, and return the megabytes freed. None if neither was there; HttpError 409 if
+        somebody uses it or waits for it."""
+        if load := self.starting.get(model_id):
+            await asyncio.wait([load])
         instance = self.instances.get(model_id)
         if not instance or instance.worker.stopping:
             return None
@@ -977,7 +1003,7 @@ class Engine:
 
     def _unused(self) -> list[Instance]:
         limit = time.monotonic() - 60 * self.config.idle_minutes
-        idle = [instance for instance in self.instances.values() if instance.idle]
+        idle = [instance for instance in self.instances.values() if instance.loaded and instance.idle]
         return [instance for instance in idle if instance.last_used <= limit or self._outdated(instance)]
 
     def _outdated(self, instance: Instance) -> bool:
@@ -1011,6 +1037,8 @@ class Engine:
         """End what runs, save what is worth keeping, unload everything."""
         for completion in list(self.completions):
             self.finish(completion)
+        for load in self.starting.values():
+            load.cancel()
         instances = list(self.instances.values())
         for instance in instances:
             instance.worker.stop()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
@@ -273,33 +274,121 @@ def test_a_model_file_that_vanishes_is_a_load_that_failed(monkeypatch: pytest.Mo
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_an_abandoned_load_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Block:
+    """Holds a load up before its worker starts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.end = 0, threading.Event()
+        monkeypatch.setattr(vpsd, "find_tuned", self._wait)
+
+    def _wait(self, *_: Any) -> tuple[None, str]:
+        self.reached += 1
+        self.end.wait(PATIENCE)
+        return None, ""
+
+
+async def abandoned(house: House) -> ScriptedWorker:
+    """The worker of a load whose only client has left."""
+    completion = house.ask(A)
+    await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
+    house.engine.finish(completion)
+    return house.worker(A)
+
+
+def test_a_load_is_finished_though_its_client_has_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scenario(house: House) -> None:
-        completion = house.ask(A)
-        await until(lambda: A in house.engine.instances)
-        house.engine.finish(completion)
-        worker = house.worker(A)
-        assert worker.stopping
-        worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
-        worker.ended.set_result(None)
-        await until(lambda: house.engine.instances == {})
-        again = await house.loaded(A)  # the next request loads it again
-        assert house.worker(A) is not worker
-        house.engine.finish(again)
+        worker, engine = await abandoned(house), house.engine
+        assert await engine.unload_unused() == {}  # with a limit of 0 minutes
+        before = time.monotonic()
+        worker.ready.set_result(None)
+        await until(lambda: engine.tallies[A].loads == 1)
+        assert not worker.stopping
+        assert engine.instances[A].last_used >= before
+        assert await house.idle(A) is worker
 
     play(scenario, monkeypatch, tmp_path)
 
 
-def test_a_load_continues_while_others_wait_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_requests_that_replace_each_other_start_one_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Even if each of them leaves before the worker starts."""
+
     async def scenario(house: House) -> None:
-        leaver, stayer = house.ask(A), house.ask(A)
-        await until(lambda: A in house.engine.instances and len(house.engine.instances[A].completions) == 2)
-        house.engine.finish(leaver)
+        block = Block(monkeypatch)
+        for _ in range(3):
+            last = house.ask(A, session="s")
+            await until(lambda: block.reached)
+            await asyncio.sleep(0)  # it gets as far as it can
+        block.end.set()
+        await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
+        house.worker(A).ready.set_result(None)
+        await until(lambda: house.worker(A).submitted == [last.job])
+        assert block.reached == 1
+        house.engine.finish(last)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_load_that_has_not_begun_ends_with_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        block = Block(monkeypatch)
+        house.ask(A)
+        await until(lambda: block.reached)
+        await house.engine.stop()
+        block.end.set()
+        await until(lambda: not house.engine.starting)
+
+    play(scenario, monkeypatch, tmp_path)
+    assert ScriptedWorker.made == []
+
+
+@pytest.mark.parametrize("why", ["unload", "memory"])
+def test_a_load_that_nobody_waits_for_can_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str) -> None:
+    async def scenario(house: House) -> None:
+        engine, waiting = house.engine, house.ask(A)
+        await until(lambda: A in engine.instances and engine.instances[A].completions)
         worker = house.worker(A)
-        assert not worker.stopping
-        worker.ready.set_result(None)
-        await until(lambda: worker.submitted == [stayer.job])
-        house.engine.finish(stayer)
+        with pytest.raises(HttpError) as busy:
+            await engine.unload(A)
+        assert (busy.value.code, worker.stopping) == ("MODEL_BUSY", False)
+        other = house.ask(B)
+        assert (await error_of(other)).code == "RESOURCE_EXHAUSTED"
+        for completion in (other, waiting):
+            engine.finish(completion)
+        stopping = asyncio.ensure_future(engine.unload(A) if why == "unload" else house.loaded(B))
+        await until(lambda: worker.stopping)
+        worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
+        worker.ended.set_result(None)
+        result = await stopping
+        assert A not in engine.instances
+        if isinstance(result, Completion):
+            engine.finish(result)
+
+    play(scenario, monkeypatch, tmp_path, room=1)
+
+
+def test_a_load_is_unloaded_as_soon_as_it_has_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        block, completion = Block(monkeypatch), house.ask(A)
+        await until(lambda: block.reached)
+        house.engine.finish(completion)
+        unloading = asyncio.ensure_future(house.engine.unload(A))
+        block.end.set()
+        await until(lambda: A in house.engine.instances and house.worker(A).stopping)
+        house.worker(A).ended.set_result(None)
+        assert isinstance(await unloading, float)
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_a_load_that_fails_without_a_client_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def scenario(house: House) -> None:
+        worker = await abandoned(house)
+        worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+        worker.ended.set_result(None)
+        await until(lambda: A not in house.engine.instances)
+        with pytest.raises(HttpError, match=r"^it is damaged$"):
+            house.ask(A)
+        assert house.engine.tallies[A].failed_loads == 1
 
     play(scenario, monkeypatch, tmp_path)
 

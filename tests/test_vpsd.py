@@ -995,14 +995,14 @@ def test_cancelled_while_another_generates(vps: Vps, reference: Reference) -> No
     vps.wait_idle()
 
 
-def test_cancelled_while_loading(tmp_path: Path, reference: Reference) -> None:
+def test_a_load_is_finished_after_its_client_has_left(tmp_path: Path, reference: Reference) -> None:
     with start(tmp_path) as cold:
         with cold.stream("x", progress=True) as stream:
             assert stream.wait_for_event("progress")["progress"]["stage"] == "loading"
-        cold.wait_idle()
-        assert cold.get("/health")["models_loaded"] == []
+        wait_until(lambda: cold.get("/health")["models_loaded"] == [SMALL])
         prompt = PROMPTS[0]
         reference.check(reference.tokenize(prompt), cold.complete(prompt, max_tokens=8)["completion"], 8)
+        assert cold.process.stdout().count(" loaded (") == 1
 
 
 # ---------------------------------------------------------------------------------- sessions and limits
