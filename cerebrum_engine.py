@@ -98,7 +98,8 @@ class Settings:
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
     draft: bool = True
-    state_dir: Path = Path.home() / ".local/state/cerebrum"  # calibration, parked sequences, tuned files
+    # Calibration, parked sequences, tuned files.
+    state_dir: Path = field(default_factory=lambda: Path("~/.local/state/cerebrum").expanduser())
 
     @property
     def uses_flash_attention(self) -> bool:

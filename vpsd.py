@@ -153,10 +153,10 @@ class Config:
 
 def load_config(env: Environment, folder: Path) -> Config:
     """The environment, checked. ConfigError names the variable that is wrong."""
-    home = Path.home()
-    in_unit = bool(env.text("STATE_DIRECTORY"))  # which cannot see /home
-    models_dir = folder / "models" if in_unit or (folder / "models").is_dir() else home / ".cache/cerebrum/models"
-    state_dir = env.text("STATE_DIRECTORY", str(home / ".local/state/cerebrum"))  # systemd's StateDirectory=
+    beside = folder / "models"
+    no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
+    models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
+    state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
     try:
         catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
     except ValueError as error:
@@ -170,7 +170,7 @@ def load_config(env: Environment, folder: Path) -> Config:
         keys=env.keys("CEREBRUM_API_KEY"),
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # others are on other engines
-        models_dir=Path(env.text("CEREBRUM_MODELS_DIR", str(models_dir))).expanduser(),
+        models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
         hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
         origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
         engine=Settings(
@@ -181,7 +181,7 @@ def load_config(env: Environment, folder: Path) -> Config:
             kv_type=kv_type,
             cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
             draft=env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1,
-            state_dir=Path(env.text("CEREBRUM_STATE_DIR", state_dir)).expanduser(),
+            state_dir=read_folder(env, "CEREBRUM_STATE_DIR", state_dir),
         ),
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
@@ -190,6 +190,14 @@ def load_config(env: Environment, folder: Path) -> Config:
         log_file=env.text("CEREBRUM_LOG_FILE"),
         log_prompts=env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
     )
+
+
+def read_folder(env: Environment, name: str, default: str) -> Path:
+    text = env.text(name, default)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}: expected a folder, got {text!r}, and there is no such home") from None
 
 
 NEEDS_RESTART = tuple(

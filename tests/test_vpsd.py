@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -1260,6 +1261,27 @@ def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(outpu
             message = "the daemon is being stopped; try again later"
             assert told[-1] == {"error": True, "message": message, "code": "SHUTTING_DOWN"}
         vps.process.process.wait(PATIENCE)
+
+
+HOMELESS = """\
+import pwd, sys
+pwd.getpwuid = lambda _: {}[0]
+import vpsd
+sys.exit(vpsd.main([]))
+"""
+
+
+def test_a_user_without_a_home_needs_a_folder_for_the_state(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-c", HOMELESS]
+    environment = settings(tmp_path, PYTHONPATH=str(ROOT))
+    del environment["HOME"]
+    with program("vpsd", command, tmp_path, environment):
+        pass
+    del environment["CEREBRUM_STATE_DIR"], environment["CEREBRUM_MODELS_DIR"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    reason = "expected a folder, got '~/.local/state/cerebrum', and there is no such home"
+    assert told.stderr == f"vpsd: CEREBRUM_STATE_DIR: {reason}\n"
+    assert told.returncode == 2
 
 
 def test_a_taken_port_is_reported(tmp_path: Path) -> None:
