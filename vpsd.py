@@ -695,6 +695,8 @@ class EventStream:
                 return block or await anext(self)  # what came before the error is sent first
             block += sse_event(event)
             self._done = "done" in event
+        if not block and self._engine.stuck(time.monotonic()):
+            raise StopAsyncIteration  # cut, not ended by an error event: the Pi then counts a failure of this backend
         self._patience = KEEPALIVE_SECONDS
         return block or SSE_COMMENT
 
@@ -1119,7 +1121,10 @@ async def inference(engine: Engine, request: Request) -> Response:
     text: list[str] = []
     try:
         while True:
-            for event in await completion.next_events(KEEPALIVE_SECONDS):
+            events = await completion.next_events(KEEPALIVE_SECONDS)
+            if not events and (reason := engine.stuck(time.monotonic())):
+                raise HttpError("INTERNAL_ERROR", reason)
+            for event in events:
                 if isinstance(event, HttpError):
                     raise event
                 if "token" in event:

@@ -708,17 +708,19 @@ def test_a_wedged_worker_is_not_kept_alive(folder: Path, supervisor: Supervisor)
 
     async def scenario() -> None:
         given = {"NOTIFY_SOCKET": supervisor.path, **WATCHED}
-        with bad_vpsd(folder, 400, "hang", **given) as vps:
+        with bad_vpsd(folder, 400, "hang", **given) as vps, cm4d(folder / "pi", vps.port) as pi:
             asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
             await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
             assert "loaded (published)" in vps.stdout()
             assert supervisor.longest < LIMIT_SECONDS  # so far it was fed in time
-            assert not asked.done()
+            assert "token" in (await asked).events[-1]  # it has ended without a done event
+            refused = await Client(port=pi.port).complete()
+            assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
+            assert (await told(pi.port))["breaker"]["failures"] == 1
             assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
             await until(lambda: supervisor.silence() > LIMIT_SECONDS, "it is not fed any more")
             vps.process.send_signal(signal.SIGABRT)  # what systemd does now
             assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
-            assert not (await asked).clean
         with vpsd(folder) as vps:
             assert_done(await ask_vps(vps.port, max_tokens=4), 4)
 

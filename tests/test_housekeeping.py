@@ -23,7 +23,7 @@ import pytest
 from harness import FILES, PATIENCE, ROOT, until
 
 import vpsd
-from cerebrum_common import Environment, HttpError
+from cerebrum_common import SSE_COMMENT, Environment, HttpError
 from cerebrum_engine import MB, Settings, TunedFile
 from vpsd import Completion, Engine, EventStream, Headroom, load_config
 
@@ -645,6 +645,25 @@ def test_a_worker_that_makes_no_progress_is_noticed(monkeypatch: pytest.MonkeyPa
         assert house.engine.stuck(now) == ""
         worker.due = now - 1
         assert house.engine.stuck(now) == f"model {A}: the worker makes no progress"
+
+    play(scenario, monkeypatch, tmp_path)
+
+
+def test_nobody_waits_for_a_worker_that_has_hung(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vpsd, "KEEPALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(vpsd, "HEAD_SECONDS", 0.01)
+
+    async def scenario(house: House) -> None:
+        completion = await house.loaded(A)
+        request = SimpleNamespace(json=lambda: {"model": A, "prompt": "x"}, notes={})
+        answer = asyncio.ensure_future(vpsd.inference(house.engine, request))  # type: ignore[arg-type]
+        async with contextlib.aclosing(EventStream(house.engine, completion)) as stream:
+            await until(lambda: len(house.worker(A).submitted) == 2)
+            assert await anext(stream) == SSE_COMMENT
+            house.worker(A).due = time.monotonic()
+            assert [block async for block in stream] == []
+        with pytest.raises(HttpError, match=f"^model {A}: the worker makes no progress$"):
+            await answer
 
     play(scenario, monkeypatch, tmp_path)
 
