@@ -347,22 +347,9 @@ RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT
 RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
 RESULT |= {"finish_reason": Field(str, 1, 40)}
 ENGINE_RESULT = RESULT | {"tokens_per_second": SECONDS, "draft_tokens": COUNT, "accepted_tokens": COUNT}
-OURS = frozenset(  # members that a result or an error of ours consists of: no backend may set them
-    {
-        "completion",
-        "language",
-        "model",
-        "timestamp",
-        "mode",
-        "kept",
-        "done",
-        "token",
-        "error",
-        "message",
-        "code",
-        "backend",
-    }
-)
+# Members that a result or an error of ours consists of: no backend may set them.
+OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
+OURS |= {"done", "token", "error", "message", "code"}
 
 
 def read_result(done: Mapping[str, Any]) -> dict[str, Any]:

@@ -245,17 +245,8 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_BACKENDS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "seed",
-    "stop",
-    "stop_at",
-    "progress",
-    "indent",
-    "predict_ms",
-)
+SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
+PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -342,7 +333,7 @@ TAIL_CHARS = 1024  # of the text before the cursor: with as many equal, two curs
 MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
 MAX_PREDICTED_CHARS = 2048
 # What must be equal in two requests for the answer to one to be the beginning of the answer to the other.
-ALIKE = ("mode", "suffix", "model", "language", "filename", "max_tokens", "stop", "temperature", "top_p", "seed")
+ALIKE = ("mode", "suffix", "model", "language", "filename", *SAMPLED_BY)
 
 
 def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
@@ -936,18 +927,16 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
 
 async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
     """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
-    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. An error, or the answer of an engine
-    that does not stream, may come in one piece. A text that the engine has ended is whole, whatever follows."""
+    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. A text that the
+    engine has ended is whole, whatever follows."""
     now = asyncio.get_running_loop().time
     events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
     spoke = lived = now()  # when the client got something for the last time, when the engine got on
-    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS, JSON):
+    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS):
         if now() - lived > READING_SECONDS:
             raise BackendFailure("it did not answer in time")
         yield "idle", None
-    is_whole, whole = answer.kind == JSON, bytearray()
-    if not is_whole:
-        yield "begun", None
+    yield "begun", None
     while not translator.done:
         payload = None
         try:
@@ -958,20 +947,11 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
         except BackendFailure:
             if not translator.reason:
                 raise
-        if is_whole:
-            whole += payload or b""
-            if len(whole) > MAX_JSON_BYTES:
-                raise BackendFailure("its answer is too long")
-            block = b"data: " + b" ".join(whole.splitlines()) + b"\n\n" if payload == b"" else b""
-        else:  # some engines forget the blank line behind their last event
-            block = events.feed(b"\n\n" if payload == b"" else payload or b"")
+        # Some engines forget the blank line behind their last event.
+        block = events.feed(b"\n\n" if payload == b"" else payload or b"")
         for pair in translator.feed(block, now()):
-            if is_whole:
-                yield "begun", None
             spoke = now()
             yield pair
-        if is_whole and block and translator.heard:
-            translator.reason = translator.reason or "stop"
         if translator.reason:
             ended = ended or now()
         elif translator.life != life:

@@ -614,7 +614,12 @@ def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], pa
 @pytest.mark.parametrize(
     ("script", "status", "part", "counted"),
     [
-        ([answer(200, {"error": {"message": "boom"}})], 503, "(it reported an error)", True),
+        (
+            [answer(200, {"error": {"message": "boom"}})],
+            503,
+            "(its answer is not of the type that was asked for)",
+            True,
+        ),
         ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], 503, "(it reported an error)", True),
         ([CHUNKED, b"0\r\n\r\n"], 503, "answered nothing", False),
         ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "answered nothing", False),
@@ -668,27 +673,6 @@ def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
             assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
             assert part in error["message"]
             assert len(backend.completions) == 1
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("reason", ["stop", None])
-def test_an_engine_that_does_not_stream(reason: str | None) -> None:
-    """Its answer in one piece is whole, even without a reason. After a failure elsewhere it names its own model."""
-
-    async def scenario() -> None:
-        choice = {"index": 0, "text": "1 + 2", "finish_reason": reason}
-        whole = answer(200, {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 4}})
-        broken = answer(200, {"models": [{"id": "qwen_1_5b", "n_ctx": 4096}]})
-        async with (
-            Backend([[CHUNKED, RESET]], models=broken) as first,
-            Backend([[whole]], models=LISTED) as backend,
-            pi_for(backend_at(first.port, "first"), engine(backend.port)) as pi,
-        ):
-            reply = await pi.ask("POST", "/v1/completions", {"prompt": "# language: python\nx ="})
-            assert reply.json["choices"][0]["text"] == "1 + 2"
-            assert reply.json["model"] == "qwen_0_5b"
-            assert reply.json["usage"]["total_tokens"] == 7
 
     run(scenario())
 
