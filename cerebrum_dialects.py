@@ -664,9 +664,7 @@ def members_of(value: Any) -> Mapping[str, Any]:
 
 
 def text_of(value: Any) -> str:
-    """A text, which may come in parts."""
-    parts = [part.get("text") for part in value if isinstance(part, dict)] if isinstance(value, list) else [value]
-    return "".join(part for part in parts if isinstance(part, str))
+    return value if isinstance(value, str) else ""
 
 
 REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
@@ -674,11 +672,7 @@ REASONS = {"length": "length", "limit": "length", "content_filter": "length", "e
 
 def read_reason(value: Any) -> str | None:
     """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is not whole."""
-    if isinstance(value, dict):  # SGLang, formerly
-        value = value.get("type")
-    if not value:
-        return None
-    return REASONS.get(value, "stop") if isinstance(value, str) else "stop"
+    return REASONS.get(value, "stop") if isinstance(value, str) and value else None
 
 
 MILLISECONDS = Field(float, 0, 10**12)
@@ -715,10 +709,9 @@ def read_progress(members: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The first of an event's choices; empty where it has none, as an event with `usage` alone."""
+    """The one choice of an event; empty where it has none, as an event with `usage` alone."""
     choices = members.get("choices")
-    listed = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-    return next((choice for choice in listed if not choice.get("index")), {})
+    return members_of(choices[0]) if isinstance(choices, list) and choices else {}
 
 
 def read_text_event(members: Mapping[str, Any]) -> Piece:
@@ -736,11 +729,8 @@ def read_chat_event(members: Mapping[str, Any]) -> Piece:
 
 
 def read_llama_event(members: Mapping[str, Any]) -> Piece:
-    """An event of llama-server's own calls. Older ones have no `stop_type`, but a flag for each reason."""
-    reason = None
-    if members.get("stop") is True:
-        limited = members.get("stopped_limit") is True
-        reason = "length" if limited else read_reason(members.get("stop_type")) or "stop"
+    """An event of llama-server's own calls."""
+    reason = read_reason(members.get("stop_type")) or "stop" if members.get("stop") is True else None
     return Piece(text_of(members.get("content")), reason)
 
 

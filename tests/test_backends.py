@@ -364,15 +364,6 @@ STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
     "a mark of the bytes' order": (
         OPENAI_TEXT, {}, b"\xef\xbb\xbf" + text_chunk("1", "stop"), "1", {"finish_reason": "stop", "total_tokens": 1}
     ),
-    "a second choice": (
-        OPENAI_TEXT, {}, data({"choices": [{"index": 1, "text": "X"}]}) + data({"choices": [
-            {"index": 1, "text": "Y", "finish_reason": "stop"}, {"index": 0, "text": "1"}]}) + text_chunk("2", "stop"),
-        "12", {"finish_reason": "stop", "total_tokens": 2},
-    ),
-    "a reason that is an object": (
-        OPENAI_TEXT, {}, text_chunk("1") + text_chunk("", {"type": "length", "length": 1}), "1",  # type: ignore[arg-type]
-        {"finish_reason": "length", "total_tokens": 1},
-    ),
     "an empty count behind the real one": (
         OPENAI_TEXT, {}, text_chunk("1", "stop") + USAGE + data({"choices": [], "usage": None}) + END, "1",
         {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
@@ -380,11 +371,6 @@ STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
     "numbers that nobody can count": (
         COMPLETION, {}, llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}) + data(LAST), "1",
         {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2},
-    ),
-    "a text in parts": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
-        chat_chunk("stop", content=[{"type": "text", "text": "H"}, {"type": "text", "text": "i"}, 7]), "Hi",
-        {"finish_reason": "stop", "total_tokens": 1},
     ),
     "no text at all": (OPENAI_TEXT, {}, text_chunk("", "stop") + END, "", {"finish_reason": "stop", "total_tokens": 0}),
     "the natural end": (
@@ -446,10 +432,6 @@ STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
     "llama-server at its limit": (
         COMPLETION, {}, llama_chunk("1", 1) + data(LAST | {"stop_type": "limit"}), "1",
         {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 2},
-    ),
-    "llama-server, formerly": (
-        COMPLETION, {}, llama_chunk("1", 1) + data({"content": "", "stop": True, "stopped_limit": True}), "1",
-        {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 1},
     ),
     "llama-server before its end": (
         COMPLETION, {"prompt": "def add(a, b):\n", "language": "python"},
