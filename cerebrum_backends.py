@@ -49,7 +49,6 @@ from cerebrum_dialects import (
     MAX_N_CTX,
     MAX_TOKENS,
     Dialect,
-    error_in,
     is_length,
     members_of,
     read_counts,
@@ -242,8 +241,7 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
 def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     """The same for another engine, whose own words a client does not get: they may tell a path or a key. The error for
     a prompt that is too long has the members of vpsd's, so that the prompt is fitted again."""
-    members = parse_leniently(body) or {}
-    error = error_in(members) or members.get("detail")
+    error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
         return Misfit(
             f"VPS backend refuses our key: expected the right one in {key_env or 'a variable that key_env names'}"
@@ -261,17 +259,13 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
 
 
-BOM = b"\xef\xbb\xbf"
-
-
 def parse_leniently(data: bytes) -> dict[str, Any] | None:
-    """The JSON object of an engine, None if it is not one. An array counts as the `data` of one. Bytes that are not
-    UTF-8 become lone surrogates, since an engine may cut its text inside a character."""
+    """The JSON object of an engine, None if it is not one. Bytes that are not UTF-8 become lone surrogates, since an
+    engine may cut its text inside a character."""
     try:
-        value = json.loads(data.removeprefix(BOM).decode("utf-8", "surrogateescape"))
+        value = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return None
-    value = {"data": value} if isinstance(value, list) else value
     return value if isinstance(value, dict) else None
 
 
@@ -425,6 +419,7 @@ TOKEN = (
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
 
+BOM = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
 
 
@@ -617,18 +612,17 @@ class Translator:
         return self._done(self.reason)
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
-        data = data_of(event) or (event if event.startswith(b"{") else b"")  # an error without the stream's form
+        data = data_of(event)
         if data.strip() == DONE:
             yield self.end()
             return
-        failed = event.startswith((b"event: error\n", b"event:error\n", b"error:"))  # the last: llama-server, formerly
-        if not data and not failed:
+        if not data:
             return
-        members = parse_leniently(data or b"{}")
+        members = parse_leniently(data)
         if members is None:
             raise BackendFailure("it sent an event that is not JSON")
-        if (error := error_in(members)) or failed:
-            if not self.tokens and (told := read_overflow(error or members)) is not None:
+        if error := members.get("error"):
+            if not self.tokens and (told := read_overflow(error)) is not None:
                 raise TooLong(LONG_PROMPT, told)
             raise BackendFailure("it reported an error")
         if any(members.get(name) is not None for name in COUNTS):

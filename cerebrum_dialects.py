@@ -766,11 +766,6 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_ctx": n_ctx} if is_context(n_ctx) else {}
 
 
-def error_in(members: Mapping[str, Any]) -> Any:
-    """An engine's error: an object or a text; None if there is none. Some send it with status 200, or as an event."""
-    return members.get("error") or (members if members.get("object") == "error" else None)
-
-
 TOO_LONG = "context_length_exceeded"  # OpenAI's code
 # OpenAI's and vLLM's sentence. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is left out:
 # they count no further than to the first token that does not fit.

@@ -1,11 +1,10 @@
 """A program that answers as vLLM's OpenAI server does by its documentation, without a model: what it writes is fixed.
 
-    python tests/scripted_vllm.py PORT KEY MODEL CONTEXT [--flat]
+    python tests/scripted_vllm.py PORT KEY MODEL CONTEXT
 
 A text has a token for each word, space or line end; the prompt counts one for each four characters. The head of a
-stream comes after a pause, and then a token every few milliseconds. With `--flat` errors have the form of vLLM before
-0.10: their members are not inside `error`, and tokens are counted to the prompt's end. Each request's body is printed
-as `asked JSON`, and its end as `ended N` after N tokens, as `left N` if the client has left, or as `refused STATUS`.
+stream comes after a pause, and then a token every few milliseconds. Each request's body is printed as `asked JSON`, and
+its end as `ended N` after N tokens, as `left N` if the client has left, or as `refused STATUS`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     key = model = ""
     context = 0
-    flat = False
 
     def log_message(self, format: str, *_: Any) -> None:
         pass
@@ -108,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             error = {"message": refusal.message, "type": refusal.type, "param": None, "code": refusal.status}
             say(f"refused {refusal.status}")
-            self.send_json(refusal.status, {"object": "error", **error} if self.flat else {"error": error})
+            self.send_json(refusal.status, {"error": error})
 
     def check(self, asked: dict[str, Any], prompt: str, limit: int) -> int:
         """The number of the prompt's tokens; Refusal if the request cannot be served."""
@@ -120,9 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"max_tokens must be at least 1, got {limit}.", "BadRequestError")
         counted = count(prompt)
         if counted + limit > self.context:
-            said = f"{counted + limit} tokens ({counted} in the messages, {limit} in the completion)"
-            if not self.flat:
-                said = f"{limit} output tokens and a prompt of at least {self.context - limit + 1} input tokens"
+            said = f"{limit} output tokens and a prompt of at least {self.context - limit + 1} input tokens"
             sentence = f"This model's maximum context length is {self.context} tokens. However, you requested {said}."
             raise Refusal(400, sentence, "BadRequestError")
         return counted
@@ -198,8 +194,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
 
 
-def main(port: str, key: str, model: str, context: str, flat: str = "") -> None:
-    Handler.key, Handler.model, Handler.context, Handler.flat = key, model, int(context), bool(flat)
+def main(port: str, key: str, model: str, context: str) -> None:
+    Handler.key, Handler.model, Handler.context = key, model, int(context)
     server = ThreadingHTTPServer(("127.0.0.1", int(port)), Handler)
     say(f"listening on http://127.0.0.1:{server.server_port}")
     server.serve_forever()

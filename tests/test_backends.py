@@ -475,14 +475,10 @@ def test_a_stream_of_an_engine(name: str, cut: int) -> None:
         (text_chunk("1") + END, "it ended without saying that it is done"),  # llama_cpp.server, cut by another request
         (data({"error": {"message": "boom at /srv/x.py", "code": 500}}), "it reported an error"),
         (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
-        (data({"object": "error", "message": "boom"}), "it reported an error"),
-        (b"error: {}\n\n", "it reported an error"),
         (text_chunk("1", "abort"), "it gave up"),
         (text_chunk("", "error"), "it gave up"),
         (b"data: {oops\n\n", "it sent an event that is not JSON"),
         (b"data: 1\n\n", "it sent an event that is not JSON"),
-        (b'event: error\ndata: {"message": "boom"}\n\n', "it reported an error"),
-        (b'{"error": {"message": "boom"}}\n\n', "it reported an error"),
         (b"data: " + b"[" * 100_000 + b"\n\n", "it sent an event that is not JSON"),
     ],
 )
@@ -862,15 +858,9 @@ def test_an_impossible_count_teaches_nothing() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    "listed",
-    [
-        b'[{"id": "qwen_0_5b"}]',
-        b'\xef\xbb\xbf{"data": [{"id": "qwen_0_5b"}]}',
-        b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}',
-    ],
-)
-def test_a_list_that_is_not_strict(listed: bytes) -> None:
+def test_a_list_that_is_not_strict() -> None:
+    listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
+
     async def scenario() -> None:
         whole = (
             head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
