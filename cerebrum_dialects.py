@@ -407,56 +407,42 @@ class Reply:
 class OpenAIReply(Reply):
     """What OpenAI's two calls have in common: {"id", "object", "created", "model", "choices": [{…}]}."""
 
-    prefix = "cmpl"
-    whole_object = chunk_object = "text_completion"
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def frame(self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
         head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.begun["model"]}
         filled = [{"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices]
         return {**head, "choices": filled, **more}
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """A choice's member with a piece of text."""
+    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+        """A choice's member: the whole text, a piece of it, or "" behind the last piece."""
         return {"text": text}
-
-    def message(self, text: str) -> dict[str, Any]:
-        """A choice's member with all of the text."""
-        return {"text": text}
-
-    def last(self) -> dict[str, Any]:
-        """A choice's member behind the last piece."""
-        return {"text": ""}
 
     def chunk(self, text: str) -> dict[str, Any]:
-        return self.frame(self.chunk_object, self.piece(text))
+        return self.frame(self.chunk_object, self.part(text))
 
     def end(self, result: Mapping[str, Any]) -> bytes:
-        last = sse(self.frame(self.chunk_object, self.last(), reason=finish_reason(result), **told(result)))
+        last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
         counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
         return last + counts + DONE
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         more = {"usage": usage(result), **told(result)}
-        return compact(self.frame(self.whole_object, self.message(text), reason=finish_reason(result), **more))
+        return compact(self.frame(self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more))
 
 
 class ChatReply(OpenAIReply):
     """chat.completion, and chat.completion.chunk."""
 
-    prefix = "chatcmpl"
-    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def begin(self) -> bytes:
         return sse(self.frame(self.chunk_object, {"delta": {"role": "assistant", "content": ""}}))
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def last(self) -> dict[str, Any]:
-        return {"delta": {}}
+    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+        if whole:
+            return {"message": {"role": "assistant", "content": text}}
+        return {"delta": {"content": text} if text else {}}
 
 
 class LlamaReply(Reply):
