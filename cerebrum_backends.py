@@ -26,7 +26,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from cerebrum_common import (
     parse_framing,
     parse_headers,
     parse_json,
+    read_table,
     sse_event,
 )
 from cerebrum_dialects import (
@@ -59,8 +60,6 @@ from cerebrum_dialects import (
 # --------------------------------------------------------------------------------------- configuration
 
 URL = re.compile(r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?")
-ID = re.compile(r"[A-Za-z0-9._\-]{1,40}")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 MAX_PLACES = 64  # of a backend
 
 
@@ -105,11 +104,6 @@ def parse_url(text: str, name: str) -> Endpoint:
     return Endpoint(host.strip("[]"), int(port or (443 if tls else 80)), authority, (prefix or "").rstrip("/"), tls)
 
 
-def read_key(environ: Environment, name: str) -> str:
-    """The key in this variable, the new one of two, "" if it is not set."""
-    return next(iter(environ.keys(name)), "")
-
-
 def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: int) -> tuple[BackendConfig, ...]:
     """`[[backends]]` of models.toml. ConfigError says which table is wrong and how."""
     backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
@@ -119,42 +113,33 @@ def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: i
         BackendConfig(
             id="vps",
             endpoint=parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL"),
-            key=read_key(environ, "CEREBRUM_API_KEY"),
+            key=environ.key("CEREBRUM_API_KEY"),
             key_env="CEREBRUM_API_KEY",
             max_concurrent=max_concurrent,
         ),
     )
 
 
+BACKEND = {
+    "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]{1,40}"),
+    "url": Field(str, required=True),
+    "api": Field(str, default="cerebrum", choices=("cerebrum", *APIS)),
+    "key_env": Field(str, default="", pattern="(?:[A-Za-z_][A-Za-z0-9_]{0,99})?"),
+    "ca_file": Field(str, default=""),
+    "infill": Field(str, default="fim", choices=("fim", "suffix")),
+    "max_concurrent": Field(int, 1, MAX_PLACES, 2),
+    "n_ctx": Field(int, 0, MAX_N_CTX, 0),
+}
+
+
 def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
-    kinds: dict[str, type] = dict.fromkeys(("id", "url", "api", "key_env", "ca_file", "infill"), str)
-    kinds |= dict.fromkeys(("max_concurrent", "n_ctx"), int)
-    for name, value in table.items():
-        if name not in kinds:
-            raise ConfigError(f"{where}: expected one of {', '.join(kinds)}, got {name!r}")
-        if type(value) is not kinds[name]:
-            raise ConfigError(f"{where}: expected {kinds[name].__name__} as {name!r}, got {value!r}")
-    given = {one.name: one.default for one in fields(BackendConfig) if one.name in kinds} | {"id": "", **table}
-    for name, valid, expected in (
-        ("id", ID.fullmatch(given["id"]), "up to 40 letters, digits, '.', '_' or '-'"),
-        ("api", given["api"] in ("cerebrum", *APIS), f"one of {', '.join(('cerebrum', *APIS))}"),
-        ("key_env", not given["key_env"] or VARIABLE.fullmatch(given["key_env"]), "the name of a variable"),
-        ("max_concurrent", given["max_concurrent"] in range(1, MAX_PLACES + 1), f"a number from 1 to {MAX_PLACES}"),
-        ("n_ctx", given["n_ctx"] in range(MAX_N_CTX + 1), f"a number of tokens up to {MAX_N_CTX}"),
-        ("ca_file", not given["ca_file"] or Path(given["ca_file"]).is_file(), "the path of a file"),
-        ("infill", given["infill"] in ("fim", "suffix"), "one of fim, suffix"),
-    ):
-        if not valid:
-            raise ConfigError(f"{where}: {name}: expected {expected}, got {given[name]!r}")
-    endpoint = parse_url(given.pop("url", ""), f"{where}: url")
+    given = read_table(table, where, BACKEND)
+    endpoint = parse_url(given.pop("url"), f"{where}: url")
     if given["api"] != "cerebrum":  # the addresses that these engines tell their users end in /v1 as often as not
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
-    if endpoint.tls < bool(given["ca_file"]):
-        raise ConfigError(f"{where}: ca_file: expected only beside a url with https")
-    key = read_key(environ, given["key_env"]) if given["key_env"] else ""
-    return BackendConfig(endpoint=endpoint, key=key, **given)
+    if given["ca_file"] and not (endpoint.tls and Path(given["ca_file"]).is_file()):
+        raise ConfigError(f"{where}: ca_file: expected a file, and a url with https, got {given['ca_file']!r}")
+    return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
 
 
 # ------------------------------------------------------------------------------------------- refusals

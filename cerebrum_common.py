@@ -496,15 +496,17 @@ def describe(value: Any) -> str:
         return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
-    return f"{kinds[type(value)]} {json.dumps(value)}"
+    return (
+        f"{kinds[type(value)]} {json.dumps(value)}" if type(value) in kinds else f"a {type(value).__name__}"
+    )  # TOML's
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
 
-    The range counts the characters of a string and the items of a list. `choices` are the only values of a string. A
-    list field also accepts one string alone.
+    The range counts the characters of a string and the items of a list. A string, or each item of a list, is one of
+    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone.
     """
 
     kind: type
@@ -514,11 +516,14 @@ class Field:
     required: bool = False
     choices: tuple[str, ...] = ()
     above_low: bool = False  # the range is open at its lower end
+    pattern: str = ""
 
     def expected(self) -> str:
         """The expectation in words: "an integer from 1 to 2048"."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.pattern:
+            return f"{'strings' if self.kind is list else 'a string'} of the form {self.pattern}"
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
         noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
@@ -534,11 +539,16 @@ class Field:
             return isinstance(value, bool)
         if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else self.kind):
             return False
-        if isinstance(value, list) and not all(isinstance(item, str) and item for item in value):
-            return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
-        return inside and size <= self.high and (not self.choices or value in self.choices)
+        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        return bool(inside and size <= self.high and all(map(self._allows, texts)))
+
+    def _allows(self, text: Any) -> bool:
+        """Whether this is a string, or an item of a list, that the field takes."""
+        if not isinstance(text, str) or (self.choices and text not in self.choices):
+            return False
+        return bool(re.fullmatch(self.pattern, text)) if self.pattern else self.kind is str or text != ""
 
 
 def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -580,6 +590,18 @@ def read_objects(
         except HttpError as error:
             raise HttpError("INVALID_REQUEST", f"{name}[{number}].{error.message}") from None
     return entries
+
+
+def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
+    """The checked members of a TOML table, which may have only these and `others`. ConfigError says what is wrong."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table, got {table!r}")
+    for name in sorted(table.keys() - {*fields, *others}):
+        raise ConfigError(f"{where}: expected one of {', '.join((*fields, *others))}, got {name!r}")
+    try:
+        return read_fields(table, fields)
+    except HttpError as error:
+        raise ConfigError(f"{where}: {error.message}") from None
 
 
 # --------------------------------------------------------------------------------------- pure: responses
@@ -1267,6 +1289,10 @@ class Environment:
             raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
         return keys
 
+    def key(self, name: str) -> str:
+        """The key to send: the new one of two, "" if there is none."""
+        return next(iter(self.keys(name)), "")
+
     def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
         """Log which of these variables, which only a start uses, a newer reading has changed."""
         if changed := [name for name in names if self.text(name) != new.text(name)]:
@@ -1387,76 +1413,47 @@ class Catalog:
 
 
 MODES = ("complete", "infill", "instruct")
-LANGUAGE_NAME = re.compile(r"[A-Za-z0-9+#._\-]{1,40}")
+MODEL = {
+    "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]+"),
+    **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
+    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # it is joined to a folder
+    "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
+    "size": Field(int, default=0),
+    "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
+    "aliases": Field(list, default=[]),
+    "fim": Field(list, 3, 3, []),
+}
 
 
 def load_catalog(path: Path) -> Catalog:
-    """models.toml, checked. ValueError says which entry is wrong and how."""
+    """models.toml, checked. ConfigError says which entry is wrong and how."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    entries = table.get("models")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected at least one [[models]]")
-    try:
-        models = tuple(_read_model(entry, number) for number, entry in enumerate(entries, 1))
-        prefer = _read_preferences(table.get("prefer", {}), [model.id for model in models])
-        backends = table.get("backends", [])
+        entries, backends = table.get("models"), table.get("backends", [])
+        if not isinstance(entries, list) or not entries:
+            raise ConfigError("expected at least one [[models]]")
+        models = tuple(_read_model(entry, f"model {number}") for number, entry in enumerate(entries, 1))
+        wanted = Field(list, default=[], choices=tuple(model.id for model in models))
+        prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
         if not isinstance(backends, list):
-            raise ValueError(f"backends: expected [[backends]], got {backends!r}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    names = [name for model in models for name in (model.id, *model.aliases)]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{path}: expected every id and alias once")
-    return Catalog(models, prefer, tuple(backends))
+            raise ConfigError(f"backends: expected [[backends]], got {backends!r}")
+        names = [name for model in models for name in (model.id, *model.aliases)]
+        if len(set(names)) != len(names):
+            raise ConfigError("expected every id and alias once")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
 
 
-def _read_preferences(table: Any, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    if not isinstance(table, dict):
-        raise ValueError(f"prefer: expected a table, got {table!r}")
-    for mode, wanted in table.items():
-        if mode not in MODES:
-            raise ValueError(f"prefer: expected one of {', '.join(MODES)}, got {mode!r}")
-        if not isinstance(wanted, list) or (strange := [id for id in wanted if id not in ids]):
-            got = strange if isinstance(wanted, list) else wanted
-            raise ValueError(f"prefer: expected a list of ids among {', '.join(ids)} as {mode!r}, got {got!r}")
-    return {mode: tuple(wanted) for mode, wanted in table.items()}
-
-
-def _read_model(entry: Any, number: int) -> Model:
-    required: dict[str, type] = dict.fromkeys(("id", "name", "parameters", "quantization", "file"), str)
-    kinds = required | {"languages": list, "sha256": str, "size": int, "sources": list, "aliases": list, "fim": list}
-    if not isinstance(entry, dict):
-        raise ValueError(f"model {number}: expected a table, got {entry!r}")
-    if entry.get("aliases"):
-        del required["file"]
-    for name, kind in kinds.items():
-        if not isinstance(entry.get(name, kind()), kind) or (name in required and not entry.get(name)):
-            raise ValueError(f"model {number}: expected {kind.__name__} as {name!r}, got {entry.get(name)!r}")
-    given: dict[str, Any] = {
-        name: tuple(entry[name]) if kinds[name] is list else entry[name] for name in kinds if name in entry
-    }
-    model = Model(**{"languages": (), **given})
-    for name, value, pattern in (
-        ("id", model.id, r"[A-Za-z0-9._\-]+"),
-        ("file", model.file, r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # a name, no path: it is joined to a folder
-        ("sha256", model.sha256, r"(?:[0-9a-f]{64})?"),
-    ):
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"model {number}: expected {name!r} of the form {pattern}, got {value!r}")
-    for language in model.languages:
-        if not isinstance(language, str) or not LANGUAGE_NAME.fullmatch(language):
-            raise ValueError(f"model {number}: expected names of languages like 'cpp', got {language!r}")
-    if not all(isinstance(source, dict) for source in model.sources):
-        raise ValueError(f"model {number}: expected tables as 'sources'")
-    for name, texts in (("aliases", model.aliases), ("fim", model.fim)):
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"model {number}: expected strings as {name!r}, got {texts!r}")
-    if len(model.fim) not in (0, 3):
-        raise ValueError(f"model {number}: expected three marks as 'fim', got {len(model.fim)}")
-    return model
+def _read_model(entry: Any, where: str) -> Model:
+    given = read_table(entry, where, MODEL, "sources")
+    if not given["file"] and not given["aliases"]:
+        raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
+    given["sources"] = entry.get("sources", [])
+    if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
+        raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
+    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+    return Model(**values)
 
 
 def served_languages(models: Iterable[Model]) -> list[str]:

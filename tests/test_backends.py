@@ -41,6 +41,7 @@ def test_the_examples_of_the_module_are_true() -> None:
 
 # ------------------------------------------------------------------------------------------------ the table
 
+FORM = r"[A-Za-z0-9._\-]{1,40}"
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
 
 
@@ -67,21 +68,21 @@ def test_without_a_table_there_is_the_vps_of_the_environment() -> None:
     ("table", "message"),
     [
         (7, "backend 1: expected a table, got 7"),
-        ({}, "backend 1: id: expected up to 40 letters, digits, '.', '_' or '-', got ''"),
-        ({"id": "a b"}, "backend 1: id: expected up to 40 letters, digits, '.', '_' or '-', got 'a b'"),
-        ({"id": 1}, "backend 1: expected str as 'id', got 1"),
-        ({"id": "a"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got ''"),
+        ({}, f"backend 1: id: expected a string of the form {FORM}, got nothing"),
+        ({"id": "a b"}, f"backend 1: id: expected a string of the form {FORM}, got a string of 3 characters"),
+        ({"id": 1}, f"backend 1: id: expected a string of the form {FORM}, got the number 1"),
+        ({"id": "a"}, "backend 1: url: expected a string, got nothing"),
         (ATTIC | {"url": "ftp://x"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got 'ftp://x'"),
-        (ATTIC | {"api": "vllm"}, "backend 1: api: expected one of cerebrum, llama.cpp, openai, got 'vllm'"),
-        (ATTIC | {"key_env": "A B"}, "backend 1: key_env: expected the name of a variable, got 'A B'"),
-        (ATTIC | {"max_concurrent": 0}, "backend 1: max_concurrent: expected a number from 1 to 64, got 0"),
-        (ATTIC | {"max_concurrent": True}, "backend 1: expected int as 'max_concurrent', got True"),
+        (ATTIC | {"api": "vllm"}, 'backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "vllm"'),
+        (ATTIC | {"key_env": "A B"}, "backend 1: key_env: expected a string of the form "
+                                     "(?:[A-Za-z_][A-Za-z0-9_]{0,99})?, got a string of 3 characters"),
+        (ATTIC | {"n_ctx": True}, "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
         (ATTIC | {"max_concurent": 2}, "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
                                        "max_concurrent, n_ctx, got 'max_concurent'"),
-        (ATTIC | {"n_ctx": -1}, "backend 1: n_ctx: expected a number of tokens up to 10000000, got -1"),
-        (ATTIC | {"infill": "both"}, "backend 1: infill: expected one of fim, suffix, got 'both'"),
-        (ATTIC | {"ca_file": "/nowhere.pem"}, "backend 1: ca_file: expected the path of a file, got '/nowhere.pem'"),
-        (ATTIC | {"ca_file": __file__}, "backend 1: ca_file: expected only beside a url with https"),
+        (ATTIC | {"infill": "both"}, 'backend 1: infill: expected one of fim, suffix, got the string "both"'),
+        (ATTIC | {"url": "https://a", "ca_file": "/nowhere.pem"},
+         "backend 1: ca_file: expected a file, and a url with https, got '/nowhere.pem'"),
+        (ATTIC | {"ca_file": __file__}, f"backend 1: ca_file: expected a file, and a url with https, got {__file__!r}"),
     ],
 )  # fmt: skip
 def test_a_bad_table(table: Any, message: str) -> None:
@@ -124,23 +125,6 @@ def test_a_model_that_other_engines_have_needs_no_file(tmp_path: Path) -> None:
     path.write_text(CATALOG)
     (model,) = load_catalog(path).models
     assert (model.file, model.aliases, model.fim) == ("", ("org/Big",), FIM)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ('aliases = ["a", 1]', "model 1: expected strings as 'aliases', got ('a', 1)"),
-        ('aliases = "a"', "model 1: expected list as 'aliases', got 'a'"),
-        ('fim = ["a", "b"]\naliases = ["a"]', "model 1: expected three marks as 'fim', got 2"),
-        ("", "model 1: expected str as 'file', got None"),
-    ],
-)
-def test_a_bad_model(tmp_path: Path, more: str, message: str) -> None:
-    path = tmp_path / "models.toml"
-    path.write_text(CATALOG.split("aliases")[0] + more)
-    with pytest.raises(ValueError, match="model 1: ") as caught:
-        load_catalog(path)
-    assert str(caught.value) == f"{path}: {message}"
 
 
 MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
