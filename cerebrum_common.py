@@ -369,26 +369,11 @@ class ChunkedDecoder:
                 self._left -= len(piece)
                 if self._left:
                     break
-            elif self._step is ChunkedDecoder._size:
-                position = self._whole_chunks(buffer, position, pieces)
             end = self._step(self, buffer, position)
             if end is None:
                 break
             position = end
         self._held = buffer[position:]
-
-    def _whole_chunks(self, buffer: bytes, at: int, pieces: list[bytes]) -> int:
-        """Take the whole and exact chunks, nearly all of a stream, 3 times as fast as step by step."""
-        total = self._total
-        while match := CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES):
-            start, size = match.end(), int(match[1], 16)
-            end = start + size
-            total += size + len(match[2])
-            if not size or buffer[end : end + 2] != b"\r\n" or (self._limit is not None and total > self._limit):
-                break
-            pieces.append(buffer[start:end])
-            at, self._total = end + 2, total
-        return at
 
     # Each step takes one element of the grammar (RFC 9112 section 7.1) and returns its end, or None for want of bytes.
 
