@@ -303,9 +303,8 @@ def read_chat(members: Mapping[str, Any]) -> Asked:
     """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, OPENAI_FIELDS)
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if members.get(tools, []) != [] and members.get(choice) != "none":
-            raise wrong(tools, f'nothing, or {choice} "none"', members[tools])
+    if members.get("tools", []) != [] and members.get("tool_choice") != "none":
+        raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
     fields = read_sampling(read, members, temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return Asked("chat", fields, read["stream"], wants_usage(members))

@@ -126,16 +126,16 @@ def accepted(fields: Mapping[str, Field], names: str) -> Schema:
     return object_of(fields, nullable=True, **{name: MEMBERS[name] for name in names.split()})
 
 
-NO_TOOLS = [  # or none that may be called; see `read_chat`
-    any_of({"properties": {tools: {"enum": [[], None]}}}, {"properties": {no: {"const": "none"}}, "required": [no]})
-    for tools, no in (("tools", "tool_choice"), ("functions", "function_call"))
-]
+NO_TOOLS = any_of(  # or none that may be called; see `read_chat`
+    {"properties": {"tools": {"enum": [[], None]}}},
+    {"properties": {"tool_choice": {"const": "none"}}, "required": ["tool_choice"]},
+)
 TEXT, CHAT = {"prompt": "def add(a, b):\n    return "}, {"messages": [{"role": "user", "content": "Write a stack."}]}
 GAP = {"input_prefix": "def add(a, b):\n", "prompt": "    return ", "input_suffix": "\n", "stop": ["\n\n"]}
 REQUESTS: dict[Dialect, tuple[str, Schema, dict[str, Any]]] = {  # a name, what is accepted, and an example
     dialects.OPENAI_TEXT: ("OpenAIText", accepted(dialects.TEXT_FIELDS, "prompt stop stream_options"), TEXT),
     dialects.OPENAI_CHAT: ("OpenAIChat", accepted(dialects.OPENAI_FIELDS, "messages stop stream_options")
-                           | {"required": ["messages"], "allOf": NO_TOOLS}, CHAT),
+                           | {"required": ["messages"], **NO_TOOLS}, CHAT),
     dialects.COMPLETION: ("Llama", accepted(dialects.LLAMA_FIELDS, "prompt stop response_fields"), TEXT),
     dialects.INFILL: ("Infill", accepted(dialects.INFILL_FIELDS, "prompt stop response_fields input_extra"), GAP),
 }  # fmt: skip

@@ -60,7 +60,7 @@ DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 NULLED = [
     *("model", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "seed", "stop", "stream"),
     *("stream_options", "suffix", "filename", "input_prefix", "input_suffix", "input_extra", "cache_prompt"),
-    *("response_fields", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "tools", "functions", "unheard_of"),
+    *("response_fields", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "tools", "unheard_of"),
 ]
 
 
@@ -219,8 +219,6 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("chat", {"tools": []}, "chat", {}),
     ("chat", {"tools": [{"type": "function"}], "tool_choice": "none"}, "chat", {}),
     ("chat", {"tools": [], "tool_choice": "auto"}, "chat", {}),
-    ("chat", {"functions": []}, "chat", {}),
-    ("chat", {"functions": [{"name": "f"}], "function_call": "none"}, "chat", {}),
 ]
 
 
@@ -367,7 +365,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("chat", {"tools": [{}]}, 'tools: expected nothing, or tool_choice "none", got an array of 1'),
     ("chat", {"tools": {}, "tool_choice": {}}, 'tools: expected nothing, or tool_choice "none", got an object of 0'),
-    ("chat", {"functions": [{}]}, 'functions: expected nothing, or function_call "none", got an array of 1'),
     ("infill", {"input_extra": {}}, "input_extra: expected an array of 0 to 256 objects, got an object of 0"),
     ("infill", {"input_extra": [{}] * 257}, "input_extra: expected an array of 0 to 256 objects, got an array of 257"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text: expected a string, got the number 1"),
