@@ -47,10 +47,10 @@ from cerebrum_common import (
 from cerebrum_dialects import (
     APIS,
     COUNTS,
+    LENGTH,
     MAX_N_CTX,
     MAX_TOKENS,
     Dialect,
-    is_length,
     members_of,
     read_counts,
     read_overflow,
@@ -195,7 +195,7 @@ def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
         return None
     message = CONTROLS.sub(" ", message)
     message = message.replace(key, "***") if key else message  # before the cut, which could leave half of the key
-    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if is_length(members.get(name))}
+    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
     return message[:MAX_MESSAGE_CHARACTERS], code, more
 
 
@@ -348,7 +348,7 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- models
 
 TOLD = {
-    "n_ctx": Field(int, 1, MAX_N_CTX),
+    "n_ctx": LENGTH,
     "loaded": Field(bool),
     "encoding": Field(str, 1, 100),
     "memory_mb": Field(float, 0, 10**9),

@@ -30,7 +30,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
 
@@ -97,20 +97,15 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
 LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
 
 
-def present(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The members without those that are null, at every depth. Some languages' JSON writes the number 16 as 16.0, and
-    an editor may cut an emoji in half, which becomes U+FFFD."""
-    return {name: meant(value) for name, value in members.items() if value is not None}
-
-
-def meant(value: Any) -> Any:
-    """A member's value, as `present` takes it."""
+def present(value: Any) -> Any:
+    """A JSON value without the members that are null, at every depth. Some languages' JSON writes 16 as 16.0, and an
+    editor may cut an emoji in half, which becomes U+FFFD."""
+    if isinstance(value, dict):
+        return {name: present(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [present(one) for one in value]
     if isinstance(value, str):
         return LONE.sub("\ufffd", value)
-    if isinstance(value, dict):
-        return present(value)
-    if isinstance(value, list):
-        return [meant(entry) for entry in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -554,7 +549,8 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ asking other engines
 
-MIN_N_CTX, MAX_N_CTX = 128, 10**7  # tokens; nobody runs a model with less, and the longest contexts have a million
+MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
+LENGTH, N_CTX = Field(int, 1, MAX_N_CTX), Field(int, 128, MAX_N_CTX)  # of a prompt and of a context, in tokens
 OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
 LLAMA_MORE = {"timings_per_token": True, "return_progress": True}  # counts even if we hang up, and signs of life
 # The last event would have the whole prompt as well, and may then be longer than we take.
@@ -719,16 +715,6 @@ def read_llama_event(members: Mapping[str, Any]) -> Piece:
     return Piece(text_of(members.get("content")), reason)
 
 
-def is_length(value: Any) -> TypeGuard[int]:
-    """Whether this can be the number of tokens of a prompt."""
-    return type(value) is int and 0 < value <= MAX_N_CTX
-
-
-def is_context(value: Any) -> TypeGuard[int]:
-    """Whether this can be the number of tokens of a context."""
-    return is_length(value) and value >= MIN_N_CTX
-
-
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The names in OpenAI's list of models (or a bare one), each with its `n_ctx` where the engine tells one.
 
@@ -740,7 +726,7 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
             lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]
-            n_ctx = next(filter(is_context, lengths), None)
+            n_ctx = next(filter(N_CTX.accepts, lengths), None)
             listed[entry["id"]] = {} if n_ctx is None else {"n_ctx": n_ctx}
     return listed
 
@@ -748,7 +734,7 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
     """`n_ctx`, of one slot, in llama-server's /props."""
     n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx", members.get("n_ctx"))
-    return {"n_ctx": n_ctx} if is_context(n_ctx) else {}
+    return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
 
 
 TOO_LONG = "context_length_exceeded"  # OpenAI's code
@@ -769,11 +755,11 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     sentence = OVERFLOW.search(text_of(told.get("message", error)))
     n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)
     lengths = {"n_ctx": told.get("n_ctx", n_ctx), "prompt_tokens": told.get("n_prompt_tokens", counted)}
-    if not is_context(lengths["n_ctx"]):
+    if not N_CTX.accepts(lengths["n_ctx"]):
         if TOO_LONG not in (told.get("code"), told.get("type")):
             return None
         del lengths["n_ctx"]
-    return {name: length for name, length in lengths.items() if is_length(length)}
+    return {name: length for name, length in lengths.items() if LENGTH.accepts(length)}
 
 
 # ---------------------------------------------------------------------------------------------- the dialects
