@@ -181,9 +181,8 @@ EXPLAINED = {
     " CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
-CONTROLS = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+"
-)  # what could act on a client's terminal
+# What could act on a client's terminal.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
 def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:

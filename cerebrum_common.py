@@ -869,14 +869,12 @@ class Exchange:
         self.connection, self.server = connection, server
         self.head: Head | None = None  # not read yet, or malformed
         self.keep = False
-        self.quiet = False
+        self.route: Route | None = None  # a route of its path, once it is known
         self.frame: Callable[[bytes], bytes] | None = None  # how events are sent; None until a stream begins
         self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
         self.verdict: HttpError | None = None  # why `end` cancelled that task
-        self.foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None  # of the route, once it is known
         self.notes: dict[str, Any] = {}  # of the request, for the log
         self.reason = ""  # of an error, for the log
-        self.path = OTHER_PATH  # of the route, once it is known
         self.ended = False  # it has its line in the log
         self.started = time.perf_counter()
 
@@ -907,7 +905,7 @@ class Exchange:
         """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = self.foreign_error and compact(self.foreign_error(error))
+        foreign = self.route and self.route.foreign_error and compact(self.route.foreign_error(error))
         if self.frame is None:
             return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
         self.keep = False
@@ -958,9 +956,9 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        self.server.answered[self.path, status] += 1
+        self.server.answered[self.route.path if self.route else OTHER_PATH, status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
-        level = logging.DEBUG if self.quiet and status < 400 else logging.INFO
+        level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         seconds = time.perf_counter() - self.started
         log.log(level, "%s %d %.2fs%s%s", what, status, seconds, notes, self.reason, extra={"is_request": True})
@@ -1117,20 +1115,12 @@ class Server:
                     await connection.read_body(head, discard)
                     exchange.keep = True
             return
-        exchange.quiet = route.quiet
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self._hold() as (body, hold):
             await connection.read_body(head, hold if route.json else discard)
-            request = Request(
-                head,
-                bytes(body),
-                parameter,
-                connection.address,
-                exchange.end,
-                exchange.notes,
-                self.answered,
-            )
+            notes, answered = exchange.notes, self.answered
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
             body.clear()
             await (self._watch if route.json else self._call)(exchange, route, request)
 
@@ -1158,8 +1148,7 @@ class Server:
         methods, parameter = self.routes.get(head.path, {}), ""
         if not methods and last:
             methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
-        exchange.foreign_error = next((route.foreign_error for route in methods.values()), None)
-        exchange.path = next((route.path for route in methods.values()), OTHER_PATH)
+        exchange.route = next(iter(methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
         if over and not public:
             raise too_busy()

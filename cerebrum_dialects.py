@@ -799,16 +799,9 @@ class Api:
     warms: bool = False  # reading a prompt ahead costs nothing
 
 
+LLAMA_CHAT = replace(OPENAI_CHAT, write=write_llama_chat)
 # An `openai` backend may be paid by the token, or count each request.
 APIS = {
-    "llama.cpp": Api(
-        COMPLETION,
-        INFILL,
-        replace(OPENAI_CHAT, write=write_llama_chat),
-        "/health",
-        props="/props",
-        tokenize="/tokenize",
-        warms=True,
-    ),
+    "llama.cpp": Api(COMPLETION, INFILL, LLAMA_CHAT, "/health", "/props", "/tokenize", warms=True),
     "openai": Api(OPENAI_TEXT, OPENAI_TEXT, OPENAI_CHAT, "/v1/models"),
 }
