@@ -86,6 +86,7 @@ REQUEST_LINES: list[Row] = [
     *((f"Host {value!r}", host(value), 400, C) for value in ("a b", "a#b", "a@b", "a/b", "", "u:p@localhost")),
     *((f"Host {v!r}", host(v), 400, C) for v in ("localhost:x", "localhost:99999", "localhost:-1", "[::1", "a,b")),
     *((f"Host {v!r}", host(v), 400, C) for v in (b"\xe4", "localhost:1:2", "local%68ost", "a\\b", "[::1%25lo]")),
+    *((f"Host {v!r}", host(v), 400, C) for v in (":80", "::1", "[::1]x", "localhost:000080", "localhost:+1")),
     *((f"Host {v!r}", host(v), 200, K) for v in ("LOCALHOST:80", "[::1]:9", "[::1]", "127.0.0.1:", "localhost:65535")),
     ("HTTP/1.0", get(version="HTTP/1.0"), 200, C),
     ("HTTP/1.0 without Host", lines("GET /health HTTP/1.0"), 200, C),
