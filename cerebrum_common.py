@@ -1329,11 +1329,9 @@ def _read_env(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
-        lines = []
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue

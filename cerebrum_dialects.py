@@ -65,11 +65,7 @@ LLAMA_FIELDS = SAMPLING | {
     "filename": NAME,
 }
 INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
-TOKENIZE = {
-    "content": TEXT,
-    "add_special": FLAG,
-    "parse_special": Field(bool, default=True),
-}
+TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
 EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -345,7 +341,6 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 # A native token event, as cm4d relays it. Its JSON string goes into other events as it is.
 TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 SLOT = "\x00"  # where that string goes; no id or name has this character
-MISSING = object()
 DONE = sse_block(b"[DONE]")
 
 
@@ -463,8 +458,8 @@ class LlamaReply(Reply):
         for path in self.asked.only:
             value: Any = answer
             for name in path.split("/"):
-                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
-            if value is not MISSING:
+                value = members_of(value).get(name)
+            if value is not None:
                 chosen[path] = value
         return chosen
 
@@ -615,11 +610,6 @@ def write_chat(wanted: Wanted) -> dict[str, Any]:
     messages = wanted.fields["messages"]
     begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
     return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
-
-
-def write_llama_chat(wanted: Wanted) -> dict[str, Any]:
-    """The same for llama-server."""
-    return write_chat(wanted) | LLAMA_MORE
 
 
 def write_llama(wanted: Wanted) -> dict[str, Any]:
@@ -799,7 +789,7 @@ class Api:
     warms: bool = False  # reading a prompt ahead costs nothing
 
 
-LLAMA_CHAT = replace(OPENAI_CHAT, write=write_llama_chat)
+LLAMA_CHAT = replace(OPENAI_CHAT, write=lambda wanted: write_chat(wanted) | LLAMA_MORE)
 # An `openai` backend may be paid by the token, or count each request.
 APIS = {
     "llama.cpp": Api(COMPLETION, INFILL, LLAMA_CHAT, "/health", "/props", "/tokenize", warms=True),
