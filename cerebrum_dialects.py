@@ -715,15 +715,14 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     entries = members.get("data")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]
-            n_ctx = next(filter(N_CTX.accepts, lengths), None)
-            listed[entry["id"]] = {} if n_ctx is None else {"n_ctx": n_ctx}
+            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang
+            listed[entry["id"]] = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
     return listed
 
 
 def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
     """`n_ctx`, of one slot, in llama-server's /props."""
-    n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx", members.get("n_ctx"))
+    n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx")
     return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
 
 

@@ -232,7 +232,7 @@ def test_how_engines_say_that_a_prompt_is_too_long(error: Any, told: tuple[int, 
     ("props", "told"),
     [
         ({"default_generation_settings": {"n_ctx": 512}, "n_ctx": 700}, {"n_ctx": 512}),
-        ({"default_generation_settings": 1, "n_ctx": 700}, {"n_ctx": 700}),
+        ({"default_generation_settings": 1, "n_ctx": 700}, {}),
         ({"default_generation_settings": {"n_ctx": True}}, {}),
         ({"default_generation_settings": {"n_ctx": 7}}, {}),
         ({}, {}),
