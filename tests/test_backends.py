@@ -753,7 +753,7 @@ def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.Mo
 
 def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.1)
+    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.5)
 
     async def scenario() -> None:
         async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
