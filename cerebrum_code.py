@@ -442,12 +442,10 @@ MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a 
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # vpsd takes a hundred messages
-MIN_REPEATED = 200  # characters: a shorter paragraph may be an idiom of its language, and dropping it saves nothing
 MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
 WORDS = re.compile(r"[^\W\d]\w{2,}")
-PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,20 +592,6 @@ def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
     return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
 
 
-def without_repeated(text: str, mark: str) -> str:
-    """The text without each paragraph that is repeated, word for word, nearer to its end."""
-    seen, out, end = set[str](), list[str](), len(text)
-    for start in reversed([0, *(match.end() for match in PARAGRAPH_END.finditer(text))]):
-        block = text[start:end].strip()
-        if len(block) < MIN_REPEATED or block not in seen:
-            out.append(text[start:end])
-        elif out[-1] is not mark:
-            out.append(mark)
-        seen.add(block)
-        end = start
-    return "".join(reversed(out))
-
-
 def fits(text: str, room: int) -> bool:
     return len(text) <= 3 * room and weigh(text) <= room
 
@@ -616,9 +600,6 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     """As much of `text` as weighs at most `room`, and a description as in `Fit.kept`. What fits stays unchanged."""
     if fits(text, room):
         return text, {"parts": ["all"]}
-    text = without_repeated(text, f"{language.remark(LEFT_OUT)}\n")
-    if fits(text, room):
-        return text, {"parts": ["all", "repeated once"]}
     source, share = Source(text, language), room
     while share > 600:
         fitted = Fit(source, share, about)

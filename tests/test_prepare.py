@@ -316,17 +316,6 @@ def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
     assert result.kept["parts"][-1] == "window"
 
 
-def test_repeated_blocks_go_once() -> None:
-    block = "def helper(a):\n" + "    a = a * a + 1  # once more\n" * 20
-    text = "import os\n\n" + "".join(f"{block}\nvalue_{n} = helper({n})\n\n" for n in range(40)) + "print("
-    prompt = prepared(text).body["prompt"]
-    assert prompt.count("def helper(a):") == 1
-    assert prompt.startswith("import os\n")
-    assert all(f"value_{n} = " in prompt for n in range(40))
-    assert "# ... lines left out\n" in prompt
-    assert prompt.endswith("print(")
-
-
 def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)[:1800]
     prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1500, 1800)]
