@@ -25,6 +25,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -332,6 +333,7 @@ CONTEXT_TOKENS = 2000  # read when settings are compared: what attention costs g
 AGREEMENT_TOKENS = 320  # the first of them, with little before them, are not counted
 AGREEMENT_SKIP = 64
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
+Variant = tuple[Path, Settings]
 
 
 @contextlib.contextmanager
@@ -342,12 +344,6 @@ def opened(path: Path, settings: Settings) -> Iterator[Llama]:
         yield model
     finally:
         model.close()
-
-
-@functools.cache
-def some_code() -> str:
-    """Text of the kind that users' prompts have: the end of this file."""
-    return Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]
 
 
 def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> float:
@@ -387,9 +383,10 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(min(reads) / len(tokens), times)
 
 
-def log_probabilities(model: Llama) -> Iterator[npt.NDArray[np.float32]]:
-    """For each position of some code the logarithms of the next token's probabilities, float32[vocabulary]."""
-    tokens, slot = model.tokenize(some_code(), True)[:AGREEMENT_TOKENS], Slot(0)
+def log_probabilities(model: Llama, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
+    """For each of the first `count` tokens but AGREEMENT_SKIP the logarithms of the next one's probabilities,
+    float32[vocabulary]."""
+    tokens, slot = model.tokenize(text, True)[:count], Slot(0)
     back_to(model, slot, 0)
     for start in range(0, len(tokens), OUTPUTS):
         chunk = tokens[start : start + OUTPUTS]
@@ -399,50 +396,29 @@ def log_probabilities(model: Llama) -> Iterator[npt.NDArray[np.float32]]:
             yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
 
 
-class Comparer:
-    """Collects what the published file says, then compares with it what the tuned one says."""
-
-    def __init__(self) -> None:
-        self.expected: list[npt.NDArray[np.float32]] = []
-        self.divergences: list[float] = []
-        self.same = 0
-
-    def visit(self, name: str, model: Llama) -> None:
-        """First the published model, then the tuned one."""
-        if name == "published":
-            self.expected = list(log_probabilities(model))
-            return
-        for expected, got in zip(self.expected, log_probabilities(model), strict=True):
-            self.divergences.append(float((np.exp(expected) * (expected - got)).sum()))
-            self.same += int(expected.argmax() == got.argmax())
-
-    def result(self) -> Agreement | None:
-        count = len(self.divergences)
-        return Agreement(sum(self.divergences) / count, self.same / count, count) if count else None
+def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> Agreement:
+    """Compare what two files say about the first `count` tokens of a text."""
+    divergences, same = [], 0
+    with opened(*published) as model:
+        expected = list(log_probabilities(model, text, count))
+    with opened(*tuned) as model:
+        for one, other in zip(expected, log_probabilities(model, text, count), strict=True):
+            divergences.append(float((np.exp(one) * (one - other)).sum()))
+            same += int(one.argmax() == other.argmax())
+    return Agreement(sum(divergences) / len(divergences), same / len(divergences), len(divergences))
 
 
 Report = Callable[[str, int, int], None]  # label, done, total
-Variant = tuple[Path, Settings]
 
 
-def compare(
-    variants: Mapping[Any, Variant],
-    read: int,
-    step: Callable[[], None],
-    visit: Callable[[Any, Llama], None] = lambda _name, _model: None,
-) -> dict[Any, Timing]:
-    """The best times of each variant, measured in turns, so that a slow minute affects all of them alike.
-
-    `visit` gets each variant's model once.
-    """
+def compare(variants: Mapping[Any, Variant], read: int, step: Callable[[], None]) -> dict[Any, Timing]:
+    """The best times of each variant, measured in turns, so that a slow minute affects all of them alike."""
     found: dict[Any, Timing] = {}
     for turn in range(TURNS):
         for name in list(variants)[:: -1 if turn % 2 else 1]:
             with opened(*variants[name]) as model:
                 timing = measure(model, read)
-                found[name] = found[name].best(timing) if name in found else timing
-                if turn == 0:
-                    visit(name, model)
+            found[name] = found[name].best(timing) if name in found else timing
             step()
     return found
 
@@ -613,18 +589,19 @@ class Tuner:
         variants = {"published": (self.file.path, self.settings)}
         if types or settings != self.settings:
             variants["tuned"] = (path if types else self.file.path, settings)
-        comparer = Comparer()
-        found = compare(variants, WHOLE_READ_TOKENS, self.step, comparer.visit if types else lambda _name, _model: None)
+        found = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        agreement = comparer.result()
         # Settings were chosen in a long context, where they pay. In this short one they must only do no harm.
         limit = found["published"].work * (1 - MIN_GAIN if types else 1)
-        better = "tuned" in found and found["tuned"].work <= limit
-        if agreement and agreement.divergence > MAX_DIVERGENCE and LOSSY not in types.values():
-            better = False
+        better, same = "tuned" in found and found["tuned"].work <= limit, None
+        if better and types:
+            code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # of the kind that users' prompts have
+            same = agreement(variants["published"], variants["tuned"], code)
+            most = math.inf if LOSSY in types.values() else MAX_DIVERGENCE
+            better = same.divergence <= most  # False for NaN
         if not better:
-            types, settings, size, agreement = {}, self.settings, self.size, None
+            types, settings, size, same = {}, self.settings, self.size, None
         passport = self.passport(types, settings)
         if not types:
             write_empty(path, {PASSPORT_KEY: passport.encode()})
@@ -635,7 +612,7 @@ class Tuner:
             settings=(self.settings, settings),
             file_bytes=(self.size, size),
             memory_bytes=(self.memory(self.size, self.settings), self.memory(size, settings)),
-            agreement=agreement,
+            agreement=same,
             fast=passport.fast,
         ), path
 
