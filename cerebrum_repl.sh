@@ -66,9 +66,6 @@ complain() {
 # Bash sets TERM to "dumb" if it is unset. Magenta reads equally well on black and on white.
 start_colours() {
 	[[ -t 1 && -z ${NO_COLOR-} && -n ${TERM-} && $TERM != dumb ]] || return 0
-	if command -v tput >/dev/null; then
-		[[ $(tput colors 2>/dev/null) -ge 8 ]] || return 0
-	fi
 	MODEL_INK=$'\e[35m' ADDED_INK=$'\e[32m' REMOVED_INK=$'\e[31m' PLAIN_INK=$'\e[m'
 }
 

@@ -1051,24 +1051,6 @@ def test_a_terminal_without_colours(
     assert shown == f"b[31m\r\n\r\n{summary}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
 
 
-@pytest.mark.parametrize(
-    ("says", "coloured"),
-    [("echo 256", True), ("echo 8", True), ("echo 7", False), ("echo -1", False), ("false", False)],
-)
-def test_tput_says_whether_the_terminal_has_colours(
-    terminal: Callable[..., Terminal], env: dict[str, str], backend: Backend, says: str, coloured: bool
-) -> None:
-    tput = Path(env["PATH"], "tput")
-    tput.write_text(f"#!{env['PATH']}/bash\n[[ $* == colors ]] && {says}\n")
-    tput.chmod(0o755)
-    backend.scripts.append(completion("x"))
-    screen = terminal(NO_COLOR="")
-    screen.expect(PROMPT)
-    screen.type("y\r")
-    screen.expect(ENTER)
-    assert screen.expect("\r\n[3 tokens") == (f"{MAGENTA}x{PLAIN}" if coloured else "x")
-
-
 def test_a_file_gets_no_colours(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
     """While stdin and stderr are a terminal."""
     out, path = tmp_path / "out", tmp_path / "x.py"
