@@ -113,6 +113,7 @@ def test_the_filter_prints_the_completion_byte_for_byte(env: dict[str, str], bac
     backend.scripts.append(completion(*AWKWARD))
     result = run(env, b"def f(\n", "-")
     assert (result.returncode, result.stdout, result.stderr) == (0, "".join(AWKWARD).encode(), b"")
+    assert "x-api-key" not in backend.asked[0][1]
 
 
 def test_raw_utf8_and_crlf_events_and_comments(env: dict[str, str], backend: Backend) -> None:
@@ -148,12 +149,6 @@ def test_the_request(env: dict[str, str], backend: Backend) -> None:
         "prompt": prompt, "mode": "auto", "language": "go", "model": "tiny",
         "max_tokens": 7, "temperature": 0.5, "progress": True,
     }  # fmt: skip
-
-
-def test_without_a_key_none_is_sent(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts.append(completion("x"))
-    assert run(env, b"x", "-").returncode == 0
-    assert "x-api-key" not in backend.asked[0][1]
 
 
 def test_the_key_is_on_no_command_line(env: dict[str, str], backend: Backend) -> None:
@@ -436,12 +431,6 @@ def test_last_and_save(env: dict[str, str], backend: Backend, tmp_path: Path) ->
     assert saved.read_text() == taken.read_text() == whole
 
 
-def test_an_answer_to_an_instruction_stands_alone(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts.append(completion("def f(): pass", mode="instruct"))
-    out, _ = converse(env, "write a function that does nothing", ":last")
-    assert out.endswith("block]\ndef f(): pass\n")
-
-
 # --------------------------------------------------------------------------------------------- files
 
 
@@ -459,28 +448,8 @@ def test_a_file_is_completed_at_its_end(env: dict[str, str], backend: Backend, t
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-NAMES = "x.py:python x.hpp:cpp X.MD:markdown Gemfile:ruby .bashrc:shell Dockerfile.dev:dockerfile x.txt:python c:python"
-
-
-@pytest.mark.parametrize("name", NAMES.split())
-def test_the_language_of_a_file(env: dict[str, str], backend: Backend, tmp_path: Path, name: str) -> None:
-    name, language = name.split(":")
-    path = tmp_path / name
-    path.write_text("x")
-    backend.scripts.append(completion("y"))
-    converse(env, f":file {path}")
-    assert backend.completions[0]["language"] == language
-
-
 LANGUAGE_OF = re.search(r"(?ms)^language_of\(\) \{$.*?^\}$", Path(REPL).read_text())
 assert LANGUAGE_OF
-
-
-def test_the_repl_and_the_server_know_the_same_names_of_files() -> None:
-    known = {name: set(row.split(" | ")) for row, name in re.findall(r"(?m)^\t\t(.+)\) echo (\w+) ;;$", LANGUAGE_OF[0])}
-    expected = {name: {*(f"*{end}" for end in one.endings), *one.filenames} for name, one in LANGUAGES.items()}
-    expected["dockerfile"] |= {"dockerfile.*", "containerfile.*"}
-    assert known == expected
 
 
 def test_the_repl_finds_the_language_as_the_server_does(env: dict[str, str]) -> None:
@@ -519,27 +488,6 @@ def test_a_gap_is_filled(
     assert body.get("filename") == ("x.py" if after else None)
     assert body["mode"] == ("infill" if after else "complete")
     assert path.read_bytes() == (before + "FILL" + after).encode()
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (":infill {path}", "expected :infill PATH:LINE, with lines counted from 1"),
-        (":infill {path}:0", "expected :infill PATH:LINE, with lines counted from 1"),
-        (":infill {path}:3", "{path} has no line 3"),
-        (":infill {path}x:1", "{path}x: no such file, or not readable"),
-        (":file {path}x", "{path}x: no such file, or not readable"),
-        (":do @{path}x go on", "{path}x: no such file, or not readable"),
-    ],
-)
-def test_files_that_cannot_be_used(
-    env: dict[str, str], backend: Backend, tmp_path: Path, command: str, said: str
-) -> None:
-    path = tmp_path / "x.py"
-    path.write_text("a\nb\n")
-    out, err = converse(env, command.format(path=path))
-    assert (out, err) == ("", f"cerebrum_repl.sh: {said.format(path=path)}\n")
-    assert backend.asked == []
 
 
 def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -617,7 +565,10 @@ def test_a_file_that_changed_meanwhile_is_not_written(env: dict[str, str], backe
 
 REFUSED = [error(503, "X", "no")]
 NOTHING_CAME = [  # a command that gets no answer, what the server says to it, what the REPL says
-    (":infill {b}:99", None, "{b} has no line 99"),
+    (":infill {b}", None, "expected :infill PATH:LINE, with lines counted from 1"),
+    (":infill {b}:0", None, "expected :infill PATH:LINE, with lines counted from 1"),
+    (":infill {b}:2", None, "{b} has no line 2"),
+    (":infill {b}x:1", None, "{b}x: no such file, or not readable"),
     (":file {b}x", None, "{b}x: no such file, or not readable"),
     (":do @{b}x shout", None, "{b}x: no such file, or not readable"),
     (":file {b}", REFUSED, "X: no"),
