@@ -166,13 +166,6 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     return sockets
 
 
-def watchdog_seconds(environ: Mapping[str, str]) -> float:
-    """The time after which systemd takes a silent daemon for hung; 0 without a watchdog. See sd_watchdog_enabled(3)."""
-    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return 0.0
-    return int(environ.get("WATCHDOG_USEC", "0")) / 1e6
-
-
 # ----------------------------------------------------------------------------------------------- options
 
 
@@ -262,7 +255,8 @@ class Service:
         notify("READY=1", f"STATUS={timestamp()} {printable(told)}")  # `systemctl status` shows it
 
     async def _feed(self) -> None:
-        seconds, told = watchdog_seconds(os.environ) / FEEDS, ""
+        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS  # see sd_watchdog_enabled(3)
+        told = ""
         while True:
             reason = self._stuck(time.monotonic())
             if reason and reason != told:

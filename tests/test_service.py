@@ -21,7 +21,7 @@ from test_scripts import keygen
 
 import cm4d
 from cerebrum_common import ConfigError, Environment, log, request_id_var
-from cerebrum_service import Service, notify, passed_sockets, set_up_logging, watchdog_seconds
+from cerebrum_service import Service, notify, passed_sockets, set_up_logging
 
 # --------------------------------------------------------------------------------------------------- logs
 
@@ -221,13 +221,6 @@ def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
         "a worker hangs",
         "a task of the daemon has ended",
     ]
-
-
-def test_a_watchdog_of_another_process_is_not_ours() -> None:
-    assert watchdog_seconds({}) == 0
-    assert watchdog_seconds({"WATCHDOG_USEC": "30000000"}) == 30
-    assert watchdog_seconds({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}) == 30
-    assert watchdog_seconds({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}) == 0
 
 
 def test_sockets_of_another_process_are_not_ours() -> None:
