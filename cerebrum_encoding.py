@@ -463,25 +463,12 @@ class Tuner:
         return sum(estimate_bytes(size, self.shape, settings).values())
 
     def check_room(self) -> None:
-        """TuneError with the figures if the disk or the memory is too small."""
+        """TuneError with the figures if the memory or the disk is too small."""
         if (need := self.memory(self.size, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        for output in (False, True):  # these samples lie there at the same time
-            count = 1 + sum(len(self.targets(group)) for group in self.groups if group.output == output)
-            kept = [tensor for tensor in self.tensors if tensor.layer in self.layers[: 1 if output else None]]
-            kept += [tensor for tensor in self.tensors if output and tensor.layer is None]
-            self.check_disk(count * self.largest(kept))
-
-    def check_disk(self, need: int) -> None:
+        need = 3 * self.size // 2  # a tuned file of the usual types; the samples take less
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
-
-    def largest(self, tensors: Sequence[Tensor]) -> int:
-        """Bytes that these tensors take at most, whatever is chosen for them."""
-        return sum(
-            max(ggml().data_size(name, tensor.weights) for name in (tensor.type, *FAITHFUL.get(tensor.type, ())))
-            for tensor in tensors
-        )
 
     def types_of(self, types: Types) -> dict[str, str]:
         """The changes by tensor."""
@@ -577,7 +564,6 @@ class Tuner:
             raise TuneError(f"expected a model of which a few layers can be measured: {error}") from None
         path, size = self.folder / "tuned", self.size
         if types:
-            self.check_disk(self.size + grown(self.groups, types))
             changed = self.types_of(types)
             size = self.file.write(
                 path,
