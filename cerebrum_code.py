@@ -9,11 +9,8 @@ In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt tha
     >>> prepare(fields, "complete", budget=1000, ratio=3.0).kept["parts"]
     ['imports', 'window']
 
-It refuses fields that contradict each other, with the HttpError 400 of `detect_mode`; no text is refused, however odd,
-and none costs more than its length times a constant. A language that is not in `LANGUAGES` is prepared like C.
-
-All of it is pure: no socket, no clock, no environment. The only state that outlives a request is `Ratio`, and its
-owner keeps it. Standard library only.
+No text is refused, however odd, and none costs more than its length times a constant. A language that is not in
+`LANGUAGES` is prepared like C. Pure, standard library only.
 """
 
 from __future__ import annotations

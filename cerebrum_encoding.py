@@ -1,20 +1,16 @@
 """The encoding of the weights: which types of a GGUF file this machine computes fastest, and a file in those types.
 
-A published "Q4_K_M" file mixes types by a table of llama.cpp's that knows nothing of the CPU. `tune` measures on this
-machine, with llama.cpp itself, which other types would be faster, and writes the *tuned file*: the published model in
-those types. It makes only changes that keep what the weights say (`FAITHFUL`), and only if they pay (`MIN_GAIN`).
+`tune` measures which types make a model faster on this CPU, and writes the *tuned file*: the published model in those
+types. It makes only changes that keep what the weights say (`FAITHFUL`), and only if they pay (`MIN_GAIN`).
 
-How it measures
-- A *sample* is the model with a few of its layers and a small vocabulary, or with one layer and its output matrix.
-  Tensors of one type form a group. One sample has every group changed; in each other sample one group keeps its type
-  or has another one. They are timed in turns. The differences are what each change saves. They rank all combinations
-  of changes, and the best that fits into memory is taken.
+- A *sample* is the model with a few layers and a small vocabulary, or with one layer and its output matrix. Tensors of
+  one type form a group. One sample has every group changed; each other one differs in one group. The differences of
+  their times rank all combinations of changes, and the best that fits into memory is taken.
 - Micro-batch, flash attention and the number of threads are compared on a sample in those types, in a long context.
 - The whole tuned file is timed in turns with the published one, and dropped unless it is faster.
 
-What a tuned file was made from and for stands in its header as JSON, the *passport*. `find_tuned` refuses a file whose
-passport does not hold any more. If nothing is faster here, the tuned file has a passport and no tensors, so that the
-question is not asked again.
+The *passport*, JSON in the tuned file's header, has what the file was made from and for. `find_tuned` refuses a file
+whose passport does not hold any more. If nothing is faster here, the tuned file has a passport and no tensors.
 """
 
 from __future__ import annotations
@@ -51,7 +47,7 @@ PASSPORT_FORMAT = 1
 
 
 def cpus() -> int:
-    """The number of CPUs that this process may use, hardware threads counted."""
+    """The number of hardware threads that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -212,10 +208,7 @@ Types = Mapping[Group, str]  # the groups that change, and into what
 
 
 def group_tensors(tensors: Sequence[Tensor], fast: bool = False) -> dict[Group, list[Tensor]]:
-    """The tensors that may change, by group, the largest group first.
-
-    Only matrices that are multiplied: an embedding that is only looked up stays as it is.
-    """
+    """The matrices that are multiplied, by group, the largest group first."""
     output = next((tensor.name for tensor in tensors if tensor.name == "output.weight"), "token_embd.weight")
     groups: dict[Group, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -625,7 +618,7 @@ def tune(
     """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
 
     `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` gets the outcome
-    before the file is used. TuneError, ModelError or OSError: nothing has changed. Only one process at a time tunes.
+    before the file is used. TuneError, ModelError or OSError: nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder, Gguf(published) as file:

@@ -5,9 +5,8 @@
         parts = [Part(tensor, {"q5_0": "q8_0"}.get(tensor.type, tensor.type)) for tensor in file.tensors]
         file.write(Path("new.gguf"), parts)
 
-Headers are read and written by llama.cpp's own code. Weights are transcoded here wherever one type can say exactly what
-another says (`EXACT`): llama.cpp's quantizer goes through floats and chooses new scales, which loses more than the
-types require. Types go by llama.cpp's names: `q4_K`, `q8_0`.
+llama.cpp reads and writes the headers. Weights are transcoded here wherever one type can say exactly what another says
+(`EXACT`): llama.cpp's quantizer goes through floats and chooses new scales. Types go by its names: `q4_K`, `q8_0`.
 
 Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
@@ -322,10 +321,7 @@ class Part:
 
 
 class Gguf:
-    """The header of a GGUF file, read by llama.cpp's own reader. ModelError if the file is not a GGUF.
-
-    A context manager, which frees the library's memory.
-    """
+    """The header of a GGUF file, as a context manager. ModelError if the file is not a GGUF."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb"):  # an OSError says more than the library

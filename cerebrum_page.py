@@ -48,11 +48,7 @@ def sources(inline: re.Pattern[bytes], text: bytes) -> str:
 
 
 class Page:
-    """An HTML file in one compressed copy, and the headers that confine it.
-
-    Nothing but the file's own script and style runs in it, and it can ask nobody but the Pi. A script can make no HTML
-    out of text, and no other page can show this one in a frame.
-    """
+    """An HTML file in one compressed copy, and the headers that confine it to its own script, style and server."""
 
     def __init__(self, text: bytes) -> None:
         text = text.replace(b"\r\n", b"\n")  # as browsers read it before they hash
@@ -97,11 +93,7 @@ SERIES = ("requests", "failed", "tokens")  # completions that began, those that 
 
 
 class History:
-    """How much was counted in each of the last STEPS steps of STEP_SECONDS.
-
-    It is given totals, of which it takes the differences, so counting costs nothing per token. What came since the last
-    sample counts for the present step.
-    """
+    """How much was counted in each of the last STEPS steps of STEP_SECONDS: differences of the totals it is given."""
 
     def __init__(self, now: float) -> None:
         self._step = int(now // STEP_SECONDS)

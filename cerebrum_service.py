@@ -3,15 +3,12 @@
     service = Service(reload, stuck)     # from here on, signals are heard
     await service.run(task)              # until SIGTERM or SIGINT comes, or the task ends by itself
 
-- SIGTERM and SIGINT end `run`. The daemon then lets its clients finish. From the first of these signals on, a second
-  one has its default effect, so the kernel ends the process at once, even if the event loop is blocked.
-- SIGHUP calls `reload`. If that fails, the log says why, and the daemon goes on with the settings that it has.
-- systemd hears when the daemon is ready, reloads or stops (sd_notify(3)). Its watchdog is fed by the event loop as long
-  as `stuck` finds nothing that has stopped making progress.
-- The log goes to standard output and, if one is named, to a file that rotates. While the file cannot be written, its
-  lines are dropped: a full disk must not end the service.
+- SIGTERM and SIGINT end `run`. A second one ends the process at once, even if the event loop is blocked.
+- SIGHUP calls `reload`. If that fails, the daemon goes on with the settings that it has.
+- The event loop feeds systemd's watchdog as long as `stuck` finds nothing that has stopped making progress.
+- While the log's file cannot be written, its lines are dropped: a full disk must not end the service.
 
-Nothing here needs systemd: without its variables in the environment, the calls do nothing. Standard library only.
+Without systemd's variables in the environment, its calls do nothing. Standard library only.
 """
 
 from __future__ import annotations
@@ -67,11 +64,10 @@ class Output(logging.StreamHandler[Any]):
 
 
 def set_up_logging(level: str, file: str) -> None:
-    """Log to standard output and to `file` (empty: none). Another call replaces what an earlier one has set up, and
-    opens the file anew.
+    """Log to standard output and to `file` (empty: none), which another call opens anew.
 
-    Lines are written without waiting for the disk. Where systemd keeps standard output in its journal, requests are in
-    the file alone, as long as that can be written: an SD card should not get them twice.
+    Where systemd keeps standard output in its journal, requests are in the file alone, as long as that can be written:
+    an SD card should not get them twice.
     """
     output = Output(sys.stdout)
     handlers: list[logging.Handler] = [output]
