@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cerebrum_engine import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
-from cerebrum_gguf import Gguf, Part, Tensor, ggml, read_text, write_empty
+from cerebrum_gguf import Gguf, Part, Tensor, ggml, write_empty
 
 # ------------------------------------------------------------------------------------------- the passport
 
@@ -101,8 +101,9 @@ class Passport:
 def read_passport(path: Path) -> Passport | None:
     """The passport of a tuned file; None if there is none that this version understands."""
     try:
-        passport = Passport(**json.loads(read_text(path, PASSPORT_KEY) or ""))
-    except (ValueError, TypeError):
+        with Gguf(path) as file:
+            passport = Passport(**json.loads(file.text(PASSPORT_KEY)))
+    except (ValueError, TypeError, ModelError):
         return None
     return passport if passport.format == PASSPORT_FORMAT else None
 

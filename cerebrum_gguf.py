@@ -18,7 +18,6 @@ import errno
 import functools
 import math
 import os
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -337,23 +336,26 @@ class Gguf:
     def __exit__(self, *_: object) -> None:
         self.lib.gguf_free(self.handle)
 
-    def _place(self, key: str, kind: int | None = None) -> int:
+    def _place(self, key: str, kind: int) -> int:
         """The number of a pair, -1 if there is none of this kind."""
         place = int(self.lib.gguf_find_key(self.handle, key.encode()))
-        fits = place >= 0 and kind in (None, self.lib.gguf_get_kv_type(self.handle, place))
-        return place if fits else -1
+        return place if place >= 0 and self.lib.gguf_get_kv_type(self.handle, place) == kind else -1
 
     def number(self, key: str, default: int) -> int:
         place = self._place(key, GGUF_UINT32)
         return int(self.lib.gguf_get_val_u32(self.handle, place)) if place >= 0 else default
 
+    def text(self, key: str) -> str:
+        """ "" if there is none."""
+        place = self._place(key, GGUF_STRING)
+        value: bytes = self.lib.gguf_get_val_str(self.handle, place) if place >= 0 else b""
+        return value.decode("utf-8", "replace")
+
     @property
     def architecture(self) -> str:
-        place = self._place("general.architecture", GGUF_STRING)
-        if place < 0:
-            raise ModelError("a GGUF file without an architecture")
-        name: bytes = self.lib.gguf_get_val_str(self.handle, place)
-        return name.decode("utf-8", "replace")
+        if name := self.text("general.architecture"):
+            return name
+        raise ModelError("a GGUF file without an architecture")
 
     @property
     def shape(self) -> Shape:
@@ -400,7 +402,7 @@ class Gguf:
     ) -> int:
         """Write a file of these parts, and return its size.
 
-        Its header has `values`, then the pairs of this file's except those whose keys begin with `without`.
+        Its header has this file's pairs, except those whose keys begin with `without`, and `values`.
         `report(done, total)` counts bytes. OSError if the disk is full: the space is taken before the first byte is
         written.
         """
@@ -432,18 +434,15 @@ class Gguf:
     def _header(self, parts: Sequence[Part], values: Mapping[str, str | int], without: str) -> tuple[bytes, list[int]]:
         """The header of a file of these parts, and where in the file each of them begins."""
         lib = self.lib
-        handle, kept = ctypes.c_void_p(lib.gguf_init_empty()), ctypes.c_void_p(lib.gguf_init_empty())
+        handle = ctypes.c_void_p(lib.gguf_init_empty())
         context = ctypes.c_void_p(lib.ggml_init(_GgmlParams((len(parts) + 1) * lib.ggml_tensor_overhead(), None, True)))
         try:
-            lib.gguf_set_kv(kept, self.handle)
-            # The alignment of this file need not be that of the new one, whose writer knows only the usual one.
-            dropped = [key.encode() for key in (*values, "general.alignment")]
-            keys = [lib.gguf_get_key(kept, i) for i in range(lib.gguf_get_n_kv(kept))]
-            dropped += [key for key in keys if without and key.startswith(without.encode())]
-            for key in dropped:
-                lib.gguf_remove_key(kept, key)
-            set_values(handle, values)  # first, since `read_text` looks only there
-            lib.gguf_set_kv(handle, kept)
+            lib.gguf_set_kv(handle, self.handle)
+            for key in [lib.gguf_get_key(handle, i) for i in range(lib.gguf_get_n_kv(handle))]:
+                # The alignment of this file need not be that of the new one, whose writer knows only the usual one.
+                if key == b"general.alignment" or (without and key.startswith(without.encode())):
+                    lib.gguf_remove_key(handle, key)
+            set_values(handle, values)
             for part in parts:
                 dimensions = (ctypes.c_int64 * 4)(*part.dimensions)
                 described = lib.ggml_new_tensor(context, ggml().numbers[part.type], 4, dimensions)
@@ -452,7 +451,6 @@ class Gguf:
             return header, [len(header) + int(lib.gguf_get_tensor_offset(handle, i)) for i in range(len(parts))]
         finally:
             lib.gguf_free(handle)
-            lib.gguf_free(kept)
             lib.ggml_free(context)
 
 
@@ -489,23 +487,3 @@ def read_shape(path: Path) -> Shape:
     """The dimensions in a GGUF's header. ModelError if the file is not a GGUF."""
     with Gguf(path) as file:
         return file.shape
-
-
-MAX_TEXT_BYTES = 16_384
-
-
-def read_text(path: Path, key: str) -> str | None:
-    """The text of the first pair in a GGUF's header, if it has this key; without reading the rest, which may have a
-    vocabulary of 150,000 tokens.
-
-    A header is: magic, version u32, number of tensors u64, of pairs u64; then the pairs. A pair is: length of the key
-    u64, key, type u32, and for a string its length u64 and the string.
-    """
-    with path.open("rb") as file:
-        data = file.read(MAX_TEXT_BYTES)
-    start = 32 + len(key)
-    if data[:4] != b"GGUF" or data[24:start] != struct.pack("<Q", len(key)) + key.encode() or len(data) < start + 12:
-        return None
-    kind, length = struct.unpack_from("<IQ", data, start)
-    text = data[start + 12 : start + 12 + length]
-    return text.decode("utf-8", "replace") if kind == GGUF_STRING and len(text) == length else None

@@ -20,9 +20,7 @@ from cerebrum_gguf import (
     Part,
     ggml,
     read_shape,
-    read_text,
     transcode,
-    write_empty,
 )
 
 MODEL = FILES["qwen_0_5b"]
@@ -170,8 +168,8 @@ def test_parts_in_other_types_by_other_names_and_of_fewer_rows(tmp_path: Path) -
         values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 1, "tokenizer.ggml.model": "no_vocab"}
         file.write(tmp_path / "a", parts, values, "tokenizer.", lambda done, total: told.append((done, total)), 2)
     assert PIECE_WEIGHTS < 1500 * 896  # so that there are tensors of one piece and of several
-    assert read_text(tmp_path / "a", "a.text") == "first"
     with Gguf(tmp_path / "a") as copy:
+        assert (copy.text("a.text"), copy.text("tokenizer.ggml.model"), copy.text("b")) == ("first", "no_vocab", "")
         assert (copy.shape.layers, copy.shape.vocabulary) == (1, 0)
         embedding, down = copy.tensors
     assert (embedding.name, embedding.type, embedding.dimensions) == ("token_embd.weight", "q8_0", rows)
@@ -200,8 +198,8 @@ def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> 
     with Gguf(plain) as file:
         file.write(tmp_path / "new", [Part(tensor, tensor.type) for tensor in file.tensors], {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
-    assert read_text(tmp_path / "new", "a.text") == "new"  # a value that the source has comes first all the same
     with Gguf(tmp_path / "new") as copy, Gguf(plain) as file:
+        assert copy.text("a.text") == "new"
         assert [(t.name, t.dimensions, t.type) for t in copy.tensors] == [(p.name, p.dimensions, p.type) for p in parts]
         old, new = file.tensors[5], copy.tensors[5]
     assert (
@@ -233,17 +231,3 @@ def test_a_write_that_ends_early_is_a_full_disk(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:7], offset))
     with Gguf(MODEL) as file, pytest.raises(OSError, match="No space left on device"):
         file.write(tmp_path / "new", [Part(file.tensors[0], file.tensors[0].type)])
-
-
-def test_the_first_text_is_read_without_the_rest(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    write_empty(path, {"a.key": "some text", "b.key": "more"})
-    assert read_text(path, "a.key") == "some text"
-    assert read_text(path, "b.key") is None  # not the first
-    assert read_text(path, "a.ke") is None
-    whole = path.read_bytes()
-    for length in range(len(whole) - 40):
-        path.write_bytes(whole[:length])
-        expected = "some text" if length >= whole.index(b"some text") + 9 else None
-        assert read_text(path, "a.key") == expected
-    assert read_text(MODEL, "a.key") is None
