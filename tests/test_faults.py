@@ -995,6 +995,9 @@ class Publisher(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.data) - 1}/{len(self.data)}")
+        self.send_header("ETag", '"4 MB"')
         self.send_header("Content-Length", str(len(self.data) - start))
         self.end_headers()
         with contextlib.suppress(ConnectionError):
