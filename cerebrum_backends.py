@@ -90,11 +90,7 @@ class BackendConfig:
 
 
 def parse_url(text: str, name: str) -> Endpoint:
-    """`http://host[:port][/prefix]` to an Endpoint; ConfigError names the setting.
-
-    >>> parse_url("http://127.0.0.1:9000", "url")
-    Endpoint(host='127.0.0.1', port=9000, authority='127.0.0.1:9000', prefix='', tls=False)
-    """
+    """`http://host[:port][/prefix]` to an Endpoint; ConfigError names the setting."""
     match = URL.fullmatch(text)
     if not match or int(match[3] or 1) not in range(1, 65536):
         raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
@@ -371,12 +367,7 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def find_models(models: Sequence[Model], listed: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Which of our models a backend has: by our id its own name for it, and what it tells. It has a model if it lists
-    the id, an alias, or the file's name with or without its folder and ending.
-
-    >>> model = Model("m", "M", (), "7B", "Q4", "m.gguf", aliases=("org/M",))
-    >>> find_models([model], {"/models/m.gguf": {"n_ctx": 2048}}), find_models([model], {"org/M": {}, "other": {}})
-    ({'m': ('/models/m.gguf', {'n_ctx': 2048})}, {'m': ('org/M', {})})
-    """
+    the id, an alias, or the file's name with or without its folder and ending."""
     names = {re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
@@ -495,11 +486,7 @@ def read_event(event: bytes, key: str) -> Pair | None:
 
 
 def read_text(events: bytes) -> str:
-    """The text in a block of whole native token events.
-
-    >>> read_text(b'data: {"token": "a", "total_tokens": 1}\\n\\ndata: {"token": "b", "total_tokens": 2}\\n\\n')
-    'ab'
-    """
+    """The text in a block of whole native token events."""
     return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
 
 

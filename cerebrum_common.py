@@ -744,10 +744,8 @@ def own_names(extra: Collection[str] = ()) -> frozenset[str]:
 
 
 class Connection:
-    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end.
-
-    Every failure of the network is ClientGone.
-    """
+    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every failure of the network is
+    ClientGone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -877,11 +875,6 @@ class Exchange:
         self.reason = ""  # of an error, for the log
         self.ended = False  # it has its line in the log
         self.started = time.perf_counter()
-
-    def begin(self, head: Head, keep: bool) -> None:
-        self.head, self.keep = head, keep
-        self.started = time.perf_counter()
-        request_id_var.set(head.request_id)
 
     def end(self, error: HttpError) -> None:
         """Cancel the work on this request and answer with `error` instead, unless it has been answered."""
@@ -1080,7 +1073,9 @@ class Server:
             if block is None:
                 return False
             head = parse_request(block)
-            exchange.begin(head, keep=head.keep_alive and not connection.over)
+            exchange.head, exchange.keep = head, head.keep_alive and not connection.over
+            exchange.started = time.perf_counter()
+            request_id_var.set(head.request_id)
             await self._answer(exchange, head)
         except HttpError as error:
             await exchange.fail(error)

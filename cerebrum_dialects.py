@@ -734,12 +734,7 @@ OVERFLOW = re.compile(r"context length is (?:only )?(\d{1,8}) tokens(?:.*?(?:\(|
 
 def read_overflow(error: Any) -> dict[str, int] | None:
     """Lengths in an engine's `error`, {"n_ctx", "prompt_tokens"} as far as they are given, if it says that the prompt
-    is too long, else None. llama-server gives them as members, OpenAI and vLLM in a sentence, which may be misread.
-
-    >>> read_overflow({"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 "
-    ...                           "tokens (4488 in the messages, 512 in the completion)."})
-    {'n_ctx': 4096, 'prompt_tokens': 4488}
-    """
+    is too long, else None. llama-server gives them as members, OpenAI and vLLM in a sentence, which may be misread."""
     told = members_of(error)
     sentence = OVERFLOW.search(text_of(told.get("message", error)))
     n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)

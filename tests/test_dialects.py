@@ -42,7 +42,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_dialects) == (0, 8)
+    assert doctest.testmod(cerebrum_dialects) == (0, 7)
 
 
 # ------------------------------------------------------------------------------------- what a request asks for
