@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cerebrum_engine import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
-from cerebrum_gguf import Gguf, Part, Tensor, ggml, write_empty
+from cerebrum_gguf import Gguf, Part, Tensor, ggml
 
 # ------------------------------------------------------------------------------------------- the passport
 
@@ -584,7 +584,7 @@ class Tuner:
             types, settings, size, same = {}, self.settings, self.size, None
         passport = self.passport(types, settings)
         if not types:
-            write_empty(path, {PASSPORT_KEY: passport.encode()})
+            self.file.write(path, [], {PASSPORT_KEY: passport.encode()}, without="tokenizer.")
         return Outcome(
             published=found["published"],
             tuned=found["tuned"] if better else None,

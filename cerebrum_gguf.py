@@ -28,7 +28,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum_engine import ModelError, Shape, keep_log, llama, write_atomically
+from cerebrum_engine import ModelError, Shape, keep_log, llama
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -442,13 +442,18 @@ class Gguf:
                 # The alignment of this file need not be that of the new one, whose writer knows only the usual one.
                 if key == b"general.alignment" or (without and key.startswith(without.encode())):
                     lib.gguf_remove_key(handle, key)
-            set_values(handle, values)
+            for name, value in values.items():
+                if isinstance(value, str):
+                    lib.gguf_set_val_str(handle, name.encode(), value.encode())
+                else:
+                    lib.gguf_set_val_u32(handle, name.encode(), value)
             for part in parts:
                 dimensions = (ctypes.c_int64 * 4)(*part.dimensions)
                 described = lib.ggml_new_tensor(context, ggml().numbers[part.type], 4, dimensions)
                 lib.gguf_add_tensor(handle, lib.ggml_set_name(described, part.name.encode()))
-            header = meta_data(handle)
-            return header, [len(header) + int(lib.gguf_get_tensor_offset(handle, i)) for i in range(len(parts))]
+            header = ctypes.create_string_buffer(lib.gguf_get_meta_size(handle))
+            lib.gguf_get_meta_data(handle, header)
+            return bytes(header), [len(header) + int(lib.gguf_get_tensor_offset(handle, i)) for i in range(len(parts))]
         finally:
             lib.gguf_free(handle)
             lib.ggml_free(context)
@@ -457,30 +462,6 @@ class Gguf:
 def write_whole(file: int, data: bytes, offset: int) -> None:
     if os.pwrite(file, data, offset) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def set_values(handle: ctypes.c_void_p, values: Mapping[str, str | int]) -> None:
-    for key, value in values.items():
-        if isinstance(value, str):
-            ggml().lib.gguf_set_val_str(handle, key.encode(), value.encode())
-        else:
-            ggml().lib.gguf_set_val_u32(handle, key.encode(), value)
-
-
-def meta_data(handle: ctypes.c_void_p) -> bytes:
-    header = ctypes.create_string_buffer(ggml().lib.gguf_get_meta_size(handle))
-    ggml().lib.gguf_get_meta_data(handle, header)
-    return bytes(header)
-
-
-def write_empty(path: Path, values: Mapping[str, str | int]) -> None:
-    """A GGUF file with these values and no tensors."""
-    handle = ctypes.c_void_p(ggml().lib.gguf_init_empty())
-    try:
-        set_values(handle, values)
-        write_atomically(path, meta_data(handle))
-    finally:
-        ggml().lib.gguf_free(handle)
 
 
 def read_shape(path: Path) -> Shape:

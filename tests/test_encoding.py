@@ -47,7 +47,7 @@ from cerebrum_encoding import (
     tuned_path,
 )
 from cerebrum_engine import MB, ModelError, Settings, start_library
-from cerebrum_gguf import Gguf, Tensor, ggml, write_empty
+from cerebrum_gguf import Gguf, Tensor, ggml
 
 MODEL = FILES["qwen_0_5b"]
 Q4, Q5, Q6 = Group("q4_K", False), Group("q5_0", False), Group("q6_K", False)
@@ -539,11 +539,13 @@ NO_PASSPORT = "expected the passport of this version in the file's header, found
     ],
 )
 def test_a_tuned_file_is_used_only_where_it_was_made(
-    tmp_path: Path, settings: Settings, change: dict[str, Any], reason: str
+    published: Path, settings: Settings, change: dict[str, Any], reason: str
 ) -> None:
-    path = tuned_path(settings.state_dir, tmp_path / "m.gguf")
-    write_empty(path, {"cerebrum.passport": json.dumps(PASSPORT | change)})
-    found, why = find_tuned(tmp_path / "m.gguf", settings)
+    path = tuned_path(settings.state_dir, published)
+    path.parent.mkdir(parents=True)
+    with Gguf(published) as file:
+        file.write(path, [], {"cerebrum.passport": json.dumps(PASSPORT | change)})
+    found, why = find_tuned(published, settings)
     assert (found is None, why) == (bool(reason), reason)
 
 
