@@ -351,6 +351,11 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
+        if self._step is ChunkedDecoder._size and not (self._held or self._left or self._limit):
+            match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
+            start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
+            if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
+                return data[start:-2]
         pieces: list[bytes] = []
         try:
             self._decode(self._held + data, pieces)
@@ -832,15 +837,20 @@ class Connection:
                     return
             await asyncio.get_running_loop().create_future()  # its leaving can no longer be seen; a write will tell
 
-    async def write(self, data: bytes) -> None:
-        """Send, waiting only if the client is behind; ClientGone if it reads nothing for WRITE_SECONDS."""
+    def send(self, data: bytes) -> bool:
+        """Send without waiting. Returns whether the client is behind, so that `drain` must be awaited before more."""
         if self.transport.is_closing():
             raise ClientGone
         self.transport.write(data)
-        if self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
-            await self._drain()
+        return self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES
 
-    async def _drain(self) -> None:
+    async def write(self, data: bytes) -> None:
+        """Send, waiting only if the client is behind."""
+        if self.send(data):
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Wait until the client has taken most of it; ClientGone if it reads nothing for WRITE_SECONDS."""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.writer.drain()
@@ -853,7 +863,7 @@ class Connection:
         unread bytes resets it, and a reset can destroy the answer on its way."""
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(high=0)
-            await self._drain()
+            await self.drain()
             self.writer.write_eof()
             async with asyncio.timeout(LINGER_SECONDS):
                 while await self.reader.read(READ_BYTES):
@@ -925,8 +935,8 @@ class Exchange:
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             async for block in events:
-                if block:  # an empty chunk would be the end
-                    await connection.write(frame(block))
+                if block and connection.send(frame(block)):  # an empty chunk would be the end
+                    await connection.drain()
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
 

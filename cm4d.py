@@ -78,6 +78,7 @@ from cerebrum_backends import (
     MAX_MESSAGE_CHARACTERS,
     MAX_PLACES,
     PASSED_ON,
+    TOKENS,
     BackendConfig,
     BackendFailure,
     Body,
@@ -610,15 +611,49 @@ class Loop(asyncio.SelectorEventLoop):
             self.names[key] = self.time() + NAME_SECONDS, found
 
 
-class Reader(asyncio.StreamReader):
-    """A StreamReader that keeps what came before a reset."""
+class Reader(asyncio.Protocol):
+    """What has come on a connection and is not read yet. Beyond READ_BYTES the transport pauses.
 
-    broken = False  # the stream ended by a reset
+    A StreamReader would copy each token twice, and drop what came before a reset.
+    """
 
-    def set_exception(self, exc: Exception) -> None:
-        """A reset. StreamReader itself would drop the bytes before it that are not read yet."""
-        self.broken = True
-        self.feed_eof()
+    def __init__(self) -> None:
+        self.ended = self.broken = False  # nothing more comes; and the connection has failed
+        self._bytes = b""
+        self._waiter: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += data
+        if len(self._bytes) > READ_BYTES and self._transport:
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended, self.broken = True, exc is not None
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> bytes:
+        """At most READ_BYTES; b"" at the end."""
+        if not self._bytes and not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
+        if len(data) == READ_BYTES and self._transport and not self.ended:
+            self._transport.resume_reading()
+        return data
 
 
 class Answer:
@@ -679,7 +714,7 @@ class Answer:
 
     async def _receive(self) -> bytes:
         self._watchdog.since = min(self._watchdog.since, self._now())  # a read that was cancelled goes on
-        data = await self._reader.read(READ_BYTES)
+        data = await self._reader.read()
         self._watchdog.since = float("inf")
         return data
 
@@ -762,12 +797,13 @@ class Upstream:
         if spare is None:
             return None
         self._drop_spare()  # its keeper
-        poll = select.poll()
-        poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
-        if spare[1].is_closing() or spare[0].at_eof() or poll.poll(0):
-            spare[1].abort()
-            return None
-        return spare
+        if not spare[0].ended:
+            poll = select.poll()
+            poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
+            if not poll.poll(0):
+                return spare
+        spare[1].abort()
+        return None
 
     @contextlib.asynccontextmanager
     async def send(
@@ -853,13 +889,11 @@ class Upstream:
 
     async def _connect(self) -> Connection:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
-        reader = Reader(limit=READ_BYTES, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         with blamed("it cannot be connected to"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, _ = await loop.create_connection(
-                        lambda: protocol,
+                    transport, reader = await loop.create_connection(
+                        Reader,
                         endpoint.host,
                         endpoint.port,
                         ssl=self._tls,
@@ -908,7 +942,12 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     moved = now()  # when anything but a comment came
     done: dict[str, Any] | None = None
     while not answer.ended and (payload := await answer.read()):
-        for kind, value in take_apart(events.feed(payload), key):
+        block = events.feed(payload)
+        if done is None and TOKENS.fullmatch(block):  # nearly always
+            moved = now()
+            yield "text", block
+            continue
+        for kind, value in take_apart(block, key):
             if done is not None and kind in ("text", "done"):
                 raise BackendFailure("it sent events after the last one")
             if kind == "done":
@@ -2007,8 +2046,8 @@ class Gateway:
         job.tokens += count
         backend.tokens += count
         self.tokens += count
-        job.ticket = backend.breaker.succeeded(job.ticket)
-        if backend.trouble:
+        if backend.trouble or backend.breaker.failures:
+            job.ticket = backend.breaker.succeeded(job.ticket)
             backend.found("")
 
     def n_ctx(self, model: str) -> int:
