@@ -271,7 +271,12 @@ class Body:
         if self.done:
             payload, past = b"", data
         elif self._chunks:
-            payload, past = self._feed_chunks(self._chunks, data)
+            try:
+                payload = self._chunks.feed(data)
+            except HttpError:
+                self.failure = BackendFailure("it sent a malformed chunk")
+                return self._chunks.before
+            self.done, past = self._chunks.done, self._chunks.rest
         elif self._left is not None:
             payload, past = data[: self._left], data[self._left :]
             self._left -= len(payload)
@@ -280,15 +285,6 @@ class Body:
             payload, past = data, b""
         self.surplus = self.surplus or bool(past)
         return payload
-
-    def _feed_chunks(self, chunks: ChunkedDecoder, data: bytes) -> tuple[bytes, bytes]:
-        try:
-            payload = chunks.feed(data)
-        except HttpError:
-            self.failure = BackendFailure("it sent a malformed chunk")
-            return chunks.before, b""
-        self.done = chunks.done
-        return payload, chunks.rest
 
     def end(self, cut: str) -> None:
         """The connection has ended, by a plain close or as `cut` says. That is a fault unless the body is whole."""

@@ -599,7 +599,8 @@ def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str
 
 @dataclass(slots=True)
 class Response:
-    """What a handler returns: a `body` for JSON, or `events`, an async generator of blocks of whole SSE events.
+    """What a handler returns: a `body` for JSON, or `events`, an async generator of what `render` turns into blocks of
+    whole SSE events.
 
     `kind` is the media type of a `body` of bytes; JSON in bytes is sent as it is. `headers` are read when the first
     block of `events` has come.
@@ -607,7 +608,8 @@ class Response:
 
     body: Any = None
     status: int = 200
-    events: AsyncIterator[bytes] | None = None
+    events: AsyncIterator[Any] | None = None
+    render: Callable[[Any], bytes] = bytes
     headers: Headers = ()
     kind: str = "application/json"
 
@@ -926,15 +928,16 @@ class Exchange:
         """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
-        connection = self.connection
+        connection, render = self.connection, response.render
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
-            block = await anext(events, b"")
+            block = render(await anext(events, b""))
             headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
             headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
-            async for block in events:
+            async for event in events:
+                block = render(event)
                 if block and connection.send(frame(block)):  # an empty chunk would be the end
                     await connection.drain()
         await connection.write(b"0\r\n\r\n" if chunked else b"")

@@ -546,21 +546,20 @@ class Watchdog:
     """Cuts a connection that stays silent for `idle` seconds while we read from it.
 
     It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
-    read. `since` is when the current read began, infinite while nobody reads.
+    read.
     """
 
-    def __init__(self, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
-        self._transport = transport
+        self._reader, self._transport = reader, transport
         self._idle = idle
         self._end = self._loop.time() + STREAM_SECONDS
-        self.since = float("inf")
         self.expired = False
         self._timer = self._loop.call_later(idle, self._check)
 
     def _check(self) -> None:
         now = self._loop.time()
-        left = min(self.since + self._idle, self._end) - now
+        left = min(self._reader.since + self._idle, self._end) - now
         if left <= 0:
             self.expired = True
             self._transport.abort()
@@ -619,6 +618,7 @@ class Reader(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.ended = self.broken = False  # nothing more comes; and the connection has failed
+        self.since = math.inf  # when the current read began to wait; infinite while nobody waits
         self._bytes = b""
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
@@ -648,8 +648,11 @@ class Reader(asyncio.Protocol):
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
         if not self._bytes and not self.ended:
-            self._waiter = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            self.since = min(self.since, loop.time())  # a read that was cancelled goes on
             await self._waiter
+            self.since = math.inf
         data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
         if len(data) == READ_BYTES and self._transport and not self.ended:
             self._transport.resume_reading()
@@ -665,8 +668,7 @@ class Answer:
         self._ahead = b""  # read, but not yet used: a part of the head, then what came in one read with it
         self._scanned = self._skipped = 0  # bytes of a head, and heads
         self._body = Body(0, False)
-        self._watchdog = Watchdog(transport, idle)
-        self._now = asyncio.get_running_loop().time
+        self._watchdog = Watchdog(reader, transport, idle)
         self.close = self._watchdog.stop
 
     async def read_head(self, *kinds: str) -> None:
@@ -676,7 +678,7 @@ class Answer:
             end = scan_head(self._ahead, self._scanned) if self._ahead else None
             if end is None:
                 self._scanned = len(self._ahead)
-                data = await self._receive()
+                data = await self._reader.read()
                 if not data:
                     raise BackendFailure(
                         "it did not answer in time"
@@ -700,7 +702,7 @@ class Answer:
         body = self._body
         while not (body.failure or body.done):
             data, self._ahead = self._ahead, b""
-            data = data or await self._receive()
+            data = data or await self._reader.read()
             if payload := body.feed(data):
                 return payload
             if not data:
@@ -711,12 +713,6 @@ class Answer:
         if body.failure:
             raise body.failure
         return b""
-
-    async def _receive(self) -> bytes:
-        self._watchdog.since = min(self._watchdog.since, self._now())  # a read that was cancelled goes on
-        data = await self._reader.read()
-        self._watchdog.since = float("inf")
-        return data
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body. BackendFailure over `limit` bytes, or if more than the body has come."""
@@ -933,7 +929,7 @@ def make_tls(ca_file: str) -> ssl.SSLContext:
 
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
-    """The events of a backend of our own as pairs; the last one is ("done", its members).
+    """The events of a backend of our own as pairs, behind ("begun", None); the last one is ("done", its members).
 
     The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
     depend on how its bytes were split. Every other end is a BackendFailure.
@@ -941,13 +937,13 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     events, now = Events(), asyncio.get_running_loop().time
     moved = now()  # when anything but a comment came
     done: dict[str, Any] | None = None
+    yield "begun", None
     while not answer.ended and (payload := await answer.read()):
-        block = events.feed(payload)
-        if done is None and TOKENS.fullmatch(block):  # nearly always
+        if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
             moved = now()
-            yield "text", block
+            yield "text", payload
             continue
-        for kind, value in take_apart(block, key):
+        for kind, value in take_apart(events.feed(payload), key):
             if done is not None and kind in ("text", "done"):
                 raise BackendFailure("it sent events after the last one")
             if kind == "done":
@@ -1252,16 +1248,17 @@ class Backend:
 
     # Completing.
 
-    async def stream(self, job: Job, asked: Mapping[str, Any]) -> AsyncGenerator[Pair, None]:
-        """Send a request, whose fields are those of vpsd, and yield the answer: ("begun", None) when it begins, then
+    @contextlib.asynccontextmanager
+    async def ask(self, job: Job, asked: Mapping[str, Any]) -> AsyncIterator[AsyncGenerator[Pair, None]]:
+        """Send a request, whose fields are those of vpsd, and yield its answer: ("begun", None) when it begins, then
         the pairs that `Gateway.complete` describes."""
         model = self.names.get(job.model, job.model)
         if self.api is None:
-            async with self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer:
-                yield "begun", None
-                async with contextlib.aclosing(relay(answer, self.config.key)) as pairs:
-                    async for pair in pairs:
-                        yield pair
+            async with (
+                self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer,
+                contextlib.aclosing(relay(answer, self.config.key)) as pairs,
+            ):
+                yield pairs
             return
         api, fim = self.api, self.fim.get(job.model, ())
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
@@ -1271,8 +1268,7 @@ class Backend:
             self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
-            async for pair in pairs:
-                yield pair
+            yield pairs
 
     def failed(self, ticket: int, error: HttpError) -> None:
         """A request to it has ended with this error."""
@@ -1827,7 +1823,7 @@ class Gateway:
         for ratio in (backend.ratio.get(job.model), None):
             try:
                 asked = self._prepare(job, backend, ratio or max(REFIT * job.weight / job.counted, MIN_RATIO))
-                async with contextlib.aclosing(backend.stream(job, asked)) as pairs:
+                async with backend.ask(job, asked) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":
                             job.size += len(value)
@@ -2149,11 +2145,13 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    return Response(events=native_stream(gateway.complete(read_job(gateway, request))))
+    return Response(events=gateway.complete(read_job(gateway, request)), render=write_event)
 
 
-def write_event(kind: str, value: Any) -> bytes:
-    """A pair as native SSE, or b"" for a pair that has no event."""
+def write_event(pair: Pair) -> bytes:
+    """A pair as native SSE, or b"" for a pair that has no event. The first one is "started", so the head goes out as
+    soon as the backend answers."""
+    kind, value = pair
     if kind == "text":
         return bytes(value)
     if kind == "idle":
@@ -2163,13 +2161,6 @@ def write_event(kind: str, value: Any) -> bytes:
     if kind == "done":
         return sse_event({"done": True, **value})
     return b""
-
-
-async def native_stream(pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events. The first is empty: it sends the head as soon as the backend answers."""
-    async with contextlib.aclosing(pairs):
-        async for kind, value in pairs:
-            yield write_event(kind, value)
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
@@ -2307,7 +2298,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
 async def dialect_stream(
     reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first may be empty, as in `native_stream`."""
+    """Blocks of whole SSE events in a dialect. The first may be empty, as in `write_event`."""
     begun = False
     async with contextlib.aclosing(reading.pairs()) as pairs:
         async for kind, value in pairs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import socket
 import threading
 import time
@@ -535,10 +536,10 @@ def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytes
 
 
 class Clock:
-    """The loop and the transport of a Watchdog, with a clock that is a number."""
+    """The loop, the reader and the transport of a Watchdog, with a clock that is a number."""
 
     def __init__(self) -> None:
-        self.now, self.cut = 0.0, False
+        self.now, self.cut, self.since = 0.0, False, math.inf
         self.due, self.callback = 0.0, lambda: None
 
     def time(self) -> float:
@@ -560,14 +561,14 @@ class Clock:
 def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = cm4d.Watchdog(clock)  # type: ignore[arg-type]
+    watchdog = cm4d.Watchdog(clock, clock)  # type: ignore[arg-type]
     clock.go_to(10 * cm4d.IDLE_SECONDS)
     assert not clock.cut, "nobody was reading"
     for _ in range(20):  # a comment now and then keeps a slow stream alive
-        watchdog.since = clock.now
+        clock.since = clock.now
         clock.go_to(clock.now + 0.9 * cm4d.IDLE_SECONDS)
     assert not clock.cut
-    watchdog.since = clock.now
+    clock.since = clock.now
     clock.go_to(clock.now + 1.1 * cm4d.IDLE_SECONDS)
     assert (clock.cut, watchdog.expired) == (True, True)
 
@@ -575,9 +576,9 @@ def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkey
 def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = cm4d.Watchdog(clock)  # type: ignore[arg-type]
+    cm4d.Watchdog(clock, clock)  # type: ignore[arg-type]
     while not clock.cut and clock.now < 2 * cm4d.STREAM_SECONDS:
-        watchdog.since = clock.now
+        clock.since = clock.now
         clock.go_to(clock.now + 1)
     assert cm4d.STREAM_SECONDS <= clock.now < cm4d.STREAM_SECONDS + cm4d.IDLE_SECONDS + 1
 
