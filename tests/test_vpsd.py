@@ -50,7 +50,7 @@ from harness import (
 
 import cerebrum_engine as engine
 import vpsd
-from cerebrum_common import load_catalog
+from cerebrum_common import VERSION, load_catalog
 from cerebrum_encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
 from cerebrum_engine import llama
 from cerebrum_gguf import Gguf, Part
@@ -383,6 +383,7 @@ def test_metrics_count_a_completion_that_nobody_waits_for(vps: Vps) -> None:
 
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
+    assert stats.pop("version") == VERSION
     counts = {"models_loaded", "requests_total", "requests_active", "draft_tokens", "accepted_tokens"}
     memory = {"memory_total_mb", "memory_available_mb", "memory_used_mb"}
     assert stats.keys() == counts | memory | {"cpu_percent", "cpu_percent_others", "uptime"}
