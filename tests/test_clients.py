@@ -288,10 +288,12 @@ def test_openai_raises_internal_server_error_without_a_vps(openai: Any, tmp_path
 
 
 def test_openai_raises_rate_limit_error(openai: Any, client: Any, pi: Pi) -> None:
-    """The infills of one client get one of the two places, and wait for it for 3 s."""
+    """Infills wait for a place for 3 s."""
     pi.backend.scripts = [[CHUNKED, chunk(token("a", 1)), HANG]]
-    with client.completions.create(model="", prompt=PREFIX, suffix=SUFFIX, stream=True) as stream:
-        assert next(stream).choices[0].text == "a"
+    with contextlib.ExitStack() as streams:
+        for prompt in (PREFIX, "fn third("):
+            stream = client.completions.create(model="", prompt=prompt, suffix=SUFFIX, stream=True)
+            assert next(streams.enter_context(stream)).choices[0].text == "a"
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="", prompt="fn other(", suffix=") {}")
         assert (caught.value.code, caught.value.type) == ("RATE_LIMIT", "rate_limit_error")
