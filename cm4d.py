@@ -10,9 +10,9 @@ The backends are those of models.toml, or one: the VPS at CEREBRUM_VPS_URL. Ever
 `Gateway.complete`. It chooses a model and a backend with a free place, fits the prompt and sends it there on a
 connection of its own. If that backend fails before the first token, the next one gets the request. The generator yields
 pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream` renders them
-as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum_dialects.py. They follow a
-completion by a `Reading`: identical requests at the same time share one, a newer infill of the same file ends the older
-one, and text that the last completion predicted is served without a backend.
+as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. They follow
+a completion by a `Reading`: identical requests at the same time share one, an editor that types on ends its older
+infill, and text that the last completion predicted is served without a backend.
 
 It refuses a completion while all places are taken (429) and while every breaker is open (503); a completion in a
 dialect waits for its place for a while. From a backend it refuses redirects, framing or JSON that is not exact, and a
@@ -25,8 +25,8 @@ Who owns what: a `Backend` owns its places, its breaker, its learned ratios and 
 keeps that knowledge fresh; a completion asks for lists of models only before any probe. `Gateway` owns the backends
 and what belongs to clients: those who wait, what they share, what is predicted. A `Shared` completion owns the task
 that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no other thread.
-Standard library only, with cerebrum_*.py and models.toml beside it, and cerebrum_page.html, without which there is no
-page at `/`.
+Standard library only, with cerebrum_common.py, models.toml and the folder cerebrum beside it, of which cerebrum/vps is
+not needed. Without cerebrum/pi/page.html there is no page at `/`.
 """
 
 from __future__ import annotations
@@ -50,108 +50,24 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import math
 import random
 import re
-import select
-import socket
-import ssl
-import threading
 import time
-from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
     Collection,
-    Iterator,
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass, field
 from typing import Any
 
-from cerebrum_backends import (
-    COUNT,
-    MAX_MESSAGE_CHARACTERS,
-    MAX_PLACES,
-    PASSED_ON,
-    TOKENS,
-    BackendConfig,
-    BackendFailure,
-    Body,
-    Events,
-    Misfit,
-    Pair,
-    TooLong,
-    Translator,
-    engine_refusal,
-    find_models,
-    parse_answer,
-    parse_leniently,
-    read_backends,
-    read_loaded,
-    read_models,
-    read_result,
-    read_text,
-    refusal,
-    take_apart,
-    text_event,
-)
-from cerebrum_code import MIN_RATIO, TEMPLATE_TOKENS, Ratio, detect_mode, prepare
-from cerebrum_common import (
-    READ_BYTES,
-    SSE_COMMENT,
-    VERSION,
-    Access,
-    ConfigError,
-    Environment,
-    Field,
-    HttpError,
-    ListenError,
-    Model,
-    Request,
-    Response,
-    Route,
-    Server,
-    compact,
-    describe,
-    internal_error,
-    is_ip_literal,
-    load_catalog,
-    log,
-    own_names,
-    parse_json,
-    printable,
-    read_environment,
-    read_fields,
-    request_id_var,
-    scan_head,
-    served_languages,
-    sse_event,
-    timestamp,
-)
-from cerebrum_dialects import (
-    APIS,
-    DEFAULT_TOKENS,
-    DIALECTS,
-    MAX_TOKENS,
-    TOKENIZE,
-    Asked,
-    Dialect,
-    Reply,
-    Wanted,
-    present,
-    read_listed,
-    read_props,
-    write_error,
-    write_model,
-    write_props,
-)
-from cerebrum_languages import BY_NAME, LANGUAGES, guess_language
-from cerebrum_metrics import (
+from cerebrum.http import Access, ListenError, Server, own_names
+from cerebrum.metrics import (
     CANCELLED,
     COMPLETIONS,
     CONTENT_TYPE,
@@ -164,11 +80,61 @@ from cerebrum_metrics import (
     write_metrics,
     write_stats,
 )
-from cerebrum_page import History, Page
-from cerebrum_service import Service, make_parser, prompt_of, set_up_logging
+from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, NEVER_ASKED, WITHOUT_MODEL, Backend, Job, first_there
+from cerebrum.pi.breaker import BREAKER_STATES
+from cerebrum.pi.dialects import (
+    DEFAULT_TOKENS,
+    DIALECTS,
+    MAX_TOKENS,
+    TOKENIZE,
+    Asked,
+    Dialect,
+    Reply,
+    present,
+    write_error,
+    write_model,
+    write_props,
+)
+from cerebrum.pi.page import History, Page
+from cerebrum.pi.sharing import SAMPLED_BY, Predictions, alike, is_typed_on, typed_of, typed_pairs
+from cerebrum.pi.upstream import (
+    COUNT,
+    MAX_PLACES,
+    PASSED_ON,
+    BackendConfig,
+    BackendFailure,
+    Loop,
+    Pair,
+    TooLong,
+    read_backends,
+    read_result,
+    read_text,
+    text_event,
+)
+from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
+from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
+from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
+from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, detect_mode, prepare
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    Field,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    compact,
+    describe,
+    internal_error,
+    log,
+    read_fields,
+    served_languages,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
-
 # --------------------------------------------------------------------------------------- configuration
 
 HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
@@ -223,8 +189,6 @@ def load_config(environ: Environment) -> Config:
 
 
 NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
-
-
 # ------------------------------------------------------------------------------------ policy: requests
 
 FIELDS = {
@@ -246,7 +210,6 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
 
 
@@ -310,7 +273,6 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
-DEFAULT_N_CTX = 4096  # until a backend tells its own
 MARGIN_TOKENS = 8  # of n_ctx, never used
 PLAUSIBLE = 4  # what another engine counts is believed if it is within this factor of our estimate
 REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just counted
@@ -326,692 +288,13 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
 
 
-# ------------------------------------------------------------------------------------- policy: editors
-
-MAX_TYPED_CHARS = 1024  # while a completion is computed, accepted suggestions included
-MAX_RETYPED_CHARS = 8  # of a word that is corrected meanwhile
-TAIL_CHARS = 1024  # of the text before the cursor: with as many equal, two cursors are at the same place
-MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
-MAX_PREDICTED_CHARS = 2048
-# What must be equal in two requests for the answer to one to be the beginning of the answer to the other.
-ALIKE = ("mode", "suffix", "model", "language", "filename", *SAMPLED_BY)
-
-
-def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
-    """Whether two infills are of one place where somebody types: the text before one cursor nearly continues that
-    before the other, and the lines below are the same. Two gaps of one file are not, nor two of a program's texts."""
-    if older["filename"] != newer["filename"]:
-        return False
-    one, other = (lines_below(fields.get("suffix") or "") for fields in (older, newer))
-    if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
-        return False
-    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
-
-
-def lines_below(suffix: str) -> str:
-    """What follows the cursor's line, whose rest changes when an editor closes a bracket; else that rest."""
-    return (suffix.partition("\n")[2] or suffix)[:TAIL_CHARS]
-
-
-def nearly_continues(text: str, longer: str) -> bool:
-    """Whether `longer` is `text` and at most MAX_TYPED_CHARS more. Up to MAX_RETYPED_CHARS at the end of the last line
-    may differ if that line begins alike. An editor's window moves, so `longer` may begin later.
-
-    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx", "a\\ny = ")
-    (True, False)
-    """
-    line = text[text.rfind("\n") + 1 :]
-    retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
-    for end in range(len(text), len(text) - retyped - 1, -1):
-        tail = text[max(0, end - TAIL_CHARS) : end]
-        start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
-        if longer.rfind(tail, start) >= 0 if len(tail) == TAIL_CHARS else not start and longer.startswith(tail):
-            return True
-    return False
-
-
-def alike(fields: Mapping[str, Any]) -> bytes:
-    """A digest of all in a request that must be equal beside the prompt."""
-    return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
-
-
-def typed_of(asked: str, text: str, prompt: str) -> int:
-    """How many characters of `text`, the completion of the prompt `asked`, stand before the cursor in another prompt;
-    0 if that is another place. The ends of the prompts decide, since an editor's window moves.
-
-    >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
-    3
-    """
-    tail, before = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:]
-    start = len(before)
-    # A tail shorter than TAIL_CHARS is a whole prompt, which must agree from its first character.
-    whole = len(tail) < TAIL_CHARS
-    place = (before + text).find(tail, 0 if whole else max(0, start + 1 - TAIL_CHARS), len(tail) if whole else None)
-    return max(0, place + len(tail) - start) if place >= 0 else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A completion that someone may type: who asked, the end of the prompt, the rest of the request, the answer."""
-
-    client: str
-    tail: str
-    alike: bytes
-    text: str
-    begun: Mapping[str, Any]
-    finish_reason: str
-
-
-class Predictions:
-    """The latest completions, for clients who type what they say. Pure; at most 500 KB."""
-
-    def __init__(self) -> None:
-        self.recent: deque[Prediction] = deque(maxlen=MAX_PREDICTIONS)
-
-    def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
-        if 1 < len(text) <= MAX_PREDICTED_CHARS:
-            tail = fields["prompt"][-TAIL_CHARS:]
-            self.recent.append(Prediction(client, tail, alike(fields), text, begun, reason))
-
-    def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
-        """A completion of which the client has typed the beginning, and its rest."""
-        rest = alike(fields)
-        for prediction in reversed(self.recent):
-            if prediction.client == client and prediction.alike == rest:
-                typed = typed_of(prediction.tail, prediction.text, fields["prompt"])
-                if 0 < typed < len(prediction.text):
-                    return prediction, prediction.text[typed:]
-        return None
-
-
-# ------------------------------------------------------------------------------------- policy: breaker
-
-FAILURES_TO_OPEN = 3  # in a row
-OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles it
-JITTER = 0.2  # +- this share of every pause: several Pis should not come back in step
-TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
-
-
-BREAKER_STATES = ("closed", "open", "half-open")
-
-
-class Breaker:
-    """Decides when not to ask a backend at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
-
-    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
-    From half-open, a failed or overdue trial opens it again for twice as long. `admit` returns a ticket, which is the
-    number of the current state: results under an older ticket are late and count for nothing.
-    """
-
-    def __init__(self, chance: Callable[[], float]) -> None:
-        self.state = "closed"
-        self.failures = 0  # in a row
-        self.opens = 0  # ever
-        self._generation = 1
-        self._chance = chance
-        self._pause = 0.0  # without jitter; 0 while closed
-        self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
-        self._trial = False  # half-open: a trial is under way
-
-    def admits(self, now: float) -> bool:
-        """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        if self._trial:
-            self._expire(now)
-        return self.state == "closed" or (self.state == "half-open" and not self._trial)
-
-    def admit(self, now: float) -> int | None:
-        """A ticket for one request; None means do not ask."""
-        if not self.admits(now):
-            return None
-        if self.state == "half-open":
-            self._trial, self._until = True, now + TRIAL_SECONDS
-        return self._generation
-
-    def succeeded(self, ticket: int) -> int:
-        """A valid token came. Returns the ticket that the same request carries from here on."""
-        if ticket != self._generation:
-            return ticket
-        self.failures = 0
-        if self.state == "half-open":
-            self._change("closed")
-            self._pause = 0.0
-        return self._generation
-
-    def failed(self, ticket: int, now: float) -> None:
-        """The backend, or the network on the way to it, failed this request."""
-        if ticket != self._generation:
-            return
-        self.failures += 1
-        if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
-            self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
-            self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())
-            self._change("open")
-            self.opens += 1
-
-    def left(self, ticket: int) -> None:
-        """The request ended without a verdict, refused or left by its client. A trial becomes free again."""
-        if ticket == self._generation:
-            self._trial = False
-
-    def healthy(self, now: float) -> None:
-        """The backend answered a probe."""
-        if self.state == "open" and now >= self._until:
-            self._change("half-open")
-
-    def reset(self) -> None:
-        """Another backend has taken the place of this one. Results of the old one are late."""
-        self.failures, self._pause = 0, 0.0
-        self._change("closed")
-
-    def retry_in(self, now: float) -> float:
-        """Seconds until a good /health would count."""
-        return max(0.0, self._until - now) if self.state == "open" else 0.0
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """For /v1/stats."""
-        self._expire(now)
-        retry = round(self.retry_in(now), 3)
-        return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
-
-    def _expire(self, now: float) -> None:
-        if self._trial and now >= self._until:
-            self.failed(self._generation, now)
-
-    def _change(self, state: str) -> None:
-        self.state, self._trial = state, False
-        self._generation += 1
-
-
-# ---------------------------------------------------------------------------------- IO: asking backends
-
-CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
-HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
-IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
-READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
-ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
-COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
-SPARE_SECONDS = 8.0  # for which a connection waits for its request; vpsd closes it after 10
-STILL_SECONDS = 600.0  # of comments alone: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
-NAME_SECONDS = 60.0  # for which the addresses of a name are remembered
-RACE_SECONDS = 0.25  # until the next address of a name is tried beside the last one (RFC 8305)
-STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
-ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
-LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
-MAX_ERROR_BYTES = 65_536  # an error's JSON
-MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
-MAX_JSON_BYTES = 1 << 20  # /v1/models, of which a cloud lists hundreds; an answer that is not streamed
-
-
-class Watchdog:
-    """Cuts a connection that stays silent for `idle` seconds while we read from it.
-
-    It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
-    read.
-    """
-
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reader, self._transport = reader, transport
-        self._idle = idle
-        self._end = self._loop.time() + STREAM_SECONDS
-        self.expired = False
-        self._timer = self._loop.call_later(idle, self._check)
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        left = min(self._reader.since + self._idle, self._end) - now
-        if left <= 0:
-            self.expired = True
-            self._transport.abort()
-        else:
-            self._timer = self._loop.call_later(min(left, self._idle), self._check)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up in threads of its own, one for each name, and remembers the addresses.
-
-    asyncio's threads are joined at the end, so a resolver that hangs would keep the daemon from stopping.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # until when, and the addresses
-        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # those that a thread is looking up
-
-    async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
-        """As socket.getaddrinfo."""
-        key = (host, port, *sorted(how.items()))
-        until, found = self.names.get(key, (0.0, []))
-        if self.time() < until:
-            return found
-        if key not in self._asked:
-            self._asked[key] = self.create_future()
-            threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
-        answer: list[Any] | OSError = await asyncio.shield(self._asked[key])
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
-
-    def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
-        found: list[Any] | OSError
-        try:
-            found = socket.getaddrinfo(*key[:2], **how)
-        except OSError as error:
-            found = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self.call_soon_threadsafe(self._learn, key, found)
-
-    def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
-        self._asked.pop(key).set_result(found)
-        if not isinstance(found, OSError):
-            self.names[key] = self.time() + NAME_SECONDS, found
-
-
-class Reader(asyncio.Protocol):
-    """What has come on a connection and is not read yet. Beyond READ_BYTES the transport pauses.
-
-    A StreamReader would copy each token twice, and drop what came before a reset.
-    """
-
-    def __init__(self) -> None:
-        self.ended = self.broken = False  # nothing more comes; and the connection has failed
-        self.since = math.inf  # when the current read began to wait; infinite while nobody waits
-        self._bytes = b""
-        self._waiter: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._bytes += data
-        if len(self._bytes) > READ_BYTES and self._transport:
-            self._transport.pause_reading()
-        self._wake()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.ended, self.broken = True, exc is not None
-        self._wake()
-
-    def eof_received(self) -> None:
-        self.ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def read(self) -> bytes:
-        """At most READ_BYTES; b"" at the end."""
-        if not self._bytes and not self.ended:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            self.since = min(self.since, loop.time())  # a read that was cancelled goes on
-            await self._waiter
-            self.since = math.inf
-        data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
-        if len(data) == READ_BYTES and self._transport and not self.ended:
-            self._transport.resume_reading()
-        return data
-
-
-class Answer:
-    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
-
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
-        self.status, self.kind = 0, ""
-        self._reader = reader
-        self._ahead = b""  # read, but not yet used: a part of the head, then what came in one read with it
-        self._scanned = self._skipped = 0  # bytes of a head, and heads
-        self._body = Body(0, False)
-        self._watchdog = Watchdog(reader, transport, idle)
-        self.close = self._watchdog.stop
-
-    async def read_head(self, *kinds: str) -> None:
-        """Read the head, skipping those with status 1xx. HttpError or BackendFailure as in `parse_answer`. If this is
-        cancelled, another call goes on where it was."""
-        while self.status < 200:
-            end = scan_head(self._ahead, self._scanned) if self._ahead else None
-            if end is None:
-                self._scanned = len(self._ahead)
-                data = await self._reader.read()
-                if not data:
-                    raise BackendFailure(
-                        "it did not answer in time"
-                        if self._watchdog.expired
-                        else "it closed the connection without an answer"
-                    )
-                self._ahead += data
-                continue
-            self.status, self.kind, self._body = parse_answer(self._ahead[:end], kinds)
-            self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
-            if self.status == 101 or self._skipped > 8:
-                raise BackendFailure(f"it answered {self.status}")
-
-    @property
-    def ended(self) -> bool:
-        """The framing says that the body is whole. Whatever follows is nobody's: the connection is not used again."""
-        return self._body.done
-
-    async def read(self) -> bytes:
-        """More of the body's payload, b"" once it is whole, or BackendFailure."""
-        body = self._body
-        while not (body.failure or body.done):
-            data, self._ahead = self._ahead, b""
-            data = data or await self._reader.read()
-            if payload := body.feed(data):
-                return payload
-            if not data:
-                broken = "the connection broke" if self._reader.broken else ""
-                body.end("it stopped" if self._watchdog.expired else broken)
-                if not body.failure:
-                    return b""
-        if body.failure:
-            raise body.failure
-        return b""
-
-    async def read_all(self, limit: int) -> bytes:
-        """The whole body. BackendFailure over `limit` bytes, or if more than the body has come."""
-        pieces, size = [], 0
-        while piece := await self.read():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise BackendFailure("its answer is too long")
-        if self._body.surplus:
-            raise BackendFailure("its answer goes on past its end")
-        return b"".join(pieces)
-
-
-@contextlib.contextmanager
-def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """Turns whatever a backend and the network do inside it into BackendFailure. No exception's own text reaches a
-    client."""
-    try:
-        yield
-    except TimeoutError:
-        raise BackendFailure("it did not answer in time") from None
-    except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
-        raise BackendFailure(broken) from None
-    except BackendFailure:
-        raise
-    except HttpError:
-        raise BackendFailure(malformed) from None
-
-
-EVENTS, JSON = "text/event-stream", "application/json"
-
-
-Connection = tuple[Reader, asyncio.Transport]
-
-
-class Upstream:
-    """Asks a backend, on a new connection for each request: a late answer can never reach another request.
-
-    A POST leaves a spare connection behind for the next one, which saves a round trip, or three by TLS. It is closed if
-    it is not used soon, so nothing connects while nobody asks.
-    """
-
-    def __init__(self, config: BackendConfig) -> None:
-        self._config = config
-        self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
-        self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
-        self._spare: Connection | None = None
-        self._keeper: asyncio.Task[None] | None = None  # opens the spare one, and closes it
-        self._closed = False
-
-    def close(self) -> None:
-        """Close the spare connection, and leave none any more."""
-        self._closed = True
-        self._drop_spare()
-
-    def _drop_spare(self) -> None:
-        if self._keeper:
-            self._keeper.cancel()
-        if self._spare:
-            self._spare[1].abort()
-        self._spare = self._keeper = None
-
-    async def _keep_spare(self) -> None:
-        with contextlib.suppress(BackendFailure):
-            spare = self._spare = await self._connect()
-            try:
-                await asyncio.sleep(SPARE_SECONDS)
-            finally:
-                if self._spare is spare:
-                    self._spare = None
-                    spare[1].abort()
-        self._keeper = None
-
-    def _take_spare(self) -> Connection | None:
-        """The spare connection, unless the backend has closed it or sent anything."""
-        spare, self._spare = self._spare, None
-        if spare is None:
-            return None
-        self._drop_spare()  # its keeper
-        if not spare[0].ended:
-            poll = select.poll()
-            poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
-            if not poll.poll(0):
-                return spare
-        spare[1].abort()
-        return None
-
-    @contextlib.asynccontextmanager
-    async def send(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
-    ) -> AsyncIterator[Answer]:
-        """Send one request once and yield its answer, of which nothing has been read. `idle` is for its Watchdog."""
-        reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
-        try:
-            transport.write(self._encode(method, path, body))
-            yield answer
-        except BackendFailure:
-            leaves_spare = False
-            raise
-        finally:
-            answer.close()
-            transport.abort()
-            # The backend should notice that this client has left before it gets the next request.
-            if not answer.ended:
-                self._drop_spare()
-            if leaves_spare and not self._closed and not self._keeper:
-                self._keeper = asyncio.create_task(self._keep_spare())
-
-    async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
-        """Read the head of a 200 of one of these media types; False if it has not come after `seconds`, then call
-        again. HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
-            try:
-                async with asyncio.timeout(seconds):
-                    await answer.read_head(*kinds)
-            except TimeoutError:
-                return False
-            if answer.status == 200:
-                return True
-            config, refused = self._config, b""
-            try:
-                async with asyncio.timeout(seconds):
-                    refused = await answer.read_all(MAX_ERROR_BYTES)
-            except (BackendFailure, TimeoutError):  # of another engine, the status tells enough
-                if config.api == "cerebrum":
-                    raise
-        if config.api == "cerebrum":
-            raise refusal(answer.status, refused, config.key, config.key_env)
-        raise engine_refusal(answer.status, refused, config.key_env)
-
-    @contextlib.asynccontextmanager
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        kind: str = EVENTS,
-        seconds: float | None = None,
-    ) -> AsyncIterator[Answer]:
-        """Send one request and yield its answer, whose head has been read, as by `begin`. BackendFailure if the head
-        takes over `seconds` (None: HEAD_SECONDS)."""
-        async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
-            if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
-                raise BackendFailure("it did not answer in time")
-            yield answer
-
-    async def get(self, path: str, limit: int) -> dict[str, Any]:
-        """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
-        return await self._json("GET", path, None, limit, ASIDE_SECONDS)
-
-    async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-        """POST for a JSON object, which the backend may have to load a model for."""
-        return await self._json("POST", path, body, limit, LOAD_SECONDS)
-
-    async def _json(
-        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
-    ) -> dict[str, Any]:
-        async with self.ask(method, path, body, JSON, seconds) as answer:
-            with blamed("the connection broke", "its answer is not JSON"):
-                async with asyncio.timeout(ASIDE_SECONDS):
-                    whole = await answer.read_all(limit)
-                if self._config.api == "cerebrum":
-                    return parse_json(whole)
-        members = parse_leniently(whole)
-        if members is None:
-            raise BackendFailure("its answer is not JSON")
-        return members
-
-    async def _connect(self) -> Connection:
-        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
-        with blamed("it cannot be connected to"):
-            try:
-                async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, reader = await loop.create_connection(
-                        Reader,
-                        endpoint.host,
-                        endpoint.port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=None if self._is_address else RACE_SECONDS,
-                    )
-            except OSError as error:
-                if isinstance(loop, Loop):
-                    loop.names.clear()  # it may have moved
-                if isinstance(error, ConnectionRefusedError):
-                    raise BackendFailure("connection refused") from None
-                raise
-        # By default the kernel takes in megabytes, although the client may have stopped reading.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-        return reader, transport
-
-    def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        endpoint, key = self._config.endpoint, self._config.key
-        lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
-        if key and self._config.api != "cerebrum":
-            lines.append(f"Authorization: Bearer {key}")
-        elif key and path != "/health":
-            lines.append(f"X-API-Key: {key}")
-        lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
-        payload = b""
-        if body is not None:
-            payload = json.dumps(body).encode("ascii")
-            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
-        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
-
-
-def make_tls(ca_file: str) -> ssl.SSLContext:
-    """A context with the system's certificates, or with those of `ca_file` alone. ConfigError if the file has none."""
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except OSError as error:
-        raise ConfigError(f"ca_file: expected certificates in PEM form in {ca_file}, got {error}") from None
-
-
-async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
-    """The events of a backend of our own as pairs, behind ("begun", None); the last one is ("done", its members).
-
-    The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
-    depend on how its bytes were split. Every other end is a BackendFailure.
-    """
-    events, now = Events(), asyncio.get_running_loop().time
-    moved = now()  # when anything but a comment came
-    done: dict[str, Any] | None = None
-    yield "begun", None
-    while not answer.ended and (payload := await answer.read()):
-        if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
-            moved = now()
-            yield "text", payload
-            continue
-        for kind, value in take_apart(events.feed(payload), key):
-            if done is not None and kind in ("text", "done"):
-                raise BackendFailure("it sent events after the last one")
-            if kind == "done":
-                done = value
-                continue
-            moved = moved if kind == "idle" else now()
-            yield kind, value
-        if now() - moved > STILL_SECONDS:
-            raise BackendFailure("it makes no progress")
-    if events.inside:
-        raise BackendFailure("it ended in the middle of an event")
-    if done is None:
-        raise BackendFailure("it ended without saying that it is done")
-    yield "done", done
-
-
-async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
-    """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
-    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. A text that the
-    engine has ended is whole, whatever follows."""
-    now = asyncio.get_running_loop().time
-    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
-    spoke = lived = now()  # when the client got something for the last time, when the engine got on
-    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS):
-        if now() - lived > READING_SECONDS:
-            raise BackendFailure("it did not answer in time")
-        yield "idle", None
-    yield "begun", None
-    while not translator.done:
-        payload = None
-        try:
-            async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
-                payload = await answer.read()
-        except TimeoutError:
-            pass
-        except BackendFailure:
-            if not translator.reason:
-                raise
-        # Some engines forget the blank line behind their last event.
-        block = events.feed(b"\n\n" if payload == b"" else payload or b"")
-        for pair in translator.feed(block, now()):
-            spoke = now()
-            yield pair
-        if translator.reason:
-            ended = ended or now()
-        elif translator.life != life:
-            life, lived = translator.life, now()
-        elif now() - lived > READING_SECONDS:  # it sends nothing but comments
-            raise BackendFailure("it did not answer in time")
-        is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
-        if not translator.done and (payload == b"" or is_late):
-            yield translator.end()
-        elif now() - spoke >= ALIVE_SECONDS:
-            spoke = now()
-            yield "idle", None
-
-
 # ------------------------------------------------------------------------------------------- the gateway
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
 STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
-MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
 EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
-BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # before a dialect's request asks a busy backend again; the pause doubles
-WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
@@ -1020,296 +303,6 @@ MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of 
 MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
-NEVER_ASKED = "VPS backend has not been asked yet"
-BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One completion: what the client asked, what was sent to a backend, and what has come back."""
-
-    fields: dict[str, Any]  # as `read_completion` gives them
-    session: str = ""  # from `session_of`; "" without one
-    end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
-    limit: float = math.inf  # bytes of text events that its client's API can take
-    kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
-    client: str = ""  # of a dialect's request: its address
-    backend: Backend | None = None  # where it holds a place
-    tried: list[Backend] = field(default_factory=list)  # that have failed it
-    busy: list[Backend] = field(default_factory=list)  # that have answered 429 to a dialect's request
-    pause: float = BUSY_SECONDS  # before they are asked again
-    without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
-    failure: HttpError | None = None  # of the one whose error tells most
-    notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
-    model: str = ""
-    mode: str = ""
-    n_ctx: int = 0  # of the model
-    kept: dict[str, Any] = field(default_factory=dict)  # how much of the prompt was sent
-    weight: int = 0  # of the prompt that was sent, for the ratio
-    counted: int = 0  # tokens of it, if the backend has refused it as too long
-    most: int = sys.maxsize  # tokens that another engine may get, if it has refused more without a number
-    room: int = 0  # tokens that the context has left for the answer
-    above: str = ""  # the text before the cursor that was sent
-    cut: bool = False  # to what can be read in the time that the client allows
-    tokens: int = 0  # relayed so far
-    first_token: float = 0.0  # when the first of them came, as `started`
-    result_came: float = 0.0  # when its backend said that it is whole
-    reason: str = ""  # and why it ended, one of REASONS
-    size: int = 0  # bytes of text events so far
-    ticket: int = 0  # of the breaker
-    superseded: bool = False  # a newer request of its session has ended it
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds no place any more
-    started: float = field(default_factory=time.perf_counter)
-
-    def patience(self) -> float:
-        """Seconds for which a dialect's request still waits for a place."""
-        return self.started + WAIT_SECONDS[self.kind] - time.perf_counter()
-
-
-class Backend:
-    """One backend: what is known of it, and what it does for us. Owns its places, its breaker and its ratios."""
-
-    def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self._configure(config, catalog, Upstream(config))
-        self.api = APIS.get(config.api)  # None: one of our own
-        self.breaker = Breaker(random.random)
-        self.ratio = Ratio()
-        self.active: list[Job] = []  # that hold a place
-        self.requests_total = self.requests_failed = 0
-        self.tokens = 0  # that it has generated
-        self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
-        self.warming: tuple[Job, asyncio.Task[None]] | None = None
-        self.wake = asyncio.Event()  # probe now
-        self.probes = 0  # that have ended
-        self.probed = time.monotonic()  # when the last one did
-        self.is_known = False  # it has been asked for anything
-        self.trouble = NEVER_ASKED  # what is wrong with it; "": nothing
-        self.response_ms: float | None = None  # of the last good probe
-        # Its models by our id: what it tells of each, with `n_ctx`, and its name for it. None until a list came.
-        self.models: dict[str, dict[str, Any]] | None = None
-        self.names: dict[str, str] = {}
-        self.models_loaded: list[str] = []  # by the last good probe
-        self._strange = ""  # what it listed when it had none of our models
-        self._models_until = 0.0
-
-    def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
-        self.config, self.id, self.limit = config, config.id, config.max_concurrent
-        self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
-        self.upstream, self._catalog = upstream, catalog
-
-    def adopt(self, other: Backend) -> None:
-        """Take the settings of another object with the same id and API. What is known of an address is forgotten if
-        there is another one; what was counted stays."""
-        if other.config.endpoint != self.config.endpoint:
-            self.breaker.reset()
-            self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
-        self.upstream.close()
-        self._configure(other.config, other._catalog, other.upstream)
-        self._models_until = 0.0
-        self.wake.set()
-
-    @property
-    def available(self) -> bool:
-        return not self.trouble and self.breaker.state != "open"
-
-    @property
-    def message(self) -> str:
-        """Why it is not available."""
-        return "" if self.available else self.trouble or BREAKER_OPEN
-
-    @property
-    def warms(self) -> bool:
-        """Whether reading a prompt ahead costs nothing."""
-        return self.api is None or self.api.warms
-
-    @property
-    def is_paid(self) -> bool:
-        """Whether it is probably a cloud."""
-        return self.config.api == "openai" and self.config.endpoint.tls
-
-    def load(self) -> float:
-        """The share of its places that is taken."""
-        return len(self.active) / self.limit
-
-    def estimated_tokens(self, job: Job) -> float:
-        """Of the job's prompt, by the ratio that it has learned."""
-        return job.weight / self.ratio.get(job.model)
-
-    def has_place(self, job: Job) -> bool:
-        """Whether it has a place for this job, which ends the older ones of its session."""
-        if len(self.active) < self.limit:
-            return True
-        session = job.session or None
-        return sum(not other.superseded and other.session != session for other in self.active) < self.limit
-
-    def has(self, model: str) -> bool:
-        """Whether it may have a model. Of another engine, the name for it must be known."""
-        return self.api is None if self.models is None else model in self.models
-
-    def n_ctx(self, model: str) -> int:
-        told = (self.models or {}).get(model)
-        return int(told["n_ctx"]) if told else self.config.n_ctx or DEFAULT_N_CTX
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """For /v1/stats."""
-        return {
-            "id": self.id,
-            "api": self.config.api,
-            "available": self.available,
-            "message": self.message,
-            "response_time_ms": self.response_ms,
-            "requests_total": self.requests_total,
-            "requests_active": len(self.active),
-            "requests_failed": self.requests_failed,
-            "max_concurrent": self.limit,
-            "tokens_total": self.tokens,
-            "models": list(self.models or ()),
-            "models_loaded": self.models_loaded,
-            "breaker": self.breaker.describe(now),
-        }
-
-    # Probing.
-
-    async def probe(self) -> None:
-        """Bring `trouble`, `response_ms` and `models` up to date. Another engine that is answering is not disturbed:
-        llama_cpp.server would end its answer if anybody asked for its models, and it hears nothing while it reads a
-        prompt. The answer itself shows that the engine is there."""
-        self.probed = started = time.monotonic()
-        if self.api and self.breaker.state == "closed" and (self.active or self.warming):
-            return
-        try:
-            loaded = await self._ask_health()
-            now = time.monotonic()
-            self.response_ms = round((now - started) * 1000, 1)
-            self.breaker.healthy(now)
-            if self.trouble or now >= self._models_until or loaded != self.models_loaded:
-                await self.learn_models()
-            self.models_loaded = loaded
-        except HttpError as error:
-            self.found(error.message)
-        else:
-            self.found("")
-        self.is_known = True
-        self.probes += 1
-        self.probed = time.monotonic()
-
-    async def _ask_health(self) -> list[str]:
-        """The ids of the models in its memory. Of another engine the status is enough."""
-        if self.api is None:
-            return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
-        try:
-            async with self.upstream.ask("GET", self.api.health, kind=JSON, seconds=ASIDE_SECONDS):
-                return []
-        except HttpError as error:
-            if error.code != "RATE_LIMIT":  # who refuses is there
-                raise
-            return []
-
-    def found(self, trouble: str) -> None:
-        if trouble != self.trouble:
-            log.log(
-                logging.WARNING if trouble else logging.INFO, "%s: %s", self.id, trouble or "VPS backend is available"
-            )
-        self.trouble = trouble
-
-    async def learn_models(self) -> None:
-        """Ask which models it has. If it fails to answer, the last list stays. HttpError if no list has ever come,
-        except from a backend of our own, which can be asked without one; Misfit if it does not let us in."""
-        if self.api and self.active:
-            return  # a completion has begun since this probe did
-        self._models_until = time.monotonic() + MODELS_SECONDS
-        try:
-            answer = await self.upstream.get("/v1/models", MAX_JSON_BYTES)
-            listed = read_listed(answer) if self.api else read_models(answer)
-            props = await self._ask_props()
-        except HttpError as error:
-            if isinstance(error, Misfit) or (self.api and self.models is None):
-                self._models_until = 0.0
-                raise
-            log.warning("%s: no list of models: %s", self.id, error.message)
-            return
-        found = find_models(self._catalog, listed)
-        strange = "" if found else printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
-        if strange and strange != self._strange:
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
-        self._strange = strange
-        self.names = {id: name for id, (name, _) in found.items()}
-        n_ctx = {"n_ctx": DEFAULT_N_CTX} | props
-        fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
-        self.models = {id: n_ctx | about | fixed for id, (_, about) in found.items()}
-
-    async def _ask_props(self) -> dict[str, Any]:
-        if not self.api or not self.api.props:
-            return {}
-        try:
-            return read_props(await self.upstream.get(self.api.props, MAX_JSON_BYTES))
-        except HttpError:
-            return {}  # it can be turned off
-
-    # Completing.
-
-    @contextlib.asynccontextmanager
-    async def ask(self, job: Job, asked: Mapping[str, Any]) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Send a request, whose fields are those of vpsd, and yield its answer: ("begun", None) when it begins, then
-        the pairs that `Gateway.complete` describes."""
-        model = self.names.get(job.model, job.model)
-        if self.api is None:
-            async with (
-                self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer,
-                contextlib.aclosing(relay(answer, self.config.key)) as pairs,
-            ):
-                yield pairs
-            return
-        api, fim = self.api, self.fim.get(job.model, ())
-        dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, job.room))
-        translator = Translator(dialect, asked, [mark.strip() for mark in fim])
-        async with (
-            self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
-            contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
-        ):
-            yield pairs
-
-    def failed(self, ticket: int, error: HttpError) -> None:
-        """A request to it has ended with this error."""
-        if isinstance(error, Misfit):
-            self.found(error.message)
-        elif isinstance(error, BackendFailure):
-            self.breaker.failed(ticket, time.monotonic())
-            log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
-            self.trouble = error.message
-            self.wake.set()  # a probe finds out at once whether it is gone
-
-    def refused(self, job: Job, error: HttpError) -> None:
-        """Remember what a refusal tells about a model."""
-        if error.code in WITHOUT_MODEL:
-            self._models_until = 0.0
-            self.wake.set()
-        n_ctx = error.extra.get("n_ctx", 0)
-        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
-            self.models[job.model]["n_ctx"] = n_ctx  # until the next list
-
-    async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
-        """The tokens of a text, as llama-server's /tokenize has it."""
-        ticket = self.breaker.admit(time.monotonic()) or 0
-        asked, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
-        if not self.api:
-            asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
-            asked["model"] = self.names.get(model, model)
-        try:
-            answer = await self.upstream.post(path, asked, MAX_TOKENS_BYTES)
-            self.breaker.succeeded(ticket)
-        except HttpError as error:
-            self.failed(ticket, error)
-            raise
-        finally:
-            self.breaker.left(ticket)
-        tokens = answer.get("tokens", [])
-        return tokens if isinstance(tokens, list) else []
-
-    def learn_speed(self, model: str, speed: float) -> None:
-        """How fast it reads prompts, in tokens per second."""
-        self.read_speed[model] = self.read_speed.get(model, speed) * 0.75 + speed * 0.25
 
 
 class Shared:
@@ -1406,11 +399,6 @@ class Reading:
         self.woken.set()
 
 
-def first_there(backends: Sequence[Backend]) -> Backend:
-    """The first of these that is there, or else the first."""
-    return next((backend for backend in backends if backend.available), backends[0])
-
-
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
@@ -1445,7 +433,7 @@ class Gateway:
         self.backends = [Backend(backend, config.models) for backend in config.backends]
         self.active: list[Job] = []  # that hold a place, maybe at a backend that is no longer in models.toml
         self.started, self.created = time.monotonic(), int(time.time())
-        self.page = load_page(HERE / "cerebrum_page.html")
+        self.page = load_page(HERE / "cerebrum/pi/page.html")
         self.requests_total = self.requests_failed = self.tokens = self.reconfigured = 0
         self.tallies = {model.id: Tally() for model in config.models}
         self.history = History(self.started)
@@ -2112,12 +1100,6 @@ class Gateway:
             self.warm(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
 
 
-def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
-    """A completion that consists of the rest of an earlier one."""
-    done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
-    return [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
-
-
 # -------------------------------------------------------------------------------------------- handlers
 
 
@@ -2181,7 +1163,7 @@ async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a page for a person, which uses this API."""
     if not gateway.page:
         raise HttpError(
-            "NOT_FOUND", "expected cerebrum_page.html beside cm4d.py for this page; the API works without it"
+            "NOT_FOUND", "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
         )
     status, body, headers = gateway.page.respond(request.head.headers)
     return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
@@ -2409,7 +1391,7 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
     """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
-    from cerebrum_openapi import write_openapi  # compiled and loaded only for those who ask
+    from cerebrum.pi.openapi import write_openapi  # compiled and loaded only for those who ask
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
@@ -2446,7 +1428,6 @@ ROUTES = (
     Route("GET", "/props", props, foreign_error=write_error),
     Route("POST", "/tokenize", tokenize, json=True, foreign_error=write_error),
 )
-
 # ----------------------------------------------------------------------------------------------- start
 
 DRAIN_SECONDS = 30.0  # given to running completions when we are told to stop
@@ -2487,7 +1468,7 @@ def answer_arguments(arguments: Sequence[str]) -> int:
     """Do what the options ask instead of serving. What they need is loaded only here."""
     about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
     make_parser("cm4d", about, HELP).parse_args(arguments)
-    from cerebrum_check import check_pi
+    from cerebrum.check import check_pi
 
     return check_pi(HERE, load_config, Backend)
 

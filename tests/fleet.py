@@ -25,6 +25,8 @@ from harness import Client, Reply, read_reply, until
 from scripted import CHUNKED, MODELS, RESET, Backend, answer, backend_at, chunk, error, event, pi_for, token
 
 import cm4d
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import breaker, engines, upstream
 from cerebrum_common import HttpError
 
 MARK = re.compile(rb"mark-\d+-\d+")
@@ -33,11 +35,12 @@ CALM, CALM_AT_ONCE = 100, 10  # clients that come back when the rush is over
 ADDRESSES = 8
 COMES_AGAIN = 60.0  # seconds for which a client that gets 429 does so
 SILENCE = 1.0  # seconds after which the gateway gives a silent backend up
-TIMES = {
-    "PROBE_SECONDS": 0.1,
-    "OPEN_SECONDS": 0.3,
-    "MAX_OPEN_SECONDS": 1.0,
-    **dict.fromkeys(("HEAD_SECONDS", "IDLE_SECONDS", "READING_SECONDS"), SILENCE),
+TIMES: dict[Any, dict[str, float]] = {
+    cm4d: {"PROBE_SECONDS": 0.1},
+    breaker: {"OPEN_SECONDS": 0.3, "MAX_OPEN_SECONDS": 1.0},
+    upstream: {"HEAD_SECONDS": SILENCE, "IDLE_SECONDS": SILENCE},
+    engines: {"READING_SECONDS": SILENCE},
+    pi_backend: {"READING_SECONDS": SILENCE},
 }
 
 # -------------------------------------------------------------------------------------------- backends
@@ -356,11 +359,11 @@ class Oracle:
         self.decisions = Counter[str]()
         gateway._choose = self._watch  # type: ignore[method-assign]
 
-    def _wrong(self, what: str, job: cm4d.Job) -> None:
+    def _wrong(self, what: str, job: pi_backend.Job) -> None:
         states = [(one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.backends]
         self.journal.faults.append(f"{what}: {job.kind} {job.model} tried {[one.id for one in job.tried]} of {states}")
 
-    def _watch(self, job: cm4d.Job) -> tuple[str, cm4d.Backend] | None:
+    def _watch(self, job: pi_backend.Job) -> tuple[str, pi_backend.Backend] | None:
         now = time.monotonic()
         left = [one for one in self.gateway.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")]
         left = [one for one in left if one.breaker.admits(now)]
@@ -384,7 +387,7 @@ class Oracle:
         self._check_stay(job, backend, [one.id for one in free])
         return chosen
 
-    def _leaves_a_place(self, job: cm4d.Job, usable: Sequence[cm4d.Backend]) -> bool:
+    def _leaves_a_place(self, job: pi_backend.Job, usable: Sequence[pi_backend.Backend]) -> bool:
         """Whether others of its kind already have all places but one of the backends that may answer."""
         running = [one for backend in usable for one in backend.active]
         if job.kind == "infill":
@@ -393,7 +396,7 @@ class Oracle:
             alike = [one for one in running if one.kind in ("chat", "completion")]
         return len(alike) >= sum(one.limit for one in usable) - 1
 
-    def _check_stay(self, job: cm4d.Job, backend: cm4d.Backend, free: Sequence[str]) -> None:
+    def _check_stay(self, job: pi_backend.Job, backend: pi_backend.Backend, free: Sequence[str]) -> None:
         self.decisions["assigned"] += 1
         number = self.decisions["assigned"]
         who = job.session or (job.client, job.fields.get("filename") or "")
@@ -491,7 +494,8 @@ async def simulate(clients: int = 1000, seed: int = 1) -> Result:
     journal = Journal()
     random.seed(seed)
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(cm4d, **TIMES))
+        for module, times in TIMES.items():
+            stack.enter_context(mock.patch.multiple(module, **times))
         engines = {plan.id: Engine(plan=plan, seed=seed, journal=journal) for plan in FLEET}
         for engine in engines.values():
             if engine.plan.id == ABSENT:

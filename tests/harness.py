@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the benchmarks and the fuzzer, which run without pytest
 
-from cerebrum_common import load_catalog  # noqa: E402
+from cerebrum.settings import load_catalog  # noqa: E402
 
 T = TypeVar("T")
 
@@ -310,6 +311,14 @@ def daemon(
     with program(name, command_of(name, python), folder, environment) as started:
         yield started
     assert started.process.returncode == 0, started.stdout() + started.stderr()
+
+
+def copy_program(name: str, folder: Path) -> None:
+    """Copy a daemon to a folder as docs/deploy.md does, without the rooms of the other machine."""
+    for file in (f"{name}.py", "cerebrum_common.py", "models.toml"):
+        shutil.copy(ROOT / file, folder)
+    unused = shutil.ignore_patterns("__pycache__", "vps" if name == "cm4d" else "pi")
+    shutil.copytree(ROOT / "cerebrum", folder / "cerebrum", ignore=unused)
 
 
 def link_tuned(folder: Path, tuned: Path) -> None:

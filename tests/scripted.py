@@ -26,8 +26,9 @@ from typing import Any
 
 from harness import KEY, PATIENCE, ROOT, Client, until
 
-from cerebrum_backends import BackendConfig, parse_url
-from cerebrum_common import Access, Server, load_catalog, own_names
+from cerebrum.http import Access, Server, own_names
+from cerebrum.pi.upstream import BackendConfig, parse_url
+from cerebrum.settings import load_catalog
 from cm4d import ROUTES, Config, Gateway
 
 RESET, HANG = "reset", "hang"

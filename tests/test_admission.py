@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE
+from harness import PATIENCE, copy_program
 
 import vpsd
-from cerebrum_common import ConfigError, Environment, HttpError
-from cerebrum_engine import MB
-from cerebrum_languages import LANGUAGES
-from vpsd import (
-    CpuMeter,
-    Headroom,
-    check_headroom,
-    load_config,
-    parse_inference,
-)
+from cerebrum.settings import ConfigError, Environment
+from cerebrum.text.languages import LANGUAGES
+from cerebrum.vps.llama import MB
+from cerebrum_common import HttpError
+from vpsd import CpuMeter, Headroom, check_headroom, load_config, parse_inference
 
 # ------------------------------------------------------------------------------------------- the request
 
@@ -254,9 +249,7 @@ def test_config_defaults() -> None:
 def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     script = tmp_path / "vpsd.py"  # a copy, because a .env may lie beside the original
-    root = Path(vpsd.__file__).parent
-    for name in ("vpsd.py", *(path.name for path in root.glob("cerebrum_*.py")), "models.toml"):
-        (tmp_path / name).write_bytes((root / name).read_bytes())
+    copy_program("vpsd", tmp_path)
     done = subprocess.run(
         [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )

@@ -17,26 +17,22 @@ import pytest
 from harness import ROOT, run, until
 from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
 
-import cerebrum_backends
 import cm4d
-from cerebrum_backends import (
-    BackendFailure,
-    Characters,
-    Endpoint,
-    Events,
-    Translator,
-    engine_refusal,
-    find_models,
-    read_backends,
-)
-from cerebrum_common import ConfigError, Environment, HttpError, Model, load_catalog
-from cerebrum_dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import breaker, engines, upstream
+from cerebrum.pi.backend import find_models
+from cerebrum.pi.dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
+from cerebrum.pi.engines import Characters, Translator
+from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
+from cerebrum.settings import ConfigError, Environment, load_catalog
+from cerebrum_common import HttpError, Model
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_backends, optionflags=doctest.NORMALIZE_WHITESPACE) == (0, 7)
+    modules = (pi_backend, engines, upstream)
+    assert [doctest.testmod(one, optionflags=doctest.NORMALIZE_WHITESPACE).failed for one in modules] == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -45,7 +41,7 @@ FORM = r"[A-Za-z0-9._\-]{1,40}"
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
 
 
-def read(*tables: Any, **variables: str) -> tuple[cerebrum_backends.BackendConfig, ...]:
+def read(*tables: Any, **variables: str) -> tuple[upstream.BackendConfig, ...]:
     return read_backends(tables, Environment(variables), 3)
 
 
@@ -105,7 +101,7 @@ def test_a_bad_key_is_named_and_not_told() -> None:
 def test_the_file_of_certificates_is_checked_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(ConfigError, match=r"^ca_file: expected certificates in PEM form in .*ca\.pem, got "):
-        cm4d.make_tls(str(tmp_path / "ca.pem"))
+        upstream.make_tls(str(tmp_path / "ca.pem"))
 
 
 CATALOG = """
@@ -445,7 +441,7 @@ def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
     (result,) = [value for kind, value in pairs if kind == "done"]
     assert pairs[-1] == ("done", result)
     assert {kind for kind, _ in pairs} <= {"text", "done"}
-    return cerebrum_backends.read_text(b"".join(value for kind, value in pairs if kind == "text")), result
+    return upstream.read_text(b"".join(value for kind, value in pairs if kind == "text")), result
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
@@ -641,7 +637,7 @@ def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
             first = pi.gateway.first
             _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
             await backend.begun.wait()
-            for _ in range(cm4d.FAILURES_TO_OPEN):
+            for _ in range(breaker.FAILURES_TO_OPEN):
                 first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
             await first.probe()
             assert first.breaker.state == "half-open"
@@ -651,7 +647,7 @@ def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
 
 
 def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "COUNTS_SECONDS", 0.05)
+    monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
 
     async def scenario() -> None:
         whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
@@ -667,7 +663,7 @@ def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
 def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.1)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
 
     async def scenario() -> None:
         async with (
@@ -685,8 +681,8 @@ def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: p
 
 def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And its client gets a comment now and then."""
-    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.2)
-    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought = chunk(chat_chunk(reasoning_content="hm"))
     end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
 
@@ -733,7 +729,7 @@ def test_a_client_that_leaves_ends_the_engines_work() -> None:
 
 def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head comes only when it has read the prompt; then it pauses again."""
-    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
 
     async def scenario() -> None:
         heads, rest = asyncio.Event(), asyncio.Event()
@@ -752,8 +748,9 @@ def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.Mo
 
 
 def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(cm4d, "READING_SECONDS", 0.5)
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.5)
+    monkeypatch.setattr(pi_backend, "READING_SECONDS", 0.5)
 
     async def scenario() -> None:
         async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cm4d import FAILURES_TO_OPEN, MAX_OPEN_SECONDS, OPEN_SECONDS, TRIAL_SECONDS, Breaker
+from cerebrum.pi.breaker import FAILURES_TO_OPEN, MAX_OPEN_SECONDS, OPEN_SECONDS, TRIAL_SECONDS, Breaker
 
 
 def breaker(chance: float = 0.5) -> Breaker:

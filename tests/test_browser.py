@@ -22,12 +22,12 @@ from harness import FILES, KEY, PATIENCE, ROOT, daemon, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
 from test_peers import needs
 
-from cerebrum_common import load_catalog
+from cerebrum.settings import load_catalog
 
 pytestmark = pytest.mark.clients
 
 CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
-PAGE = ROOT / "cerebrum_page.html"
+PAGE = ROOT / "cerebrum/pi/page.html"
 EXPECT_MS = 20_000
 END = b"0\r\n\r\n"
 CODE = "def add(a, b):\n    return "

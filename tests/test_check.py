@@ -21,9 +21,9 @@ from harness import KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
 from scripted import MODELS, Backend, answer, in_a_thread
 from test_gguf import header
 
-import cerebrum_check
 import cm4d
 import vpsd
+from cerebrum import check as cerebrum_check
 from cerebrum_common import VERSION
 
 WEIGHTS = header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2)

@@ -36,7 +36,7 @@ from test_plugins import (
     start_pi,
 )
 
-import cm4d
+from cerebrum.pi import upstream
 
 pytestmark = pytest.mark.clients
 
@@ -279,7 +279,7 @@ def test_openai_raises_internal_server_error_without_a_vps(openai: Any, tmp_path
             client = client_of(openai, f"http://127.0.0.1:{started.port}/v1")
             began = time.perf_counter()
             assert "qwen_0_5b" in [model.id for model in client.models.list()]
-            assert time.perf_counter() - began < cm4d.ASIDE_SECONDS  # the least that asking the VPS would have taken
+            assert time.perf_counter() - began < upstream.ASIDE_SECONDS  # as asking the VPS takes
     with daemon("cm4d", tmp_path / "alone", CEREBRUM_CM4_API_KEY="") as started:
         client = client_of(openai, f"http://127.0.0.1:{started.port}/v1")
         with pytest.raises(openai.InternalServerError) as caught:
@@ -290,7 +290,7 @@ def test_openai_raises_internal_server_error_without_a_vps(openai: Any, tmp_path
 def test_openai_raises_rate_limit_error(openai: Any, client: Any, pi: Pi) -> None:
     """Infills wait for a place for 3 s."""
     pi.backend.scripts = [[CHUNKED, chunk(token("a", 1)), HANG]]
-    with contextlib.ExitStack() as streams:
+    with ExitStack() as streams:
         for prompt in (PREFIX, "fn third("):
             stream = client.completions.create(model="", prompt=prompt, suffix=SUFFIX, stream=True)
             assert next(streams.enter_context(stream)).choices[0].text == "a"

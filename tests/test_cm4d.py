@@ -31,8 +31,11 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_backends import BackendConfig, Endpoint, read_text
-from cerebrum_common import ConfigError, Environment, load_catalog
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import breaker
+from cerebrum.pi import upstream as pi_upstream
+from cerebrum.pi.upstream import BackendConfig, Endpoint, read_text
+from cerebrum.settings import ConfigError, Environment, load_catalog
 from cm4d import load_config, prompt_budget, read_completion
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
@@ -214,7 +217,7 @@ def test_the_seam_yields_pairs_that_any_api_can_render():
         script = [CHUNKED, *told, b"0\r\n\r\n"]
         async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
             fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
-            *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(cm4d.Job(fields))]
+            *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(pi_backend.Job(fields))]
             begun = {"model": "qwen_0_5b", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
             assert pairs == [
                 ("started", begun), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
@@ -222,7 +225,7 @@ def test_the_seam_yields_pairs_that_any_api_can_render():
             assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
             assert "done" not in result
             assert read_text(pairs[-1][1]) == "ab"
-            broken = pi.gateway.complete(cm4d.Job(fields))
+            broken = pi.gateway.complete(pi_backend.Job(fields))
             assert await anext(broken) == ("started", begun)
             with pytest.raises(cm4d.BackendFailure, match="in the middle of its answer"):
                 await anext(broken)
@@ -512,7 +515,7 @@ def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
 
 
 def test_a_completion_that_is_still_connecting_can_be_superseded(monkeypatch: pytest.MonkeyPatch):
-    connecting, connect = asyncio.Event(), cm4d.Upstream._connect
+    connecting, connect = asyncio.Event(), pi_upstream.Upstream._connect
 
     async def never(upstream: Any) -> Any:
         connecting.set()
@@ -520,10 +523,10 @@ def test_a_completion_that_is_still_connecting_can_be_superseded(monkeypatch: py
 
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            monkeypatch.setattr(cm4d.Upstream, "_connect", never)
+            monkeypatch.setattr(pi_upstream.Upstream, "_connect", never)
             older = asyncio.create_task(pi.complete(session="editor"))
             await connecting.wait()
-            monkeypatch.setattr(cm4d.Upstream, "_connect", connect)
+            monkeypatch.setattr(pi_upstream.Upstream, "_connect", connect)
             assert (await pi.complete(session="editor")).status == 200
             check_superseded(await older, "/v1/complete", begun=False)
 
@@ -601,7 +604,7 @@ def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], s
             older = asyncio.create_task(pi.stream(session="editor"))
             await backend.begun.wait()
             if not more:
-                for _ in range(cm4d.FAILURES_TO_OPEN):
+                for _ in range(breaker.FAILURES_TO_OPEN):
                     pi.gateway.first.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
             newer = await pi.complete(session="editor", **more)
             assert (newer.status, newer.json["code"]) == (status, code)

@@ -13,21 +13,9 @@ from typing import Any
 
 import pytest
 
-from cerebrum_common import (
-    ConfigError,
-    Environment,
-    Field,
-    HttpError,
-    describe,
-    error_body,
-    error_event,
-    load_catalog,
-    own_names,
-    read_environment,
-    read_fields,
-    sse_event,
-    timestamp,
-)
+from cerebrum.http import own_names
+from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
+from cerebrum_common import Field, HttpError, describe, error_body, error_event, read_fields, sse_event, timestamp
 
 ROOT = Path(__file__).resolve().parent.parent
 

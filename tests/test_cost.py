@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cerebrum_code import detect_mode, prepare, split_instruction
-from cerebrum_ending import Ending, StopStrings, wants_extras
-from cerebrum_languages import LANGUAGES
+from cerebrum.text.ending import Ending, StopStrings, wants_extras
+from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 
 QUICK = ("python", "javascript", "cpp")
 SLOW = ("ruby", "php", "shell", "sql", "html", "yaml", "markdown", "csharp", "lua", "swift", "json", "dockerfile")

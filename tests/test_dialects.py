@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cerebrum_dialects
-from cerebrum_common import STATUSES, HttpError, sse_event
-from cerebrum_dialects import (
+from cerebrum.pi import dialects
+from cerebrum.pi.dialects import (
     COMPLETION,
     ERROR_TYPES,
     FIM,
@@ -29,6 +28,7 @@ from cerebrum_dialects import (
     write_model,
     write_props,
 )
+from cerebrum_common import STATUSES, HttpError, sse_event
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
 ALL = list(DIALECTS)
@@ -42,7 +42,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_dialects) == (0, 7)
+    assert doctest.testmod(dialects).failed == 0
 
 
 # ------------------------------------------------------------------------------------- what a request asks for

@@ -18,8 +18,12 @@ from harness import Reply, run, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 import cm4d
-from cerebrum_dialects import INFILL
-from cm4d import Job, Predictions, is_typed_on, native_fields
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import sharing, upstream
+from cerebrum.pi.backend import Job
+from cerebrum.pi.dialects import INFILL
+from cerebrum.pi.sharing import Predictions, is_typed_on
+from cm4d import native_fields
 
 FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
 CHATS = "/v1/chat/completions"
@@ -341,7 +345,7 @@ def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatch: pyt
 
 @pytest.mark.parametrize(("seen", "why"), [(True, ", one of them for an editor"), (False, "")])
 def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch, seen: bool, why: str):
-    monkeypatch.setitem(cm4d.WAIT_SECONDS, "chat", 0.05)
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "chat", 0.05)
 
     async def scenario() -> None:
         async with Backend([GOOD] * seen + [[HANG]]) as backend, pi_for(backend.port, max_concurrent=1 + seen) as pi:
@@ -367,7 +371,7 @@ def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.Monk
             assert len(backend.completions) == 4
             assert (await pi.complete()).status == 429
             assert len(backend.completions) == 5
-            monkeypatch.setitem(cm4d.WAIT_SECONDS, "infill", 0.1)
+            monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 0.1)
             reply = await infill(pi, prompt="    x")
             assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
 
@@ -644,18 +648,18 @@ TYPED = [
 
 @pytest.mark.parametrize(("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED])
 def test_typed_of(asked: str, text: str, prompt: str, typed: int):
-    assert cm4d.typed_of(asked, text, prompt) == typed
+    assert sharing.typed_of(asked, text, prompt) == typed
 
 
 def test_predictions_are_bounded():
     predictions = Predictions()
-    predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (cm4d.MAX_PREDICTED_CHARS + 1), {}, "stop")
+    predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (sharing.MAX_PREDICTED_CHARS + 1), {}, "stop")
     assert len(predictions.recent) == 0
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 500_000
-    for number in range(2 * cm4d.MAX_PREDICTIONS):
+    for number in range(2 * sharing.MAX_PREDICTIONS):
         fields = {"prompt": f"{number}{large}", "suffix": large, "filename": large, "stop": [large]}
-        predictions.add("me", fields, large[: cm4d.MAX_PREDICTED_CHARS], {}, "stop")
-    assert len(predictions.recent) == cm4d.MAX_PREDICTIONS
+        predictions.add("me", fields, large[: sharing.MAX_PREDICTED_CHARS], {}, "stop")
+    assert len(predictions.recent) == sharing.MAX_PREDICTIONS
     kept = sum(sys.getsizeof(part) for one in predictions.recent for part in (one.tail, one.alike, one.text))
     assert kept < 500_000
 
@@ -835,11 +839,11 @@ def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(
             await backend.__aexit__()
             replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
             assert [reply.status for reply in replies] == [503] * 4
-            assert replies[-1].json["error"]["message"] == cm4d.BREAKER_OPEN
-        monkeypatch.setattr(cm4d, "LOAD_SECONDS", 0.3)
+            assert replies[-1].json["error"]["message"] == pi_backend.BREAKER_OPEN
+        monkeypatch.setattr(upstream, "LOAD_SECONDS", 0.3)
         async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
             replies = await asyncio.gather(*(start(pi, "/tokenize", {"content": "a b"}) for _ in range(6)))
-            refused = [reply.json["error"]["message"] == cm4d.BREAKER_OPEN for reply in replies]
+            refused = [reply.json["error"]["message"] == pi_backend.BREAKER_OPEN for reply in replies]
             assert (sum(refused), len(backend.completions)) == (2, 4)
 
     run(scenario())

@@ -25,10 +25,10 @@ import pytest
 from harness import FILES, ROOT, command_of, wait_until
 from harness import settings as daemon_settings
 
-import cerebrum_encoding as encoding
 import vpsd as backend
-from cerebrum_common import Environment
-from cerebrum_encoding import (
+from cerebrum.settings import Environment
+from cerebrum.vps import encoding
+from cerebrum.vps.encoding import (
     DECODES,
     MIN_GAIN,
     Agreement,
@@ -46,8 +46,8 @@ from cerebrum_encoding import (
     tune,
     tuned_path,
 )
-from cerebrum_engine import MB, ModelError, Settings, start_library
-from cerebrum_gguf import Gguf, Tensor, ggml
+from cerebrum.vps.gguf import Gguf, Tensor, ggml
+from cerebrum.vps.llama import MB, ModelError, Settings, start_library
 
 MODEL = FILES["qwen_0_5b"]
 Q4, Q5, Q6 = Group("q4_K", False), Group("q5_0", False), Group("q6_K", False)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cerebrum_ending
-from cerebrum_ending import Ending, StopStrings, wants_extras
+from cerebrum.text import ending
+from cerebrum.text.ending import Ending, StopStrings, wants_extras
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -918,7 +918,7 @@ NO_REPEAT = [
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_ending) == (0, 3)
+    assert doctest.testmod(ending).failed == 0
 
 
 def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:

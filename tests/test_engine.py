@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import queue
 import random
 import struct
@@ -22,36 +23,25 @@ from typing import Any
 import pytest
 from harness import FILES, PATIENCE, ROOT, wait_until
 
-import cerebrum_engine as engine
 import vpsd
-from cerebrum_common import HttpError
-from cerebrum_ending import Ending
-from cerebrum_engine import (
+from cerebrum.text.ending import Ending
+from cerebrum.vps import drafts, llama, schedule
+from cerebrum.vps import worker as vps_worker
+from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, CompletionRequest, Shape, estimate_bytes, heal_from
+from cerebrum.vps.prefixes import (
     KV_MAGIC,
-    MAX_CHUNK,
-    MAX_DRAFT,
-    Acceptance,
-    Baton,
-    CompletionRequest,
-    Costs,
-    Drafter,
-    Job,
     Parked,
     PrefixStore,
-    Shape,
-    TextAssembler,
-    chunk_size,
     common_prefix,
     decode_parked,
-    draft_length,
     encode_parked,
-    estimate_bytes,
-    group_by_cost,
-    heal_from,
     load_parked,
     save_parked,
-    share_size,
 )
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, share_size
+from cerebrum.vps.worker import Job, TextAssembler
+from cerebrum_common import HttpError
 
 # Milliseconds of one decode, measured on two cores. Two streams of the 0.5B are faster in turn, of the 1.5B in a batch.
 SMALL = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}
@@ -125,7 +115,7 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert chunk_size(10_000, [10_000], None, table) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table)
     assert beside == share_size(table, table(1))
-    assert table(beside) <= engine.PAUSE_SECONDS < table(beside + 1)
+    assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
     assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
 
@@ -133,15 +123,15 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
 def test_chunks_are_smaller_where_they_take_longer() -> None:
     table, slow = costs(SMALL), costs(SMALL)
     slow.slowdown = 4.0
-    assert share_size(slow, slow(1)) == table.longest(engine.PAUSE_SECONDS / 4) < share_size(table, table(1))
-    assert chunk_size(10_000, [10_000], None, slow) == table.longest(engine.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert share_size(slow, slow(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < share_size(table, table(1))
+    assert chunk_size(10_000, [10_000], None, slow) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
     assert [chunk_size(missing, [70, 40], None, table) for missing in (70, 40)] == [70, 40]
     assert [chunk_size(missing, [900, 40], None, table) for missing in (900, 40)] == [80, 40]
-    half = table.longest(engine.PREFILL_SECONDS / 2)
+    half = table.longest(schedule.PREFILL_SECONDS / 2)
     assert [chunk_size(missing, [900, 800], None, table) for missing in (900, 800)] == [half, half]
     assert share_size(table, table(1)) < half
 
@@ -151,14 +141,14 @@ def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
 
 def test_acceptance_begins_with_the_prior_and_follows_the_results() -> None:
     seen = Acceptance()
-    assert seen.probability(True, 3) == pytest.approx(engine.PRIORS[0])
-    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])
-    assert seen.probability(False, 3) == pytest.approx(0.9 * engine.PRIORS[0])
+    assert seen.probability(True, 3) == pytest.approx(drafts.PRIORS[0])
+    assert seen.probability(True, 40) == pytest.approx(drafts.PRIORS[-1])
+    assert seen.probability(False, 3) == pytest.approx(0.9 * drafts.PRIORS[0])
     for _ in range(100):
         seen.learn(True, 3, 7, 0)
     assert seen.probability(True, 3) < 0.1
-    assert seen.probability(True, 40) == pytest.approx(engine.PRIORS[-1])  # other lengths of runs are judged separately
-    assert seen.probability(False, 3) == pytest.approx(0.9 * engine.PRIORS[0])
+    assert seen.probability(True, 40) == pytest.approx(drafts.PRIORS[-1])  # other lengths of runs are judged separately
+    assert seen.probability(False, 3) == pytest.approx(0.9 * drafts.PRIORS[0])
     for _ in range(100):
         seen.learn(True, 3, 7, 7)
     assert seen.probability(True, 3) > 0.8
@@ -171,15 +161,15 @@ def test_acceptance_bucket(streak: int, bucket: int) -> None:
 
 def test_credit_bounds_the_loss_from_drafts() -> None:
     seen = Acceptance()
-    assert seen.credit == pytest.approx(engine.CREDIT_TOKENS)
+    assert seen.credit == pytest.approx(drafts.CREDIT_TOKENS)
     seen.spend(5.0, -2.0)
     seen.spend(5.0, -2.0)
     assert seen.credit == pytest.approx(0.0)
     seen.spend(1.0, 0.0)
-    assert seen.credit == pytest.approx(engine.LOSS_SHARE)
+    assert seen.credit == pytest.approx(drafts.LOSS_SHARE)
     for _ in range(100):
         seen.spend(5.0, 2.0)
-    assert seen.credit == engine.CREDIT_LIMIT
+    assert seen.credit == drafts.CREDIT_LIMIT
 
 
 @pytest.mark.parametrize("table", [SMALL, LARGE])
@@ -658,14 +648,14 @@ SHAPE = Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=486
 
 
 def test_estimate_bytes() -> None:
-    parts = estimate_bytes(491_400_064, SHAPE, engine.Settings())
+    parts = estimate_bytes(491_400_064, SHAPE, llama.Settings())
     layer = 4 * (8 * 896 + 3 * 4864)
     compute = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
     assert parts == {"weights": 491_400_064, "kv": 8192 * 24 * 256 * 2, "compute": compute}
-    quantized = estimate_bytes(0, SHAPE, engine.Settings(kv_type="q8_0"))
+    quantized = estimate_bytes(0, SHAPE, llama.Settings(kv_type="q8_0"))
     compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
     assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
-    flash = estimate_bytes(0, SHAPE, engine.Settings(n_ctx=2048, sequences=4, micro_batch=128, flash_attention=True))
+    flash = estimate_bytes(0, SHAPE, llama.Settings(n_ctx=2048, sequences=4, micro_batch=128, flash_attention=True))
     compute = 128 * (layer + 2 * 8192) + 8 * 256 * 151_936
     assert flash == {"weights": 0, "kv": 8192 * 24 * 256 * 2, "compute": compute}
 
@@ -729,25 +719,27 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        engine.write_atomically(tmp_path / "file", b"data")
+        llama.write_atomically(tmp_path / "file", b"data")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
-    engine.write_atomically(tmp_path / "new" / "file", b"one")
-    engine.write_atomically(tmp_path / "new" / "file", b"two")
+    llama.write_atomically(tmp_path / "new" / "file", b"one")
+    llama.write_atomically(tmp_path / "new" / "file", b"two")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
     assert (tmp_path / "new" / "file").read_bytes() == b"two"
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
-    killed = f"import os, cerebrum_engine as e, pathlib; e.os.replace = lambda *_: os._exit(9); p = {str(tmp_path)!r}"
+    killed = (
+        f"import os, cerebrum.vps.llama as e, pathlib; e.os.replace = lambda *_: os._exit(9); p = {str(tmp_path)!r}"
+    )
     code = killed + "; e.write_atomically(pathlib.Path(p, 'file'), b'much')"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
     assert len(list(tmp_path.iterdir())) == 1
-    engine.write_atomically(tmp_path / "file", b"new")
+    llama.write_atomically(tmp_path / "file", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
 
 
@@ -775,27 +767,27 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "calibration" / "key-2.json"
-    load: Any = engine.load_costs
+    load: Any = schedule.load_costs
     costs = load(first := Measured(monkeypatch), path, Baton(), lambda: False)
-    assert first.sizes[: len(engine.CALIBRATION_SIZES) + 1] == [
+    assert first.sizes[: len(schedule.CALIBRATION_SIZES) + 1] == [
         1,
-        *engine.CALIBRATION_SIZES,
+        *schedule.CALIBRATION_SIZES,
     ]  # one warms up
-    assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in engine.CALIBRATION_SIZES])
+    assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in schedule.CALIBRATION_SIZES])
     load(second := Measured(monkeypatch), path, Baton(), lambda: False)
     assert second.sizes == []
     path.write_bytes(damage)
     load(third := Measured(monkeypatch), path, Baton(), lambda: False)
-    assert set(third.sizes) == set(engine.CALIBRATION_SIZES)
-    assert len(json.loads(path.read_text())) == len(engine.CALIBRATION_SIZES)
+    assert set(third.sizes) == set(schedule.CALIBRATION_SIZES)
+    assert len(json.loads(path.read_text())) == len(schedule.CALIBRATION_SIZES)
 
 
 def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    engine.measure_costs(model, Baton(), lambda: False)
+    schedule.measure_costs(model, Baton(), lambda: False)
     del model.sizes[0]  # the one that warms up
-    counts = [model.sizes.count(size) for size in engine.CALIBRATION_SIZES]
-    assert counts == [math.ceil(0.4 / (0.01 + 0.03 * size)) for size in engine.CALIBRATION_SIZES]
+    counts = [model.sizes.count(size) for size in schedule.CALIBRATION_SIZES]
+    assert counts == [math.ceil(0.4 / (0.01 + 0.03 * size)) for size in schedule.CALIBRATION_SIZES]
     assert counts[-1] == 1  # although that one alone takes longer
 
 
@@ -809,12 +801,12 @@ def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) 
         return int(decode(parts))
 
     model.decode = cold_at_first
-    assert engine.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
+    assert schedule.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
 
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    assert engine.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
+    assert schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
     assert model.sizes == [1, 1, 2]
     assert list(tmp_path.iterdir()) == []
 
@@ -826,18 +818,18 @@ def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
     right = hashlib.sha256(data).hexdigest()
 
     def check(sha256: str = right, stopping: bool = False) -> None:
-        engine.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
+        llama.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
 
     check("")
     assert not (tmp_path / "state").exists()
-    with pytest.raises(engine.ModelError, match="cancelled"):
+    with pytest.raises(llama.ModelError, match="cancelled"):
         check(stopping=True)
-    with pytest.raises(engine.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"):
+    with pytest.raises(llama.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"):
         check("0" * 64)
     check()
     check(stopping=True)  # not read again
     path.write_bytes(data + b"more")
-    with pytest.raises(engine.ModelError, match="fetch it again"):
+    with pytest.raises(llama.ModelError, match="fetch it again"):
         check()
 
 
@@ -845,8 +837,8 @@ def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
 def test_infill_of_a_model_without_the_tokens_for_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """All our models have them, so the answer of the library is scripted."""
     for name in ("pre", "suf", "mid"):
-        monkeypatch.setattr(engine.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
-    model = object.__new__(engine.Llama)
+        monkeypatch.setattr(llama.llama, f"llama_vocab_fim_{name}", lambda _, name=name: -1 if name == missing else 5)
+    model = object.__new__(llama.Llama)
     model.vocab = None
     with pytest.raises(HttpError) as refused:
         model._encode_text(CompletionRequest(prompt="x", suffix="y"), "x")
@@ -913,10 +905,10 @@ class Ask:
     """A job and its events."""
 
     def __init__(self, prompt: str, **more: Any) -> None:
-        self.events: queue.SimpleQueue[list[engine.Event | HttpError]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put)
 
-    def outcome(self) -> tuple[str, HttpError | engine.Event]:
+    def outcome(self) -> tuple[str, HttpError | vps_worker.Event]:
         """The whole text and the last event."""
         text = ""
         while True:
@@ -927,13 +919,13 @@ class Ask:
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[engine.Worker]:
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vps_worker.Worker]:
     """A worker with a ScriptedLlama."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
-    monkeypatch.setattr(engine, "Llama", ScriptedLlama)
-    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
-    worker = engine.Worker("m", path, engine.Settings(threads=1, draft=False, state_dir=tmp_path / "state"))
+    monkeypatch.setattr(vps_worker, "Llama", ScriptedLlama)
+    monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
+    worker = vps_worker.Worker("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path / "state"))
     worker.start()
     worker.ready.result(PATIENCE)
     yield worker
@@ -941,7 +933,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[engine.W
     worker.ended.result(PATIENCE)
 
 
-def ask(worker: engine.Worker, prompt: str, **more: Any) -> Ask:
+def ask(worker: vps_worker.Worker, prompt: str, **more: Any) -> Ask:
     asked = Ask(prompt, **more)
     worker.prepare(asked.job)
     worker.submit(asked.job)
@@ -954,10 +946,10 @@ class Loads:
     def __init__(self, *broken: str) -> None:
         self.broken, self.loaded = broken, list[tuple[str, int]]()
 
-    def __call__(self, path: Path, settings: engine.Settings, _progress: Any) -> ScriptedLlama:
+    def __call__(self, path: Path, settings: llama.Settings, _progress: Any) -> ScriptedLlama:
         self.loaded.append((path.name, settings.micro_batch))
         if path.name in self.broken:
-            raise engine.ModelError("llama.cpp cannot load this file")
+            raise llama.ModelError("llama.cpp cannot load this file")
         return ScriptedLlama()
 
 
@@ -977,11 +969,11 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(b"weights")
     loads = Loads(*broken)
-    monkeypatch.setattr(engine, "Llama", loads)
-    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
-    settings = engine.Settings(state_dir=tmp_path / "state")
-    tuned = engine.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
-    worker = engine.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)
+    monkeypatch.setattr(vps_worker, "Llama", loads)
+    monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
+    settings = llama.Settings(state_dir=tmp_path / "state")
+    tuned = llama.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
+    worker = vps_worker.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)
     worker.start()
     worker.ready.result(PATIENCE)
     worker.stop()
@@ -994,9 +986,9 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 
 
 def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "Llama", Loads())
-    monkeypatch.setattr(engine, "load_costs", lambda *_: costs(SMALL))
-    settings = engine.Settings(state_dir=tmp_path / "state")
+    monkeypatch.setattr(vps_worker, "Llama", Loads())
+    monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
+    settings = llama.Settings(state_dir=tmp_path / "state")
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(name.encode())
     keys = set()
@@ -1006,7 +998,7 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch:
         ("tuned", replace(settings, micro_batch=128)),
         ("tuned", replace(settings, flash_attention=True)),
     ):
-        worker = engine.Worker("m", tmp_path / name, used)
+        worker = vps_worker.Worker("m", tmp_path / name, used)
         worker.start()
         worker.ready.result(PATIENCE)
         worker.stop()
@@ -1015,7 +1007,7 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch:
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == 4
 
 
-def test_a_worker_writes_the_tokens_of_the_model(worker: engine.Worker) -> None:
+def test_a_worker_writes_the_tokens_of_the_model(worker: vps_worker.Worker) -> None:
     text, last = ask(worker, "x", max_tokens=4).outcome()
     assert text == "yzab"
     assert isinstance(last, dict)
@@ -1023,16 +1015,16 @@ def test_a_worker_writes_the_tokens_of_the_model(worker: engine.Worker) -> None:
 
 
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(
-    worker: engine.Worker, monkeypatch: pytest.MonkeyPatch
+    worker: vps_worker.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine.Ending
+    real = vps_worker.Ending
 
     def ending(mode: str, language: str | None, prompt: str, *rest: Any, **more: Any) -> Ending:
         if prompt == "bad":
             raise RecursionError("of the scanner")
         return real(mode, language, prompt, *rest, **more)
 
-    monkeypatch.setattr(engine, "Ending", ending)
+    monkeypatch.setattr(vps_worker, "Ending", ending)
     model: Any = worker.llama
     model.hold = threading.Event()
     beside = ask(worker, "x", max_tokens=3)
@@ -1046,14 +1038,14 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
     assert [slot.run for slot in worker.slots] == [None, None]
 
 
-def test_a_worker_is_due_only_while_it_works(worker: engine.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_due_only_while_it_works(worker: vps_worker.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """An idle worker may rest for ever, and one that decodes has a multiple of what the decode costs."""
-    monkeypatch.setattr(engine, "STORE_SECONDS", 0.01)
+    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
     for prompt, step_seconds, slowest in (("abc", 100.0, 1.0), ("xyz", 1.0, 1e6)):
-        monkeypatch.setattr(engine, "STEP_SECONDS", step_seconds)
-        monkeypatch.setattr(engine, "SLOWEST", slowest)
+        monkeypatch.setattr(vps_worker, "STEP_SECONDS", step_seconds)
+        monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
         assert isinstance(worker.llama, ScriptedLlama)
         worker.llama.hold = threading.Event()
         worker.llama.decoding.clear()
@@ -1068,7 +1060,7 @@ def test_a_worker_is_due_only_while_it_works(worker: engine.Worker, monkeypatch:
         wait_until(lambda: worker.due == math.inf, "the worker rests")
 
 
-def test_a_fault_with_one_token_ends_that_request_alone(worker: engine.Worker) -> None:
+def test_a_fault_with_one_token_ends_that_request_alone(worker: vps_worker.Worker) -> None:
     model: Any = worker.llama
     model.fails = "piece"
     _, error = ask(worker, "x").outcome()
@@ -1078,7 +1070,7 @@ def test_a_fault_with_one_token_ends_that_request_alone(worker: engine.Worker) -
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
 
 
-def test_a_worker_that_fails_answers_all_requests_and_ends(worker: engine.Worker) -> None:
+def test_a_worker_that_fails_answers_all_requests_and_ends(worker: vps_worker.Worker) -> None:
     model: Any = worker.llama
     model.hold = threading.Event()
     running = [ask(worker, "x"), ask(worker, "y")]
@@ -1096,7 +1088,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: engine.Worker
 
 
 @pytest.mark.parametrize("fails", ["save", "close"])
-def test_a_close_that_fails_half_way_still_answers_and_frees(worker: engine.Worker, fails: str) -> None:
+def test_a_close_that_fails_half_way_still_answers_and_frees(worker: vps_worker.Worker, fails: str) -> None:
     model: Any = worker.llama
     model.hold = threading.Event()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
@@ -1117,9 +1109,9 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     def vanished(*_: Any) -> None:
         raise FileNotFoundError(2, "No such file", "/secret/path")
 
-    monkeypatch.setattr(engine, "Llama", vanished)
+    monkeypatch.setattr(vps_worker, "Llama", vanished)
     (tmp_path / "m.gguf").write_bytes(b"weights")
-    worker = engine.Worker("m", tmp_path / "m.gguf", engine.Settings(state_dir=tmp_path))
+    worker = vps_worker.Worker("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path))
     worker.start()
     error = worker.ready.exception(PATIENCE)
     assert isinstance(error, HttpError)
@@ -1127,11 +1119,11 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     worker.ended.result(PATIENCE)
 
 
-def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worker) -> None:
+def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.Worker) -> None:
     other: Any = object()
     job = Ask("x" * 4000).job
     worker.prepare(job)
-    run = engine.Run(job, engine.Slot(0), 0, [])
+    run = vps_worker.Run(job, llama.Slot(0), 0, [])
     assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
     assert len(worker._next_work(run, [run]).tokens) == share_size(worker.costs, 0.01) < MAX_CHUNK
@@ -1141,10 +1133,10 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: engine.Worke
 
 @pytest.mark.skipif(not FILES["qwen_0_5b"].exists(), reason="the 0.5B is missing: python3 vpsd.py fetch")
 def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert engine.__doc__
-    lines = engine.__doc__.split("\n\n    ")[1].split("\n\n")[0]
+    assert vps_worker.__doc__
+    lines = vps_worker.__doc__.split("\n\n    ")[1].split("\n\n")[0]
     script = "\n".join(line.removeprefix("    ") for line in lines.split("\n"))
-    assert len(script.split("\n")) == 10
+    assert len(script.split("\n")) == 11
     names: dict[str, Any] = {}
     exec(script.replace("model.gguf", str(FILES["qwen_0_5b"])), names)
     names["worker"].stop()

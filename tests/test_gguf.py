@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 from harness import FILES
 
-from cerebrum_engine import ModelError, Shape
-from cerebrum_gguf import (
-    EXACT,
-    PIECE_WEIGHTS,
-    Bytes,
-    Gguf,
-    Part,
-    ggml,
-    read_shape,
-    transcode,
-)
+from cerebrum.vps.gguf import EXACT, PIECE_WEIGHTS, Bytes, Gguf, Part, ggml, read_shape, transcode
+from cerebrum.vps.llama import ModelError, Shape
 
 MODEL = FILES["qwen_0_5b"]
 

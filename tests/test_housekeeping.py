@@ -23,8 +23,9 @@ import pytest
 from harness import FILES, PATIENCE, ROOT, until
 
 import vpsd
-from cerebrum_common import SSE_COMMENT, Environment, HttpError
-from cerebrum_engine import MB, Settings, TunedFile
+from cerebrum.settings import Environment
+from cerebrum.vps.llama import MB, Settings, TunedFile
+from cerebrum_common import SSE_COMMENT, HttpError
 from vpsd import Completion, Engine, EventStream, Headroom, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"

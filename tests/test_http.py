@@ -16,23 +16,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cerebrum_common import (
+from cerebrum.http import (
     MAX_BODY_BYTES,
     MAX_HEAD_BYTES,
     MAX_LINE_BYTES,
     STATUS_LINE,
     ChunkedDecoder,
-    Head,
-    HttpError,
     chunk,
     encode_head,
     parse_headers,
-    parse_json,
     parse_request,
     parse_target,
     scan_head,
     scan_request,
 )
+from cerebrum_common import Head, HttpError, parse_json
 
 HEAD = b"POST /v1/complete HTTP/1.1\r\nHost: pi:7000\r\nContent-Length: 5\r\n\r\n"
 

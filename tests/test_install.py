@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from harness import PATIENCE, ROOT
 
-from cerebrum_common import load_catalog, read_environment
+from cerebrum.settings import load_catalog, read_environment
 
 CM4, VPS = "opt/cerebrum-pi", "opt/cerebrum-backend"
 UNITS = "etc/systemd/system"
@@ -42,9 +42,8 @@ class Clone:
     def __init__(self, folder: Path) -> None:
         self.source, self.root = folder / "clone", folder / "root"
         self.source.mkdir()
-        for pattern in ("*.py", "*.html", "*.sh"):
-            for file in ROOT.glob(pattern):
-                (self.source / file.name).symlink_to(file)
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "cerebrum"):
+            (self.source / file.name).symlink_to(file)
         for name in ("models.toml", "pyproject.toml", "Makefile", ".env.example"):
             shutil.copy(ROOT / name, self.source)
         shutil.copytree(ROOT / "systemd", self.source / "systemd")
@@ -84,8 +83,10 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path)
 
 
-def modules(folder: str) -> dict[str, str]:
-    return {f"{folder}/{file.name}": "644" for file in ROOT.glob("cerebrum_*.py")}
+def modules(folder: str, rooms: str) -> dict[str, str]:
+    files = [ROOT / "cerebrum_common.py"]
+    files += [file for place in ("", "text", rooms) for file in (ROOT / "cerebrum" / place).glob("*.[ph]*")]
+    return {f"{folder}/{file.relative_to(ROOT)}": "644" for file in files if file.is_file()}
 
 
 EVERYWHERE = {
@@ -99,8 +100,8 @@ EVERYWHERE = {
 
 def test_what_the_pi_gets(clone: Clone) -> None:
     assert clone.install("cm4") == ""
-    own = {**EVERYWHERE, "cm4d.py": "644", "cerebrum_page.html": "644", "cerebrum_repl.sh": "755"}
-    expected = {f"{CM4}/{name}": mode for name, mode in own.items()} | modules(CM4)
+    own = {**EVERYWHERE, "cm4d.py": "644", "cerebrum_repl.sh": "755"}
+    expected = {f"{CM4}/{name}": mode for name, mode in own.items()} | modules(CM4, "pi")
     expected[f"{UNITS}/cerebrum-cm4.service"] = "644"
     assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
 
@@ -108,7 +109,7 @@ def test_what_the_pi_gets(clone: Clone) -> None:
 def test_what_the_vps_gets(clone: Clone) -> None:
     assert clone.install("vps") == ""
     own = {**EVERYWHERE, "vpsd.py": "644"}
-    expected = {f"{VPS}/{name}": mode for name, mode in own.items()} | modules(VPS)
+    expected = {f"{VPS}/{name}": mode for name, mode in own.items()} | modules(VPS, "vps")
     expected |= {f"{UNITS}/cerebrum-backend.service": "644", f"{UNITS}/cerebrum-backend.socket": "644"}
     assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
     assert (clone.root / VPS / "models").is_dir()

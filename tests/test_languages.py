@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-import cerebrum_languages
-from cerebrum_languages import LANGUAGES, guess_language
+from cerebrum.text import languages
+from cerebrum.text.languages import LANGUAGES, guess_language
 
 DEFINES = {
     "python": [
@@ -390,7 +390,7 @@ def test_each_language_has_its_comments_and_strings() -> None:
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_languages) == (0, 5)
+    assert doctest.testmod(languages).failed == 0
 
 
 HOSTILE = [

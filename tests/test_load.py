@@ -20,6 +20,7 @@ from harness import HEALTH, PATIENCE, ROOT, ask, connect, daemon, read_reply, un
 from test_wire import BODY, chunked, get, serving, sized, without
 
 import cerebrum_common as common
+from cerebrum import http as cerebrum_http
 from cerebrum_common import Request, Response, Route
 
 SOON = 0.05
@@ -46,7 +47,7 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
 
 @pytest.mark.parametrize("begun", [b"G", b"\r\n", get()[:-1], get()[:30]])
 def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
-    monkeypatch.setattr(common, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", SOON)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, writer):
@@ -59,7 +60,7 @@ def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
 
 
 def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 0.2)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, writer):
@@ -77,7 +78,7 @@ def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.
 
 @pytest.mark.parametrize("raw", [sized(BODY)[:-1], sized(BODY, "Expect: 100-continue")[: -len(BODY)]])
 def test_slow_body(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    monkeypatch.setattr(common, "BODY_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "BODY_SECONDS", SOON)
 
     async def run() -> None:
         async with serving() as (server, port), connect(port) as (reader, writer):
@@ -93,7 +94,7 @@ def test_slow_body(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
 def test_silence_before_the_first_byte_closes_silently(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(common, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", SOON)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, _):
@@ -104,8 +105,8 @@ def test_silence_before_the_first_byte_closes_silently(
 
 
 def test_idle_keep_alive_closes_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "IDLE_SECONDS", SOON)
-    monkeypatch.setattr(common, "HEAD_SECONDS", 2 * PATIENCE)
+    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 2 * PATIENCE)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, writer):
@@ -135,7 +136,7 @@ def test_the_end_lingers_for_an_unread_body() -> None:
 
 
 def test_the_end_does_not_linger_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "LINGER_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
 
     async def run() -> None:
         async with serving() as (server, port), connect(port) as (reader, writer):
@@ -175,7 +176,7 @@ def stream_request() -> bytes:
 
 def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Its stream pauses with bounded memory, and ends after a while without a reader."""
-    monkeypatch.setattr(common, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", 0.3)
 
     async def run() -> None:
         endless = Endless()
@@ -197,8 +198,8 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is not kept for ever either."""
-    monkeypatch.setattr(common, "WRITE_SECONDS", SOON)
-    monkeypatch.setattr(common, "IDLE_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
 
     async def big(state: Any, request: Request) -> Response:
         return Response({"x": "y" * (5 << 20)})
@@ -221,7 +222,7 @@ def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch
 
 def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is not lost when the connection is closed behind it."""
-    monkeypatch.setattr(common, "LINGER_SECONDS", 0.01)
+    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", 0.01)
 
     async def run() -> None:
         async with serving() as (server, port):
@@ -393,11 +394,11 @@ def test_a_flood_behind_a_running_handler_is_bounded() -> None:
             await slow.begun.wait()
             (connection,) = server.connections.values()
             writer.write(HEALTH * 100_000)
-            await until(lambda: len(connection.buffer) >= common.MAX_PIPELINED_BYTES)
+            await until(lambda: len(connection.buffer) >= cerebrum_http.MAX_PIPELINED_BYTES)
             for _ in range(200):
                 await asyncio.sleep(0)
-            assert len(connection.buffer) <= common.MAX_PIPELINED_BYTES + common.READ_BYTES
-            assert len(connection.reader._buffer) <= 2 * common.READ_BYTES + (256 << 10)  # one read of asyncio's
+            assert len(connection.buffer) <= cerebrum_http.MAX_PIPELINED_BYTES + cerebrum_http.READ_BYTES
+            assert len(connection.reader._buffer) <= 2 * cerebrum_http.READ_BYTES + (256 << 10)  # one read of asyncio's
             slow.release.set()
             assert (await read_reply(reader)).status == 200
             assert (await read_reply(reader)).status == 200
@@ -466,7 +467,7 @@ async def open_many(
 @pytest.mark.parametrize("limit", ["MAX_CONNECTIONS", "MAX_CONNECTIONS_PER_CLIENT"])
 def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """503 and closed, but /health answers; when a connection ends, the next one is served again."""
-    monkeypatch.setattr(common, limit, 5)
+    monkeypatch.setattr(cerebrum_http, limit, 5)
 
     async def run() -> None:
         async with serving() as (server, port), contextlib.AsyncExitStack() as stack:
@@ -487,7 +488,7 @@ def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
 
 
 def test_one_client_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "MAX_CONNECTIONS_PER_CLIENT", 3)
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS_PER_CLIENT", 3)
 
     async def run() -> None:
         async with serving() as (_, port), contextlib.AsyncExitStack() as stack:
@@ -501,8 +502,8 @@ def test_one_client_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_who_is_over_the_limit_and_silent_gets_its_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "MAX_CONNECTIONS", 0)
-    monkeypatch.setattr(common, "OVERFLOW_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 0)
+    monkeypatch.setattr(cerebrum_http, "OVERFLOW_SECONDS", SOON)
 
     async def run() -> None:
         async with serving() as (_, port), connect(port) as (reader, writer), connect(port) as (reader2, _):
@@ -514,8 +515,8 @@ def test_who_is_over_the_limit_and_silent_gets_its_503(monkeypatch: pytest.Monke
 
 
 def test_the_overflow_is_bounded_and_the_newest_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(common, "MAX_OVERFLOW", 3)
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(cerebrum_http, "MAX_OVERFLOW", 3)
 
     async def run() -> None:
         async with serving() as (server, port), contextlib.AsyncExitStack() as stack:
@@ -530,7 +531,7 @@ def test_the_overflow_is_bounded_and_the_newest_is_heard(monkeypatch: pytest.Mon
 
 def in_chunks(body: bytes) -> bytes:
     pieces = (body[at : at + 4000] for at in range(0, len(body), 4000))
-    return b"".join(map(common.chunk, pieces)) + b"0\r\n\r\n"
+    return b"".join(map(cerebrum_http.chunk, pieces)) + b"0\r\n\r\n"
 
 
 def upload(size: int, framing: str, key: bool = True) -> bytes:
@@ -561,7 +562,7 @@ def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> 
                 assert (await read_reply(reader)).status == status
             # Once the server waits for more, it has read all that was sent.
             await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
-            assert len(connection.buffer) <= common.READ_BYTES
+            assert len(connection.buffer) <= cerebrum_http.READ_BYTES
             assert server.body_bytes == 0
             writer.write(raw[-100:])
             if status == 200:
@@ -574,7 +575,7 @@ def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_the_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
-    monkeypatch.setattr(common, "MAX_BODIES_BYTES", 150_000)
+    monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 150_000)
     raw = upload(100_000, framing)
 
     async def run() -> None:
@@ -697,7 +698,7 @@ def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
         process = stack.enter_context(daemon(name, tmp_path))
         before = process.rss_kb()
         seconds = asyncio.run(attack(process.port))
-        assert max(seconds) < common.HEAD_SECONDS / 2  # none of them waited for the attackers' deadline
+        assert max(seconds) < cerebrum_http.HEAD_SECONDS / 2  # none of them waited for the attackers' deadline
         assert process.rss_kb() - before < 20_000
         assert asyncio.run(ask(process.port, HEALTH)).json["timestamp"]
         assert process.complaints() == ""

@@ -26,9 +26,9 @@ from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, run, unt
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
-import cerebrum_metrics
-import cm4d
-from cerebrum_metrics import Histogram, Metric, Tally, write_metrics, write_stats
+from cerebrum import metrics
+from cerebrum.metrics import Histogram, Metric, Tally, write_metrics, write_stats
+from cerebrum.pi import breaker
 
 SMALL = "qwen_0_5b"
 
@@ -84,7 +84,7 @@ def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_metrics).failed == 0
+    assert doctest.testmod(metrics).failed == 0
 
 
 def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
@@ -179,7 +179,7 @@ def test_the_pi_counts_what_it_does() -> None:
 
 
 def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 60.0)
+    monkeypatch.setattr(breaker, "OPEN_SECONDS", 60.0)
 
     async def scenario() -> None:
         async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:

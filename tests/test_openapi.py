@@ -25,12 +25,13 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import GOOD, Backend, answer, error, in_a_thread, pi_for
 
-import cerebrum_dialects
-import cerebrum_openapi
 import cm4d
-from cerebrum_common import METHODS, STATUSES, VERSION, Field, HttpError, load_catalog
-from cerebrum_dialects import COMPLETION, DIALECTS, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
-from cerebrum_openapi import REQUESTS, describe_operation, schema_of, write_openapi
+from cerebrum.http import METHODS
+from cerebrum.pi import dialects, openapi
+from cerebrum.pi.dialects import COMPLETION, DIALECTS, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
+from cerebrum.pi.openapi import REQUESTS, describe_operation, schema_of, write_openapi
+from cerebrum.settings import load_catalog
+from cerebrum_common import STATUSES, VERSION, Field, HttpError
 from cm4d import FIELDS, PASSED_ON, ROUTES, read_completion
 
 MODELS = load_catalog(ROOT / "models.toml").models
@@ -58,7 +59,7 @@ def response_of(method: str, path: str, status: int) -> dict[str, Any]:
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_openapi) == (0, 2)
+    assert doctest.testmod(openapi).failed == 0
 
 
 def test_the_document_is_valid() -> None:
@@ -104,7 +105,7 @@ VALUES: list[Any] = [
     ["a"] * 17, {},
 ]  # fmt: skip
 MADE = [Field(int, 1, 9), Field(float, 0, 1, 0.5, above_low=True), Field(list, 1, 3), Field(str, 0, 1)]
-TABLES = [FIELDS, cerebrum_dialects.TEXT_FIELDS, cerebrum_dialects.INFILL_FIELDS, cerebrum_dialects.TOKENIZE]
+TABLES = [FIELDS, dialects.TEXT_FIELDS, dialects.INFILL_FIELDS, dialects.TOKENIZE]
 
 
 @pytest.mark.parametrize("field", dict.fromkeys([*MADE, *(field for table in TABLES for field in table.values())]))
@@ -255,7 +256,7 @@ def test_a_post_answers_as_described(path: str, stream: bool) -> None:
 
 def test_each_code_is_described() -> None:
     """Whatever code these files mention, an operation can end with; a path that does not exist has none."""
-    sources = "".join(Path(str(module.__file__)).read_text() for module in (cm4d, cerebrum_dialects))
+    sources = "".join(Path(str(module.__file__)).read_text() for module in (cm4d, dialects))
     codes = {code for code in re.findall(r'"([A-Z_]+)"', sources) if code in STATUSES}
     told = {code for one in DOCUMENT["components"]["responses"].values() for code in one["description"].split(", ")}
     assert codes - told == set()

@@ -13,16 +13,16 @@ import pytest
 from harness import KEY, ROOT, Client, daemon, run, until
 from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error, pi_for, token
 
-import cerebrum_page
 import cm4d
-from cerebrum_page import STEP_SECONDS, STEPS, History, Page, accepts_gzip
+from cerebrum.pi import page
+from cerebrum.pi.page import STEP_SECONDS, STEPS, History, Page, accepts_gzip
 
-FILE = ROOT / "cerebrum_page.html"
+FILE = ROOT / "cerebrum/pi/page.html"
 MAX_BYTES = 40_000
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_page).failed == 0
+    assert doctest.testmod(page).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -121,7 +121,7 @@ def test_what_a_client_accepts(header: str, accepted: bool) -> None:
 
 def test_without_the_page_the_daemon_lives(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
-    said = "expected cerebrum_page.html beside cm4d.py for this page; the API works without it"
+    said = "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
 
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
@@ -131,7 +131,7 @@ def test_without_the_page_the_daemon_lives(monkeypatch: pytest.MonkeyPatch, capl
 
     run(scenario())
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert logged == ["no page at /: cannot read cerebrum_page.html: No such file or directory"]
+    assert logged == ["no page at /: cannot read page.html: No such file or directory"]
 
 
 def test_a_page_from_a_checkout_with_crlf() -> None:

@@ -24,7 +24,8 @@ import pytest
 from harness import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post, wait_until
 from test_wire import ROUTES, State
 
-from cerebrum_common import Access, Request, Response, Route, Server, own_names, sse_event
+from cerebrum.http import Access, Server, own_names
+from cerebrum_common import Request, Response, Route, sse_event
 
 HEADERS = {"X-API-Key": KEY, "Content-Type": "application/json"}
 MEMBERS = {"prompt": "x", "language": "python"}

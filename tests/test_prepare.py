@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import cerebrum_code
-from cerebrum_code import Prepared, Ratio, detect_mode, prepare, weigh
+from cerebrum.text import prompt
+from cerebrum.text.prompt import Prepared, Ratio, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
@@ -179,7 +179,7 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 
 
 def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(cerebrum_code) == (0, 4)
+    assert doctest.testmod(prompt).failed == 0
 
 
 # --------------------------------------------------------------------------------------------- fitting

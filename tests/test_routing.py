@@ -33,8 +33,10 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_backends import parse_url
-from cerebrum_common import ConfigError
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import breaker
+from cerebrum.pi.upstream import parse_url
+from cerebrum.settings import ConfigError
 from cm4d import rank_models
 
 FIRST = chunk(token("a", 1))
@@ -386,17 +388,17 @@ def test_each_has_its_own_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
         one, two = Backend([[RESET]]), Backend()
         async with fleet(one, two) as pi:
             first, second = pi.gateway.backends
-            for number in range(cm4d.FAILURES_TO_OPEN):
+            for number in range(breaker.FAILURES_TO_OPEN):
                 first.found("")
                 assert await answered(pi, prompt=f"{number}") == "b"
             assert (first.breaker.state, second.breaker.state) == ("open", "closed")
             first.found("")
             assert await answered(pi, prompt="new") == "b"
-            assert len(one.completions) == cm4d.FAILURES_TO_OPEN
-            for number in range(cm4d.FAILURES_TO_OPEN):
+            assert len(one.completions) == breaker.FAILURES_TO_OPEN
+            for number in range(breaker.FAILURES_TO_OPEN):
                 second.breaker.failed(second.breaker.admit(0.0) or 0, float(number))
             reply = await pi.complete()
-            assert (reply.status, reply.json["message"]) == (503, cm4d.BREAKER_OPEN)
+            assert (reply.status, reply.json["message"]) == (503, pi_backend.BREAKER_OPEN)
 
     run(scenario())
 
@@ -407,7 +409,7 @@ def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: pytest.M
         one, two = Backend([[CHUNKED, go.wait, *script("a")[1:]]]), Backend()
         async with fleet(one, two) as pi:
             first = pi.gateway.backends[0]
-            for _ in range(cm4d.FAILURES_TO_OPEN):
+            for _ in range(breaker.FAILURES_TO_OPEN):
                 first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
             first.breaker.healthy(float("inf"))
             trial = asyncio.create_task(pi.complete())
@@ -452,7 +454,7 @@ def test_the_failure_is_told_if_the_others_have_no_place() -> None:
 
 
 def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cm4d.WAIT_SECONDS, "infill", 0.3)
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 0.3)
 
     async def scenario() -> None:
         asked = {"input_prefix": "x", "input_suffix": "y"}
@@ -463,7 +465,7 @@ def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: py
                 reply = await pi.ask("POST", "/infill", asked)
                 assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
                 pi.gateway.backends[0].found("")
-                monkeypatch.setitem(cm4d.WAIT_SECONDS, "infill", 60.0)
+                monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 60.0)
                 waiting = asyncio.create_task(pi.ask("POST", "/infill", asked))
                 await until(lambda: len(pi.gateway.line) == 1)
             assert (await waiting).json["content"] == "b"
@@ -731,7 +733,7 @@ def test_a_backend_that_has_gone_is_forgotten() -> None:
 def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.001)
     config = cm4d.BackendConfig("cloud", parse_url(url, "url"), api)
-    monkeypatch.setattr(cm4d.Backend, "is_paid", is_paid := cm4d.Backend(config, []).is_paid)
+    monkeypatch.setattr(pi_backend.Backend, "is_paid", is_paid := pi_backend.Backend(config, []).is_paid)
     assert is_paid is paid
 
     async def scenario() -> None:

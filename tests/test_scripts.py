@@ -30,7 +30,7 @@ import pytest
 from harness import PATIENCE, ROOT
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
-from cerebrum_languages import LANGUAGES, language_of_file
+from cerebrum.text.languages import LANGUAGES, language_of_file
 
 REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")

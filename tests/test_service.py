@@ -20,8 +20,9 @@ from scripted import CHUNKED, Backend, chunk, pi_for, token
 from test_scripts import keygen
 
 import cm4d
-from cerebrum_common import ConfigError, Environment, log, request_id_var
-from cerebrum_service import Service, notify, passed_sockets, set_up_logging
+from cerebrum.service import Service, notify, passed_sockets, set_up_logging
+from cerebrum.settings import ConfigError, Environment
+from cerebrum_common import log, request_id_var
 
 # --------------------------------------------------------------------------------------------------- logs
 
@@ -135,7 +136,7 @@ def test_a_log_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_logger")
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cerebrum_service.MAX_LOG_BYTES", 1000)
+    monkeypatch.setattr("cerebrum.service.MAX_LOG_BYTES", 1000)
     set_up_logging("INFO", str(tmp_path / "log"))
     for number in range(200):
         log.info("line %d", number)

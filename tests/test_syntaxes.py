@@ -17,9 +17,9 @@ from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Error, String
 from test_ending import cases, check, title
 
-from cerebrum_code import detect_mode, prepare
-from cerebrum_ending import Ending, scan
-from cerebrum_languages import LANGUAGES, language_of_file
+from cerebrum.text.ending import Ending, scan
+from cerebrum.text.languages import LANGUAGES, language_of_file
+from cerebrum.text.prompt import detect_mode, prepare
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
 # the suffix after ‖.

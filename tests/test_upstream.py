@@ -35,16 +35,9 @@ from scripted import (
 )
 
 import cm4d
-from cerebrum_backends import (
-    MAX_EVENT_BYTES,
-    MAX_MESSAGE_CHARACTERS,
-    BackendFailure,
-    Body,
-    Events,
-    read_loaded,
-    read_models,
-    take_apart,
-)
+from cerebrum.pi import breaker, upstream
+from cerebrum.pi.backend import read_loaded, read_models
+from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Body, Events, take_apart
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -243,7 +236,7 @@ def test_whole(name: str, split: bool):
 
 
 def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "STILL_SECONDS", 0.1)
+    monkeypatch.setattr(upstream, "STILL_SECONDS", 0.1)
 
     async def scenario() -> None:
         script = [CHUNKED, A, Flood(chunk(b": keep-alive\n\n"))]
@@ -275,7 +268,7 @@ def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.Monke
 
 
 def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "SPARE_SECONDS", 0.05)
+    monkeypatch.setattr(upstream, "SPARE_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
@@ -363,7 +356,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
                 await loop.getaddrinfo("unknown", 80)
         assert sorted(asked) == ["hangs", "unknown", "unknown", "vps"]
 
-    with asyncio.Runner(loop_factory=cm4d.Loop) as runner:
+    with asyncio.Runner(loop_factory=upstream.Loop) as runner:
         runner.run(scenario())
     go.set()  # only now: the loop has ended before
 
@@ -480,7 +473,7 @@ def test_refused_connection_is_an_instant_503():
         async with pi_for(port) as pi:
             began = time.perf_counter()
             check_error(await pi.complete(), 503, UNAVAILABLE, "connection refused")
-            assert time.perf_counter() - began < cm4d.CONNECT_SECONDS
+            assert time.perf_counter() - began < upstream.CONNECT_SECONDS
 
     run(scenario())
 
@@ -495,7 +488,7 @@ def test_refused_connection_is_an_instant_503():
     ids=["silent", "half a head", "half an error"],
 )
 def test_silence_ends_at_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "HEAD_SECONDS", 0.15)
+    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
 
     async def scenario() -> None:
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
@@ -506,7 +499,7 @@ def test_silence_ends_at_the_deadline(script: list[Any], part: str, monkeypatch:
 
 
 def test_a_head_at_a_byte_a_time_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "HEAD_SECONDS", 0.15)
+    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
 
     async def slowly() -> None:
         await asyncio.sleep(0.02)  # the VPS's pace is what is tested
@@ -522,7 +515,7 @@ def test_a_head_at_a_byte_a_time_ends_at_the_deadline(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("script", [[CHUNKED, A, HANG], [CHUNKED, A, B[:9], HANG]], ids=["between", "inside"])
 def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "IDLE_SECONDS", 0.15)
+    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)
 
     async def scenario() -> None:
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
@@ -561,26 +554,26 @@ class Clock:
 def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = cm4d.Watchdog(clock, clock)  # type: ignore[arg-type]
-    clock.go_to(10 * cm4d.IDLE_SECONDS)
+    watchdog = upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    clock.go_to(10 * upstream.IDLE_SECONDS)
     assert not clock.cut, "nobody was reading"
     for _ in range(20):  # a comment now and then keeps a slow stream alive
         clock.since = clock.now
-        clock.go_to(clock.now + 0.9 * cm4d.IDLE_SECONDS)
+        clock.go_to(clock.now + 0.9 * upstream.IDLE_SECONDS)
     assert not clock.cut
     clock.since = clock.now
-    clock.go_to(clock.now + 1.1 * cm4d.IDLE_SECONDS)
+    clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
     assert (clock.cut, watchdog.expired) == (True, True)
 
 
 def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    cm4d.Watchdog(clock, clock)  # type: ignore[arg-type]
-    while not clock.cut and clock.now < 2 * cm4d.STREAM_SECONDS:
+    upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    while not clock.cut and clock.now < 2 * upstream.STREAM_SECONDS:
         clock.since = clock.now
         clock.go_to(clock.now + 1)
-    assert cm4d.STREAM_SECONDS <= clock.now < cm4d.STREAM_SECONDS + cm4d.IDLE_SECONDS + 1
+    assert upstream.STREAM_SECONDS <= clock.now < upstream.STREAM_SECONDS + upstream.IDLE_SECONDS + 1
 
 
 @pytest.mark.parametrize("flood", [b"x" * 65536, b"data: " + b"x" * 65536], ids=["no line", "one line"])
@@ -625,7 +618,7 @@ def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
 
 def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
-    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
 
     async def scenario() -> None:
         async with Backend() as backend:
@@ -645,7 +638,7 @@ def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.01)
+    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
 
     async def scenario() -> None:
         go = asyncio.Event()
@@ -669,7 +662,7 @@ def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "OPEN_SECONDS", 0.01)
+    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
 
     async def scenario() -> None:
         async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:

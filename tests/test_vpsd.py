@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import psutil
 import pytest
@@ -48,12 +49,14 @@ from harness import (
     wait_until,
 )
 
-import cerebrum_engine as engine
 import vpsd
-from cerebrum_common import VERSION, load_catalog
-from cerebrum_encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
-from cerebrum_engine import llama
-from cerebrum_gguf import Gguf, Part
+from cerebrum.settings import load_catalog
+from cerebrum.vps import llama as vps_llama
+from cerebrum.vps import prefixes
+from cerebrum.vps.encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
+from cerebrum.vps.gguf import Gguf, Part
+from cerebrum.vps.llama import llama
+from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
@@ -228,13 +231,13 @@ class Reference:
     """A greedy loop over llama_decode, one token at a time."""
 
     def __init__(self, path: Path) -> None:
-        engine.start_library()
+        vps_llama.start_library()
         self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
-        params.n_threads = params.n_threads_batch = engine.usable_cores()
+        params.n_threads = params.n_threads_batch = vps_llama.usable_cores()
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama.llama_init_from_model(self.model, params)
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
@@ -285,7 +288,7 @@ class Reference:
         if text == b"".join(pieces).decode("utf-8", "ignore"):  # a character cut at the end is dropped
             return
         got, wanted = text.encode(), b"".join(pieces)
-        same = engine.common_prefix(got, wanted)
+        same = prefixes.common_prefix(got, wanted)
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         last = max(number for number, start in enumerate(starts) if start <= same)
         # A token "be" in place of "b" shows only after the "b", where the reference continues without "e".
@@ -817,15 +820,15 @@ def test_two_requests_at_once_compute_their_common_prefix_once(vps: Vps, referen
         body = vps.complete(preamble + " two", max_tokens=8)
         done = list(events)[-1]
     assert done["cached_tokens"] < common // 4
-    assert body["cached_tokens"] >= common - 1 - engine.MIN_PREFIX
+    assert body["cached_tokens"] >= common - 1 - prefixes.MIN_PREFIX
     reference.check(reference.tokenize(preamble + " two"), body["completion"], 8)
 
 
 def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Reference) -> None:
     one, two = (f"# kept in place: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
     first, second = reference.tokenize(one), reference.tokenize(two)
-    common = engine.common_prefix(first, second)
-    assert 3 < common < engine.MIN_PREFIX < len(first)
+    common = prefixes.common_prefix(first, second)
+    assert 3 < common < prefixes.MIN_PREFIX < len(first)
     vps.complete(one, max_tokens=40)
     body = vps.complete(two, max_tokens=8)
     assert body["cached_tokens"] == common
@@ -860,7 +863,7 @@ def test_nothing_is_kept_without_a_budget(output: Path) -> None:
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # still in its slot
         small.complete(new_prompt(), max_tokens=1)
         small.complete(new_prompt(), max_tokens=1)
-        assert small.complete(prompt, max_tokens=1)["cached_tokens"] < engine.MIN_PREFIX
+        assert small.complete(prompt, max_tokens=1)["cached_tokens"] < prefixes.MIN_PREFIX
 
 
 # ----------------------------------------------------------------------------------------------- drafts
@@ -1230,7 +1233,7 @@ def test_too_little_memory_to_start_work(output: Path) -> None:
 
 def test_a_model_that_does_not_fit(output: Path) -> None:
     spare = 500  # MB, less than the weights, KV cache and buffers together
-    reserve = psutil.virtual_memory().available // engine.MB - spare
+    reserve = psutil.virtual_memory().available // vps_llama.MB - spare
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
@@ -1316,7 +1319,7 @@ def test_two_models_at_once(output: Path, reference: Reference) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
 def test_the_least_recently_used_model_makes_room(output: Path) -> None:
-    reserve = psutil.virtual_memory().available // engine.MB - 1900  # MB; the rest has room for one of them
+    reserve = psutil.virtual_memory().available // vps_llama.MB - 1900  # MB; the rest has room for one of them
     with start(output, CEREBRUM_MIN_FREE_MB=str(reserve)) as vps:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
@@ -1348,7 +1351,7 @@ def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
 @pytest.mark.slow
 def test_soak(output: Path, reference: Reference) -> None:
     """A mix of requests, some of them cancelled at random: no wrong text, no leak, no request left active."""
-    draw = engine.np.random.default_rng(1)
+    draw = np.random.default_rng(1)
     with start(output) as vps:
         vps.complete("x", max_tokens=1)
         sizes: list[float] = []
@@ -1375,11 +1378,11 @@ def test_a_tuned_file_is_used(output: Path) -> None:
     (sha256,) = (model.sha256 for model in load_catalog(ROOT / "models.toml").models if model.id == SMALL)
     passport = Passport(
         source=sha256,
-        library=engine.llama_cpp.__version__,
+        library=llama_cpp.__version__,
         cpu=cpu_flags(),
         cpu_name="",
         cpus=cpus(),
-        threads=engine.usable_cores(),
+        threads=vps_llama.usable_cores(),
         micro_batch=128,
         flash_attention=False,
         types={"Q5_0": "Q8_0"},

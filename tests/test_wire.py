@@ -23,8 +23,9 @@ import pytest
 from harness import HEALTH, KEY, PATIENCE, ROOT, Daemon, Reply, daemon, read_reply
 
 import cerebrum_common as common
-from cerebrum_common import Access, Field, HttpError, Request, Response, Route, Server, own_names, read_fields
-from cerebrum_service import LogFormatter
+from cerebrum.http import Access, Server, own_names
+from cerebrum.service import LogFormatter
+from cerebrum_common import Field, HttpError, Request, Response, Route, read_fields
 
 K, C = True, False
 PAGE = -2  # 200 from cm4d, which has a page at its root, and 404 from the others

@@ -18,18 +18,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cerebrum_engine as engine
 import vpsd
+from cerebrum.vps import llama
+from cerebrum.vps import worker as vps_worker
 
-engine.STEP_SECONDS = 3.0
+vps_worker.STEP_SECONDS = 3.0
 
 
-class Wedged(engine.Llama):
+class Wedged(llama.Llama):
     left = int(os.environ["GOOD_DECODES"])
 
     def decode(self, parts: Any) -> int:
         worker = threading.current_thread()
-        if isinstance(worker, engine.Worker) and worker.running:
+        if isinstance(worker, vps_worker.Worker) and worker.running:
             self.left -= 1
             if self.left < 0 and os.environ["THEN"] == "fail":
                 return -3
@@ -38,7 +39,7 @@ class Wedged(engine.Llama):
         return super().decode(parts)
 
 
-engine.Llama = Wedged  # type: ignore[misc]
+llama.Llama = Wedged  # type: ignore[misc]
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a test aborts this process: no dump of all weights

@@ -16,8 +16,10 @@ from collections.abc import Callable
 
 from servers import FILES, rewrite
 
-import cerebrum_engine as engine  # servers has set the path to it
-from cerebrum_engine import STREAKS, Acceptance, Costs, Drafter, draft_length, llama
+from cerebrum.vps import llama as vps_llama
+from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
+from cerebrum.vps.llama import llama
+from cerebrum.vps.schedule import Costs
 
 SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
 CHANGES: dict[str, Callable[[str], str]] = {
@@ -38,7 +40,7 @@ class Forgetful(Drafter):
 
 
 def tokenizer(model: str) -> Callable[[str], list[int]]:
-    engine.start_library()
+    vps_llama.start_library()
     params = llama.llama_model_default_params()
     params.vocab_only = True
     loaded = llama.llama_model_load_from_file(str(FILES[model]).encode(), params)
@@ -57,7 +59,7 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
     acceptance, position, spent = Acceptance(), 1, 0.0
     drafter.advance(target[0])
     while position < len(target):
-        draft, streak = drafter.propose(engine.MAX_DRAFT), drafter.streak
+        draft, streak = drafter.propose(vps_llama.MAX_DRAFT), drafter.streak
         allowed = draft and (acceptance.credit > 0 or streak >= STREAKS[-1])
         draft = draft[: draft_length(acceptance.probability(True, streak), len(draft), costs)] if allowed else []
         accepted, start = 0, position

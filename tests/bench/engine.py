@@ -43,6 +43,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from servers import (
     FILES,
     SPIN,
@@ -58,8 +59,8 @@ from servers import (
     words,
 )
 
-import cerebrum_engine as engine  # servers has set the path to it
-from cerebrum_encoding import cpu_name, find_tuned, tuned_path
+from cerebrum.vps import llama
+from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
@@ -82,7 +83,7 @@ class Bench:
         self.tokens = 24 if options.quick else 128
         self.share = 8 if options.quick else 1  # divides the lengths of prompts
         self.numbers = iter(range(10_000))
-        settings = engine.Settings()
+        settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
         found, reason = find_tuned(FILES[options.model], settings) if not options.published else (None, "")
@@ -333,22 +334,22 @@ class Loop:
     """A plain greedy loop in this process: one token per decode."""
 
     def __init__(self, model: str, threads: int) -> None:
-        engine.start_library()
-        config = engine.Settings(threads=threads, sequences=1, draft=False)
-        self.llama = engine.Llama(FILES[model], config, lambda _: True)
+        llama.start_library()
+        config = llama.Settings(threads=threads, sequences=1, draft=False)
+        self.llama = llama.Llama(FILES[model], config, lambda _: True)
 
     def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
         """The lead in logits of the first greedy token that `text` does not have; None if it has all of them."""
         chat = isinstance(prompt, Question)
         todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
-        slot, done = engine.Slot(0), b""
+        slot, done = llama.Slot(0), b""
         self.llama.trim(slot, 0)
         for _ in range(most):
-            for start in range(0, len(todo), engine.MAX_CHUNK):
-                part = todo[start : start + engine.MAX_CHUNK]
+            for start in range(0, len(todo), llama.MAX_CHUNK):
+                part = todo[start : start + llama.MAX_CHUNK]
                 self.llama.decode([(slot, part, 1)])
                 slot.tokens += part
-            second, first = engine.np.partition(self.llama.logits(-1), -2)[-2:]
+            second, first = np.partition(self.llama.logits(-1), -2)[-2:]
             todo = [self.llama.greedy(-1)]
             done += self.llama.piece(todo[0])
             if not text.encode().startswith(done):

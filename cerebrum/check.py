@@ -28,12 +28,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from cerebrum_common import VERSION, ConfigError, Environment, HttpError, Model, log, printable, read_environment
+from cerebrum.settings import ConfigError, Environment, read_environment
+from cerebrum_common import VERSION, HttpError, Model, log, printable
 
 Load = Callable[[Environment], Any]  # load_config: raises ConfigError
 Make = Callable[[Any, Sequence[Model]], Any]  # cm4d's Backend
 MB = 1 << 20
-
 ASK_SECONDS = 5.0  # for an answer of this machine
 BACKEND_SECONDS = 15.0  # for the answers of all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
@@ -44,7 +44,7 @@ MIN_KEY_CHARACTERS = 16  # 43 is what generate_api_key.sh makes
 PI_MB = 64  # of memory: cm4d takes 36, and its clients more
 BARE_MB = 150  # of vpsd without a model: 90 at its start, and connections
 SPARE_MB = 512  # for what the estimate of a model leaves out, and for reading its file
-LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum_engine.py knows
+LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
 
 
 class Report:
@@ -244,7 +244,7 @@ def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]
     """Whether the model files are whole and readable, and fit into memory."""
     import psutil
 
-    from cerebrum_engine import ModelError
+    from cerebrum.vps.llama import ModelError
 
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
@@ -274,9 +274,9 @@ def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]
 
 def needed_mb(model: Model, config: Any) -> int:
     """Memory of a model, as published or tuned, whichever is more. ModelError or OSError if a file cannot be read."""
-    from cerebrum_encoding import find_tuned
-    from cerebrum_engine import estimate_bytes
-    from cerebrum_gguf import read_shape
+    from cerebrum.vps.encoding import find_tuned
+    from cerebrum.vps.gguf import read_shape
+    from cerebrum.vps.llama import estimate_bytes
 
     path = config.models_dir / model.file
     forms = [(path, config.engine)]
@@ -288,7 +288,7 @@ def needed_mb(model: Model, config: Any) -> int:
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
     """What `vpsd.py memory` prints: MemoryMax= in MB of `total_mb`, the machine's memory; then comments on it."""
-    from cerebrum_engine import ModelError
+    from cerebrum.vps.llama import ModelError
 
     most, needs = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb)), dict[str, int]()
     for model in config.models:

@@ -26,11 +26,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cerebrum_common import VERSION, ConfigError, log, printable, request_id_var, timestamp
+from cerebrum.settings import ConfigError
+from cerebrum_common import VERSION, log, printable, request_id_var, timestamp
 
 if TYPE_CHECKING:
     import argparse
-
 # -------------------------------------------------------------------------------------------------- logs
 
 MAX_LOG_BYTES, OLD_LOGS = 5_000_000, 3  # 20 MB in all: some 200,000 requests

@@ -28,9 +28,9 @@ from dataclasses import replace
 from typing import Any
 
 import cerebrum_common as common
-import cerebrum_dialects as dialects
+from cerebrum.pi import dialects
+from cerebrum.pi.dialects import Dialect
 from cerebrum_common import Field, HttpError, Model, Route
-from cerebrum_dialects import Dialect
 
 DESCRIPTION = (
     "Code completion at home. Beside Cerebrum's own API, the Pi speaks OpenAI's and llama-server's, so that an editor"
@@ -42,9 +42,7 @@ DESCRIPTION = (
     " unknown path gets 404, another method 405. HEAD is answered like GET without a body, OPTIONS with 204. Each"
     " response has an X-Request-ID, which is the request's if it sent one."
 )
-
 Schema = dict[str, Any]
-
 # ---------------------------------------------------------------------------------------------- schemas
 
 TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -105,7 +103,7 @@ def ref(kind: str, name: str) -> Schema:
 
 # --------------------------------------------------------------------------------------------- requests
 
-# What a function of cerebrum_dialects.py checks: `read_prompt`, `read_stops`, and so on.
+# What a function of dialects.py checks: `read_prompt`, `read_stops`, and so on.
 STOPS = {"type": "array", "items": STRING, "contains": {"not": {"pattern": f"^(?:{dialects.SPECIAL.pattern})?$"}},
          "minContains": 0, "maxContains": dialects.MAX_STOPS,
          "description": f"At most {dialects.MAX_STOPS} beside empty strings and names of special tokens."}  # fmt: skip

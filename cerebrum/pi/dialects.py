@@ -5,7 +5,7 @@ asks for (`Asked`), in fields like those of our own API, and the answer in the c
 stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and what each event
 of its stream tells (`Piece`).
 
-    >>> from cerebrum_dialects import INFILL
+    >>> from cerebrum.pi.dialects import INFILL
     >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
     >>> asked.fields["prompt"]
     'def add(a, b):\\n    return '
@@ -43,7 +43,6 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a limit of time; a longer one is lowered
 ANY_SEED = 2**32 - 1  # llama.cpp's word for none
 MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
-
 TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
 NAME = Field(str, 0, MAX_NAME, "")  # of a file

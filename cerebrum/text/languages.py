@@ -1,7 +1,7 @@
 """The languages: what preparing a prompt and ending a completion need to know of each one's syntax, and which of them a
 text is in if its client does not say so.
 
-    >>> from cerebrum_languages import LANGUAGES, guess_language
+    >>> from cerebrum.text.languages import LANGUAGES, guess_language
     >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
     ('#', ('.go',))
     >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
@@ -236,7 +236,6 @@ LANGUAGES: dict[str, Language] = {
         names=("golang",),
     ),
 }
-
 # Languages that are read like C: comments, braces, definitions that one regex finds.
 _TOKENS = r"(?:[\w.@<>\[\],?&:]{1,80}[ \t]+){1,8}"  # modifiers and a type
 _NO_STATEMENT = (
@@ -272,9 +271,7 @@ _SWIFT_MODIFIERS = (
 )
 _PHP_TYPES = "class|interface|trait|enum|namespace"
 _PHP_MODIFIERS = r"(?:(?:abstract|final|readonly|public|protected|private|static)[ \t]+){0,5}"
-
 _LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "==", "===", "===="))
-
 # Keywords are such at the start of a statement, or where Ruby's expressions begin. A quote stands for a literal.
 _RUBY_START = re.compile(r"(?:(?m:^)|[=(\[{,|&!<>;+]|[?:]\s|(?<!\w)(?:then|do|else|and|or|not|in|begin))\s*$")
 _RUBY_WORD = re.compile(r"(?<![.:\w@$])$")
@@ -283,7 +280,6 @@ _SHELL_START = re.compile(
 )
 _SHELL_END = re.compile(r"(?:(?m:^)|[;&|(){}])\s*$")
 _HEREDOC = re.compile(r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1")
-
 LANGUAGES |= {
     "java": Language(
         "//",
@@ -627,7 +623,6 @@ LANGUAGES |= {
 BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
 # For a language that we do not know, unless its text looks like one of these. A copy: it is told apart by its identity.
 GENERIC = replace(_C)
-
 HEADER_CHARS = 400  # of a text, where a plugin says what it is
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}

@@ -2,7 +2,7 @@
 
 In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt that fits the context (`prepare`).
 
-    >>> from cerebrum_code import detect_mode, prepare
+    >>> from cerebrum.text.prompt import detect_mode, prepare
     >>> detect_mode({"language": "python", "prompt": "Write a stack"})
     'instruct'
     >>> fields = {"language": "python", "prompt": "import os\\n" + 2000 * "x = 1\\n"}
@@ -25,8 +25,8 @@ from functools import lru_cache
 from itertools import islice, takewhile
 from typing import Any
 
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum_common import HttpError
-from cerebrum_languages import BY_NAME, LANGUAGES, Language
 
 # --------------------------------------------------------------------------------------------------------- ways to ask
 

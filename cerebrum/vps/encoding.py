@@ -37,8 +37,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum_engine import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
-from cerebrum_gguf import Gguf, Part, Tensor, ggml
+from cerebrum.vps.gguf import Gguf, Part, Tensor, ggml
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
 
 # ------------------------------------------------------------------------------------------- the passport
 
@@ -157,9 +157,8 @@ MIN_GROUP_GAIN = 0.005  # share of a sample's time that a change of one group of
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention
-
 # What each type may become: a type that says exactly the same, or the same but for the scales' rounding to fp16 (see
-# cerebrum_gguf.py); or else Q8_0. Its steps are 1/127 of a block's largest weight, so rounding to them does less than
+# gguf.py); or else Q8_0. Its steps are 1/127 of a block's largest weight, so rounding to them does less than
 # other kernels' rounding does. The ternary types and the 1-bit and 4-bit float types are left alone.
 FAITHFUL: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), ("q8_0",)),

@@ -1,6 +1,6 @@
 """GGUF: what is in a model file, the same weights in another type, and a file with them.
 
-    from cerebrum_gguf import Gguf, Part
+    from cerebrum.vps.gguf import Gguf, Part
     with Gguf(Path("model.gguf")) as file:
         parts = [Part(tensor, {"q5_0": "q8_0"}.get(tensor.type, tensor.type)) for tensor in file.tensors]
         file.write(Path("new.gguf"), parts)
@@ -28,9 +28,10 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum_engine import ModelError, Shape, keep_log, llama
+from cerebrum.vps.llama import ModelError, Shape, keep_log, llama
 
 Bytes = npt.NDArray[np.uint8]
+
 
 # ------------------------------------------------------------------------------------ policy: transcoding
 

@@ -1,0 +1,1 @@
+"""The rooms of both daemons, in folders that name their machine."""

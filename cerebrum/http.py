@@ -1,0 +1,901 @@
+"""HTTP/1.1 and SSE on asyncio streams: what a daemon's clients send, and what they get.
+
+Strategy
+- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `ChunkedDecoder` take bytes in
+  any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment. The first
+  wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
+  allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
+- `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
+  its answer. A handler is `async def handler(state, request) -> Response`. `Exchange.fail` is the one place that turns
+  an error into an answer.
+- Once a stream has begun, an error is an error event, and then the connection is cut without a last chunk. A client can
+  always tell a finished stream from a broken one.
+
+It refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients that are
+slow or take more than their share of the connections, and pages of foreign origins. It speaks neither TLS nor HTTP/2.
+Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cerebrum_common import (
+    REASONS,
+    Head,
+    HttpError,
+    Request,
+    Response,
+    Route,
+    compact,
+    error_body,
+    error_event,
+    internal_error,
+    log,
+    request_id_var,
+    sse_block,
+)
+
+# ---------------------------------------------------------------------------------------------- limits
+
+MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
+MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
+MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; a head is held in memory whole
+MAX_HEADERS = 100  # no known client sends 30
+MAX_BODY_BYTES = 1 << 20  # the longest source file that a prompt is made of
+MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can cost 20 times its size for a moment
+MAX_TRAILER_BYTES = 8192  # trailers are dropped, so they only have to be survived
+MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an extension that nobody reads
+MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice that its client leaves
+MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
+MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
+MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health or another open route
+MAX_ACCEPTS = 64  # sockets accepted at a time; the sum stays well below the usual 1,024 open files
+READ_BYTES = 65_536  # one read of a socket; also the reader's own limit
+WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before its stream pauses
+HEAD_SECONDS = 10.0  # in all, from the first byte: a head that comes at one byte a second is refused
+BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
+IDLE_SECONDS = 60.0  # between two requests of a kept connection
+OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
+WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
+KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client; then the kernel probes whether it is still there
+KEEPALIVE_PROBE_SECONDS = 5  # between two probes: four are lost before WRITE_SECONDS cut the client
+FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
+PAGE_SECONDS = 0.1  # between a stream's error and the cut: a browser drops what its page has not read by then
+LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
+
+
+class ListenError(OSError):
+    """The address cannot be listened on now. Unlike a wrong configuration this can pass: an interface is not up yet at
+    boot, or a predecessor still holds the port."""
+
+
+class ClientGone(ConnectionError):
+    """The client closed, reset, or stopped reading. Never our error, never logged as one."""
+
+
+def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
+    """An error after which the connection is closed, such as one in the framing."""
+    return HttpError(code, message, close=True)
+
+
+def too_busy() -> HttpError:
+    return malformed("too many connections; try again later", "OVERLOADED")
+
+
+def shutting_down() -> HttpError:
+    return malformed("the daemon is being stopped; try again later", "SHUTTING_DOWN")
+
+
+# ------------------------------------------------------------------------------------------- pure: heads
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+HEADER_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
+ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
+PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
+QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
+AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
+REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+HEADER_NAMES = re.compile(rb"(?=.{1,1024}\Z)%b(?:,[ \t]*%b)*" % (TOKEN, TOKEN))
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
+SINGLE_HEADERS = frozenset(
+    {"host", "content-length", "content-type", "content-encoding", "transfer-encoding", "x-api-key"}
+    | {"authorization", "origin", "expect"}
+)
+
+
+def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+    """Where the message head in `buffer` ends (past its empty line), or None if more bytes are needed.
+
+    `scanned` bytes of the buffer were seen by an earlier call. A head is refused as early as possible: a TLS hello or a
+    bare LF gets its 400 at once, and a head that never ends costs 32 KiB.
+    """
+    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
+    _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
+    if end >= 0:
+        return end + 4
+    if len(buffer) >= MAX_HEAD_BYTES:
+        raise malformed(f"expected a head of at most {MAX_HEAD_BYTES} bytes", "HEADERS_TOO_LARGE")
+    return None
+
+
+def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2).
+
+    A bad request line is refused as soon as its CRLF has come: HTTP/0.9, SMTP or a typo have no head to wait for.
+    """
+    start = 2 if buffer.startswith(b"\r\n") else 0
+    end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
+    _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
+    if end < 0:
+        if len(buffer) >= start + MAX_LINE_BYTES:
+            raise malformed(f"expected a request line of at most {MAX_LINE_BYTES} bytes", "URI_TOO_LONG")
+        return None
+    if end + 2 > scanned:
+        parse_request_line(bytes(buffer[start:end]))
+    return scan_head(buffer, max(scanned, end))
+
+
+def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None:
+    if bad := FORBIDDEN_IN_HEAD.search(buffer, max(0, scanned - 1), stop):
+        raise malformed(f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}")
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
+    """A request line, without its CRLF, to method, decoded path, authority ("" without one) and version."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
+    if method not in METHODS:
+        raise malformed("expected a known method in capital letters, other than CONNECT", "NOT_IMPLEMENTED")
+    if len(target) > MAX_TARGET_BYTES:
+        raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG")
+    if target == "*" and method == "OPTIONS":
+        return method, target, "", version
+    return method, *parse_target(target), version
+
+
+def parse_target(target: str) -> tuple[str, str]:
+    """A request target to its decoded path and the authority that its absolute form names (RFC 9112 section 3.2)."""
+    authority = ""
+    if absolute := ABSOLUTE_FORM.fullmatch(target):
+        authority, target = host_name(absolute[1]), "/" + absolute[2]
+    path, _, query = target.partition("?")
+    if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
+        raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
+    path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash behind a URL; as %2F it stays
+    octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
+    try:
+        path = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        raise malformed("expected %XX escapes that are UTF-8") from None
+    if re.search(r"[\x00-\x1f\x7f]", path):
+        raise malformed("expected no control characters in the path")
+    return path, authority
+
+
+def host_name(value: str) -> str:
+    """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another form."""
+    match = AUTHORITY.fullmatch(value)
+    if not match or int(match[2] or 0) > 65_535:
+        raise malformed("expected a Host of the form name[:port]")
+    return match[1].lower()
+
+
+def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
+    """Header lines, without line ends, to a dict of lower-case names. Repeated list headers are joined by commas."""
+    if len(lines) > MAX_HEADERS:
+        raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise malformed("expected header lines of the form 'Name: value'")
+        name, value = match[1].decode("ascii").lower(), match[2].rstrip(b" \t").decode("latin-1")
+        if name in headers and name in SINGLE_HEADERS:
+            raise malformed(f"expected at most one {name} header, got several")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
+    """How the body is delimited: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not CONTENT_LENGTH.fullmatch(length):
+        raise malformed("expected one Content-Length of 1 to 20 decimal digits")
+    if coding is None:
+        return (None if length is None else int(length)), False
+    if length is not None or version == "HTTP/1.0":
+        raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise malformed("expected the Transfer-Encoding 'chunked' alone", "NOT_IMPLEMENTED")
+    return None, True
+
+
+def parse_request(block: bytes) -> Head:
+    """A whole request head, as `scan_request` finds it, to a `Head`."""
+    first, *lines = block.removeprefix(b"\r\n")[:-4].split(b"\r\n")
+    method, path, authority, version = parse_request_line(first)
+    headers = parse_headers(lines)
+    if "host" not in headers and version == "HTTP/1.1":
+        raise malformed("expected a Host header")
+    host = host_name(headers["host"]) if "host" in headers else ""
+    length, chunked = parse_framing(version, headers)
+    wanted = headers.get("x-request-id", "")
+    request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
+    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
+    keep_alive = version == "HTTP/1.1" and "close" not in options
+    return Head(method, path, version, headers, host, authority, length, chunked, request_id, keep_alive)
+
+
+# ------------------------------------------------------------------------------------------ pure: bodies
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
+
+
+class ChunkedDecoder:
+    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` is what follows the end.
+
+    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
+    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. `before` then holds
+    the payload that the failing call decoded before the fault.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.done = False
+        self.rest = b""
+        self.before = b""
+        self._held = b""  # the beginning of a size line or of the trailers, never payload
+        self._left = 0  # payload bytes still missing from the current chunk
+        self._step = ChunkedDecoder._size  # reads what follows that payload
+        self._limit, self._total = limit, 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload that `data` completes."""
+        if self._step is ChunkedDecoder._size and not (self._held or self._left or self._limit):
+            match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
+            start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
+            if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
+                return data[start:-2]
+        pieces: list[bytes] = []
+        try:
+            self._decode(self._held + data, pieces)
+        except HttpError:
+            self.before = b"".join(pieces)
+            raise
+        return b"".join(pieces)
+
+    def _decode(self, buffer: bytes, pieces: list[bytes]) -> None:
+        position = 0
+        while not self.done:
+            if self._left:
+                piece = buffer[position : position + self._left]
+                pieces.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    break
+            end = self._step(self, buffer, position)
+            if end is None:
+                break
+            position = end
+        self._held = buffer[position:]
+
+    # Each step takes one element of the grammar (RFC 9112 section 7.1) and returns its end, or None for want of bytes.
+
+    def _size(self, buffer: bytes, at: int) -> int | None:
+        match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
+        if not match:
+            line = buffer[at : at + MAX_CHUNK_LINE_BYTES]
+            if len(line) == MAX_CHUNK_LINE_BYTES or not CHUNK_SIZE_BEGUN.fullmatch(line):
+                raise malformed("expected a chunk size of 1 to 16 hexadecimal digits and CRLF")
+            return None
+        self._left = int(match[1], 16)
+        self._step = ChunkedDecoder._line_end if self._left else ChunkedDecoder._trailers
+        self._total += self._left + len(match[2])
+        if self._limit is not None and self._total > self._limit:
+            raise malformed(f"expected a body of at most {self._limit} bytes", "PAYLOAD_TOO_LARGE")
+        return match.end()
+
+    def _line_end(self, buffer: bytes, at: int) -> int | None:
+        if not b"\r\n".startswith(buffer[at : at + 2]):
+            raise malformed("expected CRLF after a chunk's data")
+        if len(buffer) < at + 2:
+            return None
+        self._step = ChunkedDecoder._size
+        return at + 2
+
+    def _trailers(self, buffer: bytes, at: int) -> int | None:
+        section = buffer[at : at + MAX_TRAILER_BYTES]
+        end = 0 if section.startswith(b"\r\n") else section.find(b"\r\n\r\n") + 2  # 1: not found
+        if FORBIDDEN_IN_HEAD.search(section, 0, MAX_TRAILER_BYTES if end == 1 else end + 2):
+            raise malformed("expected trailers with CRLF line ends and no control characters")
+        if end == 1:
+            if len(section) == MAX_TRAILER_BYTES:
+                raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
+            return None
+        parse_headers(section[:end].split(b"\r\n")[:-1])
+        self.done, self.rest = True, buffer[at + end + 2 :]
+        return len(buffer)
+
+
+def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
+    """A response head. ValueError for a line end in a value, which would start a header of its own."""
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(headers) or text.count("\r") != len(headers):
+        raise ValueError("a response header contains a line end")
+    return text.encode("latin-1") + b"\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body; `data` must not be empty, since an empty chunk ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask: the holders of one of the keys (none: anyone), by which names beside IP addresses, from which
+    origins."""
+
+    keys: tuple[str, ...] = ()
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def check(self, head: Head, public: bool) -> None:
+        """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
+        # After DNS rebinding, a browser sends the foreign name as Host. It sends an authority only to a proxy, where a
+        # short name of the LAN is harmless: nobody can register one.
+        if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
+            raise HttpError(
+                "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+            )
+        if "origin" in head.headers and not self.allows_origin(head):
+            raise HttpError("FORBIDDEN", "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
+        if public or not self.keys or self.is_preflight(head):
+            return
+        given = head.headers.get("x-api-key", "")
+        if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
+            given = head.headers["authorization"][7:].strip(" ")
+        if not any(hmac.compare_digest(given.encode("latin-1"), key.encode("utf-8")) for key in self.keys):
+            challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
+            raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
+
+    def allows_origin(self, head: Head) -> bool:
+        origin = head.headers.get("origin", "").lower()
+        return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
+
+    def is_preflight(self, head: Head) -> bool:
+        """A browser's CORS preflight from an allowed origin; it never carries the key."""
+        asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
+        return asks and "origin" in head.headers and self.allows_origin(head)
+
+    def _is_ours(self, host: str) -> bool:
+        return not host or host in self.hosts or is_ip_literal(host)
+
+
+def is_ip_literal(host: str) -> bool:
+    """Whether `host` is an IPv4 address or a bracketed IPv6 address. DNS rebinding needs a name."""
+    family, text = (socket.AF_INET6, host[1:-1]) if host.startswith("[") else (socket.AF_INET, host)
+    try:
+        socket.inet_pton(family, text)
+    except OSError:
+        return False
+    return True
+
+
+def own_names(extra: Collection[str] = ()) -> frozenset[str]:
+    """The host names of this machine and those that the configuration adds."""
+    name = socket.gethostname().lower()
+    return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
+
+
+class Connection:
+    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every failure of the network is
+    ClientGone."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.buffer = bytearray()
+        self.transport = writer.transport
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.address = str((writer.get_extra_info("peername") or ("?",))[0])
+        self.over = False  # over the limit: it may ask for open routes and nothing else
+        self.idle = True  # between two requests: a shutdown may close it
+        self.exchange: Exchange | None = None  # the one that is going on
+        self.answered = False  # at least one request: it may idle longer
+
+    async def fill(self) -> bool:
+        """Read more into the buffer; False at the end of the stream."""
+        try:
+            data = await self.reader.read(READ_BYTES)
+        except OSError:
+            raise ClientGone from None
+        self.buffer += data
+        return bool(data)
+
+    def take(self, count: int) -> bytes:
+        data = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return data
+
+    async def next_head(self) -> bytes | None:
+        """The next request's head, or None if the client leaves or stays silent instead of sending one."""
+        self.idle = not self.buffer
+        try:
+            if self.idle:
+                patience = OVERFLOW_SECONDS if self.over else IDLE_SECONDS if self.answered else HEAD_SECONDS
+                async with asyncio.timeout(patience):
+                    if not await self.fill():
+                        return None
+            self.idle = False
+            async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
+                return await self._read_head()
+        except TimeoutError:
+            if self.over:
+                raise too_busy() from None
+            if self.idle:
+                return None
+            raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
+
+    async def _read_head(self) -> bytes:
+        scanned = 0
+        while (end := scan_request(self.buffer, scanned)) is None:
+            scanned = len(self.buffer)
+            if not await self.fill():
+                raise ClientGone
+        return self.take(end)
+
+    async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
+        """Give the body to `sink` piece by piece as it arrives; ClientGone if it ends early."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
+        except TimeoutError:
+            raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
+
+    async def _read_bytes(self, length: int, sink: Callable[[bytes], None]) -> None:
+        while length:
+            if not self.buffer and not await self.fill():
+                raise ClientGone
+            piece = self.take(min(length, READ_BYTES))
+            length -= len(piece)
+            sink(piece)
+
+    async def _read_chunks(self, sink: Callable[[bytes], None]) -> None:
+        decoder = ChunkedDecoder(MAX_BODY_BYTES)
+        while not decoder.done:
+            if not self.buffer and not await self.fill():
+                raise ClientGone
+            sink(decoder.feed(self.take(READ_BYTES)))
+        self.buffer[:0] = decoder.rest
+
+    async def wait_gone(self) -> None:
+        """Return when the client has left. A half-close counts as leaving, as with nginx: the two look alike from here.
+        Pipelined bytes are kept, up to a bound."""
+        with contextlib.suppress(ClientGone):
+            while len(self.buffer) < MAX_PIPELINED_BYTES:
+                if not await self.fill():
+                    return
+            await asyncio.get_running_loop().create_future()  # its leaving can no longer be seen; a write will tell
+
+    def send(self, data: bytes) -> bool:
+        """Send without waiting. Returns whether the client is behind, so that `drain` must be awaited before more."""
+        if self.transport.is_closing():
+            raise ClientGone
+        self.transport.write(data)
+        return self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES
+
+    async def write(self, data: bytes) -> None:
+        """Send, waiting only if the client is behind."""
+        if self.send(data):
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Wait until the client has taken most of it; ClientGone if it reads nothing for WRITE_SECONDS."""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self.writer.drain()
+        except OSError:  # of which TimeoutError is one
+            self.transport.abort()
+            raise ClientGone from None
+
+    async def close(self) -> None:
+        """Send what is left, half-close, and go on reading for a while (RFC 9112 section 9.6). Closing a socket with
+        unread bytes resets it, and a reset can destroy the answer on its way."""
+        with contextlib.suppress(OSError):
+            self.transport.set_write_buffer_limits(high=0)
+            await self.drain()
+            self.writer.write_eof()
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self.reader.read(READ_BYTES):
+                    pass
+
+
+class Exchange:
+    """One request and its answer: what was asked, whether the connection is kept, and the line in the log."""
+
+    def __init__(self, connection: Connection, server: Server) -> None:
+        self.connection, self.server = connection, server
+        self.head: Head | None = None  # not read yet, or malformed
+        self.keep = False
+        self.route: Route | None = None  # a route of its path, once it is known
+        self.frame: Callable[[bytes], bytes] | None = None  # how events are sent; None until a stream begins
+        self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
+        self.verdict: HttpError | None = None  # why `end` cancelled that task
+        self.notes: dict[str, Any] = {}  # of the request, for the log
+        self.reason = ""  # of an error, for the log
+        self.ended = False  # it has its line in the log
+        self.started = time.perf_counter()
+
+    def end(self, error: HttpError) -> None:
+        """Cancel the work on this request and answer with `error` instead, unless it has been answered."""
+        if self.task and not self.task.done() and not self.ended:
+            self.verdict = error
+            self.task.cancel()
+
+    async def send(self, response: Response) -> None:
+        """Send a whole response; a HEAD request gets its head alone."""
+        headers, body = list(response.headers), b""
+        if response.status not in (204, 304):
+            body = response.body
+            body = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+            headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
+        if self.head and self.head.method == "HEAD":
+            body = b""
+        await self.connection.write(self._encode_head(response.status, headers) + body)
+        self.log(response.status)
+
+    async def fail(self, error: HttpError) -> None:
+        """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
+        self.keep = self.keep and not error.close
+        self.reason = f" {error.code}: {error.message}"
+        foreign = self.route and self.route.foreign_error and compact(self.route.foreign_error(error))
+        if self.frame is None:
+            return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
+        self.keep = False
+        await self.connection.write(self.frame(sse_block(foreign) if foreign else error_event(error)))
+        self.log(error.status)
+        if self.head and "origin" in self.head.headers:
+            await asyncio.sleep(PAGE_SECONDS)
+        return None
+
+    async def stream(self, response: Response) -> None:
+        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends.
+
+        The first block is awaited before the head is sent. An error up to there still becomes a status, and the
+        generator has always been started before anything else can fail: what it holds is released by its `finally`.
+        """
+        assert response.events is not None
+        chunked = self.head is not None and self.head.version == "HTTP/1.1"
+        connection, render = self.connection, response.render
+        async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
+            block = render(await anext(events, b""))
+            headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
+            headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
+            headers += [("Transfer-Encoding", "chunked")] if chunked else []
+            frame = self.frame = chunk if chunked else bytes
+            await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
+            async for event in events:
+                block = render(event)
+                if block and connection.send(frame(block)):  # an empty chunk would be the end
+                    await connection.drain()
+        await connection.write(b"0\r\n\r\n" if chunked else b"")
+        self.log(response.status)
+
+    def _encode_head(self, status: int, more: Sequence[tuple[str, str]]) -> bytes:
+        headers = [
+            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+            ("X-Request-ID", request_id_var.get()),
+            *([] if any(name == "Cache-Control" for name, _ in more) else [("Cache-Control", "no-store")]),
+            *more,
+        ]
+        if self.head and "origin" in self.head.headers and self.server.access.allows_origin(self.head):
+            headers += [("Access-Control-Allow-Origin", self.head.headers["origin"]), ("Vary", "Origin")]
+            headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
+        return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
+
+    def log(self, status: int) -> None:
+        """`POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, or the reason of an error behind that. 499
+        is nginx's number for a client that left before its answer. A request is logged and counted once, even if its
+        client leaves behind an error event."""
+        if self.ended:
+            return
+        self.ended = True
+        self.server.answered[self.route.path if self.route else OTHER_PATH, status] += 1
+        what = f"{self.head.method} {self.head.path}" if self.head else "- -"
+        level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
+        notes = "".join(f" {name}={value}" for name, value in self.notes.items())
+        seconds = time.perf_counter() - self.started
+        log.log(level, "%s %d %.2fs%s%s", what, status, seconds, notes, self.reason, extra={"is_request": True})
+
+
+# --------------------------------------------------------------------------------------- connection loop
+
+OTHER_PATH = "other"  # stands for all paths that have no route, in the counts of requests
+
+
+class Server:
+    """Accepts connections and runs one task for each. Owns the connections, their count by client, the bytes of
+    request bodies in memory, and the counts of what was answered."""
+
+    def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
+        self.state, self.access = state, access
+        self.routes: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            self.routes.setdefault(route.path, {})[route.method] = route
+        # Requests by the path of their route and their status. The usual ones begin at 0, so that a first one is an
+        # increase.
+        self.answered = Counter({(path, 200): 0 for path in self.routes})
+        self.connections: dict[asyncio.Task[None], Connection] = {}
+        self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
+        self.clients: Counter[str] = Counter()  # the connections within the limit, by address
+        self.body_bytes = 0  # of the requests that are being read or answered
+        self.stopping = False
+        self.url = ""  # where it listens
+        self._listeners: list[asyncio.Server] = []
+
+    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
+        """Listen, on `sockets` instead of the address if there are any. Returns the port that was really bound.
+        ListenError if that fails."""
+        places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
+        try:
+            for place in places:
+                listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
+                self._listeners.append(listener)
+        except OSError as error:
+            raise ListenError(error.errno, error.strerror) from None
+        listening = [one for listener in self._listeners for one in listener.sockets]
+        for one in listening:
+            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer than that.
+            with socket.socket(fileno=os.dup(one.fileno())) as twin:
+                twin.listen(1024)
+                # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
+                twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
+                # Else a client that lost its network keeps its place for long. Keepalive finds one that gets nothing;
+                # TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
+                twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
+        bound, port = listening[0].getsockname()[:2]
+        host = bound if sockets else host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return int(port)
+
+    async def stop(self, grace: float) -> None:
+        """Stop listening, and let running answers end within `grace` seconds. Kept connections can ask until then, and
+        are told that we stop. Answers that take longer end with an error."""
+        self.stopping = True
+        for listener in self._listeners:
+            listener.close()
+        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
+            await asyncio.wait(busy, timeout=grace)
+        for connection in self.connections.values():
+            if connection.exchange:
+                connection.exchange.end(shutting_down())
+        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
+            await asyncio.wait(busy, timeout=FAREWELL_SECONDS)
+        late = list(self.connections)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, task = Connection(reader, writer), asyncio.current_task()
+        assert task is not None
+        self._admit(task, connection)
+        try:
+            while await self._serve_one(connection):
+                pass
+            await connection.close()
+        except (ClientGone, asyncio.CancelledError):
+            pass
+        except Exception as exception:
+            internal_error(exception)
+        finally:
+            self._dismiss(task, connection)
+            connection.transport.abort()
+
+    def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
+        self.connections[task] = connection
+        full = self.clients.total() >= MAX_CONNECTIONS
+        connection.over = full or self.clients[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
+        if not connection.over:
+            self.clients[connection.address] += 1
+            return
+        self.overflow[task] = None
+        if len(self.overflow) > MAX_OVERFLOW:
+            oldest = next(iter(self.overflow))
+            del self.overflow[oldest]
+            oldest.cancel()
+
+    def _dismiss(self, task: asyncio.Task[None], connection: Connection) -> None:
+        del self.connections[task]
+        self.overflow.pop(task, None)
+        if not connection.over:
+            self.clients -= Counter([connection.address])  # which drops a client with none left
+
+    async def _serve_one(self, connection: Connection) -> bool:
+        """One request and its answer; whether the connection is kept for another."""
+        request_id_var.set(str(uuid.uuid4()))
+        exchange = connection.exchange = Exchange(connection, self)
+        try:
+            block = await connection.next_head()
+            if block is None:
+                return False
+            head = parse_request(block)
+            exchange.head, exchange.keep = head, head.keep_alive and not connection.over
+            exchange.started = time.perf_counter()
+            request_id_var.set(head.request_id)
+            await self._answer(exchange, head)
+        except HttpError as error:
+            await exchange.fail(error)
+        except ClientGone:
+            if exchange.head:
+                exchange.log(499)
+            raise
+        except asyncio.CancelledError:
+            if connection.over:  # a newer connection took its place
+                await exchange.fail(too_busy())
+            elif exchange.head and self.stopping:  # its client does not read what it is told
+                exchange.log(503)
+            raise
+        connection.answered = True
+        await asyncio.sleep(0)  # a flood of pipelined requests must not have the loop for itself
+        return exchange.keep and not self.stopping
+
+    async def _answer(self, exchange: Exchange, head: Head) -> None:
+        connection = exchange.connection
+        try:
+            route, parameter = self._route(head, connection.over, exchange)
+            if self.stopping:
+                raise shutting_down()
+            check_body(head, route)
+        except HttpError as error:
+            # The error is known before the body has come: answer now, then discard the body.
+            exchange.keep = exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
+            await exchange.fail(error)
+            if exchange.keep:
+                with contextlib.suppress(HttpError, ClientGone):  # the request has been answered already
+                    exchange.keep = False
+                    await connection.read_body(head, discard)
+                    exchange.keep = True
+            return
+        if head.expects:
+            await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        with self._hold() as (body, hold):
+            await connection.read_body(head, hold if route.json else discard)
+            notes, answered = exchange.notes, self.answered
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
+            body.clear()
+            await (self._watch if route.json else self._call)(exchange, route, request)
+
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
+        """An empty body and a function that adds to it, within the limit for the bodies of all connections."""
+        body, held = bytearray(), 0
+
+        def hold(piece: bytes) -> None:
+            nonlocal held
+            if self.body_bytes + len(piece) > MAX_BODIES_BYTES:
+                raise malformed("too many requests are being sent; try again later", "OVERLOADED")
+            body.extend(piece)
+            held += len(piece)
+            self.body_bytes += len(piece)
+
+        try:
+            yield body, hold
+        finally:
+            self.body_bytes -= held
+
+    def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
+        """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
+        parent, _, last = head.path.rpartition("/")
+        methods, parameter = self.routes.get(head.path, {}), ""
+        if not methods and last:
+            methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        exchange.route = next(iter(methods.values()), None)
+        public = head.path == "*" or any(route.open for route in methods.values())
+        if over and not public:
+            raise too_busy()
+        self.access.check(head, public)
+        if not methods and head.path != "*":
+            raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
+        allowed = set(methods or itertools.chain(*self.routes.values()))
+        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+        if head.method == "OPTIONS":
+            return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
+        method = "GET" if head.method == "HEAD" else head.method
+        if method not in methods:
+            raise HttpError(
+                "METHOD_NOT_ALLOWED", f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),)
+            )
+        return methods[method], parameter
+
+    async def _options(self, request: Request, allow: str) -> Response:
+        headers = [("Allow", allow)]
+        if self.access.is_preflight(request.head):
+            names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
+            asked = request.head.headers.get("access-control-request-headers", "")
+            names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # as openai-node needs it
+            headers += [("Access-Control-Allow-Methods", allow), ("Access-Control-Allow-Headers", names)]
+        return Response(status=204, headers=tuple(headers))
+
+    async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
+        """Call the handler, and cancel it when its client leaves."""
+        task = asyncio.ensure_future(self._call(exchange, route, request))
+        gone = asyncio.ensure_future(exchange.connection.wait_gone())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone
+            await task
+        finally:
+            task.cancel()
+            gone.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
+        """Call the handler and send what it returns. Any exception becomes an answer here."""
+        exchange.task = asyncio.current_task()
+        try:
+            response = await route.handler(self.state, request)
+            exchange.keep = exchange.keep and not self.stopping
+            # Nothing is awaited between the handler's return and the start of its events: no cancel comes between.
+            await (exchange.send(response) if response.events is None else exchange.stream(response))
+        except ClientGone:
+            raise
+        except asyncio.CancelledError:
+            if exchange.verdict is None:
+                raise
+            await exchange.fail(exchange.verdict)
+        except Exception as exception:
+            await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
+
+
+def discard(piece: bytes) -> None:
+    """The sink for a body that nobody looks at."""
+
+
+def check_body(head: Head, route: Route) -> None:
+    """HttpError if the head announces a body that the route does not take."""
+    expect = head.headers.get("expect", "100-continue")
+    if expect.lower() != "100-continue":
+        raise malformed("expected no Expect but 100-continue", "EXPECTATION_FAILED")
+    if head.length is not None and head.length > MAX_BODY_BYTES:
+        raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", "PAYLOAD_TOO_LARGE")
+    if head.has_body and "content-encoding" in head.headers:
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected a body without Content-Encoding")
+    if not route.json:
+        return
+    if not head.chunked and head.length is None:
+        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
+    if not route.foreign_error and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
+
+
+JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)

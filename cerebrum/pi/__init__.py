@@ -1,0 +1,1 @@
+"""The rooms of the Pi's daemon. Never imports cerebrum/vps."""

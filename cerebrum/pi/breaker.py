@@ -1,0 +1,111 @@
+"""Decides when not to ask a backend at all.
+
+    >>> breaker = Breaker(lambda: 0.5)
+    >>> for _ in range(3): breaker.failed(breaker.admit(0.0), 0.0)
+    >>> breaker.state, breaker.admits(1.0)
+    ('open', False)
+
+Pure: no clock, no chance of its own. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import (
+    Callable,
+)
+from typing import Any
+
+# ------------------------------------------------------------------------------------- policy: breaker
+
+FAILURES_TO_OPEN = 3  # in a row
+OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles it
+JITTER = 0.2  # +- this share of every pause: several Pis should not come back in step
+TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
+BREAKER_STATES = ("closed", "open", "half-open")
+
+
+class Breaker:
+    """Decides when not to ask a backend at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
+
+    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
+    From half-open, a failed or overdue trial opens it again for twice as long. `admit` returns a ticket, which is the
+    number of the current state: results under an older ticket are late and count for nothing.
+    """
+
+    def __init__(self, chance: Callable[[], float]) -> None:
+        self.state = "closed"
+        self.failures = 0  # in a row
+        self.opens = 0  # ever
+        self._generation = 1
+        self._chance = chance
+        self._pause = 0.0  # without jitter; 0 while closed
+        self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
+        self._trial = False  # half-open: a trial is under way
+
+    def admits(self, now: float) -> bool:
+        """Whether a request may be sent: any while closed, one as a trial while half-open."""
+        if self._trial:
+            self._expire(now)
+        return self.state == "closed" or (self.state == "half-open" and not self._trial)
+
+    def admit(self, now: float) -> int | None:
+        """A ticket for one request; None means do not ask."""
+        if not self.admits(now):
+            return None
+        if self.state == "half-open":
+            self._trial, self._until = True, now + TRIAL_SECONDS
+        return self._generation
+
+    def succeeded(self, ticket: int) -> int:
+        """A valid token came. Returns the ticket that the same request carries from here on."""
+        if ticket != self._generation:
+            return ticket
+        self.failures = 0
+        if self.state == "half-open":
+            self._change("closed")
+            self._pause = 0.0
+        return self._generation
+
+    def failed(self, ticket: int, now: float) -> None:
+        """The backend, or the network on the way to it, failed this request."""
+        if ticket != self._generation:
+            return
+        self.failures += 1
+        if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
+            self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
+            self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())
+            self._change("open")
+            self.opens += 1
+
+    def left(self, ticket: int) -> None:
+        """The request ended without a verdict, refused or left by its client. A trial becomes free again."""
+        if ticket == self._generation:
+            self._trial = False
+
+    def healthy(self, now: float) -> None:
+        """The backend answered a probe."""
+        if self.state == "open" and now >= self._until:
+            self._change("half-open")
+
+    def reset(self) -> None:
+        """Another backend has taken the place of this one. Results of the old one are late."""
+        self.failures, self._pause = 0, 0.0
+        self._change("closed")
+
+    def retry_in(self, now: float) -> float:
+        """Seconds until a good /health would count."""
+        return max(0.0, self._until - now) if self.state == "open" else 0.0
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """For /v1/stats."""
+        self._expire(now)
+        retry = round(self.retry_in(now), 3)
+        return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
+
+    def _expire(self, now: float) -> None:
+        if self._trial and now >= self._until:
+            self.failed(self._generation, now)
+
+    def _change(self, state: str) -> None:
+        self.state, self._trial = state, False
+        self._generation += 1

@@ -1,0 +1,243 @@
+"""What engines other than vpsd stream, as the pairs of a native stream.
+
+`translate` reads the answer, a `Translator` its events. The Translator also does what the engine does not: it ends the
+text where the thing asked for is whole.
+
+    >>> from cerebrum.pi.dialects import OPENAI_TEXT
+    >>> asked = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
+    >>> translator = Translator(OPENAI_TEXT, asked, [])
+    >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
+    [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
+     ('done', {'finish_reason': 'block', 'total_tokens': 1})]
+
+Standard library only; cerebrum/text/ending.py is loaded only for other engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import re
+from collections.abc import (
+    AsyncGenerator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any
+
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, read_counts, read_overflow, read_progress
+from cerebrum.pi.upstream import (
+    COUNT,
+    ENGINE_RESULT,
+    EVENTS,
+    LONG_PROMPT,
+    Answer,
+    BackendFailure,
+    Events,
+    Pair,
+    TooLong,
+    Upstream,
+    data_of,
+    parse_leniently,
+    text_event,
+)
+from cerebrum_common import HttpError
+
+# ------------------------------------------------------------------------------ the events of other engines
+
+# Marks that an engine may leak. They end a text, unless the prompt itself has them.
+MARKS = (
+    "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
+    "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
+DONE = b"[DONE]"
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class Characters:
+    """Puts characters together that an engine has cut: halves of a surrogate pair, or bytes of UTF-8 (as the lone
+    surrogates of Python's "surrogateescape")."""
+
+    def __init__(self) -> None:
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self.half = ""  # the first of a pair
+
+    def feed(self, text: str) -> str:
+        if not self.half and not self.bytes.getstate()[0] and not SURROGATES.search(text):
+            return text
+        text, self.half = self.half + text, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self.half = text[:-1], text[-1]
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+        return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
+
+
+class Translator:
+    """What another engine streams, as the pairs of a native stream. ("done", …) comes last: at the engine's own end, or
+    before it, where the thing asked for is whole. `asked` has the fields of vpsd's request."""
+
+    def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
+        from cerebrum.text.ending import (  # 3 MB that a Pi without other engines need not have
+            Cutter,
+            Ending,
+            wants_extras,
+        )
+
+        turns = asked.get("messages") or ()
+        given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
+        marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
+        mode = asked["mode"]
+        ending = Ending(
+            mode,
+            asked.get("language"),
+            "" if turns else given[0],
+            asked.get("suffix"),
+            asked.get("stop_at", "auto"),
+            extras=wants_extras([turn["content"] for turn in turns if turn["role"] == "user"]),
+            indent=asked.get("indent", 0),
+        )
+        self.read_event = dialect.read_event
+        self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
+        self.characters = Characters()
+        self.most = asked.get("max_tokens") or MAX_TOKENS
+        self.limit = asked.get("predict_ms", 0) / 1000  # seconds; 0: none
+        self.progress = asked.get("progress", False)
+        self.counting: Mapping[str, Any] = {}  # the last event that counts tokens
+        self.tokens = 0  # events with text; an engine may put several tokens into one
+        self.began = 0.0  # when the first of them came
+        self.has_line = False  # a line end has been generated
+        self.heard = False  # an event came
+        self.life = 0  # events that show that the engine gets on
+        self.reason: str | None = None  # the engine has ended its text
+        self.done = False
+
+    def feed(self, block: bytes, now: float) -> Iterator[Pair]:
+        """The pairs of a block of whole events, which came at `now` (seconds, monotonic), up to the pair "done".
+        BackendFailure for an event that is an error or not JSON."""
+        for event in block.split(b"\n\n"):
+            if self.done or not event:
+                continue
+            try:
+                yield from self._event(event, now)
+            except BackendFailure:
+                if self.reason is None:
+                    raise
+                yield self.end()  # the text is whole; what follows it was only to count its tokens
+
+    def end(self) -> Pair:
+        """The last pair, at the end of the whole stream. BackendFailure if the engine has not said why its text ended:
+        it may have been cut."""
+        if self.reason is None:
+            if not self.heard:  # a prompt that is too long for llama_cpp.server ends so
+                raise HttpError("VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help")
+            raise BackendFailure("it ended without saying that it is done")
+        return self._done(self.reason)
+
+    def _event(self, event: bytes, now: float) -> Iterator[Pair]:
+        data = data_of(event)
+        if data.strip() == DONE:
+            yield self.end()
+            return
+        if not data:
+            return
+        members = parse_leniently(data)
+        if members is None:
+            raise BackendFailure("it sent an event that is not JSON")
+        if error := members.get("error"):
+            if not self.tokens and (told := read_overflow(error)) is not None:
+                raise TooLong(LONG_PROMPT, told)
+            raise BackendFailure("it reported an error")
+        if any(members.get(name) is not None for name in COUNTS):
+            self.counting = members
+        self.heard = True
+        piece = self.read_event(members)
+        self.life += bool(piece.text or piece.thought or "prompt_progress" in members)
+        if piece.reason == "error":
+            raise BackendFailure("it gave up")
+        if self.reason is None:
+            yield from self._text(piece.text, piece.reason, now)
+        if self.done:
+            return
+        if members.get("stop") is True:  # the last event of llama-server's own calls
+            yield self._done(self.reason or "stop")
+        elif self.progress and not self.tokens:
+            read, total = read_progress(members)
+            if COUNT.accepts(read) and COUNT.accepts(total):
+                yield "progress", {"stage": "prefill", "done": read, "total": total}
+
+    def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
+        if text and self.tokens == self.most:  # an event has a token at least: the engine does not keep to its limit
+            if rest := self.cutter.flush(whole=False):
+                yield "text", text_event(rest, self.tokens)
+            yield self._done("length")
+            return
+        if text:
+            self.began = self.began if self.tokens else now
+            self.tokens += 1
+            self.has_line = self.has_line or "\n" in text
+            text = self.characters.feed(text)
+        text, ended = self.cutter.feed(text)
+        if not ended and not reason and self.limit and self.has_line and now - self.began > self.limit:
+            ended, text = "length", text + self.cutter.flush(whole=False)
+        elif reason and not ended:
+            text += self.cutter.flush(whole=reason == "stop")
+        if text:
+            yield "text", text_event(text, self.tokens)
+        self.reason = reason
+        if ended:
+            yield self._done(ended)
+
+    def _done(self, reason: str) -> Pair:
+        self.done = True
+        told = read_counts(self.counting)
+        counts = {name: value for name, value in told.items() if ENGINE_RESULT[name].accepts(value)}
+        counts["total_tokens"] = counts.get("total_tokens") or self.tokens
+        return "done", {"finish_reason": reason, **counts}
+
+
+READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
+ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
+COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
+
+
+async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
+    """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
+    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. A text that the
+    engine has ended is whole, whatever follows."""
+    now = asyncio.get_running_loop().time
+    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
+    spoke = lived = now()  # when the client got something for the last time, when the engine got on
+    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS):
+        if now() - lived > READING_SECONDS:
+            raise BackendFailure("it did not answer in time")
+        yield "idle", None
+    yield "begun", None
+    while not translator.done:
+        payload = None
+        try:
+            async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
+                payload = await answer.read()
+        except TimeoutError:
+            pass
+        except BackendFailure:
+            if not translator.reason:
+                raise
+        # Some engines forget the blank line behind their last event.
+        block = events.feed(b"\n\n" if payload == b"" else payload or b"")
+        for pair in translator.feed(block, now()):
+            spoke = now()
+            yield pair
+        if translator.reason:
+            ended = ended or now()
+        elif translator.life != life:
+            life, lived = translator.life, now()
+        elif now() - lived > READING_SECONDS:  # it sends nothing but comments
+            raise BackendFailure("it did not answer in time")
+        is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
+        if not translator.done and (payload == b"" or is_late):
+            yield translator.end()
+        elif now() - spoke >= ALIVE_SECONDS:
+            spoke = now()
+            yield "idle", None

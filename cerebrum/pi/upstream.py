@@ -1,0 +1,866 @@
+"""How the Pi asks a backend: its settings, one HTTP request and its answer, and the events of our own vpsd.
+
+A backend is not trusted. Framing or JSON that is not exact is refused, and so is a stream that ends without saying so;
+of an error's text only what our own backends write reaches a client. The circuit breaker counts `BackendFailure` alone.
+`relay` turns the stream of a vpsd into pairs of (kind, value), as `Gateway.complete` in cm4d.py describes them. It
+passes a run of token events on without parsing them.
+
+An `Upstream` owns its spare connection; every other connection belongs to the one request that it was opened for.
+`Loop` owns the addresses of names. Standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import select
+import socket
+import ssl
+import threading
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cerebrum.http import (
+    READ_BYTES,
+    STATUS_LINE,
+    ChunkedDecoder,
+    is_ip_literal,
+    parse_framing,
+    parse_headers,
+    scan_head,
+)
+from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, members_of, read_overflow
+from cerebrum.settings import ConfigError, Environment, read_table
+from cerebrum_common import Field, HttpError, parse_json, request_id_var, sse_event
+
+# --------------------------------------------------------------------------------------- configuration
+
+URL = re.compile(r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?")
+MAX_PLACES = 64  # of a backend
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a backend is. `authority` goes into the Host header, `prefix` before every path."""
+
+    host: str
+    port: int
+    authority: str
+    prefix: str
+    tls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """One backend. `key` is sent to it and to nobody else; `key_env` names the variable that it comes from."""
+
+    id: str
+    endpoint: Endpoint
+    api: str = "cerebrum"  # or one of APIS
+    key: str = ""
+    key_env: str = ""
+    max_concurrent: int = 2
+    ca_file: str = ""  # of a private certificate authority
+    n_ctx: int = 0  # tokens; 0: what the backend tells
+    infill: str = "fim"  # how an "openai" backend is asked: with the model's marks if it has any, or by "suffix"
+
+
+def parse_url(text: str, name: str) -> Endpoint:
+    """`http://host[:port][/prefix]` to an Endpoint; ConfigError names the setting."""
+    match = URL.fullmatch(text)
+    if not match or int(match[3] or 1) not in range(1, 65536):
+        raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
+    scheme, host, port, prefix = match.groups()
+    tls = scheme == "https"
+    authority = f"{host}:{port}" if port else host
+    return Endpoint(host.strip("[]"), int(port or (443 if tls else 80)), authority, (prefix or "").rstrip("/"), tls)
+
+
+def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: int) -> tuple[BackendConfig, ...]:
+    """`[[backends]]` of models.toml. ConfigError says which table is wrong and how."""
+    backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
+    if len({backend.id for backend in backends}) != len(backends):
+        raise ConfigError("backends: expected every id once")
+    return backends or (
+        BackendConfig(
+            id="vps",
+            endpoint=parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL"),
+            key=environ.key("CEREBRUM_API_KEY"),
+            key_env="CEREBRUM_API_KEY",
+            max_concurrent=max_concurrent,
+        ),
+    )
+
+
+BACKEND = {
+    "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]{1,40}"),
+    "url": Field(str, required=True),
+    "api": Field(str, default="cerebrum", choices=("cerebrum", *APIS)),
+    "key_env": Field(str, default="", pattern="(?:[A-Za-z_][A-Za-z0-9_]{0,99})?"),
+    "ca_file": Field(str, default=""),
+    "infill": Field(str, default="fim", choices=("fim", "suffix")),
+    "max_concurrent": Field(int, 1, MAX_PLACES, 2),
+    "n_ctx": Field(int, 0, MAX_N_CTX, 0),
+}
+
+
+def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig:
+    given = read_table(table, where, BACKEND)
+    endpoint = parse_url(given.pop("url"), f"{where}: url")
+    if given["api"] != "cerebrum":  # the addresses that these engines tell their users end in /v1 as often as not
+        endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
+    if given["ca_file"] and not (endpoint.tls and Path(given["ca_file"]).is_file()):
+        raise ConfigError(f"{where}: ca_file: expected a file, and a url with https, got {given['ca_file']!r}")
+    return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+class BackendFailure(HttpError):
+    """A backend or the network on the way to it is at fault: 503, counted by its breaker. `reason` is in our words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
+        self.reason = reason
+
+
+class TooLong(HttpError):
+    """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` as far as they are told."""
+
+    def __init__(self, message: str, told: Mapping[str, int]) -> None:
+        super().__init__("INVALID_REQUEST", message, extra=told)
+
+
+LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
+
+
+class Misfit(HttpError):
+    """A backend is there, but the two are not configured for each other: 503, not counted by its breaker."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("VPS_UNAVAILABLE", message)
+
+
+MAX_MESSAGE_CHARACTERS = 2000  # of an error of a backend that is passed on
+PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
+    {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
+    | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
+)
+EXPLAINED = {
+    401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
+    421: "VPS backend does not know the name it was asked by: add the host of its URL to"
+    " CEREBRUM_ALLOWED_HOSTS on the VPS",
+}
+CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+# What could act on a client's terminal.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+
+
+def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
+    """(message, code, further members) if this JSON value is an error in the form of both daemons, else None."""
+    if not isinstance(members, dict) or members.get("error") is not True:
+        return None
+    message, code = members.get("message"), members.get("code")
+    if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
+        return None
+    message = CONTROLS.sub(" ", message)
+    message = message.replace(key, "***") if key else message  # before the cut, which could leave half of the key
+    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
+    return message[:MAX_MESSAGE_CHARACTERS], code, more
+
+
+def told_error(message: str, code: str, more: Mapping[str, int]) -> HttpError:
+    """The error for the client of an error that a backend of our own tells."""
+    if code == "INVALID_REQUEST" and len(more) == 2:
+        return TooLong(message, more)
+    return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
+
+
+def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
+    """The error for the client when a backend of our own answers with a status other than 200. BackendFailure if none
+    would answer that way."""
+    try:
+        ours = our_error(parse_json(body), key)
+    except HttpError:
+        ours = None
+    if ours is None or status < 400:
+        return BackendFailure(f"it answered {status}, and not as a Cerebrum backend does")
+    message, code, more = ours
+    if code in PASSED_ON:
+        return told_error(message, code, more)
+    if status in EXPLAINED:
+        return Misfit(EXPLAINED[status].format(key_env or "key_env"))
+    return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
+
+
+def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
+    """The same for another engine, whose own words a client does not get: they may tell a path or a key. The error for
+    a prompt that is too long has the members of vpsd's, so that the prompt is fitted again."""
+    error = (parse_leniently(body) or {}).get("error")
+    if status in (401, 403):
+        return Misfit(
+            f"VPS backend refuses our key: expected the right one in {key_env or 'a variable that key_env names'}"
+        )
+    if status == 404:
+        return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
+    if status == 429:
+        return HttpError("RATE_LIMIT", "VPS backend has too many requests; try again later")
+    if status in (400, 413, 422) and (told := read_overflow(error)) is not None:
+        return TooLong(LONG_PROMPT, told)
+    if status == 503 and members_of(error).get("message") == "Loading model":
+        return Misfit("VPS backend is loading its model")
+    if status not in range(400, 500) and status != 501:
+        return BackendFailure(f"it answered {status}")
+    return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
+
+
+def parse_leniently(data: bytes) -> dict[str, Any] | None:
+    """The JSON object of an engine, None if it is not one. Bytes that are not UTF-8 become lone surrogates, since an
+    engine may cut its text inside a character."""
+    try:
+        value = json.loads(data.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ----------------------------------------------------------------------------------------- HTTP answers
+
+
+class Body:
+    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close.
+
+    `failure` is its first fault. It is kept rather than raised, because the payload before it still counts: what a
+    client sees must not depend on how the bytes were split.
+    """
+
+    def __init__(self, length: int | None, chunked: bool) -> None:
+        self.done = length == 0
+        self.failure: BackendFailure | None = None
+        self.surplus = False  # bytes came behind its end, which are no part of it
+        self._chunks = ChunkedDecoder() if chunked else None
+        self._left = length
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`, up to the end of the body or its first fault."""
+        if self.done:
+            payload, past = b"", data
+        elif self._chunks:
+            try:
+                payload = self._chunks.feed(data)
+            except HttpError:
+                self.failure = BackendFailure("it sent a malformed chunk")
+                return self._chunks.before
+            self.done, past = self._chunks.done, self._chunks.rest
+        elif self._left is not None:
+            payload, past = data[: self._left], data[self._left :]
+            self._left -= len(payload)
+            self.done = self._left == 0
+        else:
+            payload, past = data, b""
+        self.surplus = self.surplus or bool(past)
+        return payload
+
+    def end(self, cut: str) -> None:
+        """The connection has ended, by a plain close or as `cut` says. That is a fault unless the body is whole."""
+        if not self.done and (cut or self._chunks or self._left):
+            self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
+
+
+def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
+    """A whole response head to its status, media type and body. HttpError or BackendFailure if it is not exact
+    HTTP/1.x, or if it is a 200 of a media type that is not among `kinds`."""
+    first, *lines = block[:-4].split(b"\r\n")
+    match = STATUS_LINE.fullmatch(first)
+    if not match:
+        raise BackendFailure("its answer is not HTTP/1.1")
+    status, headers = int(match[1]), parse_headers(lines)
+    if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
+        raise BackendFailure("its answer has a Content-Encoding that nobody asked for")
+    kind = headers.get("content-type", kinds[0]).partition(";")[0].strip(" \t").lower()
+    if status == 200 and kind not in kinds:
+        raise BackendFailure("its answer is not of the type that was asked for")
+    length, chunked = parse_framing(first[:8].decode(), headers)
+    return status, kind, Body(0 if status in (204, 304) else length, chunked)
+
+
+# --------------------------------------------------------------------------------------------- results
+
+COUNT = Field(int, 0, 10**9)
+SECONDS = Field(float, 0, 10**9)
+RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT)
+RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
+RESULT |= {"finish_reason": Field(str, 1, 40)}
+ENGINE_RESULT = RESULT | {"tokens_per_second": SECONDS, "draft_tokens": COUNT, "accepted_tokens": COUNT}
+# Members that a result or an error of ours consists of: no backend may set them.
+OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
+OURS |= {"done", "token", "error", "message", "code"}
+
+
+def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
+    """The members of a done event that may be passed on: none of ours, and none of a wrong type or range.
+
+    >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
+    {'prompt_tokens': 5, 'ttft': 0.25}
+    """
+    return {
+        name: value
+        for name, value in done.items()
+        if name not in OURS
+        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # without a token
+    }
+
+
+# ------------------------------------------------------------------------------- the events of our own backends
+
+# Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed untouched. Any other valid
+# event is parsed, which costs microseconds. The possessive `++` keeps the regex from backtracking into a long run.
+TOKEN = (
+    rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
+    rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
+)
+TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
+BOM = b"\xef\xbb\xbf"
+MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
+
+
+class Events:
+    """Cuts a stream that arrives in any split into blocks of whole SSE events. Line ends may be LF or CRLF."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()  # the beginning of an event
+        self._first = True  # a byte order mark may come before it (the SSE standard, section 9.2.6)
+        self._cr = b""  # perhaps half of a CRLF
+
+    @property
+    def inside(self) -> bool:
+        """An event has begun and has not ended."""
+        return bool(self._rest or self._cr)
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
+
+        `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
+        long, and it is the first of its block: raising loses no event.
+        """
+        if self._cr or b"\r" in data:
+            data = self._cr + data
+            self._cr = b"\r" if data.endswith(b"\r") else b""
+            data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
+        if not self._rest and not self._first and data.endswith(b"\n\n"):
+            return data
+        begun = len(self._rest)
+        self._rest += data
+        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
+        block = bytes(self._rest[:end]) if end > 1 else b""
+        del self._rest[: len(block)]
+        # The last byte of an unfinished event may be the first of its two line ends.
+        if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
+            raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
+        if block and self._first:
+            self._first, block = False, block.removeprefix(BOM)
+        return block
+
+
+Pair = tuple[str, Any]  # (kind, value), as `Gateway.complete` describes them
+
+
+def take_apart(block: bytes, key: str) -> Iterator[Pair]:
+    """A block of whole events to pairs; ("done", dict) holds the members as the backend sent them.
+
+    An error event is raised as its error. BackendFailure for an event that is not JSON.
+    """
+    position = 0
+    while position < len(block):
+        if match := TOKENS.match(block, position):
+            yield "text", match[0]
+            position = match.end()
+            continue
+        end = block.index(b"\n\n", position)
+        if pair := read_event(block[position:end], key):
+            yield pair
+        position = end + 2
+
+
+def data_of(event: bytes) -> bytes:
+    """The data of an event, whose lines may be many."""
+    return b"\n".join(line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
+
+
+def read_event(event: bytes, key: str) -> Pair | None:
+    """One event, without its final line ends, to a pair as in `take_apart`; None for an unknown one."""
+    data = data_of(event)
+    if not data:
+        return ("idle", None) if event.startswith(b":") else None
+    try:
+        members = parse_json(data)
+    except HttpError:
+        raise BackendFailure("it sent an event that is not JSON") from None
+    if "error" in members:
+        ours = our_error(members, key)
+        if ours is None:
+            raise BackendFailure("it sent an error without message and code")
+        raise told_error(*ours)
+    if members.get("done") is True:
+        return "done", members
+    if isinstance(members.get("token"), str):
+        if not COUNT.accepts(members.get("total_tokens")):
+            raise BackendFailure("it sent a token without its number")
+        return "text", text_event(members["token"], members["total_tokens"])
+    progress = members.get("progress")
+    return ("progress", progress) if isinstance(progress, dict) else None
+
+
+def read_text(events: bytes) -> str:
+    """The text in a block of whole native token events."""
+    return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
+
+
+def text_event(text: str, number: int = 1) -> bytes:
+    """A native token event with this text, as the token of this number."""
+    return sse_event({"token": text, "total_tokens": number})
+
+
+# ---------------------------------------------------------------------------------- IO: asking backends
+
+CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
+HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
+IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
+SPARE_SECONDS = 8.0  # for which a connection waits for its request; vpsd closes it after 10
+STILL_SECONDS = 600.0  # of comments alone: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
+NAME_SECONDS = 60.0  # for which the addresses of a name are remembered
+RACE_SECONDS = 0.25  # until the next address of a name is tried beside the last one (RFC 8305)
+STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
+ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
+LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
+MAX_ERROR_BYTES = 65_536  # an error's JSON
+MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
+MAX_JSON_BYTES = 1 << 20  # /v1/models, of which a cloud lists hundreds; an answer that is not streamed
+
+
+class Watchdog:
+    """Cuts a connection that stays silent for `idle` seconds while we read from it.
+
+    It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
+    read.
+    """
+
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._transport = reader, transport
+        self._idle = idle
+        self._end = self._loop.time() + STREAM_SECONDS
+        self.expired = False
+        self._timer = self._loop.call_later(idle, self._check)
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        left = min(self._reader.since + self._idle, self._end) - now
+        if left <= 0:
+            self.expired = True
+            self._transport.abort()
+        else:
+            self._timer = self._loop.call_later(min(left, self._idle), self._check)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up in threads of its own, one for each name, and remembers the addresses.
+
+    asyncio's threads are joined at the end, so a resolver that hangs would keep the daemon from stopping.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # until when, and the addresses
+        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # those that a thread is looking up
+
+    async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
+        """As socket.getaddrinfo."""
+        key = (host, port, *sorted(how.items()))
+        until, found = self.names.get(key, (0.0, []))
+        if self.time() < until:
+            return found
+        if key not in self._asked:
+            self._asked[key] = self.create_future()
+            threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
+        answer: list[Any] | OSError = await asyncio.shield(self._asked[key])
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
+        found: list[Any] | OSError
+        try:
+            found = socket.getaddrinfo(*key[:2], **how)
+        except OSError as error:
+            found = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            self.call_soon_threadsafe(self._learn, key, found)
+
+    def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
+        self._asked.pop(key).set_result(found)
+        if not isinstance(found, OSError):
+            self.names[key] = self.time() + NAME_SECONDS, found
+
+
+class Reader(asyncio.Protocol):
+    """What has come on a connection and is not read yet. Beyond READ_BYTES the transport pauses.
+
+    A StreamReader would copy each token twice, and drop what came before a reset.
+    """
+
+    def __init__(self) -> None:
+        self.ended = self.broken = False  # nothing more comes; and the connection has failed
+        self.since = math.inf  # when the current read began to wait; infinite while nobody waits
+        self._bytes = b""
+        self._waiter: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += data
+        if len(self._bytes) > READ_BYTES and self._transport:
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended, self.broken = True, exc is not None
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> bytes:
+        """At most READ_BYTES; b"" at the end."""
+        if not self._bytes and not self.ended:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            self.since = min(self.since, loop.time())  # a read that was cancelled goes on
+            await self._waiter
+            self.since = math.inf
+        data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
+        if len(data) == READ_BYTES and self._transport and not self.ended:
+            self._transport.resume_reading()
+        return data
+
+
+class Answer:
+    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
+
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
+        self.status, self.kind = 0, ""
+        self._reader = reader
+        self._ahead = b""  # read, but not yet used: a part of the head, then what came in one read with it
+        self._scanned = self._skipped = 0  # bytes of a head, and heads
+        self._body = Body(0, False)
+        self._watchdog = Watchdog(reader, transport, idle)
+        self.close = self._watchdog.stop
+
+    async def read_head(self, *kinds: str) -> None:
+        """Read the head, skipping those with status 1xx. HttpError or BackendFailure as in `parse_answer`. If this is
+        cancelled, another call goes on where it was."""
+        while self.status < 200:
+            end = scan_head(self._ahead, self._scanned) if self._ahead else None
+            if end is None:
+                self._scanned = len(self._ahead)
+                data = await self._reader.read()
+                if not data:
+                    raise BackendFailure(
+                        "it did not answer in time"
+                        if self._watchdog.expired
+                        else "it closed the connection without an answer"
+                    )
+                self._ahead += data
+                continue
+            self.status, self.kind, self._body = parse_answer(self._ahead[:end], kinds)
+            self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
+            if self.status == 101 or self._skipped > 8:
+                raise BackendFailure(f"it answered {self.status}")
+
+    @property
+    def ended(self) -> bool:
+        """The framing says that the body is whole. Whatever follows is nobody's: the connection is not used again."""
+        return self._body.done
+
+    async def read(self) -> bytes:
+        """More of the body's payload, b"" once it is whole, or BackendFailure."""
+        body = self._body
+        while not (body.failure or body.done):
+            data, self._ahead = self._ahead, b""
+            data = data or await self._reader.read()
+            if payload := body.feed(data):
+                return payload
+            if not data:
+                broken = "the connection broke" if self._reader.broken else ""
+                body.end("it stopped" if self._watchdog.expired else broken)
+                if not body.failure:
+                    return b""
+        if body.failure:
+            raise body.failure
+        return b""
+
+    async def read_all(self, limit: int) -> bytes:
+        """The whole body. BackendFailure over `limit` bytes, or if more than the body has come."""
+        pieces, size = [], 0
+        while piece := await self.read():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise BackendFailure("its answer is too long")
+        if self._body.surplus:
+            raise BackendFailure("its answer goes on past its end")
+        return b"".join(pieces)
+
+
+@contextlib.contextmanager
+def blamed(broken: str, malformed: str = "") -> Iterator[None]:
+    """Turns whatever a backend and the network do inside it into BackendFailure. No exception's own text reaches a
+    client."""
+    try:
+        yield
+    except TimeoutError:
+        raise BackendFailure("it did not answer in time") from None
+    except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
+        raise BackendFailure(broken) from None
+    except BackendFailure:
+        raise
+    except HttpError:
+        raise BackendFailure(malformed) from None
+
+
+EVENTS, JSON = "text/event-stream", "application/json"
+Connection = tuple[Reader, asyncio.Transport]
+
+
+class Upstream:
+    """Asks a backend, on a new connection for each request: a late answer can never reach another request.
+
+    A POST leaves a spare connection behind for the next one, which saves a round trip, or three by TLS. It is closed if
+    it is not used soon, so nothing connects while nobody asks.
+    """
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
+        self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
+        self._spare: Connection | None = None
+        self._keeper: asyncio.Task[None] | None = None  # opens the spare one, and closes it
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the spare connection, and leave none any more."""
+        self._closed = True
+        self._drop_spare()
+
+    def _drop_spare(self) -> None:
+        if self._keeper:
+            self._keeper.cancel()
+        if self._spare:
+            self._spare[1].abort()
+        self._spare = self._keeper = None
+
+    async def _keep_spare(self) -> None:
+        with contextlib.suppress(BackendFailure):
+            spare = self._spare = await self._connect()
+            try:
+                await asyncio.sleep(SPARE_SECONDS)
+            finally:
+                if self._spare is spare:
+                    self._spare = None
+                    spare[1].abort()
+        self._keeper = None
+
+    def _take_spare(self) -> Connection | None:
+        """The spare connection, unless the backend has closed it or sent anything."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return None
+        self._drop_spare()  # its keeper
+        if not spare[0].ended:
+            poll = select.poll()
+            poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
+            if not poll.poll(0):
+                return spare
+        spare[1].abort()
+        return None
+
+    @contextlib.asynccontextmanager
+    async def send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
+    ) -> AsyncIterator[Answer]:
+        """Send one request once and yield its answer, of which nothing has been read. `idle` is for its Watchdog."""
+        reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
+        answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
+        try:
+            transport.write(self._encode(method, path, body))
+            yield answer
+        except BackendFailure:
+            leaves_spare = False
+            raise
+        finally:
+            answer.close()
+            transport.abort()
+            # The backend should notice that this client has left before it gets the next request.
+            if not answer.ended:
+                self._drop_spare()
+            if leaves_spare and not self._closed and not self._keeper:
+                self._keeper = asyncio.create_task(self._keep_spare())
+
+    async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
+        """Read the head of a 200 of one of these media types; False if it has not come after `seconds`, then call
+        again. HttpError if the backend refuses, BackendFailure if its answer is malformed."""
+        with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
+            try:
+                async with asyncio.timeout(seconds):
+                    await answer.read_head(*kinds)
+            except TimeoutError:
+                return False
+            if answer.status == 200:
+                return True
+            config, refused = self._config, b""
+            try:
+                async with asyncio.timeout(seconds):
+                    refused = await answer.read_all(MAX_ERROR_BYTES)
+            except (BackendFailure, TimeoutError):  # of another engine, the status tells enough
+                if config.api == "cerebrum":
+                    raise
+        if config.api == "cerebrum":
+            raise refusal(answer.status, refused, config.key, config.key_env)
+        raise engine_refusal(answer.status, refused, config.key_env)
+
+    @contextlib.asynccontextmanager
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        kind: str = EVENTS,
+        seconds: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Send one request and yield its answer, whose head has been read, as by `begin`. BackendFailure if the head
+        takes over `seconds` (None: HEAD_SECONDS)."""
+        async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
+            if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
+                raise BackendFailure("it did not answer in time")
+            yield answer
+
+    async def get(self, path: str, limit: int) -> dict[str, Any]:
+        """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
+        return await self._json("GET", path, None, limit, ASIDE_SECONDS)
+
+    async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """POST for a JSON object, which the backend may have to load a model for."""
+        return await self._json("POST", path, body, limit, LOAD_SECONDS)
+
+    async def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
+    ) -> dict[str, Any]:
+        async with self.ask(method, path, body, JSON, seconds) as answer:
+            with blamed("the connection broke", "its answer is not JSON"):
+                async with asyncio.timeout(ASIDE_SECONDS):
+                    whole = await answer.read_all(limit)
+                if self._config.api == "cerebrum":
+                    return parse_json(whole)
+        members = parse_leniently(whole)
+        if members is None:
+            raise BackendFailure("its answer is not JSON")
+        return members
+
+    async def _connect(self) -> Connection:
+        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+        with blamed("it cannot be connected to"):
+            try:
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    transport, reader = await loop.create_connection(
+                        Reader,
+                        endpoint.host,
+                        endpoint.port,
+                        ssl=self._tls,
+                        happy_eyeballs_delay=None if self._is_address else RACE_SECONDS,
+                    )
+            except OSError as error:
+                if isinstance(loop, Loop):
+                    loop.names.clear()  # it may have moved
+                if isinstance(error, ConnectionRefusedError):
+                    raise BackendFailure("connection refused") from None
+                raise
+        # By default the kernel takes in megabytes, although the client may have stopped reading.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
+        return reader, transport
+
+    def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
+        endpoint, key = self._config.endpoint, self._config.key
+        lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
+        if key and self._config.api != "cerebrum":
+            lines.append(f"Authorization: Bearer {key}")
+        elif key and path != "/health":
+            lines.append(f"X-API-Key: {key}")
+        lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
+        payload = b""
+        if body is not None:
+            payload = json.dumps(body).encode("ascii")
+            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
+
+
+def make_tls(ca_file: str) -> ssl.SSLContext:
+    """A context with the system's certificates, or with those of `ca_file` alone. ConfigError if the file has none."""
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:
+        raise ConfigError(f"ca_file: expected certificates in PEM form in {ca_file}, got {error}") from None
+
+
+async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
+    """The events of a backend of our own as pairs, behind ("begun", None); the last one is ("done", its members).
+
+    The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
+    depend on how its bytes were split. Every other end is a BackendFailure.
+    """
+    events, now = Events(), asyncio.get_running_loop().time
+    moved = now()  # when anything but a comment came
+    done: dict[str, Any] | None = None
+    yield "begun", None
+    while not answer.ended and (payload := await answer.read()):
+        if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
+            moved = now()
+            yield "text", payload
+            continue
+        for kind, value in take_apart(events.feed(payload), key):
+            if done is not None and kind in ("text", "done"):
+                raise BackendFailure("it sent events after the last one")
+            if kind == "done":
+                done = value
+                continue
+            moved = moved if kind == "idle" else now()
+            yield kind, value
+        if now() - moved > STILL_SECONDS:
+            raise BackendFailure("it makes no progress")
+    if events.inside:
+        raise BackendFailure("it ended in the middle of an event")
+    if done is None:
+        raise BackendFailure("it ended without saying that it is done")
+    yield "done", done

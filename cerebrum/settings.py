@@ -1,0 +1,201 @@
+"""Settings: the environment, `.env`, systemd's credentials, and models.toml.
+
+A daemon reads them at its start and at SIGHUP, by `read_environment` and `load_catalog`, into a frozen Config of its
+own. A wrong value raises `ConfigError`, whose message begins with the variable's name. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cerebrum_common import Field, HttpError, Model, log, read_fields
+
+
+def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
+    """The checked members of a TOML table, which may have only these and `others`. ConfigError says what is wrong."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table, got {table!r}")
+    for name in sorted(table.keys() - {*fields, *others}):
+        raise ConfigError(f"{where}: expected one of {', '.join((*fields, *others))}, got {name!r}")
+    try:
+        return read_fields(table, fields)
+    except HttpError as error:
+        raise ConfigError(f"{where}: {error.message}") from None
+
+
+# ----------------------------------------------------------------------------------------- configuration
+
+
+class ConfigError(ValueError):
+    """A setting that a daemon cannot start with; the message names the variable."""
+
+
+KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for the comma; a header can carry it as it is
+MAX_KEYS = 2  # a key that was forgotten should not stay valid
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the environment, a `.env` file and credentials say. A bad value raises ConfigError with the variable's
+    name."""
+
+    values: Mapping[str, str]
+
+    def text(self, name: str, default: str = "") -> str:
+        return self.values.get(name, "") or default
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The key in this variable, or two during a rotation, separated by a comma: the new one, then the old one."""
+        if not (text := self.text(name)):
+            return ()
+        keys = tuple(key.strip() for key in text.split(","))
+        if not all(KEY.fullmatch(key) for key in keys):
+            raise ConfigError(f"{name}: expected printable ASCII without spaces")
+        if len(keys) > MAX_KEYS:
+            raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
+        return keys
+
+    def key(self, name: str) -> str:
+        """The key to send: the new one of two, "" if there is none."""
+        return next(iter(self.keys(name)), "")
+
+    def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
+        """Log which of these variables, which only a start uses, a newer reading has changed."""
+        if changed := [name for name in names if self.text(name) != new.text(name)]:
+            log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
+
+    def log_level(self) -> str:
+        text = self.text("CEREBRUM_LOG_LEVEL", "INFO")
+        if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
+        return text.upper()
+
+    def names(self, name: str) -> frozenset[str]:
+        """A comma-separated list."""
+        return frozenset(part.strip().lower() for part in self.text(name).split(",") if part.strip())
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        text = self.text(name, str(default))
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not low <= float(text) <= high:
+            raise ConfigError(f"{name}: expected a number from {low:g} to {high:g}, got {text!r}")
+        return float(text)
+
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        value = self.number(name, default, low, high)
+        if value != int(value):
+            raise ConfigError(f"{name}: expected an integer, got {value}")
+        return int(value)
+
+
+def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
+    """The credentials that systemd has passed, then the process's environment, then `folder`/.env: the first one that
+    has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a
+    value is part of it."""
+    return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
+
+
+CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables in files of their names, which systemd passes by the unit's LoadCredential=."""
+    values = dict[str, str]()
+    if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        return values
+    try:
+        for path in sorted(Path(folder).iterdir()):
+            if not CREDENTIAL_NAME.fullmatch(path.name):
+                continue
+            values[path.name] = path.read_text("utf-8", "replace").strip()
+            if not values[path.name]:  # a full disk, say; it must not turn authentication off
+                raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"CREDENTIALS_DIRECTORY: cannot read {error.filename}: {error.strerror}") from None
+    return values
+
+
+def _read_env(path: Path) -> dict[str, str]:
+    values = {}
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(.*?)\s*", line)
+        if not match:
+            raise ConfigError(f"{path}: line {number}: expected NAME=value")
+        value = match[2]
+        values[match[1]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What models.toml says: the models in order of preference, for a mode the ids that come before that order, and the
+    tables of the backends, which the Pi alone reads and checks."""
+
+    models: tuple[Model, ...]
+    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    backends: tuple[Any, ...] = ()
+
+    @property
+    def key_names(self) -> frozenset[str]:
+        """The variables that hold keys: our own two, and those that the backends name. A child process gets none."""
+        named = [table.get("key_env") for table in self.backends if isinstance(table, dict)]
+        own = "CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"
+        return frozenset(own).union(name for name in named if isinstance(name, str))
+
+
+MODES = ("complete", "infill", "instruct")
+MODEL = {
+    "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]+"),
+    **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
+    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # it is joined to a folder
+    "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
+    "size": Field(int, default=0),
+    "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
+    "aliases": Field(list, default=[]),
+    "fim": Field(list, 3, 3, []),
+}
+
+
+def load_catalog(path: Path) -> Catalog:
+    """models.toml, checked. ConfigError says which entry is wrong and how."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        entries, backends = table.get("models"), table.get("backends", [])
+        if not isinstance(entries, list) or not entries:
+            raise ConfigError("expected at least one [[models]]")
+        models = tuple(_read_model(entry, f"model {number}") for number, entry in enumerate(entries, 1))
+        wanted = Field(list, default=[], choices=tuple(model.id for model in models))
+        prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
+        if not isinstance(backends, list):
+            raise ConfigError(f"backends: expected [[backends]], got {backends!r}")
+        names = [name for model in models for name in (model.id, *model.aliases)]
+        if len(set(names)) != len(names):
+            raise ConfigError("expected every id and alias once")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
+
+
+def _read_model(entry: Any, where: str) -> Model:
+    given = read_table(entry, where, MODEL, "sources")
+    if not given["file"] and not given["aliases"]:
+        raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
+    given["sources"] = entry.get("sources", [])
+    if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
+        raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
+    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+    return Model(**values)

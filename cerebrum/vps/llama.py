@@ -1,0 +1,522 @@
+"""llama.cpp through the ctypes API of llama-cpp-python: settings, memory, a model with its sequences, sampling.
+
+A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run (CVE-2024-34359);
+llama.cpp's own table of templates is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# llama.cpp's threads meet at a barrier hundreds of times for each token, and by default they spin there for
+# milliseconds. If another program occupies a core, the spinning keeps the thread that everyone waits for from running,
+# and a token can take ten times as long. A much lower value makes the threads sleep too often on a quiet machine.
+# libgomp reads the variable once, when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import llama_cpp.llama_cpp as _llama
+import numpy as np
+import psutil
+
+from cerebrum_common import HttpError
+
+llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
+MB = 1 << 20
+# ---------------------------------------------------------------------------------- settings and requests
+
+KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
+MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
+FLASH_ATTENTION = (llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
+
+def usable_cores() -> int:
+    """Number of physical cores among the CPUs that this process may use. A second thread on a core only makes llama.cpp
+    wait."""
+    cpus = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    return len(siblings)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How models are run. All workers of a process use the same settings."""
+
+    threads: int = field(default_factory=usable_cores)
+    n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
+    sequences: int = 2  # at a time
+    kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
+    micro_batch: int = 256  # tokens of a chunk that are computed together; needs memory for their attention
+    flash_attention: bool = False
+    fixed_threads: bool = False  # the user chose the number of threads
+    cache_mb: int = 256  # of parked sequences, in memory and on disk
+    draft: bool = True
+    # Calibration, parked sequences, tuned files.
+    state_dir: Path = field(default_factory=lambda: Path("~/.local/state/cerebrum").expanduser())
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """A quantized cache needs it."""
+        return self.flash_attention or self.kv_type != "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFile:
+    """The model in an encoding that is faster on this machine; see encoding.py."""
+
+    path: Path  # the published file itself, if only the settings differ
+    settings: Settings
+    source: str  # sha256 that the published file must have
+    encoding: str  # for a person
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What a caller asks for. The caller has checked the ranges.
+
+    Either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text, is given. A `suffix` makes it
+    fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one. `extra` has (name, text) of other
+    files.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[tuple[str, str]] | None = None
+    suffix: str | None = None
+    filename: str = ""
+    extra: Sequence[tuple[str, str]] = ()
+    language: str | None = None
+    mode: str = "complete"  # or infill, instruct
+    stop_at: str = "auto"  # or none
+    indent: int = 0  # characters; the completion ends before a line that is indented less
+    stop: Sequence[str] = ()
+    max_tokens: int = 512  # 0 only reads the prompt into the cache
+    predict_ms: int = 0  # ends a completion that takes longer and has a line end; 0: no limit
+    temperature: float = 0.4
+    top_p: float = 0.95
+    seed: int | None = None  # the same seed gives the same text, at a temperature above 0
+    heal: bool = False
+    progress: bool = False
+
+
+def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
+    """The beginning of the answer, if the messages end with one; the model continues it."""
+    role, content = messages[-1]
+    return content if role == "assistant" else ""
+
+
+# ---------------------------------------------------------------------------------------------------- policy: memory
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The dimensions in a GGUF's header that decide how much memory the model needs."""
+
+    layers: int
+    kv_width: int  # elements of K and V of one token in one layer
+    heads: int
+    embedding: int
+    feed_forward: int
+    vocabulary: int
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:
+    """Bytes that a model will need when loaded: its weights, KV cache and compute buffers."""
+    element = 2.0 if settings.kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
+    cells, outputs = settings.sequences * settings.n_ctx, settings.sequences * (MAX_DRAFT + 1)
+    per_cell = 2 if settings.uses_flash_attention else 4 * shape.heads + 2  # bytes; without it, scores of all cells
+    per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
+    return {
+        "weights": file_size,
+        "kv": int(cells * shape.layers * shape.kv_width * element),
+        "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
+    }
+
+
+MAX_CHUNK = 512  # n_batch
+MAX_DRAFT = 63
+# ------------------------------------------------------------------------------------------ policy: text
+
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space there. Long
+# words and scripts without spaces are left alone, because every healed token costs a decode.
+UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
+HEAL_CANDIDATES = 512  # likeliest tokens that are checked
+
+
+def heal_from(prompt: str) -> int:
+    """Where the text begins that the model is to write again in tokens of its own ("token healing").
+
+    A model seldom writes `ort` after the tokens of `imp`, because its training text has one token there, ` import`.
+    """
+    match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
+    return match.start() if match else len(prompt)
+
+
+# ---------------------------------------------------------------------------------------- IO: llama.cpp
+
+
+class ModelError(Exception):
+    """A model file that llama.cpp cannot load. The message is fit for a client."""
+
+
+_log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's latest messages, logged when a load fails
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def keep_log(_level: int, text: bytes, _data: Any) -> None:
+    _log_tail.append(text.decode("utf-8", "replace").rstrip())
+
+
+def start_library() -> None:
+    """Once in a process, before the first worker starts."""
+    llama.llama_log_set(keep_log, None)
+    llama.llama_backend_init()
+
+
+ABORTED = 2  # what llama_decode returns after the abort callback has returned true
+
+
+def fingerprint(path: Path) -> str:
+    """The key of caches made for a model file: a hash of its size, modification time, first and last MiB."""
+    stat = path.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(MB))
+        file.seek(max(0, stat.st_size - MB))
+        digest.update(file.read(MB))
+    return digest.hexdigest()
+
+
+class Llama:
+    """One model and its context: the ctypes calls and nothing else.
+
+    Used only by its worker's thread, except for `encode`, which reads the vocabulary, and `abort`, which sets a byte.
+    """
+
+    def __init__(self, path: Path, settings: Settings, progress: Callable[[float], bool]) -> None:
+        callback = llama.llama_progress_callback(lambda done, _data: progress(done))
+        params = llama.llama_model_default_params()
+        params.progress_callback = callback
+        # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
+        # mapped pages as available memory, so a second model would seem to fit.
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        self.model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
+        self.vocab = llama.llama_model_get_vocab(self.model)
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
+        self.logits_row = ctypes.c_float * self.n_vocab
+        self.pieces: dict[int, bytes] = {}  # a cache for `piece`
+        trained = int(llama.llama_model_n_ctx_train(self.model))
+        self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
+        # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
+        # library's strlen has a matching signature, and on a string of at most one byte it tells whether the byte is
+        # set.
+        self.abort_flag = ctypes.create_string_buffer(2)
+        # A prompt may still be encoded while its client has left and the model is being unloaded.
+        self.vocab_lock, self.closed = threading.Lock(), False
+        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
+        self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
+        for i in range(MAX_CHUNK):
+            self.batch.n_seq_id[i] = 1
+        params = llama.llama_context_default_params()
+        params.n_ctx = self.n_ctx * settings.sequences
+        params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
+        params.n_seq_max = settings.sequences
+        # One token and its draft for every slot. By default the logits buffer would take 300 MB.
+        params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.kv_unified = True  # lets sequences share a micro-batch, and a prefix without copying it
+        params.no_perf = True
+        params.abort_callback = self._strlen
+        params.abort_callback_data = ctypes.addressof(self.abort_flag)
+        self.context = llama.llama_init_from_model(self.model, params)
+        if not self.context:
+            self.close()
+            raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
+        self.memory = llama.llama_get_memory(self.context)
+
+    def close(self) -> None:
+        with self.vocab_lock:
+            self.closed = True
+        llama.llama_batch_free(self.batch)
+        if self.context:
+            llama.llama_free(self.context)
+        llama.llama_model_free(self.model)
+
+    def abort(self) -> None:
+        """Make a running `decode` end soon. Called by any thread."""
+        self.abort_flag[0] = b"\x01"
+
+    def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
+        """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get logits). Returns 0,
+        or ABORTED; anything else is a fault."""
+        index = 0
+        batch = self.batch
+        for slot, tokens, outputs in parts:
+            for i, token in enumerate(tokens):
+                batch.token[index] = token
+                batch.pos[index] = len(slot.tokens) + i
+                batch.seq_id[index][0] = slot.id
+                batch.logits[index] = i >= len(tokens) - outputs
+                index += 1
+        batch.n_tokens = index
+        return int(llama.llama_decode(self.context, batch))
+
+    def logits(self, index: int) -> Any:
+        """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next decode."""
+        logits = llama.llama_get_logits_ith(self.context, index)
+        row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
+        return np.frombuffer(row, np.float32)
+
+    def greedy(self, index: int) -> int:
+        """The likeliest token at batch position `index`; of equally likely ones the first, as in llama.cpp's greedy
+        sampler."""
+        return int(self.logits(index).argmax())
+
+    def restrict(self, index: int, start: bytes) -> None:
+        """Exclude at batch position `index` every token that contradicts the text `start`. A token may cover a part of
+        `start` or go beyond it. Only the likeliest tokens are checked, and the tokenizer's own choice."""
+        row = self.logits(index)
+        likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
+        pieces = [(token, self.piece(token)) for token in likeliest + self.tokenize(start, False)[:1]]
+        fits = [token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]]
+        kept = row[fits]
+        row.fill(-np.inf)
+        row[fits] = kept
+
+    def computed(self, slot: Slot) -> int:
+        """How many tokens the slot's KV cells hold. After an abort, whole micro-batches of the decode are in them."""
+        return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """Drop the slot's KV cells from position `length` on."""
+        llama.llama_memory_seq_rm(self.memory, slot.id, length, -1)
+
+    def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
+        """Let the empty `target` share the first cells of `source`."""
+        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+
+    def save(self, slot: Slot) -> bytes:
+        """The slot's KV state, for `restore`."""
+        size = llama.llama_state_seq_get_size(self.context, slot.id)
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama.llama_state_seq_get_data(self.context, buffer, size, slot.id)
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, slot: Slot, state: bytes) -> bool:
+        """Fill the empty slot with what `save` gave for any slot; False if llama.cpp does not take it."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot.id)) == len(state)
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes. Control tokens have none."""
+        if token not in self.pieces:
+            buffer = ctypes.create_string_buffer(256)
+            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
+            if size < 0:
+                buffer = ctypes.create_string_buffer(-size)
+                size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
+            self.pieces[token] = buffer.raw[:size]
+        return self.pieces[token]
+
+    def is_end(self, token: int) -> bool:
+        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+
+    def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
+        """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
+        the names of control tokens in the text become those tokens."""
+        data = text.encode() if isinstance(text, str) else text
+        room = len(data) + 8
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
+        return list(tokens[: max(0, count)])
+
+    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes]:
+        """A request's prompt as tokens (plain, fill-in-the-middle or chat), and the end of its text that is left out
+        for healing. What a user sends is always text, never control tokens. HttpError 400 if a suffix is given and the
+        model has no fill-in-the-middle tokens."""
+        with self.vocab_lock:
+            if self.closed:
+                raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
+            if request.messages:
+                return self._encode_chat(request.messages), b""
+            prompt = request.prompt or ""
+            if request.heal and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
+                start = heal_from(prompt)
+                if tokens := self._encode_text(request, prompt[:start]):
+                    return tokens, prompt[start:].encode()
+            return self._encode_text(request, prompt), b""
+
+    def _encode_text(self, request: CompletionRequest, prompt: str) -> list[int]:
+        if request.suffix is None:
+            files = self._encode_files(request)
+            if not files:
+                return self.tokenize(prompt, True)
+            return [*self.tokenize("", True), *files, *self.tokenize(prompt, False)]
+        before, after, middle = (
+            int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
+        )
+        if min(before, after, middle) < 0:
+            raise HttpError(
+                "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
+            )
+        start, files = self.tokenize("", True), self._encode_files(request)
+        text, suffix = self.tokenize(prompt, False), self.tokenize(request.suffix, False)
+        return [*start, *files, before, *text, after, *suffix, middle]
+
+    def _encode_files(self, request: CompletionRequest) -> list[int]:
+        """Other files' texts, each behind the model's mark for a file and its name; then the name of the file itself.
+        A model without the mark gets the texts alone."""
+        mark, name = int(llama.llama_vocab_fim_sep(self.vocab)), request.filename
+        files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
+        if name and mark >= 0 and (files or request.suffix is not None):
+            files.append(name)
+        marks = [mark] if mark >= 0 else []
+        return [token for file in files for token in (*marks, *self.tokenize(file.rstrip("\n") + "\n", False))]
+
+    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Apply the chat template to placeholders, then put the messages in their places: the template's own text may
+        contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
+        it."""
+        begun = begun_answer(messages)
+        messages = messages[: len(messages) - bool(begun)]
+        marks = [f"\x01{number}\x02" for number in range(len(messages))]
+        chat = (llama.llama_chat_message * len(messages))(
+            *(
+                llama.llama_chat_message(role.encode(), mark.encode())
+                for (role, _), mark in zip(messages, marks, strict=True)
+            )
+        )
+        template = llama.llama_model_chat_template(self.model, None)
+        buffer = ctypes.create_string_buffer(4096 + 128 * len(messages))
+        for name in (template, b"chatml"):
+            size = llama.llama_chat_apply_template(name, chat, len(messages), True, buffer, len(buffer))
+            if size >= 0:
+                break
+        rest, tokens = buffer.raw[:size].decode(), []
+        for number, ((_, content), mark) in enumerate(zip(messages, marks, strict=True)):
+            glue, found, rest = rest.partition(mark)
+            tokens += self.tokenize(glue, number == 0, special=True)
+            tokens += self.tokenize(content, False) if found else []
+        return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
+
+
+class Sampler:
+    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40, top-p, min-p,
+    temperature and the seed.
+
+    Drafts do not change what is chosen: each position is sampled in turn, with one random number a token. But the size
+    of a batch changes how logits are rounded. A request with a seed must give the same text again (`exact`), so nothing
+    of it is drafted or batched, and the prompt's last token is decoded alone whether or not the rest is cached.
+    """
+
+    def __init__(self, request: CompletionRequest) -> None:
+        self.greedy = request.temperature == 0
+        self.exact = request.seed is not None and not self.greedy
+        self.chain = None
+        if self.greedy:
+            return
+        self.chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        for sampler in (
+            llama.llama_sampler_init_top_k(40),
+            llama.llama_sampler_init_top_p(request.top_p, 1),
+            llama.llama_sampler_init_min_p(0.05, 1),
+            llama.llama_sampler_init_temp(request.temperature),
+            llama.llama_sampler_init_dist(seed),
+        ):
+            llama.llama_sampler_chain_add(self.chain, sampler)
+
+    def sample(self, model: Llama, index: int) -> int:
+        if self.greedy:
+            return model.greedy(index)
+        return int(llama.llama_sampler_sample(self.chain, model.context, index))
+
+    def close(self) -> None:
+        chain, self.chain = self.chain, None
+        if chain:
+            llama.llama_sampler_free(chain)
+
+
+@dataclass(slots=True)
+class Slot:
+    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+    run: Any = None  # the worker's Run
+    used: float = 0.0
+
+
+# --------------------------------------------------------------------------------- IO: files of a worker
+
+
+def file_digest(path: Path, tick: Callable[[int], None]) -> str:
+    """The file's sha256. `tick` gets the number of bytes read, again and again; what it raises ends the reading."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(4 * MB):
+            digest.update(data)
+            done += len(data)
+            tick(done)
+    return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """The file's size and the time of its last change, in nanoseconds. Unlike the time of writing, no program can set
+    that back."""
+    stat = path.stat()
+    return f"{stat.st_size}.{stat.st_ctime_ns}"
+
+
+def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
+    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by the file's
+    stamp."""
+    if not sha256:
+        return
+    stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
+    if stamp.exists():
+        return
+
+    def tick(_done: int) -> None:
+        if stopping():
+            raise ModelError("cancelled")
+
+    if (got := file_digest(path, tick)) != sha256:
+        raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
+    with contextlib.suppress(OSError):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file in one step. The file and a new folder are for this user alone."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}")  # of one name, so that what a killed process left is replaced
+    try:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,146 @@
+"""Prompts that were read: which are kept, in memory and on disk, and which of them a new prompt begins with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cerebrum.vps.llama import write_atomically
+from cerebrum_common import log
+
+MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
+STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
+    limit = min(len(a), len(b))
+    start = 0
+    while start < limit and a[start : start + 64] == b[start : start + 64]:
+        start += 64
+    start = min(start, limit)
+    while start < limit and a[start] == b[start]:
+        start += 1
+    return start
+
+
+@dataclass(slots=True)
+class Parked:
+    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these."""
+
+    tokens: list[int]
+    state: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.state) + 4 * len(self.tokens)
+
+
+class PrefixStore:
+    """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.size = budget, 0
+        self.entries: OrderedDict[int, Parked] = OrderedDict()
+        self._next = 0
+
+    def covers(self, tokens: list[int]) -> bool:
+        """Whether an entry begins with `tokens`. If so, the entry counts as just used."""
+        for key, entry in self.entries.items():
+            if len(entry.tokens) >= len(tokens) and entry.tokens[: len(tokens)] == tokens:
+                self.entries.move_to_end(key)
+                return True
+        return False
+
+    def add(self, entry: Parked) -> None:
+        """Keep `entry`, and drop the entries that it extends, then the oldest ones over the budget."""
+        if entry.size > self.budget:
+            return
+        for key, old in list(self.entries.items()):
+            if entry.tokens[: len(old.tokens)] == old.tokens:
+                self._drop(key)
+        self.entries[self._next] = entry
+        self._next += 1
+        self.size += entry.size
+        while self.size > self.budget:
+            self._drop(next(iter(self.entries)))
+
+    def _drop(self, key: int) -> None:
+        self.size -= self.entries.pop(key).size
+
+    def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
+        """The entry with the longest common prefix with `prompt`, and the length of that prefix."""
+        best, length = None, 0
+        for key, entry in self.entries.items():
+            common = common_prefix(entry.tokens, prompt)
+            if common > length:
+                best, length = key, common
+        if best is None:
+            return None, 0
+        self.entries.move_to_end(best)
+        return self.entries[best], length
+
+
+KV_MAGIC = b"cerebrum-kv-3\n"
+
+
+def encode_parked(entry: Parked, key: str) -> bytes:
+    """The bytes of a file: magic, sha256 of the rest, length of the header, header as JSON, tokens as int32, state."""
+    tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
+    header = json.dumps({"key": key, "tokens": len(entry.tokens)}).encode()
+    rest = struct.pack("<I", len(header)) + header + tokens + entry.state
+    return KV_MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def decode_parked(data: bytes, key: str) -> Parked:
+    """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for another key."""
+    start = len(KV_MAGIC) + 32
+    rest = memoryview(data)[start:]
+    if not data.startswith(KV_MAGIC) or hashlib.sha256(rest).digest() != data[len(KV_MAGIC) : start]:
+        raise ValueError("damaged")
+    (size,) = struct.unpack_from("<I", rest)
+    header = json.loads(bytes(rest[4 : 4 + size]))
+    if header["key"] != key:
+        raise ValueError("made for another model, context or library")
+    tokens_end = 4 + size + 4 * header["tokens"]
+    tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
+    return Parked(tokens, bytes(rest[tokens_end:]))
+
+
+def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
+    """Write a model's parked sequences, the most recently used last, in place of those that were there before. `tick`
+    is called before each."""
+    try:
+        names = set()
+        for order, entry in enumerate(entries):
+            tick()
+            name = f"{order:04d}.kv"
+            write_atomically(folder / name, encode_parked(entry, key))
+            names.add(name)
+        if folder.is_dir():
+            for path in folder.iterdir():
+                if path.name not in names:
+                    path.unlink()
+    except OSError as error:
+        log.warning("parked sequences not saved: %s", error.strerror)
+
+
+def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
+    """Read them back, the least recently used first. A damaged or foreign file is removed."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.stat().st_size > budget:
+                raise ValueError("over the budget")
+            yield decode_parked(path.read_bytes(), key)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            log.info("parked sequence %s removed: %s", path.name, error)
+            with contextlib.suppress(OSError):
+                path.unlink()

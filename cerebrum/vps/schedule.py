@@ -1,0 +1,197 @@
+"""What a decode costs on this machine, which decodes go together, and who decodes next.
+
+`Costs` are measured when a model is loaded for the first time, and learned from then on. The policy is pure.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, ModelError, Slot, write_atomically
+
+# ------------------------------------------------------------------------------------- policy: schedule
+
+CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
+CALIBRATION_SECONDS = 0.4  # spent on each size; at least one decode
+LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
+LEARNING_RATE = 0.3
+MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits what a single odd decode can do
+DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
+PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read …
+PAUSE_TOKENS = 6  # … or the time of this many of its own tokens, if that is longer
+PREFILL_SECONDS = 2.0  # longest chunk when no stream is running: progress is reported after each
+
+
+class Costs:
+    """Seconds of one `llama_decode` by its number of tokens: calibrated points, interpolated linearly.
+
+    The table never changes, because grouping and drafting depend only on its proportions. `slowdown` is the measured
+    time of chunks divided by the table's. It grows with the length of the contexts, and matters where a chunk must not
+    take longer than some time.
+    """
+
+    def __init__(self, table: Mapping[int, float]) -> None:
+        self.sizes = sorted(table)
+        self.seconds = [table[size] for size in self.sizes]
+        self.slowdown = 1.0
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A decode of `tokens` took `seconds`."""
+        if tokens >= LEARN_FROM_TOKENS:
+            seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
+            self.slowdown += LEARNING_RATE * (seen - self.slowdown)
+
+    def __call__(self, tokens: int) -> float:
+        if len(self.sizes) == 1:
+            return self.seconds[0] * tokens / self.sizes[0]
+        right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
+        (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    def beside(self, others: int, tokens: int) -> float:
+        """The share of one sequence in a decode of its `tokens` and one token of each of `others`, in seconds. Every
+        sequence pays an equal part of a decode of one token each; this one also pays for its further tokens."""
+        return self(others + tokens) - self(others + 1) * others / (others + 1)
+
+    def longest(self, seconds: float) -> int:
+        """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most MAX_CHUNK."""
+        return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds / self.slowdown, key=self))
+
+
+def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
+    """Which works (by index) share a `llama_decode`: those that cost less together than one after the other.
+
+    Two single tokens may be slower together (0.5B) or faster (1.5B). A token beside a chunk is nearly free.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for group in groups:
+            total = sum(sizes[i] for i in group)
+            if total + sizes[index] <= MAX_CHUNK and costs(total + sizes[index]) < costs(total) + costs(sizes[index]):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def share_size(costs: Costs, token_seconds: float) -> int:
+    """How many tokens may be decoded at once while a stream waits that takes `token_seconds` for each of its own."""
+    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
+
+
+def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None, costs: Costs) -> int:
+    """How many of a prompt's `missing` tokens to read next.
+
+    While streams are running, the chunk is limited by how long the fastest of them may pause; `token_seconds` is the
+    time of one of its tokens, None if there is no stream. Otherwise the chunk is at most twice as long as the shortest
+    prompt being read (`reading` has the missing tokens of each, including this one). A short prompt then does not wait
+    for a long one, and two of similar length are read in one decode.
+    """
+    if token_seconds is not None:
+        return min(missing, share_size(costs, token_seconds))
+    return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading)))
+
+
+class Baton:
+    """What the workers of one process share: whose turn it is to compute.
+
+    llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
+    one decode, and it is passed on in the order of asking. `active` has the workers with running sequences, and the
+    seconds that one token takes each of them.
+    """
+
+    def __init__(self) -> None:
+        self.active: dict[object, float] = {}
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._held = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._held:
+                self._held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+    def note(self, worker: object, token_seconds: float | None) -> None:
+        """`worker` has running sequences, each token of which takes so long; None: it has none any more."""
+        with self._lock:
+            self.active.pop(worker, None)
+            if token_seconds is not None:
+                self.active[worker] = token_seconds
+
+    def fastest_other(self, worker: object) -> float | None:
+        """Seconds of one token of the fastest other worker that waits while this one computes; None: nobody does."""
+        with self._lock:
+            return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
+
+
+def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
+    """The calibration for this model file, library and thread count: read from disk, or measured now and written."""
+    try:
+        table = {int(size): float(seconds) for size, seconds in json.loads(path.read_text()).items()}
+        if tuple(sorted(table)) == CALIBRATION_SIZES and min(table.values()) > 0:
+            return Costs(table)
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    table = calibrate(model, path, baton, give_up)
+    if not table:
+        raise ModelError("loading was given up")
+    return Costs(table)
+
+
+def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
+    """Measure and write the table. Returns an empty one if `give_up()` became true in between."""
+    table = measure_costs(model, baton, give_up)
+    if table:
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps(table).encode())
+    return table
+
+
+def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several; an empty table if given up.
+
+    Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
+    Another model may decode between two measurements.
+    """
+    table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
+    spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
+    warm, slot = False, Slot(0)  # the first decode after a load takes twice as long and is not counted
+    while min(spent.values()) < CALIBRATION_SECONDS:
+        if give_up():
+            return {}
+        size = min(spent, key=lambda size: spent[size])
+        with baton:
+            begin = time.perf_counter()
+            code = model.decode([(slot, [1] * size, size)])
+            seconds = time.perf_counter() - begin
+        model.trim(slot, 0)
+        if code == ABORTED:  # by a stop, or by a cancelled job that came late
+            return {}
+        if code:
+            raise ModelError("llama.cpp cannot evaluate this model")
+        if not warm:
+            warm = True
+            continue
+        table[size] = min(table[size], seconds)
+        spent[size] += seconds
+    return table

@@ -1,0 +1,784 @@
+"""A thread that owns one loaded model, schedules its completions, drafts and keeps prefixes. Without HTTP:
+
+    import pathlib, queue
+    from cerebrum.vps.llama import CompletionRequest, Settings, start_library
+    from cerebrum.vps.worker import Job, Worker
+    start_library()
+    worker = Worker("qwen", pathlib.Path("model.gguf"), Settings())
+    worker.start()
+    events, batch = queue.SimpleQueue(), [{}]
+    worker.submit(worker.prepare(Job(CompletionRequest("def fibonacci(n):", language="python"), events.put)))
+    while "done" not in batch[-1]:
+        batch = events.get()
+        print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
+
+(A request that fails ends with an HttpError in the list.)
+
+Who owns what
+- One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Only a `Job`
+  crosses over, by the worker's inbox. Its events come back by a function of the job's, called by the worker's thread,
+  and a job that was submitted always gets a last one. A job is cancelled by a flag, and a running `llama_decode` by a
+  byte that llama.cpp's abort callback reads.
+- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the slot is
+  needed. Then it is parked in a `PrefixStore` as bytes, which are also what is written to disk on unload.
+- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. One decodes at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from cerebrum.metrics import CANCELLED, Tally
+from cerebrum.text.ending import Cutter, Ending, wants_extras
+from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
+from cerebrum.vps.llama import (
+    ABORTED,
+    MAX_DRAFT,
+    MB,
+    CompletionRequest,
+    Llama,
+    ModelError,
+    Sampler,
+    Settings,
+    Slot,
+    TunedFile,
+    _log_tail,
+    begun_answer,
+    check_digest,
+    fingerprint,
+    rss_bytes,
+)
+from cerebrum.vps.prefixes import (
+    MIN_PREFIX,
+    STORE_SECONDS,
+    Parked,
+    PrefixStore,
+    common_prefix,
+    load_parked,
+    save_parked,
+)
+from cerebrum.vps.schedule import DISTURBED, Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum_common import HttpError, log, request_id_var
+
+# A step of the worker that takes longer has hung: it takes at most a few seconds, or a multiple of what was measured.
+STEP_SECONDS, SLOWEST = 120.0, 20.0
+
+
+class TextAssembler:
+    """Turns tokens' bytes into text that may be sent: whole characters, up to a stop string or the natural end."""
+
+    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.cutter = Cutter(stops, ending)
+
+    def feed(self, data: bytes) -> tuple[str, str | None]:
+        """The text to send now, and why the completion has ended (None: it goes on)."""
+        return self.cutter.feed(self.decoder.decode(data))
+
+    def flush(self, whole: bool = True) -> str:
+        """As `Cutter.flush`. The bytes of an incomplete character are dropped."""
+        return self.cutter.flush(whole)
+
+
+# -------------------------------------------------------------------------------------------- IO: worker
+
+Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+MAX_BACKLOG = 256  # deliveries that a client has not read yet, before its job pauses
+RESUME_BACKLOG = 64  # whoever reads the deliveries calls `Worker.wake` when so few are left
+
+
+class Job:
+    """A request on its way through a worker.
+
+    The worker's thread calls `deliver` with a list of events, the last of which is a done event or an HttpError. It
+    pauses the job while `unread()` is MAX_BACKLOG or more. `cancelled` is written by the other side only.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        deliver: Callable[[list[Event | HttpError]], None],
+        unread: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.request, self.deliver, self.unread = request, deliver, unread
+        self.prompt: list[int] = []
+        self.max_tokens = request.max_tokens
+        self.heal = b""  # what the completion begins with and the client already has
+        self.cancelled = False
+        self.started = self.submitted = time.monotonic()
+        self.request_id = request_id_var.get()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self.request.progress:
+            self.deliver([{"progress": {"stage": stage, "done": done, "total": total}}])
+
+
+@dataclass(slots=True)
+class ModelTally(Tally):
+    """Totals of a model's completions and of the work on them, whether or not it is loaded. The worker's thread
+    writes all but the loads."""
+
+    drafts: int = 0  # decodes of drafted tokens
+    decodes: int = 0  # calls of llama_decode
+    decoded_sequences: int = 0  # in all of them
+    prompt_seconds: float = 0.0  # from the start of each completion to its first token
+    token_seconds: float = 0.0  # from there to its last token
+    loads: int = 0
+    failed_loads: int = 0
+    load_seconds: float = 0.0  # of those that succeeded
+
+
+class Run:
+    """A job in its slot: what has been decoded, what is still to do, and the counters for the result."""
+
+    def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
+        request, turns = job.request, job.request.messages or ()
+        self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
+        prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
+        asked = [content for role, content in turns if role == "user"]
+        ending = Ending(
+            request.mode,
+            request.language,
+            prompt,
+            request.suffix,
+            request.stop_at,
+            extras=wants_extras(asked),
+            indent=request.indent,
+        )
+        self.text = TextAssembler(request.stop, ending)
+        self.sampler = Sampler(request)
+        self.drafter: Drafter | None = None
+        self.pending: int | None = None  # sampled, not yet decoded
+        self.generated = self.drafted = self.accepted = 0
+        self.beside = 0  # other streams' tokens in the same decode
+        self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
+        self.has_line = False  # a line end has been generated
+        self.outbox: list[Event | HttpError] = []
+
+    @property
+    def prefilling(self) -> bool:
+        return self.pending is None
+
+    def result(self, reason: str) -> Event:
+        """The done event."""
+        job, now = self.job, time.monotonic()
+        span = self.last_token - self.first_token
+        return {
+            "done": True,
+            "total_tokens": self.generated,
+            "inference_time": round(now - job.started, 3),
+            "mode": job.request.mode,
+            "finish_reason": reason,
+            "prompt_tokens": len(job.prompt),
+            "cached_tokens": self.cached,
+            "load_time": round(job.submitted - job.started, 4),
+            "ttft": round(self.first_token - job.submitted, 4) if self.first_token else None,
+            "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
+            "draft_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+        }
+
+
+@dataclass(slots=True)
+class Work:
+    """What one sequence wants of the next decode: tokens to append, the last `outputs` of them with logits."""
+
+    run: Run
+    tokens: list[int]
+    outputs: int
+
+
+class Worker(threading.Thread):
+    """Owns one model's llama context, from load to unload.
+
+    `ready` and `ended` are settled by the thread: `ready` when the model is loaded (or with the HttpError that tells
+    why not), `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        settings: Settings,
+        sha256: str = "",
+        baton: Baton | None = None,
+        tuned: TunedFile | None = None,
+        tally: ModelTally | None = None,
+    ) -> None:
+        super().__init__(name=f"worker-{name}", daemon=True)
+        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
+        self.encoding = "published"
+        self.baton = baton or Baton()
+        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.ready: Future[None] = Future()
+        self.ended: Future[None] = Future()
+        self.stopping = False
+        self.load_progress = 0.0
+        self.memory_bytes = 0  # that loading added
+        self.llama: Llama | None = None
+        self.store = PrefixStore(settings.cache_mb * MB)
+        self.slots = [Slot(i) for i in range(settings.sequences)]
+        self.waiting: list[Job] = []
+        self.tally = tally or ModelTally()
+        self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by all
+        self.due = math.inf  # when the step that is under way must have ended; monotonic; written by the thread
+        self._door = threading.Lock()  # between a job that is handed over and the end of the thread
+        self._closed = False
+        self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
+
+    # -- called by any other thread
+
+    def prepare(self, job: Job) -> Job:
+        """Turn the job's prompt into tokens, once the model is loaded. HttpError 400 with the figures if they do not
+        fit into the context. A megabyte of text takes a second: an event loop leaves this to a thread."""
+        self.ready.result()
+        assert self.llama
+        job.prompt, job.heal = self.llama.encode(job.request)
+        count, n_ctx = len(job.prompt), self.llama.n_ctx
+        if not 0 < count < n_ctx:
+            raise HttpError(
+                "INVALID_REQUEST",
+                f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
+                extra={"prompt_tokens": count, "n_ctx": n_ctx},
+            )
+        job.max_tokens = min(job.request.max_tokens, n_ctx - count)
+        return job
+
+    def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
+        """`Llama.tokenize`, once the model is loaded."""
+        self.ready.result()
+        assert self.llama
+        with self.llama.vocab_lock:
+            if self.llama.closed:
+                raise self._farewell
+            return self.llama.tokenize(text, first, special)
+
+    def submit(self, job: Job) -> None:
+        """Hand a prepared job over; its events begin to arrive."""
+        job.progress("queued", 0, 1)
+        job.submitted = time.monotonic()
+        with self._door:
+            if not self._closed:
+                self.inbox.put(job)
+                return
+        job.deliver([self._farewell])
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants the job's result any more. A decode that works for cancelled jobs alone is aborted."""
+        job.cancelled = True
+        self.inbox.put(None)
+        running = self.running
+        if self.llama and running and all(run.job.cancelled for run in running):
+            self.llama.abort()
+
+    def wake(self) -> None:
+        """A paused job's client has read on."""
+        self.inbox.put(None)
+
+    def stop(self) -> None:
+        """End the thread soon, without waiting for it; sequences are saved to disk first."""
+        self.stopping = True
+        self.inbox.put(None)
+        if self.llama:
+            self.llama.abort()
+
+    # -- the thread
+
+    def _beat(self) -> bool:
+        """Note progress for the watchdog. Returns whether to stop."""
+        self.due = time.monotonic() + STEP_SECONDS
+        return self.stopping
+
+    def run(self) -> None:
+        try:
+            self.due = time.monotonic() + STEP_SECONDS
+            failure = self._load_logged()
+            if failure is None:
+                self.ready.set_result(None)
+                self._serve()
+            self._close()
+            if failure is not None:  # only now, when its memory is free
+                self.ready.set_exception(failure)
+        finally:
+            self.due = math.inf
+            if not self.ready.done():
+                self.ready.set_exception(self._farewell)
+            self.ended.set_result(None)
+
+    def _load_logged(self) -> HttpError | None:
+        """Load the model; why that failed, if it did."""
+        try:
+            self._load()
+        except Exception as error:
+            return self._load_failure(error)
+        return None
+
+    def _serve(self) -> None:
+        try:
+            while not self._beat():
+                self._turn()
+        except Exception:
+            log.exception("model %s: the worker failed; the next request loads the model again", self.model)
+            self.stopping = True
+            self._farewell = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+
+    def _load_failure(self, error: Exception) -> HttpError:
+        if self.stopping:
+            return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
+        if isinstance(error, ModelError):
+            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
+            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
+        log.error("model %s: loading failed", self.model, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
+
+    def _load(self) -> None:
+        before = rss_bytes()
+        self.llama = self._open()
+        settings = self.settings
+        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
+        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
+        self.key = hashlib.sha256(key.encode()).hexdigest()
+        self.acceptance = Acceptance()
+        self.costs = load_costs(self.llama, self.calibration, self.baton, self._beat)
+        for entry in load_parked(self.kv_dir, self.key, self.store.budget):
+            self._beat()
+            self.store.add(entry)
+        self.memory_bytes = max(0, rss_bytes() - before - self.store.size)
+        log.info(
+            "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
+            self.model, self.encoding, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)),
+            len(self.store.entries),
+        )  # fmt: skip
+
+    def _open(self) -> Llama:
+        """The model from the tuned file, or from the published one if that is what works."""
+
+        def progress(done: float) -> bool:
+            self.load_progress = done
+            return not self._beat()
+
+        if tuned := self.tuned:
+            try:
+                check_digest(self.path, tuned.source, self.settings.state_dir, self._beat)
+                model = Llama(tuned.path, tuned.settings, progress)
+            except (ModelError, OSError) as error:
+                if self.stopping:
+                    raise
+                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
+            else:
+                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
+                return model
+        check_digest(self.path, self.sha256, self.settings.state_dir, self._beat)
+        return Llama(self.path, self.settings, progress)
+
+    @property
+    def calibration(self) -> Path:
+        return self.settings.state_dir / "calibration" / f"{self.key[:32]}-{self.settings.threads}.json"
+
+    @property
+    def kv_dir(self) -> Path:
+        return self.settings.state_dir / "kv" / self.model
+
+    def _close(self) -> None:
+        """Answer every job, save the parked sequences, free the model: each step even if the one before it fails."""
+        with self._door:
+            self._closed = True
+        self.baton.note(self, None)
+        for run in [slot.run for slot in self.slots if slot.run]:
+            with self._logged("ending a request"):
+                self._fail(run, self._farewell)
+        for job in [*self.waiting, *self._drain()]:
+            with self._logged("refusing a request"):
+                job.deliver([self._farewell])
+        if not self.llama:
+            return
+        if self.ready.done():  # else the slots hold nothing yet
+            with self._logged("saving parked sequences"):
+                for slot in self.slots:
+                    self._beat()
+                    self._park(slot)
+                save_parked(self.kv_dir, self.key, list(self.store.entries.values()), self._beat)
+        self.store = PrefixStore(0)
+        with self._logged("freeing the model"):
+            self.llama.close()
+
+    @contextlib.contextmanager
+    def _logged(self, step: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            log.exception("model %s: %s failed", self.model, step)
+
+    def _drain(self) -> Iterator[Job]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if job := self.inbox.get_nowait():
+                    yield job
+
+    def _runs(self) -> list[Run]:
+        """The running sequences whose clients keep up."""
+        return [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
+
+    def _turn(self) -> None:
+        """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
+        self._take()
+        runs = self._runs()
+        self.baton.note(self, self.costs(1) if runs else None)
+        if not runs:
+            self._recalibrate()
+            if job := self._wait():
+                self.waiting.append(job)
+            return
+        works: list[Work] = []
+        for run in runs:
+            with self._blamed_on(run):
+                works.append(self._next_work(run, runs))
+        shared = [work for work in works if not work.run.sampler.exact]
+        groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
+        steps = [[shared[i] for i in group] for group in groups]
+        for step in steps + [[work] for work in works if work.run.sampler.exact]:
+            members = [work for work in step if work.run.slot.run is work.run]
+            if members and not self.stopping:
+                self._step(members)
+
+    def _take(self) -> None:
+        """Start the jobs that have come, and repeat until the inbox is empty: more may come while a sequence is parked,
+        which takes milliseconds."""
+        while True:
+            self.waiting += self._drain()
+            self._drop_cancelled()
+            self._start_waiting()
+            if self.inbox.empty():
+                return
+
+    def _wait(self) -> Job | None:
+        """The next job, or None for a mere wake-up. Idle sequences are stored after STORE_SECONDS of quiet, when no
+        request has to wait for that: one of 3,500 tokens takes a fifth of a second."""
+        with contextlib.suppress(queue.Empty):
+            return self.inbox.get(timeout=STORE_SECONDS)
+        for slot in self.slots:
+            if self.inbox.empty() and not slot.run:
+                self._store(slot)
+        self.due = math.inf
+        try:
+            return self.inbox.get()
+        finally:
+            self.due = time.monotonic() + STEP_SECONDS
+
+    def _recalibrate(self) -> None:
+        """Calibrate again if the last calibration ran on a busy machine, and nobody waits here or at another model."""
+        assert self.llama
+        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
+        if self.costs.slowdown > DISTURBED or busy:
+            return
+        for slot in self.slots:
+            self._park(slot)
+        self.llama.abort_flag[0] = b"\x00"
+        table = calibrate(self.llama, self.calibration, self.baton, lambda: self._beat() or not self.inbox.empty())
+        if table:
+            self.costs = Costs(table)
+
+    def _drop_cancelled(self) -> None:
+        self.waiting = [job for job in self.waiting if not job.cancelled]
+        for slot in self.slots:
+            if slot.run and slot.run.job.cancelled:
+                self._release(slot.run, CANCELLED)
+
+    def _start_waiting(self) -> None:
+        for job in list(self.waiting):
+            free = [slot for slot in self.slots if not slot.run]
+            if not free:
+                return
+            if self._prefix_is_coming(job.prompt):
+                continue
+            self.waiting.remove(job)
+            try:
+                self._start(job, free)
+            except Exception:
+                log.exception("request %s could not be started", job.request_id)
+                for slot in free:  # whatever was half done there
+                    self._forget(slot)
+                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+
+    def _prefix_is_coming(self, prompt: list[int]) -> bool:
+        """Whether a running prefill will soon have computed more of this prompt than anything has now."""
+        leaders = [slot.run for slot in self.slots if slot.run and slot.run.prefilling]
+        have = max(common_prefix(slot.tokens, prompt) for slot in self.slots)
+        have = max(have, self.store.best(prompt)[1])
+        return any(
+            min(common_prefix(run.job.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            for run in leaders
+        )
+
+    def _start(self, job: Job, free: list[Slot]) -> None:
+        """Give the job a slot that holds as much of its prompt as is known anywhere; the rest is prefilled."""
+        assert self.llama
+        prompt = job.prompt
+        entry, stored = self.store.best(prompt)
+        nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
+        live = common_prefix(nearest.tokens, prompt)
+        source = entry if entry and stored > live else nearest
+        guide = source.tokens[:]
+        from_store = stored > live and stored >= MIN_PREFIX
+        in_place = nearest in free and not from_store
+        slot = nearest if in_place else min(free, key=lambda slot: slot.used)
+        for other in free:
+            if other is not slot or not in_place:
+                self._park(other)
+            elif len(slot.tokens) > 2 * live:  # more is lost than kept
+                self._store(slot)
+        if entry and from_store:
+            if self.llama.restore(slot, entry.state):
+                slot.tokens = entry.tokens[:]
+        elif not in_place:
+            self.llama.copy_prefix(nearest, slot, live)
+            slot.tokens = prompt[:live]
+        # The prompt's last token is computed in any case, for the logits after it.
+        cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
+        self.llama.trim(slot, cached)
+        slot.tokens = prompt[:cached]
+        job.progress("prefill", cached, len(prompt))
+        self.tally.cached_tokens += cached
+        slot.run = Run(job, slot, cached, guide)
+
+    def _park(self, slot: Slot) -> None:
+        """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
+        self._store(slot)
+        self._forget(slot)
+
+    def _store(self, slot: Slot) -> None:
+        assert self.llama
+        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
+            self.store.add(Parked(slot.tokens[:], self.llama.save(slot)))
+
+    def _forget(self, slot: Slot) -> None:
+        assert self.llama
+        self.llama.trim(slot, 0)
+        slot.tokens = []
+
+    def _next_work(self, run: Run, runs: list[Run]) -> Work:
+        prompt, slot = run.job.prompt, run.slot
+        if run.pending is None:
+            missing = len(prompt) - len(slot.tokens)
+            reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
+            whole = missing - (run.sampler.exact and missing > 1)
+            size = chunk_size(whole, reading, self._pace(own=len(reading) < len(runs)), self.costs)
+            end = len(slot.tokens) + size
+            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
+            return Work(run, prompt[len(slot.tokens) : end], outputs)
+        run.beside = self._beside(run, runs)
+        draft = self._draft(run, self._pace(own=len(runs) > 1))
+        return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _pace(self, own: bool) -> float | None:
+        """Seconds of one token of the fastest stream that waits for a decode, of this model (`own`) or of another."""
+        paces = [self.costs(1)] * own
+        if (other := self.baton.fastest_other(self)) is not None:
+            paces.append(other)
+        return min(paces, default=None)
+
+    def _beside(self, run: Run, runs: list[Run]) -> int:
+        """How many streams' tokens will share this one's decode: more tokens then cost less than they would alone."""
+        if run.sampler.exact:
+            return 0
+        streams = sum(not (other is run or other.prefilling or other.sampler.exact) for other in runs)
+        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
+
+    def _draft(self, run: Run, pace: float | None) -> list[int]:
+        assert self.llama
+        assert run.drafter
+        room = min(
+            MAX_DRAFT,
+            run.job.max_tokens - run.generated - 1,
+            self.llama.n_ctx - len(run.slot.tokens) - 2,
+            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
+        )
+        if not self.settings.draft or run.sampler.exact or run.heal or room <= 0:
+            return []
+        if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
+            return []
+        tokens = run.drafter.propose(room)
+        if not tokens:
+            return []
+        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.streak)
+        return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
+
+    def _step(self, works: list[Work]) -> None:
+        """One llama_decode and what follows from it for each of its sequences."""
+        assert self.llama
+        self.llama.abort_flag[0] = b"\x00"
+        try:
+            self.running = [work.run for work in works]
+            if self.stopping or all(run.job.cancelled for run in self.running):
+                return
+            with self.baton:
+                size = sum(len(work.tokens) for work in works)
+                self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * self.costs(size))
+                begin = time.perf_counter()
+                code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
+                seconds = time.perf_counter() - begin
+        finally:
+            self.running = []
+        if code:
+            self._after_failure(works, code)
+            return
+        self.costs.learn(size, seconds)
+        self.tally.decodes += 1
+        self.tally.decoded_sequences += len(works)
+        base = 0
+        for work in works:
+            with self._blamed_on(work.run):
+                if work.run.prefilling:
+                    self._after_prefill(work, base)
+                else:
+                    self._after_decode(work, base)
+            base += len(work.tokens)
+        for work in works:
+            self._flush(work.run)
+
+    def _after_failure(self, works: list[Work], code: int) -> None:
+        """The decode was aborted, or llama.cpp could not do it."""
+        assert self.llama
+        for work in works:
+            slot = work.run.slot
+            if work.run.prefilling:  # what was read before the abort stays useful as a prefix
+                # But not the prompt's last token: its logits are missing, so it has to be decoded again.
+                read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
+                slot.tokens += work.tokens[: max(0, read)]
+                self.tally.prompt_tokens += max(0, read)
+            self.llama.trim(slot, len(slot.tokens))
+            if code != ABORTED:
+                log.error("llama_decode answered %d", code)
+                self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+
+    @contextlib.contextmanager
+    def _blamed_on(self, run: Run) -> Iterator[None]:
+        """What goes wrong with one request ends that one alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("request %s", run.job.request_id)
+            self._fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+            self._forget(run.slot)  # its tokens and its cells may no longer agree
+
+    def _after_prefill(self, work: Work, base: int) -> None:
+        run, slot = work.run, work.run.slot
+        slot.tokens += work.tokens
+        self.tally.prompt_tokens += len(work.tokens)
+        run.job.progress("prefill", len(slot.tokens), len(run.job.prompt))
+        if len(slot.tokens) < len(run.job.prompt):
+            return
+        if not work.outputs:
+            self._finish(run, "length")
+            return
+        run.job.progress("decode", 0, run.job.max_tokens)
+        run.pending = self._sample(run, base + len(work.tokens) - 1)
+        ended = self._emit(run, run.pending)
+        self._flush(run)
+        if not ended:  # only now: it takes a millisecond for each thousand tokens
+            run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
+            run.drafter.advance(run.pending)
+
+    def _after_decode(self, work: Work, base: int) -> None:
+        """Accept drafted tokens as long as the target's own choice at each position is the drafted one."""
+        assert self.llama
+        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
+        before, streak = run.generated, run.drafter.streak if run.drafter else 0
+        accepted = 0
+        for i, token in enumerate(work.tokens):
+            slot.tokens.append(token)
+            run.pending = self._sample(run, base + i)
+            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
+                break
+            accepted += 1
+        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
+        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
+        if drafted:
+            self.llama.trim(slot, len(slot.tokens))
+            self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
+            run.drafted += drafted
+            run.accepted += accepted
+            self.tally.drafts += 1
+            self.tally.draft_tokens += drafted
+            self.tally.accepted_tokens += accepted
+
+    def _sample(self, run: Run, index: int) -> int:
+        assert self.llama
+        if run.heal:
+            self.llama.restrict(index, run.heal)
+        return run.sampler.sample(self.llama, index)
+
+    def _emit(self, run: Run, token: int) -> bool:
+        """Account for one sampled token; True if the completion ends with it."""
+        assert self.llama
+        run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
+        if self.llama.is_end(token):
+            self._finish(run, "stop")
+            return True
+        piece = self.llama.piece(token)
+        known = min(len(piece), len(run.heal))
+        run.heal, piece = run.heal[known:], piece[known:]
+        counts = bool(piece) or not known  # a token that repeats what the client has does not
+        run.generated += counts
+        self.tally.tokens += counts
+        if run.drafter:
+            run.drafter.advance(token)
+        text, reason = run.text.feed(piece)
+        if text:
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
+        run.has_line = run.has_line or b"\n" in piece
+        limit = run.job.request.predict_ms
+        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
+        if not reason and (run.generated >= run.job.max_tokens or full or late):
+            reason = "length"
+            self._finish(run, reason)
+        elif reason:
+            self._finish(run, reason, flush=False)
+        return reason is not None
+
+    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
+        if flush and (text := run.text.flush(reason == "stop")):
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        run.outbox.append(run.result(reason))
+        self._release(run, reason)
+
+    def _fail(self, run: Run, error: HttpError) -> None:
+        if run.slot.run is not run:
+            return  # it has had its last event
+        run.outbox.append(error)
+        self._release(run, error.code)
+
+    def _release(self, run: Run, reason: str) -> None:
+        """The slot is idle again; its sequence stays, as a prefix of what may come."""
+        run.slot.run = None
+        tally = self.tally
+        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
+        if run.first_token:
+            tally.token_seconds += run.last_token - run.first_token
+            tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
+        tally.end(reason)
+        run.slot.used = time.monotonic()
+        run.sampler.close()
+        self._flush(run)
+
+    def _flush(self, run: Run) -> None:
+        """Deliver what is in the outbox."""
+        if run.outbox:
+            events, run.outbox = run.outbox, []
+            run.job.deliver(events)
