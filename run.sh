@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prepares this machine and starts both daemons on it, for `make`: a way to try Cerebrum. To deploy it, see
-# README.md.
+# Prepares this machine and starts both daemons on it, for `make`: a way to try Cerebrum. docs/deploy.md has
+# the deployment.
 #
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started

@@ -1,7 +1,7 @@
 """/metrics of both daemons: the text, the numbers behind it, and whether others can read it.
 
-The peers are prometheus_client's parser, Debian's promtool, and a Debian Prometheus that scrapes both daemons as the
-README says and evaluates its queries.
+The peers are prometheus_client's parser, Debian's promtool, and a Debian Prometheus that scrapes both daemons as
+docs/operate.md says and evaluates its queries.
 """
 
 from __future__ import annotations
@@ -304,11 +304,11 @@ def test_numbers_outlive_the_model(daemons: Daemons) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="expected Debian's package prometheus")
-def test_prometheus_answers_the_queries_of_the_readme(daemons: Daemons, tmp_path: Path) -> None:
-    """It is configured as the README says, but for names and the interval."""
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```$", readme, re.M | re.S)
-    queries = re.findall(r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", readme, re.M)
+def test_prometheus_answers_the_queries_of_the_docs(daemons: Daemons, tmp_path: Path) -> None:
+    """It is configured as docs/operate.md says, but for names and the interval."""
+    page = (ROOT / "docs/operate.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```$", page, re.M | re.S)
+    queries = re.findall(r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", page, re.M)
     assert len(queries) == 5
     key, config, log = (tmp_path / name for name in ("key", "prometheus.yml", "log"))
     key.write_text(f"{KEY}\n")

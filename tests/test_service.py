@@ -361,7 +361,7 @@ def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wr
     run(scenario())
 
 
-def test_a_key_is_exchanged_in_the_three_steps_of_the_readme(tmp_path: Path) -> None:
+def test_a_key_is_exchanged_in_the_three_steps_of_the_docs(tmp_path: Path) -> None:
     """No request is refused before, between and after them."""
     vps, pi = (tmp_path / name / "CEREBRUM_API_KEY" for name in ("vpsd", "cm4d"))
     for path in (vps, pi):

@@ -1,6 +1,6 @@
-"""The README's deployment, to the letter, on a booted Debian, and the units under a real systemd.
+"""docs/deploy.md to the letter, on a booted Debian, and the units under a real systemd.
 
-One container plays the VPS, the Pi and Tailscale: the README's own command blocks are run in it, in their order. The
+One container plays the VPS, the Pi and Tailscale: the page's own command blocks are run in it, in their order. The
 tests then stop, kill, hang, misconfigure, upgrade and remove the daemons. Another container has an older installation.
 `ssh` and `tailscale` are stand-ins of two lines each.
 
@@ -27,9 +27,9 @@ import pytest
 from harness import MODELS, ROOT, wait_until
 
 DEBIAN = ROOT / ".run/debian"
-# What the README takes for granted, and what its first steps install: the container has no network.
+# What the page takes for granted, and what its first steps install: the container has no network.
 PACKAGES = "ca-certificates cmake curl g++ iproute2 make python3 python3-venv systemd-sysv"
-MODEL = "qwen_1_5b"  # the one that the README fetches
+MODEL = "qwen_1_5b"  # the one that the page fetches
 BEFORE = "fdedb99"  # the last commit whose README installs by hand
 DEADLINE_S = 300.0  # a busy machine loads a model in a minute
 until = partial(wait_until, seconds=DEADLINE_S)
@@ -50,10 +50,10 @@ pytestmark = [
 ]
 
 
-def readme(step: str, text: str = "") -> list[str]:
-    """The commands of a step of the README, or of another `text`: its ```sh blocks, by a word of its heading."""
-    text = text or (ROOT / "README.md").read_text()
-    (section,) = re.findall(rf"^### [^\n]*{step}.*?(?=^##)", text, re.MULTILINE | re.DOTALL)
+def blocks(step: str, text: str = "") -> list[str]:
+    """The commands of a step of docs/deploy.md, or of another `text`: its ```sh blocks, by a word of its heading."""
+    text = text or (ROOT / "docs/deploy.md").read_text()
+    (section,) = re.findall(rf"^###? [^\n]*{step}.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     return re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
@@ -84,8 +84,8 @@ class Machine:
         return result.stdout.strip()
 
     def follow(self, step: str, stdin: str = "", text: str = "") -> list[str]:
-        """Run the blocks of a step of the README, where it says to run them; what each printed."""
-        return [self.run("cd cerebrum\n" + block, stdin=stdin) for block in readme(step, text)]
+        """Run the blocks of a step where the page says to run them; what each printed."""
+        return [self.run("cd cerebrum\n" + block, stdin=stdin) for block in blocks(step, text)]
 
     def show(self, unit: str, key: str) -> str:
         return self.run(f"systemctl show --value --property={key} {unit}")
@@ -178,7 +178,7 @@ def booted(name: str) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def cerebrum(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """The machine after all steps of the README."""
+    """The machine after all steps of the page."""
     with booted("cerebrum") as machine:
         copy_to(machine, tmp_path_factory.mktemp("tools"))
         machine.follow("Install the backend")
@@ -194,11 +194,11 @@ def cerebrum(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def copy_to(machine: Machine, tools: Path) -> None:
-    """The README's first step, with an ssh that leads into the machine."""
+    """The first step, with an ssh that leads into the machine."""
     enter = " ".join(machine.enter)
     (tools / "ssh").write_text(f'#!/bin/sh\nexec {enter} -c "cd /root; $2"\n')
     (tools / "ssh").chmod(0o755)
-    (copy,) = readme("Copy the files")
+    (copy,) = blocks("Copy the files")
     environ = {"PATH": f"{tools}:/usr/bin:/bin"}
     subprocess.run(["/bin/bash", "-ec", copy], cwd=ROOT, env=environ, check=True, timeout=DEADLINE_S)
 
@@ -226,7 +226,7 @@ def pids(machine: Machine) -> list[str]:
     return [machine.show(unit, "MainPID") for unit in DAEMONS]
 
 
-# ------------------------------------------------------------------------------------- the README's steps
+# ---------------------------------------------------------------------------------------- the page's steps
 
 
 def test_the_units_are_well_formed_and_locked_down(cerebrum: Machine) -> None:
@@ -237,7 +237,7 @@ def test_the_units_are_well_formed_and_locked_down(cerebrum: Machine) -> None:
         cerebrum.run(f"systemd-analyze security --threshold=11 {unit}.service")
 
 
-def test_the_check_of_the_readme(cerebrum: Machine) -> None:
+def test_the_check(cerebrum: Machine) -> None:
     on_the_vps, on_the_pi, said = cerebrum.follow("Check both")
     for checked in (on_the_vps, on_the_pi):
         assert checked.startswith("ok ")
@@ -248,8 +248,8 @@ def test_the_check_of_the_readme(cerebrum: Machine) -> None:
     assert (done["done"], done["language"], done["model"]) == (True, "rust", MODEL)
 
 
-def test_the_repl_of_the_readme(cerebrum: Machine) -> None:
-    (command,) = readme("Use it")
+def test_the_repl(cerebrum: Machine) -> None:
+    (command,) = blocks("Use it")
     cerebrum.run("echo 127.0.0.1 pi.local >>/etc/hosts; hostname pi; systemctl restart cerebrum-cm4")
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
     said = cerebrum.run("cd cerebrum\n" + command, stdin=":temp 0\n:tokens 16\ndef fibonacci(n):\n:model\n")
@@ -430,7 +430,7 @@ def test_the_backend_listens_before_its_address_is_up(cerebrum: Machine) -> None
 # --------------------------------------------------------------------------------- upgrade and removal
 
 
-def test_the_upgrade_of_the_readme(cerebrum: Machine) -> None:
+def test_the_upgrade(cerebrum: Machine) -> None:
     keep = f"{KEY} /opt/cerebrum-pi/.env /opt/cerebrum-backend/.env /etc/systemd/system/cerebrum-backend.*.d/*"
     before, kept = pids(cerebrum), cerebrum.run(f"sha256sum {keep}")
     requests = f"for number in $(seq 200); do curl -s -o /dev/null --max-time 60 {BACKEND}/health || echo refused; done"
