@@ -46,10 +46,8 @@ if __name__ == "__main__":
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import io
-import json
 import math
 import random
 import re
@@ -80,7 +78,16 @@ from cerebrum.metrics import (
     write_metrics,
     write_stats,
 )
-from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, NEVER_ASKED, WITHOUT_MODEL, Backend, Job, first_there
+from cerebrum.pi.backend import (
+    BREAKER_OPEN,
+    MAX_BUSY_SECONDS,
+    NEVER_ASKED,
+    WITHOUT_MODEL,
+    Backend,
+    Job,
+    first_there,
+    notes_of,
+)
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.dialects import (
     DEFAULT_TOKENS,
@@ -96,7 +103,12 @@ from cerebrum.pi.dialects import (
     write_props,
 )
 from cerebrum.pi.page import History, Page
-from cerebrum.pi.sharing import SAMPLED_BY, Predictions, alike, is_typed_on, typed_of, typed_pairs
+from cerebrum.pi.sharing import (
+    SAMPLED_BY,
+    Reading,
+    Sharing,
+    Warming,
+)
 from cerebrum.pi.upstream import (
     COUNT,
     MAX_PLACES,
@@ -109,7 +121,6 @@ from cerebrum.pi.upstream import (
     read_backends,
     read_result,
     read_text,
-    text_event,
 )
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
@@ -126,7 +137,6 @@ from cerebrum_common import (
     Route,
     compact,
     describe,
-    internal_error,
     log,
     read_fields,
     served_languages,
@@ -293,110 +303,14 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
 STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
-EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 SAME_BEGINNING = 200  # characters
 MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of tokens
-MAX_TO_WARM = 4  # prompts, of as many clients
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
-
-
-class Shared:
-    """One completion for all clients that ask the same at the same time, and the task that computes it.
-
-    It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
-    """
-
-    def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
-        self.pairs, self.job, self.key = list(pairs), job, key
-        self.failure: HttpError | None = None
-        self.readers: list[Reading] = []
-        self.remembered = False  # as a prediction
-        self.task: asyncio.Task[None] | None = None
-
-    async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
-        """Take all pairs, and keep the error that ends them."""
-        try:
-            async with contextlib.aclosing(pairs):
-                async for pair in pairs:
-                    self.add(pair)
-        except HttpError as error:
-            self.failure = error
-        except Exception as exception:
-            self.failure = internal_error(exception)
-        self.wake(all_of_them=True)
-
-    def add(self, pair: Pair) -> None:
-        self.pairs.append(pair)
-        self.wake(all_of_them=pair[0] == "done")
-
-    def wake(self, all_of_them: bool) -> None:
-        """Whoever collects the whole text is woken for its end alone."""
-        for reader in self.readers:
-            if all_of_them or reader.streams:
-                reader.woken.set()
-
-
-class Reading:
-    """One client's request in a dialect: its place in a completion, which it may share with others."""
-
-    def __init__(self, gateway: Gateway, job: Job, asked: Asked, editor: str) -> None:
-        self.gateway, self.job, self.streams, self.editor = gateway, job, asked.stream, editor
-        self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
-        self.shared = Shared()  # what it reads, once it has joined
-        self.at = 0  # pairs read
-        self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
-        self.woken = asyncio.Event()
-        self.replaced = False  # its editor has typed on, and asked again
-
-    async def pairs(self) -> AsyncGenerator[Pair, None]:
-        """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
-        like a completion that a limit has cut. An error would be shown to the user by some editors."""
-        try:
-            shared = self.shared = self.gateway.join(self)
-            while not self.replaced:
-                if self.at < len(shared.pairs):
-                    kind, value = self._next(shared.pairs)
-                    yield kind, value
-                    if kind == "done":
-                        return
-                elif shared.failure:
-                    raise shared.failure
-                else:
-                    self.woken.clear()
-                    await self.woken.wait()
-            if not self.at:
-                yield "started", self.gateway.beginning(self.job)
-            yield "done", {"finish_reason": "replaced"}
-        finally:
-            self.gateway.leave(self)
-            self.job.notes |= notes_of(self.shared.job or self.job)
-
-    def _next(self, pairs: Sequence[Pair]) -> Pair:
-        kind, value = pairs[self.at]
-        self.at += 1
-        if kind == "done" and self.predicts and self.shared.job:
-            self.gateway.remember(self.job.client, self.shared)
-            return kind, value | ({"type_through": True} if self.typed else {})
-        texts = [value]
-        while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
-            texts.append(pairs[self.at][1])
-            self.at += 1
-        if kind == "text" and self.skip:
-            text = read_text(b"".join(texts))
-            rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
-            return kind, text_event(rest) if rest else b""
-        return kind, b"".join(texts) if len(texts) > 1 else value
-
-    def replace(self) -> None:
-        """End this reading, and at once what nobody else reads. Its client may be slow to take its answer."""
-        self.replaced = True
-        self.gateway.leave(self)
-        self.woken.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,14 +323,6 @@ class Candidates:
 
 
 REASONS = frozenset({"stop", "length", "block", "repeat"})  # why a completion ends by itself
-
-
-def notes_of(job: Job) -> dict[str, Any]:
-    """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
-    notes: dict[str, Any] = {"model": job.model} if job.model else {}
-    if job.first_token:
-        notes |= {"tokens": job.tokens, "ttft": f"{job.first_token - job.started:.2f}s"}
-    return notes
 
 
 def cache_key(job: Job) -> str:
@@ -434,21 +340,26 @@ class Gateway:
         self.active: list[Job] = []  # that hold a place, maybe at a backend that is no longer in models.toml
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum/pi/page.html")
-        self.requests_total = self.requests_failed = self.tokens = self.reconfigured = 0
+        self.requests_started = self.requests_failed = self.tokens = self.reconfigured = 0
         self.tallies = {model.id: Tally() for model in config.models}
         self.history = History(self.started)
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
-        self.shared: dict[bytes, Shared] = {}  # running completions of dialects, by what was asked
-        self.readings: list[Reading] = []
-        self.predictions = Predictions()
-        self.editors: dict[str, float] = {}  # when each client asked for an infill last
+        self.warming = Warming(self._choose_to_warm, self._answer)
+        self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # dialects' requests that ended so
         # Texts before a cursor that a backend has read, each behind its client, model and backend.
         self.cached: list[tuple[str, str, str, str]] = []
         self.served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
-        self.to_warm: dict[str, Job] = {}  # to be read into a backend's cache when it has nothing to do, by client
         self._reconfigured = asyncio.Event()
+
+    @property
+    def requests_total(self) -> int:
+        """Completions that were asked for, computed or not."""
+        return self.requests_started + self.counts["shared"] + self.counts["type_through"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.sharing.counts
 
     @property
     def requests_active(self) -> int:
@@ -595,8 +506,7 @@ class Gateway:
     def _is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
         """While an editor was seen lately, chats and plain completions leave a place for infills, and one client's
         infills leave one for another client's. Requests of our own API take any place."""
-        now = time.monotonic()
-        editors = {client for client, seen in self.editors.items() if now - seen < EDITOR_SECONDS}
+        editors = self.sharing.editors()
         if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
             return True
         running = [other for backend in usable for other in backend.active if not other.superseded]
@@ -622,6 +532,22 @@ class Gateway:
         self._remember_served(job, backend)
         return True
 
+    def _choose_to_warm(self, job: Job) -> Backend | None:
+        """The backend that may read a prompt ahead, after setting the job's model; None if there is none now. A prompt
+        that no backend reads ahead is forgotten."""
+        if not any(one.warms for one in self._who_may(job.fields, True).backends):
+            self.warming.waiting.pop(job.client, None)
+            return None
+        try:
+            chosen = None if self.line else self._choose(job)
+        except HttpError:
+            return None  # nobody is there
+        if not chosen or not chosen[1].may_warm:
+            return None
+        job.model, backend = chosen
+        self._remember_served(job, backend)
+        return backend
+
     def _remember_served(self, job: Job, backend: Backend) -> None:
         if key := cache_key(job):
             self.served.pop(key, None)
@@ -645,7 +571,7 @@ class Gateway:
         HttpError. Whatever it holds is acquired in this body, so it is released when the generator ends or is closed; a
         generator that was never started holds nothing.
         """
-        self.requests_total += 1
+        self.requests_started += 1
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(job.fields))
@@ -771,7 +697,7 @@ class Gateway:
                     other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
             for other in [other for other in backend.active if other.superseded]:
                 await other.gone.wait()
-            await self._stop_warming(backend)
+            await self.warming.stop(backend)
             yield
         except HttpError as error:
             backend.requests_failed += error.code != "SUPERSEDED"
@@ -802,7 +728,7 @@ class Gateway:
             if called:
                 self.line.remove(waiting)
                 waiting[1].set()
-        self._warm_next()
+        self.warming.next()
 
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """What the backend answers, as pairs. If it counts too many tokens, the prompt is fitted and sent again,
@@ -853,167 +779,6 @@ class Gateway:
         """The value of the pair "started"."""
         model = job.model or self.route(job.fields)
         return {"model": model, "n_ctx": job.n_ctx or self.n_ctx(model), "kept": job.kept}
-
-    def join(self, reading: Reading) -> Shared:
-        """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
-        self.readings.append(reading)
-        job, now = reading.job, time.monotonic()
-        if job.kind == "infill":
-            lately = {client: seen for client, seen in self.editors.items() if now - seen < EDITOR_SECONDS}
-            self.editors = lately | {job.client: now}
-        if job.fields["max_tokens"] == 0:
-            self.warm(job)
-            done = "done", {"finish_reason": "length"}
-            return Shared([("started", self.beginning(job)), done])
-        if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
-            self._count("type_through")
-            self._replace_older(reading, ahead=True)
-            job.notes |= {"model": found[0].begun["model"], "tokens": 0}
-            return Shared(typed_pairs(*found))
-        shared = self._typed_meanwhile(reading) or self._identical(job)
-        shared.readers.append(reading)
-        self._replace_older(reading)
-        return shared
-
-    def _typed_meanwhile(self, reading: Reading) -> Shared | None:
-        """A running completion that has written what the client has typed since it asked for it."""
-        job = reading.job
-        if not reading.predicts or job.kind != "infill":
-            return None
-        wanted = alike(job.fields)
-        for other in self.readings:
-            shared = other.shared
-            if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
-                continue
-            if alike(shared.job.fields) == wanted:
-                text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-                if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
-                    reading.skip = reading.typed = typed
-                    self._count("type_through")
-                    return shared
-        return None
-
-    def _identical(self, job: Job) -> Shared:
-        """The running completion of the same request, or a new one. Samples without a seed shall differ."""
-        key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
-        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
-        shared = None if is_sample else self.shared.get(key)
-        if shared:
-            self._count("shared")
-        else:
-            shared = self.shared[key] = Shared(job=job, key=key)
-            shared.task = asyncio.create_task(self._compute(shared, job))
-        return shared
-
-    async def _compute(self, shared: Shared, job: Job) -> None:
-        try:
-            await shared.compute(self.complete(job))
-        finally:
-            self._forget(shared)
-
-    def _count(self, how: str) -> None:
-        self.requests_total += 1
-        self.counts[how] += 1
-
-    def _forget(self, shared: Shared) -> None:
-        """Nobody else may join it."""
-        if self.shared.get(shared.key) is shared:
-            del self.shared[shared.key]
-
-    def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
-        """End the older infills of an editor that has typed on, unless they ask the same. With `ahead`, those that
-        continue the reading's text go on: an editor asks ahead for what follows a completion that it shows."""
-        fields = reading.job.fields
-        for other in list(self.readings):
-            of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
-            if other is reading or other.replaced or not of_editor or other.job.fields == fields:
-                continue
-            if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
-                continue
-            if is_typed_on(other.job.fields, fields):
-                self.counts["replaced"] += 1
-                other.replace()
-
-    def leave(self, reading: Reading) -> None:
-        """The reading has ended, or its client has left. The last one ends the completion; before, its place counts as
-        that of a client who stays."""
-        shared = reading.shared
-        if reading in self.readings:
-            self.readings.remove(reading)
-        if reading not in shared.readers:
-            return
-        shared.readers.remove(reading)
-        if shared.readers and shared.job:
-            shared.job.client = shared.readers[0].job.client
-            self._call_next()
-        elif shared.task:
-            shared.task.cancel()
-            self._forget(shared)
-
-    def remember(self, client: str, shared: Shared) -> None:
-        """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
-        which counts on its limit: if that has cut it, it is no beginning of another."""
-        assert shared.job
-        begun = [value for kind, value in shared.pairs if kind == "started"][-1]
-        reason = shared.pairs[-1][1].get("finish_reason", "stop")
-        if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
-            return
-        shared.remembered = True
-        text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-        self.predictions.add(client, shared.job.fields, text, begun, reason)
-
-    # Warming: reading a prompt into a backend's cache while it has nothing else to do.
-
-    def warm(self, job: Job) -> None:
-        """Read this prompt soon. Takes no place, waits until a backend has nothing to do, and ends when that gets a
-        request; then it waits again. Of each client the newest counts."""
-        self.to_warm.pop(job.client, None)
-        self.to_warm[job.client] = job
-        if len(self.to_warm) > MAX_TO_WARM:
-            del self.to_warm[next(iter(self.to_warm))]
-        self._warm_next()
-
-    def _warm_next(self) -> None:
-        for job in [] if self.line else [*self.to_warm.values()]:
-            try:
-                chosen = self._choose(job)
-            except HttpError:
-                continue  # nobody is there
-            if not chosen:
-                continue
-            model, backend = chosen
-            if not any(one.warms for one in self._who_may(job.fields, True).backends):
-                del self.to_warm[job.client]
-            elif backend.warms and not backend.active and not backend.warming and backend.breaker.state == "closed":
-                del self.to_warm[job.client]
-                job.model = model
-                self._remember_served(job, backend)
-                task = asyncio.create_task(self._warm(job, backend))
-                task.add_done_callback(functools.partial(self._end_warming, backend))  # even if it never begins
-                backend.warming = job, task
-
-    async def _warm(self, job: Job, backend: Backend) -> None:
-        try:
-            async with contextlib.aclosing(self._answer(job, backend)) as pairs:
-                async for _ in pairs:
-                    pass
-        except HttpError as error:
-            log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
-        except Exception as exception:
-            internal_error(exception)
-
-    def _end_warming(self, backend: Backend, task: asyncio.Task[None]) -> None:
-        backend.warming = None
-        if not task.cancelled():
-            self._warm_next()
-
-    async def _stop_warming(self, backend: Backend) -> None:
-        if backend.warming:
-            job, task = backend.warming
-            if job.client not in self.to_warm:
-                self.warm(job)  # again, later: the backend keeps what it has read so far
-            task.cancel()
-            await asyncio.wait([task])
 
     def _max_fresh(self, job: Job, backend: Backend) -> tuple[int | None, list[str]]:
         """(how many tokens may be read for this job, texts that the backend has read for its client before)."""
@@ -1097,7 +862,7 @@ class Gateway:
         ]
         self.cached = [*of_others, (*mine, job.above)][-MAX_CACHED:]
         if job.cut:
-            self.warm(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
+            self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
 
 
 # -------------------------------------------------------------------------------------------- handlers
@@ -1248,7 +1013,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
         fields = native_fields(asked, gateway.config.models)
         job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
-        reading = Reading(gateway, job, asked, editor)
+        reading = Reading(gateway.sharing, job, asked, editor)
 
         def reply_to(begun: Mapping[str, Any]) -> Reply:
             return dialect.reply(asked, request.head.request_id, int(time.time()), begun)

@@ -17,7 +17,6 @@ import pytest
 from harness import Reply, run, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
-import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import sharing, upstream
 from cerebrum.pi.backend import Job
@@ -197,10 +196,10 @@ def test_identical_requests_share_one_completion():
         ):
             body = {"prompt": "def f():\n", "suffix": "\n", "stream": True}
             asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-            await until(lambda: len(pi.gateway.readings) == 3)
-            await until(lambda: all(reading.at == 2 for reading in pi.gateway.readings))
+            await until(lambda: len(pi.gateway.sharing.readings) == 3)
+            await until(lambda: all(reading.at == 2 for reading in pi.gateway.sharing.readings))
             late = start(pi, "/v1/completions", body)
-            await until(lambda: len(pi.gateway.readings) == 4)
+            await until(lambda: len(pi.gateway.sharing.readings) == 4)
             go.set()
             for reply in await asyncio.gather(*asked, late):
                 texts = [part["choices"][0]["text"] for part in data(reply)[:-1]]
@@ -219,7 +218,7 @@ def test_samples_without_a_seed_are_computed_each(sampling: dict[str, Any], comp
         async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
             body = {"prompt": "x", "temperature": 0.9, **sampling}
             asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-            await until(lambda: len(pi.gateway.readings) == 3 and backend.running == computed)
+            await until(lambda: len(pi.gateway.sharing.readings) == 3 and backend.running == computed)
             go.set()
             assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
             assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 3 - computed)
@@ -244,10 +243,10 @@ def test_a_shared_completion_ends_with_its_last_reader():
     async def scenario() -> None:
         async with Backend([[CHUNKED, chunk(token("a", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
             first, second = infill(pi), infill(pi)
-            await until(lambda: len(pi.gateway.readings) == 2)
+            await until(lambda: len(pi.gateway.sharing.readings) == 2)
             await backend.begun.wait()
             first.cancel()
-            await until(lambda: len(pi.gateway.readings) == 1)
+            await until(lambda: len(pi.gateway.sharing.readings) == 1)
             assert backend.running == 1, "one of two left, and the completion ended"
             second.cancel()
             await backend.left.wait()
@@ -266,7 +265,7 @@ def test_the_error_of_a_shared_completion_reaches_every_reader():
             pi_for(backend.port) as pi,
         ):
             asked = [start(pi, "/v1/completions", {"prompt": "x"}) for _ in range(2)]
-            await until(lambda: len(pi.gateway.readings) == 2)
+            await until(lambda: len(pi.gateway.sharing.readings) == 2)
             go.set()
             wanted = {"message": "too little memory", "type": "unavailable_error", "param": None}
             for reply in await asyncio.gather(*asked):
@@ -291,7 +290,7 @@ def test_a_reader_that_does_not_read_delays_nobody():
             _, deaf = await pi.open("POST", "/v1/completions", body)
             await backend.begun.wait()
             other = start(pi, "/v1/completions", body)
-            await until(lambda: len(pi.gateway.readings) == 2)
+            await until(lambda: len(pi.gateway.sharing.readings) == 2)
             go.set()
             reply = await other
             text = "".join(part["choices"][0]["text"] for part in data(reply)[:-1])
@@ -334,7 +333,7 @@ def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatch: pyt
                 await until(lambda: len(pi.gateway.line) == 1)
                 assert (await infill(pi, prompt="    x")).json["content"] == "ab"
                 assert not waiting.done()
-                monkeypatch.setattr(cm4d, "EDITOR_SECONDS", 0.0)
+                monkeypatch.setattr(sharing, "EDITOR_SECONDS", 0.0)
                 pi.gateway._call_next()  # as after each probe
                 await until(lambda: backend.running == 2)
             go.set()
@@ -457,7 +456,7 @@ def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
             fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
-            pi.gateway.warm(Job(fields, kind="infill", client="me"))
+            pi.gateway.warming.add(Job(fields, kind="infill", client="me"))
             assert pi.gateway.first.warming
             async for _ in pi.gateway.complete(Job({**fields, "max_tokens": 8})):
                 pass

@@ -606,7 +606,7 @@ def test_only_an_engine_that_costs_nothing_reads_ahead(api: str, asked: int) -> 
     async def scenario() -> None:
         async with Backend([[HANG]], models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api=api)) as pi:
             assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
-            await until(lambda: len(backend.completions) == asked and not pi.gateway.to_warm)
+            await until(lambda: len(backend.completions) == asked and not pi.gateway.warming.waiting)
             assert [body["n_predict"] for body in backend.completions] == [0] * asked
 
     run(scenario())

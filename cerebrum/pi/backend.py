@@ -196,6 +196,11 @@ class Backend:
         return self.api is None or self.api.warms
 
     @property
+    def may_warm(self) -> bool:
+        """Whether it may read a prompt ahead now."""
+        return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
+
+    @property
     def is_paid(self) -> bool:
         """Whether it is probably a cloud."""
         return self.config.api == "openai" and self.config.endpoint.tls
@@ -388,3 +393,11 @@ class Backend:
 def first_there(backends: Sequence[Backend]) -> Backend:
     """The first of these that is there, or else the first."""
     return next((backend for backend in backends if backend.available), backends[0])
+
+
+def notes_of(job: Job) -> dict[str, Any]:
+    """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
+    notes: dict[str, Any] = {"model": job.model} if job.model else {}
+    if job.first_token:
+        notes |= {"tokens": job.tokens, "ttft": f"{job.first_token - job.started:.2f}s"}
+    return notes

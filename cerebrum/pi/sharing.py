@@ -5,15 +5,26 @@ Standard library only.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import hashlib
+import json
+import time
 from collections import deque
 from collections.abc import (
+    AsyncGenerator,
+    Callable,
     Mapping,
+    Sequence,
 )
 from dataclasses import dataclass
 from typing import Any
 
-from cerebrum.pi.upstream import Pair, text_event
+from cerebrum.pi.backend import Backend, Job, notes_of
+from cerebrum.pi.dialects import Asked
+from cerebrum.pi.upstream import Pair, read_text, text_event
+from cerebrum_common import HttpError, internal_error, log
 
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 # ------------------------------------------------------------------------------------- policy: editors
@@ -118,3 +129,291 @@ def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
     """A completion that consists of the rest of an earlier one."""
     done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
     return [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
+
+
+# ------------------------------------------------------------------------------- following a completion
+
+EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
+MAX_TO_WARM = 4  # prompts, of as many clients
+
+
+class Shared:
+    """One completion for all clients that ask the same at the same time, and the task that computes it.
+
+    It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
+    """
+
+    def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
+        self.pairs, self.job, self.key = list(pairs), job, key
+        self.failure: HttpError | None = None
+        self.readers: list[Reading] = []
+        self.remembered = False  # as a prediction
+        self.task: asyncio.Task[None] | None = None
+
+    async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
+        """Take all pairs, and keep the error that ends them."""
+        try:
+            async with contextlib.aclosing(pairs):
+                async for pair in pairs:
+                    self.add(pair)
+        except HttpError as error:
+            self.failure = error
+        except Exception as exception:
+            self.failure = internal_error(exception)
+        self.wake(all_of_them=True)
+
+    def add(self, pair: Pair) -> None:
+        self.pairs.append(pair)
+        self.wake(all_of_them=pair[0] == "done")
+
+    def wake(self, all_of_them: bool) -> None:
+        """Whoever collects the whole text is woken for its end alone."""
+        for reader in self.readers:
+            if all_of_them or reader.streams:
+                reader.woken.set()
+
+
+class Reading:
+    """One client's request in a dialect: its place in a completion, which it may share with others."""
+
+    def __init__(self, sharing: Sharing, job: Job, asked: Asked, editor: str) -> None:
+        self.sharing, self.job, self.streams, self.editor = sharing, job, asked.stream, editor
+        self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
+        self.shared = Shared()  # what it reads, once it has joined
+        self.at = 0  # pairs read
+        self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
+        self.woken = asyncio.Event()
+        self.replaced = False  # its editor has typed on, and asked again
+
+    async def pairs(self) -> AsyncGenerator[Pair, None]:
+        """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
+        like a completion that a limit has cut. An error would be shown to the user by some editors."""
+        try:
+            shared = self.shared = self.sharing.join(self)
+            while not self.replaced:
+                if self.at < len(shared.pairs):
+                    kind, value = self._next(shared.pairs)
+                    yield kind, value
+                    if kind == "done":
+                        return
+                elif shared.failure:
+                    raise shared.failure
+                else:
+                    self.woken.clear()
+                    await self.woken.wait()
+            if not self.at:
+                yield "started", self.sharing.beginning(self.job)
+            yield "done", {"finish_reason": "replaced"}
+        finally:
+            self.sharing.leave(self)
+            self.job.notes |= notes_of(self.shared.job or self.job)
+
+    def _next(self, pairs: Sequence[Pair]) -> Pair:
+        kind, value = pairs[self.at]
+        self.at += 1
+        if kind == "done" and self.predicts and self.shared.job:
+            self.sharing.remember(self.job.client, self.shared)
+            return kind, value | ({"type_through": True} if self.typed else {})
+        texts = [value]
+        while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
+            texts.append(pairs[self.at][1])
+            self.at += 1
+        if kind == "text" and self.skip:
+            text = read_text(b"".join(texts))
+            rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
+            return kind, text_event(rest) if rest else b""
+        return kind, b"".join(texts) if len(texts) > 1 else value
+
+    def replace(self) -> None:
+        """End this reading, and at once what nobody else reads. Its client may be slow to take its answer."""
+        self.replaced = True
+        self.sharing.leave(self)
+        self.woken.set()
+
+
+class Sharing:
+    """Owns what clients have in common: who reads which running completion, and what was completed lately.
+
+    `start` begins a completion, `beginning` returns the value of its pair "started", `warm` has a prompt read ahead,
+    and `moved` is called when a place counts as another client's.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Job], AsyncGenerator[Pair, None]],
+        beginning: Callable[[Job], dict[str, Any]],
+        warm: Callable[[Job], None],
+        moved: Callable[[], None],
+    ) -> None:
+        self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
+        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended so
+        self.readings: list[Reading] = []
+        self.shared: dict[bytes, Shared] = {}  # running completions, by what was asked
+        self.predictions = Predictions()
+        self._editors: dict[str, float] = {}  # when each client asked for an infill last
+
+    def editors(self) -> set[str]:
+        """The clients that have asked for an infill within EDITOR_SECONDS."""
+        now = time.monotonic()
+        self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
+        return set(self._editors)
+
+    def join(self, reading: Reading) -> Shared:
+        """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
+        self.readings.append(reading)
+        job = reading.job
+        if job.kind == "infill":
+            self._editors[job.client] = time.monotonic()
+        if job.fields["max_tokens"] == 0:
+            self._warm(job)
+            done = "done", {"finish_reason": "length"}
+            return Shared([("started", self.beginning(job)), done])
+        if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
+            self.counts["type_through"] += 1
+            self._replace_older(reading, ahead=True)
+            job.notes |= {"model": found[0].begun["model"], "tokens": 0}
+            return Shared(typed_pairs(*found))
+        shared = self._typed_meanwhile(reading) or self._identical(job)
+        shared.readers.append(reading)
+        self._replace_older(reading)
+        return shared
+
+    def _typed_meanwhile(self, reading: Reading) -> Shared | None:
+        """A running completion that has written what the client has typed since it asked for it."""
+        job = reading.job
+        if not reading.predicts or job.kind != "infill":
+            return None
+        wanted = alike(job.fields)
+        for other in self.readings:
+            shared = other.shared
+            if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
+                continue
+            if alike(shared.job.fields) == wanted:
+                text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+                if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
+                    reading.skip = reading.typed = typed
+                    self.counts["type_through"] += 1
+                    return shared
+        return None
+
+    def _identical(self, job: Job) -> Shared:
+        """The running completion of the same request, or a new one. Samples without a seed shall differ."""
+        key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
+        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
+        shared = None if is_sample else self.shared.get(key)
+        if shared:
+            self.counts["shared"] += 1
+        else:
+            shared = self.shared[key] = Shared(job=job, key=key)
+            shared.task = asyncio.create_task(self._compute(shared, job))
+        return shared
+
+    async def _compute(self, shared: Shared, job: Job) -> None:
+        try:
+            await shared.compute(self._start(job))
+        finally:
+            self._forget(shared)
+
+    def _forget(self, shared: Shared) -> None:
+        """Nobody else may join it."""
+        if self.shared.get(shared.key) is shared:
+            del self.shared[shared.key]
+
+    def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
+        """End the older infills of an editor that has typed on, unless they ask the same. With `ahead`, those that
+        continue the reading's text go on: an editor asks ahead for what follows a completion that it shows."""
+        fields = reading.job.fields
+        for other in list(self.readings):
+            of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
+            if other is reading or other.replaced or not of_editor or other.job.fields == fields:
+                continue
+            if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
+                continue
+            if is_typed_on(other.job.fields, fields):
+                self.counts["replaced"] += 1
+                other.replace()
+
+    def leave(self, reading: Reading) -> None:
+        """The reading has ended, or its client has left. The last one ends the completion; before, its place counts as
+        that of a client who stays."""
+        shared = reading.shared
+        if reading in self.readings:
+            self.readings.remove(reading)
+        if reading not in shared.readers:
+            return
+        shared.readers.remove(reading)
+        if shared.readers and shared.job:
+            shared.job.client = shared.readers[0].job.client
+            self._moved()
+        elif shared.task:
+            shared.task.cancel()
+            self._forget(shared)
+
+    def remember(self, client: str, shared: Shared) -> None:
+        """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
+        which counts on its limit: if that has cut it, it is no beginning of another."""
+        assert shared.job
+        begun = [value for kind, value in shared.pairs if kind == "started"][-1]
+        reason = shared.pairs[-1][1].get("finish_reason", "stop")
+        if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
+            return
+        shared.remembered = True
+        text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+        self.predictions.add(client, shared.job.fields, text, begun, reason)
+
+
+class Warming:
+    """Owns the prompts to be read into a backend's cache while that has nothing else to do.
+
+    `choose` returns the backend for a prompt, whose model it sets, or None; `answer` has it read.
+    """
+
+    def __init__(
+        self,
+        choose: Callable[[Job], Backend | None],
+        answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]],
+    ) -> None:
+        self._choose, self._answer = choose, answer
+        self.waiting: dict[str, Job] = {}  # by client
+
+    def add(self, job: Job) -> None:
+        """Read this prompt soon. Takes no place, waits until a backend has nothing to do, and ends when that gets a
+        request; then it waits again. Of each client the newest counts."""
+        self.waiting.pop(job.client, None)
+        self.waiting[job.client] = job
+        if len(self.waiting) > MAX_TO_WARM:
+            del self.waiting[next(iter(self.waiting))]
+        self.next()
+
+    def next(self) -> None:
+        """Begin with each prompt whose backend has nothing to do."""
+        for job in [*self.waiting.values()]:
+            if backend := self._choose(job):
+                del self.waiting[job.client]
+                task = asyncio.create_task(self._read(job, backend))
+                task.add_done_callback(functools.partial(self._end, backend))  # even if it never begins
+                backend.warming = job, task
+
+    async def _read(self, job: Job, backend: Backend) -> None:
+        try:
+            async with contextlib.aclosing(self._answer(job, backend)) as pairs:
+                async for _ in pairs:
+                    pass
+        except HttpError as error:
+            log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
+        except Exception as exception:
+            internal_error(exception)
+
+    def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
+        backend.warming = None
+        if not task.cancelled():
+            self.next()
+
+    async def stop(self, backend: Backend) -> None:
+        """A request needs this backend. The prompt that it reads ahead waits again."""
+        if backend.warming:
+            job, task = backend.warming
+            if job.client not in self.waiting:
+                self.add(job)  # again, later: the backend keeps what it has read so far
+            task.cancel()
+            await asyncio.wait([task])
