@@ -82,6 +82,7 @@ from cerebrum.pi.backend import (
     BREAKER_OPEN,
     MAX_BUSY_SECONDS,
     NEVER_ASKED,
+    SUPERSEDED,
     WITHOUT_MODEL,
     Backend,
     Job,
@@ -103,12 +104,7 @@ from cerebrum.pi.dialects import (
     write_props,
 )
 from cerebrum.pi.page import History, Page
-from cerebrum.pi.sharing import (
-    SAMPLED_BY,
-    Reading,
-    Sharing,
-    Warming,
-)
+from cerebrum.pi.sharing import Reading, Sharing, Warming
 from cerebrum.pi.upstream import (
     COUNT,
     MAX_PLACES,
@@ -125,7 +121,7 @@ from cerebrum.pi.upstream import (
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
-from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, detect_mode, prepare
+from cerebrum.text.prompt import detect_mode
 from cerebrum_common import (
     SSE_COMMENT,
     VERSION,
@@ -220,7 +216,6 @@ FIELDS = {
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
-PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
@@ -283,31 +278,13 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
-MARGIN_TOKENS = 8  # of n_ctx, never used
-PLAUSIBLE = 4  # what another engine counts is believed if it is within this factor of our estimate
-REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just counted
-SPARE = 1.1  # other engines refuse an answer that might not fit, so their prompt counts as this much longer
-
-
-def prompt_budget(n_ctx: int, max_tokens: int) -> int:
-    """The largest prompt in tokens. An answer gets at most three quarters of the context, however long it may be.
-
-    >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
-    (3576, 504)
-    """
-    return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
-
-
 # ------------------------------------------------------------------------------------------- the gateway
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
 STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
-MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
-SAME_BEGINNING = 200  # characters
 MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of tokens
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
 NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
@@ -347,8 +324,6 @@ class Gateway:
         self.warming = Warming(self._choose_to_warm, self._answer)
         self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        # Texts before a cursor that a backend has read, each behind its client, model and backend.
-        self.cached: list[tuple[str, str, str, str]] = []
         self.served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
         self._reconfigured = asyncio.Event()
 
@@ -481,11 +456,11 @@ class Gateway:
         the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
         """
         now, candidates = time.monotonic(), self._who_may(job.fields, bool(job.kind))
-        passed = [*job.tried, *job.busy]
+        passed = [*job.attempts.tried, *job.attempts.busy]
         usable = [one for one in candidates.backends if one not in passed and one.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
-            raise job.failure or self._nobody(candidates)
+            raise job.attempts.failure or self._nobody(candidates)
         if not self._is_fair(job, usable):
             return None
         last = self.served.get(cache_key(job))
@@ -509,7 +484,7 @@ class Gateway:
         editors = self.sharing.editors()
         if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
             return True
-        running = [other for backend in usable for other in backend.active if not other.superseded]
+        running = [other for backend in usable for other in backend.running]
         most = sum(backend.limit for backend in usable)
         if job.kind == "infill":
             alike = [other for other in running if other.kind == "infill" and other.client == job.client]
@@ -522,13 +497,9 @@ class Gateway:
         chosen = self._choose(job)
         if not chosen:
             return False
-        job.model, backend = chosen
-        ticket = backend.breaker.admit(time.monotonic())
-        assert ticket is not None
-        job.ticket, job.backend, job.gone = ticket, backend, asyncio.Event()
-        backend.active.append(job)
+        model, backend = chosen
+        backend.take(job, model)
         self.active.append(job)
-        backend.requests_total += 1
         self._remember_served(job, backend)
         return True
 
@@ -589,20 +560,22 @@ class Gateway:
                     return
                 except HttpError as error:
                     may_fit = isinstance(error, TooLong)  # a longer context
-                    if job.tokens or job.superseded or not (may_fit or error.status in RETRIED):
+                    if job.came.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
                     if error.code == "RATE_LIMIT" and job.kind:
-                        job.busy.append(backend)
+                        job.attempts.busy.append(backend)
                     elif error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
-                        job.tried.append(backend)
-                    if job.failure is None or not isinstance(error, BackendFailure):  # what a backend says tells more
-                        job.failure = error
+                        job.attempts.tried.append(backend)
+                    if not (
+                        job.attempts.failure and isinstance(error, BackendFailure)
+                    ):  # what a backend says counts more
+                        job.attempts.failure = error
 
     def _has_another(self, backend: Backend, job: Job) -> bool:
         """Whether a backend that could not load the job's model has another one for it."""
-        job.without.append((backend, job.model))
+        job.attempts.without.append((backend, job.model))
         options = self._who_may(job.fields, bool(job.kind)).options
-        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
+        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
         if others and backend.models:
             backend.models.pop(job.model, None)  # until its next list
         return bool(others)
@@ -615,20 +588,21 @@ class Gateway:
             yield
         except Exception as error:
             reason = error.code if isinstance(error, HttpError) else "INTERNAL_ERROR"
-            self.requests_failed += reason != "SUPERSEDED"
+            self.requests_failed += reason != SUPERSEDED
             raise
         finally:
             job.notes |= notes_of(job)
-            self._count_end(job, job.reason or ("SUPERSEDED" if job.superseded else reason))
+            self._count_end(job, job.came.reason or reason)
 
     def _count_end(self, job: Job, reason: str) -> None:
         tally = self.tallies.setdefault(job.model or NO_MODEL, Tally())
         tally.end(reason)
-        tally.tokens += job.tokens
-        if job.first_token:
+        came = job.came
+        tally.tokens += came.tokens
+        if came.first:
             # When the last token of an answer came that is not whole, nobody has noted.
-            last, tokens = (job.result_came, job.tokens) if job.reason else (job.first_token, 1)
-            tally.spoke(job.first_token - job.started, last - job.started, tokens)
+            last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
+            tally.spoke(came.first - job.started, last - job.started, tokens)
 
     def _count_work(self, job: Job, told: Mapping[str, Any]) -> None:
         """Count what the backend tells that it has done."""
@@ -649,22 +623,22 @@ class Gateway:
             try:
                 if not self._assign(job) and job.kind:
                     await self._wait_in_line(job)
-                    if not job.backend:
+                    if not job.place:
                         self._assign(job)
                 break
             except HttpError:
-                if not job.busy or job.patience() < job.pause:
+                if not job.attempts.busy or job.patience() < job.attempts.pause:
                     raise
-                await asyncio.sleep(job.pause)
-                job.busy.clear()
-                job.pause = min(2 * job.pause, MAX_BUSY_SECONDS)
-        if not job.backend:
+                await asyncio.sleep(job.attempts.pause)
+                job.attempts.busy.clear()
+                job.attempts.pause = min(2 * job.attempts.pause, MAX_BUSY_SECONDS)
+        if not job.place:
             there = [backend for backend in self.backends if backend.available] or self.backends
             limit = sum(backend.limit for backend in there)
             kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
             busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
-            raise job.failure or busy
-        return job.backend
+            raise job.attempts.failure or busy
+        return job.place.backend
 
     async def _wait_in_line(self, job: Job) -> None:
         """Until the job has a place, nobody may be asked, or its client has waited for long enough."""
@@ -676,8 +650,8 @@ class Gateway:
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            if job.backend:
-                self._release(job, job.backend)
+            if job.place:
+                self._release(job, job.place.backend)
             raise
         finally:
             if waiting in self.line:
@@ -693,25 +667,22 @@ class Gateway:
         try:
             for other in self._running():
                 if job.session and other.session == job.session and other is not job:
-                    other.superseded = True
-                    other.end(HttpError("SUPERSEDED", "a newer request of this session took its place"))
-            for other in [other for other in backend.active if other.superseded]:
-                await other.gone.wait()
+                    other.came.reason = SUPERSEDED
+                    other.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
+            for place in [other.place for other in backend.active if other.place and other.superseded]:
+                await place.gone.wait()
             await self.warming.stop(backend)
             yield
         except HttpError as error:
-            backend.requests_failed += error.code != "SUPERSEDED"
-            backend.failed(job.ticket, error)
+            backend.requests_failed += error.code != SUPERSEDED
+            backend.failed(job.place.ticket if job.place else 0, error)
             raise
         finally:
             self._release(job, backend)
 
     def _release(self, job: Job, backend: Backend) -> None:
-        backend.active.remove(job)
+        backend.release(job)
         self.active.remove(job)
-        backend.breaker.left(job.ticket)
-        job.backend = None
-        job.gone.set()
         self._call_next()
 
     def _running(self) -> list[Job]:
@@ -733,15 +704,15 @@ class Gateway:
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """What the backend answers, as pairs. If it counts too many tokens, the prompt is fitted and sent again,
         once."""
-        job.n_ctx, job.most = backend.n_ctx(job.model), sys.maxsize
-        for ratio in (backend.ratio.get(job.model), None):
+        limits = backend.prompts.limits(job, backend.n_ctx(job.model))
+        for is_last in (False, True):
             try:
-                asked = self._prepare(job, backend, ratio or max(REFIT * job.weight / job.counted, MIN_RATIO))
+                asked, job.sent = backend.prompts.prepare(job, limits)
                 async with backend.ask(job, asked) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":
-                            job.size += len(value)
-                            if job.size > job.limit:
+                            job.came.size += len(value)
+                            if job.came.size > job.limit:
                                 raise BackendFailure("its completion is too long")
                             self._tokens(job, backend, value.count(b"\n\n"))
                         elif kind == "done":
@@ -750,119 +721,54 @@ class Gateway:
                 return
             except HttpError as error:
                 backend.refused(job, error)
-                if job.tokens or ratio is None or not isinstance(error, TooLong):
+                if job.came.tokens or is_last or not isinstance(error, TooLong):
                     raise
-                self._refit(job, backend, error)
-
-    def _refit(self, job: Job, backend: Backend, error: TooLong) -> None:
-        """Learn from a refusal that a prompt is too long. What another engine says may be misread, so it counts only if
-        it is plausible; without a number, the prompt becomes shorter by a quarter."""
-        counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", job.n_ctx)
-        estimated = backend.estimated_tokens(job)
-        if backend.api:
-            counted = counted if self._is_plausible(job, backend, counted) else 0
-            n_ctx = min(n_ctx, job.n_ctx)
-        if counted:
-            backend.ratio.learn(job.model, job.weight, counted)
-        else:
-            job.most = int(0.75 * estimated)
-        job.counted, job.n_ctx = counted or max(1, round(estimated)), n_ctx
-
-    def _is_plausible(self, job: Job, backend: Backend, counted: int) -> bool:
-        """Whether a prompt may have so many tokens."""
-        estimated = backend.estimated_tokens(job)
-        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+                limits = backend.prompts.refit(job, error)
 
     # Following a completion in a dialect.
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
         model = job.model or self.route(job.fields)
-        return {"model": model, "n_ctx": job.n_ctx or self.n_ctx(model), "kept": job.kept}
-
-    def _max_fresh(self, job: Job, backend: Backend) -> tuple[int | None, list[str]]:
-        """(how many tokens may be read for this job, texts that the backend has read for its client before)."""
-        speed, limit = backend.read_speed.get(job.model), job.fields.get("prompt_ms", 0)
-        if limit <= 1 or not speed or not job.fields["max_tokens"]:
-            return None, []
-        mine = [job.client, job.model, backend.id]
-        return int(speed * limit / 1000), [text for *who, text in self.cached if who == mine]
+        return {"model": model, "n_ctx": job.sent.n_ctx or self.n_ctx(model), "kept": job.sent.kept}
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens; a whole answer without any counts as a success too."""
-        if not job.tokens and count:
-            job.first_token = time.perf_counter()
-        job.tokens += count
-        backend.tokens += count
+        if not job.came.tokens and count:
+            job.came.first = time.perf_counter()
+        job.came.tokens += count
         self.tokens += count
-        if backend.trouble or backend.breaker.failures:
-            job.ticket = backend.breaker.succeeded(job.ticket)
-            backend.found("")
+        backend.count(job, count)
 
     def n_ctx(self, model: str) -> int:
         """Of the first backend that has the model, of those that are there if any is."""
         having = [backend for backend in self.backends if backend.has(model)]
         return first_there(having or self.backends).n_ctx(model)
 
-    def _prepare(self, job: Job, backend: Backend, ratio: float) -> dict[str, Any]:
-        """The fields of vpsd's request, with a prompt that fits."""
-        fields, n_ctx = job.fields, job.n_ctx
-        longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
-        # In the dialects, a small limit leaves no more room than the usual one: a warm-up, with its limit of 0, must
-        # fit the same text as the request that follows.
-        least = DEFAULT_TOKENS if job.kind else 0
-        budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
-        if backend.api:
-            budget = min(int(budget / SPARE), job.most)
-        prepared = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job, backend))
-        job.mode, job.kept, job.weight = fields["mode"], prepared.kept, prepared.weight
-        job.above, job.cut = prepared.above, prepared.cut
-        job.room = n_ctx - int(SPARE * (prepared.weight / ratio + TEMPLATE_TOKENS[fields["mode"]])) - MARGIN_TOKENS
-        passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
-        if job.session:
-            passed["session"] = job.session
-        if language := BY_NAME.get(fields["language"].lower()):  # a backend knows the syntax of these
-            passed["language"] = language
-        return {**passed, **prepared.body}
-
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """The result's own members, then whatever else the backend tells about it."""
         told = read_result(done)
-        job.result_came, reason = time.perf_counter(), told.get("finish_reason", "stop")
-        job.reason = reason if reason in REASONS else "other"
+        job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
+        job.came.reason = reason if reason in REASONS else "other"
         self._count_work(job, told)
-        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.tokens))  # an event may have several
-        counted = told.get("prompt_tokens", 0)
-        if counted and (not backend.api or self._is_plausible(job, backend, counted)):
-            backend.ratio.learn(job.model, job.weight, counted)
-            self._learn_reading(job, backend, counted - told.get("cached_tokens", 0), told.get("ttft"))
+        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # an event may have several
+        backend.prompts.learn(job, told)
+        if job.sent.cut and job.kind in (
+            "infill",
+            "completion",
+        ):  # read it whole later, so that the next one need not be
+            self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
         ours = {
             "language": job.fields["language"],
             "model": job.model,
-            "total_tokens": told.pop("total_tokens", job.tokens),
+            "total_tokens": told.pop("total_tokens", job.came.tokens),
             "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.started)), 3),
             "timestamp": timestamp(),
-            "mode": job.mode,
+            "mode": job.fields["mode"],
         }
         if len(self.backends) > 1:
             ours["backend"] = backend.id
-        return ours | told | ({"kept": job.kept} if job.kept else {})
-
-    def _learn_reading(self, job: Job, backend: Backend, read: int, seconds: float | None) -> None:
-        """How fast the backend reads prompts, and which text of a client's file it has read. A prompt that was cut
-        short for the sake of time is read whole later, so that the next one need not be."""
-        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS:
-            backend.learn_speed(job.model, read / seconds)
-        if job.kind not in ("infill", "completion"):
-            return
-        mine = job.client, job.model, backend.id
-        # What begins alike is of the same file.
-        of_others = [
-            entry for entry in self.cached if entry[:3] != mine or not entry[3].startswith(job.above[:SAME_BEGINNING])
-        ]
-        self.cached = [*of_others, (*mine, job.above)][-MAX_CACHED:]
-        if job.cut:
-            self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
+        return ours | told | ({"kept": job.sent.kept} if job.sent.kept else {})
 
 
 # -------------------------------------------------------------------------------------------- handlers

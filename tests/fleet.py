@@ -241,7 +241,7 @@ class Way:
         return self.path.startswith("/v1/complete") and self.path != "/v1/completions"
 
     def body(self, number: int, mark: str) -> dict[str, Any]:
-        prompt = f"# client {number:04} {'-' * cm4d.SAME_BEGINNING}\n# {mark}\ndef f():\n"
+        prompt = f"# client {number:04} {'-' * pi_backend.SAME_BEGINNING}\n# {mark}\ndef f():\n"
         if self.call == "infill":
             prompt += "    return "
         if self.native:
@@ -361,11 +361,17 @@ class Oracle:
 
     def _wrong(self, what: str, job: pi_backend.Job) -> None:
         states = [(one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.backends]
-        self.journal.faults.append(f"{what}: {job.kind} {job.model} tried {[one.id for one in job.tried]} of {states}")
+        self.journal.faults.append(
+            f"{what}: {job.kind} {job.model} tried {[one.id for one in job.attempts.tried]} of {states}"
+        )
 
     def _watch(self, job: pi_backend.Job) -> tuple[str, pi_backend.Backend] | None:
         now = time.monotonic()
-        left = [one for one in self.gateway.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")]
+        left = [
+            one
+            for one in self.gateway.backends
+            if one not in (*job.attempts.tried, *job.attempts.busy) and one.has("qwen_0_5b")
+        ]
         left = [one for one in left if one.breaker.admits(now)]
         usable = [one for one in left if not one.trouble] or left
         free = [one for one in usable if len(one.active) < one.limit]

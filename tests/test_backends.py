@@ -828,7 +828,7 @@ def test_an_impossible_count_teaches_nothing() -> None:
         counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
         async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
             assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
-            assert pi.gateway.first.ratio.get("qwen_0_5b") == 3.0
+            assert pi.gateway.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
     run(scenario())
 

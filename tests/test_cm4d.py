@@ -34,9 +34,10 @@ import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker
 from cerebrum.pi import upstream as pi_upstream
+from cerebrum.pi.backend import MARGIN_TOKENS, prompt_budget
 from cerebrum.pi.upstream import BackendConfig, Endpoint, read_text
 from cerebrum.settings import ConfigError, Environment, load_catalog
-from cm4d import load_config, prompt_budget, read_completion
+from cm4d import load_config, read_completion
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -605,7 +606,7 @@ def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], s
             await backend.begun.wait()
             if not more:
                 for _ in range(breaker.FAILURES_TO_OPEN):
-                    pi.gateway.first.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
+                    pi.gateway.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
             newer = await pi.complete(session="editor", **more)
             assert (newer.status, newer.json["code"]) == (status, code)
             go.set()
@@ -628,7 +629,7 @@ def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
             older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
             await backend.begun.wait()
             if hang == "after a token":
-                await until(lambda: pi.gateway.active[0].tokens == 1)
+                await until(lambda: pi.gateway.active[0].came.tokens == 1)
             assert (await other.complete(session="editor")).json["completion"] == "ab"
             check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
             assert pi.gateway.first.breaker.describe(0)["failures"] == 0
@@ -810,7 +811,7 @@ def test_a_long_prompt_is_fitted_and_refitted_once():
 
 @pytest.mark.parametrize(("n_ctx", "max_tokens", "budget"), [(4096, 512, 3584), (4096, 2048, 2048), (2048, 2048, 512)])
 def test_prompt_budget(n_ctx: int, max_tokens: int, budget: int):
-    assert prompt_budget(n_ctx, max_tokens) == budget - cm4d.MARGIN_TOKENS
+    assert prompt_budget(n_ctx, max_tokens) == budget - MARGIN_TOKENS
 
 
 def test_an_http_1_0_client_gets_the_events_without_chunks():

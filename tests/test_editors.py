@@ -572,7 +572,7 @@ def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
         slow = [CHUNKED, *map(chunk, text[:2]), go.wait, chunk(text[2]), chunk(end), b"0\r\n\r\n"]
         async with Backend([slow, script("x")]) as backend, pi_for(backend.port) as pi:
             older = infill(pi)
-            await until(lambda: pi.gateway.active and pi.gateway.active[0].tokens == 2)
+            await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens == 2)
             newer = infill(pi, prompt="    return")
             assert (await older).json["content"] == ""
             newest = start(pi, "/infill", {**FILE, "prompt": "    return a", "stream": True})
@@ -682,7 +682,7 @@ def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
 
     async def scenario() -> None:
         async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
             await infill(pi, **IN_TIME)
             await until(lambda: len(backend.completions) == 2 and pi.gateway.first.warming is None)
             await start(pi, CHATS, CHAT)
@@ -706,7 +706,7 @@ def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
 
     async def scenario() -> None:
         async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
             await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
             await until(lambda: backend.completions and pi.gateway.first.warming is None)
             await infill(pi, **IN_TIME, input_extra=extra)
@@ -723,7 +723,7 @@ def test_no_limit_of_time(limit: int):
 
     async def scenario() -> None:
         async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.read_speed["qwen_0_5b"] = 100.0
+            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
             await infill(pi, input_prefix=lines, t_max_prompt_ms=limit)
             assert backend.completions[0]["prompt"] == lines + FILE["prompt"]
 
@@ -735,7 +735,7 @@ def test_the_speed_of_reading_is_learned_from_results():
         told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
         async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
             await infill(pi)
-            assert pi.gateway.first.read_speed == {"qwen_0_5b": 200.0}
+            assert pi.gateway.first.prompts.speed == {"qwen_0_5b": 200.0}
 
     run(scenario())
 

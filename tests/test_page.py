@@ -223,7 +223,7 @@ def test_a_request_that_was_superseded_has_not_failed() -> None:
             _, writer = await pi.open(
                 "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", "session": "s"}
             )
-            await until(lambda: pi.gateway.active and pi.gateway.active[0].tokens)
+            await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
             assert (await pi.complete(session="s")).status == 200
             writer.close()
             told = (await pi.get("/v1/activity")).json

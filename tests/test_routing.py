@@ -558,7 +558,7 @@ def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend() ->
         async with fleet(one, two) as pi:
             older = asyncio.create_task(pi.stream(session="s", model="qwen_1_5b"))
             await one.begun.wait()
-            await until(lambda: pi.gateway.active and pi.gateway.active[0].tokens)
+            await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
             assert await answered(pi, session="s", model="qwen_0_5b") == "b"
             assert (await older).events[-1]["code"] == "SUPERSEDED"
             await asyncio.wait_for(one.left.wait(), 30)
@@ -586,9 +586,9 @@ def test_learned_ratios_are_each_backends_own() -> None:
         done = chunk(event(done=True, total_tokens=1, prompt_tokens=2000))
         one, two = Backend([[CHUNKED, FIRST, done, b"0\r\n\r\n"]]), Backend()
         async with fleet(one, two) as pi:
-            before = [backend.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
+            before = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
             assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-            after = [backend.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
+            after = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
             assert after[0] != before[0]
             assert after[1] == before[1]
 

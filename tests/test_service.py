@@ -311,7 +311,7 @@ def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path)
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
             running = asyncio.create_task(pi.stream())
             await backend.begun.wait()
-            await until(lambda: pi.gateway.active[0].tokens)
+            await until(lambda: pi.gateway.active[0].came.tokens)
             await pi.server.stop(0.0)
             reply = await running
             assert not reply.clean

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.dialects import APIS, LENGTH, Wanted, read_listed, read_props
+from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import (
     ASIDE_SECONDS,
@@ -41,7 +41,8 @@ from cerebrum.pi.upstream import (
     Upstream,
     relay,
 )
-from cerebrum.text.prompt import Ratio
+from cerebrum.text.languages import BY_NAME
+from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
@@ -97,46 +98,191 @@ NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One completion: what the client asked, what was sent to a backend, and what has come back."""
+SUPERSEDED = "SUPERSEDED"
 
-    fields: dict[str, Any]  # as `read_completion` gives them
-    session: str = ""  # from `session_of`; "" without one
-    end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
-    limit: float = math.inf  # bytes of text events that its client's API can take
-    kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
-    client: str = ""  # of a dialect's request: its address
-    backend: Backend | None = None  # where it holds a place
+
+@dataclass(slots=True)
+class Attempts:
+    """Where a job has been in vain, and what came of it."""
+
     tried: list[Backend] = field(default_factory=list)  # that have failed it
     busy: list[Backend] = field(default_factory=list)  # that have answered 429 to a dialect's request
     pause: float = BUSY_SECONDS  # before they are asked again
     without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
-    failure: HttpError | None = None  # of the one whose error tells most
-    notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
-    model: str = ""
-    mode: str = ""
-    n_ctx: int = 0  # of the model
-    kept: dict[str, Any] = field(default_factory=dict)  # how much of the prompt was sent
-    weight: int = 0  # of the prompt that was sent, for the ratio
-    counted: int = 0  # tokens of it, if the backend has refused it as too long
-    most: int = sys.maxsize  # tokens that another engine may get, if it has refused more without a number
+    failure: HttpError | None = None  # of the one whose error says most
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What of a job's prompt was sent to a backend."""
+
+    n_ctx: int = 0  # of the model, in tokens
+    kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text, for the client
+    weight: int = 0  # of the prompt, for the ratio
     room: int = 0  # tokens that the context has left for the answer
-    above: str = ""  # the text before the cursor that was sent
+    above: str = ""  # the text before the cursor
     cut: bool = False  # to what can be read in the time that the client allows
-    tokens: int = 0  # relayed so far
-    first_token: float = 0.0  # when the first of them came, as `started`
-    result_came: float = 0.0  # when its backend said that it is whole
-    reason: str = ""  # and why it ended, one of REASONS
-    size: int = 0  # bytes of text events so far
-    ticket: int = 0  # of the breaker
-    superseded: bool = False  # a newer request of its session has ended it
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it holds no place any more
+
+
+@dataclass(slots=True)
+class Came:
+    """What has come back of a job."""
+
+    tokens: int = 0
+    size: int = 0  # bytes of text events
+    first: float = 0.0  # when the first token came, as `Job.started`
+    last: float = 0.0  # when its backend said that the answer is whole
+    reason: str = ""  # why the answer ended, one of REASONS, or SUPERSEDED
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A place that a job holds at a backend."""
+
+    backend: Backend
+    ticket: int  # of the backend's breaker
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it is given back
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One completion: what the client asked, and where it stands."""
+
+    fields: dict[str, Any]  # as `read_completion` in cm4d.py gives them
+    session: str = ""  # unique across clients; "" without one
+    end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
+    limit: float = math.inf  # bytes of text events that its client's API can take
+    kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
+    client: str = ""  # of a dialect's request: its address
+    notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
     started: float = field(default_factory=time.perf_counter)
+    model: str = ""  # its id, once one is chosen
+    place: Place | None = None  # that it holds
+    attempts: Attempts = field(default_factory=Attempts)
+    sent: Sent = Sent()
+    came: Came = field(default_factory=Came)
+
+    @property
+    def superseded(self) -> bool:
+        """A newer request of its session has ended it."""
+        return self.came.reason == SUPERSEDED
 
     def patience(self) -> float:
         """Seconds for which a dialect's request still waits for a place."""
         return self.started + WAIT_SECONDS[self.kind] - time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------- prompts
+
+SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
+PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
+MARGIN_TOKENS = 8  # of n_ctx, never used
+PLAUSIBLE = 4  # what another engine counts is believed if it is within this factor of our estimate
+REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just counted
+SPARE = 1.1  # other engines refuse an answer that might not fit, so their prompt counts as this much longer
+
+
+def prompt_budget(n_ctx: int, max_tokens: int) -> int:
+    """The largest prompt in tokens. An answer gets at most three quarters of the context, however long it may be.
+
+    >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
+    (3576, 504)
+    """
+    return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
+
+
+MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
+MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
+SAME_BEGINNING = 200  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a prompt is fitted to."""
+
+    n_ctx: int  # tokens of the context
+    ratio: float  # weight per token
+    most: int = sys.maxsize  # tokens, if an engine has refused more without a number
+
+
+class Prompts:
+    """What one backend has shown of prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
+
+    def __init__(self, is_engine: bool) -> None:
+        self.ratio = Ratio()
+        self.speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
+        self._is_engine = is_engine
+        self._read: list[tuple[str, str, str]] = []  # client, model, and a text before a cursor
+
+    def limits(self, job: Job, n_ctx: int) -> Limits:
+        return Limits(n_ctx, self.ratio.get(job.model))
+
+    def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
+        """The fields of vpsd's request, with a prompt that fits, and what of the text is in it."""
+        fields, n_ctx = job.fields, limits.n_ctx
+        longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
+        # In the dialects, a small limit leaves no more room than the usual one: a warm-up, with its limit of 0, must
+        # fit the same text as the request that follows.
+        least = DEFAULT_TOKENS if job.kind else 0
+        budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
+        if self._is_engine:
+            budget = min(int(budget / SPARE), limits.most)
+        prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job))
+        tokens = prepared.weight / limits.ratio + TEMPLATE_TOKENS[fields["mode"]]
+        room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+        passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
+        if job.session:
+            passed["session"] = job.session
+        if language := BY_NAME.get(fields["language"].lower()):  # a backend knows the syntax of these
+            passed["language"] = language
+        sent = Sent(n_ctx, prepared.kept, prepared.weight, room, prepared.above, prepared.cut)
+        return {**passed, **prepared.body}, sent
+
+    def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
+        """(how many tokens may be read for this job, texts that were read for its client before)."""
+        speed, limit = self.speed.get(job.model), job.fields.get("prompt_ms", 0)
+        if limit <= 1 or not speed or not job.fields["max_tokens"]:
+            return None, []
+        return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
+
+    def refit(self, job: Job, error: TooLong) -> Limits:
+        """The limits of another try after a prompt was refused as too long. What another engine counts may be misread,
+        so it must be plausible; without a number, the prompt becomes shorter by a quarter."""
+        sent = job.sent
+        counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", sent.n_ctx)
+        estimated, most = sent.weight / self.ratio.get(job.model), sys.maxsize
+        if self._is_engine:
+            counted = counted if self._is_plausible(job, counted) else 0
+            n_ctx = min(n_ctx, sent.n_ctx)
+        if counted:
+            self.ratio.learn(job.model, sent.weight, counted)
+        else:
+            most = int(0.75 * estimated)
+        return Limits(n_ctx, max(REFIT * sent.weight / (counted or max(1, round(estimated))), MIN_RATIO), most)
+
+    def _is_plausible(self, job: Job, counted: int) -> bool:
+        """Whether a prompt may have so many tokens."""
+        estimated = job.sent.weight / self.ratio.get(job.model)
+        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+
+    def learn(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Learn from a whole answer how many tokens a text has, how fast it was read, and that it was."""
+        counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
+        if not counted or (self._is_engine and not self._is_plausible(job, counted)):
+            return
+        self.ratio.learn(job.model, job.sent.weight, counted)
+        read = counted - result.get("cached_tokens", 0)
+        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS:
+            speed = read / seconds
+            self.speed[job.model] = self.speed.get(job.model, speed) * 0.75 + speed * 0.25
+        if job.kind in ("infill", "completion"):
+            # What begins alike is of the same file.
+            mine, beginning = (job.client, job.model), job.sent.above[:SAME_BEGINNING]
+            others = [one for one in self._read if one[:2] != mine or not one[2].startswith(beginning)]
+            self._read = [*others, (*mine, job.sent.above)][-MAX_CACHED:]
+
+
+# ------------------------------------------------------------------------------------------- the backend
 
 
 class Backend:
@@ -146,11 +292,10 @@ class Backend:
         self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: one of our own
         self.breaker = Breaker(random.random)
-        self.ratio = Ratio()
+        self.prompts = Prompts(is_engine=self.api is not None)
         self.active: list[Job] = []  # that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens = 0  # that it has generated
-        self.read_speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
         self.warming: tuple[Job, asyncio.Task[None]] | None = None
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # that have ended
@@ -205,20 +350,21 @@ class Backend:
         """Whether it is probably a cloud."""
         return self.config.api == "openai" and self.config.endpoint.tls
 
+    @property
+    def running(self) -> list[Job]:
+        """The jobs that hold a place, but for those that a newer one of their session ends."""
+        return [job for job in self.active if not job.superseded]
+
     def load(self) -> float:
         """The share of its places that is taken."""
         return len(self.active) / self.limit
-
-    def estimated_tokens(self, job: Job) -> float:
-        """Of the job's prompt, by the ratio that it has learned."""
-        return job.weight / self.ratio.get(job.model)
 
     def has_place(self, job: Job) -> bool:
         """Whether it has a place for this job, which ends the older ones of its session."""
         if len(self.active) < self.limit:
             return True
         session = job.session or None
-        return sum(not other.superseded and other.session != session for other in self.active) < self.limit
+        return sum(other.session != session for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
         """Whether it may have a model. Of another engine, the name for it must be known."""
@@ -324,6 +470,31 @@ class Backend:
         except HttpError:
             return {}  # it can be turned off
 
+    # Places.
+
+    def take(self, job: Job, model: str) -> None:
+        """Give the job a place for a completion by this model. The breaker must admit it."""
+        ticket = self.breaker.admit(time.monotonic())
+        assert ticket is not None
+        job.model, job.place = model, Place(self, ticket)
+        self.active.append(job)
+        self.requests_total += 1
+
+    def release(self, job: Job) -> None:
+        """Take the job's place back."""
+        assert job.place
+        self.active.remove(job)
+        self.breaker.left(job.place.ticket)
+        job.place.gone.set()
+        job.place = None
+
+    def count(self, job: Job, tokens: int) -> None:
+        """Tokens have come for a job, or a whole answer without any; the backend works."""
+        self.tokens += tokens
+        if job.place and (self.trouble or self.breaker.failures):
+            job.place.ticket = self.breaker.succeeded(job.place.ticket)
+            self.found("")
+
     # Completing.
 
     @contextlib.asynccontextmanager
@@ -340,7 +511,7 @@ class Backend:
             return
         api, fim = self.api, self.fim.get(job.model, ())
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, job.room))
+        body = dialect.write(Wanted(asked, model, fim, job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
@@ -364,7 +535,7 @@ class Backend:
             self._models_until = 0.0
             self.wake.set()
         n_ctx = error.extra.get("n_ctx", 0)
-        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
+        if isinstance(error, TooLong) and 0 < n_ctx < job.sent.n_ctx and self.models and job.model in self.models:
             self.models[job.model]["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
@@ -385,10 +556,6 @@ class Backend:
         tokens = answer.get("tokens", [])
         return tokens if isinstance(tokens, list) else []
 
-    def learn_speed(self, model: str, speed: float) -> None:
-        """How fast it reads prompts, in tokens per second."""
-        self.read_speed[model] = self.read_speed.get(model, speed) * 0.75 + speed * 0.25
-
 
 def first_there(backends: Sequence[Backend]) -> Backend:
     """The first of these that is there, or else the first."""
@@ -398,6 +565,6 @@ def first_there(backends: Sequence[Backend]) -> Backend:
 def notes_of(job: Job) -> dict[str, Any]:
     """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
     notes: dict[str, Any] = {"model": job.model} if job.model else {}
-    if job.first_token:
-        notes |= {"tokens": job.tokens, "ttft": f"{job.first_token - job.started:.2f}s"}
+    if job.came.first:
+        notes |= {"tokens": job.came.tokens, "ttft": f"{job.came.first - job.started:.2f}s"}
     return notes

@@ -21,12 +21,11 @@ from collections.abc import (
 from dataclasses import dataclass
 from typing import Any
 
-from cerebrum.pi.backend import Backend, Job, notes_of
+from cerebrum.pi.backend import SAMPLED_BY, Backend, Job, notes_of
 from cerebrum.pi.dialects import Asked
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum_common import HttpError, internal_error, log
 
-SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 # ------------------------------------------------------------------------------------- policy: editors
 
 MAX_TYPED_CHARS = 1024  # while a completion is computed, accepted suggestions included
