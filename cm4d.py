@@ -566,9 +566,8 @@ class Gateway:
                         job.attempts.busy.append(backend)
                     elif error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
                         job.attempts.tried.append(backend)
-                    if not (
-                        job.attempts.failure and isinstance(error, BackendFailure)
-                    ):  # what a backend says counts more
+                    # What a backend says counts more than that another one failed.
+                    if not (job.attempts.failure and isinstance(error, BackendFailure)):
                         job.attempts.failure = error
 
     def _has_another(self, backend: Backend, job: Job) -> bool:
