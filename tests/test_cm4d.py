@@ -13,22 +13,7 @@ from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run, run_to_the_end, until
-from scripted import (
-    CHUNKED,
-    DONE,
-    GOOD,
-    HANG,
-    MODELS,
-    Backend,
-    Flood,
-    answer,
-    chunk,
-    error,
-    event,
-    head,
-    pi_for,
-    token,
-)
+from scripted import CHUNKED, DONE, GOOD, HANG, MODELS, Backend, Flood, answer, chunk, error, event, head, pi_for, token
 
 import cm4d
 from cerebrum.pi import backend as pi_backend

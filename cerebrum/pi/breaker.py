@@ -10,9 +10,7 @@ Pure: no clock, no chance of its own. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-)
+from collections.abc import Callable
 from typing import Any
 
 # ------------------------------------------------------------------------------------- policy: breaker

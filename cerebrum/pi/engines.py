@@ -18,12 +18,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import re
-from collections.abc import (
-    AsyncGenerator,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, read_counts, read_overflow, read_progress

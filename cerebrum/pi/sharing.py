@@ -12,12 +12,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -44,20 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from servers import (
-    FILES,
-    SPIN,
-    Question,
-    Result,
-    Server,
-    llama_server,
-    median,
-    prose,
-    rewrite,
-    together,
-    vpsd,
-    words,
-)
+from servers import FILES, SPIN, Question, Result, Server, llama_server, median, prose, rewrite, together, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
