@@ -21,12 +21,13 @@ After its first token no request is sent again. Before it, no backend gets a req
 refused as too long, a model that it could not load, if it has another one, and a 429. A connection to a backend is used
 for one request only.
 
-Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. Its probe task
-keeps that knowledge fresh; a completion asks for lists of models only before any probe. `Gateway` owns the backends
-and what belongs to clients: those who wait, what they share, what is predicted. A `Shared` completion owns the task
-that computes it, and ends with its last reader. Everything runs on the event loop's thread; there is no other thread.
-Standard library only, with cerebrum_common.py, models.toml and the folder cerebrum beside it, of which cerebrum/vps is
-not needed. Without cerebrum/pi/page.html there is no page at `/`.
+Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. `Fleet` owns the
+backends and the probes that keep this knowledge fresh, and says who may answer. `Sharing` owns what clients have in
+common, `Warming` the prompts to be read ahead, `Counting` the totals, and `Gateway` the line of those who wait for a
+place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the event
+loop's thread; names are resolved in threads of their own. Standard library only, with cerebrum_common.py, models.toml
+and the folder cerebrum beside it, of which cerebrum/vps is not needed. Without cerebrum/pi/page.html there is no page
+at `/`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ import contextlib
 import hashlib
 import io
 import math
-import random
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -58,13 +58,11 @@ from typing import Any
 
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import (
-    CANCELLED,
     COMPLETIONS,
     CONTENT_TYPE,
     SERVER,
     Metric,
     Table,
-    Tally,
     Things,
     resident_bytes,
     write_metrics,
@@ -73,15 +71,13 @@ from cerebrum.metrics import (
 from cerebrum.pi.backend import (
     BREAKER_OPEN,
     MAX_BUSY_SECONDS,
-    NEVER_ASKED,
     SUPERSEDED,
     WITHOUT_MODEL,
     Backend,
     Job,
-    first_there,
-    notes_of,
 )
 from cerebrum.pi.breaker import BREAKER_STATES
+from cerebrum.pi.counting import Counting
 from cerebrum.pi.dialects import (
     DEFAULT_TOKENS,
     DIALECTS,
@@ -95,10 +91,10 @@ from cerebrum.pi.dialects import (
     write_model,
     write_props,
 )
-from cerebrum.pi.page import History, Page
+from cerebrum.pi.fleet import Fleet, first_there
+from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
 from cerebrum.pi.upstream import (
-    COUNT,
     MAX_PLACES,
     PASSED_ON,
     BackendConfig,
@@ -225,26 +221,6 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     return fields | {"mode": detect_mode(fields)}
 
 
-def rank_models(
-    config: Config, language: str, mode: str, present: Collection[str] | None, any_language: bool = False
-) -> list[str]:
-    """The ids of the models for a request, best first: of those `present` on a backend, first those that [prefer] lists
-    for the mode and that serve the language, then the others in the table's order. A chat counts as an instruction.
-
-    With `any_language`, a language that no present model serves goes to any of them. Without it, the one model may be
-    one that is not there: a backend's 404 says which file is missing and how to get it. As long as it is unknown which
-    models are there (None), there are no preferences.
-    """
-    here = [model for model in config.models if present is None or model.id in present]
-    serving = [model.id for model in here if language in model.languages]
-    if not language or (any_language and not serving):
-        serving = [model.id for model in here]
-    if not serving:
-        return [next((model for model in config.models if language in model.languages), config.models[0]).id]
-    preferred = () if present is None else config.prefer.get("instruct" if mode == "chat" else mode, ())
-    return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
-
-
 def session_of(address: str, session: str | None) -> str:
     """A name for the session that is unique across clients, or "" without one.
 
@@ -272,251 +248,74 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- the gateway
 
-PROBE_SECONDS = 5.0  # between two probes, +- 20 %
-PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
-STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of tokens
 MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
-NO_MODEL = "none"  # stands for the model of a completion that got none, in the counts of completions
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
-    the table's order."""
-
-    options: Sequence[tuple[str, frozenset[Backend]]]
-    backends: Sequence[Backend]
 
 
 REASONS = frozenset({"stop", "length", "block", "repeat"})  # why a completion ends by itself
 
 
-def cache_key(job: Job) -> str:
-    """Names the session of a job, or else its client's file. The backend that served it last probably has the beginning
-    of the prompt in its cache."""
-    return job.session or f"{job.client} {job.fields.get('filename') or ''}".lstrip()
-
-
 class Gateway:
-    """All state of the Pi. Owns the backends, and what belongs to clients."""
+    """All state of the Pi. Owns those who wait for a place, and lets the owners of the rest work together."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.backends = [Backend(backend, config.models) for backend in config.backends]
         self.active: list[Job] = []  # that hold a place, maybe at a backend that is no longer in models.toml
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum/pi/page.html")
-        self.requests_started = self.requests_failed = self.tokens = self.reconfigured = 0
-        self.tallies = {model.id: Tally() for model in config.models}
-        self.history = History(self.started)
+        self.reconfigured = 0
         self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
         self.warming = Warming(self._choose_to_warm, self._answer)
         self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
+        self.counting = Counting(self.sharing.counts, config.models)
+        self.fleet = Fleet(self.sharing.is_fair, self._probed)
+        self.fleet.replace(config.backends, config.models, config.prefer)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
-        self._reconfigured = asyncio.Event()
-
-    @property
-    def requests_total(self) -> int:
-        """Completions that were asked for, computed or not."""
-        return self.requests_started + self.counts["shared"] + self.counts["type_through"]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.sharing.counts
-
-    @property
-    def requests_active(self) -> int:
-        return len(self.active)
-
-    @property
-    def available(self) -> bool:
-        return any(backend.available for backend in self.backends)
-
-    @property
-    def first(self) -> Backend:
-        """The backend whose figures stand for all."""
-        return first_there(self.backends)
-
-    @property
-    def message(self) -> str:
-        """Why no backend is available."""
-        if self.available:
-            return ""
-        named = [f"{backend.id}: {backend.message}" for backend in self.backends]
-        return "; ".join(named) if len(named) > 1 else self.first.message
-
-    @property
-    def models(self) -> dict[str, dict[str, Any]] | None:
-        """What the first backend that has it tells of each model; None until a list came."""
-        lists = [backend.models for backend in self.backends if backend.models is not None]
-        return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
-
-    @property
-    def probes(self) -> int:
-        """How often every backend has been probed."""
-        return min(backend.probes for backend in self.backends)
-
-    def sample(self) -> None:
-        """Bring `history` up to date."""
-        self.history.sample(time.monotonic(), (self.requests_total, self.requests_failed, self.tokens))
-
-    def close(self) -> None:
-        """Close what is kept for requests to come."""
-        for backend in self.backends:
-            backend.upstream.close()
-
-    # Probing.
 
     def reconfigure(self, config: Config) -> None:
-        """Apply new settings; running requests continue. A backend whose id stays keeps what is known of it.
-        ConfigError if the settings cannot be used; then nothing has changed."""
-        backends = [Backend(backend, config.models) for backend in config.backends]
-        known = {(backend.id, backend.config.api): backend for backend in self.backends}
-        for number, new in enumerate(backends):
-            if old := known.get((new.id, new.config.api)):
-                old.adopt(new)
-                backends[number] = old
-        gone = [backend for backend in self.backends if backend not in backends]
-        self.config, self.backends = config, backends
+        """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
+        changed."""
+        self.fleet.replace(config.backends, config.models, config.prefer)
+        self.config = config
         self.reconfigured += 1
-        self.tallies = {model.id: Tally() for model in config.models} | self.tallies
-        self.served = {key: backend for key, backend in self.served.items() if backend not in gone}
-        for backend in gone:
-            backend.wake.set()  # ends its probing
-            backend.upstream.close()
-            if backend.warming:
-                backend.warming[1].cancel()
-        self._reconfigured.set()
+        self.counting.add_models(config.models)
         self._call_next()
 
-    async def probe_forever(self) -> None:
-        """Keep `history` and what is known of each backend up to date: probe every 5 s, and when woken."""
-        async with asyncio.TaskGroup() as group:
-            probed = set[Backend]()
-            while True:
-                for backend in set(self.backends) - probed:
-                    group.create_task(self._probe_forever(backend))
-                probed = set(self.backends)
-                self._reconfigured.clear()
-                await self._reconfigured.wait()
+    def _probed(self, backend: Backend) -> None:
+        """A probe has ended, and may have found that a backend is there again."""
+        self.counting.sample()
+        if not backend.trouble:
+            self._call_next()
 
-    def stuck(self, now: float) -> str:
-        """Names a backend whose probe has hung; "" if there is none."""
-        stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
-        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
-
-    async def _probe_forever(self, backend: Backend) -> None:
-        while backend in self.backends:
-            backend.wake.clear()
-            await backend.probe()
-            self.sample()
-            if not backend.trouble:
-                self._call_next()
-            delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
-            if retry := backend.breaker.retry_in(time.monotonic()):
-                delay = min(delay, retry)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await backend.wake.wait()
-
-    # Routing.
-
-    def route(self, fields: Mapping[str, Any]) -> str:
-        """The id of the model that is asked for, or the best one, of those that are there if any is."""
-        options = self._who_may(fields, any_language=True).options
-        there = (model for model, having in options if any(backend.available for backend in having))
-        return next(there, options[0][0])
-
-    def _who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
-        """Who may answer, by the lists of models alone."""
-        asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
-        ids = [asked] if asked is not None else rank_models(self.config, language, mode, self.models, any_language)
-        options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
-        if not any(having for _, having in options):  # one of our own says what is missing, and how to get it
-            options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
-        backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        return Candidates(options, backends)
-
-    def _choose(self, job: Job) -> tuple[str, Backend] | None:
-        """The model and the backend for a job; None if all places are taken. HttpError if nobody may be asked.
-
-        Backends that the last probe did not reach are asked only if there are no others. Of those with a free place,
-        the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
-        """
-        now, candidates = time.monotonic(), self._who_may(job.fields, bool(job.kind))
-        passed = [*job.attempts.tried, *job.attempts.busy]
-        usable = [one for one in candidates.backends if one not in passed and one.breaker.admits(now)]
-        usable = [backend for backend in usable if not backend.trouble] or usable
-        if not usable:
-            raise job.attempts.failure or self._nobody(candidates)
-        if not self._is_fair(job, usable):
-            return None
-        last = self.served.get(cache_key(job))
-        free = [backend for backend in usable if backend.has_place(job)]
-        for model, having in candidates.options:
-            if best := [backend for backend in free if backend in having]:
-                return model, last if last in best else min(best, key=Backend.load)
-        return None
-
-    def _nobody(self, candidates: Candidates) -> HttpError:
-        if candidates.backends:
-            return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-        if unknown := [backend for backend in self.backends if backend.models is None]:
-            return HttpError("VPS_UNAVAILABLE", next((one.message for one in unknown if one.message), NEVER_ASKED))
-        expected, got = ", ".join(self.models or ()), describe(candidates.options[0][0])
-        return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
-
-    def _is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
-        """While an editor was seen lately, chats and plain completions leave a place for infills, and one client's
-        infills leave one for another client's. Requests of our own API take any place."""
-        editors = self.sharing.editors()
-        if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
-            return True
-        running = [other for backend in usable for other in backend.running]
-        most = sum(backend.limit for backend in usable)
-        if job.kind == "infill":
-            alike = [other for other in running if other.kind == "infill" and other.client == job.client]
-        else:
-            alike = [other for other in running if other.kind in ("chat", "completion")]
-        return len(alike) < max(1, most - 1)
+    # Places.
 
     def _assign(self, job: Job) -> bool:
-        """Give the job a place; False if all are taken. HttpError as by `_choose`."""
-        chosen = self._choose(job)
+        """Give the job a place; False if all are taken. HttpError as by `Fleet.choose`."""
+        chosen = self.fleet.choose(job)
         if not chosen:
             return False
         model, backend = chosen
         backend.take(job, model)
         self.active.append(job)
-        self._remember_served(job, backend)
+        self.fleet.remember_served(job, backend)
         return True
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
         """The backend that may read a prompt ahead, after setting the job's model; None if there is none now. A prompt
         that no backend reads ahead is forgotten."""
-        if not any(one.warms for one in self._who_may(job.fields, True).backends):
+        if not any(one.warms for one in self.fleet.who_may(job.fields, True).backends):
             self.warming.waiting.pop(job.client, None)
             return None
         try:
-            chosen = None if self.line else self._choose(job)
+            chosen = None if self.line else self.fleet.choose(job)
         except HttpError:
             return None  # nobody is there
         if not chosen or not chosen[1].may_warm:
             return None
         job.model, backend = chosen
-        self._remember_served(job, backend)
+        self.fleet.remember_served(job, backend)
         return backend
-
-    def _remember_served(self, job: Job, backend: Backend) -> None:
-        if key := cache_key(job):
-            self.served.pop(key, None)
-            self.served[key] = backend
-            if len(self.served) > MAX_SERVED:
-                del self.served[next(iter(self.served))]
 
     # Completing.
 
@@ -534,11 +333,10 @@ class Gateway:
         HttpError. Whatever it holds is acquired in this body, so it is released when the generator ends or is closed; a
         generator that was never started holds nothing.
         """
-        self.requests_started += 1
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(job.fields))
-        async with self._counting(job):
+        async with self.counting.completion(job):
             while True:
                 backend = await self._enter(job)
                 try:
@@ -556,60 +354,16 @@ class Gateway:
                         raise
                     if error.code == "RATE_LIMIT" and job.kind:
                         job.attempts.busy.append(backend)
-                    elif error.code not in WITHOUT_MODEL or not self._has_another(backend, job):
+                    elif error.code not in WITHOUT_MODEL or not self.fleet.has_another(backend, job):
                         job.attempts.tried.append(backend)
                     # What a backend says counts more than that another one failed.
                     if not (job.attempts.failure and isinstance(error, BackendFailure)):
                         job.attempts.failure = error
 
-    def _has_another(self, backend: Backend, job: Job) -> bool:
-        """Whether a backend that could not load the job's model has another one for it."""
-        job.attempts.without.append((backend, job.model))
-        options = self._who_may(job.fields, bool(job.kind)).options
-        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
-        if others and backend.models:
-            backend.models.pop(job.model, None)  # until its next list
-        return bool(others)
-
-    @contextlib.asynccontextmanager
-    async def _counting(self, job: Job) -> AsyncIterator[None]:
-        """Count how the completion ends, and note for the log how it went."""
-        reason = CANCELLED
-        try:
-            yield
-        except Exception as error:
-            reason = error.code if isinstance(error, HttpError) else "INTERNAL_ERROR"
-            self.requests_failed += reason != SUPERSEDED
-            raise
-        finally:
-            job.notes |= notes_of(job)
-            self._count_end(job, job.came.reason or reason)
-
-    def _count_end(self, job: Job, reason: str) -> None:
-        tally = self.tallies.setdefault(job.model or NO_MODEL, Tally())
-        tally.end(reason)
-        came = job.came
-        tally.tokens += came.tokens
-        if came.first:
-            # When the last token of an answer came that is not whole, nobody has noted.
-            last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
-            tally.spoke(came.first - job.started, last - job.started, tokens)
-
-    def _count_work(self, job: Job, told: Mapping[str, Any]) -> None:
-        """Count what the backend tells that it has done."""
-        names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
-        prompt, cached, drafted, accepted = (told[name] if COUNT.accepts(told.get(name)) else 0 for name in names)
-        tally = self.tallies[job.model]
-        tally.prompt_tokens += max(0, prompt - cached)
-        tally.cached_tokens += cached
-        tally.draft_tokens += drafted
-        tally.accepted_tokens += accepted
-
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
         gets its 429 at once, as its clients are promised. A job that a backend has failed gets that failure."""
-        if not any(backend.is_known for backend in self.backends):  # the daemon has just been started
-            await asyncio.gather(*(backend.probe() for backend in self.backends))
+        await self.fleet.know()
         while True:
             try:
                 if not self._assign(job) and job.kind:
@@ -624,7 +378,7 @@ class Gateway:
                 job.attempts.busy.clear()
                 job.attempts.pause = min(2 * job.attempts.pause, MAX_BUSY_SECONDS)
         if not job.place:
-            there = [backend for backend in self.backends if backend.available] or self.backends
+            there = [backend for backend in self.fleet.backends if backend.available] or self.fleet.backends
             limit = sum(backend.limit for backend in there)
             kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
             busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
@@ -656,8 +410,8 @@ class Gateway:
         which therefore never works on more than `max_concurrent` of our requests.
         """
         try:
-            for other in self._running():
-                if job.session and other.session == job.session and other is not job:
+            for other in [*self.active] if job.session else ():
+                if other.session == job.session and other is not job and not other.superseded:
                     other.came.reason = SUPERSEDED
                     other.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
             for place in [other.place for other in backend.active if other.place and other.superseded]:
@@ -676,12 +430,9 @@ class Gateway:
         self.active.remove(job)
         self._call_next()
 
-    def _running(self) -> list[Job]:
-        return [job for job in self.active if not job.superseded]
-
     def _call_next(self) -> None:
         """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
-        clients = [job.client for job in self._running()]
+        clients = [job.client for job in self.active if not job.superseded]
         for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
             try:
                 called = self._assign(waiting[0])
@@ -720,34 +471,26 @@ class Gateway:
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
-        model = job.model or self.route(job.fields)
-        return {"model": model, "n_ctx": job.sent.n_ctx or self.n_ctx(model), "kept": job.sent.kept}
+        model = job.model or self.fleet.route(job.fields)
+        return {"model": model, "n_ctx": job.sent.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens; a whole answer without any counts as a success too."""
         if not job.came.tokens and count:
             job.came.first = time.perf_counter()
         job.came.tokens += count
-        self.tokens += count
+        self.counting.tokens += count
         backend.count(job, count)
-
-    def n_ctx(self, model: str) -> int:
-        """Of the first backend that has the model, of those that are there if any is."""
-        having = [backend for backend in self.backends if backend.has(model)]
-        return first_there(having or self.backends).n_ctx(model)
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """The result's own members, then whatever else the backend tells about it."""
         told = read_result(done)
         job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
         job.came.reason = reason if reason in REASONS else "other"
-        self._count_work(job, told)
+        self.counting.work(job, told)
         self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # an event may have several
         backend.prompts.learn(job, told)
-        if job.sent.cut and job.kind in (
-            "infill",
-            "completion",
-        ):  # read it whole later, so that the next one need not be
+        if job.sent.cut and job.kind != "chat":  # read it whole later, so that the next one need not be
             self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
         ours = {
             "language": job.fields["language"],
@@ -757,7 +500,7 @@ class Gateway:
             "timestamp": timestamp(),
             "mode": job.fields["mode"],
         }
-        if len(self.backends) > 1:
+        if len(self.fleet.backends) > 1:
             ours["backend"] = backend.id
         return ours | told | ({"kept": job.sent.kept} if job.sent.kept else {})
 
@@ -769,16 +512,16 @@ async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state as the last probe and the traffic have shown it. `vps_available`: any of them is
     there. 503 says what is wrong."""
     told = {
-        "vps_available": gateway.available,
+        "vps_available": gateway.fleet.available,
         "uptime": round(time.monotonic() - gateway.started, 1),
         "backends": [
             {"id": backend.id, "available": backend.available, "message": backend.message}
-            for backend in gateway.backends
+            for backend in gateway.fleet.backends
         ],
     }
-    if gateway.available:
+    if gateway.fleet.available:
         return Response({"status": "healthy", "timestamp": timestamp(), **told})
-    raise HttpError("VPS_UNAVAILABLE", gateway.message, extra={"status": "unhealthy", **told})
+    raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message, extra={"status": "unhealthy", **told})
 
 
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
@@ -838,7 +581,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
     some backend has, or all as long as that is unknown."""
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
-        having = [one for one in gateway.backends if one.available and one.models and model.id in one.models]
+        having = [one for one in gateway.fleet.backends if one.available and one.models and model.id in one.models]
         about = {
             "id": model.id,
             "name": model.name,
@@ -855,14 +598,14 @@ async def models(gateway: Gateway, request: Request) -> Response:
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
         endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
         languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
-    here = [model for model in models if not gateway.models or model.id in gateway.models]
+    here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
     data = [write_model(model.id, gateway.created) for model in here]
     prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
     return Response(
         compact(
             {
                 "models": listed,
-                "vps_available": gateway.available,
+                "vps_available": gateway.fleet.available,
                 "languages": languages,
                 "prefer": prefer,
                 "object": "list",
@@ -882,16 +625,16 @@ async def model(gateway: Gateway, request: Request) -> Response:
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: of the model that answers when none is named."""
-    model = gateway.route({})
-    places = sum(backend.limit for backend in gateway.backends)
-    return Response(compact(write_props(model, gateway.n_ctx(model), places)))
+    model = gateway.fleet.route({})
+    places = sum(backend.limit for backend in gateway.fleet.backends)
+    return Response(compact(write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text in tokens of the model that answers when none is named."""
     fields = read_fields(present(request.json()), TOKENIZE)
-    model = gateway.route({})
-    having = [one for one in gateway.backends if one.has(model) and (not one.api or one.api.tokenize)]
+    model = gateway.fleet.route({})
+    having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     if not having:
         raise HttpError("VPS_UNAVAILABLE", "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
@@ -975,11 +718,12 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 async def activity(gateway: Gateway, request: Request) -> Response:
     """GET /v1/activity: the statistics, why no backend is available, and the counts of the last half hour. Each number
     of `requests`, `failed` and `tokens` counts `step_s` seconds, the last one the present step so far."""
-    gateway.sample()
-    loaded = dict.fromkeys(id for backend in gateway.backends for id in backend.models_loaded)
-    away = [f"{one.id} is away: {one.message}" for one in gateway.backends if gateway.available and one.message]
-    told = {"vps_message": gateway.message, "models_loaded": [*loaded], "notes": away}
-    return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.history.describe()})
+    gateway.counting.sample()
+    fleet = gateway.fleet
+    loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
+    away = [f"{one.id} is away: {one.message}" for one in fleet.backends if fleet.available and one.message]
+    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away}
+    return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.counting.history.describe()})
 
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
@@ -988,12 +732,31 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
     return {
         "uptime": round(now - gateway.started, 1),
         **write_stats(METRICS, things(gateway)),
-        "vps_available": gateway.available,
-        "vps_response_time_ms": gateway.first.response_ms,
+        "vps_available": gateway.fleet.available,
+        "vps_response_time_ms": gateway.fleet.first.response_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": gateway.first.breaker.describe(now),
-        "backends": [backend.describe(now) for backend in gateway.backends],
+        "breaker": gateway.fleet.first.breaker.describe(now),
+        "backends": [describe_backend(backend, now) for backend in gateway.fleet.backends],
+    }
+
+
+def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
+    """Its part of /v1/stats."""
+    return {
+        "id": backend.id,
+        "api": backend.config.api,
+        "available": backend.available,
+        "message": backend.message,
+        "response_time_ms": backend.response_ms,
+        "requests_total": backend.requests_total,
+        "requests_active": len(backend.active),
+        "requests_failed": backend.requests_failed,
+        "max_concurrent": backend.limit,
+        "tokens_total": backend.tokens,
+        "models": list(backend.models or ()),
+        "models_loaded": backend.models_loaded,
+        "breaker": backend.breaker.describe(now),
     }
 
 
@@ -1001,15 +764,18 @@ METRICS: Table = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
                lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
-        Metric("cerebrum_completions_started_total", "Requests for a completion.", "requests_total", "requests_total"),
-        Metric("cerebrum_completions_failed_total", "Completions that failed.", "requests_failed"),
-        Metric("cerebrum_completions_active", "Completions that hold a place.", "requests_active", "requests_active"),
+        Metric("cerebrum_completions_started_total", "Requests for a completion.",
+               "counting.requests", "requests_total"),
+        Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
+        Metric("cerebrum_completions_active", "Completions that hold a place.",
+               lambda pi: len(pi.active), "requests_active"),
         Metric("cerebrum_completions_waiting", "Completions that wait for a place.", lambda pi: len(pi.line)),
-        Metric("cerebrum_shared_total", "Requests that shared a completion.", lambda pi: pi.counts["shared"], "shared"),
+        Metric("cerebrum_shared_total", "Requests that shared a completion.",
+               lambda pi: pi.sharing.counts["shared"], "shared"),
         Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",
-               lambda pi: pi.counts["replaced"], "replaced"),
+               lambda pi: pi.sharing.counts["replaced"], "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
-               lambda pi: pi.counts["type_through"], "type_through"),
+               lambda pi: pi.sharing.counts["type_through"], "type_through"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (
@@ -1041,8 +807,8 @@ METRICS: Table = {
 def things(gateway: Gateway) -> Things:
     """What the rows of METRICS read."""
     now = time.monotonic()
-    backends = {backend.id: backend.describe(now) for backend in gateway.backends}
-    return {"": {"": gateway}, "model": gateway.tallies, "backend": backends}
+    backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}
+    return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -1109,13 +875,13 @@ async def serve(environ: Environment, config: Config) -> int:
         warn_of(new)
         environ.warn_of_changes(new_environ, NEEDS_RESTART)
 
-    service = Service(reload, gateway.stuck)
-    probing = asyncio.create_task(gateway.probe_forever())
+    service = Service(reload, gateway.fleet.stuck)
+    probing = asyncio.create_task(gateway.fleet.probe_forever())
     await server.start(config.host, config.port)
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
-    gateway.close()
+    gateway.fleet.close()
     return int(failed)  # systemd starts it again
 
 

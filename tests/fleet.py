@@ -27,6 +27,7 @@ from scripted import CHUNKED, MODELS, RESET, Backend, answer, backend_at, chunk,
 import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker, engines, upstream
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum_common import HttpError
 
 MARK = re.compile(rb"mark-\d+-\d+")
@@ -36,7 +37,7 @@ ADDRESSES = 8
 COMES_AGAIN = 60.0  # seconds for which a client that gets 429 does so
 SILENCE = 1.0  # seconds after which the gateway gives a silent backend up
 TIMES: dict[Any, dict[str, float]] = {
-    cm4d: {"PROBE_SECONDS": 0.1},
+    pi_fleet: {"PROBE_SECONDS": 0.1},
     breaker: {"OPEN_SECONDS": 0.3, "MAX_OPEN_SECONDS": 1.0},
     upstream: {"HEAD_SECONDS": SILENCE, "IDLE_SECONDS": SILENCE},
     engines: {"READING_SECONDS": SILENCE},
@@ -354,13 +355,15 @@ class Oracle:
     """Looks at each decision of a gateway, and notes those that are wrong."""
 
     def __init__(self, gateway: cm4d.Gateway, journal: Journal) -> None:
-        self.gateway, self.journal, self.choose = gateway, journal, gateway._choose
+        self.gateway, self.journal, self.choose = gateway, journal, gateway.fleet.choose
         self.last: dict[Any, tuple[str, int]] = {}  # by session or file: its backend, and the number of that decision
         self.decisions = Counter[str]()
-        gateway._choose = self._watch  # type: ignore[method-assign]
+        gateway.fleet.choose = self._watch  # type: ignore[method-assign]
 
     def _wrong(self, what: str, job: pi_backend.Job) -> None:
-        states = [(one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.backends]
+        states = [
+            (one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.fleet.backends
+        ]
         self.journal.faults.append(
             f"{what}: {job.kind} {job.model} tried {[one.id for one in job.attempts.tried]} of {states}"
         )
@@ -369,7 +372,7 @@ class Oracle:
         now = time.monotonic()
         left = [
             one
-            for one in self.gateway.backends
+            for one in self.gateway.fleet.backends
             if one not in (*job.attempts.tried, *job.attempts.busy) and one.has("qwen_0_5b")
         ]
         left = [one for one in left if one.breaker.admits(now)]
@@ -409,7 +412,7 @@ class Oracle:
         if who == ("", ""):
             return
         last, then = self.last.get(who, ("", 0))
-        if last in free and number - then < cm4d.MAX_SERVED:
+        if last in free and number - then < pi_fleet.MAX_SERVED:
             self.decisions["stayed"] += 1
             if backend.id != last:
                 self._wrong(f"{who} moved from {last} to {backend.id}", job)
@@ -519,7 +522,7 @@ async def simulate(clients: int = 1000, seed: int = 1) -> Result:
         await crowd.run()
         seconds = time.perf_counter() - began
         await until(lambda: not any(engine.running for engine in engines.values()), "all backends are idle")
-        await until(lambda: not pi.gateway.requests_active, "all places are given back")
+        await until(lambda: not len(pi.gateway.active), "all places are given back")
         back = await visiting
         await until(lambda: not pi.server.connections, "all connections are closed")
     return Result(crowd.outcomes, engines, journal, oracle.decisions, pi.gateway, seconds, back)

@@ -261,16 +261,16 @@ async def pi_for(
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
     server = Server(gateway, ROUTES, Access(gateway.config.client_keys, own_names(), frozenset()))
-    task = asyncio.create_task(gateway.probe_forever()) if probing else None
+    task = asyncio.create_task(gateway.fleet.probe_forever()) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
-            await until(lambda: gateway.probes > 0)
+            await until(lambda: gateway.fleet.probes > 0)
         yield pi
     finally:
         if task:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await server.stop(0)
-        gateway.close()
-    assert gateway.requests_active == 0, "a slot was not given back"
+        gateway.fleet.close()
+    assert len(gateway.active) == 0, "a slot was not given back"

@@ -17,9 +17,9 @@ import pytest
 from harness import ROOT, run, until
 from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
 
-import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker, engines, upstream
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
 from cerebrum.pi.engines import Characters, Translator
@@ -599,7 +599,7 @@ def test_a_fault_before_the_first_token(script: Any, status: int, part: str, cou
             assert part in reply.json["message"]
             assert "boom" not in reply.json["message"]
             assert len(backend.completions) == 1
-            assert pi.gateway.first.breaker.describe(0)["failures"] == int(counted)
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
 
     run(scenario())
 
@@ -634,7 +634,7 @@ def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
 
     async def scenario() -> None:
         async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            first = pi.gateway.first
+            first = pi.gateway.fleet.first
             _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
             await backend.begun.wait()
             for _ in range(breaker.FAILURES_TO_OPEN):
@@ -656,7 +656,7 @@ def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyP
             for _ in scripts:
                 reply = await pi.complete()
                 assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -709,7 +709,7 @@ def test_what_follows_the_natural_end_is_not_waited_for() -> None:
             assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
             assert result_of(reply)["finish_reason"] == "block"
             await asyncio.wait_for(backend.left.wait(), 30)
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
 
     run(scenario())
 
@@ -722,7 +722,7 @@ def test_a_client_that_leaves_ends_the_engines_work() -> None:
             await reader.readuntil(b"1}\n\n")
             writer.transport.abort()
             await asyncio.wait_for(backend.left.wait(), 30)
-            await until(lambda: pi.gateway.requests_active == 0)
+            await until(lambda: len(pi.gateway.active) == 0)
 
     run(scenario())
 
@@ -777,7 +777,7 @@ def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
             assert second["max_tokens"] < 256
             assert (await pi.complete(prompt=prompt)).status == 200
             assert len(backend.completions) == 3, "the context's length was forgotten"
-            assert pi.gateway.n_ctx("qwen_0_5b") == 256
+            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
 
     run(scenario())
 
@@ -802,7 +802,7 @@ def test_what_a_refusal_says_of_the_context_may_be_misread(told: dict[str, Any],
             assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
             first, second = (len(asked["prompt"]) for asked in backend.completions)
             assert 0.1 * first < second < 0.9 * first
-            assert pi.gateway.n_ctx("qwen_0_5b") == n_ctx
+            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
     run(scenario())
 
@@ -828,7 +828,7 @@ def test_an_impossible_count_teaches_nothing() -> None:
         counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
         async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
             assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
-            assert pi.gateway.first.prompts.ratio.get("qwen_0_5b") == 3.0
+            assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
     run(scenario())
 
@@ -857,7 +857,7 @@ def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
     async def scenario() -> None:
         async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
             assert part in (await pi.complete()).json["message"]
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -866,8 +866,8 @@ def test_an_engine_that_asks_for_patience_is_there() -> None:
     async def scenario() -> None:
         async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
             backend.models = answer(429, {})
-            await pi.gateway.first.probe()
-            assert pi.gateway.available
+            await pi.gateway.fleet.first.probe()
+            assert pi.gateway.fleet.available
 
     run(scenario())
 
@@ -886,14 +886,14 @@ def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[s
         listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
         props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
         async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
-            assert pi.gateway.n_ctx("qwen_0_5b") == n_ctx
+            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
     run(scenario())
 
 
 def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked again at each probe."""
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
 
     async def scenario() -> None:
         broken = answer(500, {"error": "Traceback"})
@@ -901,14 +901,14 @@ def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytes
             assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
             assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
             backend.models = LISTED
-            await until(lambda: pi.gateway.available)
+            await until(lambda: pi.gateway.fleet.available)
             assert (await pi.complete()).status == 200
 
     run(scenario())
 
 
 def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
 
     async def scenario() -> None:
         go = asyncio.Event()
@@ -918,15 +918,15 @@ def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> Non
         ):
             answer = asyncio.create_task(pi.complete())
             await backend.begun.wait()
-            await until(lambda: len(pi.gateway.backends[0].active) == 1)
-            asked, probes = len(backend.asked), pi.gateway.probes
-            pi.gateway.first.wake.set()
-            await pi.gateway.first.probe()
-            await pi.gateway.first.learn_models()
-            assert (len(backend.asked), pi.gateway.probes) == (asked, probes)
+            await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
+            asked, probes = len(backend.asked), pi.gateway.fleet.probes
+            pi.gateway.fleet.first.wake.set()
+            await pi.gateway.fleet.first.probe()
+            await pi.gateway.fleet.first.learn_models()
+            assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
             go.set()
             assert (await answer).status == 200
-            await until(lambda: pi.gateway.probes > probes)
+            await until(lambda: pi.gateway.fleet.probes > probes)
 
     run(scenario())
 

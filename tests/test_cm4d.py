@@ -18,6 +18,7 @@ from scripted import CHUNKED, DONE, GOOD, HANG, MODELS, Backend, Flood, answer, 
 import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import upstream as pi_upstream
 from cerebrum.pi.backend import MARGIN_TOKENS, prompt_budget
 from cerebrum.pi.upstream import BackendConfig, Endpoint, read_text
@@ -316,7 +317,7 @@ def test_health_and_stats_and_models_while_the_vps_is_down():
 
 
 def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
     words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS do not match"
 
@@ -328,9 +329,9 @@ def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch)
             assert (await pi.get("/v1/stats")).json["vps_available"] is False
             reply = await pi.complete()
             assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
             backend.models = answer(200, MODELS)
-            await until(lambda: pi.gateway.available)
+            await until(lambda: pi.gateway.fleet.available)
             assert (await pi.get("/health")).status == 200
             assert (await pi.complete()).status == 200
 
@@ -434,11 +435,11 @@ def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, script: lis
         async with Backend([script]) as backend, pi_for(backend.port) as pi:
             _, writer = await pi.open("POST", path, GOOD_FIELDS)
             await backend.begun.wait()
-            assert pi.gateway.requests_active == 1
+            assert len(pi.gateway.active) == 1
             writer.transport.abort()
             await backend.left.wait()
-            await until(lambda: pi.gateway.requests_active == 0)
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            await until(lambda: len(pi.gateway.active) == 0)
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -452,7 +453,7 @@ def test_places_are_released_after_every_kind_of_error():
             assert [reply.status for reply in replies] == [404, 503, 200, 200]
             assert [reply.json["code"] for reply in replies[:2]] == ["MODEL_NOT_FOUND", "VPS_UNAVAILABLE"]
             assert [reply.clean for reply in replies[2:]] == [False, True]
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
 
     run(scenario())
 
@@ -495,7 +496,7 @@ def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
             check_superseded(await older, path, begun=hang != "before its head")
             await backend.left.wait()
             assert backend.most_running == 1, "the newer one was sent while the older still ran"
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -529,7 +530,7 @@ def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
             )
             assert (await pi.stream(session="editor")).clean
             await backend.left.wait()
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
             writer.transport.abort()
 
     run(scenario())
@@ -550,7 +551,7 @@ def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
                 check_superseded(task.result(), "/v1/complete", begun=False)
             await until(lambda: backend.running == 2)
             assert backend.most_running == 2
-            assert pi.gateway.requests_active == 2
+            assert len(pi.gateway.active) == 2
             for task in flood_left:
                 task.cancel()
 
@@ -591,7 +592,7 @@ def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], s
             await backend.begun.wait()
             if not more:
                 for _ in range(breaker.FAILURES_TO_OPEN):
-                    pi.gateway.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
+                    pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
             newer = await pi.complete(session="editor", **more)
             assert (newer.status, newer.json["code"]) == (status, code)
             go.set()
@@ -617,7 +618,7 @@ def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
                 await until(lambda: pi.gateway.active[0].came.tokens == 1)
             assert (await other.complete(session="editor")).json["completion"] == "ab"
             check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -636,7 +637,7 @@ def test_a_model_that_cannot_be_loaded_is_500(path: str):
                 assert (reply.status, reply.clean, reply.events) == (200, False, [told])
             else:
                 assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -771,8 +772,8 @@ def test_a_model_that_has_gone_is_looked_for_again():
         async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
             assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
             backend.models = answer(200, MODELS)
-            pi.gateway.first.wake.set()
-            await until(lambda: list(pi.gateway.models or ()) == ["qwen_0_5b"])
+            pi.gateway.fleet.first.wake.set()
+            await until(lambda: list(pi.gateway.fleet.models or ()) == ["qwen_0_5b"])
             assert (await pi.complete()).json["model"] == "qwen_0_5b"
 
     run(scenario())

@@ -385,7 +385,7 @@ def test_a_client_that_leaves_the_line_takes_no_place():
                 await until(lambda: len(pi.gateway.line) == 1)
                 waiting.cancel()
                 await until(lambda: not pi.gateway.line)
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
             assert (await infill(pi)).status == 200
 
     run(scenario())
@@ -457,11 +457,11 @@ def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
         async with Backend() as backend, pi_for(backend.port) as pi:
             fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
             pi.gateway.warming.add(Job(fields, kind="infill", client="me"))
-            assert pi.gateway.first.warming
+            assert pi.gateway.fleet.first.warming
             async for _ in pi.gateway.complete(Job({**fields, "max_tokens": 8})):
                 pass
             await until(lambda: backend.completions[-1]["max_tokens"] == 0, "the warm-up comes behind the request")
-            await until(lambda: pi.gateway.first.warming is None)
+            await until(lambda: pi.gateway.fleet.first.warming is None)
 
     run(scenario())
 
@@ -472,7 +472,7 @@ def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
             await start(pi, "/infill", WARM_UP)
             await backend.begun.wait()
             assert (await infill(pi)).json["content"] == "ab"
-            await until(lambda: len(backend.completions) == 3 and pi.gateway.first.warming is None)
+            await until(lambda: len(backend.completions) == 3 and pi.gateway.fleet.first.warming is None)
             assert [asked["max_tokens"] for asked in backend.completions] == [0, 512, 0]
             assert backend.most_running == 1
 
@@ -682,9 +682,9 @@ def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
 
     async def scenario() -> None:
         async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
+            pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
             await infill(pi, **IN_TIME)
-            await until(lambda: len(backend.completions) == 2 and pi.gateway.first.warming is None)
+            await until(lambda: len(backend.completions) == 2 and pi.gateway.fleet.first.warming is None)
             await start(pi, CHATS, CHAT)
             await infill(pi, **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64})
             await infill(pi, **{**IN_TIME, "prompt": "xy"})
@@ -706,9 +706,9 @@ def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
 
     async def scenario() -> None:
         async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
+            pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
             await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
-            await until(lambda: backend.completions and pi.gateway.first.warming is None)
+            await until(lambda: backend.completions and pi.gateway.fleet.first.warming is None)
             await infill(pi, **IN_TIME, input_extra=extra)
             warm, asked = backend.completions[:2]
             assert warm["extra"] == asked["extra"] == extra[-len(warm["extra"]) :]
@@ -723,7 +723,7 @@ def test_no_limit_of_time(limit: int):
 
     async def scenario() -> None:
         async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
-            pi.gateway.first.prompts.speed["qwen_0_5b"] = 100.0
+            pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
             await infill(pi, input_prefix=lines, t_max_prompt_ms=limit)
             assert backend.completions[0]["prompt"] == lines + FILE["prompt"]
 
@@ -735,7 +735,7 @@ def test_the_speed_of_reading_is_learned_from_results():
         told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
         async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
             await infill(pi)
-            assert pi.gateway.first.prompts.speed == {"qwen_0_5b": 200.0}
+            assert pi.gateway.fleet.first.prompts.speed == {"qwen_0_5b": 200.0}
 
     run(scenario())
 

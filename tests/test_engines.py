@@ -29,7 +29,7 @@ import scripted_vllm
 from engines import Engine, Unavailable
 from harness import FILES, PATIENCE, ROOT, Daemon, command_of, daemon, settings, wait_until
 
-import cm4d
+from cerebrum.pi import fleet as pi_fleet
 
 pytestmark = pytest.mark.engines
 
@@ -645,7 +645,7 @@ def test_a_list_of_models_that_waits_for_completions(tmp_path: Path) -> None:
         pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", max_concurrent=1)}))
         began = time.monotonic()
         tokens = 300
-        while time.monotonic() - began < 2 * cm4d.PROBE_SECONDS:
+        while time.monotonic() - began < 2 * pi_fleet.PROBE_SECONDS:
             stream = Stream(pi, **endless() | {"max_tokens": tokens}).end()
             assert (stream.clean, stream.last.get("finish_reason")) == (True, "length"), stream.last
             assert stream.last["total_tokens"] == tokens

@@ -50,10 +50,10 @@ from harness import (
 from scripted import CHUNKED, Backend, chunk, in_a_thread
 
 from cerebrum.http import WRITE_SECONDS
+from cerebrum.pi.fleet import PROBE_SECONDS
 from cerebrum.pi.upstream import CONNECT_SECONDS, IDLE_SECONDS
 from cerebrum.service import MAX_LOG_BYTES
 from cerebrum_common import SSE_COMMENT
-from cm4d import PROBE_SECONDS
 
 SMALL = "qwen_0_5b"
 MARGIN_SECONDS = 10.0  # what a busy machine may add to a limit of time

@@ -14,6 +14,7 @@ from harness import KEY, ROOT, Client, daemon, run, until
 from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error, pi_for, token
 
 import cm4d
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import page
 from cerebrum.pi.page import STEP_SECONDS, STEPS, History, Page, accepts_gzip
 
@@ -248,7 +249,7 @@ def test_activity_says_why_the_vps_is_away() -> None:
 
 
 def test_models_tell_what_the_vps_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048, "path": "/x"}
     idle = {"id": "qwen_1_5b", "loaded": False, "encoding": "published", "available": True}
 
@@ -276,6 +277,6 @@ def test_models_tell_what_the_vps_tells(monkeypatch: pytest.MonkeyPatch) -> None
             assert languages["ruby"]["filenames"] == ["rakefile", "gemfile"]
             backend.models = answer(200, MODELS)
             backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
-            await until(lambda: pi.gateway.models and list(pi.gateway.models) == ["qwen_0_5b"])
+            await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
 
     run(scenario())

@@ -35,9 +35,10 @@ from scripted import (
 import cm4d
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker
+from cerebrum.pi import fleet as pi_fleet
+from cerebrum.pi.fleet import rank_models
 from cerebrum.pi.upstream import parse_url
 from cerebrum.settings import ConfigError
-from cm4d import rank_models
 
 FIRST = chunk(token("a", 1))
 
@@ -81,7 +82,7 @@ async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
     await backend.begun.wait()
     yield
     writer.transport.abort()
-    (known,) = [one for one in pi.gateway.backends if one.config.endpoint.port == backend.port]
+    (known,) = [one for one in pi.gateway.fleet.backends if one.config.endpoint.port == backend.port]
     await until(lambda: not known.active)
 
 
@@ -166,7 +167,7 @@ def test_refused_only_when_all_places_are_taken() -> None:
             reply = await pi.complete()
             assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
             assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
-            assert pi.gateway.requests_active == 2
+            assert len(pi.gateway.active) == 2
 
     run(scenario())
 
@@ -268,8 +269,8 @@ def test_the_order_of_models(
     from scripted import ROOT, load_catalog
 
     prefer = {"infill": ("qwen_0_5b",), "instruct": ("qwen_0_5b",)}
-    config = cm4d.Config(backends=(), models=load_catalog(ROOT / "models.toml").models, prefer=prefer)
-    assert rank_models(config, language, mode, present, any_language) == ids
+    catalog = load_catalog(ROOT / "models.toml").models
+    assert rank_models(catalog, prefer, language, mode, present, any_language) == ids
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -302,7 +303,7 @@ def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
             *_, text, done = reply.events
             assert (text, done["done"], done["backend"]) == ({"token": "c", "total_tokens": 1}, True, "c")
             assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
             assert (await pi.get("/v1/stats")).json["requests_total"] == 1
 
     run(scenario())
@@ -382,12 +383,12 @@ def test_all_are_away() -> None:
 
 
 def test_each_has_its_own_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 3600.0)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
 
     async def scenario() -> None:
         one, two = Backend([[RESET]]), Backend()
         async with fleet(one, two) as pi:
-            first, second = pi.gateway.backends
+            first, second = pi.gateway.fleet.backends
             for number in range(breaker.FAILURES_TO_OPEN):
                 first.found("")
                 assert await answered(pi, prompt=f"{number}") == "b"
@@ -408,7 +409,7 @@ def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: pytest.M
         go = asyncio.Event()
         one, two = Backend([[CHUNKED, go.wait, *script("a")[1:]]]), Backend()
         async with fleet(one, two) as pi:
-            first = pi.gateway.backends[0]
+            first = pi.gateway.fleet.backends[0]
             for _ in range(breaker.FAILURES_TO_OPEN):
                 first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
             first.breaker.healthy(float("inf"))
@@ -431,7 +432,7 @@ def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
         async with fleet(one, two, places=(1, 1)) as pi:
             slow = asyncio.create_task(pi.complete())
             await two.begun.wait()
-            pi.gateway.backends[0].found("")
+            pi.gateway.fleet.backends[0].found("")
             assert await answered(pi, prompt="other") == "a"
             go.set()
             assert (await slow).json["completion"] == "b"
@@ -445,7 +446,7 @@ def test_the_failure_is_told_if_the_others_have_no_place() -> None:
     async def scenario() -> None:
         one, two = Backend([[RESET]]), Backend([HANGING])
         async with fleet(one, two, places=(1, 1)) as pi, running(pi, two, model="qwen_0_5b", session="s"):
-            pi.gateway.backends[0].found("")
+            pi.gateway.fleet.backends[0].found("")
             reply = await pi.complete()
             assert (reply.status, reply.json["code"]) == (503, "VPS_UNAVAILABLE")
             assert "without an answer" in reply.json["message"]
@@ -461,10 +462,10 @@ def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: py
         one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
         async with fleet(one, two, places=(1, 1)) as pi:
             async with running(pi, two, prompt="z" * 50):
-                pi.gateway.backends[0].found("")
+                pi.gateway.fleet.backends[0].found("")
                 reply = await pi.ask("POST", "/infill", asked)
                 assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
-                pi.gateway.backends[0].found("")
+                pi.gateway.fleet.backends[0].found("")
                 monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 60.0)
                 waiting = asyncio.create_task(pi.ask("POST", "/infill", asked))
                 await until(lambda: len(pi.gateway.line) == 1)
@@ -481,7 +482,7 @@ def test_the_answer_names_the_model_of_the_backend_that_took_over() -> None:
             reply = await pi.ask("POST", "/v1/completions", body)
             assert (reply.json["model"], reply.json["choices"][0]["text"]) == ("qwen_0_5b", "b")
             chat = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
-            pi.gateway.backends[0].found("")
+            pi.gateway.fleet.backends[0].found("")
             reply = await pi.ask("POST", "/v1/chat/completions", chat)
             events = [event for event in reply.body.split(b"\n\n") if b'"role"' in event]
             assert len(events) == 1, "the answer began twice"
@@ -586,9 +587,9 @@ def test_learned_ratios_are_each_backends_own() -> None:
         done = chunk(event(done=True, total_tokens=1, prompt_tokens=2000))
         one, two = Backend([[CHUNKED, FIRST, done, b"0\r\n\r\n"]]), Backend()
         async with fleet(one, two) as pi:
-            before = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
+            before = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
             assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-            after = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.backends]
+            after = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
             assert after[0] != before[0]
             assert after[1] == before[1]
 
@@ -619,10 +620,10 @@ def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None
             assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
             await one.begun.wait()
             assert await answered(pi, model="qwen_0_5b") == "b"
-            assert pi.gateway.backends[0].warming
+            assert pi.gateway.fleet.backends[0].warming
             one.scripts = [script("a")]
             assert await answered(pi, model="qwen_1_5b") == "a"
-            await until(lambda: pi.gateway.backends[0].warming is None)
+            await until(lambda: pi.gateway.fleet.backends[0].warming is None)
 
     run(scenario())
 
@@ -646,27 +647,27 @@ def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         go = asyncio.Event()
         one = Backend([[CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"], script("a")])
         async with fleet(one, Backend(), Backend()) as pi, Backend([script("new")]) as fresh:
-            gateway, old = pi.gateway, list(pi.gateway.backends)
+            gateway, old = pi.gateway, list(pi.gateway.fleet.backends)
             running = asyncio.create_task(pi.stream())
             await one.begun.wait()
             await until(lambda: old[0].tokens == 1)
             changed = dataclasses.replace(gateway.config.backends[1], max_concurrent=7, key="another")
             added = backend_at(fresh.port, "new", key="new-key")
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(changed, added)))
-            kept, new = gateway.backends
+            kept, new = gateway.fleet.backends
             assert kept is old[1]
             assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
             assert new.id == "new"
             await until(lambda: new.probes > 0)  # it is probed without a restart
-            assert pi.gateway.requests_active == 1
+            assert len(pi.gateway.active) == 1
             go.set()
             reply = await running
             assert reply.clean
-            assert pi.gateway.requests_active == 0
+            assert len(pi.gateway.active) == 0
             assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
             assert await answered(pi, prompt="y =") == "b"
-            gateway.sample()
-            assert sum(gateway.history.describe()["tokens"]) == gateway.tokens == 4
+            gateway.counting.sample()
+            assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 4
             probes = [backend.probes for backend in (old[0], old[2])]
             for backend in (*old, new):
                 backend.wake.set()
@@ -681,13 +682,13 @@ def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
         go = asyncio.Event()
         one = Backend([script("a"), [CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"]])
         async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
-            gateway, backend = pi.gateway, pi.gateway.backends[0]
+            gateway, backend = pi.gateway, pi.gateway.fleet.backends[0]
             assert await answered(pi) == "a"
             running = asyncio.create_task(pi.stream(prompt="y ="))
             await until(lambda: backend.tokens == 3)  # DONE counts two for each completion
             there = backend_at(moved.port, "a", max_concurrent=2, key=f"{KEY}-a")
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
-            assert gateway.backends[0] is backend
+            assert gateway.fleet.backends[0] is backend
             await until(lambda: list(backend.models or ()) == ["qwen_7b"])
             assert await answered(pi, model="qwen_7b") == "a"
             assert moved.most_running == 1
@@ -701,13 +702,13 @@ def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
 def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with fleet(Backend(), Backend()) as pi:
-            gateway, before = pi.gateway, list(pi.gateway.backends)
+            gateway, before = pi.gateway, list(pi.gateway.fleet.backends)
             endpoint = parse_url("https://desktop.lan", "url")
             bad = dataclasses.replace(before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
             wanted = dataclasses.replace(before[0].config, max_concurrent=9)
             with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
                 gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
-            assert gateway.backends == before
+            assert gateway.fleet.backends == before
             assert [backend.limit for backend in before] == [2, 2]
 
     run(scenario())
@@ -717,10 +718,10 @@ def test_a_backend_that_has_gone_is_forgotten() -> None:
     async def scenario() -> None:
         async with fleet(Backend(), Backend()) as pi:
             second = pi.gateway.config.backends[1]
-            gone = [weakref.ref(backend) for backend in pi.gateway.backends]
+            gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
             third = dataclasses.replace(second, id="c")
             pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
-            await until(lambda: pi.gateway.probes > 0)
+            await until(lambda: pi.gateway.fleet.probes > 0)
             await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
 
     run(scenario())
@@ -731,22 +732,22 @@ def test_a_backend_that_has_gone_is_forgotten() -> None:
     [("https://api.example", "openai", True), ("http://gpu", "openai", False), ("https://attic", "cerebrum", False)],
 )
 def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.001)
     config = cm4d.BackendConfig("cloud", parse_url(url, "url"), api)
     monkeypatch.setattr(pi_backend.Backend, "is_paid", is_paid := pi_backend.Backend(config, []).is_paid)
     assert is_paid is paid
 
     async def scenario() -> None:
         async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
-            probes = pi.gateway.probes
+            probes = pi.gateway.fleet.probes
             if not paid:
-                await until(lambda: pi.gateway.probes > probes + 5)
+                await until(lambda: pi.gateway.fleet.probes > probes + 5)
                 return
             for _ in range(5):  # each of these takes longer than a probe
                 assert (await pi.get("/v1/stats")).status == 200
-            assert (probes, pi.gateway.probes) == (1, 1)
-            pi.gateway.first.wake.set()
-            await until(lambda: pi.gateway.probes == 2)
+            assert (probes, pi.gateway.fleet.probes) == (1, 1)
+            pi.gateway.fleet.first.wake.set()
+            await until(lambda: pi.gateway.fleet.probes == 2)
 
     run(scenario())
 
@@ -755,9 +756,9 @@ def test_a_probe_that_hangs_is_noticed() -> None:
     async def scenario() -> None:
         async with fleet(Backend(), Backend()) as pi:
             now = time.monotonic()
-            assert pi.gateway.stuck(now) == ""
-            pi.gateway.backends[1].probed = now - cm4d.STUCK_SECONDS - 1
-            assert pi.gateway.stuck(now) == "the probe of b has made no progress for 300 s"
+            assert pi.gateway.fleet.stuck(now) == ""
+            pi.gateway.fleet.backends[1].probed = now - pi_fleet.STUCK_SECONDS - 1
+            assert pi.gateway.fleet.stuck(now) == "the probe of b has made no progress for 300 s"
 
     run(scenario())
 

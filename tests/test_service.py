@@ -20,6 +20,7 @@ from scripted import CHUNKED, Backend, chunk, pi_for, token
 from test_scripts import keygen
 
 import cm4d
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.service import Service, notify, passed_sockets, set_up_logging
 from cerebrum.settings import ConfigError, Environment
 from cerebrum_common import log, request_id_var
@@ -278,7 +279,7 @@ def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pytest.Mon
     async def fail(_: object) -> None:
         raise OSError(5, "of /proc")
 
-    monkeypatch.setattr(cm4d.Gateway, "probe_forever", fail)
+    monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
     environ = Environment({"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0"})
     assert asyncio.run(asyncio.wait_for(cm4d.serve(environ, cm4d.load_config(environ)), PATIENCE)) == 1
 

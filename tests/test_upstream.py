@@ -34,8 +34,8 @@ from scripted import (
     token,
 )
 
-import cm4d
 from cerebrum.pi import breaker, upstream
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_loaded, read_models
 from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Body, Events, take_apart
 
@@ -173,7 +173,7 @@ def test_refused(name: str, split: bool):
             check_error(await pi.stream(), status, code, part)
             check_error(await pi.complete(), status, code, part)
             assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.first.breaker.describe(0)["failures"] == (2 if counted else 0)
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if counted else 0)
 
     run(scenario())
 
@@ -206,7 +206,7 @@ def test_broken(name: str, how: str):
             assert part in last["message"]
             check_error(await pi.complete(), 503, UNAVAILABLE, part)
             assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.first.breaker.describe(0)["failures"] == (1 if before else 2)
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (1 if before else 2)
 
     run(scenario())
 
@@ -251,14 +251,14 @@ def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.Monkey
 
 
 def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
 
     async def scenario() -> None:
         async with Backend() as backend, pi_for(backend.port) as pi:
             assert (await pi.complete()).status == 200
             await until(lambda: backend.waiting)
             (spare,) = backend.waiting
-            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes + 3)
+            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes + 3)
             assert backend.waiting == {spare}, "probes use none, and leave none"
             assert (await pi.complete()).status == 200
             await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
@@ -276,8 +276,8 @@ def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.Monke
             await until(lambda: backend.waiting)
             await until(lambda: not backend.waiting)
             connections = backend.connections
-            pi.gateway.first.wake.set()
-            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes)
+            pi.gateway.fleet.first.wake.set()
+            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
             assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
 
     run(scenario())
@@ -303,7 +303,7 @@ def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
     async def scenario() -> None:
         async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
             assert (await pi.complete()).status == 503
-            await until(lambda probes=pi.gateway.probes: pi.gateway.probes > probes)
+            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
             assert not backend.waiting
 
     run(scenario())
@@ -424,7 +424,7 @@ def test_an_error_event_is_passed_on_with_its_code():
             assert (reply.status, reply.clean) == (200, False)
             assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
             check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 0
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
     run(scenario())
 
@@ -595,7 +595,7 @@ def test_a_collected_answer_without_end_is_cut():
         async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
             check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
             await backend.left.wait()
-            assert pi.gateway.first.breaker.describe(0)["failures"] == 1
+            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 1
 
     run(scenario())
 
@@ -607,17 +607,17 @@ def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
             with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
                 await until(lambda: backend.sent > 24 << 20, seconds=1.0)
             assert 0 < backend.sent < 24 << 20
-            assert pi.gateway.requests_active == 1
+            assert len(pi.gateway.active) == 1
             writer.transport.abort()
             await backend.left.wait()
-            await until(lambda: pi.gateway.requests_active == 0)
+            await until(lambda: len(pi.gateway.active) == 0)
             assert reader
 
     run(scenario())
 
 
 def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cm4d, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
 
     async def scenario() -> None:
@@ -629,10 +629,10 @@ def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
             check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
             assert (await pi.get("/health")).status == 503
             async with Backend(port=port):
-                await until(lambda: pi.gateway.first.breaker.state == "half-open")
+                await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
                 assert (await pi.get("/health")).status == 200
                 assert (await pi.stream()).clean
-                assert pi.gateway.first.breaker.state == "closed"
+                assert pi.gateway.fleet.first.breaker.state == "closed"
 
     run(scenario())
 
@@ -646,7 +646,7 @@ def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
         async with Backend([[], [], [], trial]) as backend, pi_for(backend.port) as pi:
             for _ in range(3):
                 await pi.stream()
-            await until(lambda: pi.gateway.first.breaker.state == "half-open")
+            await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
             backend.begun.clear()
             running = asyncio.create_task(pi.stream())
             await backend.begun.wait()
@@ -668,16 +668,16 @@ def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.Monkey
         async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
             for _ in range(3):
                 await pi.stream()
-            await until(lambda: pi.gateway.first.breaker.state == "half-open")
+            await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
             backend.begun.clear()
             backend.left.clear()
             _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
             await backend.begun.wait()
             writer.transport.abort()
             await backend.left.wait()
-            assert pi.gateway.first.breaker.state == "half-open"
+            assert pi.gateway.fleet.first.breaker.state == "half-open"
             assert (await pi.stream()).clean
-            assert pi.gateway.first.breaker.state == "closed"
+            assert pi.gateway.fleet.first.breaker.state == "closed"
 
     run(scenario())
 

@@ -368,24 +368,6 @@ class Backend:
         told = (self.models or {}).get(model)
         return int(told["n_ctx"]) if told else self.config.n_ctx or DEFAULT_N_CTX
 
-    def describe(self, now: float) -> dict[str, Any]:
-        """For /v1/stats."""
-        return {
-            "id": self.id,
-            "api": self.config.api,
-            "available": self.available,
-            "message": self.message,
-            "response_time_ms": self.response_ms,
-            "requests_total": self.requests_total,
-            "requests_active": len(self.active),
-            "requests_failed": self.requests_failed,
-            "max_concurrent": self.limit,
-            "tokens_total": self.tokens,
-            "models": list(self.models or ()),
-            "models_loaded": self.models_loaded,
-            "breaker": self.breaker.describe(now),
-        }
-
     # Probing.
 
     async def probe(self) -> None:
@@ -425,9 +407,8 @@ class Backend:
 
     def found(self, trouble: str) -> None:
         if trouble != self.trouble:
-            log.log(
-                logging.WARNING if trouble else logging.INFO, "%s: %s", self.id, trouble or "VPS backend is available"
-            )
+            level = logging.WARNING if trouble else logging.INFO
+            log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
         self.trouble = trouble
 
     async def learn_models(self) -> None:
@@ -452,9 +433,8 @@ class Backend:
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
         self._strange = strange
         self.names = {id: name for id, (name, _) in found.items()}
-        n_ctx = {"n_ctx": DEFAULT_N_CTX} | props
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
-        self.models = {id: n_ctx | about | fixed for id, (_, about) in found.items()}
+        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
 
     async def _ask_props(self) -> dict[str, Any]:
         if not self.api or not self.api.props:
@@ -549,11 +529,6 @@ class Backend:
             self.breaker.left(ticket)
         tokens = answer.get("tokens", [])
         return tokens if isinstance(tokens, list) else []
-
-
-def first_there(backends: Sequence[Backend]) -> Backend:
-    """The first of these that is there, or else the first."""
-    return next((backend for backend in backends if backend.available), backends[0])
 
 
 def notes_of(job: Job) -> dict[str, Any]:

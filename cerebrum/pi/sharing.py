@@ -252,6 +252,20 @@ class Sharing:
         self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
         return set(self._editors)
 
+    def is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
+        """While an editor was seen lately, chats and plain completions leave a place for infills, and one client's
+        infills leave one for another client's. Requests of our own API take any place."""
+        editors = self.editors()
+        if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
+            return True
+        running = [other for backend in usable for other in backend.running]
+        most = sum(backend.limit for backend in usable)
+        if job.kind == "infill":
+            alike = [other for other in running if other.kind == "infill" and other.client == job.client]
+        else:
+            alike = [other for other in running if other.kind in ("chat", "completion")]
+        return len(alike) < max(1, most - 1)
+
     def join(self, reading: Reading) -> Shared:
         """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
         self.readings.append(reading)

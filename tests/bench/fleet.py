@@ -203,7 +203,7 @@ def routing(count: int) -> tuple[float, float]:
 
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))
-    for one in gateway.backends:
+    for one in gateway.fleet.backends:
         one.models, one.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
     fields = read_completion({"prompt": "def f():\n" * 50, "language": "python", "session": "s"}, models)
     job = Job(fields, session_of("127.0.0.1", "s"))
@@ -214,7 +214,9 @@ def routing(count: int) -> tuple[float, float]:
         gateway._release(job, job.backend)
 
     take()
-    times = [min(timeit.repeat(what, number=10_000, repeat=5)) * 100 for what in (lambda: gateway._choose(job), take)]
+    times = [
+        min(timeit.repeat(what, number=10_000, repeat=5)) * 100 for what in (lambda: gateway.fleet.choose(job), take)
+    ]
     return round(times[0], 2), round(times[1], 2)
 
 

@@ -1,0 +1,247 @@
+"""All backends: which there are, who may answer a request, and the probes that keep what is known of them fresh.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cerebrum.pi.backend import BREAKER_OPEN, NEVER_ASKED, Backend, Job
+from cerebrum.pi.upstream import BackendConfig
+from cerebrum_common import HttpError, Model, describe
+
+PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
+STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
+MAX_SERVED = 512  # sessions and files, each with the backend that served it last
+
+Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
+
+
+def rank_models(
+    catalog: Sequence[Model],
+    prefer: Preferences,
+    language: str,
+    mode: str,
+    present: Collection[str] | None,
+    any_language: bool = False,
+) -> list[str]:
+    """The ids of the models for a request, best first: of those `present` on a backend, first those that [prefer] lists
+    for the mode and that serve the language, then the others in the table's order. A chat counts as an instruction.
+
+    With `any_language`, a language that no present model serves goes to any of them. Without it, the one model may be
+    one that is not there: a backend's 404 says which file is missing and how to get it. As long as it is unknown which
+    models are there (None), there are no preferences.
+    """
+    here = [model for model in catalog if present is None or model.id in present]
+    serving = [model.id for model in here if language in model.languages]
+    if not language or (any_language and not serving):
+        serving = [model.id for model in here]
+    if not serving:
+        return [next((model for model in catalog if language in model.languages), catalog[0]).id]
+    preferred = () if present is None else prefer.get("instruct" if mode == "chat" else mode, ())
+    return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
+    the table's order."""
+
+    options: Sequence[tuple[str, frozenset[Backend]]]
+    backends: Sequence[Backend]
+
+
+def cache_key(job: Job) -> str:
+    """Names the session of a job, or else its client's file. The backend that served it last probably has the beginning
+    of the prompt in its cache."""
+    return job.session or f"{job.client} {job.fields.get('filename') or ''}".lstrip()
+
+
+def first_there(backends: Sequence[Backend]) -> Backend:
+    """The first of these that is there, or else the first."""
+    return next((backend for backend in backends if backend.available), backends[0])
+
+
+class Fleet:
+    """Owns the list of backends, and remembers which one served a file last.
+
+    `is_fair` says whether a job may take one of the last free places of some backends, and `probed` is called with a
+    backend after each of its probes.
+    """
+
+    def __init__(self, is_fair: Callable[[Job, Sequence[Backend]], bool], probed: Callable[[Backend], None]) -> None:
+        self._is_fair, self._probed = is_fair, probed
+        self.backends: list[Backend] = []
+        self._catalog: Sequence[Model] = ()
+        self._prefer: Preferences = {}
+        self._served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
+        self._replaced = asyncio.Event()
+
+    def replace(self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences) -> None:
+        """Let these be the backends. One whose id stays keeps what is known of it; running requests continue.
+        ConfigError if the settings cannot be used; then nothing has changed."""
+        backends = [Backend(config, catalog) for config in configs]
+        known = {(backend.id, backend.config.api): backend for backend in self.backends}
+        for number, new in enumerate(backends):
+            if old := known.get((new.id, new.config.api)):
+                old.adopt(new)
+                backends[number] = old
+        gone = [backend for backend in self.backends if backend not in backends]
+        self.backends, self._catalog, self._prefer = backends, catalog, prefer
+        self._served = {key: backend for key, backend in self._served.items() if backend not in gone}
+        for backend in gone:
+            backend.wake.set()  # ends its probing
+            backend.upstream.close()
+            if backend.warming:
+                backend.warming[1].cancel()
+        self._replaced.set()
+
+    def close(self) -> None:
+        """Close what is kept for requests to come."""
+        for backend in self.backends:
+            backend.upstream.close()
+
+    # What is known of them.
+
+    @property
+    def available(self) -> bool:
+        return any(backend.available for backend in self.backends)
+
+    @property
+    def first(self) -> Backend:
+        """The backend whose figures stand for all."""
+        return first_there(self.backends)
+
+    @property
+    def message(self) -> str:
+        """Why no backend is available."""
+        if self.available:
+            return ""
+        named = [f"{backend.id}: {backend.message}" for backend in self.backends]
+        return "; ".join(named) if len(named) > 1 else self.first.message
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]] | None:
+        """What the first backend that has it tells of each model; None until a list came."""
+        lists = [backend.models for backend in self.backends if backend.models is not None]
+        return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
+
+    @property
+    def probes(self) -> int:
+        """How often every backend has been probed."""
+        return min(backend.probes for backend in self.backends)
+
+    def n_ctx(self, model: str) -> int:
+        """Of the first backend that has the model, of those that are there if any is."""
+        having = [backend for backend in self.backends if backend.has(model)]
+        return first_there(having or self.backends).n_ctx(model)
+
+    # Probing.
+
+    async def probe_forever(self) -> None:
+        """Keep what is known of each backend up to date: probe every 5 s, and when woken."""
+        async with asyncio.TaskGroup() as group:
+            probed = set[Backend]()
+            while True:
+                for backend in set(self.backends) - probed:
+                    group.create_task(self._probe_forever(backend))
+                probed = set(self.backends)
+                self._replaced.clear()
+                await self._replaced.wait()
+
+    async def _probe_forever(self, backend: Backend) -> None:
+        while backend in self.backends:
+            backend.wake.clear()
+            await backend.probe()
+            self._probed(backend)
+            delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
+            if retry := backend.breaker.retry_in(time.monotonic()):
+                delay = min(delay, retry)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await backend.wake.wait()
+
+    async def know(self) -> None:
+        """Probe all, if the daemon has just been started and nothing is known of any."""
+        if not any(backend.is_known for backend in self.backends):
+            await asyncio.gather(*(backend.probe() for backend in self.backends))
+
+    def stuck(self, now: float) -> str:
+        """Names a backend whose probe has hung; "" if there is none."""
+        stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
+        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
+
+    # Routing.
+
+    def route(self, fields: Mapping[str, Any]) -> str:
+        """The id of the model that is asked for, or the best one, of those that are there if any is."""
+        options = self.who_may(fields, any_language=True).options
+        there = (model for model, having in options if any(backend.available for backend in having))
+        return next(there, options[0][0])
+
+    def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
+        """Who may answer, by the lists of models alone."""
+        asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
+        if asked is not None:
+            ids = [asked]
+        else:
+            ids = rank_models(self._catalog, self._prefer, language, mode, self.models, any_language)
+        options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
+        if not any(having for _, having in options):  # one of our own says what is missing, and how to get it
+            options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
+        backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
+        return Candidates(options, backends)
+
+    def choose(self, job: Job) -> tuple[str, Backend] | None:
+        """The model and the backend for a job; None if all places are taken. HttpError if nobody may be asked.
+
+        Backends that the last probe did not reach are asked only if there are no others. Of those with a free place,
+        the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
+        """
+        now, candidates = time.monotonic(), self.who_may(job.fields, bool(job.kind))
+        passed = [*job.attempts.tried, *job.attempts.busy]
+        usable = [one for one in candidates.backends if one not in passed and one.breaker.admits(now)]
+        usable = [backend for backend in usable if not backend.trouble] or usable
+        if not usable:
+            raise job.attempts.failure or self._nobody(candidates)
+        if not self._is_fair(job, usable):
+            return None
+        last = self._served.get(cache_key(job))
+        free = [backend for backend in usable if backend.has_place(job)]
+        for model, having in candidates.options:
+            if best := [backend for backend in free if backend in having]:
+                return model, last if last in best else min(best, key=Backend.load)
+        return None
+
+    def _nobody(self, candidates: Candidates) -> HttpError:
+        if candidates.backends:
+            return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+        if unknown := [backend for backend in self.backends if backend.models is None]:
+            return HttpError("VPS_UNAVAILABLE", next((one.message for one in unknown if one.message), NEVER_ASKED))
+        expected, got = ", ".join(self.models or ()), describe(candidates.options[0][0])
+        return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
+
+    def remember_served(self, job: Job, backend: Backend) -> None:
+        """This backend gets the job's prompt."""
+        if key := cache_key(job):
+            self._served.pop(key, None)
+            self._served[key] = backend
+            if len(self._served) > MAX_SERVED:
+                del self._served[next(iter(self._served))]
+
+    def has_another(self, backend: Backend, job: Job) -> bool:
+        """Whether a backend that could not load the job's model has another one for it."""
+        job.attempts.without.append((backend, job.model))
+        options = self.who_may(job.fields, bool(job.kind)).options
+        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
+        if others and backend.models:
+            backend.models.pop(job.model, None)  # until its next list
+        return bool(others)
