@@ -1,6 +1,6 @@
 """A simulated fleet: scripted backends of every kind, each with its own trouble, and a crowd of clients.
 
-`simulate` runs it in this process and returns what everybody saw. `tests/test_fleet.py` asserts on that, and
+`simulate` runs it in this process and returns what everybody saw. `tests/pi/test_fleet.py` asserts on that, and
 `tests/bench/fleet.py` prints its figures. Every request has a mark, which stands in its prompt. What a backend writes
 follows from the seed, its name and the mark, so a text tells who wrote it and for whom. Which backend is asked is up to
 the gateway.

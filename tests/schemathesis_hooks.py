@@ -1,4 +1,4 @@
-"""What schemathesis leaves out in tests/test_openapi.py."""
+"""What schemathesis leaves out in tests/pi/test_openapi.py."""
 
 from __future__ import annotations
 

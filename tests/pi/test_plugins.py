@@ -2,7 +2,7 @@
 
 The plugins are llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby and Twinny. What they send and read
 comes from their sources. The Pi is a process, and a script stands for the VPS, so every text is exact.
-tests/test_clients.py sends the same requests to real weights.
+tests/pi/test_clients.py sends the same requests to real weights.
 """
 
 from __future__ import annotations
