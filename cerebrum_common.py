@@ -1,7 +1,7 @@
-"""What both Cerebrum daemons share: routing tables, errors and their statuses, request ids, field checks, SSE events.
+"""Code of both Cerebrum daemons: routing tables, errors and their statuses, request ids, field checks, SSE events.
 
-Every error is an `HttpError`, which carries its code; `STATUSES` has the HTTP status of each code. A daemon's API is a
-table of `Route`, its languages are those of its `Model` entries. A request is checked by a table of `Field`.
+Every error is an `HttpError` with a code; `STATUSES` maps each code to its HTTP status. A daemon's API is a table of
+`Route` entries, and its languages come from its `Model` entries. A table of `Field` entries checks a request.
 
     >>> read_fields({"max_tokens": 5}, {"max_tokens": Field(int, 1, 2048, 512)})
     {'max_tokens': 5}
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-VERSION = "1.1.0"  # of all files beside each other; pyproject.toml has the same
+VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 # ---------------------------------------------------------------------------------------------- errors
@@ -41,7 +41,7 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An answer that is not a success: a code, its status, and a message that a client may read.
+    """An error response: a code, its status, and a message that a client may read.
 
     `close` ends the connection after the answer, because the framing can no longer be trusted. `extra` holds further
     members of the JSON object, `headers` further response headers.
@@ -79,10 +79,10 @@ def error_body(error: HttpError) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A parsed request head. `path` is decoded once; routing and authentication both see it.
+    """A parsed request head. `path` is decoded once, for routing and authentication alike.
 
-    `length` is the body's length in bytes, None without a Content-Length. `host` is the name by which the client calls
-    us, "" in HTTP/1.0 without one. `authority` is the name in a target of absolute form.
+    `length` is the body's length in bytes, None without a Content-Length. `host` is the name in the Host header, "" in
+    HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
     """
 
     method: str
@@ -130,7 +130,7 @@ DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_in
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A request body to its JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
+    """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
     most 64 levels. HttpError 400 says what is wrong."""
     try:
         value = DECODER.decode(body.decode("utf-8"))
@@ -165,8 +165,8 @@ SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 
 
 def describe(value: Any) -> str:
-    """A value for use in a message: its JSON type and the value itself. Messages are logged, and any other string than
-    an id may be a prompt, of which only the length is told."""
+    """Describe a value for a message: its JSON type and the value itself. Messages are logged, and a string that is not
+    an id may be a prompt, so only the length of such a string is shown."""
     kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string"}
     if value is None:
         return "null"
@@ -176,7 +176,7 @@ def describe(value: Any) -> str:
         return f"a string of {len(value)} characters"
     return (
         f"{kinds[type(value)]} {json.dumps(value)}" if type(value) in kinds else f"a {type(value).__name__}"
-    )  # TOML's
+    )  # a TOML type
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class Field:
         return bool(inside and size <= self.high and all(map(self._allows, texts)))
 
     def _allows(self, text: Any) -> bool:
-        """Whether this is a string, or an item of a list, that the field takes."""
+        """Whether the field accepts this string or list item."""
         if not isinstance(text, str) or (self.choices and text not in self.choices):
             return False
         return bool(re.fullmatch(self.pattern, text)) if self.pattern else self.kind is str or text != ""
@@ -255,7 +255,7 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
 def read_objects(
     value: Any, name: str, low: int, high: int, fields: Mapping[str, Field], of: str = "objects"
 ) -> list[dict[str, Any]]:
-    """The checked members of each object of an array. HttpError 400 names the array, the place in it and the field."""
+    """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
     if not isinstance(value, list) or not low <= len(value) <= high:
         message = f"{name}: expected an array of {low} to {high} {of}, got {describe(value)}"
         raise HttpError("INVALID_REQUEST", message)
@@ -275,11 +275,11 @@ def read_objects(
 
 @dataclass(slots=True)
 class Response:
-    """What a handler returns: a `body` for JSON, or `events`, an async generator of what `render` turns into blocks of
-    whole SSE events.
+    """A handler's result: a `body` for JSON, or `events`, an async generator of values that `render` turns into blocks
+    of whole SSE events.
 
-    `kind` is the media type of a `body` of bytes; JSON in bytes is sent as it is. `headers` are read when the first
-    block of `events` has come.
+    `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read after the first block of
+    `events` has arrived.
     """
 
     body: Any = None
@@ -320,10 +320,10 @@ log = logging.getLogger("cerebrum")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a handler sees. `parameter` is the last path segment of a route that ends in `{id}`.
+    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`.
 
-    `address` is the client's. `end` ends this request from outside its handler: it cancels the handler and answers with
-    the error instead. `notes` are added to the request's line in the log as `name=value`. `answered` is `Server`'s.
+    `address` is the client's address. `end(error)` cancels the handler from outside and answers with the error
+    instead. `notes` are added to the request's log line as `name=value`. `answered` is the count kept by `Server`.
     """
 
     head: Head
@@ -345,11 +345,11 @@ class Route:
     method: str
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
-    open: bool = False  # needs no key, and answers over the connection limit
-    quiet: bool = False  # its successes are logged at DEBUG: it is asked every few seconds
-    # Takes a JSON body, which other routes drop. It may run long, so the handler is cancelled when its client leaves.
+    open: bool = False  # needs no key, and is answered even over the connection limit
+    quiet: bool = False  # successes are logged at DEBUG: clients poll this route every few seconds
+    # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its client leaves.
     json: bool = False
-    # The form of its errors, if it is not ours; then the JSON body may come under any Content-Type, too.
+    # Writes errors in the form of another API; the JSON body may then have any Content-Type.
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
 
 
@@ -358,10 +358,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One entry of models.toml. An empty `sha256` is not checked; `sources` tell `fetch` where to download the file.
+    """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
 
-    `aliases` are what other engines call the model. `fim` has its marks before the prefix, before the suffix and before
-    the gap, or nothing. A model that only other engines have needs no `file`.
+    `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
+    before the gap, or is empty. A model that only other engines have needs no `file`.
     """
 
     id: str
@@ -386,7 +386,7 @@ def served_languages(models: Iterable[Model]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for all that could act on a terminal or forge a line: line ends, controls, overrides."""
+    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -6,28 +6,28 @@
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-The backends are those of models.toml, or one: the VPS at CEREBRUM_VPS_URL. Every completion is one async generator,
-`Gateway.complete`. It chooses a model and a backend with a free place, fits the prompt and sends it there on a
-connection of its own. If that backend fails before the first token, the next one gets the request. The generator yields
-pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream` renders them
-as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. They follow
-a completion by a `Reading`: identical requests at the same time share one, an editor that types on ends its older
-infill, and text that the last completion predicted is served without a backend.
+models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete`, an async
+generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt and sends it over
+a connection of its own. If that backend fails before the first token, the next one gets the request. The generator
+yields pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream`
+renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py.
+A `Reading` follows a completion for them: identical requests at the same time share one completion, an editor that
+types on ends its older infill, and text that the last completion predicted is served without a backend.
 
-It refuses a completion while all places are taken (429) and while every breaker is open (503); a completion in a
-dialect waits for its place for a while. From a backend it refuses redirects, framing or JSON that is not exact, and a
-stream that ends without saying so: the client gets all whole events up to the fault, then an error event, then a cut.
-After its first token no request is sent again. Before it, no backend gets a request twice, but for a prompt that it has
-refused as too long, a model that it could not load, if it has another one, and a 429. A connection to a backend is used
-for one request only.
+The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
+in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
+stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. After
+its first token no request is sent again. Before the first token, a backend gets a request again only after it answered
+429, refused the prompt as too long, or could not load one model and has another. A connection to a backend carries one
+request only.
 
-Who owns what: a `Backend` owns its places, its breaker, its learned ratios and what is known of it. `Fleet` owns the
-backends and the probes that keep this knowledge fresh, and says who may answer. `Sharing` owns what clients have in
-common, `Warming` the prompts to be read ahead, `Counting` the totals, and `Gateway` the line of those who wait for a
-place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the event
-loop's thread; names are resolved in threads of their own. Standard library only, with cerebrum_common.py, models.toml
-and the folder cerebrum beside it, of which cerebrum/vps is not needed. Without cerebrum/pi/page.html there is no page
-at `/`.
+Who owns what: a `Backend` owns its places, its breaker, its learned ratios and its last known state. `Fleet` owns the
+backends and the probes that keep this state fresh, and decides which backend may answer. `Sharing` owns the state that
+clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway` the line of jobs that wait for
+a place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the
+event loop's thread, except name look-ups, which have their own threads. Standard library only; cerebrum_common.py,
+models.toml and the folder cerebrum must be beside cm4d.py, but cerebrum/vps may be missing. Without
+cerebrum/pi/page.html there is no page at `/`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here))  # `python3 -I` leaves it out
+    sys.path.insert(0, str(here))  # `python3 -I` leaves this folder out
 
 import asyncio
 import contextlib
@@ -136,11 +136,11 @@ HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The settings. One of `client_keys` is expected from clients (none: nothing is)."""
+    """The settings. Clients must send one of `client_keys`; without any, they need no key."""
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
-    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids of models, by mode
+    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model ids by mode
     host: str = "0.0.0.0"
     port: int = 7000
     client_keys: tuple[str, ...] = ()
@@ -156,7 +156,7 @@ class Config:
 
 
 def load_config(environ: Environment) -> Config:
-    """The environment, checked. ConfigError names the variable that is wrong."""
+    """Read the settings from the environment and models.toml. ConfigError names the bad variable."""
     logs = HERE / "logs"
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     try:
@@ -222,17 +222,17 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
 
 
 def session_of(address: str, session: str | None) -> str:
-    """A name for the session that is unique across clients, or "" without one.
+    """A session name that is unique across clients, or "" without a session.
 
     Two clients may choose the same string and must not end each other's requests. A backend sees only the Pi's address,
-    so it gets this name as well.
+    so it gets this unique name too.
     """
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
 def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
-    """A dialect's request in the fields that `Gateway.complete` reads. A model may be named by an alias, and an unknown
-    one is none; the language is what the text and the files' names tell."""
+    """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
+    an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
     fields: dict[str, Any] = {
         "prompt": "",
         "filename": "",
@@ -249,23 +249,23 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- the gateway
 
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-MAX_TOKENIZING = 4  # texts at a time, which take no place; each can be 8 MB of tokens
-MAX_COLLECTED_BYTES = 2 << 20  # of text events for /v1/complete; 2,048 tokens take about 150 KB
+MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8 MB of tokens
+MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
 
 
-REASONS = frozenset({"stop", "length", "block", "repeat"})  # why a completion ends by itself
+REASONS = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
 
 
 class Gateway:
-    """All state of the Pi. Owns those who wait for a place, and lets the owners of the rest work together."""
+    """All state of the Pi. Owns the line of waiting jobs, and connects the owners of all other state."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.active: list[Job] = []  # that hold a place, maybe at a backend that is no longer in models.toml
+        self.active: list[Job] = []  # jobs that hold a place, maybe at a backend that has left models.toml
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum/pi/page.html")
         self.reconfigured = 0
-        self.line: list[tuple[Job, asyncio.Event]] = []  # those who wait for a place, in the order of their coming
+        self.line: list[tuple[Job, asyncio.Event]] = []  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
         self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
         self.counting = Counting(self.sharing.counts, config.models)
@@ -283,7 +283,7 @@ class Gateway:
         self._call_next()
 
     def _probed(self, backend: Backend) -> None:
-        """A probe has ended, and may have found that a backend is there again."""
+        """Called after each probe: a backend may be back, so waiting jobs may get a place."""
         self.counting.sample()
         if not backend.trouble:
             self._call_next()
@@ -291,7 +291,7 @@ class Gateway:
     # Places.
 
     def _assign(self, job: Job) -> bool:
-        """Give the job a place; False if all are taken. HttpError as by `Fleet.choose`."""
+        """Give the job a place; False if all are taken. Raises the HttpError of `Fleet.choose`."""
         chosen = self.fleet.choose(job)
         if not chosen:
             return False
@@ -302,15 +302,15 @@ class Gateway:
         return True
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
-        """The backend that may read a prompt ahead, after setting the job's model; None if there is none now. A prompt
-        that no backend reads ahead is forgotten."""
+        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
+        prompt is forgotten if none of its backends reads ahead."""
         if not any(one.warms for one in self.fleet.who_may(job.fields, True).backends):
             self.warming.waiting.pop(job.client, None)
             return None
         try:
             chosen = None if self.line else self.fleet.choose(job)
         except HttpError:
-            return None  # nobody is there
+            return None  # no backend may be asked
         if not chosen or not chosen[1].may_warm:
             return None
         job.model, backend = chosen
@@ -323,14 +323,14 @@ class Gateway:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
             ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
-                                still be an HTTP status. It comes again if another backend takes over.
+                                still be an HTTP status. The pair comes again if another backend takes over.
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
-            ("done", dict)      last: the result, which is the native done event without its `done`
+            ("done", dict)      last: the result, a native done event without its member `done`
 
         If a backend fails before its first token, the next one gets the request. A completion that fails raises
-        HttpError. Whatever it holds is acquired in this body, so it is released when the generator ends or is closed; a
+        HttpError. All resources are acquired in this body, so they are released when the generator ends or is closed; a
         generator that was never started holds nothing.
         """
         begun: dict[str, Any] = {}
@@ -349,20 +349,20 @@ class Gateway:
                                 yield kind, value
                     return
                 except HttpError as error:
-                    may_fit = isinstance(error, TooLong)  # a longer context
+                    may_fit = isinstance(error, TooLong)  # into another backend's longer context
                     if job.came.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
                     if error.code == "RATE_LIMIT" and job.kind:
                         job.attempts.busy.append(backend)
                     elif error.code not in WITHOUT_MODEL or not self.fleet.has_another(backend, job):
                         job.attempts.tried.append(backend)
-                    # What a backend says counts more than that another one failed.
+                    # An error that a backend reports outweighs another backend's failure.
                     if not (job.attempts.failure and isinstance(error, BackendFailure)):
                         job.attempts.failure = error
 
     async def _enter(self, job: Job) -> Backend:
-        """Give the job a place, and return its backend. A dialect's job waits in line for one. A job of our own API
-        gets its 429 at once, as its clients are promised. A job that a backend has failed gets that failure."""
+        """Give the job a place, and return its backend. A dialect's job waits in line for a place. A job of our
+        own API gets its 429 at once, as its clients are promised. An earlier backend's failure is raised instead."""
         await self.fleet.know()
         while True:
             try:
@@ -386,7 +386,7 @@ class Gateway:
         return job.place.backend
 
     async def _wait_in_line(self, job: Job) -> None:
-        """Until the job has a place, nobody may be asked, or its client has waited for long enough."""
+        """Wait until the job has a place, no backend may be asked any more, or the job's patience runs out."""
         waiting = job, asyncio.Event()
         self.line.append(waiting)
         try:
@@ -404,10 +404,10 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
-        """Hold the job's place, and tell the backend's breaker how it went.
+        """Hold the job's place, and report the outcome to the backend's breaker.
 
-        A newer completion ends the older one of its session. It waits until the older one has let go of the backend,
-        which therefore never works on more than `max_concurrent` of our requests.
+        A newer completion ends the older one of its session, and waits until the older one has released the backend.
+        So the backend never works on more than `max_concurrent` of our requests.
         """
         try:
             for other in [*self.active] if job.session else ():
@@ -431,21 +431,21 @@ class Gateway:
         self._call_next()
 
     def _call_next(self) -> None:
-        """Give free places to those who wait: first to clients with the fewest running, then in the order of coming."""
+        """Give free places to waiting jobs: clients with the fewest running jobs first, then in order of arrival."""
         clients = [job.client for job in self.active if not job.superseded]
         for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
             try:
                 called = self._assign(waiting[0])
             except HttpError:
-                called = True  # it is told as soon as it asks again
+                called = True  # `_enter` raises the error when the waiter wakes
             if called:
                 self.line.remove(waiting)
                 waiting[1].set()
         self.warming.next()
 
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
-        """What the backend answers, as pairs. If it counts too many tokens, the prompt is fitted and sent again,
-        once."""
+        """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
+        once more."""
         limits = backend.prompts.limits(job, backend.n_ctx(job.model))
         for is_last in (False, True):
             try:
@@ -475,7 +475,7 @@ class Gateway:
         return {"model": model, "n_ctx": job.sent.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
-        """Count valid tokens; a whole answer without any counts as a success too."""
+        """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""
         if not job.came.tokens and count:
             job.came.first = time.perf_counter()
         job.came.tokens += count
@@ -483,14 +483,14 @@ class Gateway:
         backend.count(job, count)
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
-        """The result's own members, then whatever else the backend tells about it."""
+        """Count the work of a whole answer, and return its result: our own members, then the backend's."""
         told = read_result(done)
         job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
         job.came.reason = reason if reason in REASONS else "other"
         self.counting.work(job, told)
-        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # an event may have several
+        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # one event may hold several
         backend.prompts.learn(job, told)
-        if job.sent.cut and job.kind != "chat":  # read it whole later, so that the next one need not be
+        if job.sent.cut and job.kind != "chat":  # read it all later, so that the next one need not be cut
             self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
         ours = {
             "language": job.fields["language"],
@@ -509,8 +509,8 @@ class Gateway:
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """GET /health: the backends' state as the last probe and the traffic have shown it. `vps_available`: any of them is
-    there. 503 says what is wrong."""
+    """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
+    available. A 503 says what is wrong."""
     told = {
         "vps_available": gateway.fleet.available,
         "uptime": round(time.monotonic() - gateway.started, 1),
@@ -536,8 +536,8 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
 
 
 def write_event(pair: Pair) -> bytes:
-    """A pair as native SSE, or b"" for a pair that has no event. The first one is "started", so the head goes out as
-    soon as the backend answers."""
+    """A pair as native SSE, or b"" for a pair without an event. The first pair is "started", so the response head goes
+    out as soon as the backend answers."""
     kind, value = pair
     if kind == "text":
         return bytes(value)
@@ -565,7 +565,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
-    """GET /: a page for a person, which uses this API."""
+    """GET /: a web page for people, which uses this API."""
     if not gateway.page:
         raise HttpError(
             "NOT_FOUND", "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
@@ -575,10 +575,10 @@ async def page(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/models: the models of models.toml. `available`: a backend can be reached and has the model; then the
-    entry also has what the first such backend tells about the model, and `backends` names all of them. `languages` has
-    those that models.toml names (`served`) and those whose syntax is known. `data` is OpenAI's list: the models that
-    some backend has, or all as long as that is unknown."""
+    """GET /v1/models: the models of models.toml. `available`: a backend that has the model can be reached; the entry
+    then also has the members that the first such backend reports, and `backends` names all such backends. `languages`
+    lists the languages that models.toml names (`served`) and those with a known syntax. `data` is OpenAI's list: the
+    models that some backend has, or all models while no backend has listed any."""
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
         having = [one for one in gateway.fleet.backends if one.available and one.models and model.id in one.models]
@@ -624,14 +624,14 @@ async def model(gateway: Gateway, request: Request) -> Response:
 
 
 async def props(gateway: Gateway, request: Request) -> Response:
-    """GET /props: of the model that answers when none is named."""
+    """GET /props: the properties of the model that answers a request without a model name."""
     model = gateway.fleet.route({})
     places = sum(backend.limit for backend in gateway.fleet.backends)
     return Response(compact(write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
-    """POST /tokenize: a text in tokens of the model that answers when none is named."""
+    """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(present(request.json()), TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
@@ -685,7 +685,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
 async def dialect_stream(
     reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first may be empty, as in `write_event`."""
+    """Blocks of whole SSE events in a dialect. The first block may be empty, as in `write_event`."""
     begun = False
     async with contextlib.aclosing(reading.pairs()) as pairs:
         async for kind, value in pairs:
@@ -702,7 +702,7 @@ async def dialect_stream(
 
 
 def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What of a request was sent, if that is not all: no dialect has a member for it."""
+    """A header with the part of a request that was sent, unless all was: no dialect has a member for this."""
     if not kept or kept["parts"] == ["all"]:
         return ()
     messages = "{} of {} messages, ".format(*kept["messages"]) if "messages" in kept else ""
@@ -710,14 +710,14 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/stats: counters and gauges; requests are completions. `backends` has those of each backend; `breaker` and
-    `vps_response_time_ms`, which is the last good probe's and null before one, are those of the first that is there."""
+    """GET /v1/stats: counters and gauges; requests are completions. `backends` has the figures of each backend.
+    `breaker` and `vps_response_time_ms` (of the last good probe, null before one) are the first available backend's."""
     return Response(statistics(gateway))
 
 
 async def activity(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/activity: the statistics, why no backend is available, and the counts of the last half hour. Each number
-    of `requests`, `failed` and `tokens` counts `step_s` seconds, the last one the present step so far."""
+    """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of the last half hour.
+    Each number of `requests`, `failed` and `tokens` covers `step_s` seconds, the last one the current step so far."""
     gateway.counting.sample()
     fleet = gateway.fleet
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
@@ -742,7 +742,7 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
 
 
 def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
-    """Its part of /v1/stats."""
+    """A backend's entry in /v1/stats."""
     return {
         "id": backend.id,
         "api": backend.config.api,
@@ -786,7 +786,7 @@ METRICS: Table = {
         Metric("cerebrum_draft_tokens_total", "Tokens that drafts proposed.", "draft_tokens"),
         Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.", "accepted_tokens"),
     ),
-    "backend": (  # of its part of /v1/stats
+    "backend": (  # read from a backend's entry in /v1/stats
         Metric("cerebrum_backend_up", "Whether it is available.", lambda one: one["available"]),
         Metric("cerebrum_backend_places", "Completions that it takes at a time.", lambda one: one["max_concurrent"]),
         Metric("cerebrum_backend_active", "Completions that hold a place.", lambda one: one["requests_active"]),
@@ -805,7 +805,7 @@ METRICS: Table = {
 
 
 def things(gateway: Gateway) -> Things:
-    """What the rows of METRICS read."""
+    """The objects that the rows of METRICS read."""
     now = time.monotonic()
     backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}
     return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
@@ -819,14 +819,14 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
     """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
-    from cerebrum.pi.openapi import write_openapi  # compiled and loaded only for those who ask
+    from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
 
 
 def load_page(path: Path) -> Page | None:
-    """The page, or None and a line in the log: the daemon lives without it."""
+    """Load the page. If the file cannot be read, log a warning and return None: the daemon works without a page."""
     try:
         return Page(path.read_bytes())
     except OSError as error:
@@ -858,7 +858,7 @@ ROUTES = (
 )
 # ----------------------------------------------------------------------------------------------- start
 
-DRAIN_SECONDS = 30.0  # given to running completions when we are told to stop
+DRAIN_SECONDS = 30.0  # for running completions to end at shutdown
 
 
 async def serve(environ: Environment, config: Config) -> int:
@@ -882,7 +882,7 @@ async def serve(environ: Environment, config: Config) -> int:
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
     gateway.fleet.close()
-    return int(failed)  # systemd starts it again
+    return int(failed)  # systemd restarts the daemon after a 1
 
 
 def warn_of(config: Config) -> None:
@@ -893,7 +893,7 @@ def warn_of(config: Config) -> None:
 
 
 def answer_arguments(arguments: Sequence[str]) -> int:
-    """Do what the options ask instead of serving. What they need is loaded only here."""
+    """Run an option instead of serving. The code for options is loaded only here."""
     about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
     make_parser("cm4d", about, HELP).parse_args(arguments)
     from cerebrum.check import check_pi
@@ -917,7 +917,7 @@ exit status:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 for a wrong configuration, 1 for what may pass by itself."""
+    """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
         return answer_arguments(arguments)
     try:

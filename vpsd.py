@@ -2,18 +2,18 @@
 """vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without a GPU.
 
     CEREBRUM_API_KEY=secret python3 vpsd.py              # serve on 127.0.0.1:9000
-    python3 vpsd.py fetch [model id]                     # download a model of models.toml, checked by sha256; tune it
+    python3 vpsd.py fetch [model id]                     # download a model of models.toml, check its sha256, tune it
     python3 vpsd.py tune [model id]                      # find the encoding that this machine computes fastest
     curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
          -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
 
-It refuses to start without a key. It refuses a model that does not fit into memory, a request while other programs use
-the CPU, more requests at a time than configured, and a prompt that does not fit into the context.
+vpsd refuses to start without a key. It also refuses a model that does not fit into memory, a request while other
+programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
 
-Who owns what: the event loop owns sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`, from the start of its load until its memory
-is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. Only a `Job` crosses over
-to it, and its events come back to the loop.
+Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
+its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` from the start of its load until its memory
+is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. Only `Job`s cross over to
+the worker, and their events come back to the loop.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if __name__ == "__main__":
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
-    # Every token reads all weights once. With the usual pages of 4 KiB that takes an eighth longer than with pages of
-    # 2 MiB (measured with a 1.5B). The C library asks for those only if told before the process starts.
+    # Every token reads all weights once, which takes an eighth longer with the usual 4 KiB pages than with 2 MiB pages
+    # (measured with a 1.5B). The C library asks for 2 MiB pages only if this variable is set when the process starts.
     if "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -96,7 +96,7 @@ from cerebrum_common import (
 )
 
 HERE = Path(__file__).resolve().parent
-# For hints to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
+# For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
 PYTHON = sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
 
 
@@ -105,11 +105,11 @@ PYTHON = sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything that the environment may set; see .env.example."""
+    """All settings that the environment may contain; see .env.example."""
 
     host: str
     port: int
-    keys: tuple[str, ...]  # one of them is expected from clients
+    keys: tuple[str, ...]  # a client must send one of them
     key_names: frozenset[str]  # the variables that hold keys
     models: tuple[Model, ...]
     models_dir: Path
@@ -133,7 +133,7 @@ class Config:
 
 
 def load_config(env: Environment, folder: Path) -> Config:
-    """The environment, checked. ConfigError names the variable that is wrong."""
+    """Check the environment and return its settings. ConfigError names the wrong variable."""
     beside = folder / "models"
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
@@ -150,7 +150,7 @@ def load_config(env: Environment, folder: Path) -> Config:
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
         keys=env.keys("CEREBRUM_API_KEY"),
         key_names=catalog.key_names,
-        models=tuple(model for model in catalog.models if model.file),  # others are on other engines
+        models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
         hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
         origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
@@ -202,7 +202,7 @@ FIELDS = {
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "predict_ms": Field(int, 0, 600_000, 0),  # a completion ends then, once it has a line end; 0: no limit
+    "predict_ms": Field(int, 0, 600_000, 0),  # ends a completion that takes longer and has a line end; 0: no limit
     "indent": Field(int, 0, 1000, 0),  # characters; the completion ends before a line that is indented less
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "progress": Field(bool, default=False),
@@ -218,14 +218,14 @@ EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=Tru
 TOKENIZE = {
     "model": Field(str, 1, 200, required=True),
     "text": Field(str, required=True),
-    "first": Field(bool, default=False),  # with the tokens that the model expects at the beginning of a text
-    "special": Field(bool, default=False),  # names of control tokens become those tokens
+    "first": Field(bool, default=False),  # add the tokens that the model expects at the beginning of a text
+    "special": Field(bool, default=False),  # read the names of control tokens as control tokens
 }
 
 
 def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields of a request body, with `messages` (or None), `extra` as pairs, and the `mode` that the other
-    fields imply."""
+    """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs. Without a `mode`, the
+    other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
@@ -241,7 +241,7 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_messages(value: Any) -> list[tuple[str, str]]:
-    """`[{"role", "content"}, …]` as pairs."""
+    """Check `[{"role", "content"}, …]` and return pairs."""
     messages = read_objects(value, "messages", 1, 100, MESSAGE, of="messages")
     return [(message["role"], message["content"]) for message in messages]
 
@@ -251,7 +251,7 @@ def parse_messages(value: Any) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """What the machine has to spare: bytes of available memory, and the percentage of all CPUs that other programs
+    """Spare capacity of the machine: bytes of available memory, and the percentage of all CPUs that other programs
     use."""
 
     available: int
@@ -259,7 +259,7 @@ class Headroom:
 
 
 def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
-    """HttpError 503 with the figures if a completion may not start now."""
+    """Raise HttpError 503 with the figures if a completion may not start now."""
     if memory and headroom.available < config.min_free_mb * MB:
         raise HttpError(
             "RESOURCE_EXHAUSTED",
@@ -277,8 +277,8 @@ def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, c
 
 
 def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the MemoryMax= of our unit still allows, infinity without one. What the kernel only caches of files does not
-    count: it gives that back."""
+    """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's file cache does not
+    count as used, since the kernel gives it back."""
     try:
         group = root / table.read_text().rpartition("0::/")[2].strip()
         limit = int((group / "memory.max").read_text())
@@ -289,8 +289,8 @@ def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path
 
 
 class CpuMeter:
-    """Percent of all CPUs that are busy, and that *others* keep busy. One generation keeps every core busy by itself,
-    and must not lock the second one out."""
+    """Percentage of all CPUs in use, and in use by *other* programs: one generation keeps every core busy by itself,
+    and must not lock out a second generation."""
 
     def __init__(self) -> None:
         self.system_percent = self.others_percent = 0.0
@@ -313,7 +313,7 @@ class CpuMeter:
 
 
 def listed_model(model_id: str | None, config: Config) -> Model:
-    """The model of models.toml with this id, or the last one, which is the smallest."""
+    """The model of models.toml with this id; without an id the last model, which is the smallest."""
     wanted = model_id or config.models[-1].id
     model = next((model for model in config.models if model.id == wanted), None)
     if not model:
@@ -322,8 +322,8 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> int:
-    """Download a model, tell where it is, and tune it if that has not been done here. The download is what counts: the
-    model also works without being tuned."""
+    """Download a model, print its path, and tune the model unless this machine already has a usable tuned file. A
+    failed tuning is no failure of the command, since the model also works untuned."""
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     try:
@@ -344,8 +344,8 @@ def fetch_command(options: argparse.Namespace, config: Config) -> int:
 
 # ---------------------------------------------------------------------------------------------- IO: tune
 
-MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs: above it measurements would mislead
-QUIET_SECONDS = 20  # how long to wait for the other programs to end
+MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit measurements would mislead
+QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 
 
 def tune_command(options: argparse.Namespace, config: Config) -> int:
@@ -371,8 +371,8 @@ def reason_of(error: Exception) -> str:
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = False, dry_run: bool = False) -> Outcome:
-    """Tune a model that is here, with a progress bar. The table is printed to `output` before the tuned file is put in
-    place. TuneError if the machine is too busy to measure anything."""
+    """Tune a downloaded model, with a progress bar. The table is printed to `output` before the tuned file is put in
+    place. TuneError if the file is missing or the machine is too busy to measure anything."""
     path = config.models_dir / model.file
     if not os.path.isfile(path):
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
@@ -410,26 +410,26 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
 
 KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
 HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
-LOAD_TICK_SECONDS = 0.25  # how often a load's progress is passed on
+LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
-CLEANUP_SECONDS = 30.0  # between two looks for models that nobody has used
-LOAD_AGAIN_SECONDS = 300.0  # a file that could not be loaded is tried again then, or when it changes
+CLEANUP_SECONDS = 30.0  # between two searches for unused models
+LOAD_AGAIN_SECONDS = 300.0  # a file that failed to load is tried again after this time, or when it changes
 DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 
 
 class Completion:
-    """A request that has been admitted: its job, and what has come back of it. Lives on the event loop."""
+    """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
     def __init__(
         self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
     ) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = model, session
-        self.notes = {} if notes is None else notes  # for its request's line in the log
+        self.notes = {} if notes is None else notes  # for the request's line in the log
         self.notes["model"] = model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
-        self.worker: Worker | None = None  # once it is handed over
-        self.starter: asyncio.Task[None] | None = None  # brings it there
+        self.worker: Worker | None = None  # once the job is handed over
+        self.starter: asyncio.Task[None] | None = None  # takes the job to the worker
 
         def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
             loop.call_soon_threadsafe(self.events.put_nowait, events)
@@ -437,7 +437,7 @@ class Completion:
         self.job = Job(request, deliver, self.events.qsize)
 
     async def next_events(self, seconds: float) -> list[Event | HttpError]:
-        """What came next; an empty list if nothing did within `seconds`."""
+        """The next events; an empty list if none came within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 events = await self.events.get()
@@ -458,17 +458,17 @@ class Completion:
                     self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
 
     def _result(self, done: Event) -> Event:
-        """The done event with the members that the daemon knows, in the order of the API's text."""
+        """The done event with the daemon's own members, in the order of the API specification."""
         known = {"done": True, "language": self.job.request.language or "", "model": self.model}
         figures = {name: done[name] for name in ("total_tokens", "inference_time")}
         return known | figures | {"timestamp": timestamp()} | done
 
 
 class EventStream:
-    """A completion's events as blocks of SSE, comments while there is nothing to say, up to the done event.
+    """A completion's events as SSE blocks up to the done event, with comments while there are no events.
 
-    Not an async generator: one that was never started runs no `finally`, and a client that leaves at that moment would
-    keep its place for ever.
+    Not an async generator: a generator that was never started runs no `finally`, so a client that left before the start
+    would keep its place for ever.
     """
 
     def __init__(self, engine: Engine, completion: Completion) -> None:
@@ -489,11 +489,11 @@ class EventStream:
         for event in await self._completion.next_events(self._patience):
             if isinstance(event, HttpError):
                 self._error = event
-                return block or await anext(self)  # what came before the error is sent first
+                return block or await anext(self)  # events before the error are sent first
             block += sse_event(event)
             self._done = "done" in event
         if not block and self._engine.stuck(time.monotonic()):
-            raise StopAsyncIteration  # cut, not ended by an error event: the Pi then counts a failure of this backend
+            raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
         self._patience = KEEPALIVE_SECONDS
         return block or SSE_COMMENT
 
@@ -507,11 +507,11 @@ class Instance:
 
     model: Model
     worker: Worker
-    estimate: int  # bytes that it will use in time: attention's buffers fill as contexts grow
-    ready: asyncio.Future[None]  # the worker's, for the loop
-    completions: set[Completion] = field(default_factory=set)  # in the worker or on their way: it must stay
+    estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
+    ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
+    completions: set[Completion] = field(default_factory=set)  # in the worker or on the way to it: the model must stay
     last_used: float = 0.0  # monotonic: a clock that jumps must not unload a model
-    gone: asyncio.Task[None] | None = None  # ends when all of its memory is free
+    gone: asyncio.Task[None] | None = None  # ends when all of the model's memory is free
 
     @property
     def loaded(self) -> bool:
@@ -519,12 +519,12 @@ class Instance:
 
     @property
     def idle(self) -> bool:
-        """Nobody uses it, or waits until it is loaded."""
+        """No request uses the model or waits for its load, and the model is not being unloaded."""
         return not self.completions and not self.worker.stopping
 
     @property
     def last_used_at(self) -> datetime:
-        """By the clock, in UTC, wherever that stands now."""
+        """`last_used` as a naive time in UTC, by the present setting of the clock."""
         idle = time.monotonic() - self.last_used
         return datetime.fromtimestamp(time.time() - idle, UTC).replace(tzinfo=None)
 
@@ -542,20 +542,20 @@ class Engine:
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
-        self.tallies = {model.id: ModelTally() for model in config.models}  # also of models that have been unloaded
-        self.loading = asyncio.Lock()  # memory is judged for one load at a time
-        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads without a worker yet, by model
-        # Of models that could not be loaded: why, the stamp of the file, and until when that is believed.
+        self.tallies = {model.id: ModelTally() for model in config.models}  # kept when a model is unloaded
+        self.loading = asyncio.Lock()  # memory is checked for one load at a time
+        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads that have no worker yet, by model
+        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of the next try.
         self.load_failures: dict[str, tuple[str, str, float]] = {}
 
     # Admission.
 
     def model(self, model_id: str) -> Model:
-        """A model of models.toml that is loaded or whose file is here. HttpError 404 MODEL_NOT_FOUND says how to get
-        it."""
+        """The model of this id if it is loaded or its file is here. HttpError: MODEL_LOAD_FAILED after a recent failed
+        load, or 404 MODEL_NOT_FOUND, which says how to get the file."""
         model, instance = self.listed(model_id), self.instances.get(model_id)
         if instance is not None and instance.loaded:
-            return model  # it needs no file any more
+            return model  # a loaded model needs no file any more
         if failure := self._load_failure(model):
             raise HttpError("MODEL_LOAD_FAILED", failure)
         if not os.path.isfile(self.config.models_dir / model.file):
@@ -567,24 +567,24 @@ class Engine:
         return model
 
     def is_available(self, model: Model) -> bool:
-        """Whether it can probably be loaded."""
+        """Whether the model can probably be loaded."""
         return os.path.isfile(self.config.models_dir / model.file) and not self._load_failure(model)
 
     def _load_failure(self, model: Model) -> str:
-        """Why its file could not be loaded a moment ago, "" if that is not known. Trying it again for each request
-        would read a large file each time."""
+        """Why a recent load of the model's file failed, or "" if none did. Trying again for each request would read a
+        large file each time."""
         message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
         return message if time.monotonic() < until and stamp == self._stamp(model) else ""
 
     def _stamp(self, model: Model) -> str:
-        """Of its file, "" if that cannot be seen."""
+        """The stamp of the model's file, or "" if the file cannot be accessed."""
         try:
             return file_stamp(self.config.models_dir / model.file)
         except OSError:
             return ""
 
     def listed(self, model_id: str) -> Model:
-        """A model of models.toml, or HttpError 404 MODEL_NOT_FOUND that names those there are."""
+        """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
         if model_id not in self.models:
             known = ", ".join(self.models)
             raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
@@ -592,21 +592,21 @@ class Engine:
 
     def reconfigure(self, config: Config) -> None:
         """Apply the models and limits of new settings; running requests continue. A loaded model whose entry has
-        changed is unloaded once nobody uses it. The settings of llama.cpp stay."""
+        changed is unloaded once no request uses it. The settings of llama.cpp do not change."""
         self.config = dataclasses.replace(config, engine=self.config.engine, models_dir=self.config.models_dir)
         self.models = {model.id: model for model in config.models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
 
     def stuck(self, now: float) -> str:
-        """Names a model whose worker has hung; "" if there is none."""
+        """A message that names a model whose worker hangs, or "" if none does."""
         stuck = [instance.model.id for instance in self.instances.values() if now > instance.worker.due]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
     def admit(self, fields: dict[str, Any], notes: dict[str, Any] | None = None) -> Completion:
-        """Admit a request and start it. HttpError: the model is unknown, all places are taken, memory or CPU is short.
+        """Admit a request and start it. HttpError: unknown model, all places taken, or too little memory or CPU.
 
-        A request that is refused here ends nothing. One that is admitted ends the older one of its session, even if it
-        fails later.
+        An admitted request ends the older request of its session, even if the new one fails later. A refused request
+        ends nothing.
         """
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
@@ -629,7 +629,7 @@ class Engine:
         return completion
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
-        """A text's tokens, by a model that is loaded if need be. Takes no place: it computes nothing."""
+        """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
         self.model(fields["model"])
         request = CompletionRequest(fields["text"], max_tokens=0)
         completion = Completion(fields["model"], None, request)
@@ -640,7 +640,7 @@ class Engine:
             self.finish(completion)
 
     def finish(self, completion: Completion) -> None:
-        """The completion has ended or its client left: give its place back, and stop what still computes for it."""
+        """The completion has ended or its client has left: free its place, and stop any work for its job."""
         self.completions.pop(completion, None)
         completion.job.cancelled = True
         if completion.starter:
@@ -658,7 +658,7 @@ class Engine:
     # From a completion to its worker.
 
     async def _start(self, completion: Completion) -> None:
-        """Bring the completion to its worker. Whatever goes wrong on the way is its last event."""
+        """Take the completion to its worker. An error on the way becomes the completion's last event."""
         try:
             await self._relieve(completion.model)
             instance = await self._loaded(completion)
@@ -671,7 +671,7 @@ class Engine:
             completion.events.put_nowait([internal_error(exception)])
 
     async def _loaded(self, completion: Completion) -> Instance:
-        """The instance of the completion's model, loaded first if need be; HttpError if that fails."""
+        """The instance of the completion's model, after loading it if needed; HttpError if the load fails."""
         model_id, told = completion.model, -1.0
         while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
             if instance:
@@ -688,8 +688,8 @@ class Engine:
         return instance
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
-        """The task that starts to load the model and returns why it could not. It outlives the completions that wait
-        for it: while somebody types, none of them lives as long as a load takes."""
+        """The task that starts to load the model and returns the error if it cannot. The task outlives the completions
+        that wait for it: while somebody types, no completion lives as long as a load takes."""
 
         async def load() -> HttpError | None:
             try:
@@ -708,7 +708,7 @@ class Engine:
         return self.starting[model.id]
 
     def _remember(self, model: Model, error: HttpError) -> None:
-        """A file that could not be loaded is not tried again for each request."""
+        """Remember a failed load, so that not every request tries the file again."""
         if error.code == "MODEL_LOAD_FAILED":
             until = time.monotonic() + LOAD_AGAIN_SECONDS
             self.load_failures[model.id] = error.message, self._stamp(model), until
@@ -722,7 +722,7 @@ class Engine:
                 parts = await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)
                 if (need := sum(parts.values()) / MB) > (most := self._most_free_mb()):
                     tuned, reason = None, f"it needs {need:.0f} MB, and {most:.0f} MB can be freed beside the reserve"
-            except HttpError as error:  # its header is damaged
+            except HttpError as error:  # the tuned file's header is damaged
                 tuned, reason = None, error.message
         if reason:
             log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
@@ -731,11 +731,11 @@ class Engine:
         await self._make_room(model, parts)
         tally, begun = self.tallies[model.id], time.monotonic()
         worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned, tally)
-        worker.start()  # before anything waits for its end, since even a thread can fail to start
+        worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
 
         def count(future: asyncio.Future[None]) -> None:
-            error = future.exception()  # which nobody else may be left to hear
+            error = future.exception()  # perhaps nobody else is left to retrieve it
             if not error:
                 instance.last_used = time.monotonic()
                 tally.loads += 1
@@ -768,8 +768,8 @@ class Engine:
         check_headroom(self.headroom(), self.config, cpu=False)
 
     async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:
-        """Unload idle models until `model`, which needs these bytes, fits beside the reserve; HttpError 503 with the
-        figures if it cannot."""
+        """Unload idle models until `model`, which needs the bytes of `parts`, fits beside the reserve; HttpError 503
+        with the figures if no idle model is left to unload."""
         need = sum(parts.values()) / MB
         while need > (free := self._free_mb()):
             if not await self._free_one():
@@ -789,7 +789,7 @@ class Engine:
             raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
 
     def _free_mb(self) -> float:
-        """Megabytes for one more model, after the reserve and what loaded models are expected to take later."""
+        """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
         instances = self.instances.values()
         used = rss_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
@@ -798,13 +798,13 @@ class Engine:
         return min(beside_reserve, cgroup_left_bytes() / MB) - untouched / MB
 
     def _most_free_mb(self) -> float:
-        """Megabytes for one more model if no idle one were loaded."""
+        """Megabytes free for one more model if all idle models were unloaded."""
         idle = [instance for instance in self.instances.values() if instance.idle or instance.worker.stopping]
         return self._free_mb() + sum(instance.estimate for instance in idle) / MB
 
     async def _free_one(self, spared: str = "") -> bool:
-        """Wait for a model that is being unloaded, else unload the idle one that was not used for longest. False if
-        there is neither."""
+        """Wait for the models that are being unloaded; without any, unload the least recently used idle model. False
+        if there is no idle model either."""
         if ending := [instance for instance in self.instances.values() if instance.worker.stopping]:
             await wait_gone(ending)
             return True
@@ -821,8 +821,8 @@ class Engine:
         return round(max(0, before - rss_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
-        """Unload a model, or stop its load, and return the megabytes freed. None if neither was there; HttpError 409 if
-        somebody uses it or waits for it."""
+        """Unload a model, or stop its load, and return the megabytes freed. None if there was nothing to unload;
+        HttpError 409 if a request uses the model or waits for it."""
         if load := self.starting.get(model_id):
             await asyncio.wait([load])
         instance = self.instances.get(model_id)
@@ -833,9 +833,9 @@ class Engine:
         return await self._unload(instance)
 
     async def unload_unused(self) -> dict[str, float]:
-        """Unload what nobody has used for the configured minutes: the megabytes freed, by model."""
+        """Unload models that are outdated or unused for the configured minutes. Returns megabytes freed, by model."""
         freed: dict[str, float] = {}
-        while unused := self._unused():  # anew each time, since a request may have come meanwhile
+        while unused := self._unused():  # listed anew each time, since a request may have come meanwhile
             model_id, outdated = unused[0].model.id, self._outdated(unused[0])
             freed[model_id] = await self._unload(unused[0])
             reason = "models.toml has changed" if outdated else f"{self.config.idle_minutes:g} idle minutes are over"
@@ -848,12 +848,12 @@ class Engine:
         return [instance for instance in idle if instance.last_used <= limit or self._outdated(instance)]
 
     def _outdated(self, instance: Instance) -> bool:
-        """Whether models.toml has another file for it by now, or none."""
+        """Whether models.toml now lists another file for the model, or does not list the model any more."""
         new, old = self.models.get(instance.model.id), instance.model
         return not new or (new.file, new.sha256) != (old.file, old.sha256)
 
     def _is_leaving(self, instance: Instance) -> bool:
-        """Whether it is being unloaded; an outdated one that nobody uses is, from now on."""
+        """Whether the instance is being unloaded. Starts to unload an outdated instance that no request uses."""
         if instance.idle and self._outdated(instance):
             instance.worker.stop()
         return instance.worker.stopping
@@ -861,21 +861,21 @@ class Engine:
     # From start to stop.
 
     async def tend(self) -> None:
-        """For ever: read the CPU meter, and unload what nobody has used for long. The meter is read during that too."""
+        """Read the CPU meter and unload unused models, for ever. The meter is also read while models are unloaded."""
         next_cleanup = time.monotonic() + CLEANUP_SECONDS
         cleaning: asyncio.Task[dict[str, float]] | None = None
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             self.cpu.sample()
             if cleaning and cleaning.done():
-                cleaning.result()  # what fails there ends this task too, which `serve` notices
+                cleaning.result()  # an error there ends this task too, and `serve` notices
                 cleaning = None
             if not cleaning and time.monotonic() >= next_cleanup:
                 next_cleanup = time.monotonic() + CLEANUP_SECONDS
                 cleaning = asyncio.create_task(self.unload_unused())
 
     async def stop(self) -> None:
-        """End what runs, save what is worth keeping, unload everything."""
+        """End all requests and loads, and unload all models. Their workers save the parked sequences."""
         for completion in list(self.completions):
             self.finish(completion)
         for load in self.starting.values():
@@ -887,7 +887,7 @@ class Engine:
 
 
 async def wait_gone(instances: Sequence[Instance]) -> None:
-    """Until all of them are gone. Cancelling the wait leaves them to end."""
+    """Wait until all the instances are gone. Cancelling the wait does not stop their unloading."""
     if tasks := [instance.gone for instance in instances if instance.gone]:
         await asyncio.wait(tasks)
 
@@ -934,7 +934,7 @@ async def inference(engine: Engine, request: Request) -> Response:
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error that comes within HEAD_SECONDS is a status; after that it is an event."""
+    """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an event."""
     return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()), request.notes)))
 
 
@@ -944,8 +944,8 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 
 
 async def models(engine: Engine, _request: Request) -> Response:
-    """GET /v1/models: every model of models.toml. `available` says whether its file is here; `path` and `encoding` tell
-    what is loaded, or would be."""
+    """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
+    `encoding` describe the file that is loaded or would be loaded."""
 
     def find() -> dict[str, TunedFile | None]:
         folder, settings = engine.config.models_dir, engine.config.engine
@@ -976,7 +976,7 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
-    """GET /v1/stats: the text's fields, our version, what other programs use of the CPU, and how drafting went."""
+    """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
     figures = write_stats(METRICS, things(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
     known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": VERSION}
@@ -984,14 +984,14 @@ async def stats(engine: Engine, _request: Request) -> Response:
 
 
 async def metrics(engine: Engine, request: Request) -> Response:
-    """GET /metrics: the counters of /v1/stats and more, for Prometheus. What llama-server's /metrics has as well has
-    its name and meaning here, with the model as a label."""
+    """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
+    keeps llama-server's name and meaning, with the model as a label."""
     server = write_metrics(SERVER, {"": {"": request.answered}})
     return Response(server + write_metrics(METRICS, things(engine)), kind=CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
-    """A row with a number of each loaded model, 0 for the others."""
+    """A row with a number for each model, 0 if the model is not loaded."""
 
     def by_model(engine: Engine) -> dict[tuple[str], int]:
         workers = {id: instance.worker for id, instance in engine.instances.items() if instance.loaded}
@@ -1055,7 +1055,7 @@ METRICS: Table = {
 
 
 def things(engine: Engine) -> Things:
-    """What the rows of METRICS read."""
+    """The objects that the rows of METRICS read."""
     return {"": {"": engine}, "model": engine.tallies}
 
 
@@ -1067,7 +1067,7 @@ async def unload(engine: Engine, request: Request) -> Response:
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
-    """POST /v1/cleanup: unload what has been idle for long."""
+    """POST /v1/cleanup: unload models that have been idle for long."""
     freed = await engine.unload_unused()
     return Response({"models_unloaded": list(freed), "memory_freed_mb": round(math.fsum(freed.values()), 1)})
 
@@ -1116,11 +1116,11 @@ async def serve(environ: Environment, config: Config) -> int:
     tending.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
-    return int(failed)  # systemd starts it again
+    return int(failed)  # systemd restarts a failed daemon
 
 
 def check_keys(config: Config) -> None:
-    """ConfigError without a key: everybody on the network could use the CPU."""
+    """ConfigError if no key is set: everybody on the network could use the CPU."""
     if not config.keys:
         raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 

@@ -1,14 +1,14 @@
-"""`cm4d.py --check` and `vpsd.py --check`: what keeps a daemon from working, one finding a line, and what to do.
+"""`cm4d.py --check` and `vpsd.py --check`: what keeps a daemon from working and how to mend it, one finding a line.
 
     ok    key       CEREBRUM_API_KEY is set
     warn  version   vps has 0.1.0, this is 0.2.0: copy all files of one version
     FAIL  address   0.0.0.0 port 7000 is taken: `ss -ltnp 'sport = :7000'` shows by whom
 
 The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints no key and works beside the running
-daemon. Questions to other machines end within seconds. Wrong settings end the check, since the rest depends on them.
+daemon. Requests to other machines end within seconds. Wrong settings end the check, since the rest depends on them.
 
-The daemons pass their own `load_config` and `Backend`, because no module imports a daemon. Standard library only, but
-for the part of the VPS.
+The daemons pass their own `load_config` and `Backend`, because no module imports a daemon. Standard library only,
+except for the VPS's part.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from cerebrum_common import VERSION, HttpError, Model, log, printable
 Load = Callable[[Environment], Any]  # load_config: raises ConfigError
 Make = Callable[[Any, Sequence[Model]], Any]  # cm4d's Backend
 MB = 1 << 20
-ASK_SECONDS = 5.0  # for an answer of this machine
-BACKEND_SECONDS = 15.0  # for the answers of all backends, which are asked at the same time
+ASK_SECONDS = 5.0  # for an answer from this machine
+BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
 SOCKET_UNIT = Path("/etc/systemd/system/cerebrum-backend.socket")
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
-MIN_KEY_CHARACTERS = 16  # 43 is what generate_api_key.sh makes
-PI_MB = 64  # of memory: cm4d takes 36, and its clients more
-BARE_MB = 150  # of vpsd without a model: 90 at its start, and connections
-SPARE_MB = 512  # for what the estimate of a model leaves out, and for reading its file
+MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
+PI_MB = 64  # of memory: cm4d takes 36, its clients need more
+BARE_MB = 150  # memory of vpsd without a model: 90 at its start, plus connections
+SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
 LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
 
 
@@ -60,7 +60,7 @@ class Report:
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Call a function in a thread that the end of the program does not wait for: looking up a name may hang."""
+    """Call a function in a thread that does not delay the program's end: looking up a name may hang."""
     future = Future[Any]()
 
     def call() -> None:
@@ -91,7 +91,7 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
         return None
     report.add("ok", "settings", f"those of the environment, {folder / '.env'} and models.toml are valid")
     with contextlib.suppress(OSError):
-        known = {*re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()), "CEREBRUM_URL"}  # of the REPL
+        known = {*re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()), "CEREBRUM_URL"}  # the REPL's
         named = {one.key_env for one in getattr(config, "backends", ())}
         for name in sorted(environ.values.keys() - known - named):
             if name.startswith("CEREBRUM_"):
@@ -100,7 +100,7 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
 
 
 def check_key(report: Report, environ: Environment, name: str, missing: str = "") -> None:
-    """`missing` is what to do if the key is not set; "" if it may be left out."""
+    """Check one key. `missing` says how to set the key if there is none; "" if the key is optional."""
     keys = environ.keys(name)
     if not keys:
         report.add("FAIL" if missing else "ok", "key", f"{name} is not set: {missing or 'clients need none'}")
@@ -111,7 +111,7 @@ def check_key(report: Report, environ: Environment, name: str, missing: str = ""
 
 
 def check_address(report: Report, host: str, port: int, prefix: str, mark: str) -> None:
-    """Whether the daemon can listen there, or does so: only its /health has the member `mark`."""
+    """Check that the daemon can listen on this address, or already does: only its /health has the member `mark`."""
     address: Any = (host,)
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -121,7 +121,7 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(address)
-    except (OSError, UnicodeError) as error:  # TimeoutError of the look-up is one
+    except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
             reason = getattr(error, "strerror", "") or "no address is known for it"
             report.add("FAIL", "address", f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT")
@@ -166,16 +166,16 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
 
 
 def check_backends(report: Report, config: Any, make: Make) -> None:
-    """Whether each backend is reached and takes our key; its version and models. A fault is a FAIL only if no other
-    backend can serve a completion."""
-    log.addHandler(logging.NullHandler())  # what a probe logs comes as a finding
+    """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
+    only if no other backend can serve a completion."""
+    log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     asked = [(one, begin(ask_backend, one, config.models, make)) for one in config.backends]
     deadline = time.monotonic() + BACKEND_SECONDS
     seen = []
     for one, future in asked:
         try:
             seen.append((one, *future.result(max(0.0, deadline - time.monotonic()))))
-        except Exception as error:  # of the look-up, of the certificates, TimeoutError
+        except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
             seen.append((one, None, "", reason))
     lacking = "warn" if any(backend.models for _, backend, _, trouble in seen if not trouble) else "FAIL"
@@ -196,8 +196,8 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
 
 
 def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, str, str]:
-    """A Backend that was probed once, its version, and what is wrong with it."""
-    socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for one that hangs
+    """Probe a backend once. Returns the Backend, its version, and its trouble, "" if none."""
+    socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for a look-up that hangs
     backend, version = make(config, models), "an unknown version"
 
     async def ask() -> None:
@@ -224,7 +224,7 @@ def check_vps(folder: Path, load: Load, digest: Callable[[Path, str], str]) -> i
         if (got := llama_cpp.__version__) != LLAMA_CPP:
             report.add("warn", "packages", f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}")
         check_key(report, environ, "CEREBRUM_API_KEY", "`generate_api_key.sh --write FILE` makes one")
-        if SOCKET_UNIT.exists():  # asking there could start the daemon
+        if SOCKET_UNIT.exists():  # a connection there could start the daemon
             report.add("ok", "address", f"that of systemd: `systemctl status {SOCKET_UNIT.name}` shows it")
         else:
             check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
@@ -241,7 +241,7 @@ def check_state(report: Report, folder: Path) -> None:
 
 
 def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]) -> None:
-    """Whether the model files are whole and readable, and fit into memory."""
+    """Check that the model files are whole and readable, and fit into memory."""
     import psutil
 
     from cerebrum.vps.llama import ModelError
@@ -273,7 +273,7 @@ def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]
 
 
 def needed_mb(model: Model, config: Any) -> int:
-    """Memory of a model, as published or tuned, whichever is more. ModelError or OSError if a file cannot be read."""
+    """A model's memory in MB, published or tuned, whichever is more. ModelError or OSError if a file cannot be read."""
     from cerebrum.vps.encoding import find_tuned
     from cerebrum.vps.gguf import read_shape
     from cerebrum.vps.llama import estimate_bytes
@@ -287,12 +287,12 @@ def needed_mb(model: Model, config: Any) -> int:
 
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
-    """What `vpsd.py memory` prints: MemoryMax= in MB of `total_mb`, the machine's memory; then comments on it."""
+    """The output of `vpsd.py memory`: MemoryMax= in MB for a machine with `total_mb` of memory, then comments."""
     from cerebrum.vps.llama import ModelError
 
     most, needs = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb)), dict[str, int]()
     for model in config.models:
-        with contextlib.suppress(ModelError, OSError):  # it is not here, or damaged
+        with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
             needs[model.id] = needed_mb(model, config) + config.engine.cache_mb
     limit = min(most, sum(needs.values()) + BARE_MB + SPARE_MB) if needs else most
     comments = [f"# {id}: {need} MB with its prompts (CEREBRUM_CACHE_MB)" for id, need in needs.items()]

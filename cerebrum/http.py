@@ -1,4 +1,4 @@
-"""HTTP/1.1 and SSE on asyncio streams: what a daemon's clients send, and what they get.
+"""HTTP/1.1 and SSE on asyncio streams: a daemon's server, from a client's bytes to the handler and back.
 
 Strategy
 - Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `ChunkedDecoder` take bytes in
@@ -8,11 +8,11 @@ Strategy
 - `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
   its answer. A handler is `async def handler(state, request) -> Response`. `Exchange.fail` is the one place that turns
   an error into an answer.
-- Once a stream has begun, an error is an error event, and then the connection is cut without a last chunk. A client can
-  always tell a finished stream from a broken one.
+- Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
+  client can always tell a finished stream from a broken one.
 
-It refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients that are
-slow or take more than their share of the connections, and pages of foreign origins. It speaks neither TLS nor HTTP/2.
+The server refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients
+that are slow or take more than their share of the connections, and pages of foreign origins. It has no TLS or HTTP/2.
 Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -54,42 +54,42 @@ from cerebrum_common import (
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
 MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
-MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; a head is held in memory whole
+MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; the whole head is held in memory
 MAX_HEADERS = 100  # no known client sends 30
-MAX_BODY_BYTES = 1 << 20  # the longest source file that a prompt is made of
+MAX_BODY_BYTES = 1 << 20  # the longest source file that is sent as a prompt
 MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can cost 20 times its size for a moment
-MAX_TRAILER_BYTES = 8192  # trailers are dropped, so they only have to be survived
-MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an extension that nobody reads
-MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice that its client leaves
+MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
+MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
+MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
 MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
 MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
 MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health or another open route
-MAX_ACCEPTS = 64  # sockets accepted at a time; the sum stays well below the usual 1,024 open files
-READ_BYTES = 65_536  # one read of a socket; also the reader's own limit
-WRITE_BUFFER_BYTES = 65_536  # what a client that does not read may cost before its stream pauses
-HEAD_SECONDS = 10.0  # in all, from the first byte: a head that comes at one byte a second is refused
-BODY_SECONDS = 30.0  # in all: 1 MiB at 35 KB/s
+MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
+READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
+WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
+HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
+BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
 OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
 WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
-KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client; then the kernel probes whether it is still there
-KEEPALIVE_PROBE_SECONDS = 5  # between two probes: four are lost before WRITE_SECONDS cut the client
+KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client, before the kernel starts to probe the connection
+KEEPALIVE_PROBE_SECONDS = 5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
 FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
-PAGE_SECONDS = 0.1  # between a stream's error and the cut: a browser drops what its page has not read by then
-LINGER_SECONDS = 1.0  # after the last answer: time to read it, before a reset could destroy it
+PAGE_SECONDS = 0.1  # between a stream's error and the cut, when a browser drops all bytes its page has not read
+LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset could destroy it
 
 
 class ListenError(OSError):
-    """The address cannot be listened on now. Unlike a wrong configuration this can pass: an interface is not up yet at
-    boot, or a predecessor still holds the port."""
+    """Listening failed. Unlike a wrong configuration, the cause can be temporary: an interface is not up yet at boot,
+    or a predecessor still holds the port."""
 
 
 class ClientGone(ConnectionError):
-    """The client closed, reset, or stopped reading. Never our error, never logged as one."""
+    """The client closed, reset, or stopped reading. Not our fault, and never logged as an error."""
 
 
 def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
-    """An error after which the connection is closed, such as one in the framing."""
+    """An error after which the connection is closed, such as a framing error."""
     return HttpError(code, message, close=True)
 
 
@@ -123,10 +123,10 @@ SINGLE_HEADERS = frozenset(
 
 
 def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """Where the message head in `buffer` ends (past its empty line), or None if more bytes are needed.
+    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed.
 
-    `scanned` bytes of the buffer were seen by an earlier call. A head is refused as early as possible: a TLS hello or a
-    bare LF gets its 400 at once, and a head that never ends costs 32 KiB.
+    An earlier call has scanned the first `scanned` bytes. A head is refused as early as possible: a TLS hello or a bare
+    LF gets its 400 at once, and a head that never ends costs 32 KiB.
     """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
     _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
@@ -138,9 +138,9 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 
 
 def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2).
+    """`scan_head` for a request. One empty line may precede the request (RFC 9112 section 2.2).
 
-    A bad request line is refused as soon as its CRLF has come: HTTP/0.9, SMTP or a typo have no head to wait for.
+    A bad request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for.
     """
     start = 2 if buffer.startswith(b"\r\n") else 0
     end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
@@ -160,7 +160,7 @@ def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
-    """A request line, without its CRLF, to method, decoded path, authority ("" without one) and version."""
+    """Parse a request line, without its CRLF, into method, decoded path, authority (or "") and version."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
@@ -177,14 +177,14 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
 
 
 def parse_target(target: str) -> tuple[str, str]:
-    """A request target to its decoded path and the authority that its absolute form names (RFC 9112 section 3.2)."""
+    """Parse a request target into decoded path and authority, "" without an absolute form (RFC 9112 section 3.2)."""
     authority = ""
     if absolute := ABSOLUTE_FORM.fullmatch(target):
         authority, target = host_name(absolute[1]), "/" + absolute[2]
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
-    path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash behind a URL; as %2F it stays
+    path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash after a URL; an escaped %2F stays
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
     try:
         path = octets.decode("utf-8")
@@ -204,7 +204,7 @@ def host_name(value: str) -> str:
 
 
 def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Header lines, without line ends, to a dict of lower-case names. Repeated list headers are joined by commas."""
+    """Parse header lines, without line ends, into a dict by lower-case name. Commas join repeated list headers."""
     if len(lines) > MAX_HEADERS:
         raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE")
     headers: dict[str, str] = {}
@@ -220,7 +220,7 @@ def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
 
 
 def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
-    """How the body is delimited: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
+    """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed("expected one Content-Length of 1 to 20 decimal digits")
@@ -234,7 +234,7 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
 
 
 def parse_request(block: bytes) -> Head:
-    """A whole request head, as `scan_request` finds it, to a `Head`."""
+    """Parse a whole request head, as `scan_request` finds it, into a `Head`."""
     first, *lines = block.removeprefix(b"\r\n")[:-4].split(b"\r\n")
     method, path, authority, version = parse_request_line(first)
     headers = parse_headers(lines)
@@ -256,20 +256,20 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 
 class ChunkedDecoder:
-    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` is what follows the end.
+    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` holds the bytes after the end.
 
     Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
-    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. `before` then holds
-    the payload that the failing call decoded before the fault.
+    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. After an error,
+    `before` holds the payload that the failing call decoded before the fault.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.done = False
         self.rest = b""
         self.before = b""
-        self._held = b""  # the beginning of a size line or of the trailers, never payload
+        self._held = b""  # an incomplete size line, line end or trailer section, never payload
         self._left = 0  # payload bytes still missing from the current chunk
-        self._step = ChunkedDecoder._size  # reads what follows that payload
+        self._step = ChunkedDecoder._size  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
@@ -303,7 +303,7 @@ class ChunkedDecoder:
             position = end
         self._held = buffer[position:]
 
-    # Each step takes one element of the grammar (RFC 9112 section 7.1) and returns its end, or None for want of bytes.
+    # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
 
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
@@ -342,7 +342,7 @@ class ChunkedDecoder:
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
-    """A response head. ValueError for a line end in a value, which would start a header of its own."""
+    """Encode a response head. ValueError for a line end in a header, which would start another header."""
     lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
     text = "\r\n".join(lines)
     if text.count("\n") != len(headers) or text.count("\r") != len(headers):
@@ -357,8 +357,8 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of one of the keys (none: anyone), by which names beside IP addresses, from which
-    origins."""
+    """Who may ask: the holders of one of `keys` (none: anyone), who call us by an IP address or one of `hosts`, and in
+    a browser come from one of `origins`."""
 
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
@@ -366,8 +366,8 @@ class Access:
 
     def check(self, head: Head, public: bool) -> None:
         """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
-        # After DNS rebinding, a browser sends the foreign name as Host. It sends an authority only to a proxy, where a
-        # short name of the LAN is harmless: nobody can register one.
+        # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
+        # where a short LAN name is harmless: nobody can register a short name.
         if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
             raise HttpError(
                 "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
@@ -388,7 +388,7 @@ class Access:
         return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
 
     def is_preflight(self, head: Head) -> bool:
-        """A browser's CORS preflight from an allowed origin; it never carries the key."""
+        """Whether this is a browser's CORS preflight from an allowed origin. A preflight never carries the key."""
         asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
         return asks and "origin" in head.headers and self.allows_origin(head)
 
@@ -407,13 +407,13 @@ def is_ip_literal(host: str) -> bool:
 
 
 def own_names(extra: Collection[str] = ()) -> frozenset[str]:
-    """The host names of this machine and those that the configuration adds."""
+    """The host names of this machine, and the `extra` ones from the configuration."""
     name = socket.gethostname().lower()
     return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
 
 
 class Connection:
-    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every failure of the network is
+    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every network failure raises
     ClientGone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -422,10 +422,10 @@ class Connection:
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
-        self.over = False  # over the limit: it may ask for open routes and nothing else
-        self.idle = True  # between two requests: a shutdown may close it
-        self.exchange: Exchange | None = None  # the one that is going on
-        self.answered = False  # at least one request: it may idle longer
+        self.over = False  # over a connection limit: only open routes are answered
+        self.idle = True  # between two requests: a shutdown may close the connection
+        self.exchange: Exchange | None = None  # the current or last one
+        self.answered = False  # at least one request: the connection may idle longer
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -442,7 +442,7 @@ class Connection:
         return data
 
     async def next_head(self) -> bytes | None:
-        """The next request's head, or None if the client leaves or stays silent instead of sending one."""
+        """The next request's head, or None if the client leaves or stays silent."""
         self.idle = not self.buffer
         try:
             if self.idle:
@@ -469,7 +469,7 @@ class Connection:
         return self.take(end)
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
-        """Give the body to `sink` piece by piece as it arrives; ClientGone if it ends early."""
+        """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
@@ -493,16 +493,16 @@ class Connection:
         self.buffer[:0] = decoder.rest
 
     async def wait_gone(self) -> None:
-        """Return when the client has left. A half-close counts as leaving, as with nginx: the two look alike from here.
-        Pipelined bytes are kept, up to a bound."""
+        """Return when the client has left. A half-close counts as leaving, as with nginx: the server sees the same.
+        Pipelined bytes are kept, up to MAX_PIPELINED_BYTES and one read."""
         with contextlib.suppress(ClientGone):
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():
                     return
-            await asyncio.get_running_loop().create_future()  # its leaving can no longer be seen; a write will tell
+            await asyncio.get_running_loop().create_future()  # buffer full: only a write can find the client gone
 
     def send(self, data: bytes) -> bool:
-        """Send without waiting. Returns whether the client is behind, so that `drain` must be awaited before more."""
+        """Send without waiting. True if the client is behind: await `drain` before sending more."""
         if self.transport.is_closing():
             raise ClientGone
         self.transport.write(data)
@@ -514,17 +514,17 @@ class Connection:
             await self.drain()
 
     async def drain(self) -> None:
-        """Wait until the client has taken most of it; ClientGone if it reads nothing for WRITE_SECONDS."""
+        """Wait until the client has taken most of the buffered bytes; ClientGone after WRITE_SECONDS."""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.writer.drain()
-        except OSError:  # of which TimeoutError is one
+        except OSError:  # includes TimeoutError
             self.transport.abort()
             raise ClientGone from None
 
     async def close(self) -> None:
-        """Send what is left, half-close, and go on reading for a while (RFC 9112 section 9.6). Closing a socket with
-        unread bytes resets it, and a reset can destroy the answer on its way."""
+        """Send all buffered bytes, half-close, and read on up to LINGER_SECONDS (RFC 9112 section 9.6). Closing a
+        socket with unread bytes resets the connection, and a reset can destroy the answer on its way."""
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(high=0)
             await self.drain()
@@ -535,23 +535,23 @@ class Connection:
 
 
 class Exchange:
-    """One request and its answer: what was asked, whether the connection is kept, and the line in the log."""
+    """One request and its answer: the head, the route, whether the connection is kept, and the line in the log."""
 
     def __init__(self, connection: Connection, server: Server) -> None:
         self.connection, self.server = connection, server
-        self.head: Head | None = None  # not read yet, or malformed
+        self.head: Head | None = None  # None: not read yet, or malformed
         self.keep = False
-        self.route: Route | None = None  # a route of its path, once it is known
-        self.frame: Callable[[bytes], bytes] | None = None  # how events are sent; None until a stream begins
-        self.task: asyncio.Task[None] | None = None  # the one that calls the handler and sends its answer
-        self.verdict: HttpError | None = None  # why `end` cancelled that task
-        self.notes: dict[str, Any] = {}  # of the request, for the log
-        self.reason = ""  # of an error, for the log
-        self.ended = False  # it has its line in the log
+        self.route: Route | None = None  # some route of the requested path; None until matched
+        self.frame: Callable[[bytes], bytes] | None = None  # encodes an event for sending; None until a stream begins
+        self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
+        self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
+        self.notes: dict[str, Any] = {}  # from the handler, for the log
+        self.reason = ""  # code and message of an error, for the log
+        self.ended = False  # logged and counted
         self.started = time.perf_counter()
 
     def end(self, error: HttpError) -> None:
-        """Cancel the work on this request and answer with `error` instead, unless it has been answered."""
+        """Cancel the work on this request and answer with `error` instead, unless the answer is complete."""
         if self.task and not self.task.done() and not self.ended:
             self.verdict = error
             self.task.cancel()
@@ -569,7 +569,7 @@ class Exchange:
         self.log(response.status)
 
     async def fail(self, error: HttpError) -> None:
-        """Answer with an error: with a status if nothing has been sent yet, else with an event and no clean end."""
+        """Answer with an error: a status if nothing has been sent yet, otherwise an event without a clean end."""
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
         foreign = self.route and self.route.foreign_error and compact(self.route.foreign_error(error))
@@ -585,8 +585,8 @@ class Exchange:
     async def stream(self, response: Response) -> None:
         """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends.
 
-        The first block is awaited before the head is sent. An error up to there still becomes a status, and the
-        generator has always been started before anything else can fail: what it holds is released by its `finally`.
+        The first block is awaited before the head is sent, so an earlier error still becomes a status. Nothing can fail
+        before the generator has started, so its `finally` always releases the generator's resources.
         """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
@@ -594,13 +594,13 @@ class Exchange:
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = render(await anext(events, b""))
             headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
-            headers += [("X-Accel-Buffering", "no")]  # nginx in front would hold tokens back
+            headers += [("X-Accel-Buffering", "no")]  # an nginx in front would buffer the tokens
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             async for event in events:
                 block = render(event)
-                if block and connection.send(frame(block)):  # an empty chunk would be the end
+                if block and connection.send(frame(block)):  # an empty chunk would end the body
                     await connection.drain()
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
@@ -618,9 +618,9 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """`POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, or the reason of an error behind that. 499
-        is nginx's number for a client that left before its answer. A request is logged and counted once, even if its
-        client leaves behind an error event."""
+        """Log `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by the reason of an error. 499
+        is nginx's status for a client that left before its answer. A request is logged and counted once, even if its
+        client leaves after an error event."""
         if self.ended:
             return
         self.ended = True
@@ -634,32 +634,32 @@ class Exchange:
 
 # --------------------------------------------------------------------------------------- connection loop
 
-OTHER_PATH = "other"  # stands for all paths that have no route, in the counts of requests
+OTHER_PATH = "other"  # stands for every path without a route, in the request counts
 
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the connections, their count by client, the bytes of
-    request bodies in memory, and the counts of what was answered."""
+    """Accepts connections and runs one task for each. Owns the connections, their count by client, the number of bytes
+    of request bodies in memory, and the request counts by path and status."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
-        # Requests by the path of their route and their status. The usual ones begin at 0, so that a first one is an
-        # increase.
+        # Number of requests by path of the route and status. Every path starts with a 200 count of 0, so that the first
+        # request is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}
         self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
         self.clients: Counter[str] = Counter()  # the connections within the limit, by address
-        self.body_bytes = 0  # of the requests that are being read or answered
+        self.body_bytes = 0  # of requests being read or answered
         self.stopping = False
-        self.url = ""  # where it listens
+        self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
 
     async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
-        """Listen, on `sockets` instead of the address if there are any. Returns the port that was really bound.
-        ListenError if that fails."""
+        """Listen on `sockets`, or on the address if there are none. Returns the port that was really bound. ListenError
+        if listening fails."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         try:
             for place in places:
@@ -669,13 +669,13 @@ class Server:
             raise ListenError(error.errno, error.strerror) from None
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
-            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer than that.
+            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.
             with socket.socket(fileno=os.dup(one.fileno())) as twin:
                 twin.listen(1024)
                 # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-                # Else a client that lost its network keeps its place for long. Keepalive finds one that gets nothing;
-                # TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
+                # A client that lost its network must not keep its place for long. Keepalive finds the loss when nothing
+                # is being sent; TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 if hasattr(socket, "TCP_USER_TIMEOUT"):
                     twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
@@ -687,8 +687,8 @@ class Server:
         return int(port)
 
     async def stop(self, grace: float) -> None:
-        """Stop listening, and let running answers end within `grace` seconds. Kept connections can ask until then, and
-        are told that we stop. Answers that take longer end with an error."""
+        """Stop listening, and let running answers end within `grace` seconds. Requests on kept connections get
+        SHUTTING_DOWN meanwhile. Answers that take longer end with the same error."""
         self.stopping = True
         for listener in self._listeners:
             listener.close()
@@ -737,10 +737,10 @@ class Server:
         del self.connections[task]
         self.overflow.pop(task, None)
         if not connection.over:
-            self.clients -= Counter([connection.address])  # which drops a client with none left
+            self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
 
     async def _serve_one(self, connection: Connection) -> bool:
-        """One request and its answer; whether the connection is kept for another."""
+        """Serve one request. True if the connection is kept for another request."""
         request_id_var.set(str(uuid.uuid4()))
         exchange = connection.exchange = Exchange(connection, self)
         try:
@@ -761,11 +761,11 @@ class Server:
         except asyncio.CancelledError:
             if connection.over:  # a newer connection took its place
                 await exchange.fail(too_busy())
-            elif exchange.head and self.stopping:  # its client does not read what it is told
+            elif exchange.head and self.stopping:  # the client does not read the error
                 exchange.log(503)
             raise
         connection.answered = True
-        await asyncio.sleep(0)  # a flood of pipelined requests must not have the loop for itself
+        await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 
     async def _answer(self, exchange: Exchange, head: Head) -> None:
@@ -796,7 +796,7 @@ class Server:
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
-        """An empty body and a function that adds to it, within the limit for the bodies of all connections."""
+        """Yield an empty body and a function that appends to this body, up to MAX_BODIES_BYTES over all connections."""
         body, held = bytearray(), 0
 
         def hold(piece: bytes) -> None:
@@ -841,7 +841,7 @@ class Server:
         if self.access.is_preflight(request.head):
             names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
             asked = request.head.headers.get("access-control-request-headers", "")
-            names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # as openai-node needs it
+            names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # needed by openai-node
             headers += [("Access-Control-Allow-Methods", allow), ("Access-Control-Allow-Headers", names)]
         return Response(status=204, headers=tuple(headers))
 
@@ -865,7 +865,7 @@ class Server:
         try:
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
-            # Nothing is awaited between the handler's return and the start of its events: no cancel comes between.
+            # Nothing is awaited between the handler's return and the start of its events, so no cancel can intervene.
             await (exchange.send(response) if response.events is None else exchange.stream(response))
         except ClientGone:
             raise
@@ -878,7 +878,7 @@ class Server:
 
 
 def discard(piece: bytes) -> None:
-    """The sink for a body that nobody looks at."""
+    """The sink for a body that is not used."""
 
 
 def check_body(head: Head, route: Route) -> None:

@@ -1,4 +1,4 @@
-"""Counts of completions, and the tables of metrics that `/metrics` and `/v1/stats` of both daemons are written from.
+"""Counts of completions, and the tables of metrics behind `/metrics` and `/v1/stats` of both daemons.
 
     >>> table = {"model": (Metric("tokens_total", "Tokens of completions.", "tokens", "tokens"),)}
     >>> things = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STARTED = time.monotonic()
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and reads 4,000 tokens in
-# 100 s. The longer its bounds, the more lines a scrape has, for each model.
+# 100 s. Each further bound adds a line per model to a scrape.
 FIRST_TOKEN_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
-# With drafts the 0.5B needs a few milliseconds for a token, a 7B on two slow cores a second.
+# With drafts the 0.5B takes a few milliseconds per token; a 7B on two slow cores takes a second.
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 
 
@@ -40,7 +40,7 @@ TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 
 
 
 class Histogram:
-    """How many values were at most each of the bounds, and their sum.
+    """Number of values up to each bound, and the sum of all values.
 
     >>> histogram = Histogram((0.5, 1.0))
     >>> for value in (0.5, 0.6, 7.0): histogram.observe(value)
@@ -52,7 +52,7 @@ class Histogram:
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.sum = bounds, 0.0
-        self._counts = [0] * (len(bounds) + 1)  # of each interval; the last one has no upper bound
+        self._counts = [0] * (len(bounds) + 1)  # per interval; the last interval has no upper bound
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self.bounds, value)] += 1
@@ -67,27 +67,27 @@ class Histogram:
         return pairs
 
 
-CANCELLED = "CANCELLED"  # how a completion ends that nobody waits for any more
+CANCELLED = "CANCELLED"  # the end of a completion that nobody waits for any more
 
 
 @dataclass(slots=True)
 class Tally:
     """Totals of one model's completions. One thread writes, others may read."""
 
-    prompt_tokens: int = 0  # that were computed
-    cached_tokens: int = 0  # of prompts, that were not
+    prompt_tokens: int = 0  # of prompts, computed
+    cached_tokens: int = 0  # of prompts, found in a cache
     tokens: int = 0  # of answers
-    draft_tokens: int = 0  # that drafts proposed
-    accepted_tokens: int = 0  # of these, that were right
-    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))  # seconds to it
-    per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))  # mean of a completion, without it
+    draft_tokens: int = 0  # proposed by drafts
+    accepted_tokens: int = 0  # draft tokens that were right
+    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))  # in seconds
+    per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))  # mean per further token
     ended: dict[str, int] = field(default_factory=dict)  # completions, by finish reason or error code
 
     def end(self, reason: str) -> None:
         self.ended[reason] = self.ended.get(reason, 0) + 1
 
     def spoke(self, first: float, last: float, tokens: int) -> None:
-        """A completion's first token came after `first` seconds, and the last of `tokens` after `last`."""
+        """Record a completion whose first token came after `first` seconds, and the last of `tokens` after `last`."""
         self.first_token.observe(first)
         if tokens > 1:
             self.per_token.observe((last - first) / (tokens - 1))
@@ -97,22 +97,22 @@ class Tally:
 
 
 class Metric(NamedTuple):
-    """A row: a metric, and the member of /v1/stats that is the same number.
+    """A row: a metric, and the member of /v1/stats with the same number.
 
-    `read` is a function of what the row is about, such as a Tally, or the name of its attribute. It gives a number, a
-    Histogram, a mapping from values of `labels` to numbers, or None if there is no number now. A number is a counter if
-    `name` ends in `_total`, else a gauge.
+    `read` is a function of the row's subject, such as a Tally, or the name of the subject's attribute. The result is a
+    number, a Histogram, a mapping from values of `labels` to numbers, or None if there is no number now. A number is a
+    counter if `name` ends in `_total`, else a gauge.
     """
 
     name: str
     about: str
     read: str | Callable[[Any], Any]
-    stats: str = ""  # the member; it is the sum over all labels
+    stats: str = ""  # the member's name; the member is the sum over all labels
     unit: float = 0  # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
     labels: tuple[str, ...] = ()
 
     def samples(self, label: str, things: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """(ending of the name, labels, number). `things` are what the row is about, by the value of `label`."""
+        """Yield (ending of the name, labels, number). `things` are the row's subjects, by the value of `label`."""
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
         for key, thing in things.items():
             found = read(thing)
@@ -126,12 +126,12 @@ class Metric(NamedTuple):
                     yield "", labels, number
 
 
-Table = Mapping[str, Sequence[Metric]]  # by the label of what the rows are about; "": there is only one
-Things = Mapping[str, Mapping[str, Any]]  # what the rows are about, by the same label and its value
+Table = Mapping[str, Sequence[Metric]]  # rows by the label of their subjects; "": a single subject
+Things = Mapping[str, Mapping[str, Any]]  # the subjects, by the same label and its value
 
 
 def write_metrics(table: Table, things: Things) -> bytes:
-    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never goes back."""
+    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never decreases."""
     lines = []
     for row, label in ((row, label) for label, rows in table.items() for row in rows):
         for number, (ending, labels, value) in enumerate(row.samples(label, things[label])):
@@ -144,7 +144,7 @@ def write_metrics(table: Table, things: Things) -> bytes:
 
 
 def write_stats(table: Table, things: Things) -> dict[str, float]:
-    """The members of /v1/stats that the table has."""
+    """The table's members of /v1/stats."""
     rows = ((row, label) for label, rows in table.items() for row in rows if row.stats)
     sums = ((row, sum(number for _, _, number in row.samples(label, things[label]))) for row, label in rows)
     return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
@@ -152,7 +152,7 @@ def write_stats(table: Table, things: Things) -> dict[str, float]:
 
 # --------------------------------------------------------------------------- rows that both daemons have
 
-COMPLETIONS = (  # of a Tally
+COMPLETIONS = (  # read from a Tally
     Metric("cerebrum_completions_ended_total", "Completions by finish reason, error code, or CANCELLED.",
            lambda tally: {(reason,): count for reason, count in tally.ended.copy().items()}, labels=("reason",)),
     Metric("cerebrum_time_to_first_token_seconds",
@@ -160,7 +160,7 @@ COMPLETIONS = (  # of a Tally
            "first_token"),
     Metric("cerebrum_time_per_token_seconds", "Mean time of each further token of a completion.", "per_token"),
 )  # fmt: skip
-SERVER = {  # of `Server.answered`; the process has the names of other client libraries
+SERVER = {  # read from `Server.answered`; process metrics have the names that other client libraries use
     "": (
         Metric("cerebrum_http_requests_total", "Requests by path of their route and status in the log, such as 499.",
                lambda answered: answered, labels=("path", "code")),

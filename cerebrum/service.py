@@ -1,14 +1,14 @@
 """How a daemon lives under its supervisor: the log, signals, and systemd's readiness, reloads, watchdog and sockets.
 
-    service = Service(reload, stuck)     # from here on, signals are heard
+    service = Service(reload, stuck)     # from here on, signals are handled
     await service.run(task)              # until SIGTERM or SIGINT comes, or the task ends by itself
 
 - SIGTERM and SIGINT end `run`. A second one ends the process at once, even if the event loop is blocked.
-- SIGHUP calls `reload`. If that fails, the daemon goes on with the settings that it has.
-- The event loop feeds systemd's watchdog as long as `stuck` finds nothing that has stopped making progress.
-- While the log's file cannot be written, its lines are dropped: a full disk must not end the service.
+- SIGHUP calls `reload`. If `reload` fails, the daemon keeps its current settings.
+- The event loop feeds systemd's watchdog as long as `stuck` reports no part that has stalled.
+- While the log file cannot be written, its lines are dropped: a full disk must not end the service.
 
-Without systemd's variables in the environment, its calls do nothing. Standard library only.
+Without systemd's environment variables, the calls to systemd do nothing. Standard library only.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ class LogFormatter(logging.Formatter):
 
 
 class Output(logging.StreamHandler[Any]):
-    """Standard output. Whoever reads it may end; the daemon goes on."""
+    """Standard output. If its reader ends, the daemon goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 def set_up_logging(level: str, file: str) -> None:
-    """Log to standard output and to `file` (empty: none), which another call opens anew.
+    """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
-    Where systemd keeps standard output in its journal, requests are in the file alone, as long as that can be written:
-    an SD card should not get them twice.
+    If standard output is systemd's journal, requests go to the file alone while the file can be written: an SD card
+    should not store them twice.
     """
     output = Output(sys.stdout)
     handlers: list[logging.Handler] = [output]
@@ -79,7 +79,7 @@ def set_up_logging(level: str, file: str) -> None:
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers
-    for logger in (log, logging.getLogger("asyncio")):  # asyncio tells there what nobody has caught
+    for logger in (log, logging.getLogger("asyncio")):  # asyncio logs uncaught exceptions there
         logger.handlers, logger.propagate = handlers[:], False
         logger.setLevel(level)
     for one in old:
@@ -100,16 +100,16 @@ MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 
 def prompt_of(fields: Mapping[str, Any]) -> str:
-    """What a request asks, in JSON, for those who want it in the log."""
+    """The texts of a request as JSON, for operators who want them in the log."""
     texts = {name: fields[name] for name in ("prompt", "suffix", "instruction", "messages") if fields.get(name)}
     return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
 def _log_file(path: str) -> Any:
-    from logging.handlers import RotatingFileHandler  # 1 MB of memory that is needed only here
+    from logging.handlers import RotatingFileHandler  # takes 1 MB of memory, needed only here
 
     class LogFile(RotatingFileHandler):
-        """Says once that it cannot write, drops the lines, and tries again with each new one."""
+        """Reports once that the file cannot be written, drops the lines, and tries again with each new line."""
 
         reason = ""  # why the last line was not written
 
@@ -125,7 +125,7 @@ def _log_file(path: str) -> Any:
         def handleError(self, record: logging.LogRecord) -> None:
             error = sys.exc_info()[1]
             self.reason = getattr(error, "strerror", None) or repr(error)
-            stream, self.stream = self.stream, None  # the next line opens it again
+            stream, self.stream = self.stream, None  # the next line reopens the file
             with contextlib.suppress(OSError):
                 if stream:
                     stream.close()
@@ -138,11 +138,11 @@ def _log_file(path: str) -> Any:
 # ----------------------------------------------------------------------------------------------- systemd
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
-FEEDS = 4  # of the watchdog in its time: some may come late on a busy machine
+FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 
 def notify(*lines: str) -> None:
-    """Tell systemd lines like `READY=1`, if it started us; see sd_notify(3)."""
+    """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
@@ -166,8 +166,8 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
 
 
 def make_parser(daemon: str, about: str, more: str) -> argparse.ArgumentParser:
-    """A parser of the options that both daemons have; `more` follows them in the help."""
-    import argparse  # a daemon that serves needs none of it
+    """A parser for the options of both daemons; `more` follows the options in the help."""
+    import argparse  # a daemon that serves does not need argparse
 
     parser = argparse.ArgumentParser(
         prog=f"{daemon}.py",
@@ -189,8 +189,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 class Service:
     """A daemon between its start and its end. Lives on the event loop.
 
-    `reload()` applies new settings, or raises and changes nothing. `stuck(now)` names what has stopped making progress,
-    "" if nothing has; `now` is monotonic.
+    `reload()` applies new settings, or raises and changes nothing. `stuck(now)` says which part has stopped making
+    progress, "" if none has; `now` is monotonic.
     """
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
@@ -216,8 +216,8 @@ class Service:
         self._woken.set()
 
     async def run(self, *work: asyncio.Task[Any]) -> bool:
-        """Until we are told to stop (False), or one of the tasks has ended by itself (True), whose error is logged. The
-        watchdog is fed until the event loop ends."""
+        """Run until a signal stops us (False) or a task ends by itself (True), and log that task's error. The watchdog
+        is fed until the event loop ends."""
         self._feeding = asyncio.create_task(self._feed())
         notify("READY=1")
         tasks = {self._feeding, *work}

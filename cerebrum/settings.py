@@ -1,7 +1,7 @@
 """Settings: the environment, `.env`, systemd's credentials, and models.toml.
 
-A daemon reads them at its start and at SIGHUP, by `read_environment` and `load_catalog`, into a frozen Config of its
-own. A wrong value raises `ConfigError`, whose message begins with the variable's name. Standard library only.
+A daemon reads its settings at start and at SIGHUP, with `read_environment` and `load_catalog`, into a frozen Config of
+its own. A wrong value raises `ConfigError`, whose message begins with the variable's name. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cerebrum_common import Field, HttpError, Model, log, read_fields
 
 
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
-    """The checked members of a TOML table, which may have only these and `others`. ConfigError says what is wrong."""
+    """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what is wrong."""
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table, got {table!r}")
     for name in sorted(table.keys() - {*fields, *others}):
@@ -32,17 +32,17 @@ def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str
 
 
 class ConfigError(ValueError):
-    """A setting that a daemon cannot start with; the message names the variable."""
+    """A setting that keeps a daemon from starting; the message names the variable."""
 
 
-KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for the comma; a header can carry it as it is
-MAX_KEYS = 2  # a key that was forgotten should not stay valid
+KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for space and comma; a header can carry the key as it is
+MAX_KEYS = 2  # a forgotten old key should not stay valid
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What the environment, a `.env` file and credentials say. A bad value raises ConfigError with the variable's
-    name."""
+    """The variables of the environment, a `.env` file and credentials. A bad value raises ConfigError with the
+    variable's name."""
 
     values: Mapping[str, str]
 
@@ -65,7 +65,7 @@ class Environment:
         return next(iter(self.keys(name)), "")
 
     def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
-        """Log which of these variables, which only a start uses, a newer reading has changed."""
+        """Log which of these variables have changed in `new`: the daemon uses them only at its start."""
         if changed := [name for name in names if self.text(name) != new.text(name)]:
             log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
 
@@ -93,9 +93,9 @@ class Environment:
 
 
 def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
-    """The credentials that systemd has passed, then the process's environment, then `folder`/.env: the first one that
-    has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a
-    value is part of it."""
+    """Read systemd's credentials, then the process's environment, then `folder`/.env: the first source that has a
+    variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a value is
+    part of the value."""
     return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
 
 
@@ -103,7 +103,7 @@ CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables in files of their names, which systemd passes by the unit's LoadCredential=."""
+    """Variables from files of the same names, which systemd passes through the unit's LoadCredential=."""
     values = dict[str, str]()
     if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
         return values
@@ -112,7 +112,7 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
             if not CREDENTIAL_NAME.fullmatch(path.name):
                 continue
             values[path.name] = path.read_text("utf-8", "replace").strip()
-            if not values[path.name]:  # a full disk, say; it must not turn authentication off
+            if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
                 raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
     except FileNotFoundError:
         pass
@@ -142,8 +142,8 @@ def _read_env(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """What models.toml says: the models in order of preference, for a mode the ids that come before that order, and the
-    tables of the backends, which the Pi alone reads and checks."""
+    """The contents of models.toml: the models in order of preference, the ids that each mode puts before that order,
+    and the backends' tables, which only the Pi reads and checks."""
 
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Catalog:
 
     @property
     def key_names(self) -> frozenset[str]:
-        """The variables that hold keys: our own two, and those that the backends name. A child process gets none."""
+        """The variables that hold keys: our own two, and each backend's `key_env`. No child process gets them."""
         named = [table.get("key_env") for table in self.backends if isinstance(table, dict)]
         own = "CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"
         return frozenset(own).union(name for name in named if isinstance(name, str))
@@ -161,7 +161,7 @@ MODES = ("complete", "infill", "instruct")
 MODEL = {
     "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]+"),
     **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
-    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # it is joined to a folder
+    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # joined to a folder's path
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
     "size": Field(int, default=0),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
@@ -171,7 +171,7 @@ MODEL = {
 
 
 def load_catalog(path: Path) -> Catalog:
-    """models.toml, checked. ConfigError says which entry is wrong and how."""
+    """Read and check models.toml. ConfigError says which entry is wrong and how."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         entries, backends = table.get("models"), table.get("backends", [])

@@ -1,6 +1,6 @@
-"""One backend: its places, its breaker, its ratios, what is known of its models, and the counts of what it did.
+"""One backend: its places, its breaker, its ratios, what we know about its models, and its counters.
 
-A `Job` is one completion on its way. Standard library only.
+A `Job` is one completion in progress. Standard library only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TOLD = {
 
 
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the /v1/models of a backend of our own tells of each model that it has: of TOLD what it tells.
+    """Parse vpsd's /v1/models: for each available model, the valid ones of the TOLD fields.
 
     >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
     {'m': {'loaded': False}}
@@ -65,8 +65,8 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def find_models(models: Sequence[Model], listed: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Which of our models a backend has: by our id its own name for it, and what it tells. It has a model if it lists
-    the id, an alias, or the file's name with or without its folder and ending."""
+    """Match our models with a backend's list: our id -> (the backend's name, the listed fields). A listed name matches
+    a model's id, one of its aliases, or its file name, with or without folder and ending."""
     names = {re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
@@ -78,14 +78,14 @@ def find_models(models: Sequence[Model], listed: Mapping[str, dict[str, Any]]) -
 
 
 def read_loaded(answer: Mapping[str, Any]) -> list[str]:
-    """The ids of the models in the memory of a backend of our own, from its /health."""
+    """Parse vpsd's /health: the ids of the models in memory."""
     loaded = answer.get("models_loaded")
     return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
 
 
-DEFAULT_N_CTX = 4096  # until a backend tells its own
-MODELS_SECONDS = 60.0  # the age at which a backend's list of models is asked for again
-BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # before a dialect's request asks a busy backend again; the pause doubles
+DEFAULT_N_CTX = 4096  # until a backend reports its own
+MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
+BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 NEVER_ASKED = "VPS backend has not been asked yet"
@@ -97,36 +97,36 @@ SUPERSEDED = "SUPERSEDED"
 
 @dataclass(slots=True)
 class Attempts:
-    """Where a job has been in vain, and what came of it."""
+    """The failed attempts of a job."""
 
-    tried: list[Backend] = field(default_factory=list)  # that have failed it
-    busy: list[Backend] = field(default_factory=list)  # that have answered 429 to a dialect's request
-    pause: float = BUSY_SECONDS  # before they are asked again
-    without: list[tuple[Backend, str]] = field(default_factory=list)  # those whose model could not be loaded
-    failure: HttpError | None = None  # of the one whose error says most
+    tried: list[Backend] = field(default_factory=list)  # backends that failed the job
+    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
+    pause: float = BUSY_SECONDS  # before the busy backends are asked again
+    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
+    failure: HttpError | None = None  # the most informative error so far
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What of a job's prompt was sent to a backend."""
+    """The part of a job's prompt that was sent to a backend."""
 
     n_ctx: int = 0  # of the model, in tokens
-    kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text, for the client
+    kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text was sent, for the client
     weight: int = 0  # of the prompt, for the ratio
-    room: int = 0  # tokens that the context has left for the answer
+    room: int = 0  # tokens left in the context for the answer
     above: str = ""  # the text before the cursor
-    cut: bool = False  # to what can be read in the time that the client allows
+    cut: bool = False  # shortened to what can be read within the client's time limit
 
 
 @dataclass(slots=True)
 class Came:
-    """What has come back of a job."""
+    """What a job has received."""
 
     tokens: int = 0
     size: int = 0  # bytes of text events
-    first: float = 0.0  # when the first token came, as `Job.started`
-    last: float = 0.0  # when its backend said that the answer is whole
-    reason: str = ""  # why the answer ended, one of REASONS, or SUPERSEDED
+    first: float = 0.0  # when the first token came, on the clock of `Job.started`
+    last: float = 0.0  # when the backend reported the answer as complete
+    reason: str = ""  # why the answer ended: one of cm4d.py's REASONS, "other", or SUPERSEDED
 
 
 @dataclass(slots=True, eq=False)
@@ -135,34 +135,34 @@ class Place:
 
     backend: Backend
     ticket: int  # of the backend's breaker
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set once it is given back
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the job gives the place back
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One completion: what the client asked, and where it stands."""
+    """One completion: the client's request and its progress."""
 
-    fields: dict[str, Any]  # as `read_completion` in cm4d.py gives them
+    fields: dict[str, Any]  # as `read_completion` in cm4d.py returns them
     session: str = ""  # unique across clients; "" without one
-    end: Callable[[HttpError], None] = lambda _: None  # ends its request with this error, whatever it is waiting for
+    end: Callable[[HttpError], None] = lambda _: None  # ends the request with this error, whatever it waits for
     limit: float = math.inf  # bytes of text events that its client's API can take
     kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
-    client: str = ""  # of a dialect's request: its address
-    notes: dict[str, Any] = field(default_factory=dict)  # for its request's line in the log
+    client: str = ""  # the client's address, for a dialect's request
+    notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     started: float = field(default_factory=time.perf_counter)
-    model: str = ""  # its id, once one is chosen
-    place: Place | None = None  # that it holds
+    model: str = ""  # the id of the chosen model
+    place: Place | None = None  # the place that it holds
     attempts: Attempts = field(default_factory=Attempts)
     sent: Sent = Sent()
     came: Came = field(default_factory=Came)
 
     @property
     def superseded(self) -> bool:
-        """A newer request of its session has ended it."""
+        """Whether a newer request of its session has ended this job."""
         return self.came.reason == SUPERSEDED
 
     def patience(self) -> float:
-        """Seconds for which a dialect's request still waits for a place."""
+        """Seconds that a dialect's request may still wait for a place."""
         return self.started + WAIT_SECONDS[self.kind] - time.perf_counter()
 
 
@@ -171,9 +171,9 @@ class Job:
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
 MARGIN_TOKENS = 8  # of n_ctx, never used
-PLAUSIBLE = 4  # what another engine counts is believed if it is within this factor of our estimate
-REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just counted
-SPARE = 1.1  # other engines refuse an answer that might not fit, so their prompt counts as this much longer
+PLAUSIBLE = 4  # another engine's token count is accepted if it is within this factor of our estimate
+REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just measured
+SPARE = 1.1  # other engines refuse a request whose answer might not fit, so count their prompts longer by this factor
 
 
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
@@ -185,26 +185,26 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
     return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
 
 
-MIN_READ_TOKENS = 32  # the time of fewer is mostly that of the first token
+MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 SAME_BEGINNING = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a prompt is fitted to."""
+    """The limits that a prompt must fit."""
 
     n_ctx: int  # tokens of the context
     ratio: float  # weight per token
-    most: int = sys.maxsize  # tokens, if an engine has refused more without a number
+    most: int = sys.maxsize  # tokens of the prompt, after an engine refused a longer one without giving a number
 
 
 class Prompts:
-    """What one backend has shown of prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
+    """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
 
     def __init__(self, is_engine: bool) -> None:
         self.ratio = Ratio()
-        self.speed: dict[str, float] = {}  # of each model: tokens of a prompt per second
+        self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text before a cursor
 
@@ -212,11 +212,11 @@ class Prompts:
         return Limits(n_ctx, self.ratio.get(job.model))
 
     def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
-        """The fields of vpsd's request, with a prompt that fits, and what of the text is in it."""
+        """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
         fields, n_ctx = job.fields, limits.n_ctx
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
-        # In the dialects, a small limit leaves no more room than the usual one: a warm-up, with its limit of 0, must
-        # fit the same text as the request that follows.
+        # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
+        # must send the same text as the request that follows.
         least = DEFAULT_TOKENS if job.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
@@ -227,21 +227,21 @@ class Prompts:
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
-        if language := BY_NAME.get(fields["language"].lower()):  # a backend knows the syntax of these
+        if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
         sent = Sent(n_ctx, prepared.kept, prepared.weight, room, prepared.above, prepared.cut)
         return {**passed, **prepared.body}, sent
 
     def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
-        """(how many tokens may be read for this job, texts that were read for its client before)."""
+        """(the most tokens to read for this job, or None; the texts already read for its client and model)."""
         speed, limit = self.speed.get(job.model), job.fields.get("prompt_ms", 0)
         if limit <= 1 or not speed or not job.fields["max_tokens"]:
             return None, []
         return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
 
     def refit(self, job: Job, error: TooLong) -> Limits:
-        """The limits of another try after a prompt was refused as too long. What another engine counts may be misread,
-        so it must be plausible; without a number, the prompt becomes shorter by a quarter."""
+        """The limits for a retry after a prompt was refused as too long. Another engine's token count may be misread,
+        so it must be plausible. Without a count, the prompt becomes a quarter shorter."""
         sent = job.sent
         counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", sent.n_ctx)
         estimated, most = sent.weight / self.ratio.get(job.model), sys.maxsize
@@ -255,12 +255,12 @@ class Prompts:
         return Limits(n_ctx, max(REFIT * sent.weight / (counted or max(1, round(estimated))), MIN_RATIO), most)
 
     def _is_plausible(self, job: Job, counted: int) -> bool:
-        """Whether a prompt may have so many tokens."""
+        """Whether `counted` is a plausible number of tokens for the job's prompt."""
         estimated = job.sent.weight / self.ratio.get(job.model)
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
     def learn(self, job: Job, result: Mapping[str, Any]) -> None:
-        """Learn from a whole answer how many tokens a text has, how fast it was read, and that it was."""
+        """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
         if not counted or (self._is_engine and not self._is_plausible(job, counted)):
             return
@@ -270,7 +270,7 @@ class Prompts:
             speed = read / seconds
             self.speed[job.model] = self.speed.get(job.model, speed) * 0.75 + speed * 0.25
         if job.kind in ("infill", "completion"):
-            # What begins alike is of the same file.
+            # Texts with the same beginning come from the same file: keep only the newest.
             mine, beginning = (job.client, job.model), job.sent.above[:SAME_BEGINNING]
             others = [one for one in self._read if one[:2] != mine or not one[2].startswith(beginning)]
             self._read = [*others, (*mine, job.sent.above)][-MAX_CACHED:]
@@ -280,28 +280,28 @@ class Prompts:
 
 
 class Backend:
-    """One backend: what is known of it, and what it does for us. Owns its places, its breaker and its ratios."""
+    """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its ratios."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self._configure(config, catalog, Upstream(config))
-        self.api = APIS.get(config.api)  # None: one of our own
+        self.api = APIS.get(config.api)  # None: vpsd
         self.breaker = Breaker(random.random)
         self.prompts = Prompts(is_engine=self.api is not None)
-        self.active: list[Job] = []  # that hold a place
+        self.active: list[Job] = []  # jobs that hold a place
         self.requests_total = self.requests_failed = 0
-        self.tokens = 0  # that it has generated
+        self.tokens = 0  # generated so far
         self.warming: tuple[Job, asyncio.Task[None]] | None = None
         self.wake = asyncio.Event()  # probe now
-        self.probes = 0  # that have ended
-        self.probed = time.monotonic()  # when the last one did
-        self.is_known = False  # it has been asked for anything
-        self.trouble = NEVER_ASKED  # what is wrong with it; "": nothing
-        self.response_ms: float | None = None  # of the last good probe
-        # Its models by our id: what it tells of each, with `n_ctx`, and its name for it. None until a list came.
+        self.probes = 0  # completed
+        self.probed = time.monotonic()  # when the last probe began or ended
+        self.is_known = False  # whether a probe has been completed
+        self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
+        self.response_ms: float | None = None  # of the last successful probe
+        # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
-        self.models_loaded: list[str] = []  # by the last good probe
-        self._strange = ""  # what it listed when it had none of our models
+        self.models_loaded: list[str] = []  # by the last successful probe
+        self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
@@ -310,8 +310,8 @@ class Backend:
         self.upstream, self._catalog = upstream, catalog
 
     def adopt(self, other: Backend) -> None:
-        """Take the settings of another object with the same id and API. What is known of an address is forgotten if
-        there is another one; what was counted stays."""
+        """Take over the settings of another object with the same id and API. If the address changes, forget what we
+        know about the old one. The counters stay."""
         if other.config.endpoint != self.config.endpoint:
             self.breaker.reset()
             self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
@@ -326,7 +326,7 @@ class Backend:
 
     @property
     def message(self) -> str:
-        """Why it is not available."""
+        """Why the backend is not available."""
         return "" if self.available else self.trouble or BREAKER_OPEN
 
     @property
@@ -336,32 +336,32 @@ class Backend:
 
     @property
     def may_warm(self) -> bool:
-        """Whether it may read a prompt ahead now."""
+        """Whether the backend may read a prompt ahead now."""
         return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
 
     @property
     def is_paid(self) -> bool:
-        """Whether it is probably a cloud."""
+        """Whether the backend is probably a paid cloud service."""
         return self.config.api == "openai" and self.config.endpoint.tls
 
     @property
     def running(self) -> list[Job]:
-        """The jobs that hold a place, but for those that a newer one of their session ends."""
+        """The jobs that hold a place, without those superseded by a newer job of their session."""
         return [job for job in self.active if not job.superseded]
 
     def load(self) -> float:
-        """The share of its places that is taken."""
+        """The share of its places in use."""
         return len(self.active) / self.limit
 
     def has_place(self, job: Job) -> bool:
-        """Whether it has a place for this job, which ends the older ones of its session."""
+        """Whether there is a place for this job, which ends the older jobs of its session."""
         if len(self.active) < self.limit:
             return True
         session = job.session or None
         return sum(other.session != session for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
-        """Whether it may have a model. Of another engine, the name for it must be known."""
+        """Whether the backend may have a model. Without a list only vpsd may: others need their own name for it."""
         return self.api is None if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
@@ -371,9 +371,9 @@ class Backend:
     # Probing.
 
     async def probe(self) -> None:
-        """Bring `trouble`, `response_ms` and `models` up to date. Another engine that is answering is not disturbed:
-        llama_cpp.server would end its answer if anybody asked for its models, and it hears nothing while it reads a
-        prompt. The answer itself shows that the engine is there."""
+        """Update `trouble`, `response_ms` and `models`. Do not disturb another engine while it answers:
+        llama_cpp.server would abort the answer if asked for its models, and cannot respond while it reads a prompt.
+        The running answer itself shows that the engine is up."""
         self.probed = started = time.monotonic()
         if self.api and self.breaker.state == "closed" and (self.active or self.warming):
             return
@@ -394,14 +394,14 @@ class Backend:
         self.probed = time.monotonic()
 
     async def _ask_health(self) -> list[str]:
-        """The ids of the models in its memory. Of another engine the status is enough."""
+        """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
         if self.api is None:
             return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
         try:
             async with self.upstream.ask("GET", self.api.health, kind=JSON, seconds=ASIDE_SECONDS):
                 return []
         except HttpError as error:
-            if error.code != "RATE_LIMIT":  # who refuses is there
+            if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
             return []
 
@@ -412,10 +412,10 @@ class Backend:
         self.trouble = trouble
 
     async def learn_models(self) -> None:
-        """Ask which models it has. If it fails to answer, the last list stays. HttpError if no list has ever come,
-        except from a backend of our own, which can be asked without one; Misfit if it does not let us in."""
+        """Fetch the list of models. If this fails, the last list stays. HttpError if another engine has never sent a
+        list (vpsd can be used without one); Misfit if the backend does not let us in."""
         if self.api and self.active:
-            return  # a completion has begun since this probe did
+            return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
         try:
             answer = await self.upstream.get("/v1/models", MAX_JSON_BYTES)
@@ -442,12 +442,12 @@ class Backend:
         try:
             return read_props(await self.upstream.get(self.api.props, MAX_JSON_BYTES))
         except HttpError:
-            return {}  # it can be turned off
+            return {}  # the server's /props can be turned off
 
     # Places.
 
     def take(self, job: Job, model: str) -> None:
-        """Give the job a place for a completion by this model. The breaker must admit it."""
+        """Give the job a place for a completion by this model. The breaker must admit the job."""
         ticket = self.breaker.admit(time.monotonic())
         assert ticket is not None
         job.model, job.place = model, Place(self, ticket)
@@ -463,7 +463,7 @@ class Backend:
         job.place = None
 
     def count(self, job: Job, tokens: int) -> None:
-        """Tokens have come for a job, or a whole answer without any; the backend works."""
+        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
         self.tokens += tokens
         if job.place and (self.trouble or self.breaker.failures):
             job.place.ticket = self.breaker.succeeded(job.place.ticket)
@@ -473,8 +473,8 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def ask(self, job: Job, asked: Mapping[str, Any]) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Send a request, whose fields are those of vpsd, and yield its answer: ("begun", None) when it begins, then
-        the pairs that `Gateway.complete` describes."""
+        """Send a request, given in vpsd's fields, and yield its answer: ("begun", None) at the start, then the pairs
+        described in `Gateway.complete`."""
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
@@ -494,17 +494,17 @@ class Backend:
             yield pairs
 
     def failed(self, ticket: int, error: HttpError) -> None:
-        """A request to it has ended with this error."""
+        """Record that a request to this backend has ended with this error."""
         if isinstance(error, Misfit):
             self.found(error.message)
         elif isinstance(error, BackendFailure):
             self.breaker.failed(ticket, time.monotonic())
             log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
             self.trouble = error.message
-            self.wake.set()  # a probe finds out at once whether it is gone
+            self.wake.set()  # probe at once to see whether the backend is gone
 
     def refused(self, job: Job, error: HttpError) -> None:
-        """Remember what a refusal tells about a model."""
+        """Record what a refusal says about a model."""
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
@@ -513,7 +513,7 @@ class Backend:
             self.models[job.model]["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
-        """The tokens of a text, as llama-server's /tokenize has it."""
+        """Tokenize a text. `fields` and the result are those of llama-server's /tokenize."""
         ticket = self.breaker.admit(time.monotonic()) or 0
         asked, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
         if not self.api:
@@ -532,7 +532,7 @@ class Backend:
 
 
 def notes_of(job: Job) -> dict[str, Any]:
-    """What the log says of a completion: its model, its tokens, and the seconds to the first one."""
+    """The log's fields for a completion: its model, its tokens, and the seconds to the first token."""
     notes: dict[str, Any] = {"model": job.model} if job.model else {}
     if job.came.first:
         notes |= {"tokens": job.came.tokens, "ttft": f"{job.came.first - job.started:.2f}s"}

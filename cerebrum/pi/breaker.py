@@ -1,11 +1,11 @@
-"""Decides when not to ask a backend at all.
+"""Circuit breaker: decides when to stop sending requests to a backend.
 
     >>> breaker = Breaker(lambda: 0.5)
     >>> for _ in range(3): breaker.failed(breaker.admit(0.0), 0.0)
     >>> breaker.state, breaker.admits(1.0)
     ('open', False)
 
-Pure: no clock, no chance of its own. Standard library only.
+Pure: the caller passes in the time and the random numbers. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 # ------------------------------------------------------------------------------------- policy: breaker
 
-FAILURES_TO_OPEN = 3  # in a row
-OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles it
-JITTER = 0.2  # +- this share of every pause: several Pis should not come back in step
+FAILURES_TO_OPEN = 3  # consecutive
+OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles the pause
+JITTER = 0.2  # +- this share of every pause, so that several Pis do not retry in step
 TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
 BREAKER_STATES = ("closed", "open", "half-open")
 
 
 class Breaker:
-    """Decides when not to ask a backend at all. Pure: `now` (seconds, monotonic) and `chance` (0 to 1) are passed in.
+    """The breaker of one backend. Pure: the caller passes in `now` (seconds, monotonic) and `chance` (0 to 1).
 
     closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
-    From half-open, a failed or overdue trial opens it again for twice as long. `admit` returns a ticket, which is the
-    number of the current state: results under an older ticket are late and count for nothing.
+    From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
+    number of the current state. A result with an older ticket is late and is ignored.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
         self.state = "closed"
-        self.failures = 0  # in a row
-        self.opens = 0  # ever
+        self.failures = 0  # consecutive
+        self.opens = 0  # in total
         self._generation = 1
         self._chance = chance
         self._pause = 0.0  # without jitter; 0 while closed
@@ -47,7 +47,7 @@ class Breaker:
         return self.state == "closed" or (self.state == "half-open" and not self._trial)
 
     def admit(self, now: float) -> int | None:
-        """A ticket for one request; None means do not ask."""
+        """A ticket for one request, or None if the request may not be sent."""
         if not self.admits(now):
             return None
         if self.state == "half-open":
@@ -55,7 +55,7 @@ class Breaker:
         return self._generation
 
     def succeeded(self, ticket: int) -> int:
-        """A valid token came. Returns the ticket that the same request carries from here on."""
+        """A valid token arrived. Returns the ticket that the request carries from now on."""
         if ticket != self._generation:
             return ticket
         self.failures = 0
@@ -76,7 +76,7 @@ class Breaker:
             self.opens += 1
 
     def left(self, ticket: int) -> None:
-        """The request ended without a verdict, refused or left by its client. A trial becomes free again."""
+        """The request ended without a verdict: refused, or abandoned by its client. Another trial may start."""
         if ticket == self._generation:
             self._trial = False
 
@@ -86,16 +86,16 @@ class Breaker:
             self._change("half-open")
 
     def reset(self) -> None:
-        """Another backend has taken the place of this one. Results of the old one are late."""
+        """Another backend has replaced this one. Results of the old backend count as late."""
         self.failures, self._pause = 0, 0.0
         self._change("closed")
 
     def retry_in(self, now: float) -> float:
-        """Seconds until a good /health would count."""
+        """Seconds until a good /health counts; 0 unless open."""
         return max(0.0, self._until - now) if self.state == "open" else 0.0
 
     def describe(self, now: float) -> dict[str, Any]:
-        """For /v1/stats."""
+        """The breaker's entry in /v1/stats."""
         self._expire(now)
         retry = round(self.retry_in(now), 3)
         return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}

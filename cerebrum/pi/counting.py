@@ -1,4 +1,4 @@
-"""What completions came to: totals since the start, one tally per model, and the last half hour.
+"""Statistics of completions: totals since the start, one tally per model, and the last half hour.
 
 Standard library only.
 """
@@ -16,15 +16,15 @@ from cerebrum.pi.page import History
 from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
 
-NO_MODEL = "none"  # stands for the model of a completion that got none
+NO_MODEL = "none"  # the tally of completions that got no model
 
 
 class Counting:
-    """Owns the totals of completions. `shared` are the counts of `Sharing`, which serves some without a backend."""
+    """Owns the totals of completions. `shared`: counts of `Sharing`, which serves some of them without a backend."""
 
     def __init__(self, shared: Mapping[str, int], models: Sequence[Model]) -> None:
         self.shared = shared
-        self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, their tokens
+        self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, and tokens
         self.tallies: dict[str, Tally] = {}  # by model
         self.history = History(time.monotonic())
         self.add_models(models)
@@ -44,7 +44,7 @@ class Counting:
 
     @contextlib.asynccontextmanager
     async def completion(self, job: Job) -> AsyncIterator[None]:
-        """Count that a completion begins and how it ends, and note for the log how it went."""
+        """Count the start and the end of a completion, and note its figures for the log."""
         self.started += 1
         reason = CANCELLED
         try:
@@ -63,12 +63,12 @@ class Counting:
         came = job.came
         tally.tokens += came.tokens
         if came.first:
-            # When the last token of an answer came that is not whole, nobody has noted.
+            # The time of the last token is known only for a complete answer.
             last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
             tally.spoke(came.first - job.started, last - job.started, tokens)
 
     def work(self, job: Job, told: Mapping[str, Any]) -> None:
-        """Count what the job's backend tells that it has done."""
+        """Count the work that the job's backend reports."""
         names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
         prompt, cached, drafted, accepted = (told[name] if COUNT.accepts(told.get(name)) else 0 for name in names)
         tally = self.tallies[job.model]

@@ -1,9 +1,9 @@
 """Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
 
-A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, what it
-asks for (`Asked`), in fields like those of our own API, and the answer in the client's shape (`Reply`), whole or as a
-stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and what each event
-of its stream tells (`Piece`).
+A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, the
+request in fields like those of our own API (`Asked`), and the answer in the client's format (`Reply`), whole or as a
+stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content of
+each event of its stream (`Piece`).
 
     >>> from cerebrum.pi.dialects import INFILL
     >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
@@ -13,15 +13,15 @@ of its stream tells (`Piece`).
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:28]
     b'{"index":0,"content":"a + b"'
 
-What clients send is taken as they mean it: unknown fields are ignored, a field that is null is absent, a limit above
-ours is lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
-pictures, tools, a prompt of token numbers, several prompts at once. What an engine sends is taken as far as it has the
-right type; the rest is absent.
+Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a limit above ours is
+lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
+pictures, tools, a prompt of token numbers, several prompts at once. From an engine, only members of the right type
+count; the rest is absent.
 
-Pure: no socket, no clock, no state. Standard library only. What the clients send and read comes from their sources
-(llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's
-documentation and from OpenAI's. What engines read and send comes from the documentation of llama-server, vLLM, SGLang,
-TGI, Ollama and OpenAI, and from the answers of the first two llama.cpp servers.
+Pure: no socket, no clock, no state. Standard library only. The clients' formats come from their sources (llama.vim,
+llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's documentation and
+from OpenAI's. The engines' formats come from the documentation of llama-server, vLLM, SGLang, TGI, Ollama and OpenAI,
+and from the answers of the first two llama.cpp servers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from cerebrum_common import Field, HttpError, compact, describe, read_fields, re
 
 # ----------------------------------------------------------------------------------------- what is asked
 
-MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a larger limit is lowered to the first
-MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with those
+MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a limit above MAX_TOKENS is lowered to it
+MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
 MAX_MESSAGES = 1000  # of a chat
-MAX_MS = 600_000  # of a limit of time; a longer one is lowered
-ANY_SEED = 2**32 - 1  # llama.cpp's word for none
-MIN_TOP_P = 0.01  # OpenAI allows 0, which leaves only the likeliest token, as this does
+MAX_MS = 600_000  # of a time limit; longer limits are lowered
+ANY_SEED = 2**32 - 1  # llama.cpp's value for no seed
+MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest token
 TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
 NAME = Field(str, 0, MAX_NAME, "")  # of a file
 SAMPLING = {
     "model": TEXT,
-    "temperature": Field(float, 0, 100),  # OpenAI allows 2; above 1 it is lowered
+    "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
@@ -74,14 +74,14 @@ STREAM_OPTIONS = {"include_usage": FLAG}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A client's request. `fields` has those of our own API that apply, and also `messages` ([{"role", "content"}]),
+    """A client's request. `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]),
     `extra` ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit)."""
 
     kind: str  # "infill", "completion" or "chat"
     fields: dict[str, Any]
     stream: bool = False
-    usage: bool = False  # the stream ends with the numbers of tokens
-    caching: bool = False  # the client lets an earlier completion answer it
+    usage: bool = False  # the stream ends with token counts
+    caching: bool = False  # the client accepts the text of an earlier completion
     only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
 
 
@@ -93,8 +93,8 @@ LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the J
 
 
 def present(value: Any) -> Any:
-    """A JSON value without the members that are null, at every depth. Some languages' JSON writes 16 as 16.0, and an
-    editor may cut an emoji in half, which becomes U+FFFD."""
+    """A JSON value without null members, at every depth. 16.0 becomes 16, because some languages write integers like
+    this. Half an emoji becomes U+FFFD, because an editor may cut one in two."""
     if isinstance(value, dict):
         return {name: present(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
@@ -122,7 +122,7 @@ def read_sampling(
 
 
 def read_stops(value: Any) -> list[str]:
-    """`stop` as a list, without the names of special tokens, which our text never has."""
+    """`stop` as a list, without the names of special tokens, which our text never contains."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise wrong("stop", "a string, or an array of strings", value)
@@ -131,7 +131,7 @@ def read_stops(value: Any) -> list[str]:
 
 
 def read_prompt(members: Mapping[str, Any]) -> str:
-    """`prompt`: a string, or an array with one."""
+    """`prompt`: a string, or an array of one string."""
     value = members.get("prompt", "")
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str):
@@ -145,7 +145,7 @@ def read_extra(value: Any) -> list[dict[str, str]]:
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """`messages` with the roles that a chat template knows, and text alone as content."""
+    """`messages` with the roles that a chat template knows, and only text as content."""
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
@@ -175,7 +175,7 @@ def wants_usage(members: Mapping[str, Any]) -> bool:
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
 
-# The marks before the prefix, before the suffix and at the prompt's end, by family. Codestral's prompt has no last one.
+# The marks before the prefix, before the suffix and at the prompt's end, by family. Codestral has no mark at the end.
 FIM = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite, Refact
@@ -186,8 +186,8 @@ FIM = (
     ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
     ("[PREFIX]", "[SUFFIX]", ""),  # Codestral
 )
-FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")  # then a name, and a text on the next line
-UNUSED = re.compile(  # at the prompt's beginning: the mark of a text's begin, and a repository's name
+FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")  # before a name, and a text on the next line
+UNUSED = re.compile(  # at the prompt's beginning: a begin-of-text token, and a repository's name
     r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?"
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
 )
@@ -209,10 +209,10 @@ class Split:
 
 
 def split_fim(prompt: str) -> Split | None:
-    """The parts of a prompt that a client has written in a family's tokens; None if it has not.
+    """Split a prompt that a client has written with a family's tokens; None for any other prompt.
 
     Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
-    the last token must end the prompt, or precede the prefix in a prompt that has none before the suffix.
+    the last token must end the prompt, or precede the prefix in a prompt whose usual place for the prefix is blank.
 
     >>> split_fim("<PRE> def f():\\n    return  <SUF>\\n\\nf() <MID>")
     Split(prefix='def f():\\n    return ', suffix='\\n\\nf()', filename='', extra=())
@@ -234,7 +234,7 @@ def split_fim(prompt: str) -> Split | None:
         behind = behind if behind.strip() or not prefix.strip() else ""  # a template's last line end
         if not found or (behind and prefix.strip()):
             continue
-        if before == "<PRE>":  # this family writes a space behind the first and the last mark, and before the others
+        if before == "<PRE>":  # this family writes a space after the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
             behind = behind.removeprefix(" ")
         filename, extra = split_files(preamble)
@@ -243,7 +243,7 @@ def split_fim(prompt: str) -> Split | None:
 
 
 def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """What precedes the first mark: the name of the file itself, and other files' (name, text)."""
+    """Parse the text before the first mark: the name of the file itself, and (name, text) of other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     extra, filename = [("", loose)] if loose.strip() else [], ""
     for file in files:
@@ -270,7 +270,7 @@ def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> 
 def ask_prompt(
     fields: dict[str, Any], prompt: str, suffix: str = "", infill: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """The same for a prompt that may carry fill-in-the-middle tokens."""
+    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens."""
     split = None if suffix else split_fim(prompt)
     if not split:
         return ask_text(fields, prompt, suffix, infill)
@@ -337,9 +337,9 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 
 # ------------------------------------------------------------------------------------------------ replies
 
-# A native token event, as cm4d relays it. Its JSON string goes into other events as it is.
+# A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
-SLOT = "\x00"  # where that string goes; no id or name has this character
+SLOT = "\x00"  # placeholder for this string; no id or name has this character
 DONE = sse_block(b"[DONE]")
 
 
@@ -353,7 +353,7 @@ def template(data: Mapping[str, Any]) -> bytes:
 
 
 def finish_reason(result: Mapping[str, Any]) -> str:
-    """OpenAI's: "length" if a limit cut the text, else "stop"."""
+    """OpenAI's finish reason: "length" if a limit cut the text, else "stop"."""
     return "length" if result.get("finish_reason") in ("length", "replaced") else "stop"
 
 
@@ -376,7 +376,7 @@ class Reply:
         raise NotImplementedError
 
     def begin(self) -> bytes:
-        """What precedes the first text."""
+        """The events before the first text."""
         return b""
 
     def text(self, tokens: bytes) -> bytes:
@@ -384,7 +384,7 @@ class Reply:
         return TOKEN.sub(self.template, tokens)
 
     def end(self, result: Mapping[str, Any]) -> bytes:
-        """The events behind the last text, for a native result."""
+        """The events after the last text, for a native result."""
         raise NotImplementedError
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
@@ -393,7 +393,7 @@ class Reply:
 
 
 class OpenAIReply(Reply):
-    """What OpenAI's two calls have in common: {"id", "object", "created", "model", "choices": [{…}]}."""
+    """The common form of OpenAI's two calls: {"id", "object", "created", "model", "choices": [{…}]}."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -403,7 +403,7 @@ class OpenAIReply(Reply):
         return {**head, "choices": filled, **more}
 
     def part(self, text: str, whole: bool = False) -> dict[str, Any]:
-        """A choice's member: the whole text, a piece of it, or "" behind the last piece."""
+        """A choice's member: the whole text, a piece of it, or "" after the last piece."""
         return {"text": text}
 
     def chunk(self, text: str) -> dict[str, Any]:
@@ -434,7 +434,7 @@ class ChatReply(OpenAIReply):
 
 
 class LlamaReply(Reply):
-    """llama-server's own: {"content", "stop", …}."""
+    """llama-server's own form: {"content", "stop", …}."""
 
     def chunk(self, text: str) -> dict[str, Any]:
         return {"index": 0, "content": text, "stop": False, "id_slot": 0}
@@ -446,13 +446,13 @@ class LlamaReply(Reply):
         return compact(self.selected(text, result))
 
     def selected(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer's members, or those that `response_fields` names: "timings/prompt_n" is one inside `timings`."""
+        """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
         answer = self.members(text, result)
         if self.asked.only is None:
             return answer
         chosen: dict[str, Any] = {}
         if result.get("finish_reason") == "replaced":
-            del answer["content"]  # llama.vim would keep an empty one, and show nothing at this place again
+            del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
             chosen["replaced"] = True
         for path in self.asked.only:
             value: Any = answer
@@ -491,7 +491,7 @@ class LlamaReply(Reply):
 
 
 def told(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dialect has no member for: an answer that needed no backend, or that a newer request has replaced."""
+    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over."""
     marks = {"type_through": result.get("type_through"), "replaced": result.get("finish_reason") == "replaced"}
     return {name: True for name, holds in marks.items() if holds}
 
@@ -524,12 +524,12 @@ def write_error(error: HttpError) -> dict[str, Any]:
 
 
 def write_model(model_id: str, created: int) -> dict[str, Any]:
-    """An entry of OpenAI's list of models. By `owned_by`, llama.vscode learns that there is /props."""
+    """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props exists."""
     return {"id": model_id, "object": "model", "created": created, "owned_by": "llamacpp"}
 
 
 def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
-    """llama-server's /props, as far as editors read it. Our chat template is the model's own; it is not told."""
+    """llama-server's /props, as far as editors read it. Our chat template is the model's own and is not reported."""
     return {
         "default_generation_settings": {"n_ctx": n_ctx},
         "total_slots": places,
@@ -547,37 +547,37 @@ MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
 LENGTH, N_CTX = Field(int, 1, MAX_N_CTX), Field(int, 128, MAX_N_CTX)  # of a prompt and of a context, in tokens
 OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
 LLAMA_MORE = {"timings_per_token": True, "return_progress": True}  # counts even if we hang up, and signs of life
-# The last event would have the whole prompt as well, and may then be longer than we take.
+# Without this list, the last event would include the whole prompt, and might be longer than we accept.
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a backend is asked for. `fields` are those of vpsd's `POST /v1/inference/stream`."""
+    """A request to a backend. `fields` are those of vpsd's `POST /v1/inference/stream`."""
 
     fields: Mapping[str, Any]
-    model: str  # the backend's name for it
+    model: str  # the backend's name for the model
     fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
-    room: int = MAX_TOKENS  # tokens that the context has left for the answer
+    room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one event of an engine's stream tells."""
+    """The content of one event of an engine's stream."""
 
     text: str = ""
-    reason: str | None = None  # why the text has ended, as by `read_reason`
-    thought: bool = False  # the model thinks, which is no part of the answer
+    reason: str | None = None  # why the text has ended, as `read_reason` returns it
+    thought: bool = False  # the model is thinking; its thoughts are not part of the answer
 
 
 def write_sampling(wanted: Wanted, limit: str) -> dict[str, Any]:
-    """The members that every request has. `limit` is the name of the largest number of tokens."""
+    """The members that every request has. `limit` is the engine's name for the maximum number of tokens."""
     fields = wanted.fields
     given = {name: fields[name] for name in ("temperature", "top_p", "seed", "stop") if name in fields}
     if given.get("top_p", 0) >= 1:
-        del given["top_p"]  # it leaves all tokens; TGI refuses it
+        del given["top_p"]  # 1 leaves all tokens; TGI refuses 1
     if not given.get("stop"):
-        given.pop("stop", None)  # an empty list is refused by some, and replaces the model's own stops in others
+        given.pop("stop", None)  # some engines refuse an empty list; in others it replaces the model's own stops
     return {"model": wanted.model, "stream": True, limit: min(fields["max_tokens"], max(1, wanted.room)), **given}
 
 
@@ -593,7 +593,7 @@ def write_files(fields: Mapping[str, Any]) -> str:
 
 
 def write_text_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if it has none."""
+    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model has none."""
     fields, files, members = wanted.fields, write_files(wanted.fields), write_openai(wanted)
     if "suffix" not in fields:
         return members | {"prompt": files + fields["prompt"]}
@@ -604,8 +604,8 @@ def write_text_completion(wanted: Wanted) -> dict[str, Any]:
 
 
 def write_chat(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/chat/completions. The answer that we begin for an instruction is left out: many engines would not
-    continue it."""
+    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is left out: many
+    engines would not continue it."""
     messages = wanted.fields["messages"]
     begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
     return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
@@ -641,17 +641,17 @@ REASONS = {"length": "length", "limit": "length", "content_filter": "length", "e
 
 
 def read_reason(value: Any) -> str | None:
-    """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is not whole."""
+    """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is incomplete."""
     return REASONS.get(value, "stop") if isinstance(value, str) and value else None
 
 
 MILLISECONDS = Field(float, 0, 10**12)
-COUNTS = frozenset(("usage", "timings", "tokens_predicted"))  # an event with one of them has something to count
+COUNTS = frozenset(("usage", "timings", "tokens_predicted"))  # an event with one of these reports counts
 
 
 def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
-    """What an event counts, by the names of our own done event, not yet checked: OpenAI's `usage`, llama-server's
-    `timings`, and the numbers beside them."""
+    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's `usage`,
+    llama-server's `timings`, and the numbers beside them."""
     used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
     counts = {
         "prompt_tokens": used.get("prompt_tokens"),
@@ -673,13 +673,13 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_progress(members: Mapping[str, Any]) -> tuple[Any, Any]:
-    """llama-server's `prompt_progress`: tokens of the prompt that are read, and all of them."""
+    """llama-server's `prompt_progress`: the number of prompt tokens read so far, and of all prompt tokens."""
     progress = members_of(members.get("prompt_progress"))
     return progress.get("processed"), progress.get("total")
 
 
 def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one choice of an event; empty where it has none, as an event with `usage` alone."""
+    """The one choice of an event; empty if the event has none, such as one with only `usage`."""
     choices = members.get("choices")
     return members_of(choices[0]) if isinstance(choices, list) and choices else {}
 
@@ -691,7 +691,7 @@ def read_text_event(members: Mapping[str, Any]) -> Piece:
 
 
 def read_chat_event(members: Mapping[str, Any]) -> Piece:
-    """An event of /v1/chat/completions. What a model thinks before it answers is no part of the answer."""
+    """An event of /v1/chat/completions. A model's thoughts before its answer are not part of the answer."""
     choice = read_choice(members)
     delta = members_of(choice.get("delta", choice.get("message")))
     thought = delta.get("reasoning_content") or delta.get("reasoning")
@@ -705,7 +705,7 @@ def read_llama_event(members: Mapping[str, Any]) -> Piece:
 
 
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The names in OpenAI's list of models (or a bare one), each with its `n_ctx` where the engine tells one.
+    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one.
 
     >>> read_listed({"data": [{"id": "Qwen/Qwen2.5-Coder-7B-Instruct", "max_model_len": 8192}, {"id": "other"}]})
     {'Qwen/Qwen2.5-Coder-7B-Instruct': {'n_ctx': 8192}, 'other': {}}
@@ -720,20 +720,20 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
-    """`n_ctx`, of one slot, in llama-server's /props."""
+    """The `n_ctx` of one slot, from llama-server's /props."""
     n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx")
     return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
 
 
 TOO_LONG = "context_length_exceeded"  # OpenAI's code
-# OpenAI's and vLLM's sentence. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is left out:
-# they count no further than to the first token that does not fit.
+# OpenAI's and vLLM's sentence. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is ignored:
+# they stop counting at the first token that does not fit.
 OVERFLOW = re.compile(r"context length is (?:only )?(\d{1,8}) tokens(?:.*?(?:\(|has )(\d{1,8}) in)?", re.DOTALL)
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:
-    """Lengths in an engine's `error`, {"n_ctx", "prompt_tokens"} as far as they are given, if it says that the prompt
-    is too long, else None. llama-server gives them as members, OpenAI and vLLM in a sentence, which may be misread."""
+    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of {"n_ctx",
+    "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a sentence, which may be misread."""
     told = members_of(error)
     sentence = OVERFLOW.search(text_of(told.get("message", error)))
     n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)
@@ -759,7 +759,7 @@ class Dialect:
     read_event: Callable[[Mapping[str, Any]], Piece]
 
 
-# Some clients put /v1 before their paths only if the URL that their user has typed ends so.
+# Some clients put /v1 before their paths only if the user's URL ends with /v1.
 OPENAI_TEXT = Dialect(
     ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_text_event
 )
@@ -771,19 +771,19 @@ DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """How an engine of another kind is asked."""
+    """The calls of another kind of engine."""
 
     complete: Dialect
     infill: Dialect
     chat: Dialect
-    health: str  # tells without cost that it is there
-    props: str = ""  # tells the context's length
+    health: str  # shows without cost that the engine is up
+    props: str = ""  # reports the context's length
     tokenize: str = ""
     warms: bool = False  # reading a prompt ahead costs nothing
 
 
 LLAMA_CHAT = replace(OPENAI_CHAT, write=lambda wanted: write_chat(wanted) | LLAMA_MORE)
-# An `openai` backend may be paid by the token, or count each request.
+# An `openai` backend may charge for each token, or count each request.
 APIS = {
     "llama.cpp": Api(COMPLETION, INFILL, LLAMA_CHAT, "/health", "/props", "/tokenize", warms=True),
     "openai": Api(OPENAI_TEXT, OPENAI_TEXT, OPENAI_CHAT, "/v1/models"),

@@ -1,7 +1,7 @@
-"""What engines other than vpsd stream, as the pairs of a native stream.
+"""Translates the streams of engines other than vpsd into the pairs of a native stream.
 
-`translate` reads the answer, a `Translator` its events. The Translator also does what the engine does not: it ends the
-text where the thing asked for is whole.
+`translate` reads the answer, a `Translator` parses its events. The Translator also ends the text where the requested
+piece is complete, which these engines do not do.
 
     >>> from cerebrum.pi.dialects import OPENAI_TEXT
     >>> asked = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
@@ -41,7 +41,7 @@ from cerebrum_common import HttpError
 
 # ------------------------------------------------------------------------------ the events of other engines
 
-# Marks that an engine may leak. They end a text, unless the prompt itself has them.
+# Special tokens that an engine may leak. Each of them ends a text, unless the prompt itself contains it.
 MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -51,12 +51,12 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Characters:
-    """Puts characters together that an engine has cut: halves of a surrogate pair, or bytes of UTF-8 (as the lone
-    surrogates of Python's "surrogateescape")."""
+    """Joins the parts of characters that an engine has split: halves of a surrogate pair, or bytes of UTF-8 (as the
+    lone surrogates of Python's "surrogateescape")."""
 
     def __init__(self) -> None:
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self.half = ""  # the first of a pair
+        self.half = ""  # the first half of a pair
 
     def feed(self, text: str) -> str:
         if not self.half and not self.bytes.getstate()[0] and not SURROGATES.search(text):
@@ -70,11 +70,11 @@ class Characters:
 
 
 class Translator:
-    """What another engine streams, as the pairs of a native stream. ("done", …) comes last: at the engine's own end, or
-    before it, where the thing asked for is whole. `asked` has the fields of vpsd's request."""
+    """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at the engine's own end,
+    or earlier, where the requested piece is complete. `asked` has the fields of vpsd's request."""
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
-        from cerebrum.text.ending import (  # 3 MB that a Pi without other engines need not have
+        from cerebrum.text.ending import (  # 3 MB that a Pi without other engines need not load
             Cutter,
             Ending,
             wants_extras,
@@ -101,15 +101,15 @@ class Translator:
         self.progress = asked.get("progress", False)
         self.counting: Mapping[str, Any] = {}  # the last event that counts tokens
         self.tokens = 0  # events with text; an engine may put several tokens into one
-        self.began = 0.0  # when the first of them came
+        self.began = 0.0  # when the first event with text came
         self.has_line = False  # a line end has been generated
         self.heard = False  # an event came
-        self.life = 0  # events that show that the engine gets on
-        self.reason: str | None = None  # the engine has ended its text
+        self.life = 0  # events that show progress of the engine
+        self.reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
     def feed(self, block: bytes, now: float) -> Iterator[Pair]:
-        """The pairs of a block of whole events, which came at `now` (seconds, monotonic), up to the pair "done".
+        """The pairs of a block of whole events, up to the pair "done". The block came at `now` (seconds, monotonic).
         BackendFailure for an event that is an error or not JSON."""
         for event in block.split(b"\n\n"):
             if self.done or not event:
@@ -119,13 +119,13 @@ class Translator:
             except BackendFailure:
                 if self.reason is None:
                     raise
-                yield self.end()  # the text is whole; what follows it was only to count its tokens
+                yield self.end()  # the text is complete; only its token counts were still to come
 
     def end(self) -> Pair:
-        """The last pair, at the end of the whole stream. BackendFailure if the engine has not said why its text ended:
-        it may have been cut."""
+        """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for the end of its text:
+        the text may have been cut."""
         if self.reason is None:
-            if not self.heard:  # a prompt that is too long for llama_cpp.server ends so
+            if not self.heard:  # llama_cpp.server ends like this if the prompt is too long
                 raise HttpError("VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help")
             raise BackendFailure("it ended without saying that it is done")
         return self._done(self.reason)
@@ -163,7 +163,7 @@ class Translator:
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
-        if text and self.tokens == self.most:  # an event has a token at least: the engine does not keep to its limit
+        if text and self.tokens == self.most:  # an event has at least one token: the engine ignores its limit
             if rest := self.cutter.flush(whole=False):
                 yield "text", text_event(rest, self.tokens)
             yield self._done("length")
@@ -192,18 +192,18 @@ class Translator:
         return "done", {"finish_reason": reason, **counts}
 
 
-READING_SECONDS = 180.0  # until another engine makes progress: it is silent while it loads a model or reads a prompt
-ALIVE_SECONDS = 5.0  # after so much silence of another engine, the client gets a comment
-COUNTS_SECONDS = 2.0  # behind the last text of another engine: its counts may follow
+READING_SECONDS = 180.0  # without progress of another engine, which is silent while it loads a model or reads a prompt
+ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets a comment
+COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
 async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
-    """The same for another engine. It may send its head only when it has read the prompt, and it sends no comments:
-    while it is silent, ("idle", None) comes every ALIVE_SECONDS or a little later. A text that the
-    engine has ended is whole, whatever follows."""
+    """The counterpart of `relay` for another engine. The engine may send its head only after reading the prompt, and it
+    sends no comments: during its silence, ("idle", None) comes every ALIVE_SECONDS or a little later. Once the engine
+    has ended its text, the text is complete, whatever follows."""
     now = asyncio.get_running_loop().time
-    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine said that its text is whole
-    spoke = lived = now()  # when the client got something for the last time, when the engine got on
+    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine ended its text
+    spoke = lived = now()  # when the client last got something; when the engine last made progress
     while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS):
         if now() - lived > READING_SECONDS:
             raise BackendFailure("it did not answer in time")
@@ -219,7 +219,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
         except BackendFailure:
             if not translator.reason:
                 raise
-        # Some engines forget the blank line behind their last event.
+        # Some engines omit the blank line after their last event.
         block = events.feed(b"\n\n" if payload == b"" else payload or b"")
         for pair in translator.feed(block, now()):
             spoke = now()
@@ -228,7 +228,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
             ended = ended or now()
         elif translator.life != life:
             life, lived = translator.life, now()
-        elif now() - lived > READING_SECONDS:  # it sends nothing but comments
+        elif now() - lived > READING_SECONDS:  # the engine sends nothing but comments
             raise BackendFailure("it did not answer in time")
         is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
         if not translator.done and (payload == b"" or is_late):

@@ -1,4 +1,4 @@
-"""All backends: which there are, who may answer a request, and the probes that keep what is known of them fresh.
+"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date.
 
 Standard library only.
 """
@@ -18,8 +18,8 @@ from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import HttpError, Model, describe
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
-PAID_PROBE_SECONDS = 120.0  # of a cloud, which counts requests
-STUCK_SECONDS = 300.0  # without a probe that ended; one takes a minute at most
+PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
+STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 
 Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
@@ -33,12 +33,12 @@ def rank_models(
     present: Collection[str] | None,
     any_language: bool = False,
 ) -> list[str]:
-    """The ids of the models for a request, best first: of those `present` on a backend, first those that [prefer] lists
-    for the mode and that serve the language, then the others in the table's order. A chat counts as an instruction.
+    """The ids, best first, of the models that serve the language and are `present` on a backend. The models that
+    [prefer] lists for the mode come first, then the others in the table's order. A chat counts as an instruction.
 
-    With `any_language`, a language that no present model serves goes to any of them. Without it, the one model may be
-    one that is not there: a backend's 404 says which file is missing and how to get it. As long as it is unknown which
-    models are there (None), there are no preferences.
+    With `any_language`, a language that no present model serves goes to any of them. Without it, the only id may be a
+    missing model's: a backend's 404 says which file is missing and how to get it. Until the backends' models are known
+    (None), the preferences do not count.
     """
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model.id for model in here if language in model.languages]
@@ -60,13 +60,13 @@ class Candidates:
 
 
 def cache_key(job: Job) -> str:
-    """Names the session of a job, or else its client's file. The backend that served it last probably has the beginning
-    of the prompt in its cache."""
+    """A name for the job's session, or else for its client and file. The backend that last served this key probably has
+    the beginning of the prompt in its cache."""
     return job.session or f"{job.client} {job.fields.get('filename') or ''}".lstrip()
 
 
 def first_there(backends: Sequence[Backend]) -> Backend:
-    """The first of these that is there, or else the first."""
+    """The first available backend, or else the first."""
     return next((backend for backend in backends if backend.available), backends[0])
 
 
@@ -86,7 +86,7 @@ class Fleet:
         self._replaced = asyncio.Event()
 
     def replace(self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences) -> None:
-        """Let these be the backends. One whose id stays keeps what is known of it; running requests continue.
+        """Replace the backends. A backend whose id and API stay keeps its state; running requests continue.
         ConfigError if the settings cannot be used; then nothing has changed."""
         backends = [Backend(config, catalog) for config in configs]
         known = {(backend.id, backend.config.api): backend for backend in self.backends}
@@ -105,11 +105,11 @@ class Fleet:
         self._replaced.set()
 
     def close(self) -> None:
-        """Close what is kept for requests to come."""
+        """Close the connections kept for future requests."""
         for backend in self.backends:
             backend.upstream.close()
 
-    # What is known of them.
+    # State.
 
     @property
     def available(self) -> bool:
@@ -130,24 +130,24 @@ class Fleet:
 
     @property
     def models(self) -> dict[str, dict[str, Any]] | None:
-        """What the first backend that has it tells of each model; None until a list came."""
+        """Model metadata, taken from the first backend that lists the model; None until the first list comes."""
         lists = [backend.models for backend in self.backends if backend.models is not None]
         return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
 
     @property
     def probes(self) -> int:
-        """How often every backend has been probed."""
+        """Completed probes of the backend that has the fewest."""
         return min(backend.probes for backend in self.backends)
 
     def n_ctx(self, model: str) -> int:
-        """Of the first backend that has the model, of those that are there if any is."""
+        """The model's context at the first backend that has it, preferably an available one."""
         having = [backend for backend in self.backends if backend.has(model)]
         return first_there(having or self.backends).n_ctx(model)
 
     # Probing.
 
     async def probe_forever(self) -> None:
-        """Keep what is known of each backend up to date: probe every 5 s, and when woken."""
+        """Keep each backend's state up to date: probe every 5 s, and when woken."""
         async with asyncio.TaskGroup() as group:
             probed = set[Backend]()
             while True:
@@ -170,41 +170,41 @@ class Fleet:
                     await backend.wake.wait()
 
     async def know(self) -> None:
-        """Probe all, if the daemon has just been started and nothing is known of any."""
+        """Probe all backends if the daemon has just started and no probe is complete."""
         if not any(backend.is_known for backend in self.backends):
             await asyncio.gather(*(backend.probe() for backend in self.backends))
 
     def stuck(self, now: float) -> str:
-        """Names a backend whose probe has hung; "" if there is none."""
+        """A message that names a backend whose probe hangs; "" if there is none."""
         stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
         return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
 
     # Routing.
 
     def route(self, fields: Mapping[str, Any]) -> str:
-        """The id of the model that is asked for, or the best one, of those that are there if any is."""
+        """The id of the requested model, or of the best one, preferably on an available backend."""
         options = self.who_may(fields, any_language=True).options
         there = (model for model, having in options if any(backend.available for backend in having))
         return next(there, options[0][0])
 
     def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
-        """Who may answer, by the lists of models alone."""
+        """The models and backends that may answer, judged by the lists of models alone."""
         asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
         if asked is not None:
             ids = [asked]
         else:
             ids = rank_models(self._catalog, self._prefer, language, mode, self.models, any_language)
         options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
-        if not any(having for _, having in options):  # one of our own says what is missing, and how to get it
+        if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
             options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
         backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
         return Candidates(options, backends)
 
     def choose(self, job: Job) -> tuple[str, Backend] | None:
-        """The model and the backend for a job; None if all places are taken. HttpError if nobody may be asked.
+        """The model and the backend for a job; None if no place is free for it. HttpError if no backend may be asked.
 
-        Backends that the last probe did not reach are asked only if there are no others. Of those with a free place,
-        the one comes first that probably has the beginning of the prompt in its cache, then the least busy one.
+        Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
+        one that probably has the beginning of the prompt in its cache, or else the least busy one.
         """
         now, candidates = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         passed = [*job.attempts.tried, *job.attempts.busy]
@@ -230,7 +230,7 @@ class Fleet:
         return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
 
     def remember_served(self, job: Job, backend: Backend) -> None:
-        """This backend gets the job's prompt."""
+        """Remember that this backend gets the job's prompt."""
         if key := cache_key(job):
             self._served.pop(key, None)
             self._served[key] = backend
@@ -238,10 +238,10 @@ class Fleet:
                 del self._served[next(iter(self._served))]
 
     def has_another(self, backend: Backend, job: Job) -> bool:
-        """Whether a backend that could not load the job's model has another one for it."""
+        """Whether a backend that could not load the job's model has another model for this job."""
         job.attempts.without.append((backend, job.model))
         options = self.who_may(job.fields, bool(job.kind)).options
         others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
         if others and backend.models:
-            backend.models.pop(job.model, None)  # until its next list
+            backend.models.pop(job.model, None)  # until the backend's next list
         return bool(others)

@@ -1,4 +1,4 @@
-"""The Pi's API as an OpenAPI 3.1 document, made of the tables that check its requests and of the code that answers.
+"""The Pi's API as an OpenAPI 3.1 document, built from the tables that check requests and the code that answers them.
 
 In: cm4d's routes, dialects, fields and models. Out: the document as one JSON value:
 
@@ -8,13 +8,13 @@ In: cm4d's routes, dialects, fields and models. Out: the document as one JSON va
     {'type': 'object', 'properties': {'id': {'type': 'string'}, 'created': {'type': 'integer'}}, 'required': ['id']}
 
 Strategy
-- A request's schema comes from the `Field` tables. Members that a function checks have theirs here (`MEMBERS`), made of
-  that function's own limits.
-- A response's schema comes from an example. A dialect writes its own; those of our own API are here (`ANSWERS`), with
-  the members that a client may rely on. A response may have more.
-- Which errors a route can end with follows from what kind of route it is.
+- A request's schema comes from the `Field` tables. For members checked by a function, the schemas are here (`MEMBERS`),
+  built from the function's own limits.
+- A response's schema comes from an example. A dialect writes its own; the examples of our own API are here (`ANSWERS`),
+  with the members that a client may rely on. A response may have more.
+- The kind of a route determines its possible errors.
 
-OpenAPI 3.1 leaves open what a stream's schema describes. Here it is one event, as in the `itemSchema` of 3.2.
+OpenAPI 3.1 does not define the schema of a stream. Here it describes one event, like the `itemSchema` of 3.2.
 Pure: no socket, no clock, no state. Standard library only.
 """
 
@@ -51,7 +51,7 @@ STRING: Schema = {"type": "string"}
 
 
 def schema_of(field: Field, nullable: bool = False) -> Schema:
-    """What `field` accepts. With `nullable` null too, which then counts as absent."""
+    """The schema of `field`. With `nullable`, null is accepted too and counts as absent."""
     if field.kind is list:
         item = {"type": "string", "minLength": 1}
         return any_of(item, array_of(item, field.low, field.high), *[NULL] * nullable)
@@ -84,8 +84,8 @@ def any_of(*schemas: Schema) -> Schema:
 
 
 def like(example: Any, required: bool = True) -> Schema:
-    """A value of the same form as the example, or as one of a tuple. If `required`, each member of its objects is,
-    except those with a "?" behind their names."""
+    """The schema of a value like the example, or like one of a tuple of examples. If `required`, all members of its
+    objects are required, except those with a "?" behind their names."""
     if isinstance(example, tuple):
         return any_of(*(like(one, required) for one in example))
     if isinstance(example, list):
@@ -103,7 +103,7 @@ def ref(kind: str, name: str) -> Schema:
 
 # --------------------------------------------------------------------------------------------- requests
 
-# What a function of dialects.py checks: `read_prompt`, `read_stops`, and so on.
+# Members checked by a function of dialects.py: `read_prompt`, `read_stops`, and so on.
 STOPS = {"type": "array", "items": STRING, "contains": {"not": {"pattern": f"^(?:{dialects.SPECIAL.pattern})?$"}},
          "minContains": 0, "maxContains": dialects.MAX_STOPS,
          "description": f"At most {dialects.MAX_STOPS} beside empty strings and names of special tokens."}  # fmt: skip
@@ -120,17 +120,17 @@ MEMBERS: dict[str, Schema] = {
 
 
 def accepted(fields: Mapping[str, Field], names: str) -> Schema:
-    """A request with the members of a dialect's table and with these of `MEMBERS`."""
+    """A request with the members of a dialect's table and the named members of `MEMBERS`."""
     return object_of(fields, nullable=True, **{name: MEMBERS[name] for name in names.split()})
 
 
-NO_TOOLS = any_of(  # or none that may be called; see `read_chat`
+NO_TOOLS = any_of(  # no tools, or none that may be called; see `read_chat`
     {"properties": {"tools": {"enum": [[], None]}}},
     {"properties": {"tool_choice": {"const": "none"}}, "required": ["tool_choice"]},
 )
 TEXT, CHAT = {"prompt": "def add(a, b):\n    return "}, {"messages": [{"role": "user", "content": "Write a stack."}]}
 GAP = {"input_prefix": "def add(a, b):\n", "prompt": "    return ", "input_suffix": "\n", "stop": ["\n\n"]}
-REQUESTS: dict[Dialect, tuple[str, Schema, dict[str, Any]]] = {  # a name, what is accepted, and an example
+REQUESTS: dict[Dialect, tuple[str, Schema, dict[str, Any]]] = {  # a name, a schema, and an example
     dialects.OPENAI_TEXT: ("OpenAIText", accepted(dialects.TEXT_FIELDS, "prompt stop stream_options"), TEXT),
     dialects.OPENAI_CHAT: ("OpenAIChat", accepted(dialects.OPENAI_FIELDS, "messages stop stream_options")
                            | {"required": ["messages"], **NO_TOOLS}, CHAT),
@@ -140,7 +140,7 @@ REQUESTS: dict[Dialect, tuple[str, Schema, dict[str, Any]]] = {  # a name, what 
 
 
 def native_request(fields: Mapping[str, Field], models: Sequence[Model]) -> Schema:
-    """A completion of our own API. The three forms say which members go together, as `detect_mode` checks it."""
+    """A completion of our own API. The forms say which members go together, as checked by `detect_mode`."""
     schema = object_of({**fields, "prompt": replace(fields["prompt"], low=0)})
     schema["properties"]["language"] = {"enum": common.served_languages(models)}
     schema["properties"]["model"] = {"enum": [model.id for model in models]}
@@ -195,7 +195,7 @@ def stream_of(schemas: Sequence[Schema], last: Sequence[str] = ()) -> dict[str, 
 
 
 def dialect_content(dialect: Dialect) -> dict[str, Any]:
-    """What a dialect answers: in one piece, or as events if the client asks for `stream`."""
+    """The content of a dialect's response: one piece, or events if the client asks for `stream`."""
     _, request, example = REQUESTS[dialect]
     asked = dialect.read(example | {"stream_options": {"include_usage": True}})
     reply, result = dialect.reply(asked, "id", 1, {"model": "qwen_7b", "n_ctx": 4096}), {"total_tokens": 4}
@@ -208,7 +208,7 @@ def dialect_content(dialect: Dialect) -> dict[str, Any]:
 
 
 def content_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
-    """What a route answers with status 200."""
+    """The content of a route's response with status 200."""
     last = route.path.rpartition("/")[2]
     if dialect:
         return dialect_content(dialect)
@@ -220,8 +220,8 @@ def content_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
 
 
 def codes_of(route: Route, passed: frozenset[str], keyed: bool) -> list[str]:
-    """The codes of all errors with which a request of this route can end."""
-    only = dict.fromkeys(passed - {"INVALID_REQUEST", "OVERLOADED"}, route.json)  # these ask the VPS
+    """The codes of all errors that can end a request of this route."""
+    only = dict.fromkeys(passed - {"INVALID_REQUEST", "OVERLOADED"}, route.json)  # only JSON requests ask the VPS
     only |= {"UNAUTHORIZED": keyed and not route.open, "LENGTH_REQUIRED": route.json, "METHOD_NOT_ALLOWED": False}
     only |= {"NOT_FOUND": route.path == "/", "MODEL_NOT_FOUND": route.json or "{id}" in route.path}
     only |= {"VPS_UNAVAILABLE": route.json or route.path == "/health"}
@@ -229,7 +229,7 @@ def codes_of(route: Route, passed: frozenset[str], keyed: bool) -> list[str]:
 
 
 def error_responses(route: Route, codes: Sequence[str]) -> dict[str, tuple[str, Schema]]:
-    """For each status the name and the value of its response. What fails before the route is known is in our form."""
+    """For each status, the name and the value of its response. Errors before the route is known have our own form."""
     shapes = ["ForeignError", "Error"] if route.foreign_error else ["Error"]
     content = {"application/json": {"schema": any_of(*(ref("schemas", shape) for shape in shapes))}}
     statuses = {code: str(common.STATUSES[code]) for code in codes}
@@ -260,7 +260,7 @@ def body_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
 def write_openapi(
     routes: Sequence[Route], fields: Mapping[str, Field], models: Sequence[Model], passed: frozenset[str], keyed: bool
 ) -> dict[str, Any]:
-    """The document. `passed` are the backends' codes that clients get to see; `keyed`: clients need a key."""
+    """The document. `passed`: the backends' error codes that reach clients; `keyed`: clients need a key."""
     speaking = {path: dialect for dialect in dialects.DIALECTS for path in dialect.paths}
     sample = HttpError("INVALID_REQUEST", "why")
     schemas = {"Error": like(common.error_body(sample)), "ForeignError": like(dialects.write_error(sample))}
@@ -271,7 +271,7 @@ def write_openapi(
     id_schema = {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"}
     id_parameter = {"name": "id", "in": "path", "required": True, "schema": id_schema, "example": models[0].id}
     paths: dict[str, dict[str, Any]] = {}
-    responses: dict[str, Schema] = {}  # those of several paths are equal
+    responses: dict[str, Schema] = {}  # several paths share one entry
     for route in routes:
         dialect = speaking.get(route.path)
         errors = error_responses(route, codes_of(route, passed, keyed))

@@ -1,4 +1,4 @@
-"""The page of the Pi: how it is sent, and what it shows of the last half hour.
+"""The Pi's web page: the response that carries it, and the series of the last half hour that it shows.
 
 In: the bytes of page.html, and the Pi's counters from time to time. Out: the response's headers and body
 (`Page`), and three series of numbers (`History`).
@@ -27,7 +27,7 @@ from typing import Any
 from cerebrum_common import Headers
 
 SCRIPT, STYLE = (re.compile(rb"<%b>(.*?)</%b>" % (tag, tag), re.S) for tag in (b"script", b"style"))
-GZIP_WINDOW = 31  # zlib's code for 32 KiB with gzip's head
+GZIP_WINDOW = 31  # zlib's code for a window of 32 KiB and a gzip header
 
 
 def accepts_gzip(header: str) -> bool:
@@ -42,7 +42,7 @@ def accepts_gzip(header: str) -> bool:
 
 
 def sources(inline: re.Pattern[bytes], text: bytes) -> str:
-    """What a Content-Security-Policy allows of a kind: the page's own, by their hashes."""
+    """The sources of one kind that a Content-Security-Policy allows: the page's own, by their hashes."""
     digests = (hashlib.sha256(one).digest() for one in inline.findall(text))
     return " ".join(f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'" for digest in digests) or "'none'"
 
@@ -54,7 +54,7 @@ class Page:
         text = text.replace(b"\r\n", b"\n")  # as browsers read it before they hash
         compressor = zlib.compressobj(9, zlib.DEFLATED, GZIP_WINDOW)
         self._compressed = compressor.compress(text) + compressor.flush()
-        self.etag = f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'  # weak: compressed or not, it is the same
+        self.etag = f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'  # weak: the same for compressed and plain text
         policy = [
             "default-src 'none'",
             f"script-src {sources(SCRIPT, text)}",
@@ -68,7 +68,7 @@ class Page:
         ]
         self._headers: Headers = (
             ("ETag", self.etag),
-            ("Cache-Control", "no-cache"),  # may be kept, but is asked for each time
+            ("Cache-Control", "no-cache"),  # may be kept, but must be revalidated each time
             ("Vary", "Accept-Encoding"),
             ("Content-Security-Policy", "; ".join(policy)),
             ("X-Content-Type-Options", "nosniff"),
@@ -93,7 +93,7 @@ SERIES = ("requests", "failed", "tokens")  # completions that began, those that 
 
 
 class History:
-    """How much was counted in each of the last STEPS steps of STEP_SECONDS: differences of the totals it is given."""
+    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
 
     def __init__(self, now: float) -> None:
         self._step = int(now // STEP_SECONDS)
@@ -101,7 +101,7 @@ class History:
         self._steps = deque(([0] * len(SERIES) for _ in range(STEPS)), maxlen=STEPS)
 
     def sample(self, now: float, totals: tuple[int, ...]) -> None:
-        """Take the totals of SERIES at a time in seconds (monotonic)."""
+        """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // STEP_SECONDS)
         for _ in range(min(step - self._step, STEPS)):
             self._steps.append([0] * len(SERIES))

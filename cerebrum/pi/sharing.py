@@ -1,4 +1,4 @@
-"""What clients have in common: identical requests, newer ones that replace older ones, text that is typed along.
+"""Work shared between requests: identical requests, newer ones that replace older ones, and text typed as predicted.
 
 Standard library only.
 """
@@ -23,18 +23,18 @@ from cerebrum_common import HttpError, internal_error, log
 
 # ------------------------------------------------------------------------------------- policy: editors
 
-MAX_TYPED_CHARS = 1024  # while a completion is computed, accepted suggestions included
-MAX_RETYPED_CHARS = 8  # of a word that is corrected meanwhile
-TAIL_CHARS = 1024  # of the text before the cursor: with as many equal, two cursors are at the same place
-MAX_PREDICTIONS = 32  # that are remembered, of at most MAX_PREDICTED_CHARS each
+MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
+MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
+TAIL_CHARS = 1024  # of the text before the cursor: if these are equal, two cursors are at the same place
+MAX_PREDICTIONS = 32  # completions remembered, of at most MAX_PREDICTED_CHARS each
 MAX_PREDICTED_CHARS = 2048
-# What must be equal in two requests for the answer to one to be the beginning of the answer to the other.
+# The answer to one request can begin the answer to another only if these fields are equal in both.
 ALIKE = ("mode", "suffix", "model", "language", "filename", *SAMPLED_BY)
 
 
 def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
-    """Whether two infills are of one place where somebody types: the text before one cursor nearly continues that
-    before the other, and the lines below are the same. Two gaps of one file are not, nor two of a program's texts."""
+    """Whether two infills come from one place where a user types: the text before one cursor nearly continues the text
+    before the other, and the lines below are the same. Two gaps of one file do not match, nor a program's two texts."""
     if older["filename"] != newer["filename"]:
         return False
     one, other = (lines_below(fields.get("suffix") or "") for fields in (older, newer))
@@ -44,13 +44,13 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
 
 
 def lines_below(suffix: str) -> str:
-    """What follows the cursor's line, whose rest changes when an editor closes a bracket; else that rest."""
+    """The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket."""
     return (suffix.partition("\n")[2] or suffix)[:TAIL_CHARS]
 
 
 def nearly_continues(text: str, longer: str) -> bool:
-    """Whether `longer` is `text` and at most MAX_TYPED_CHARS more. Up to MAX_RETYPED_CHARS at the end of the last line
-    may differ if that line begins alike. An editor's window moves, so `longer` may begin later.
+    """Whether `longer` is `text` plus at most MAX_TYPED_CHARS. Up to MAX_RETYPED_CHARS at the end of the last line may
+    differ if the line's beginning is equal. An editor's window moves, so `longer` may begin later.
 
     >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx", "a\\ny = ")
     (True, False)
@@ -66,13 +66,13 @@ def nearly_continues(text: str, longer: str) -> bool:
 
 
 def alike(fields: Mapping[str, Any]) -> bytes:
-    """A digest of all in a request that must be equal beside the prompt."""
+    """A digest of the ALIKE fields of a request."""
     return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
 
 
 def typed_of(asked: str, text: str, prompt: str) -> int:
-    """How many characters of `text`, the completion of the prompt `asked`, stand before the cursor in another prompt;
-    0 if that is another place. The ends of the prompts decide, since an editor's window moves.
+    """How many characters of `text`, the completion of the prompt `asked`, precede the cursor in another prompt; 0 if
+    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
@@ -87,7 +87,7 @@ def typed_of(asked: str, text: str, prompt: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A completion that someone may type: who asked, the end of the prompt, the rest of the request, the answer."""
+    """A finished completion whose text the user may now type, with its client, the prompt's end, and `alike`."""
 
     client: str
     tail: str
@@ -98,7 +98,7 @@ class Prediction:
 
 
 class Predictions:
-    """The latest completions, for clients who type what they say. Pure; at most 500 KB."""
+    """The latest completions, for clients who type the predicted text. Pure; at most 500 KB."""
 
     def __init__(self) -> None:
         self.recent: deque[Prediction] = deque(maxlen=MAX_PREDICTIONS)
@@ -109,7 +109,7 @@ class Predictions:
             self.recent.append(Prediction(client, tail, alike(fields), text, begun, reason))
 
     def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
-        """A completion of which the client has typed the beginning, and its rest."""
+        """A completion whose beginning the client has typed, and the rest of its text."""
         rest = alike(fields)
         for prediction in reversed(self.recent):
             if prediction.client == client and prediction.alike == rest:
@@ -120,21 +120,21 @@ class Predictions:
 
 
 def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
-    """A completion that consists of the rest of an earlier one."""
+    """The pairs of a completion whose text is the rest of an earlier one."""
     done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
     return [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
 
 
 # ------------------------------------------------------------------------------- following a completion
 
-EDITOR_SECONDS = 60.0  # after an infill, a place is kept for the next one
-MAX_TO_WARM = 4  # prompts, of as many clients
+EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
+MAX_TO_WARM = 4  # prompts, one of each client
 
 
 class Shared:
-    """One completion for all clients that ask the same at the same time, and the task that computes it.
+    """One completion for all clients that send the same request at the same time, and the task that computes it.
 
-    It remembers all pairs, so a client that comes late gets them all. It ends when its last reader leaves.
+    All pairs are kept, so a late client gets them all. The completion ends when its last reader leaves.
     """
 
     def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
@@ -145,7 +145,7 @@ class Shared:
         self.task: asyncio.Task[None] | None = None
 
     async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
-        """Take all pairs, and keep the error that ends them."""
+        """Collect all pairs, and keep the error that ends them."""
         try:
             async with contextlib.aclosing(pairs):
                 async for pair in pairs:
@@ -161,27 +161,27 @@ class Shared:
         self.wake(all_of_them=pair[0] == "done")
 
     def wake(self, all_of_them: bool) -> None:
-        """Whoever collects the whole text is woken for its end alone."""
+        """Wake the readers. A reader that collects the whole text is woken only at the end."""
         for reader in self.readers:
             if all_of_them or reader.streams:
                 reader.woken.set()
 
 
 class Reading:
-    """One client's request in a dialect: its place in a completion, which it may share with others."""
+    """One client's request in a dialect: its position in a completion, which other clients may share."""
 
     def __init__(self, sharing: Sharing, job: Job, asked: Asked, editor: str) -> None:
         self.sharing, self.job, self.streams, self.editor = sharing, job, asked.stream, editor
         self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
-        self.shared = Shared()  # what it reads, once it has joined
+        self.shared = Shared()  # the completion that it reads, once it has joined
         self.at = 0  # pairs read
-        self.skip = self.typed = 0  # characters of the text that its client has typed before it asked, and has not got
+        self.skip = self.typed = 0  # characters of the text: still to be left out; typed by the client before it asked
         self.woken = asyncio.Event()
-        self.replaced = False  # its editor has typed on, and asked again
+        self.replaced = False  # the user has typed on, and the editor has asked again
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
-        """The pairs of `Gateway.complete`, except that several texts may come as one. A reading that is replaced ends
-        like a completion that a limit has cut. An error would be shown to the user by some editors."""
+        """The pairs of `Gateway.complete`, except that several texts may come as one. A replaced reading ends like a
+        completion that a limit has cut, because some editors would show an error to the user."""
         try:
             shared = self.shared = self.sharing.join(self)
             while not self.replaced:
@@ -219,17 +219,17 @@ class Reading:
         return kind, b"".join(texts) if len(texts) > 1 else value
 
     def replace(self) -> None:
-        """End this reading, and at once what nobody else reads. Its client may be slow to take its answer."""
+        """End this reading, and at once its completion if nobody else reads it: a slow client must not delay this."""
         self.replaced = True
         self.sharing.leave(self)
         self.woken.set()
 
 
 class Sharing:
-    """Owns what clients have in common: who reads which running completion, and what was completed lately.
+    """Owns what requests share: the readers of each running completion, and the latest completions.
 
-    `start` begins a completion, `beginning` returns the value of its pair "started", `warm` has a prompt read ahead,
-    and `moved` is called when a place counts as another client's.
+    `start` begins a completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read
+    ahead, and `moved` is called when a place passes to another client.
     """
 
     def __init__(
@@ -240,11 +240,11 @@ class Sharing:
         moved: Callable[[], None],
     ) -> None:
         self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
-        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended so
+        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended this way
         self.readings: list[Reading] = []
-        self.shared: dict[bytes, Shared] = {}  # running completions, by what was asked
+        self.shared: dict[bytes, Shared] = {}  # running completions, by the digest of the request
         self.predictions = Predictions()
-        self._editors: dict[str, float] = {}  # when each client asked for an infill last
+        self._editors: dict[str, float] = {}  # the time of each client's last infill
 
     def editors(self) -> set[str]:
         """The clients that have asked for an infill within EDITOR_SECONDS."""
@@ -253,8 +253,8 @@ class Sharing:
         return set(self._editors)
 
     def is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
-        """While an editor was seen lately, chats and plain completions leave a place for infills, and one client's
-        infills leave one for another client's. Requests of our own API take any place."""
+        """Whether the job leaves a place for editors. After a recent infill, chats and plain completions leave one for
+        infills, and one client's infills leave one for another client's. Requests of our own API take any place."""
         editors = self.editors()
         if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
             return True
@@ -267,7 +267,7 @@ class Sharing:
         return len(alike) < max(1, most - 1)
 
     def join(self, reading: Reading) -> Shared:
-        """What a reading reads: a completion that is running, or a new one; or at once, if nothing must be computed."""
+        """The completion for a reading: a running one, a new one, or a finished one if nothing must be computed."""
         self.readings.append(reading)
         job = reading.job
         if job.kind == "infill":
@@ -287,7 +287,7 @@ class Sharing:
         return shared
 
     def _typed_meanwhile(self, reading: Reading) -> Shared | None:
-        """A running completion that has written what the client has typed since it asked for it."""
+        """A running completion whose text begins with what the user has typed since the editor asked for it."""
         job = reading.job
         if not reading.predicts or job.kind != "infill":
             return None
@@ -305,7 +305,7 @@ class Sharing:
         return None
 
     def _identical(self, job: Job) -> Shared:
-        """The running completion of the same request, or a new one. Samples without a seed shall differ."""
+        """The running completion of the same request, or a new one. Samples without a seed must differ."""
         key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
         is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
         shared = None if is_sample else self.shared.get(key)
@@ -323,13 +323,13 @@ class Sharing:
             self._forget(shared)
 
     def _forget(self, shared: Shared) -> None:
-        """Nobody else may join it."""
+        """Let no other reading join this completion."""
         if self.shared.get(shared.key) is shared:
             del self.shared[shared.key]
 
     def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
-        """End the older infills of an editor that has typed on, unless they ask the same. With `ahead`, those that
-        continue the reading's text go on: an editor asks ahead for what follows a completion that it shows."""
+        """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
+        continue the reading's prompt go on: an editor asks ahead for the text after a completion that it shows."""
         fields = reading.job.fields
         for other in list(self.readings):
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
@@ -342,8 +342,8 @@ class Sharing:
                 other.replace()
 
     def leave(self, reading: Reading) -> None:
-        """The reading has ended, or its client has left. The last one ends the completion; before, its place counts as
-        that of a client who stays."""
+        """Remove a reading that has ended or whose client has left. The last reader to leave ends the completion; until
+        then, its place counts as held by a client who stays."""
         shared = reading.shared
         if reading in self.readings:
             self.readings.remove(reading)
@@ -358,8 +358,8 @@ class Sharing:
             self._forget(shared)
 
     def remember(self, client: str, shared: Shared) -> None:
-        """Keep a whole completion for a client who types what it says. One without a gap to fill may be a program's,
-        which counts on its limit: if that has cut it, it is no beginning of another."""
+        """Keep a finished completion for a client who types its text. A plain completion may be a program's, which
+        relies on its limit: a text cut by the limit must not begin another answer."""
         assert shared.job
         begun = [value for kind, value in shared.pairs if kind == "started"][-1]
         reason = shared.pairs[-1][1].get("finish_reason", "stop")
@@ -371,9 +371,9 @@ class Sharing:
 
 
 class Warming:
-    """Owns the prompts to be read into a backend's cache while that has nothing else to do.
+    """Owns the prompts to be read into a backend's cache while the backend is idle.
 
-    `choose` returns the backend for a prompt, whose model it sets, or None; `answer` has it read.
+    `choose` sets the model of a prompt and returns its backend, or None; `answer` makes the backend read the prompt.
     """
 
     def __init__(
@@ -385,8 +385,8 @@ class Warming:
         self.waiting: dict[str, Job] = {}  # by client
 
     def add(self, job: Job) -> None:
-        """Read this prompt soon. Takes no place, waits until a backend has nothing to do, and ends when that gets a
-        request; then it waits again. Of each client the newest counts."""
+        """Queue this prompt to be read. Reading takes no place, waits for an idle backend, and stops when this backend
+        gets a request; then the prompt waits again. Only the newest prompt of each client is kept."""
         self.waiting.pop(job.client, None)
         self.waiting[job.client] = job
         if len(self.waiting) > MAX_TO_WARM:
@@ -394,7 +394,7 @@ class Warming:
         self.next()
 
     def next(self) -> None:
-        """Begin with each prompt whose backend has nothing to do."""
+        """Start to read each prompt whose backend is idle."""
         for job in [*self.waiting.values()]:
             if backend := self._choose(job):
                 del self.waiting[job.client]
@@ -418,10 +418,10 @@ class Warming:
             self.next()
 
     async def stop(self, backend: Backend) -> None:
-        """A request needs this backend. The prompt that it reads ahead waits again."""
+        """Stop reading ahead at a backend that a request needs. The interrupted prompt waits again."""
         if backend.warming:
             job, task = backend.warming
             if job.client not in self.waiting:
-                self.add(job)  # again, later: the backend keeps what it has read so far
+                self.add(job)  # again, later: the backend keeps the part that it has read
             task.cancel()
             await asyncio.wait([task])

@@ -1,12 +1,12 @@
-"""How the Pi asks a backend: its settings, one HTTP request and its answer, and the events of our own vpsd.
+"""The Pi's HTTP client for backends: their settings, one request and its answer, and the events of our own vpsd.
 
-A backend is not trusted. Framing or JSON that is not exact is refused, and so is a stream that ends without saying so;
-of an error's text only what our own backends write reaches a client. The circuit breaker counts `BackendFailure` alone.
-`relay` turns the stream of a vpsd into pairs of (kind, value), as `Gateway.complete` in cm4d.py describes them. It
-passes a run of token events on without parsing them.
+A backend is not trusted. Inexact framing or JSON is refused, and so is a stream that ends without its done event. Only
+error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`. `relay` turns a vpsd's
+stream into pairs of (kind, value); `Gateway.complete` in cm4d.py lists the kinds. Runs of token events are passed on
+without being parsed.
 
-An `Upstream` owns its spare connection; every other connection belongs to the one request that it was opened for.
-`Loop` owns the addresses of names. Standard library only.
+An `Upstream` owns its spare connection; every other connection belongs to the one request it was opened for. `Loop`
+owns the cache of resolved names. Standard library only.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from cerebrum_common import Field, HttpError, parse_json, request_id_var, sse_ev
 # --------------------------------------------------------------------------------------- configuration
 
 URL = re.compile(r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?")
-MAX_PLACES = 64  # of a backend
+MAX_PLACES = 64  # concurrent requests to one backend
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a backend is. `authority` goes into the Host header, `prefix` before every path."""
+    """A backend's address. `authority` goes into the Host header, `prefix` before every path."""
 
     host: str
     port: int
@@ -57,7 +57,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """One backend. `key` is sent to it and to nobody else; `key_env` names the variable that it comes from."""
+    """One backend. `key` is sent to this backend only; `key_env` names the environment variable that holds the key."""
 
     id: str
     endpoint: Endpoint
@@ -66,12 +66,12 @@ class BackendConfig:
     key_env: str = ""
     max_concurrent: int = 2
     ca_file: str = ""  # of a private certificate authority
-    n_ctx: int = 0  # tokens; 0: what the backend tells
-    infill: str = "fim"  # how an "openai" backend is asked: with the model's marks if it has any, or by "suffix"
+    n_ctx: int = 0  # tokens; 0: as the backend reports
+    infill: str = "fim"  # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
 
 
 def parse_url(text: str, name: str) -> Endpoint:
-    """`http://host[:port][/prefix]` to an Endpoint; ConfigError names the setting."""
+    """Parse `http://host[:port][/prefix]` into an Endpoint; ConfigError names the setting."""
     match = URL.fullmatch(text)
     if not match or int(match[3] or 1) not in range(1, 65536):
         raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
@@ -82,7 +82,7 @@ def parse_url(text: str, name: str) -> Endpoint:
 
 
 def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: int) -> tuple[BackendConfig, ...]:
-    """`[[backends]]` of models.toml. ConfigError says which table is wrong and how."""
+    """Read `[[backends]]` of models.toml. ConfigError names the wrong table and its fault."""
     backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
@@ -112,7 +112,7 @@ BACKEND = {
 def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig:
     given = read_table(table, where, BACKEND)
     endpoint = parse_url(given.pop("url"), f"{where}: url")
-    if given["api"] != "cerebrum":  # the addresses that these engines tell their users end in /v1 as often as not
+    if given["api"] != "cerebrum":  # the address that such an engine gives its users often ends in /v1
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
     if given["ca_file"] and not (endpoint.tls and Path(given["ca_file"]).is_file()):
         raise ConfigError(f"{where}: ca_file: expected a file, and a url with https, got {given['ca_file']!r}")
@@ -123,7 +123,7 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
 
 
 class BackendFailure(HttpError):
-    """A backend or the network on the way to it is at fault: 503, counted by its breaker. `reason` is in our words."""
+    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. `reason` is our wording."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
@@ -131,7 +131,7 @@ class BackendFailure(HttpError):
 
 
 class TooLong(HttpError):
-    """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` as far as they are told."""
+    """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
 
     def __init__(self, message: str, told: Mapping[str, int]) -> None:
         super().__init__("INVALID_REQUEST", message, extra=told)
@@ -141,13 +141,13 @@ LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
 
 
 class Misfit(HttpError):
-    """A backend is there, but the two are not configured for each other: 503, not counted by its breaker."""
+    """A backend is up, but does not fit our configuration or is still loading: 503, not counted by its breaker."""
 
     def __init__(self, message: str) -> None:
         super().__init__("VPS_UNAVAILABLE", message)
 
 
-MAX_MESSAGE_CHARACTERS = 2000  # of an error of a backend that is passed on
+MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
 PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
     {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
     | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
@@ -158,33 +158,33 @@ EXPLAINED = {
     " CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
-# What could act on a client's terminal.
+# Characters that could act on a client's terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
 def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(message, code, further members) if this JSON value is an error in the form of both daemons, else None."""
+    """(message, code, further members) if this JSON value has the error format of our daemons, else None."""
     if not isinstance(members, dict) or members.get("error") is not True:
         return None
     message, code = members.get("message"), members.get("code")
     if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
         return None
     message = CONTROLS.sub(" ", message)
-    message = message.replace(key, "***") if key else message  # before the cut, which could leave half of the key
+    message = message.replace(key, "***") if key else message  # before the cut, which could leave half a key
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
     return message[:MAX_MESSAGE_CHARACTERS], code, more
 
 
 def told_error(message: str, code: str, more: Mapping[str, int]) -> HttpError:
-    """The error for the client of an error that a backend of our own tells."""
+    """The client's error for an error that one of our own backends reports."""
     if code == "INVALID_REQUEST" and len(more) == 2:
         return TooLong(message, more)
     return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
 
 
 def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
-    """The error for the client when a backend of our own answers with a status other than 200. BackendFailure if none
-    would answer that way."""
+    """The client's error for a status other than 200 from one of our own backends. BackendFailure if no backend of ours
+    would answer this way."""
     try:
         ours = our_error(parse_json(body), key)
     except HttpError:
@@ -200,8 +200,8 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
 
 
 def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
-    """The same for another engine, whose own words a client does not get: they may tell a path or a key. The error for
-    a prompt that is too long has the members of vpsd's, so that the prompt is fitted again."""
+    """`refusal` for another engine. A client never gets the engine's own text, which may contain a path or a key. For
+    an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
     error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
         return Misfit(
@@ -221,8 +221,8 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
 
 
 def parse_leniently(data: bytes) -> dict[str, Any] | None:
-    """The JSON object of an engine, None if it is not one. Bytes that are not UTF-8 become lone surrogates, since an
-    engine may cut its text inside a character."""
+    """Parse an engine's JSON object; None if `data` is anything else. Bytes that are not UTF-8 become lone surrogates,
+    since an engine may cut its text inside a character."""
     try:
         value = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
@@ -234,16 +234,16 @@ def parse_leniently(data: bytes) -> dict[str, Any] | None:
 
 
 class Body:
-    """The body of an answer by its framing (RFC 9112 section 6.3): chunks, a length, or until the close.
+    """The body of an answer, framed by chunks, a length or the end of the connection (RFC 9112 section 6.3).
 
-    `failure` is its first fault. It is kept rather than raised, because the payload before it still counts: what a
-    client sees must not depend on how the bytes were split.
+    `failure` is the first fault. The fault is kept rather than raised, because the payload before it still counts: the
+    text a client gets must not depend on how the bytes were split.
     """
 
     def __init__(self, length: int | None, chunked: bool) -> None:
         self.done = length == 0
         self.failure: BackendFailure | None = None
-        self.surplus = False  # bytes came behind its end, which are no part of it
+        self.surplus = False  # more bytes came after the end of the body
         self._chunks = ChunkedDecoder() if chunked else None
         self._left = length
 
@@ -268,14 +268,14 @@ class Body:
         return payload
 
     def end(self, cut: str) -> None:
-        """The connection has ended, by a plain close or as `cut` says. That is a fault unless the body is whole."""
+        """The connection has ended; `cut` says how, "" for a plain close. An incomplete body is a fault."""
         if not self.done and (cut or self._chunks or self._left):
             self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
 def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
-    """A whole response head to its status, media type and body. HttpError or BackendFailure if it is not exact
-    HTTP/1.x, or if it is a 200 of a media type that is not among `kinds`."""
+    """Parse a whole response head into status, media type and body. HttpError or BackendFailure if the head is not
+    exact HTTP/1.x, or if a 200 has a Content-Encoding or a media type outside `kinds`."""
     first, *lines = block[:-4].split(b"\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
@@ -298,13 +298,13 @@ RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT
 RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
 RESULT |= {"finish_reason": Field(str, 1, 40)}
 ENGINE_RESULT = RESULT | {"tokens_per_second": SECONDS, "draft_tokens": COUNT, "accepted_tokens": COUNT}
-# Members that a result or an error of ours consists of: no backend may set them.
+# Members that we write into results and errors ourselves: no backend may set them.
 OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
 OURS |= {"done", "token", "error", "message", "code"}
 
 
 def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
-    """The members of a done event that may be passed on: none of ours, and none of a wrong type or range.
+    """The members of a done event that may be passed on: none in OURS, and none of a wrong type or range.
 
     >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
     {'prompt_tokens': 5, 'ttft': 0.25}
@@ -313,7 +313,7 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in done.items()
         if name not in OURS
-        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # without a token
+        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # no token came
     }
 
 
@@ -327,7 +327,7 @@ TOKEN = (
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
 BOM = b"\xef\xbb\xbf"
-MAX_EVENT_BYTES = 262_144  # one SSE event; a token's has 60
+MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
 
 class Events:
@@ -335,19 +335,19 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
-        self._first = True  # a byte order mark may come before it (the SSE standard, section 9.2.6)
-        self._cr = b""  # perhaps half of a CRLF
+        self._first = True  # a byte order mark may precede the first event (the SSE standard, section 9.2.6)
+        self._cr = b""  # a final CR, perhaps half of a CRLF
 
     @property
     def inside(self) -> bool:
-        """An event has begun and has not ended."""
+        """Whether an event has begun and has not ended."""
         return bool(self._rest or self._cr)
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
 
         `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
-        long, and it is the first of its block: raising loses no event.
+        long. Such an event is the first of its block, so raising loses no other event.
         """
         if self._cr or b"\r" in data:
             data = self._cr + data
@@ -368,13 +368,13 @@ class Events:
         return block
 
 
-Pair = tuple[str, Any]  # (kind, value), as `Gateway.complete` describes them
+Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """A block of whole events to pairs; ("done", dict) holds the members as the backend sent them.
+    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them.
 
-    An error event is raised as its error. BackendFailure for an event that is not JSON.
+    Raises the error that an error event reports, and BackendFailure for an event that is not JSON.
     """
     position = 0
     while position < len(block):
@@ -389,12 +389,12 @@ def take_apart(block: bytes, key: str) -> Iterator[Pair]:
 
 
 def data_of(event: bytes) -> bytes:
-    """The data of an event, whose lines may be many."""
+    """The data of an event, from one or several lines."""
     return b"\n".join(line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
 
 
 def read_event(event: bytes, key: str) -> Pair | None:
-    """One event, without its final line ends, to a pair as in `take_apart`; None for an unknown one."""
+    """Parse one event, without its final line ends, into a pair as in `take_apart`; None for an unknown event."""
     data = data_of(event)
     if not data:
         return ("idle", None) if event.startswith(b":") else None
@@ -423,7 +423,7 @@ def read_text(events: bytes) -> str:
 
 
 def text_event(text: str, number: int = 1) -> bytes:
-    """A native token event with this text, as the token of this number."""
+    """A native token event with this text, and `number` as its `total_tokens`."""
     return sse_event({"token": text, "total_tokens": number})
 
 
@@ -432,23 +432,23 @@ def text_event(text: str, number: int = 1) -> bytes:
 CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
 HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
-SPARE_SECONDS = 8.0  # for which a connection waits for its request; vpsd closes it after 10
-STILL_SECONDS = 600.0  # of comments alone: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
-NAME_SECONDS = 60.0  # for which the addresses of a name are remembered
-RACE_SECONDS = 0.25  # until the next address of a name is tried beside the last one (RFC 8305)
-STREAM_SECONDS = 7200.0  # in all: 2,048 tokens at half a token per second, and the queue before them
+SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
+STILL_SECONDS = 600.0  # with nothing but comments: a 7B loads in 30 s and reads two prompts of 4,000 tokens in 200 s
+NAME_SECONDS = 60.0  # for which the addresses of a name are cached
+RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RFC 8305)
+STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
-MAX_JSON_BYTES = 1 << 20  # /v1/models, of which a cloud lists hundreds; an answer that is not streamed
+MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
 
 
 class Watchdog:
     """Cuts a connection that stays silent for `idle` seconds while we read from it.
 
-    It has one timer per stream, moved only when it runs out: asyncio.timeout around each read would cost more than the
-    read.
+    Each stream has one timer, rescheduled only when it fires: asyncio.timeout around each read would cost more than the
+    read itself.
     """
 
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
@@ -473,15 +473,15 @@ class Watchdog:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up in threads of its own, one for each name, and remembers the addresses.
+    """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
 
-    asyncio's threads are joined at the end, so a resolver that hangs would keep the daemon from stopping.
+    asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from stopping.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # until when, and the addresses
-        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # those that a thread is looking up
+        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # (expiry, addresses)
+        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # lookups in progress
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
@@ -513,13 +513,13 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Reader(asyncio.Protocol):
-    """What has come on a connection and is not read yet. Beyond READ_BYTES the transport pauses.
+    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses.
 
-    A StreamReader would copy each token twice, and drop what came before a reset.
+    A StreamReader would copy each token twice, and drop the bytes that came before a reset.
     """
 
     def __init__(self) -> None:
-        self.ended = self.broken = False  # nothing more comes; and the connection has failed
+        self.ended = self.broken = False  # no more bytes will come; the connection has failed
         self.since = math.inf  # when the current read began to wait; infinite while nobody waits
         self._bytes = b""
         self._waiter: asyncio.Future[None] | None = None
@@ -552,7 +552,7 @@ class Reader(asyncio.Protocol):
         if not self._bytes and not self.ended:
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
-            self.since = min(self.since, loop.time())  # a read that was cancelled goes on
+            self.since = min(self.since, loop.time())  # the wait of a cancelled read still counts
             await self._waiter
             self.since = math.inf
         data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
@@ -567,15 +567,15 @@ class Answer:
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self.status, self.kind = 0, ""
         self._reader = reader
-        self._ahead = b""  # read, but not yet used: a part of the head, then what came in one read with it
-        self._scanned = self._skipped = 0  # bytes of a head, and heads
+        self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
+        self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self._body = Body(0, False)
         self._watchdog = Watchdog(reader, transport, idle)
         self.close = self._watchdog.stop
 
     async def read_head(self, *kinds: str) -> None:
-        """Read the head, skipping those with status 1xx. HttpError or BackendFailure as in `parse_answer`. If this is
-        cancelled, another call goes on where it was."""
+        """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
+        cancelled call, the next call resumes at the same place."""
         while self.status < 200:
             end = scan_head(self._ahead, self._scanned) if self._ahead else None
             if end is None:
@@ -596,11 +596,11 @@ class Answer:
 
     @property
     def ended(self) -> bool:
-        """The framing says that the body is whole. Whatever follows is nobody's: the connection is not used again."""
+        """Whether the body is complete by its framing. The connection is not reused, whatever bytes follow."""
         return self._body.done
 
     async def read(self) -> bytes:
-        """More of the body's payload, b"" once it is whole, or BackendFailure."""
+        """The next piece of the payload, b"" once the body is complete. BackendFailure at the first fault."""
         body = self._body
         while not (body.failure or body.done):
             data, self._ahead = self._ahead, b""
@@ -617,7 +617,7 @@ class Answer:
         return b""
 
     async def read_all(self, limit: int) -> bytes:
-        """The whole body. BackendFailure over `limit` bytes, or if more than the body has come."""
+        """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the body."""
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
@@ -631,8 +631,8 @@ class Answer:
 
 @contextlib.contextmanager
 def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """Turns whatever a backend and the network do inside it into BackendFailure. No exception's own text reaches a
-    client."""
+    """Turn every error of the backend or the network in this block into BackendFailure. No exception's own text reaches
+    a client."""
     try:
         yield
     except TimeoutError:
@@ -650,10 +650,10 @@ Connection = tuple[Reader, asyncio.Transport]
 
 
 class Upstream:
-    """Asks a backend, on a new connection for each request: a late answer can never reach another request.
+    """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
 
-    A POST leaves a spare connection behind for the next one, which saves a round trip, or three by TLS. It is closed if
-    it is not used soon, so nothing connects while nobody asks.
+    A POST leaves a spare connection for the next POST, which saves a round trip, or three with TLS. An unused spare is
+    closed after SPARE_SECONDS, so that nothing stays open while nobody asks.
     """
 
     def __init__(self, config: BackendConfig) -> None:
@@ -661,11 +661,11 @@ class Upstream:
         self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
         self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
         self._spare: Connection | None = None
-        self._keeper: asyncio.Task[None] | None = None  # opens the spare one, and closes it
+        self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
 
     def close(self) -> None:
-        """Close the spare connection, and leave none any more."""
+        """Close the spare connection and leave no new one."""
         self._closed = True
         self._drop_spare()
 
@@ -692,7 +692,7 @@ class Upstream:
         spare, self._spare = self._spare, None
         if spare is None:
             return None
-        self._drop_spare()  # its keeper
+        self._drop_spare()  # cancels its keeper
         if not spare[0].ended:
             poll = select.poll()
             poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
@@ -705,7 +705,7 @@ class Upstream:
     async def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
     ) -> AsyncIterator[Answer]:
-        """Send one request once and yield its answer, of which nothing has been read. `idle` is for its Watchdog."""
+        """Send one request once and yield its unread answer. `idle` is for its Watchdog (None: IDLE_SECONDS)."""
         reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
         answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
         try:
@@ -717,15 +717,15 @@ class Upstream:
         finally:
             answer.close()
             transport.abort()
-            # The backend should notice that this client has left before it gets the next request.
+            # The backend should see this client leave before the next request arrives.
             if not answer.ended:
                 self._drop_spare()
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
     async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
-        """Read the head of a 200 of one of these media types; False if it has not come after `seconds`, then call
-        again. HttpError if the backend refuses, BackendFailure if its answer is malformed."""
+        """Read the head of a 200 with one of these media types. False if no head has come after `seconds`: call again.
+        HttpError if the backend refuses, BackendFailure if its answer is malformed."""
         with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
             try:
                 async with asyncio.timeout(seconds):
@@ -738,7 +738,7 @@ class Upstream:
             try:
                 async with asyncio.timeout(seconds):
                     refused = await answer.read_all(MAX_ERROR_BYTES)
-            except (BackendFailure, TimeoutError):  # of another engine, the status tells enough
+            except (BackendFailure, TimeoutError):  # for another engine, the status is enough
                 if config.api == "cerebrum":
                     raise
         if config.api == "cerebrum":
@@ -754,8 +754,8 @@ class Upstream:
         kind: str = EVENTS,
         seconds: float | None = None,
     ) -> AsyncIterator[Answer]:
-        """Send one request and yield its answer, whose head has been read, as by `begin`. BackendFailure if the head
-        takes over `seconds` (None: HEAD_SECONDS)."""
+        """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over
+        `seconds` (None: HEAD_SECONDS)."""
         async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
                 raise BackendFailure("it did not answer in time")
@@ -766,7 +766,7 @@ class Upstream:
         return await self._json("GET", path, None, limit, ASIDE_SECONDS)
 
     async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-        """POST for a JSON object, which the backend may have to load a model for."""
+        """POST for a JSON object, within LOAD_SECONDS for the head: the backend may have to load a model first."""
         return await self._json("POST", path, body, limit, LOAD_SECONDS)
 
     async def _json(
@@ -797,11 +797,11 @@ class Upstream:
                     )
             except OSError as error:
                 if isinstance(loop, Loop):
-                    loop.names.clear()  # it may have moved
+                    loop.names.clear()  # the backend may have moved
                 if isinstance(error, ConnectionRefusedError):
                     raise BackendFailure("connection refused") from None
                 raise
-        # By default the kernel takes in megabytes, although the client may have stopped reading.
+        # By default the kernel buffers megabytes, even if the client has stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
@@ -821,7 +821,7 @@ class Upstream:
 
 
 def make_tls(ca_file: str) -> ssl.SSLContext:
-    """A context with the system's certificates, or with those of `ca_file` alone. ConfigError if the file has none."""
+    """A TLS context with the system's certificates, or only those of `ca_file`. ConfigError if the file has none."""
     try:
         return ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
@@ -829,13 +829,13 @@ def make_tls(ca_file: str) -> ssl.SSLContext:
 
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
-    """The events of a backend of our own as pairs, behind ("begun", None); the last one is ("done", its members).
+    """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of the event) last.
 
     The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
     depend on how its bytes were split. Every other end is a BackendFailure.
     """
     events, now = Events(), asyncio.get_running_loop().time
-    moved = now()  # when anything but a comment came
+    moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None
     yield "begun", None
     while not answer.ended and (payload := await answer.read()):

@@ -7,11 +7,11 @@ In: the text that a model writes, in any pieces. Out: the part of it that a clie
     >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
     ('    return n\\n', 'block')
 
-The stages of an `Ending` ask a `Scanner` where a string, a comment, a bracket or a block is open. Where a text in a
-language without a row ends follows from the suffix, from the definitions around the cursor, or from two blank lines.
+The stages of an `Ending` ask a `Scanner` where a string, a comment, a bracket or a block is open. For a language
+without a row, the suffix, the definitions around the cursor or two blank lines decide where the text ends.
 
-No text is refused, however odd, and none costs more than its length times a constant. All of it is pure: no socket, no
-clock, no environment. Standard library only.
+No text is refused, however odd, and the cost of a text is at most its length times a constant. The module is pure: no
+socket, no clock, no environment. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from cerebrum.text.scanner import COMPOUND, FENCE, PAIRS, RAW_ELEMENTS, TRIPLE_Q
 
 
 class StopStrings:
-    """Cuts the text at the first stop string, wherever the tokens end, and holds back what may be the start of one.
+    """Cuts the text at the first stop string, however tokens split it, and holds back the possible start of one.
 
-    This is Knuth, Morris and Pratt's search for each string: `matched` counts the characters of it at the text's end.
-    No stop string may be empty.
+    Each string has its own Knuth-Morris-Pratt search: `matched` counts the string's characters at the text's end. No
+    stop string may be empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class StopStrings:
     def feed(self, text: str) -> tuple[str, bool]:
         """(text that may be sent, whether a stop string was found); the text ends before the stop string.
 
-        The first one to be complete counts, however the text is cut into tokens; of two at the same place, the longer.
+        The first complete stop string counts, however tokens split the text; of two at the same place, the longer.
         """
         if not self.size and self.starts.isdisjoint(text):
             return text, False  # most texts
@@ -97,27 +97,27 @@ def borders(text: str) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------------ the natural end
 #
-# A completion passes through one to four stages. A stage reads one character at a time, so the outcome does not depend
+# A completion passes through up to four stages. A stage reads one character at a time, so the outcome does not depend
 # on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
-REST_CHARS = 64  # compared of the cursor's line behind the cursor
+REST_CHARS = 64  # compared of the cursor's line after the cursor
 MEET_CHARS = 400  # compared of the suffix
-MEET_CHARS_BEFORE = 3000  # of the prompt's end, where lines may begin like the suffix
-SURE_WEIGHT = 6  # characters that must agree at least, white space not counted
+MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines that begin like the suffix
+SURE_WEIGHT = 6  # least number of agreeing characters, white space not counted
 CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
-# An infill that could end may go on this far, white space not counted, to meet the suffix: usually; if its brackets or
-# its indentation do not go with the suffix; if it has come to the rest of the cursor's line; and if it has not.
+# Characters that an infill that could end may still write to meet the suffix, white space not counted: usually; if its
+# brackets or indentation do not fit the suffix; if it has written the rest of the cursor's line; and if it has not.
 AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 80, 90, 12, 80
-PROSE_AHEAD_CHARS = 400  # behind a paragraph
-LABEL = re.compile(r"(?:case\b|default\b|\w+:(?!:))")  # may be less indented than what it is in
-CHATTER_CHARS = 4000  # a chat's answer with no fence in so many characters has none
+PROSE_AHEAD_CHARS = 400  # after a paragraph
+LABEL = re.compile(r"(?:case\b|default\b|\w+:(?!:))")  # may be less indented than the block around it
+CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 REPEATED_LINES = 6  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
 REPEATED_COPIES = 3  # the same for a block of two or more lines
 PERIOD_LINES = 24  # the longest such block
 PERIOD_CHARS = 160  # a line that ends with this much of one short pattern never ends
-LINE_CHARS = 500  # the part of a line, behind its indentation, that is compared with anything
+LINE_CHARS = 500  # the part of a line, after its indentation, that comparisons use
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 FUNCTION = re.compile(r"(?:async\s+)?def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
@@ -129,7 +129,7 @@ CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
 CALL = re.compile(rf"(?<!\w)(\w{{1,{NAME_CHARS}}})\(")
-CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # go on with a statement after its block
+CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
@@ -146,7 +146,7 @@ WANTS_EXTRAS = re.compile(
     re.IGNORECASE,
 )
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
-GUESSES = {  # a line that ends like the header of a definition, in few other languages and in no prose
+GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
     "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
     "go": r"func[ \t]+[^\n]{0,300}\{",
@@ -159,7 +159,7 @@ STATEMENTS = re.compile(r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\
 
 
 def guess(text: str) -> Language | None:
-    """The syntax of a text that defines something; None if nothing tells."""
+    """The syntax of a text that has the header of a definition; None if it has none."""
     return next((LANGUAGES[name] for name, header in HEADERS.items() if header.search(text)), None)
 
 
@@ -169,7 +169,7 @@ class Stage:
     def __init__(self) -> None:
         self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
         self.safe = 0  # up to here the text may go out
-        self.sent = 0  # up to here it has
+        self.sent = 0  # up to here the text has gone out
         self.reason: str | None = None
 
     def cut(self, start: int, stop: int | None = None) -> str:
@@ -180,7 +180,7 @@ class Stage:
         raise NotImplementedError
 
     def end(self, reason: str, at: int) -> None:
-        """The completion ends at a position, though never before what may have been sent."""
+        """End the completion at a position, though never before text that may have been sent."""
         self.reason, self.safe = reason, max(at, self.safe)
 
     def feed(self, piece: str) -> tuple[str, str | None]:
@@ -198,23 +198,23 @@ class Stage:
 
 
 def compared(line: str) -> str:
-    """The part of a line that is compared with anything."""
+    """The part of a line that comparisons use."""
     return line.lstrip()[:LINE_CHARS]
 
 
 def columns_of(line: str) -> int:
-    """How far a line is indented."""
+    """The indentation of a line in columns."""
     return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
 
 
 def indent_step(prompt: str) -> int:
-    """By how many columns one level is indented."""
+    """The columns of one level of indentation."""
     widths = (columns_of(line) for line in prompt[-GUESS_CHARS:].split("\n")[1:] if line.strip())
     return min((width for width in widths if width > 1), default=4)
 
 
 def due_columns(prompt: str, column: int, opened: int | None) -> int:
-    """How far a line that is typed up to `column` will be indented: as the line above it, or whole levels more.
+    """The final indentation of a line typed up to `column`: that of the line above, or whole levels more.
 
     `opened` is the indentation of a header right above, or None.
     """
@@ -262,7 +262,7 @@ class Lines(Stage):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
         elif char == "\n" and self.is_boundary():
             line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
-            if held and line:  # nothing more can decide
+            if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
             if not reason:
                 self.mark = len(self.text) - self.dropped if line else self.mark
@@ -297,9 +297,9 @@ class Block(Lines):
         function = scanner.language.function
         self.header = f"{function} "
         self.defines = re.compile(rf"{function} (\w{{1,{NAME_CHARS}}})\(") if function else None
-        self.unread, self.read = prompt, 0  # what `missing` has not read of the prompt; how far it has read the text
+        self.unread, self.read = prompt, 0  # the prompt, until `missing` reads it; how far `missing` has read the text
         self.known: set[str] = set()  # functions that are called or defined
-        self.undefined: list[str] = []  # those that are only called, sorted
+        self.undefined: list[str] = []  # functions that are only called, sorted
 
     def missing(self) -> list[str]:
         """The functions, sorted by name, that the text up to `mark` calls and neither prompt nor text defines."""
@@ -344,7 +344,7 @@ class IndentedBlock(Block):
         self.base: int | None = None  # lines indented no deeper are outside; -1: none is; None: not known yet
         self.clauses = False  # an `else` or the like may go on with the block
         self.statement = False  # the block is a statement outside all blocks
-        self.blank = False  # the last line was
+        self.blank = False  # the last line was blank
         head = scanner.head.strip()
         if head or scanner.fresh or (scanner.language.plain_scalars and scanner.scalar is not None):
             blocks = scanner.enclosing(scanner.level(head)) if head else scanner.blocks
@@ -393,10 +393,10 @@ class IndentedBlock(Block):
 class BracedBlock(Block):
     """Blocks in braces, between keywords or tags: ends after the line that closes the block that was asked for.
 
-    That block is the outermost open one that is no container: a function with everything in it. Without one, it is the
-    statement or signature in progress; then the innermost class, impl or namespace; then the first function or class
-    that the model writes. Closing brackets on lines of their own behind it belong to it. In a script a blank line ends
-    what is outside all blocks; in SQL a semicolon does.
+    That block is the outermost open block that is not a container: a function with everything in it. Without one, it is
+    the statement or signature in progress; then the innermost class, impl or namespace; then the first function or
+    class that the model writes. Closing brackets on their own lines after the block belong to it. In a script a blank
+    line ends code outside all blocks; in SQL a semicolon does.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -410,7 +410,7 @@ class BracedBlock(Block):
         if language.blocks == "statements":  # CASE in a query is an expression
             braces = [depth for depth in braces if not scanner.stack[depth].header.lower().endswith("case")]
         things = [depth for depth in braces if not language.containers.search(scanner.stack[depth].header)]
-        self.scripted = language.blocks in ("words", "tags")  # a blank line ends what is outside all blocks
+        self.scripted = language.blocks in ("words", "tags")  # a blank line ends code outside all blocks
         self.ends = (";",) if language.blocks == "statements" else ("}", ";")  # of a statement
         if language.blocks == "brackets" and scanner.stack:
             self.base = len(scanner.stack) - 1
@@ -476,9 +476,9 @@ class BracedBlock(Block):
 
 
 class Paragraph(Lines):
-    """Languages without blocks: ends at a blank line, and before a line that begins something else.
+    """Languages without blocks: ends at a blank line, and before a line that begins a new section.
 
-    In Markdown, what a line with a colon announces belongs to it.
+    In Markdown, a blank line does not end the text if the line before it ends with a colon.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -502,11 +502,11 @@ class Paragraph(Lines):
 
 
 class Meeting:
-    """Finds the place where a text begins to agree with the suffix: Knuth, Morris and Pratt's search for its start.
+    """Finds the place where a text begins to agree with the suffix: a Knuth-Morris-Pratt search for the suffix's start.
 
-    Blank lines and the white space within lines do not count, but a line end and the indentation behind it do. Text and
-    suffix have met for `sure` when they agree in a whole line, or in more of it than the prompt and the rest of the
-    suffix do, and most of it: in code, many lines begin alike.
+    Blank lines and the white space within lines do not count, but a line end and the indentation after it do. Text and
+    suffix have met for `sure` when they agree in a whole line, or in most of a line and in more characters than any
+    match in the prompt or the rest of the suffix: in code, many lines begin alike.
     """
 
     def __init__(self, prompt: str, suffix: str) -> None:
@@ -518,8 +518,8 @@ class Meeting:
             self.step(char, 0)
         self.goal = self.read
         self.borders = borders(self.goal)
-        self.weights += accumulate(not char.isspace() for char in self.goal)  # of each start of the goal
-        self.line = (self.goal + "\n").find("\n", 1)  # the size of a match with the first line
+        self.weights += accumulate(not char.isspace() for char in self.goal)  # of each prefix of the goal
+        self.line = (self.goal + "\n").find("\n", 1)  # the size of a match with the whole first line
         # A match of fewer characters than this may be the start of something else.
         self.least = min(3, self.line) if self.goal[:1].isalnum() or self.blanks else 1
         self.common = max(self.borders, default=0)
@@ -533,18 +533,18 @@ class Meeting:
             self.step(char, 0)
 
     def _restart(self) -> None:
-        self.read = ""  # the text that counts, until there is a goal
-        # Where each character that counts stands; None: the suffix cannot start there.
+        self.read = ""  # the characters that count, until there is a goal
+        # The position of each character that counts; None: the suffix cannot start there.
         self.places: list[int | None] = []
         self.space: int | None = None  # where the white space at the end began
-        self.indent = ""  # the line end in it and what follows
-        self.size = 0  # how much of the goal the text ends with
+        self.indent = ""  # the line end in that white space, and the characters after it
+        self.size = 0  # characters of the goal's start that the text ends with
         self.best = (0, 0)  # the largest weight of a match that came to its end, and where that match began
         self.first: int | None = None  # where the first match of `least` began
 
     @property
     def place(self) -> int | None:
-        """Where the match that the text ends with began."""
+        """Where the match at the text's end began."""
         return self.places[len(self.places) - self.size] if self.size else None
 
     @property
@@ -598,12 +598,12 @@ class Meeting:
 
 
 class Gap(Lines):
-    """An infill: ends where the text meets the suffix. If they do not meet soon, it ends where the suffix could follow.
+    """An infill: ends where the text meets the suffix or, if they do not meet soon, where the suffix could follow.
 
-    That is behind the first line whose brackets and indentation go with the suffix. If the suffix's first line is not
-    deeper than a header at the cursor or one just written, the body is missing, and the infill goes on until its block
-    is left. If the suffix begins within the cursor's line, with `rest`, it could follow where the text closes the
-    bracket or string that `rest` closes, or at the line's end; the text is cut where most of `rest` stands.
+    The suffix could follow the first line whose brackets and indentation fit the suffix. If the suffix's first line is
+    not deeper than a header at the cursor or a header just written, the body is missing, and the infill continues to
+    the end of that block. If the suffix begins within the cursor's line, with `rest`, it could follow where the text
+    closes the bracket or string that `rest` closes, or at the line's end; the text is cut where most of `rest` stands.
     """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -614,33 +614,33 @@ class Gap(Lines):
         self.dropped = int(not self.whole)
         self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
         self.meeting = Meeting(prompt, suffix)
-        self.after = Meeting(prompt, f"\n{after}") if self.rest else None  # the text may pass `rest` and meet this
+        self.after = Meeting(prompt, f"\n{after}") if self.rest else None  # for a text that goes past `rest`
         below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
         self.below, self.below_indent = below.strip()[:1], columns_of(below) if below else -1
         words, tags = scanner.language.words, scanner.language.blocks == "tags"
         if (words and words.is_closing(re.split(r"\W", below.strip())[0])) or (tags and below.strip().startswith("</")):
             self.below = "}"
         self.level = indent_step(prompt)  # columns by which a body is deeper than its header
-        self.closers = self._count_closers(suffix)  # so many brackets have to be open where the suffix follows
+        self.closers = self._count_closers(suffix)  # brackets that must be open where the suffix follows
         self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
         self.indent = scanner.indent if self.inline else None  # of the gap's first statement
         self.line_indent = scanner.indent  # of the line so far
         self.limit: int | None = None  # Python, a body is missing: lines indented no deeper are outside
-        self.floor: int | None = None  # others, a body is missing: the line that gets below this depth is outside
-        self.target: int | None = None  # others: the gap ends with the line that gets to this depth
-        self.header = ""  # of the block that is to be left
+        self.floor: int | None = None  # others, a body is missing: a line that gets below this depth is outside
+        self.target: int | None = None  # others: the gap ends with the first line that returns to this depth
+        self.header = ""  # of the block that the infill must leave
         self.left = False  # the target is reached, but the next line may still belong to the block
         self.enough: int | None = None  # the gap could end here, and will unless the suffix follows soon
-        self.fits = False  # brackets and indentation go with the suffix there
+        self.fits = False  # at `enough`, brackets and indentation fit the suffix
         self.ahead = 0  # how many more characters to look for the suffix
         self.bound = 0  # lines indented less than this are outside, once there is `enough`
-        self.blank = False  # the last line was
-        self.prose = scanner.language is LANGUAGES["markdown"]  # of which a line is no whole
+        self.blank = False  # the last line was blank
+        self.prose = scanner.language is LANGUAGES["markdown"]  # a single line is not a complete unit
         if scanner.opened is not None:
             self._open_body(scanner.opened)
         elif not self.rest and scanner.language.blocks == "braces" and not LABEL.match(below.strip()):
             self._miss_closers(scanner.indent if self.inline else columns_of(prompt.rstrip().rpartition("\n")[2]))
-        # Where `rest` closes what was opened before the cursor: a model that closes it, too, has come to this place.
+        # Whether `rest` closes a string or bracket from before the cursor: a model that closes it has reached `rest`.
         then = copy.copy(scanner)
         then.stack = scanner.stack.copy()
         self.closes = any(self._leaves(then, char) for char in self.rest)
@@ -650,7 +650,7 @@ class Gap(Lines):
         start = self.rest.lstrip()[:1]
         self.apart = self.meeting.blanks > 1 and (start.isalnum() or start in ("_", "@", '"', "'"))
         self.unplaced = False  # `enough` has to move into the indentation that comes next
-        self.weight = 0  # how much of the suffix stands at `enough`, within a line
+        self.weight = 0  # of the part of the suffix that stands at `enough`, within a line
 
     def _leaves(self, scanner: Scanner, char: str) -> bool:
         """Whether a character closes the string or a bracket that the cursor was in."""
@@ -660,7 +660,7 @@ class Gap(Lines):
         return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
 
     def _count_closers(self, suffix: str) -> int:
-        """How many brackets of the innermost block the suffix closes that it has not opened."""
+        """How many brackets of the innermost block the suffix closes without opening them."""
         scanner, closers = Scanner(self.scanner.language), 0
         for char in suffix[:CLOSERS_CHARS]:
             before = scanner.unmatched
@@ -679,8 +679,8 @@ class Gap(Lines):
         return sum(1 for _ in islice(enclosing, self.closers + 1))
 
     def _miss_closers(self, indent: int) -> None:
-        """If the suffix is outside of blocks around the cursor, wait for their ends. `indent` is that of the innermost
-        one's lines: a namespace whose lines are not indented may go on."""
+        """If the suffix is outside blocks around the cursor, wait for the ends of those blocks. `indent` is that of the
+        innermost block's lines: a namespace whose lines are not indented may continue."""
         stack = self.scanner.stack
         if self.below_indent < 0 or self.below in PAIRS:
             return
@@ -692,7 +692,7 @@ class Gap(Lines):
 
     @property
     def defines(self) -> bool:
-        """Whether the block that is to be left is a definition: what follows one is seldom missing, too."""
+        """Whether the block to leave is a definition: the code after a definition is seldom missing, too."""
         language = self.scanner.language
         if language.indented:
             return DEFINITION.match(self.header) is not None
@@ -726,7 +726,7 @@ class Gap(Lines):
         level = scanner.level(word)
         if self.limit is not None and self.enough is None and level <= self.limit and not scanner.stack:
             if self.defines and (not self.limit or self.indent == self.limit):
-                return "block"  # at the left margin, or what the infill began with
+                return "block"  # at the left margin, or the infill began with this definition
             if (reason := "block" if self.defines or level < self.limit else continues(word)) != "block":
                 return reason
             self.enough, self.ahead = self.mark, AHEAD_CHARS
@@ -740,7 +740,7 @@ class Gap(Lines):
                 self.target = None
         calls = scanner.language.blocks == "braces" and scanner.language.line_comment  # CSS has selectors with a dot
         if word == "." and calls and self.mark == self.enough:
-            self.enough, self.fits = None, False  # the line above goes on
+            self.enough, self.fits = None, False  # the line above continues
         if len(word) == 1:
             self.line_indent = scanner.indent
             if self.floor is not None and len(scanner.stack) < self.floor:
@@ -788,7 +788,7 @@ class Gap(Lines):
         return "block" if self.fits and self.inline else None
 
     def _ended(self, indent: int) -> None:
-        """The first line of the infill has ended, or another one that the suffix may follow."""
+        """The first line of the infill has ended, or another line that the suffix may follow."""
         opened, below, enclosed = self.scanner.opened, self.below_indent, self._count_open()
         if self.limit is not None or self.floor is not None:
             if self.enough is None:
@@ -826,8 +826,8 @@ class Gap(Lines):
                     self.end("block", self.enough)
 
     def _is_met(self, place: int | None) -> bool:
-        """Whether the suffix begins at a place for sure. Where whole lines are missing, a part of its first line is not
-        enough in the middle of a line, or at another indentation."""
+        """Whether the suffix surely begins at `place`. If whole lines are missing, a match in the middle of a line or
+        at another indentation must cover the suffix's whole first line."""
         meeting = self.meeting
         if place is None or not meeting.sure:
             return False
@@ -839,18 +839,18 @@ class Gap(Lines):
         return self.meeting.size == len(self.meeting.goal)
 
     def _hold(self, before: int) -> None:
-        """Keep back what the suffix may turn out to begin in."""
+        """Hold back text in which the suffix may turn out to begin."""
         meeting = self.meeting
         first = meeting.first if self.rest and self.enough is None else None
         places = (self.safe, self.enough, meeting.place, meeting.space, first)
         self.safe = max(before, min(place for place in places if place is not None))
 
     def _in_line(self, char: str) -> None:
-        """The suffix continues the cursor's line."""
+        """Read a character, if the suffix continues the cursor's line."""
         scanner, meeting, position = self.scanner, self.meeting, len(self.text)
         self.text.append(char)
         self.safe = position + 1
-        if self.enough is not None and self.text[-2:] == ["\n", "\n"]:  # few gaps go on within a line after that
+        if self.enough is not None and self.text[-2:] == ["\n", "\n"]:  # few gaps continue after a blank line
             self.ahead = min(self.ahead, REST_AHEAD_CHARS)
         if self.unplaced and self.enough is not None and not char.isspace():
             self.enough, self.unplaced = max(self.enough, position - meeting.blanks), False
@@ -894,7 +894,7 @@ class Blanks(Stage):
 
 
 class Indent(Stage):
-    """Ends before the first line, but the cursor's own, that is indented by fewer than `least` characters."""
+    """Ends before the first line, except the cursor's own, that is indented by fewer than `least` characters."""
 
     def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
@@ -922,14 +922,14 @@ class Indent(Stage):
 class Repeat(Stage):
     """The last stage: ends a text that repeats the same line or block of lines.
 
-    Two copies go out. A third is held back until it is complete, and then the text ends before it, or until it differs.
+    Two copies go out. Later ones wait: enough copies end the text after the second copy; a differing line frees them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.line: list[str] = []  # the characters of the line so far
         self.lines: list[tuple[str, bool]] = []  # (line, whether it is data or only closes something)
-        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: lines in a row that equal the line n before them
+        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: consecutive lines that each equal the line n before
         self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:
@@ -967,7 +967,7 @@ class Repeat(Stage):
 class Fences(Stage):
     """A chat's answer: the code in its first fenced block, or all of it if it has none or begins like code.
 
-    `begun` is a start of the answer that the model was given to continue.
+    `begun` is the start of the answer, which the model was given to continue.
     """
 
     def __init__(self, language: Language | None, begun: str) -> None:
@@ -1106,8 +1106,8 @@ def closes_docstring(prompt: str, quotes: str) -> bool:
 
 
 def scan(language: Language, prompt: str) -> tuple[Scanner, str]:
-    """A scanner at the prompt's end, and the part of the prompt that it has read. That is in another language than the
-    prompt if the end is: a script or a style in HTML, the HTML around PHP, the code in a fence of Markdown.
+    """A scanner at the prompt's end, and the part of the prompt that it has read. If the prompt ends in an embedded
+    language, only that part is read: a script or a style in HTML, the HTML around PHP, the code in a Markdown fence.
 
     >>> scan(LANGUAGES["html"], "<p>a</p><script>let b")[1]
     'let b'
@@ -1137,8 +1137,8 @@ class Ending:
     fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
     the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
     With `extras`, examples and tests are part of the answer. An `indent` above 0 ends the completion before a line
-    that is indented less. A language that we do not know is guessed: an infill ends by the suffix in any case, a
-    completion before two blank lines if its prompt defines nothing.
+    that is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before
+    two blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -1155,11 +1155,11 @@ class Ending:
         suffix = suffix or ""
         gap = mode == "infill" and suffix.strip()
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        self.column = self.due = 0  # of the cursor, if it stands behind indentation; what the line needs of that
+        self.column = self.due = 0  # the cursor's, if only indentation precedes it; the column that its line needs
         if stop_at == "none":
             return
         if mode == "instruct":
-            # Where nothing is called, a comment about tests is about the next part.
+            # In a language without calls, a comment about tests belongs to the next part.
             if syntax and not extras and (syntax.function or syntax.blocks == "braces"):
                 self.stages.append(Extras(syntax))
         elif known := syntax or self._guess(prompt, suffix if gap else ""):
@@ -1179,7 +1179,7 @@ class Ending:
 
     @staticmethod
     def _guess(prompt: str, suffix: str) -> Language | None:
-        """The syntax of code around a gap, and of code before the cursor if that is plain."""
+        """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
         text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
         found = guess(text)
         if suffix and not found:
@@ -1199,7 +1199,7 @@ class Ending:
         return text, reason
 
     def _indented(self, text: str) -> str:
-        """The text without indentation that is already typed, which models often write once more."""
+        """The text without the indentation already typed, which models often repeat."""
         kept = ""
         for place, char in enumerate(text):
             if char not in " \t":
@@ -1220,13 +1220,13 @@ class Ending:
 
 
 class Cutter:
-    """Cuts a text at the first stop string or at its natural end, whichever comes first, however it is split."""
+    """Cuts a text, however split, at the first stop string or at its natural end, whichever comes first."""
 
     def __init__(self, stops: Sequence[str], ending: Ending) -> None:
         self.stops, self.ending = StopStrings(stops), ending
 
     def feed(self, text: str) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it goes on)."""
+        """The text to send now, and why the completion has ended (None: it continues)."""
         text, stopped = self.stops.feed(text)
         text, reason = self.ending.feed(text)
         if stopped and not reason:
@@ -1234,6 +1234,6 @@ class Cutter:
         return text, reason
 
     def flush(self, whole: bool = True) -> str:
-        """The text still held back when no more comes, by the model's own end (`whole`) or by a limit."""
+        """The text still held back when generation stops: at the model's own end (`whole`) or at a limit."""
         text, reason = self.ending.feed(self.stops.held)
         return text if reason else text + self.ending.flush(whole)

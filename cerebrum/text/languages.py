@@ -1,5 +1,4 @@
-"""The languages: what preparing a prompt and ending a completion need to know of each one's syntax, and which of them a
-text is in if its client does not say so.
+"""The syntax of each language, for preparing prompts and ending completions, and a guess of a text's language.
 
     >>> from cerebrum.text.languages import LANGUAGES, guess_language
     >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
@@ -7,9 +6,9 @@ text is in if its client does not say so.
     >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
     'python'
 
-A language is one entry of `LANGUAGES`; nothing else names it. The patterns search whole files of strangers. Repetitions
-are bounded, or cannot match the same characters as their neighbours, so a line costs a few hundred steps and its
-length, whatever it holds. Pure; standard library only.
+A language is one entry of `LANGUAGES`. The patterns search whole files from strangers. Each repetition is bounded, or
+cannot match the same characters as its neighbours, so any line costs a few hundred steps plus its length. Pure;
+standard library only.
 """
 
 from __future__ import annotations
@@ -29,34 +28,34 @@ AT_LEAST_A_CLASS = re.compile(r"\b(?:class|impl|trait)\b|\(")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Keywords that open and close blocks. A pattern, searched in the code of the statement before the word, says where
-    the word is such a keyword and not a name, a method or a modifier."""
+    """Keywords that open and close blocks. Each has a pattern, searched in the statement's code before the word: a
+    match means that the word is a keyword, not a name, a method or a modifier."""
 
     opens: Mapping[str, re.Pattern[str]]
     closes: Mapping[str, re.Pattern[str]]
-    not_before: str = ""  # characters right behind the word that make it a part of a name
+    not_before: str = ""  # a word directly before one of these characters is part of a name
     loops: frozenset[str] = frozenset()  # words whose block may begin with a `do` on the same line
     any_case: bool = False
-    wide: frozenset[str] = frozenset()  # opening words whose pattern is about the whole statement
-    resumed: frozenset[str] = frozenset()  # behind a closing word: it did not close the block (END IF)
-    no_block: frozenset[str] = frozenset()  # behind an opening word: it opened no block (BEGIN TRANSACTION)
+    wide: frozenset[str] = frozenset()  # opening words whose pattern searches the whole statement
+    resumed: frozenset[str] = frozenset()  # words after a closing word: the block stays open (END IF)
+    no_block: frozenset[str] = frozenset()  # words after an opening word: no block opens (BEGIN TRANSACTION)
 
     def is_closing(self, word: str) -> bool:
         """Whether a word at the start of a line closes a block."""
         return (word.lower() if self.any_case else word) in self.closes
 
     def may_close(self, text: str) -> bool:
-        """Whether a line that begins so may close a block."""
+        """Whether a line that starts with `text` may turn out to close a block."""
         return any(close.startswith(text.lower() if self.any_case else text) for close in self.closes)
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """What preparing a prompt and ending a completion need to know of a language's syntax.
+    """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
-    `blocks` says what makes the blocks: "braces"; "indent", indentation; "words", keywords and braces; "statements",
-    those and semicolons; "tags", elements; "brackets", braces and square brackets, of which the innermost is completed;
-    "lines", blank lines.
+    `blocks` names the limits of a block: "braces"; "indent", indentation; "words", keywords and braces; "statements",
+    keywords, braces and semicolons; "tags", elements; "brackets", braces and square brackets, where the innermost pair
+    is completed; "lines", blank lines.
     """
 
     line_comment: str  # "" if there is none
@@ -65,36 +64,36 @@ class Language:
     multiline: frozenset[str]  # openings of strings that may contain a line end
     blocks: str
     imports: re.Pattern[str] = NOTHING  # matches at a line that imports
-    defines: re.Pattern[str] = NOTHING  # matches at a line that defines a name: its last group that took part
+    defines: re.Pattern[str] = NOTHING  # matches at a line that defines a name: the last group that took part
     containers: re.Pattern[str] = NOTHING  # matches the header of a block whose members are completed one at a time
     definition: re.Pattern[str] = AT_LEAST_A_CLASS  # matches the header of a block that is a completion by itself
-    function: str = ""  # the keyword of a function that may be called above its definition
+    function: str = ""  # the keyword that defines functions, if calls may precede the definition
     raw: frozenset[str] = frozenset()  # openings of strings without escapes
-    ambiguous: str = ""  # openings that may be an operator: / of a regex or a division, ' of a char or a lifetime
+    ambiguous: str = ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
-    no_comment: str = ""  # begins like a comment and is none
+    no_comment: str = ""  # begins like a comment but is not one
     comment_after: str = ""  # characters that may precede a comment in its line, "" for any
-    tight_quotes: bool = False  # a quote right behind a word opens a string, one behind a backslash does not
-    doubled: frozenset[str] = frozenset()  # openings of strings in which two quotes are one
-    holes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by opening: what begins code in a string
-    heredoc: re.Pattern[str] | None = None  # behind << in code: group 2 names the line that ends the text below
-    dollars: bool = False  # $name$ opens a string that ends with the same
+    tight_quotes: bool = False  # a quote right after a word opens a string, a quote after a backslash does not
+    doubled: frozenset[str] = frozenset()  # openings of strings in which a doubled quote is one quote
+    holes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by opening: marks that start code in a string
+    heredoc: re.Pattern[str] | None = None  # after << in code: group 2 is the line that ends the text below
+    dollars: bool = False  # $name$ opens a string that ends with the same $name$
     words: Words | None = None
-    brackets: str = "([{"  # those that are closed again
+    brackets: str = "([{"  # opening brackets that need a closing partner
     plain_scalars: bool = False  # quotes and brackets count only where a value begins (YAML)
-    line_ends: bool = False  # a line's end is a statement's, without semicolons
+    line_ends: bool = False  # a statement ends with its line, without a semicolon
     nested_comments: bool = False  # a block comment may contain another
-    alternative: bool = False  # a colon behind `if (...)` opens a block that `endif;` closes (PHP)
-    commands: bool = False  # its lines begin with verbs as instructions do
+    alternative: bool = False  # a colon after `if (...)` opens a block that `endif;` closes (PHP)
+    commands: bool = False  # lines of code begin with verbs, as instructions do
     loose: bool = False  # calls need no parentheses, so a name and a space may precede a regex (Ruby)
-    inside: str = ""  # beside indented lines, lines that begin so belong to a definition
-    closing: str = r"\}"  # a line that begins so ends one
-    close: str = "}"  # ends a block of which only the header is sent
-    sections: tuple[str, ...] = ()  # "lines": how a line starts that begins something else, in upper case
-    endings: tuple[str, ...] = ()  # of files' names, in lower case
-    filenames: tuple[str, ...] = ()  # whole names of files, in lower case
-    names: tuple[str, ...] = ()  # beside its own: in fences, modelines and the line that names an interpreter
+    inside: str = ""  # starts of unindented lines that still belong to a definition
+    closing: str = r"\}"  # start of the line that ends a definition
+    close: str = "}"  # closes a block when only its header is sent
+    sections: tuple[str, ...] = ()  # "lines": starts of lines that begin a new section, in upper case
+    endings: tuple[str, ...] = ()  # of file names, in lower case
+    filenames: tuple[str, ...] = ()  # whole file names, in lower case
+    names: tuple[str, ...] = ()  # aliases, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
@@ -102,11 +101,11 @@ class Language:
 
     @property
     def comment_starts(self) -> tuple[str, ...]:
-        """What a line of comment may begin with, for `str.startswith`."""
+        """The possible starts of a comment line, for `str.startswith`."""
         return tuple(filter(None, [self.line_comment, *(opening for opening, _ in self.other_comments[:1])]))
 
     def remark(self, text: str) -> str:
-        """A text as a comment of one line."""
+        """The text as a one-line comment."""
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return "{0} {2} {1}".format(*self.block_comment, text)
@@ -236,7 +235,7 @@ LANGUAGES: dict[str, Language] = {
         names=("golang",),
     ),
 }
-# Languages that are read like C: comments, braces, definitions that one regex finds.
+# Languages parsed like C: comments, braces, definitions that one regex finds.
 _TOKENS = r"(?:[\w.@<>\[\],?&:]{1,80}[ \t]+){1,8}"  # modifiers and a type
 _NO_STATEMENT = (
     r"(?!(?:await|case|catch|delete|do|else|for|foreach|goto|if|import|in|lock|new|package|return|switch|throw|try"
@@ -249,7 +248,7 @@ _CONSTANT = rf"[ \t]{{0,200}}{_NO_STATEMENT}{_TOKENS}([A-Z][A-Z0-9_]{{1,80}})[ \
 
 
 def _types(keywords: str) -> re.Pattern[str]:
-    """Matches the header of a block that begins with modifiers and one of these keywords."""
+    """A pattern for a block's header that begins with modifiers and one of these keywords."""
     return re.compile(rf"^\s*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b", re.M)
 
 
@@ -272,7 +271,7 @@ _SWIFT_MODIFIERS = (
 _PHP_TYPES = "class|interface|trait|enum|namespace"
 _PHP_MODIFIERS = r"(?:(?:abstract|final|readonly|public|protected|private|static)[ \t]+){0,5}"
 _LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "==", "===", "===="))
-# Keywords are such at the start of a statement, or where Ruby's expressions begin. A quote stands for a literal.
+# A word is a keyword at the start of a statement, or where a Ruby expression begins. A quote stands for a literal.
 _RUBY_START = re.compile(r"(?:(?m:^)|[=(\[{,|&!<>;+]|[?:]\s|(?<!\w)(?:then|do|else|and|or|not|in|begin))\s*$")
 _RUBY_WORD = re.compile(r"(?<![.:\w@$])$")
 _SHELL_START = re.compile(
@@ -378,7 +377,7 @@ LANGUAGES |= {
         _types(_PHP_TYPES),
         _also(_PHP_TYPES),
         function="function",
-        other_comments=(("#", "\n"), ("?>", "<?")),  # what is outside of <?php and ?> is no code
+        other_comments=(("#", "\n"), ("?>", "<?")),  # text outside <?php and ?> is not code
         no_comment="#[",
         holes={'"': ("{$",), "`": ("{$",)},
         heredoc=re.compile(r"<[ \t]*(['\"]?)([A-Za-z_]\w{0,80})\1"),
@@ -404,7 +403,7 @@ LANGUAGES |= {
         names=("scss", "less"),
     ),
     "json": Language(
-        "//",  # JSON has none, but its relatives do
+        "//",  # JSON has no comments, but its relatives do
         ("/*", "*/"),
         _C_STRINGS,
         frozenset(),
@@ -619,17 +618,17 @@ LANGUAGES |= {
         names=("docker",),
     ),
 }
-# What may come beside code that is asked about, so that its language says nothing of the code's own.
+# Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
-# For a language that we do not know, unless its text looks like one of these. A copy: it is told apart by its identity.
+# For an unknown language, unless the text looks like a known one. A copy, because callers compare it by identity.
 GENERIC = replace(_C)
-HEADER_CHARS = 400  # of a text, where a plugin says what it is
+HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
 BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.names)}
-# The interpreter's name without its version: /usr/bin/python3.11 -u, or what /usr/bin/env -S starts.
+# The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that /usr/bin/env -S starts.
 SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)")
-# What editors' plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
+# Lines that editor plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
 MODELINE = re.compile(
     r"^(?:#|//|--|/\*|<!--)[ \t]*(?:(?:language|filetype)[:=][ \t]*([\w+#]+)"
     r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
@@ -639,8 +638,8 @@ OPENED = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*)[^\n`]*$", re.M)
 
 
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
-    """The language of a text whose client names none, or "": by the file's name, by what the text's beginning says, by
-    the fence that is open at its end, or by the names of other files that come with it.
+    """Guess the language of a text from its file name, its shebang or modeline, the fence open at its end, or the names
+    of the other files sent with it; "" if none of them shows a language.
 
     >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1", ["a.rs", "b.rs"])
     ('python', 'rust')
@@ -660,7 +659,7 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
 
 
 def language_of_file(filename: str) -> str:
-    """The language of a file by its name, whatever folder it is in; "" if the name does not tell.
+    """The language of a file by its name, in any folder; "" if the name shows none.
 
     >>> language_of_file("/home/me/a.PY"), language_of_file("Dockerfile.dev"), language_of_file("notes")
     ('python', 'dockerfile', '')

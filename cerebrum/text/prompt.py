@@ -1,4 +1,4 @@
-"""Source code on its way to a model: how a prompt is meant, and what of a long file is sent.
+"""Prepares source code for a model: detects what a prompt asks for, and selects the parts of a long file to send.
 
 In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt that fits the context (`prepare`).
 
@@ -9,8 +9,8 @@ In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt tha
     >>> prepare(fields, "complete", budget=1000, ratio=3.0).kept["parts"]
     ['imports', 'window']
 
-No text is refused, however odd, and none costs more than its length times a constant. A language that is not in
-`LANGUAGES` is prepared like C. Pure, standard library only.
+No text is refused, however odd, and the cost of a text is at most its length times a constant. A language that is not
+in `LANGUAGES` is prepared like C. Pure, standard library only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cerebrum_common import HttpError
 
 # --------------------------------------------------------------------------------------------------------- ways to ask
 
-LINE_CHARACTERS = 400  # a longer first line is no plain instruction
+LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
 DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 VERBS = (
     "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
@@ -71,14 +71,14 @@ OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|els
 
 
 def syntax(name: str) -> Language:
-    """The syntax of a language. One that models.toml adds is taken for C's, which most resemble."""
+    """The syntax of a language. A language that models.toml adds gets C's syntax, which most languages resemble."""
     return LANGUAGES[BY_NAME.get(name.lower(), "c")]
 
 
 def detect_mode(fields: Mapping[str, Any]) -> str:
-    """ "complete", "infill" or "instruct": the field `mode`, or what the other fields and the prompt show.
+    """ "complete", "infill" or "instruct": from the field `mode`, or else from the other fields and the prompt.
 
-    A prompt that may be code or an instruction is completed. HttpError 400 names the field that contradicts another.
+    A prompt that could be code or an instruction is completed. HttpError 400 names the field that contradicts another.
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
     suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
@@ -115,14 +115,14 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     asks = bool(ASKS.match(first)) if language.commands else bool(ASKS.match(first) or ASKS_PLAINLY.match(first))
     asks = asks and len(first) <= LINE_CHARACTERS and not first.endswith((";", "{", "(", "="))
     asks = asks and not (language.commands and COMMAND.match(first))
-    if asks and (first == text or language is not LANGUAGES["markdown"]):  # in a longer text it may be a part of it
+    if asks and (first == text or language is not LANGUAGES["markdown"]):  # longer Markdown may begin so
         return prompt, ""
     comment, code = _leading_comment(prompt.lstrip(), language)
     return (comment, code) if EDITS.match(comment) and _is_whole(code, language) else None
 
 
 def _leading_comment(text: str, language: Language) -> tuple[str, str]:
-    """The comment at the start of the text, without its signs, and the text after it."""
+    """The comment at the start of the text, without its comment marks, and the text after it."""
     if language.block_comment and text.startswith(language.block_comment[0]):
         comment, _, code = text.partition(language.block_comment[1])
         return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
@@ -183,12 +183,12 @@ class Ratio:
         old, new = self.low.get(model, FIRST_RATIO), weight / tokens
         low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
         self.low[model] = low
-        if not 0 <= low - self.get(model) < 0.4:  # wider than a step, so that it cannot flap between two
+        if not 0 <= low - self.get(model) < 0.4:  # wider than a step, so that the value cannot flap between two
             self.given[model] = int(low * 4) / 4
 
 
 def weigh(text: str) -> int:
-    """How much of the context a text takes, in characters of average code; divided by a ratio, its tokens."""
+    """The size of a text in characters of average code. Divided by a ratio, it gives the text's tokens."""
     kinds = text.encode("utf-8", "replace").translate(KINDS)
     return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
 
@@ -197,9 +197,9 @@ def weigh(text: str) -> int:
 
 LEFT_OUT = "... lines left out"
 MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
-MAX_MEMBERS = 40  # of a class are listed in its outline
+MAX_MEMBERS = 40  # members of a class that its outline lists
 MAX_COMMENT = 800  # characters: a longer comment above a definition is left out, a longer signature around a piece too
-MAX_SIGNATURE = 4000  # characters: whatever is still open then is no signature, and its first line must do
+MAX_SIGNATURE = 4000  # characters: if a bracket is still open then, the signature is its first line
 INDENT = re.compile(r"[ \t]{0,80}")
 LINE_START = re.compile(
     r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
@@ -208,7 +208,7 @@ LINE_START = re.compile(
 )
 DOCSTRING = re.compile(r"""[ \t]{0,80}[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
 DOCSTRING_MARK = '"""'
-LEADS = ("@", "#[", "template")  # beside comments, what stands above a definition and belongs to it
+LEADS = ("@", "#[", "template")  # starts of lines, besides comments, that belong to the definition below
 
 
 @dataclass(slots=True, eq=False)
@@ -265,9 +265,9 @@ class Source:
         return self.text.find("\n", position) + 1 or len(self.text)
 
     def statement(self, start: int, stop: int) -> int:
-        """Where the first of the least indented statements in the range begins; without one, a line; else `start`."""
+        """The start of the first of the least indented statements in the range; if none, of a line; else `start`."""
         text, comment = self.text, self.language.block_comment
-        inside = ""  # the end of a docstring or comment in which the range begins
+        inside = ""  # the closing mark of a docstring or comment in which the range begins
         if self.language.indented:
             inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
         elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
@@ -278,7 +278,7 @@ class Source:
         return found.start() if found else text.find("\n", start, stop) + 1 or start
 
     def signature_end(self, definition: Definition) -> int:
-        """Past the last line of a signature, which may take several."""
+        """The position after the last line of a signature, which may take several lines."""
         start = definition.start
         first = end = self.line_end(start)
         for _ in range(20):
@@ -334,7 +334,7 @@ class Source:
         return Piece(start, end, definition.chain()[:-1])
 
     def _last_line(self, start: int, end: int) -> int:
-        """Past the last line of a range that is neither blank nor a comment: a comment may be about the next thing."""
+        """The end of the last line of code in a range: a comment after it may be about the next definition."""
         lines = self.text[start:end].splitlines(keepends=True)
         while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.comment_starts)):
             lines.pop()
@@ -348,7 +348,7 @@ class Source:
         return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
 
     def has_block(self, definition: Definition) -> bool:
-        """Whether a block follows a signature, which has to be closed."""
+        """Whether a signature opens a block that must be closed."""
         signature = self.signature(definition)
         if self.language.close == "end":
             return re.match(r"\s*(?:\w+\s+)?(?:def|class|module|local\s+function|function)\b", signature) is not None
@@ -395,13 +395,13 @@ class Source:
     def render(self, pieces: Iterable[Piece], window: int) -> str:
         """The pieces in the text's order with the signatures around them, up to where the window starts.
 
-        A mark stands for what is left out between them, and a brace closes what the window is not in.
+        A mark replaces the lines left out between pieces, and a brace or `end` closes each block that the text leaves.
         """
         opened: tuple[Definition, ...] = ()
         out, at = list[str](), 0
         for start, end, around in self.spans([*pieces, Piece(window, window, self.enclosing(window))]):
             if start < at:
-                continue  # inside an earlier one
+                continue  # inside an earlier span
             common = sum(one is other for one, other in zip(opened, around, strict=False))
             closed, gap = opened[common:], self.text[at:start]
             if not gap.strip():
@@ -431,10 +431,10 @@ def _outside(indent: int, indented: bool, more: str) -> re.Pattern[str]:
 
 # ---------------------------------------------------------------------------------------------------- fitting a prompt
 
-# Special tokens; a template's own system message.
+# The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
-SUFFIX_SHARE = 8  # an eighth of the room is the suffix's: it follows the prefix, so each keystroke prefills it again
-SUFFIX_FRESH = 4  # the suffix's share, a fourth, of what may be read anew
+SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: it follows the prefix, so each keystroke prefills it again
+SUFFIX_FRESH = 4  # the suffix gets a fourth of the weight that may be prefilled anew
 MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
@@ -447,36 +447,36 @@ WORDS = re.compile(r"[^\W\d]\w{2,}")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request as vpsd gets it."""
+    """A request for vpsd."""
 
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
-    kept: dict[str, Any]  # what of the user's text it holds, see `prepare`
+    kept: dict[str, Any]  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
     above: str = ""  # all of its text before the cursor
-    cut: bool = False  # to what may be read anew; otherwise there would be room for more
+    cut: bool = False  # the text was cut to limit the prefill; otherwise there would be room for more
 
 
 class Fit:
-    """What of a text that is too long is sent: imports, definitions that are needed, and a window up to its end.
+    """Selects the parts of a text that is too long: imports, needed definitions, and a window up to the text's end.
 
     While someone types at the end, only the end of the prompt may change: whatever follows the first change must be
-    prefilled again. So everything is chosen by the text before `still`, a position that moves in steps of about a
-    quarter of the room; the text behind it is sent as it is.
+    prefilled again. So every choice depends only on the text before `still`, a position that moves in steps of about a
+    quarter of the room; the text after `still` is sent unchanged.
     """
 
     def __init__(self, source: Source, room: int, about: str) -> None:
         self.source, self.room, self.about = source, room, about
         text = source.text
         step = 1 << max(7, (room // 4).bit_length() - 1)
-        behind = (step + step // 4) * 9 // 8  # what the text behind `still` may weigh
+        behind = (step + step // 4) * 9 // 8  # the weight allowed for the text after `still`
         while True:
             self.cell = step // 4
             self.still = max(0, len(text) - self.cell) // step * step
             if step <= 128 or weigh(text[self.still :]) <= behind:
                 break
             step //= 2  # digits or rare characters
-        self.taken: dict[Piece, None] = {}  # what is sent beside the window, in the order of choice
-        self.paid: set[Definition] = set()  # those whose signatures are sent around a piece
+        self.taken: dict[Piece, None] = {}  # pieces to send besides the window, in the order of choice
+        self.paid: set[Definition] = set()  # definitions whose signatures are sent around a piece
         room -= behind
         self.start = self.window_start(room * (3 if about else 5) // 8)
         self.select(room)
@@ -494,7 +494,7 @@ class Fit:
         return self.still
 
     def select(self, room: int) -> None:
-        """Take what the window needs from above it: imports, definitions, and what resembles the instruction."""
+        """Take text above the window: definitions that resemble the instruction, imports, and needed definitions."""
         text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
         if self.about:
             self.take(self.resembling(), room * 3 // 8)
@@ -505,7 +505,7 @@ class Fit:
         self.take(self.needed(names), room // 4)
 
     def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int) -> None:
-        """Of each thing that is wanted, take the first form that there is room for."""
+        """For each wanted item, take the first form that fits the room."""
         for forms in wanted:
             for pieces in forms:
                 new = [piece for piece in pieces if piece not in self.taken]
@@ -522,7 +522,7 @@ class Fit:
                 break
 
     def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
-        """For each definition of these names that is above the window, its forms.
+        """The forms of each definition of these names above the window.
 
         A member of a class counts only where it is named as a member (`a.b`).
         """
@@ -539,7 +539,7 @@ class Fit:
         return known[-1:] if self.source.language.indented else known
 
     def forms(self, definition: Definition) -> Iterator[list[Piece]]:
-        """A definition whole; one with a block also in outline, and as its signature and docstring alone."""
+        """A whole definition; then, if it has a block, its outline, and its signature and docstring alone."""
         if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
         signature = self.source.signature(definition).rstrip()
@@ -548,7 +548,7 @@ class Fit:
             yield from (outline, outline[:1])
 
     def resembling(self) -> Iterator[Iterable[list[Piece]]]:
-        """Definitions above the window, by how many of the instruction's words they hold; rare words count more."""
+        """Forms of definitions above the window, ranked by the instruction's words in them; rare words count more."""
         definitions, text = self.source.definitions, self.source.text
         text = text.lower() if text.isascii() else text  # outside ASCII, lower() may change the length
         starts = [definition.start for definition in definitions if definition.start < self.start]
@@ -567,7 +567,7 @@ class Fit:
     def kept(self) -> dict[str, Any]:
         """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`.
 
-        `lines` counts the window's.
+        `lines` counts the lines of the window.
         """
         definitions, imports, names = self.source.definitions, False, dict[str, None]()
         for piece in self.taken:
@@ -584,7 +584,7 @@ class Fit:
 
 
 def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
-    """The names that begin in a range, each once, and whether it is a member: `a.b` gives ("a", False), ("b", True)."""
+    """The names that begin in a range, once each, and whether it is a member: `a.b` gives ("a", False), ("b", True)."""
     found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
     return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
 
@@ -594,7 +594,7 @@ def fits(text: str, room: int) -> bool:
 
 
 def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
-    """As much of `text` as weighs at most `room`, and a description as in `Fit.kept`. What fits stays unchanged."""
+    """Parts of `text` that weigh at most `room`, and a summary as in `Fit.kept`. A text that fits stays unchanged."""
     if fits(text, room):
         return text, {"parts": ["all"]}
     source, share = Source(text, language), room
@@ -626,12 +626,12 @@ def prepare(
 ) -> Prepared:
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
-    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. What fits is sent as it is, byte
-    for byte. `kept` says what is sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "definitions",
-    "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
+    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that fits is sent unchanged,
+    byte for byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["imports",
+    "definitions", "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
 
-    `max_fresh` limits the tokens that must be read. `cached` has texts that the backend has read; what begins like
-    one of them does not count.
+    `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled; the longest start
+    that the prompt shares with one of them does not count.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     if mode == "chat":
@@ -647,7 +647,7 @@ def prepare(
 
 
 def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
-    """An instruction, and the code that it is about in a fence."""
+    """An instruction, and its code in a fence."""
     language, prompt = syntax(fields["language"]), fields.get("prompt") or ""
     instruction, code = fields.get("instruction") or "", prompt
     if not instruction:
@@ -671,7 +671,7 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
 def prepare_text(
     fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str]
 ) -> Prepared:
-    """The text around the cursor, behind other files' texts if there are any."""
+    """The text around the cursor, after the texts of other files if there are any."""
     language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     above, cut = render_extra(extra), False
@@ -700,7 +700,7 @@ def prepare_text(
 
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
     """The last of other files' texts that fit, in their order. The room does not depend on the file's own text: these
-    texts precede it, and a prompt that begins otherwise must be read again."""
+    texts precede it, and a prompt whose start changes must be prefilled again."""
     taken = list[Mapping[str, str]]()
     for entry in reversed(extra):
         room -= weigh(render_extra([entry]))
@@ -716,7 +716,7 @@ def render_extra(extra: Sequence[Mapping[str, str]]) -> str:
 
 
 def common_length(one: str, other: str) -> int:
-    """Characters of the beginning that two texts share."""
+    """The length of the longest start that two texts share."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -725,10 +725,10 @@ def common_length(one: str, other: str) -> int:
 
 
 def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
-    """A chat: its system message, and as many of its latest messages as fit. `kept` also has the numbers of `messages`.
+    """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept` is [sent, given].
 
-    Messages are left out four at a time, if enough of them remain. What follows them moves forward, so a backend has to
-    read it again; this way it does so only every other turn.
+    Messages are left out four at a time, if enough of them remain. The messages after the gap move forward, so a
+    backend must prefill them again; this way it does so only every other turn.
     """
     system, turns = list(messages[:1]), list(messages[1:])
     if system[0]["role"] != "system" or not turns:
@@ -760,7 +760,7 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
 
 
 def fit_ends(text: str, room: int) -> str:
-    """The start and the end of a text that is too long: a person pastes code, and asks about it before or behind."""
+    """The start and the end of a text that is too long: a person pastes code, and asks about it before or after."""
     if fits(text, room):
         return text
     half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)

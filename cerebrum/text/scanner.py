@@ -1,8 +1,8 @@
 """Follows source code one character at a time: strings, comments, brackets and blocks, in 23 languages.
 
-A `Scanner` knows where the text that was fed stands: inside a literal or a comment, at which depth of brackets, in
-which block. Its language's row in languages.py is all that it knows of a language. No text is refused, however odd, and
-none costs more than its length times a constant. Pure; standard library only.
+A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of brackets, in which
+block. All it knows of a language is the language's row in languages.py. No text is refused, however odd, and the cost
+of a text is at most its length times a constant. Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from cerebrum.text.languages import Language
 
 # ------------------------------------------------------------------------------------------------------- following code
 
-WORD_CHARS = 8  # the longest word that QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE look for, and the character before it
-HEAD_CHARS = 1000  # remembered of a statement; a longer one keeps the first half of them and its newest characters
-STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing one may skip; a correct program has none
+WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
+HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
+STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 TRIPLE_QUOTES = ('"""', "'''")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
-# Before a quote that opens a string although a letter is next to it, before a C++ raw string, and before a regex.
+# The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(
     r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete|when|and|or|not|if|then))$"
 )
 QUOTES = ("'", '"')
-RAW_CHARS = 1000  # remembered of a line
-KEYWORD_CHARS = 80  # before a keyword, which tell whether it is one
+RAW_CHARS = 1000  # kept of a line
+KEYWORD_CHARS = 80  # searched before a word to decide whether it is a keyword
 DOLLARS = re.compile(r"\$\w*\$$")
-# Swift, Kotlin: what stands behind the brace of a closure.
+# Swift, Kotlin: the parameters after a closure's brace.
 PARAMETERS = re.compile(r"[ \t]*[\w(][\w \t(),:<>?.\[\]]{0,200}(?:\bin|->)[ \t]*\n?$")
-# SQL: the header of a procedure's declarations, and what follows it if there are none.
+# SQL: the header of a procedure's declarations, and the statements that may follow it in place of declarations.
 DECLARES = re.compile(r"\b(?:is|as)$")
 QUERIES = ("select", "insert", "update", "delete", "with", "set", "merge")
 # PHP: `if (...):` up to `endif;`.
@@ -42,7 +42,7 @@ ALTERNATIVE_ENDS = frozenset(("endif", "endfor", "endforeach", "endwhile", "ends
 # Ruby: %w[a b], %(a).
 PERCENT = re.compile(r"(?:^|[\s(\[{,=:|&!;])%([qQwWiIrsx]?)[(\[{<|!/]$")
 PERCENT_PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">", "|": "|", "!": "!", "/": "/"}
-# YAML: the code before a value in its line; a key whose value follows below a tag or an anchor; an item.
+# YAML: the code before a value in its line; a key with a tag or an anchor, whose value follows below; an item.
 VALUE = re.compile(r"(?:-[ \t]+)*(?:[^:]*:[ \t]+)?(?:[&!]\S*[ \t]+)*")
 TAGGED = re.compile(r":(?:[ \t]+[&!]\S+)+$")
 ITEM = re.compile(r"-(?:\s|$)")
@@ -51,7 +51,7 @@ VOID_ELEMENTS = frozenset(
     ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr")
 )
 RAW_ELEMENTS = frozenset(("script", "style", "textarea"))
-# Ruby's definition that is whole in its line: `def f(x) = x + 1`.
+# A one-line definition in Ruby: `def f(x) = x + 1`.
 ONE_LINE = re.compile(r"[ \t]*[\w.]+[?!]?[ \t]*(?:\([^()\n]*\))?[ \t]*=[ \t]")
 SCALAR = re.compile(r"((?:-[ \t]+)*)(?:.*[:\-]|)[ \t]*(?:[!&][^\s]*[ \t]+)?[|>][+-]?[0-9]?[+-]?$")
 
@@ -62,11 +62,11 @@ class Bracket(NamedTuple):
     kind: str  # the bracket; "{" for all blocks
     header: str  # of a block: the statement before it; of an element: its name
     indent: int  # of its line
-    literal: tuple[str, str] | None = None  # (opener, closer) of the string that goes on behind it
+    literal: tuple[str, str] | None = None  # (opener, closer) of the string that continues after the bracket
 
 
 def after_blank(column: int, blank: str) -> int:
-    """The column behind a space or a tab."""
+    """The column after a space or a tab."""
     return column + 1 if blank == " " else column + 8 - column % 8
 
 
@@ -83,34 +83,34 @@ class Scanner:
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
         self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
         self.indented = language.indented
-        # Whether code and literals may have what few languages have: the others need not pay for it.
+        # Whether code and literals may contain constructs that few languages have: other languages skip these checks.
         self.rare_code = bool(language.words or language.heredoc or language.doubled) or language.blocks == "tags"
         rare = language.plain_scalars or language.nested_comments or not language.strings
         self.rare_literals = self.rare_code or rare
-        self.pair = ("", "")  # the brackets of Ruby's literal with a percent sign
+        self.pair = ("", "")  # the brackets of a Ruby percent literal
         self.opener = self.closer = ""  # of the literal or comment that the text is in; "" in code
         self.since = 0  # characters since it opened
-        self.escaped = self.in_class = False  # behind its backslash; in a [] of a regex
+        self.escaped = self.in_class = False  # after a backslash in the literal; in a [] of a regex
         self.tail = ""  # the last characters of the text
         self.head, self.last = "", ""  # the code of the statement so far, and its last character
-        self.previous = ""  # the one before it
-        self.escaped_at = 0  # `since` of the last character behind a backslash
-        self.nested = 0  # how many comments or brackets of the literal's own kind are open in it
-        self.closed = ""  # the string that the last character closed, if two quotes may be one
-        self.stack: list[Bracket] = []  # open ones; a block that a keyword or a tag opened counts as {
+        self.previous = ""  # the character of code before `last`
+        self.escaped_at = 0  # `since` of the last escaped character
+        self.nested = 0  # open comments or brackets of the literal's own kind inside it
+        self.closed = ""  # opener of the string that the last character closed, if the next one may reopen it
+        self.stack: list[Bracket] = []  # open brackets; a block that a keyword or a tag opened counts as {
         self.unmatched = 0  # closing brackets whose partner is not in the text
-        self.unmatched_blocks = 0  # those of them that close a block
-        self.word = ""  # the keyword, or the name, that the code ends with
+        self.unmatched_blocks = 0  # number of the unmatched brackets that close a block
+        self.word = ""  # the keyword or name at the end of the code
         self.in_loop = False  # in the header of a loop, which a `do` may end
-        self.resumable: Bracket | None = None  # of the block that the last word has closed
-        self.opening = self.opened_here = False  # this line, the last line of code opened a block that is still open
-        self.raw_line = ""  # the line, if it may announce the text below it
-        self.marks: list[int] = []  # in it, where << stands
-        self.terminators: list[str] = []  # the last lines of the texts that follow this line
-        self.text_line = ""  # of such a text
-        self.info = ""  # what stands behind a fence
-        self.scalar: int | None = None  # YAML: the column of the key whose text this is; `indent` has the line's
-        self.blocks: list[tuple[int, str]] = []  # Python's open after the last whole statement: (indentation, header)
+        self.resumable: Bracket | None = None  # the block that the last word has closed
+        self.opening = self.opened_here = False  # this or the last line of code opened a block, still open
+        self.raw_line = ""  # the line so far, if it may announce a text below it
+        self.marks: list[int] = []  # positions after each << in `raw_line`
+        self.terminators: list[str] = []  # the lines that end the texts below this line
+        self.text_line = ""  # the current line of such a text
+        self.info = ""  # the text after a fence
+        self.scalar: int | None = None  # YAML: the column of a text's key; `indent` is the column of the line
+        self.blocks: list[tuple[int, str]] = []  # Python: open after the last whole statement: (indentation, header)
         self.fresh = False  # the innermost of them has no body yet, though perhaps a docstring
         self.starting = True  # only white space since a line (in Python, a statement) began
         self.indent = 0  # columns of that white space
@@ -147,11 +147,11 @@ class Scanner:
         return self.blocks[-1][0] if self.fresh else None
 
     def level(self, line: str) -> int:
-        """The indentation of a line that begins so. YAML's items are in their key, even at its own indentation."""
+        """The indentation of a line that starts with `line`. A YAML item is in its key even at equal indentation."""
         return self.indent + (self.language.plain_scalars and ITEM.match(line) is not None)
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
-        """The open blocks that a statement at this indentation is in."""
+        """The open blocks around a statement at this indentation."""
         return [block for block in self.blocks if block[0] < indent]
 
     def step(self, char: str) -> None:
@@ -169,12 +169,12 @@ class Scanner:
             self._in_code(char)
 
     def _enter(self, opener: str, closer: str) -> None:
-        """A literal or a comment begins behind the last character."""
+        """Enter a literal or a comment after the last character."""
         self.opener, self.closer, self.since, self.escaped_at, self.nested = opener, closer, 0, 0, 0
         self.escaped = self.in_class = self.starting = False
 
     def _goes_on(self, char: str) -> bool:
-        """Whether a character goes on with a string that seemed to be closed. Before, it may end a word."""
+        """Whether a character continues a string that seemed to be closed. A word that it ends is handled first."""
         if self.language.heredoc:
             self.raw_line = "" if char == "\n" and not self.marks else (self.raw_line + char)[-RAW_CHARS:]
         if self.word and not (char.isalnum() or char == "_"):
@@ -187,12 +187,12 @@ class Scanner:
         return True
 
     def _take_back(self, begun: str) -> None:
-        """The last characters of code were the beginning of a comment."""
+        """Remove from the code its last characters, which were the beginning of a comment."""
         if begun and self.head.endswith(begun):
             self.head, self.last, self.word = self.head[: -len(begun)], self.previous, ""
 
     def _opening(self) -> tuple[str, str] | None:
-        """(opener, closer) of what the last character opens, in code or by extending a shorter opener (" to \"\"\")."""
+        """(opener, closer) completed by the last character, in code or by extending a shorter opener (" to \"\"\")."""
         for opener, closer in self.openers:
             if not self.tail.endswith(opener):
                 continue
@@ -204,7 +204,7 @@ class Scanner:
         return None
 
     def _opens(self, opener: str) -> bool:
-        """Whether an opener in code is one, and no operator or part of a word."""
+        """Whether an opener in code opens a literal or comment, and is not an operator or part of a word."""
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if language.blocks == "tags" and opener in QUOTES:
             return self.head.startswith("<")
@@ -220,7 +220,7 @@ class Scanner:
         if opener in QUOTES and language.loose and before in ("?", "$"):
             return self.tail[-3:-2].isalnum()  # Ruby's ?' is a character, $' a variable
         if opener == "'" and (before.isalnum() or before == "_"):
-            # An apostrophe in JSX or a separator of digits in C++, unless a prefix or a keyword precedes it.
+            # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
         if opener == 'R"':
             return RAW_BEFORE.search(self.head[-WORD_CHARS:]) is not None
@@ -231,13 +231,13 @@ class Scanner:
 
     @property
     def begins_value(self) -> bool:
-        """YAML: whether a quote or a bracket here is one."""
+        """YAML: whether a quote or a bracket here begins a value."""
         if self.stack:
             return self.head.rstrip()[-1:] in ("[", "{", ",", ":")
         return VALUE.fullmatch(self.head) is not None
 
     def _hole(self) -> str:
-        """What begins code in this string, if the last character completes it."""
+        """The mark that starts code inside this string, if the last character completes the mark; else ""."""
         for start in self.language.holes[self.opener]:
             behind_escape = self.escaped and start[0] != "\\"
             if self.tail.endswith(start) and not behind_escape and self.since - self.escaped_at >= len(start):
@@ -267,7 +267,7 @@ class Scanner:
         elif (self.rare_literals or char == self.closer[-1]) and self._is_closed():
             doubled = self.opener in self.language.doubled or (self.language.dollars and self.tail[-2:-1] == "\\")
             self.closed = self.opener if doubled else ""
-            if self.since > len(self.closer):  # only an empty string becomes a triple quote by one more quote
+            if self.since > len(self.closer):  # one more quote makes a triple quote only after an empty string
                 self.tail = self.tail[-2:] if self.closed else ""
             if not comment:
                 self.last = '"'
@@ -278,14 +278,14 @@ class Scanner:
             if char == "\n":
                 self._in_code(char)
         elif char == "\n" and not comment and self.opener not in {*self.language.multiline, *RAW_ELEMENTS, "$", "%"}:
-            if not self.tail.endswith("\\z\n"):  # Lua's string goes on behind \z
+            if not self.tail.endswith("\\z\n"):  # a Lua string continues after \z
                 self.closer = ""  # an unclosed string ends with its line
                 self._in_code(char)
         elif comment and self.closer == "\n" and self.language.alternative and self.tail.endswith("?>"):
             self._enter("?>", "<?")
 
     def _in_rare_literal(self, char: str) -> bool:
-        """Read a character of a literal that few languages have. Whether nothing else is to be done with it."""
+        """Read a character of a literal that few languages have. True if the character needs no other handling."""
         if self.opener == "<<":
             self._in_text_below(char)
         elif self.opener == "|":
@@ -294,7 +294,7 @@ class Scanner:
             self.closer = ""
             self._in_code(char)
         elif char == '"' and self.since == len(self.closer) - 2 and self.opener == '"""' and self.language.doubled:
-            self.closer += char  # C#: as many quotes as at the start end it
+            self.closer += char  # C#: the string ends with as many quotes as opened it
         else:
             return not self.escaped and self._nests(char)
         return True
@@ -309,7 +309,7 @@ class Scanner:
         )
 
     def _nests(self, char: str) -> bool:
-        """Whether the last character opens or closes something of the literal's own kind in it."""
+        """Whether the last character opens or closes a comment or bracket nested in a literal of the same kind."""
         if self.opener == "%":
             if char == self.pair[0] != self.pair[1]:
                 self.nested += 1
@@ -325,11 +325,11 @@ class Scanner:
         return False
 
     def _is_division(self, char: str) -> bool:
-        """Ruby: whether a slash behind a name and a space is no regex after all."""
+        """Ruby: whether a slash after a name and a space is a division after all, not a regex."""
         return self.opener == "/" and self.language.loose and char in " \t=" and self.last.isalnum()
 
     def _in_text_below(self, char: str) -> None:
-        """In a text of whole lines that the closer ends: one below <<NAME in shells, or between Markdown's fences."""
+        """Read a character of a text that a line with the closer ends: below <<NAME, or between Markdown's fences."""
         if char != "\n":
             self.text_line = (self.text_line + char)[:RAW_CHARS]
             return
@@ -346,7 +346,7 @@ class Scanner:
                 self._in_code(behind)
 
     def _in_scalar(self, char: str) -> None:
-        """In YAML's text below | or >, up to a line that is not deeper than its key."""
+        """Read a character of YAML's text below | or >, which ends before a line that is not deeper than its key."""
         assert self.scalar is not None
         if char == "\n":
             self.starting, self.indent = True, 0
@@ -395,8 +395,8 @@ class Scanner:
             self._add(char)
 
     def _in_rare_code(self, char: str) -> bool:
-        """Read a character of code that few languages have: tags, keywords that make blocks, <<NAME, $NAME$. Whether
-        nothing else is to be done with it."""
+        """Read a character of code that few languages have: tags, keywords of blocks, <<NAME, $NAME$. True if the
+        character needs no other handling."""
         language = self.language
         if language.blocks == "tags":
             self._in_markup(char)
@@ -422,7 +422,7 @@ class Scanner:
         return False
 
     def _may_announce_text(self) -> bool:
-        """Whether << in code may announce a text on the next lines, and is no shift of bits."""
+        """Whether << in code may announce a text on the next lines, and is not a bit shift."""
         kinds = "".join(bracket.kind for bracket in self.stack[-8:]).rpartition("{")[2]
         before = self.tail[-3:-2]
         shift = self.language.loose and (before.isalnum() or before in (")", "]", "_"))
@@ -439,7 +439,7 @@ class Scanner:
         self.head = ""
 
     def _drop_block(self) -> None:
-        """What seemed to open the innermost block has opened none."""
+        """Drop the innermost block: it only seemed to open."""
         self.stack.pop()
         self.opening = False
 
@@ -450,7 +450,7 @@ class Scanner:
         elif self.head:
             self._add(char)
             if len(self.head) == 2 and not (char.isalpha() or char in "/!?"):
-                self.head = ""  # it is less than something
+                self.head = ""  # a less-than sign
             elif char == ">":
                 self._tag(self.head)
                 return
@@ -476,7 +476,7 @@ class Scanner:
                 self._enter(name, f"</{name}")
 
     def _word_ended(self, following: str) -> None:
-        """A word of code has ended before this character: it may open or close a block."""
+        """Read a word of code that has ended before `following`: the word may open or close a block."""
         words, word, self.word = self.language.words, self.word, ""
         assert words is not None
         word, resumable = word.lower() if words.any_case else word, self.resumable
@@ -567,7 +567,7 @@ class Scanner:
                 self._enter("<<", self.terminators.pop(0))
 
     def _line_of_words(self) -> None:
-        """A line has ended, and a statement with it unless the line says that the statement goes on."""
+        """A line has ended, and its statement too, unless the line shows that the statement continues."""
         if self.opening and self.stack[-1].header.endswith("def") and ONE_LINE.match(self.head):
             self._drop_block()
         if self.head.strip() or self.opening or self.last == "}":

@@ -1,4 +1,4 @@
-"""Drafts: tokens that probably follow, taken from the text itself and checked by the model in one decode.
+"""Drafts: likely next tokens, copied from the text itself and checked by the model in one decode.
 
 Pure: no model, no clock.
 """
@@ -14,23 +14,23 @@ from cerebrum.vps.schedule import Costs
 # --------------------------------------------------------------------------------------- policy: drafts
 
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
-MAX_CHANGE = 8  # tokens of a change in a copy, old or new; after a longer one the copy is searched for anew
+MAX_CHANGE = 8  # most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
 NEAR = 48  # after a change the copy usually continues within this many tokens
-STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # acceptance is counted separately from each of these lengths on
-PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # acceptance of each before anything is known
+STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # acceptance is counted separately for streaks from each of these lengths on
+PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # assumed acceptance of each before any draft is checked
 PRIOR_WEIGHT = 12.0  # in tokens
-FORGET = 0.997  # for each decoded token, since a text may begin to repeat late
+FORGET = 0.997  # factor on old counts for each decoded token, since a text may begin to repeat late
 CREDIT_TOKENS = 4.0  # initial credit of a model
-CREDIT_LIMIT = 10.0  # repeating text cannot earn more for text that does not repeat
-LOSS_SHARE = 0.01  # of the time spent without drafts may be lost by trying them
+CREDIT_LIMIT = 10.0  # the most that repeating text can earn for text that does not repeat
+LOSS_SHARE = 0.01  # share of the time spent without drafts that trying drafts may lose
 
 
 class Acceptance:
     """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy.
 
     Owned by a worker and kept across requests. `credit` limits what drafts may lose, in units of the time of one token
-    without drafts. It grows by a share of the time spent without drafts and by what drafts win, and falls by what they
-    lose.
+    without drafts. The credit grows by a share of the time spent without drafts and by the time that drafts win, and
+    falls by the time that drafts lose.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Acceptance:
         return (self.right[key] + prior * PRIOR_WEIGHT) / (self.right[key] + self.wrong[key] + PRIOR_WEIGHT)
 
     def learn(self, greedy: bool, streak: int, drafted: int, accepted: int) -> None:
-        """Of a draft of `drafted` tokens the first `accepted` were right."""
+        """Count a draft of `drafted` tokens, the first `accepted` of which were right."""
         key = greedy, self.bucket(streak)
         for table in (self.right, self.wrong):
             table[key] *= FORGET**accepted
@@ -87,13 +87,13 @@ class Drafter:
     """Proposes the next tokens of one sequence by looking up what followed the same tokens before: in the sequence
     itself (source 0), or in an earlier sequence with the same prefix (source 1).
 
-    Text that is copied with changes goes on after each change. `changes` maps replaced tokens to the tokens that came
-    in their place, and the same change is expected wherever the same tokens are copied again, as in a rename.
+    A copy with changes continues after each change. `changes` maps replaced tokens to their replacements, and the same
+    change is expected wherever the same tokens are copied again, as in a rename.
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
         self.sources = [list(tokens), list(guide)]
-        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # places after each GRAM tokens
+        self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # places that follow each run of GRAM tokens
         for position in range(max(GRAM, common), len(guide) + 1):
             self._add(1, position)
         for position in range(GRAM, len(tokens) + 1):
@@ -103,7 +103,7 @@ class Drafter:
         self.before_change = 0  # the streak before the latest mismatch
         self.changed_from = 0  # position in the own sequence where the latest change began
         self.changes: dict[tuple[int, ...], list[int]] = {}
-        self.done = 0  # how many tokens of the change expected at `at` have come
+        self.done = 0  # tokens already seen of the change expected at `at`
         if len(guide) > common == len(tokens):
             self.at, self.streak = (1, common), min(common, STREAKS[-1])
         else:
@@ -113,7 +113,7 @@ class Drafter:
         self.index.setdefault(tuple(self.sources[source][end - GRAM : end]), []).append((source, end))
 
     def advance(self, token: int) -> None:
-        """The sequence went on with `token`."""
+        """Append `token` to the sequence, and update the place of the next token."""
         own, known = self.sources[0], bool(self.streak)
         if known:
             self._follow(token)
@@ -134,14 +134,14 @@ class Drafter:
             return
         if change := self._change(self.at):
             del self.changes[change[0]]
-            if token == change[0][0] and not self.done:  # this time it was left unchanged
+            if token == change[0][0] and not self.done:  # this time the copy kept the old token
                 self.streak, self.at = self.streak + 1, (self.at[0], self.at[1] + 1)
                 return
         self.before_change, self.streak = self.streak, 0
         self.changed_from, self.done = len(self.sources[0]) - self.done, 0
 
     def _change(self, place: tuple[int, int]) -> tuple[tuple[int, ...], list[int]] | None:
-        """The change expected at `place`; the longest one if several begin alike."""
+        """The change expected at `place`; the longest if several begin alike."""
         tokens, position = self.sources[place[0]], place[1]
         for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
             old = tuple(tokens[position : position + length])
@@ -202,7 +202,7 @@ class Drafter:
         return count
 
     def propose(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next. `streak` tells how likely they are."""
+        """At most `limit` tokens that may come next. `streak` indicates how likely they are."""
         if not self.at or self.streak < GRAM:
             return []
         place, done = self.at, self.done

@@ -1,16 +1,16 @@
-"""The encoding of the weights: which types of a GGUF file this machine computes fastest, and a file in those types.
+"""The encoding of the weights: find the tensor types that this machine computes fastest, and write a file in them.
 
 `tune` measures which types make a model faster on this CPU, and writes the *tuned file*: the published model in those
-types. It makes only changes that keep what the weights say (`FAITHFUL`), and only if they pay (`MIN_GAIN`).
+types. Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). The changes must pay (`MIN_GAIN`).
 
 - A *sample* is the model with a few layers and a small vocabulary, or with one layer and its output matrix. Tensors of
-  one type form a group. One sample has every group changed; each other one differs in one group. The differences of
-  their times rank all combinations of changes, and the best that fits into memory is taken.
-- Micro-batch, flash attention and the number of threads are compared on a sample in those types, in a long context.
-- The whole tuned file is timed in turns with the published one, and dropped unless it is faster.
+  one type form a group. One sample has every group changed; each of the others differs from that one in one group. The
+  differences in time rank all combinations of changes, and `tune` takes the best one that fits into memory.
+- Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
+- The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
-The *passport*, JSON in the tuned file's header, has what the file was made from and for. `find_tuned` refuses a file
-whose passport does not hold any more. If nothing is faster here, the tuned file has a passport and no tensors.
+The *passport* is JSON in the tuned file's header: the source, machine and settings of the file. `find_tuned` refuses a
+file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and no tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cpus() -> int:
 
 @functools.cache
 def cpu_flags() -> str:
-    """A hash of what the CPU can do, as the kernel tells it."""
+    """A hash of the CPU's features as the kernel lists them."""
     words: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -72,7 +72,7 @@ def cpu_name() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Passport:
-    """What a tuned file was made from and for, and the settings that go with it."""
+    """The source, the machine and the settings that a tuned file was made for."""
 
     source: str  # sha256 of the published file
     library: str  # version of llama-cpp-python
@@ -82,8 +82,8 @@ class Passport:
     threads: int
     micro_batch: int
     flash_attention: bool
-    types: Mapping[str, str]  # that were changed, and into what; without any the published file is used
-    fast: bool = False  # made by --fast, so the weights do not say quite the same
+    types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
+    fast: bool = False  # made by --fast, so the weights are not quite the same
     format: int = PASSPORT_FORMAT
 
     def encode(self) -> str:
@@ -91,7 +91,7 @@ class Passport:
 
     @property
     def encoding(self) -> str:
-        """For a person, as in `/v1/models`."""
+        """For people to read, as in `/v1/models`."""
         if not self.types:
             return "published"
         changes = ", ".join(f"{old} to {new}" for old, new in self.types.items())
@@ -99,7 +99,7 @@ class Passport:
 
 
 def read_passport(path: Path) -> Passport | None:
-    """The passport of a tuned file; None if there is none that this version understands."""
+    """The passport of a tuned file; None if it is missing, damaged or of another format."""
     try:
         with Gguf(path) as file:
             passport = Passport(**json.loads(file.text(PASSPORT_KEY)))
@@ -113,9 +113,9 @@ def tuned_path(state_dir: Path, published: Path) -> Path:
 
 
 def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
-    """The tuned file for a published one, or None and why not ("" if there is no tuned file).
+    """The tuned file for a published one, or None and the reason ("" if there is no tuned file).
 
-    `sha256` is what the published file should have, if that is known. `check_digest` verifies what it has.
+    `sha256` is the digest that the published file should have, empty if unknown. `check_digest` verifies the file.
     """
     path = tuned_path(settings.state_dir, published)
     try:
@@ -147,27 +147,27 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
 
 # ------------------------------------------------------------------------------------- policy: the choice
 
-READ_TOKENS = 1000  # the work that encodings are compared by: 1,000 tokens read …
-DECODES = {1: 64, 4: 8, 16: 2}  # … and 128 written, half of them as drafts: the number of decodes by their tokens
-MIN_GAIN = 0.03  # share of the time that a tuned file must save, and other settings with it
-# Mean KLD in nats: more is a fault of a kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the 1.5B, on
-# an Intel Xeon with AMX.
+READ_TOKENS = 1000  # encodings are compared by the time of this work: 1,000 tokens read …
+DECODES = {1: 64, 4: 8, 16: 2}  # … and 128 written, half of them as drafts: number of decodes by size in tokens
+MIN_GAIN = 0.03  # share of the time that a tuned file or a change of settings must save
+# Mean KLD in nats: a larger one means a faulty kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the
+# 1.5B, on an Intel Xeon with AMX.
 MAX_DIVERGENCE = 0.02
 MIN_GROUP_GAIN = 0.005  # share of a sample's time that a change of one group of tensors must save
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention
-# What each type may become: a type that says exactly the same, or the same but for the scales' rounding to fp16 (see
-# gguf.py); or else Q8_0. Its steps are 1/127 of a block's largest weight, so rounding to them does less than
-# other kernels' rounding does. The ternary types and the 1-bit and 4-bit float types are left alone.
+# The types that each type may become: a type that stores the same weights, exactly or with scales rounded to fp16 (see
+# gguf.py), or else Q8_0. The steps of Q8_0 are 1/127 of a block's largest weight, so this rounding changes less than
+# the rounding in other kernels. The ternary types and the 1-bit and 4-bit float types are left alone.
 FAITHFUL: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), ("q8_0",)),
     **dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), ("q8_0",)),
     "q4_K": ("q4_1", "q8_0"),
     "q5_K": ("q5_1", "q8_0"),
 }
-LOSSY = "q4_0"  # what --fast adds for the layers' tensors
-LARGE = ("q8_0", "f16", "bf16")  # nothing says the same in less time, but Q4_0 may be worth its loss
+LOSSY = "q4_0"  # the type that --fast adds for the layers' tensors
+LARGE = ("q8_0", "f16", "bf16")  # no faithful type is faster, but Q4_0 may be worth its loss
 
 
 def targets(tensor_type: str, output: bool, fast: bool) -> tuple[str, ...]:
@@ -178,14 +178,14 @@ def targets(tensor_type: str, output: bool, fast: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How fast a file is: seconds for each token of a prompt, and of one decode by its number of tokens."""
+    """A file's speed: seconds per token of a prompt, and seconds of one decode by its number of tokens."""
 
     read: float
     decode: Mapping[int, float]
 
     @property
     def work(self) -> float:
-        """Seconds of the work that encodings are compared by."""
+        """Seconds for the work of READ_TOKENS and DECODES."""
         return READ_TOKENS * self.read + sum(count * self.decode[size] for size, count in DECODES.items())
 
     def best(self, other: Timing) -> Timing:
@@ -195,7 +195,7 @@ class Timing:
 
 
 class Group(NamedTuple):
-    """Tensors that change together: those of one type in the layers, or the one that gives the logits."""
+    """Tensors that change together: the layers' tensors of one type, or the matrix that gives the logits."""
 
     type: str
     output: bool
@@ -204,7 +204,7 @@ class Group(NamedTuple):
         return self.type.upper() + (" (output)" if self.output else "")
 
 
-Types = Mapping[Group, str]  # the groups that change, and into what
+Types = Mapping[Group, str]  # the groups that change, and their new types
 
 
 def group_tensors(tensors: Sequence[Tensor], fast: bool = False) -> dict[Group, list[Tensor]]:
@@ -242,7 +242,7 @@ def rank(
     groups: Mapping[Group, Sequence[Tensor]], saved: Mapping[tuple[Group, str], float]
 ) -> list[tuple[float, int, dict[Group, str]]]:
     """All combinations of changes, the best first: (seconds saved of the work, bytes added, the changes). `saved` has
-    what each change saves alone."""
+    the seconds that each change saves alone."""
     options = [[group.type, *(target for changed, target in saved if changed == group)] for group in groups]
     combinations = []
     for chosen in itertools.product(*options):
@@ -253,8 +253,8 @@ def rank(
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How nearly two files say the same: mean Kullback-Leibler divergence in nats, and the share of positions at which
-    both have the same likeliest token."""
+    """How well the predictions of two files agree: mean Kullback-Leibler divergence in nats, and the share of positions
+    at which both have the same likeliest token."""
 
     divergence: float
     same_top: float
@@ -263,7 +263,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `tune` found, for a person."""
+    """The result of `tune`, for people to read."""
 
     published: Timing
     tuned: Timing | None  # None: nothing here is faster than the published file with the usual settings
@@ -320,11 +320,11 @@ READ_SECONDS = 0.25  # spent on reading; at least once
 DECODE_SECONDS = 0.1  # spent on each size of decode; at least MIN_DECODES of them
 MIN_DECODES = 2
 TURNS = 2
-SAMPLE_READ_TOKENS = 128  # read when types are compared …
-WHOLE_READ_TOKENS = 256  # … and whole files
-CONTEXT_TOKENS = 2000  # read when settings are compared: what attention costs grows with the context
-AGREEMENT_TOKENS = 320  # the first of them, with little before them, are not counted
-AGREEMENT_SKIP = 64
+SAMPLE_READ_TOKENS = 128  # read to compare types …
+WHOLE_READ_TOKENS = 256  # … and to compare whole files
+CONTEXT_TOKENS = 2000  # read to compare settings: the cost of attention grows with the context
+AGREEMENT_TOKENS = 320  # tokens of the text on which two files are compared …
+AGREEMENT_SKIP = 64  # … except the first ones, which have little context
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 
@@ -340,7 +340,7 @@ def opened(path: Path, settings: Settings) -> Iterator[Llama]:
 
 
 def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> float:
-    """Append the tokens; seconds. ModelError if llama.cpp fails."""
+    """Append the tokens and return the seconds. ModelError if llama.cpp fails."""
     begin = time.perf_counter()
     if model.decode([(slot, list(tokens), outputs)]):
         raise ModelError("llama.cpp cannot evaluate this model")
@@ -355,11 +355,11 @@ def back_to(model: Llama, slot: Slot, length: int) -> None:
 
 
 def measure(model: Llama, read: int) -> Timing:
-    """Times of this model, for a prompt of `read` tokens and decodes after it."""
+    """Time this model: a prompt of `read` tokens, then decodes."""
     read = min(read, model.n_ctx - OUTPUTS)
-    tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # which tokens they are does not matter
+    tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # any tokens will do
     back_to(model, slot, 0)
-    decode(model, slot, tokens[: max(DECODES)], max(DECODES))  # the first one after a load is slow
+    decode(model, slot, tokens[: max(DECODES)], max(DECODES))  # the first decode after a load is slow
     back_to(model, slot, 0)
     reads: list[float] = []
     while sum(reads) < READ_SECONDS:
@@ -377,7 +377,7 @@ def measure(model: Llama, read: int) -> Timing:
 
 
 def log_probabilities(model: Llama, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
-    """For each of the first `count` tokens but AGREEMENT_SKIP the logarithms of the next one's probabilities,
+    """Log probabilities of the next token after each of the first `count` tokens except the first AGREEMENT_SKIP:
     float32[vocabulary]."""
     tokens, slot = model.tokenize(text, True)[:count], Slot(0)
     back_to(model, slot, 0)
@@ -390,7 +390,7 @@ def log_probabilities(model: Llama, text: str, count: int) -> Iterator[npt.NDArr
 
 
 def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> Agreement:
-    """Compare what two files say about the first `count` tokens of a text."""
+    """Compare the predictions of two files on the first `count` tokens of a text."""
     divergences, same = [], 0
     with opened(*published) as model:
         expected = list(log_probabilities(model, text, count))
@@ -424,7 +424,7 @@ class TuneError(Exception):
 
 
 class Tuner:
-    """One run of `tune`: the published file, the folder for what is tried, and what was found so far."""
+    """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
     def __init__(
         self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Report
@@ -438,7 +438,7 @@ class Tuner:
         knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
             knobs.append(replace(settings, threads=cpus()))
-        # Each context once: with a quantized cache flash attention is on in any case.
+        # Settings with the same context count once: with a quantized cache, flash attention is always on.
         alike = {(knob.micro_batch, knob.uses_flash_attention, knob.threads): knob for knob in [*knobs, settings]}
         self.knobs = list(alike.values())
         changes = sum(len(self.targets(group)) for group in self.groups)
@@ -459,17 +459,17 @@ class Tuner:
         """TuneError with the figures if the memory or the disk is too small."""
         if (need := self.memory(self.size, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        need = 3 * self.size // 2  # a tuned file of the usual types; the samples take less
+        need = 3 * self.size // 2  # for a tuned file of the usual types; samples take less
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
 
     def types_of(self, types: Types) -> dict[str, str]:
-        """The changes by tensor."""
+        """The new types by tensor name."""
         return {tensor.name: target for group, target in types.items() for tensor in self.groups[group]}
 
     def sample(self, types: Types, layers: Sequence[int], output: bool = False) -> Path:
-        """A file with these changes, these layers and a small vocabulary, or with `output` the whole one. It has no
-        tokenizer."""
+        """Write a file with these changes, these layers and a small vocabulary (with `output`, the whole vocabulary).
+        The file has no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         changed, parts = self.types_of(types), []
         vocabulary = self.shape.vocabulary if output else min(SAMPLE_VOCABULARY, self.shape.vocabulary)
@@ -500,7 +500,7 @@ class Tuner:
         saved: dict[tuple[Group, str], float] = {}
         for output in (False, True):
             groups = [group for group in self.groups if group.output == output]
-            # The kernels of one type depend on those around it, so a change is measured where it will be: among others.
+            # The speed of a type's kernels depends on the types around it, so a change is measured among the others.
             usual = {group: self.targets(group)[0] for group in groups}
             changes = [(group, target) for group in groups for target in (group.type, *self.targets(group)[1:])]
             if not changes:
@@ -524,8 +524,8 @@ class Tuner:
         return {}
 
     def choose_settings(self, types: Types) -> Settings:
-        """The fastest micro-batch, attention and number of threads for these types, if they pay."""
-        # Half the layers will do: attention takes the same share of each, and the context is long.
+        """The fastest micro-batch, attention and thread count for these types, if the gain is MIN_GAIN or more."""
+        # Half the layers will do: attention takes the same share of each layer, and the context is long.
         sample, base, size = self.sample(types, self.layers[::2]), self.settings, self.size + grown(self.groups, types)
         fitting = [base, *(knob for knob in self.knobs if knob != base and self.memory(size, knob) <= self.room)]
         found = compare({knob: (sample, knob) for knob in fitting}, CONTEXT_TOKENS, self.step)
@@ -548,7 +548,7 @@ class Tuner:
         )
 
     def run(self) -> tuple[Outcome, Path]:
-        """What was found, and the file to put in place."""
+        """The outcome, and the file to put in place."""
         self.check_room()
         try:
             types = self.choose_types()
@@ -575,7 +575,7 @@ class Tuner:
         limit = found["published"].work * (1 - MIN_GAIN if types else 1)
         better, same = "tuned" in found and found["tuned"].work <= limit, None
         if better and types:
-            code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # of the kind that users' prompts have
+            code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
             most = math.inf if LOSSY in types.values() else MAX_DIVERGENCE
             better = same.divergence <= most  # False for NaN
@@ -617,8 +617,8 @@ def tune(
 ) -> Outcome:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` gets the outcome
-    before the file is used. TuneError, ModelError or OSError: nothing has changed.
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` is called with the
+    outcome before the file is used. After a TuneError, ModelError or OSError nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder, Gguf(published) as file:
@@ -644,14 +644,14 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[Path]:
-    """A folder for temporary files in `folder`, which only one process at a time gets."""
+    """A folder for temporary files in `folder`, for one process at a time. TuneError if another process has one."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TuneError("another process is tuning a model; expected to be the only one") from None
-        for left in folder.glob(".work-*"):  # of a run that was killed
+        for left in folder.glob(".work-*"):  # left by a run that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as temporary:
             yield Path(temporary)

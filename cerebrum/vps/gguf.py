@@ -1,12 +1,12 @@
-"""GGUF: what is in a model file, the same weights in another type, and a file with them.
+"""GGUF: read the header of a model file, convert its weights to other types, and write them to a new file.
 
     from cerebrum.vps.gguf import Gguf, Part
     with Gguf(Path("model.gguf")) as file:
         parts = [Part(tensor, {"q5_0": "q8_0"}.get(tensor.type, tensor.type)) for tensor in file.tensors]
         file.write(Path("new.gguf"), parts)
 
-llama.cpp reads and writes the headers. Weights are transcoded here wherever one type can say exactly what another says
-(`EXACT`): llama.cpp's quantizer goes through floats and chooses new scales. Types go by its names: `q4_K`, `q8_0`.
+llama.cpp reads and writes the headers. Where a type can hold another type's weights exactly (`EXACT`), this module
+transcodes them: llama.cpp's quantizer uses floats and chooses new scales. Type names are ggml's: `q4_K`, `q8_0`.
 
 Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
@@ -73,14 +73,14 @@ IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 
 
 def iq4_nl_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: the 16 values that a nibble may mean are int8."""
+    """Exact: the 16 values that a nibble can stand for are int8."""
     return as_q8_0(scales_of(blocks), IQ4_VALUES[split_nibbles(blocks[:, 2:])])
 
 
 def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
     """Exact but for rounding the product of two scales to fp16.
 
-    A super-block: d, 8 numbers' upper 2 bits, their lower 4 bits, 8 times 32 nibbles.
+    A super-block: d, the upper 2 bits of 8 scales, the scales' lower 4 bits, 8 times 32 nibbles.
     """
     count = len(blocks)
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2).astype(np.uint16) & 3
@@ -90,9 +90,9 @@ def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
 
 
 def k_scales(blocks: Bytes) -> Bytes:
-    """Scale and minimum of each of a super-block's 8 blocks, as Q4_1 and Q5_1 have them: (n, 8, 4) bytes of two fp16.
+    """Scale and minimum of each of a super-block's 8 blocks, as Q4_1 and Q5_1 store them: (n, 8, 4) bytes of two fp16.
 
-    Q4_K and Q5_K have two fp16, and 8 times 2 numbers of 6 bits in 12 bytes (`get_scale_min_k4` in ggml-quants.c).
+    Q4_K and Q5_K store two fp16, and 8 scales and 8 minima of 6 bits in 12 bytes (`get_scale_min_k4` in ggml-quants.c).
     """
     first, middle, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = np.concatenate((first & 63, last & 15 | first >> 6 << 4), axis=-1)
@@ -105,7 +105,7 @@ def k_scales(blocks: Bytes) -> Bytes:
 def k_nibbles(packed: Bytes) -> Bytes:
     """A super-block's 4-bit numbers as Q4_1 and Q5_1 pack them, (n, 8, 16) bytes.
 
-    Of the g-th 32 bytes, byte l has weight l of block 2g in its low half, and of block 2g + 1 in its high half.
+    Byte l of the g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half.
     """
     pairs = packed.reshape(-1, 4, 32)
     return join_nibbles(np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32))
@@ -129,7 +129,7 @@ def scales_of(blocks: Bytes, offset: int = 0) -> npt.NDArray[np.float16]:
 
 
 def finite(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """As fp16. ModelError if one is beyond its range. Real models have none."""
+    """Round scales to fp16. ModelError if a scale is beyond the range of fp16. Real models have no such scale."""
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = scales.astype("<f2")
     if not np.isfinite(rounded).all():
@@ -148,7 +148,7 @@ EXACT: Mapping[tuple[str, str], Callable[[Bytes], Bytes]] = {
 
 
 def transcode(data: Bytes, source: str, target: str) -> Bytes:
-    """Whole rows of one type's blocks as blocks of another type."""
+    """Convert whole rows from one type's blocks to another's."""
     if source == target:
         return data
     if exact := EXACT.get((source, target)):
@@ -220,7 +220,7 @@ class Ggml:
 
     def __init__(self) -> None:
         self.lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-        self.lib.ggml_log_set(keep_log, None)  # the wheel has this library under several names; this is a copy
+        self.lib.ggml_log_set(keep_log, None)  # for this copy too: the wheel has the library under several names
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(self.lib, name)
             function.restype, function.argtypes = result, arguments
@@ -265,8 +265,8 @@ def ggml() -> Ggml:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a GGUF file. `dimensions[0]` is the length of a row, and there are always 4 of them; `offset` counts
-    from the file's beginning."""
+    """A tensor in a GGUF file. `dimensions` always has 4 entries, the first of which is the length of a row; `offset`
+    counts bytes from the file's beginning."""
 
     name: str
     type: str
@@ -298,12 +298,12 @@ class Tensor:
         return self.name.removesuffix(".weight").removeprefix(f"blk.{self.layer}.")
 
 
-ALIGNMENT = 32  # of a tensor in a file that does not say another one
+ALIGNMENT = 32  # bytes; of tensors in a file that sets no other alignment
 PIECE_WEIGHTS = 1 << 20  # transcoded at once, by one thread
 
 
 class Part:
-    """A tensor of a new file: one of the old file's, in another type, by another name, or only its first rows."""
+    """A tensor of a new file: one of the old file's, in another type, under another name, or only its first rows."""
 
     def __init__(self, tensor: Tensor, new_type: str, name: str = "", dimensions: tuple[int, ...] = ()) -> None:
         self.tensor, self.type, self.name = tensor, new_type, name or tensor.name
@@ -311,7 +311,7 @@ class Part:
         self.weights = math.prod(self.dimensions)
 
     def read(self, source: int, start: int) -> Bytes:
-        """PIECE_WEIGHTS weights from `start` on, or as many as there are, in the new type."""
+        """Up to PIECE_WEIGHTS weights from `start` on, in the new type. ModelError if the file is cut short."""
         count, old = min(PIECE_WEIGHTS, self.weights - start), self.tensor.type
         size = ggml().data_size(old, count)
         data = os.pread(source, size, self.tensor.offset + ggml().data_size(old, start))
@@ -338,7 +338,7 @@ class Gguf:
         self.lib.gguf_free(self.handle)
 
     def _place(self, key: str, kind: int) -> int:
-        """The number of a pair, -1 if there is none of this kind."""
+        """The index of the key's pair, -1 if the key is missing or its value is of another kind."""
         place = int(self.lib.gguf_find_key(self.handle, key.encode()))
         return place if place >= 0 and self.lib.gguf_get_kv_type(self.handle, place) == kind else -1
 
@@ -347,7 +347,7 @@ class Gguf:
         return int(self.lib.gguf_get_val_u32(self.handle, place)) if place >= 0 else default
 
     def text(self, key: str) -> str:
-        """ "" if there is none."""
+        """The value of a text key, "" if there is none."""
         place = self._place(key, GGUF_STRING)
         value: bytes = self.lib.gguf_get_val_str(self.handle, place) if place >= 0 else b""
         return value.decode("utf-8", "replace")
@@ -403,8 +403,8 @@ class Gguf:
     ) -> int:
         """Write a file of these parts, and return its size.
 
-        Its header has this file's pairs, except those whose keys begin with `without`, and `values`.
-        `report(done, total)` counts bytes. OSError if the disk is full: the space is taken before the first byte is
+        The header has `values` and this file's pairs, except those whose keys begin with `without`.
+        `report(done, total)` counts bytes. OSError if the disk is full: the space is reserved before the first byte is
         written.
         """
         header, offsets = self._header(parts, values or {}, without)
@@ -433,14 +433,14 @@ class Gguf:
         return total
 
     def _header(self, parts: Sequence[Part], values: Mapping[str, str | int], without: str) -> tuple[bytes, list[int]]:
-        """The header of a file of these parts, and where in the file each of them begins."""
+        """The header of a file of these parts, and the offset of each part in the file."""
         lib = self.lib
         handle = ctypes.c_void_p(lib.gguf_init_empty())
         context = ctypes.c_void_p(lib.ggml_init(_GgmlParams((len(parts) + 1) * lib.ggml_tensor_overhead(), None, True)))
         try:
             lib.gguf_set_kv(handle, self.handle)
             for key in [lib.gguf_get_key(handle, i) for i in range(lib.gguf_get_n_kv(handle))]:
-                # The alignment of this file need not be that of the new one, whose writer knows only the usual one.
+                # Drop this file's alignment, which may be another one: the new file always has the default.
                 if key == b"general.alignment" or (without and key.startswith(without.encode())):
                     lib.gguf_remove_key(handle, key)
             for name, value in values.items():

@@ -59,7 +59,7 @@ class Settings:
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
     sequences: int = 2  # at a time
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
-    micro_batch: int = 256  # tokens of a chunk that are computed together; needs memory for their attention
+    micro_batch: int = 256  # tokens of a chunk that are computed together; their attention takes memory
     flash_attention: bool = False
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def uses_flash_attention(self) -> bool:
-        """A quantized cache needs it."""
+        """Whether flash attention is on. A quantized cache needs it."""
         return self.flash_attention or self.kv_type != "f16"
 
 
@@ -80,16 +80,16 @@ class TunedFile:
     path: Path  # the published file itself, if only the settings differ
     settings: Settings
     source: str  # sha256 that the published file must have
-    encoding: str  # for a person
+    encoding: str  # for people to read
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """What a caller asks for. The caller has checked the ranges.
+    """One completion as a caller requests it. The caller has checked the ranges.
 
-    Either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text, is given. A `suffix` makes it
-    fill-in-the-middle. With `heal` the prompt's last token may be an unfinished one. `extra` has (name, text) of other
-    files.
+    The caller gives either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text. A `suffix`
+    makes the request fill-in-the-middle. With `heal` the prompt's last token may be unfinished. `extra` has the name
+    and text of other files.
     """
 
     prompt: str | None = None
@@ -103,7 +103,7 @@ class CompletionRequest:
     indent: int = 0  # characters; the completion ends before a line that is indented less
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
-    predict_ms: int = 0  # ends a completion that takes longer and has a line end; 0: no limit
+    predict_ms: int = 0  # a completion with a line end stops this long after its first token; 0: no limit
     temperature: float = 0.4
     top_p: float = 0.95
     seed: int | None = None  # the same seed gives the same text, at a temperature above 0
@@ -112,7 +112,7 @@ class CompletionRequest:
 
 
 def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
-    """The beginning of the answer, if the messages end with one; the model continues it."""
+    """The text of the last message if it is the assistant's, else empty. The model continues this text."""
     role, content = messages[-1]
     return content if role == "assistant" else ""
 
@@ -154,16 +154,16 @@ MAX_CHUNK = 512  # n_batch
 MAX_DRAFT = 63
 # ------------------------------------------------------------------------------------------ policy: text
 
-# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space there. Long
-# words and scripts without spaces are left alone, because every healed token costs a decode.
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space before the
+# cursor. Long words and scripts without spaces are left alone, because every healed token costs a decode.
 UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 
 
 def heal_from(prompt: str) -> int:
-    """Where the text begins that the model is to write again in tokens of its own ("token healing").
+    """The start of the text that the model writes again in tokens of its own choice ("token healing").
 
-    A model seldom writes `ort` after the tokens of `imp`, because its training text has one token there, ` import`.
+    A model seldom writes `ort` after the tokens of `imp`, because in its training text ` import` is one token.
     """
     match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
     return match.start() if match else len(prompt)
@@ -185,12 +185,12 @@ def keep_log(_level: int, text: bytes, _data: Any) -> None:
 
 
 def start_library() -> None:
-    """Once in a process, before the first worker starts."""
+    """Set up llama.cpp: once in a process, before the first worker starts."""
     llama.llama_log_set(keep_log, None)
     llama.llama_backend_init()
 
 
-ABORTED = 2  # what llama_decode returns after the abort callback has returned true
+ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
 def fingerprint(path: Path) -> str:
@@ -207,7 +207,7 @@ def fingerprint(path: Path) -> str:
 class Llama:
     """One model and its context: the ctypes calls and nothing else.
 
-    Used only by its worker's thread, except for `encode`, which reads the vocabulary, and `abort`, which sets a byte.
+    Only its worker's thread uses it. Exceptions: `encode` and `tokenize` read the vocabulary, `abort` sets a byte.
     """
 
     def __init__(self, path: Path, settings: Settings, progress: Callable[[float], bool]) -> None:
@@ -227,10 +227,10 @@ class Llama:
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
         # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
-        # library's strlen has a matching signature, and on a string of at most one byte it tells whether the byte is
+        # library's strlen has a matching signature, and its result for a string of at most one byte is 1 if the byte is
         # set.
         self.abort_flag = ctypes.create_string_buffer(2)
-        # A prompt may still be encoded while its client has left and the model is being unloaded.
+        # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
         self.vocab_lock, self.closed = threading.Lock(), False
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
@@ -289,13 +289,13 @@ class Llama:
         return np.frombuffer(row, np.float32)
 
     def greedy(self, index: int) -> int:
-        """The likeliest token at batch position `index`; of equally likely ones the first, as in llama.cpp's greedy
-        sampler."""
+        """The likeliest token at batch position `index`. Of equally likely tokens the first is taken, as in llama.cpp's
+        greedy sampler."""
         return int(self.logits(index).argmax())
 
     def restrict(self, index: int, start: bytes) -> None:
-        """Exclude at batch position `index` every token that contradicts the text `start`. A token may cover a part of
-        `start` or go beyond it. Only the likeliest tokens are checked, and the tokenizer's own choice."""
+        """Exclude every token at batch position `index` that contradicts the text `start`. A token may cover a part of
+        `start` or go beyond it. Only the likeliest tokens and the tokenizer's own choice are checked and can stay."""
         row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
         pieces = [(token, self.piece(token)) for token in likeliest + self.tokenize(start, False)[:1]]
@@ -305,7 +305,7 @@ class Llama:
         row[fits] = kept
 
     def computed(self, slot: Slot) -> int:
-        """How many tokens the slot's KV cells hold. After an abort, whole micro-batches of the decode are in them."""
+        """Number of tokens in the slot's KV cells. After an abort they include the decode's finished micro-batches."""
         return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
     def trim(self, slot: Slot, length: int) -> None:
@@ -324,7 +324,7 @@ class Llama:
         return bytes(memoryview(buffer)[:written])
 
     def restore(self, slot: Slot, state: bytes) -> bool:
-        """Fill the empty slot with what `save` gave for any slot; False if llama.cpp does not take it."""
+        """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp rejects the state."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot.id)) == len(state)
 
@@ -353,7 +353,7 @@ class Llama:
 
     def encode(self, request: CompletionRequest) -> tuple[list[int], bytes]:
         """A request's prompt as tokens (plain, fill-in-the-middle or chat), and the end of its text that is left out
-        for healing. What a user sends is always text, never control tokens. HttpError 400 if a suffix is given and the
+        for healing. Users' input is always text, never control tokens. HttpError 400 if a suffix is given and the
         model has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
@@ -385,8 +385,8 @@ class Llama:
         return [*start, *files, before, *text, after, *suffix, middle]
 
     def _encode_files(self, request: CompletionRequest) -> list[int]:
-        """Other files' texts, each behind the model's mark for a file and its name; then the name of the file itself.
-        A model without the mark gets the texts alone."""
+        """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
+        request's own file. A model without the mark gets the texts alone."""
         mark, name = int(llama.llama_vocab_fim_sep(self.vocab)), request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
@@ -395,9 +395,9 @@ class Llama:
         return [token for file in files for token in (*marks, *self.tokenize(file.rstrip("\n") + "\n", False))]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Apply the chat template to placeholders, then put the messages in their places: the template's own text may
+        """Apply the chat template to placeholders, then replace these by the messages: the template's own text may
         contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
-        it."""
+        that message."""
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
         marks = [f"\x01{number}\x02" for number in range(len(messages))]
@@ -425,9 +425,9 @@ class Sampler:
     """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40, top-p, min-p,
     temperature and the seed.
 
-    Drafts do not change what is chosen: each position is sampled in turn, with one random number a token. But the size
-    of a batch changes how logits are rounded. A request with a seed must give the same text again (`exact`), so nothing
-    of it is drafted or batched, and the prompt's last token is decoded alone whether or not the rest is cached.
+    Drafts do not change the choice: each position is sampled in turn, with one random number per token. But the size of
+    a batch changes how logits are rounded. A request with a seed must give the same text again (`exact`), so it gets no
+    drafts and shares no decode, and the prompt's last token is decoded alone whether or not the rest is cached.
     """
 
     def __init__(self, request: CompletionRequest) -> None:
@@ -472,7 +472,7 @@ class Slot:
 
 
 def file_digest(path: Path, tick: Callable[[int], None]) -> str:
-    """The file's sha256. `tick` gets the number of bytes read, again and again; what it raises ends the reading."""
+    """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end the reading."""
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(4 * MB):
@@ -483,14 +483,13 @@ def file_digest(path: Path, tick: Callable[[int], None]) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """The file's size and the time of its last change, in nanoseconds. Unlike the time of writing, no program can set
-    that back."""
+    """The file's size and its ctime in nanoseconds. Programs can set a file's mtime back, but not its ctime."""
     stat = path.stat()
     return f"{stat.st_size}.{stat.st_ctime_ns}"
 
 
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file has this sha256 (empty: not checked). A good result is remembered by the file's
+    """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under the file's
     stamp."""
     if not sha256:
         return
@@ -512,7 +511,7 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file in one step. The file and a new folder are for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}")  # of one name, so that what a killed process left is replaced
+    temporary = path.with_name(f".{path.name}")  # a fixed name, so that the next write replaces a killed process's file
     try:
         with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Prompts that were read: which are kept, in memory and on disk, and which of them a new prompt begins with."""
+"""Keeps computed sequences in memory and on disk, and finds the longest prefix shared with a new prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(slots=True)
 class Parked:
-    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these."""
+    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these tokens."""
 
     tokens: list[int]
     state: bytes
@@ -59,7 +59,7 @@ class PrefixStore:
         return False
 
     def add(self, entry: Parked) -> None:
-        """Keep `entry`, and drop the entries that it extends, then the oldest ones over the budget."""
+        """Keep `entry`, drop the entries that it extends, then drop the least recently used down to the budget."""
         if entry.size > self.budget:
             return
         for key, old in list(self.entries.items()):
@@ -114,8 +114,8 @@ def decode_parked(data: bytes, key: str) -> Parked:
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
-    """Write a model's parked sequences, the most recently used last, in place of those that were there before. `tick`
-    is called before each."""
+    """Write a model's parked sequences, the most recently used last, and remove all other files of the folder. `tick`
+    is called before each write."""
     try:
         names = set()
         for order, entry in enumerate(entries):
@@ -132,7 +132,7 @@ def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callabl
 
 
 def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
-    """Read them back, the least recently used first. A damaged or foreign file is removed."""
+    """Read parked sequences back, the least recently used first. A damaged, foreign or oversized file is removed."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):

@@ -1,6 +1,6 @@
-"""What a decode costs on this machine, which decodes go together, and who decodes next.
+"""The cost of a decode on this machine, which sequences share a decode, and which worker decodes next.
 
-`Costs` are measured when a model is loaded for the first time, and learned from then on. The policy is pure.
+`Costs` are measured when a model is loaded for the first time, and adjusted from then on. The policy is pure.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CALIBRATION_SECONDS = 0.4  # spent on each size; at least one decode
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
 LEARNING_RATE = 0.3
-MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits what a single odd decode can do
+MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
 DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
 PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or the time of this many of its own tokens, if that is longer
-PREFILL_SECONDS = 2.0  # longest chunk when no stream is running: progress is reported after each
+PREFILL_SECONDS = 2.0  # longest chunk when no stream is running: progress is reported after each chunk
 
 
 class Costs:
     """Seconds of one `llama_decode` by its number of tokens: calibrated points, interpolated linearly.
 
     The table never changes, because grouping and drafting depend only on its proportions. `slowdown` is the measured
-    time of chunks divided by the table's. It grows with the length of the contexts, and matters where a chunk must not
-    take longer than some time.
+    time of chunks divided by the table's. The slowdown grows with the length of the contexts, and matters where a chunk
+    has a time limit.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
@@ -43,7 +43,7 @@ class Costs:
         self.slowdown = 1.0
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """A decode of `tokens` took `seconds`."""
+        """Adjust the slowdown: a decode of `tokens` took `seconds`."""
         if tokens >= LEARN_FROM_TOKENS:
             seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
             self.slowdown += LEARNING_RATE * (seen - self.slowdown)
@@ -56,8 +56,8 @@ class Costs:
         return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
     def beside(self, others: int, tokens: int) -> float:
-        """The share of one sequence in a decode of its `tokens` and one token of each of `others`, in seconds. Every
-        sequence pays an equal part of a decode of one token each; this one also pays for its further tokens."""
+        """One sequence's share, in seconds, of a decode of its `tokens` and one token of each of `others`. Every
+        sequence pays an equal part of a decode of one token each; this sequence also pays for its further tokens."""
         return self(others + tokens) - self(others + 1) * others / (others + 1)
 
     def longest(self, seconds: float) -> int:
@@ -66,7 +66,7 @@ class Costs:
 
 
 def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
-    """Which works (by index) share a `llama_decode`: those that cost less together than one after the other.
+    """Group works (by index) that cost less in one shared `llama_decode` than one after the other.
 
     Two single tokens may be slower together (0.5B) or faster (1.5B). A token beside a chunk is nearly free.
     """
@@ -83,17 +83,17 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
 
 
 def share_size(costs: Costs, token_seconds: float) -> int:
-    """How many tokens may be decoded at once while a stream waits that takes `token_seconds` for each of its own."""
+    """Maximum tokens of a decode that a stream has to wait for; the stream's own take `token_seconds` each."""
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
 def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None, costs: Costs) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
-    While streams are running, the chunk is limited by how long the fastest of them may pause; `token_seconds` is the
-    time of one of its tokens, None if there is no stream. Otherwise the chunk is at most twice as long as the shortest
-    prompt being read (`reading` has the missing tokens of each, including this one). A short prompt then does not wait
-    for a long one, and two of similar length are read in one decode.
+    While streams are running, the pause allowed to the fastest stream limits the chunk; `token_seconds` is the time of
+    one token of that stream, None if no stream is running. Otherwise the chunk is at most twice as long as the shortest
+    prompt being read (`reading` lists the missing tokens of each prompt, including this one). A short prompt then does
+    not wait for a long one, and two prompts of similar length are read in one decode.
     """
     if token_seconds is not None:
         return min(missing, share_size(costs, token_seconds))
@@ -101,11 +101,11 @@ def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None
 
 
 class Baton:
-    """What the workers of one process share: whose turn it is to compute.
+    """A lock shared by the workers of one process: only its holder computes.
 
     llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
-    one decode, and it is passed on in the order of asking. `active` has the workers with running sequences, and the
-    seconds that one token takes each of them.
+    one decode; the workers that wait get the baton in the order of asking. `active` maps each worker with running
+    sequences to its seconds per token.
     """
 
     def __init__(self) -> None:
@@ -132,14 +132,14 @@ class Baton:
                 self._held = False
 
     def note(self, worker: object, token_seconds: float | None) -> None:
-        """`worker` has running sequences, each token of which takes so long; None: it has none any more."""
+        """Record a running worker's seconds per token; None removes the record."""
         with self._lock:
             self.active.pop(worker, None)
             if token_seconds is not None:
                 self.active[worker] = token_seconds
 
     def fastest_other(self, worker: object) -> float | None:
-        """Seconds of one token of the fastest other worker that waits while this one computes; None: nobody does."""
+        """Seconds per token of the fastest other worker that waits while this one computes; None if none waits."""
         with self._lock:
             return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
 
@@ -159,7 +159,7 @@ def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], boo
 
 
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Measure and write the table. Returns an empty one if `give_up()` became true in between."""
+    """Measure the costs and write the table. Returns an empty table if the measurement was given up."""
     table = measure_costs(model, baton, give_up)
     if table:
         with contextlib.suppress(OSError):
@@ -168,7 +168,7 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several; an empty table if given up.
+    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several; empty if given up.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
@@ -185,7 +185,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             code = model.decode([(slot, [1] * size, size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code == ABORTED:  # by a stop, or by a cancelled job that came late
+        if code == ABORTED:  # by a stop, or by the late cancellation of a job
             return {}
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")

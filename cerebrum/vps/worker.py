@@ -1,4 +1,4 @@
-"""A thread that owns one loaded model, schedules its completions, drafts and keeps prefixes. Without HTTP:
+"""A thread that owns one loaded model, schedules completions, drafts tokens and keeps prefixes. To try without HTTP:
 
     import pathlib, queue
     from cerebrum.vps.llama import CompletionRequest, Settings, start_library
@@ -12,16 +12,16 @@
         batch = events.get()
         print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
-(A request that fails ends with an HttpError in the list.)
+(If the request fails, the last list ends with an HttpError.)
 
 Who owns what
-- One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Only a `Job`
-  crosses over, by the worker's inbox. Its events come back by a function of the job's, called by the worker's thread,
-  and a job that was submitted always gets a last one. A job is cancelled by a flag, and a running `llama_decode` by a
-  byte that llama.cpp's abort callback reads.
-- A worker is a scheduler over sequences. A sequence lives in a slot of the KV cache while it runs and until the slot is
-  needed. Then it is parked in a `PrefixStore` as bytes, which are also what is written to disk on unload.
-- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. One decodes at a time.
+- One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Other threads put
+  a `Job` into the worker's inbox. The worker's thread passes events to the job's `deliver`, and every submitted job
+  gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
+- A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then until the slot is
+  needed. Then the worker parks the sequence in a `PrefixStore` as bytes; unloading writes these bytes to disk.
+- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. The baton lets one model
+  decode at a time.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ from cerebrum.vps.prefixes import (
 from cerebrum.vps.schedule import DISTURBED, Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum_common import HttpError, log, request_id_var
 
-# A step of the worker that takes longer has hung: it takes at most a few seconds, or a multiple of what was measured.
+# A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 
 
@@ -96,15 +96,15 @@ class TextAssembler:
 # -------------------------------------------------------------------------------------------- IO: worker
 
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
-MAX_BACKLOG = 256  # deliveries that a client has not read yet, before its job pauses
-RESUME_BACKLOG = 64  # whoever reads the deliveries calls `Worker.wake` when so few are left
+MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
+RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 
 
 class Job:
     """A request on its way through a worker.
 
-    The worker's thread calls `deliver` with a list of events, the last of which is a done event or an HttpError. It
-    pauses the job while `unread()` is MAX_BACKLOG or more. `cancelled` is written by the other side only.
+    The worker's thread calls `deliver` with lists of events; the job's last event is a done event or an HttpError. The
+    thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other threads set `cancelled`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Job:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.prompt: list[int] = []
         self.max_tokens = request.max_tokens
-        self.heal = b""  # what the completion begins with and the client already has
+        self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
         self.request_id = request_id_var.get()
@@ -128,21 +128,21 @@ class Job:
 
 @dataclass(slots=True)
 class ModelTally(Tally):
-    """Totals of a model's completions and of the work on them, whether or not it is loaded. The worker's thread
-    writes all but the loads."""
+    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's thread writes all
+    fields except the three about loads."""
 
-    drafts: int = 0  # decodes of drafted tokens
+    drafts: int = 0  # decodes that checked a draft
     decodes: int = 0  # calls of llama_decode
-    decoded_sequences: int = 0  # in all of them
+    decoded_sequences: int = 0  # sequences per decode, summed over all decodes
     prompt_seconds: float = 0.0  # from the start of each completion to its first token
-    token_seconds: float = 0.0  # from there to its last token
+    token_seconds: float = 0.0  # from the first token of each completion to its last
     loads: int = 0
     failed_loads: int = 0
-    load_seconds: float = 0.0  # of those that succeeded
+    load_seconds: float = 0.0  # of the successful loads
 
 
 class Run:
-    """A job in its slot: what has been decoded, what is still to do, and the counters for the result."""
+    """A job in its slot: its state between decodes, and the counters for the result."""
 
     def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
         request, turns = job.request, job.request.messages or ()
@@ -194,7 +194,7 @@ class Run:
 
 @dataclass(slots=True)
 class Work:
-    """What one sequence wants of the next decode: tokens to append, the last `outputs` of them with logits."""
+    """One sequence's part in the next decode: tokens to append, the last `outputs` of them with logits."""
 
     run: Run
     tokens: list[int]
@@ -204,8 +204,8 @@ class Work:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    `ready` and `ended` are settled by the thread: `ready` when the model is loaded (or with the HttpError that tells
-    why not), `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
+    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if loading failed), and
+    `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
     """
 
     def __init__(
@@ -227,23 +227,23 @@ class Worker(threading.Thread):
         self.ended: Future[None] = Future()
         self.stopping = False
         self.load_progress = 0.0
-        self.memory_bytes = 0  # that loading added
+        self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.store = PrefixStore(settings.cache_mb * MB)
         self.slots = [Slot(i) for i in range(settings.sequences)]
         self.waiting: list[Job] = []
         self.tally = tally or ModelTally()
-        self.running: list[Run] = []  # in the llama_decode that is under way; written by the thread, read by all
-        self.due = math.inf  # when the step that is under way must have ended; monotonic; written by the thread
-        self._door = threading.Lock()  # between a job that is handed over and the end of the thread
+        self.running: list[Run] = []  # sequences in the current llama_decode; written by the thread, read by all
+        self.due = math.inf  # deadline of the current step; monotonic; written by the thread
+        self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
         self._closed = False
         self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
 
     # -- called by any other thread
 
     def prepare(self, job: Job) -> Job:
-        """Turn the job's prompt into tokens, once the model is loaded. HttpError 400 with the figures if they do not
-        fit into the context. A megabyte of text takes a second: an event loop leaves this to a thread."""
+        """Wait until the model is loaded, then tokenize the job's prompt. HttpError 400 with the counts if the prompt
+        does not fit into the context. A megabyte of text takes a second, so an event loop must use a thread."""
         self.ready.result()
         assert self.llama
         job.prompt, job.heal = self.llama.encode(job.request)
@@ -267,7 +267,7 @@ class Worker(threading.Thread):
             return self.llama.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
-        """Hand a prepared job over; its events begin to arrive."""
+        """Hand over a prepared job; its events begin to arrive."""
         job.progress("queued", 0, 1)
         job.submitted = time.monotonic()
         with self._door:
@@ -277,7 +277,7 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Nobody wants the job's result any more. A decode that works for cancelled jobs alone is aborted."""
+        """Cancel a job whose result nobody wants any more. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
         self.inbox.put(None)
         running = self.running
@@ -285,11 +285,11 @@ class Worker(threading.Thread):
             self.llama.abort()
 
     def wake(self) -> None:
-        """A paused job's client has read on."""
+        """Call this when the client of a paused job has read on."""
         self.inbox.put(None)
 
     def stop(self) -> None:
-        """End the thread soon, without waiting for it; sequences are saved to disk first."""
+        """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
         self.stopping = True
         self.inbox.put(None)
         if self.llama:
@@ -310,7 +310,7 @@ class Worker(threading.Thread):
                 self.ready.set_result(None)
                 self._serve()
             self._close()
-            if failure is not None:  # only now, when its memory is free
+            if failure is not None:  # only now that the model's memory is free
                 self.ready.set_exception(failure)
         finally:
             self.due = math.inf
@@ -319,7 +319,7 @@ class Worker(threading.Thread):
             self.ended.set_result(None)
 
     def _load_logged(self) -> HttpError | None:
-        """Load the model; why that failed, if it did."""
+        """Load the model; return the error if loading fails."""
         try:
             self._load()
         except Exception as error:
@@ -364,7 +364,7 @@ class Worker(threading.Thread):
         )  # fmt: skip
 
     def _open(self) -> Llama:
-        """The model from the tuned file, or from the published one if that is what works."""
+        """Load the tuned file, or the published one if there is no tuned file or loading it fails."""
 
         def progress(done: float) -> bool:
             self.load_progress = done
@@ -393,7 +393,7 @@ class Worker(threading.Thread):
         return self.settings.state_dir / "kv" / self.model
 
     def _close(self) -> None:
-        """Answer every job, save the parked sequences, free the model: each step even if the one before it fails."""
+        """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
         with self._door:
             self._closed = True
         self.baton.note(self, None)
@@ -433,7 +433,7 @@ class Worker(threading.Thread):
         return [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
 
     def _turn(self) -> None:
-        """Take what came, let every sequence say what it wants next, and decode that in the cheapest grouping."""
+        """Start new jobs, collect the next work of every sequence, and decode the works in the cheapest grouping."""
         self._take()
         runs = self._runs()
         self.baton.note(self, self.costs(1) if runs else None)
@@ -455,8 +455,8 @@ class Worker(threading.Thread):
                 self._step(members)
 
     def _take(self) -> None:
-        """Start the jobs that have come, and repeat until the inbox is empty: more may come while a sequence is parked,
-        which takes milliseconds."""
+        """Start the jobs in the inbox until the inbox is empty. More jobs may arrive while a sequence is parked, which
+        takes milliseconds."""
         while True:
             self.waiting += self._drain()
             self._drop_cancelled()
@@ -465,8 +465,8 @@ class Worker(threading.Thread):
                 return
 
     def _wait(self) -> Job | None:
-        """The next job, or None for a mere wake-up. Idle sequences are stored after STORE_SECONDS of quiet, when no
-        request has to wait for that: one of 3,500 tokens takes a fifth of a second."""
+        """The next job, or None for a mere wake-up. Idle sequences are stored only after STORE_SECONDS of quiet,
+        because storing 3,500 tokens takes a fifth of a second and no request should wait for the storing."""
         with contextlib.suppress(queue.Empty):
             return self.inbox.get(timeout=STORE_SECONDS)
         for slot in self.slots:
@@ -479,7 +479,7 @@ class Worker(threading.Thread):
             self.due = time.monotonic() + STEP_SECONDS
 
     def _recalibrate(self) -> None:
-        """Calibrate again if the last calibration ran on a busy machine, and nobody waits here or at another model."""
+        """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
         assert self.llama
         busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
         if self.costs.slowdown > DISTURBED or busy:
@@ -509,12 +509,12 @@ class Worker(threading.Thread):
                 self._start(job, free)
             except Exception:
                 log.exception("request %s could not be started", job.request_id)
-                for slot in free:  # whatever was half done there
+                for slot in free:  # any of them may be half prepared
                     self._forget(slot)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _prefix_is_coming(self, prompt: list[int]) -> bool:
-        """Whether a running prefill will soon have computed more of this prompt than anything has now."""
+        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
         leaders = [slot.run for slot in self.slots if slot.run and slot.run.prefilling]
         have = max(common_prefix(slot.tokens, prompt) for slot in self.slots)
         have = max(have, self.store.best(prompt)[1])
@@ -524,7 +524,7 @@ class Worker(threading.Thread):
         )
 
     def _start(self, job: Job, free: list[Slot]) -> None:
-        """Give the job a slot that holds as much of its prompt as is known anywhere; the rest is prefilled."""
+        """Give the job a slot with the longest known prefix of its prompt; the rest of the prompt is prefilled."""
         assert self.llama
         prompt = job.prompt
         entry, stored = self.store.best(prompt)
@@ -584,14 +584,14 @@ class Worker(threading.Thread):
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _pace(self, own: bool) -> float | None:
-        """Seconds of one token of the fastest stream that waits for a decode, of this model (`own`) or of another."""
+        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
         paces = [self.costs(1)] * own
         if (other := self.baton.fastest_other(self)) is not None:
             paces.append(other)
         return min(paces, default=None)
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
-        """How many streams' tokens will share this one's decode: more tokens then cost less than they would alone."""
+        """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
         if run.sampler.exact:
             return 0
         streams = sum(not (other is run or other.prefilling or other.sampler.exact) for other in runs)
@@ -617,7 +617,7 @@ class Worker(threading.Thread):
         return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
 
     def _step(self, works: list[Work]) -> None:
-        """One llama_decode and what follows from it for each of its sequences."""
+        """Run one llama_decode and handle its result for each sequence."""
         assert self.llama
         self.llama.abort_flag[0] = b"\x00"
         try:
@@ -650,12 +650,12 @@ class Worker(threading.Thread):
             self._flush(work.run)
 
     def _after_failure(self, works: list[Work], code: int) -> None:
-        """The decode was aborted, or llama.cpp could not do it."""
+        """Handle a decode that was aborted or that llama.cpp could not do."""
         assert self.llama
         for work in works:
             slot = work.run.slot
-            if work.run.prefilling:  # what was read before the abort stays useful as a prefix
-                # But not the prompt's last token: its logits are missing, so it has to be decoded again.
+            if work.run.prefilling:  # the tokens read before the abort stay useful as a prefix
+                # The prompt's last token is left out: its logits are missing, so it must be decoded again.
                 read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
                 self.tally.prompt_tokens += max(0, read)
@@ -666,7 +666,7 @@ class Worker(threading.Thread):
 
     @contextlib.contextmanager
     def _blamed_on(self, run: Run) -> Iterator[None]:
-        """What goes wrong with one request ends that one alone."""
+        """An exception in the work for one request ends that request alone."""
         try:
             yield
         except Exception:
@@ -688,12 +688,12 @@ class Worker(threading.Thread):
         run.pending = self._sample(run, base + len(work.tokens) - 1)
         ended = self._emit(run, run.pending)
         self._flush(run)
-        if not ended:  # only now: it takes a millisecond for each thousand tokens
+        if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:
-        """Accept drafted tokens as long as the target's own choice at each position is the drafted one."""
+        """Accept drafted tokens as long as each equals the model's own choice at its position."""
         assert self.llama
         run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
         before, streak = run.generated, run.drafter.streak if run.drafter else 0
@@ -733,7 +733,7 @@ class Worker(threading.Thread):
         piece = self.llama.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
-        counts = bool(piece) or not known  # a token that repeats what the client has does not
+        counts = bool(piece) or not known  # a token that only repeats text of the client's does not count
         run.generated += counts
         self.tally.tokens += counts
         if run.drafter:
@@ -760,12 +760,12 @@ class Worker(threading.Thread):
 
     def _fail(self, run: Run, error: HttpError) -> None:
         if run.slot.run is not run:
-            return  # it has had its last event
+            return  # the run has had its last event
         run.outbox.append(error)
         self._release(run, error.code)
 
     def _release(self, run: Run, reason: str) -> None:
-        """The slot is idle again; its sequence stays, as a prefix of what may come."""
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
         run.slot.run = None
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
@@ -778,7 +778,7 @@ class Worker(threading.Thread):
         self._flush(run)
 
     def _flush(self, run: Run) -> None:
-        """Deliver what is in the outbox."""
+        """Deliver the events in the outbox."""
         if run.outbox:
             events, run.outbox = run.outbox, []
             run.job.deliver(events)
