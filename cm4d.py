@@ -253,7 +253,7 @@ MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8
 MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
 
 
-REASONS = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
+FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
 
 
 class Gateway:
@@ -486,7 +486,7 @@ class Gateway:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
         told = read_result(done)
         job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
-        job.came.reason = reason if reason in REASONS else "other"
+        job.came.reason = reason if reason in FINISHED else "other"
         self.counting.work(job, told)
         self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # one event may hold several
         backend.prompts.learn(job, told)

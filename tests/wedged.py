@@ -39,7 +39,7 @@ class Wedged(llama.Llama):
         return super().decode(parts)
 
 
-llama.Llama = Wedged  # type: ignore[misc]
+vps_worker.Llama = Wedged  # type: ignore[misc]
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a test aborts this process: no dump of all weights

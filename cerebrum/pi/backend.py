@@ -126,7 +126,7 @@ class Came:
     size: int = 0  # bytes of text events
     first: float = 0.0  # when the first token came, on the clock of `Job.started`
     last: float = 0.0  # when the backend reported the answer as complete
-    reason: str = ""  # why the answer ended: one of cm4d.py's REASONS, "other", or SUPERSEDED
+    reason: str = ""  # why the answer ended: one of cm4d.py's FINISHED, "other", or SUPERSEDED
 
 
 @dataclass(slots=True, eq=False)

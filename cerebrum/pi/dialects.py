@@ -3,7 +3,7 @@
 A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, the
 request in fields like those of our own API (`Asked`), and the answer in the client's format (`Reply`), whole or as a
 stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content of
-each event of its stream (`Piece`).
+each event of its stream (`Delta`).
 
     >>> from cerebrum.pi.dialects import INFILL
     >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
@@ -43,30 +43,30 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a time limit; longer limits are lowered
 ANY_SEED = 2**32 - 1  # llama.cpp's value for no seed
 MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest token
-TEXT, COUNT, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
+TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
-NAME = Field(str, 0, MAX_NAME, "")  # of a file
+FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
 SAMPLING = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
-    "n_predict": COUNT,  # llama.vim sends it to /v1/chat/completions, too
+    "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
 }
-OPENAI_FIELDS = SAMPLING | {"max_tokens": COUNT, "max_completion_tokens": COUNT}
-TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": NAME}
+OPENAI_FIELDS = SAMPLING | {"max_tokens": INTEGER, "max_completion_tokens": INTEGER}
+TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": FILE_NAME}
 LLAMA_FIELDS = SAMPLING | {
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
     "t_max_prompt_ms": Field(int, -math.inf, default=0),
     "t_max_predict_ms": Field(int, -math.inf, default=0),
-    "filename": NAME,
+    "filename": FILE_NAME,
 }
 INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
-EXTRA = {"filename": NAME, "text": TEXT}
+EXTRA = {"filename": FILE_NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
@@ -338,9 +338,9 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 # ------------------------------------------------------------------------------------------------ replies
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
-TOKEN = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
+TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
-DONE = sse_block(b"[DONE]")
+DONE_EVENT = sse_block(b"[DONE]")
 
 
 def sse(data: Mapping[str, Any]) -> bytes:
@@ -348,7 +348,7 @@ def sse(data: Mapping[str, Any]) -> bytes:
 
 
 def template(data: Mapping[str, Any]) -> bytes:
-    """An event with a place for the token, for `TOKEN.sub`."""
+    """An event with a place for the token, for `TOKEN_TEXT.sub`."""
     return sse(data).replace(compact(SLOT), rb"\1")
 
 
@@ -381,7 +381,7 @@ class Reply:
 
     def text(self, tokens: bytes) -> bytes:
         """The events for a block of whole native token events."""
-        return TOKEN.sub(self.template, tokens)
+        return TOKEN_TEXT.sub(self.template, tokens)
 
     def end(self, result: Mapping[str, Any]) -> bytes:
         """The events after the last text, for a native result."""
@@ -412,7 +412,7 @@ class OpenAIReply(Reply):
     def end(self, result: Mapping[str, Any]) -> bytes:
         last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
         counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
-        return last + counts + DONE
+        return last + counts + DONE_EVENT
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         more = {"usage": usage(result), **told(result)}
@@ -562,7 +562,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Delta:
     """The content of one event of an engine's stream."""
 
     text: str = ""
@@ -637,12 +637,12 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
+FINISH_REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
 
 
 def read_reason(value: Any) -> str | None:
     """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is incomplete."""
-    return REASONS.get(value, "stop") if isinstance(value, str) and value else None
+    return FINISH_REASONS.get(value, "stop") if isinstance(value, str) and value else None
 
 
 MILLISECONDS = Field(float, 0, 10**12)
@@ -684,24 +684,24 @@ def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
     return members_of(choices[0]) if isinstance(choices, list) and choices else {}
 
 
-def read_text_event(members: Mapping[str, Any]) -> Piece:
+def read_text_event(members: Mapping[str, Any]) -> Delta:
     """An event of /v1/completions."""
     choice = read_choice(members)
-    return Piece(text_of(choice.get("text")), read_reason(choice.get("finish_reason")))
+    return Delta(text_of(choice.get("text")), read_reason(choice.get("finish_reason")))
 
 
-def read_chat_event(members: Mapping[str, Any]) -> Piece:
+def read_chat_event(members: Mapping[str, Any]) -> Delta:
     """An event of /v1/chat/completions. A model's thoughts before its answer are not part of the answer."""
     choice = read_choice(members)
     delta = members_of(choice.get("delta", choice.get("message")))
     thought = delta.get("reasoning_content") or delta.get("reasoning")
-    return Piece(text_of(delta.get("content")), read_reason(choice.get("finish_reason")), bool(thought))
+    return Delta(text_of(delta.get("content")), read_reason(choice.get("finish_reason")), bool(thought))
 
 
-def read_llama_event(members: Mapping[str, Any]) -> Piece:
+def read_llama_event(members: Mapping[str, Any]) -> Delta:
     """An event of llama-server's own calls."""
     reason = read_reason(members.get("stop_type")) or "stop" if members.get("stop") is True else None
-    return Piece(text_of(members.get("content")), reason)
+    return Delta(text_of(members.get("content")), reason)
 
 
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -756,7 +756,7 @@ class Dialect:
     read: Callable[[Mapping[str, Any]], Asked]
     reply: type[Reply]
     write: Callable[[Wanted], dict[str, Any]]
-    read_event: Callable[[Mapping[str, Any]], Piece]
+    read_event: Callable[[Mapping[str, Any]], Delta]
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.

@@ -25,7 +25,7 @@ from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, read_counts, read_
 from cerebrum.pi.upstream import (
     COUNT,
     ENGINE_RESULT,
-    EVENTS,
+    EVENT_STREAM,
     LONG_PROMPT,
     Answer,
     BackendFailure,
@@ -204,7 +204,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
     now = asyncio.get_running_loop().time
     events, life, ended = Events(), 0, 0.0  # `ended`: when the engine ended its text
     spoke = lived = now()  # when the client last got something; when the engine last made progress
-    while not await upstream.begin(answer, ALIVE_SECONDS, EVENTS):
+    while not await upstream.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
         if now() - lived > READING_SECONDS:
             raise BackendFailure("it did not answer in time")
         yield "idle", None

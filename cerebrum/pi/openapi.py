@@ -163,9 +163,10 @@ def native_request(fields: Mapping[str, Field], models: Sequence[Model]) -> Sche
 
 TIME = "2025-12-25T12:00:00.000000"
 STATE = {"id": "vps", "available": True, "message": ""}
-RESULT = {"language": "python", "model": "qwen_7b", "total_tokens": 4, "inference_time": 0.25, "timestamp": TIME,
-          "mode": "complete", "finish_reason?": "stop", "prompt_tokens?": 16, "ttft?": 0.1, "backend?": "vps",
-          "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
+EXAMPLE_RESULT = {
+    "language": "python", "model": "qwen_7b", "total_tokens": 4, "inference_time": 0.25, "timestamp": TIME,
+    "mode": "complete", "finish_reason?": "stop", "prompt_tokens?": 16, "ttft?": 0.1, "backend?": "vps",
+    "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
 STATS = {"uptime": 1.5, "requests_total": 1, "requests_active": 0, "vps_available": True,
          "vps_response_time_ms": (12.5, None), "memory_mb": 25.5, "load_avg": [0.5], "backends": [STATE]}  # fmt: skip
 LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "parameters": "7B", "quantization": "Q4",
@@ -173,7 +174,7 @@ LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "paramete
 MODEL = dialects.write_model("qwen_7b", 1)
 ANSWERS: dict[str, dict[str, Any]] = {  # the JSON of our own API, by the last part of a path
     "health": {"status": "healthy", "timestamp": TIME, "vps_available": True, "uptime": 1.5, "backends": [STATE]},
-    "complete": {"completion": "a + b", **RESULT},
+    "complete": {"completion": "a + b", **EXAMPLE_RESULT},
     "models": {"models": [LISTED], "vps_available": True, "languages": [{"id": "python"}], "data": [MODEL]},
     "{id}": MODEL,
     "stats": STATS,
@@ -182,9 +183,9 @@ ANSWERS: dict[str, dict[str, Any]] = {  # the JSON of our own API, by the last p
     "props": dialects.write_props("qwen_7b", 4096, 2),
     "tokenize": {"tokens": [1]},
 }
-TOKEN = {"token": "a", "total_tokens": 1}
+EXAMPLE_TOKEN = {"token": "a", "total_tokens": 1}
 ERROR = {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"}
-EVENTS = (TOKEN, {"progress": {"stage": "load"}}, {"done": True, **RESULT}, ERROR)
+EXAMPLE_EVENTS = (EXAMPLE_TOKEN, {"progress": {"stage": "load"}}, {"done": True, **EXAMPLE_RESULT}, ERROR)
 
 
 def stream_of(schemas: Sequence[Schema], last: Sequence[str] = ()) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def dialect_content(dialect: Dialect) -> dict[str, Any]:
     _, request, example = REQUESTS[dialect]
     asked = dialect.read(example | {"stream_options": {"include_usage": True}})
     reply, result = dialect.reply(asked, "id", 1, {"model": "qwen_7b", "n_ctx": 4096}), {"total_tokens": 4}
-    stream = reply.begin() + reply.text(common.sse_event(TOKEN)) + reply.end(result)
+    stream = reply.begin() + reply.text(common.sse_event(EXAMPLE_TOKEN)) + reply.end(result)
     data = [event[6:].decode() for event in stream.split(b"\n\n")[:-1]]
     full = "response_fields" not in request["properties"]
     events = [like(json.loads(text), full) for text in data if text.startswith("{")]
@@ -213,7 +214,7 @@ def content_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
     if dialect:
         return dialect_content(dialect)
     if last == "stream":
-        return stream_of([like(event) for event in EVENTS])
+        return stream_of([like(event) for event in EXAMPLE_EVENTS])
     if last in ANSWERS:
         return {"application/json": {"schema": like(ANSWERS[last])}}
     return {"text/plain" if last == "metrics" else "text/html": {"schema": STRING}}

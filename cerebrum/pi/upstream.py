@@ -157,7 +157,7 @@ EXPLAINED = {
     421: "VPS backend does not know the name it was asked by: add the host of its URL to"
     " CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
-CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
@@ -167,7 +167,7 @@ def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
     if not isinstance(members, dict) or members.get("error") is not True:
         return None
     message, code = members.get("message"), members.get("code")
-    if not isinstance(message, str) or not isinstance(code, str) or not CODE.fullmatch(code):
+    if not isinstance(message, str) or not isinstance(code, str) or not ERROR_CODE.fullmatch(code):
         return None
     message = CONTROLS.sub(" ", message)
     message = message.replace(key, "***") if key else message  # before the cut, which could leave half a key
@@ -321,11 +321,11 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
 
 # Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed untouched. Any other valid
 # event is parsed, which costs microseconds. The possessive `++` keeps the regex from backtracking into a long run.
-TOKEN = (
+TOKEN_EVENT = (
     rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
-TOKENS = re.compile(rb"(?:%b)++" % TOKEN)
+TOKENS = re.compile(rb"(?:%b)++" % TOKEN_EVENT)
 BOM = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
@@ -645,7 +645,7 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
         raise BackendFailure(malformed) from None
 
 
-EVENTS, JSON = "text/event-stream", "application/json"
+EVENT_STREAM, JSON = "text/event-stream", "application/json"
 Connection = tuple[Reader, asyncio.Transport]
 
 
@@ -751,7 +751,7 @@ class Upstream:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
-        kind: str = EVENTS,
+        kind: str = EVENT_STREAM,
         seconds: float | None = None,
     ) -> AsyncIterator[Answer]:
         """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over

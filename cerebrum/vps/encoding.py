@@ -401,7 +401,7 @@ def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEM
     return Agreement(sum(divergences) / len(divergences), same / len(divergences), len(divergences))
 
 
-Report = Callable[[str, int, int], None]  # label, done, total
+Progress = Callable[[str, int, int], None]  # label, done, total
 
 
 def compare(variants: Mapping[Any, Variant], read: int, step: Callable[[], None]) -> dict[Any, Timing]:
@@ -427,7 +427,7 @@ class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
     def __init__(
-        self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Report
+        self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Progress
     ) -> None:
         self.file, self.sha256, self.settings, self.folder = file, sha256, settings, folder
         self.room, self.fast, self.report = room, fast, report
@@ -609,7 +609,7 @@ def tune(
     sha256: str,
     settings: Settings,
     room: int,
-    report: Report,
+    report: Progress,
     *,
     fast: bool = False,
     dry_run: bool = False,
