@@ -21,7 +21,7 @@ count; the rest is absent.
 Pure: no socket, no clock, no state. Standard library only. The clients' formats come from their sources (llama.vim,
 llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's documentation and
 from OpenAI's. The engines' formats come from the documentation of llama-server, vLLM, SGLang, TGI, Ollama and OpenAI,
-and from the answers of the first two llama.cpp servers.
+and from the answers of llama-server and of llama-cpp-python's server.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The Pi's HTTP client for backends: their settings, one request and its answer, and the events of our own vpsd.
 
-A backend is not trusted. Inexact framing or JSON is refused, and so is a stream that ends without its done event. Only
-error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`. `relay` turns a vpsd's
-stream into pairs of (kind, value); `Gateway.complete` in cm4d.py lists the kinds. Runs of token events are passed on
-without being parsed.
+A backend is not trusted. Inexact framing is refused, and so are a vpsd's inexact JSON and a stream that ends without
+its done event. Only error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`.
+`relay` turns a vpsd's stream into pairs of (kind, value); `Gateway.complete` in cm4d.py lists the kinds. Runs of token
+events are passed on without being parsed.
 
 An `Upstream` owns its spare connection; every other connection belongs to the one request it was opened for. `Loop`
 owns the cache of resolved names. Standard library only.
