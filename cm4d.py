@@ -251,8 +251,6 @@ def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8 MB of tokens
 MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
-
-
 FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
 
 
@@ -466,8 +464,6 @@ class Gateway:
                 if job.came.tokens or is_last or not isinstance(error, TooLong):
                     raise
                 limits = backend.prompts.refit(job, error)
-
-    # Following a completion in a dialect.
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
