@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, run, until
+from harness import ROOT, until
 from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
 
 from cerebrum.pi import backend as pi_backend
@@ -550,26 +550,23 @@ def result_of(reply: Any) -> dict[str, Any]:
         ("llama.cpp", LLAMA_SERVER, "ab", {"prompt_tokens": 9, "total_tokens": 2}, "/completion"),
     ],
 )
-def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
-    async def scenario() -> None:
-        async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, True)
-            assert "".join(event["token"] for event in reply.events if "token" in event) == text
-            assert result_of(reply) == {
-                "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
-                "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
-            }  # fmt: skip
-            whole = await pi.complete()
-            assert (whole.status, whole.json["completion"]) == (200, text)
-            line, headers, body = backend.asked[-1]
-            assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
-            assert headers["authorization"] == "Bearer gpu-key"
-            assert "x-api-key" not in headers
-            listed = (await pi.get("/v1/models")).json["models"][3]
-            assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
-
-    run(scenario())
+async def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
+    async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, True)
+        assert "".join(event["token"] for event in reply.events if "token" in event) == text
+        assert result_of(reply) == {
+            "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
+            "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
+        }  # fmt: skip
+        whole = await pi.complete()
+        assert (whole.status, whole.json["completion"]) == (200, text)
+        line, headers, body = backend.asked[-1]
+        assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
+        assert headers["authorization"] == "Bearer gpu-key"
+        assert "x-api-key" not in headers
+        listed = (await pi.get("/v1/models")).json["models"][3]
+        assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
 
 
 @pytest.mark.parametrize(
@@ -591,17 +588,14 @@ def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], pa
         ([answer(429, {})], 429, "too many requests", False),
     ],
 )
-def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
-    async def scenario() -> None:
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
-            reply = await pi.complete()
-            assert reply.status == status
-            assert part in reply.json["message"]
-            assert "boom" not in reply.json["message"]
-            assert len(backend.completions) == 1
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
-
-    run(scenario())
+async def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
+        reply = await pi.complete()
+        assert reply.status == status
+        assert part in reply.json["message"]
+        assert "boom" not in reply.json["message"]
+        assert len(backend.completions) == 1
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
 
 
 @pytest.mark.parametrize(
@@ -615,171 +609,134 @@ def test_a_fault_before_the_first_token(script: Any, status: int, part: str, cou
         ([chunk(b"data: {oops\n\n")], "not JSON"),
     ],
 )
-def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, chunk(text_chunk("1")), *rest]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, False)
-            token, error = reply.events
-            assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
-            assert part in error["message"]
-            assert len(backend.completions) == 1
-
-    run(scenario())
+async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
+    script = [CHUNKED, chunk(text_chunk("1")), *rest]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        token, error = reply.events
+        assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
+        assert part in error["message"]
+        assert len(backend.completions) == 1
 
 
-def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
+async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
     """Else it would stay shut out as long as its other answers run."""
-
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            first = pi.gateway.fleet.first
-            _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            await backend.begun.wait()
-            for _ in range(breaker.FAILURES_TO_OPEN):
-                first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
-            await first.probe()
-            assert first.breaker.state == "half-open"
-            writer.transport.abort()
-
-    run(scenario())
+    async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        first = pi.gateway.fleet.first
+        _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        await backend.begun.wait()
+        for _ in range(breaker.FAILURES_TO_OPEN):
+            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+        await first.probe()
+        assert first.breaker.state == "half-open"
+        writer.transport.abort()
 
 
-def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
-
-    async def scenario() -> None:
-        whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
-        scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
-        async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            for _ in scripts:
-                reply = await pi.complete()
-                assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+    whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
+    scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
+    async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        for _ in scripts:
+            reply = await pi.complete()
+            assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 @pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
-def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        async with (
-            Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend,
-            pi_for(engine(backend.port)) as pi,
-        ):
-            reply = await pi.complete()
-            assert (reply.status, reply.json["message"]) == (
-                503,
-                "VPS backend is unavailable (it did not answer in time)",
-            )
-
-    run(scenario())
+    async with (
+        Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend,
+        pi_for(engine(backend.port)) as pi,
+    ):
+        reply = await pi.complete()
+        assert (reply.status, reply.json["message"]) == (
+            503,
+            "VPS backend is unavailable (it did not answer in time)",
+        )
 
 
-def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And its client gets a comment now and then."""
     monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought = chunk(chat_chunk(reasoning_content="hm"))
     end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
-
-    async def scenario() -> None:
-        gates = [asyncio.Event() for _ in range(12)]
-        steps = [step for gate in gates for step in (gate.wait, thought)]
-        async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            body = {"prompt": "x", "instruction": "y", "language": "python"}
-            reader, writer = await pi.open("POST", "/v1/complete/stream", body)
-            for gate in gates:
-                await reader.readuntil(b"\n\n\r\n")  # a comment
-                gate.set()
-            assert b'"token": "x = 1' in await reader.read()
-            writer.close()
-
-    run(scenario())
+    gates = [asyncio.Event() for _ in range(12)]
+    steps = [step for gate in gates for step in (gate.wait, thought)]
+    async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        body = {"prompt": "x", "instruction": "y", "language": "python"}
+        reader, writer = await pi.open("POST", "/v1/complete/stream", body)
+        for gate in gates:
+            await reader.readuntil(b"\n\n\r\n")  # a comment
+            gate.set()
+        assert b'"token": "x = 1' in await reader.read()
+        writer.close()
 
 
-def test_what_follows_the_natural_end_is_not_waited_for() -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.stream(prompt="def add(a, b):\n")
-            assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
-            assert result_of(reply)["finish_reason"] == "block"
-            await asyncio.wait_for(backend.left.wait(), 30)
-            assert len(pi.gateway.active) == 0
-
-    run(scenario())
+async def test_what_follows_the_natural_end_is_not_waited_for() -> None:
+    script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.stream(prompt="def add(a, b):\n")
+        assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
+        assert result_of(reply)["finish_reason"] == "block"
+        await asyncio.wait_for(backend.left.wait(), 30)
+        assert len(pi.gateway.active) == 0
 
 
-def test_a_client_that_leaves_ends_the_engines_work() -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, chunk(text_chunk("1")), HANG]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-            await reader.readuntil(b"1}\n\n")
-            writer.transport.abort()
-            await asyncio.wait_for(backend.left.wait(), 30)
-            await until(lambda: len(pi.gateway.active) == 0)
-
-    run(scenario())
+async def test_a_client_that_leaves_ends_the_engines_work() -> None:
+    script = [CHUNKED, chunk(text_chunk("1")), HANG]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        await reader.readuntil(b"1}\n\n")
+        writer.transport.abort()
+        await asyncio.wait_for(backend.left.wait(), 30)
+        await until(lambda: len(pi.gateway.active) == 0)
 
 
-def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head comes only when it has read the prompt; then it pauses again."""
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        heads, rest = asyncio.Event(), asyncio.Event()
-        script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            for gate in (heads, rest):
-                await reader.readuntil(b"\n\n\r\n")  # a comment
-                gate.set()
-            body = await reader.read()
-            assert body.count(b'"token"') == 2
-            assert b'"done": true' in body
-            writer.close()
-
-    run(scenario())
+    heads, rest = asyncio.Event(), asyncio.Event()
+    script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        for gate in (heads, rest):
+            await reader.readuntil(b"\n\n\r\n")  # a comment
+            gate.set()
+        body = await reader.read()
+        assert body.count(b'"token"') == 2
+        assert b'"done": true' in body
+        writer.close()
 
 
-def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     monkeypatch.setattr(engines, "READING_SECONDS", 0.5)
     monkeypatch.setattr(pi_backend, "READING_SECONDS", 0.5)
-
-    async def scenario() -> None:
-        async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert "did not answer in time" in (await pi.complete()).json["message"]
-            assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
-
-    run(scenario())
+    async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert "did not answer in time" in (await pi.complete()).json["message"]
+        assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
 
 
-def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
     message = (
         "This model's maximum context length is 256 tokens. However, you requested 900 tokens (800 in the messages)"
     )
     refused = answer(400, {"error": {"message": message}})
-
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
-        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            prompt = "x = 1\n" * 400
-            assert (await pi.complete(prompt=prompt)).status == 200
-            first, second = backend.completions
-            assert first["prompt"] == prompt
-            assert len(second["prompt"]) < len(prompt) / 2
-            assert second["max_tokens"] < 256
-            assert (await pi.complete(prompt=prompt)).status == 200
-            assert len(backend.completions) == 3, "the context's length was forgotten"
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
-
-    run(scenario())
+    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        prompt = "x = 1\n" * 400
+        assert (await pi.complete(prompt=prompt)).status == 200
+        first, second = backend.completions
+        assert first["prompt"] == prompt
+        assert len(second["prompt"]) < len(prompt) / 2
+        assert second["max_tokens"] < 256
+        assert (await pi.complete(prompt=prompt)).status == 200
+        assert len(backend.completions) == 3, "the context's length was forgotten"
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
 
 
 @pytest.mark.parametrize(
@@ -792,58 +749,44 @@ def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
         ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
     ],
 )
-def test_what_a_refusal_says_of_the_context_may_be_misread(told: dict[str, Any], message: str, n_ctx: int) -> None:
+async def test_what_a_refusal_says_of_the_context_may_be_misread(
+    told: dict[str, Any], message: str, n_ctx: int
+) -> None:
     """The prompt is fitted once more, shorter, and a length in a known sentence counts until the next list."""
-
-    async def scenario() -> None:
-        refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
-        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
-        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-            first, second = (len(asked["prompt"]) for asked in backend.completions)
-            assert 0.1 * first < second < 0.9 * first
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-    run(scenario())
+    refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
+    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
+        first, second = (len(asked["prompt"]) for asked in backend.completions)
+        assert 0.1 * first < second < 0.9 * first
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
-    async def scenario() -> None:
-        refused = answer(400, {"error": {"message": LONG_MESSAGE}})
-        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
-        async with (
-            Backend([[refused]], models=listed) as short,
-            Backend() as own,
-            pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
-        ):
-            reply = await pi.complete(prompt="x = 1\n" * 300)
-            assert (reply.status, reply.json["backend"]) == (200, "own")
-            assert (len(short.completions), len(own.completions)) == (2, 1)
-
-    run(scenario())
+async def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
+    refused = answer(400, {"error": {"message": LONG_MESSAGE}})
+    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+    async with (
+        Backend([[refused]], models=listed) as short,
+        Backend() as own,
+        pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
+    ):
+        reply = await pi.complete(prompt="x = 1\n" * 300)
+        assert (reply.status, reply.json["backend"]) == (200, "own")
+        assert (len(short.completions), len(own.completions)) == (2, 1)
 
 
-def test_an_impossible_count_teaches_nothing() -> None:
-    async def scenario() -> None:
-        counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
-        async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
-            assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
-
-    run(scenario())
+async def test_an_impossible_count_teaches_nothing() -> None:
+    counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
+    async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
+        assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
-def test_a_list_that_is_not_strict() -> None:
+async def test_a_list_that_is_not_strict() -> None:
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-
-    async def scenario() -> None:
-        whole = (
-            head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
-        )
-        async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    whole = head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
+    async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete()).status == 200
 
 
 @pytest.mark.parametrize(
@@ -853,23 +796,17 @@ def test_a_list_that_is_not_strict() -> None:
         (head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000, "does not have this model"),
     ],
 )
-def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
-    async def scenario() -> None:
-        async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert part in (await pi.complete()).json["message"]
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+async def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
+    async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert part in (await pi.complete()).json["message"]
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
-def test_an_engine_that_asks_for_patience_is_there() -> None:
-    async def scenario() -> None:
-        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            backend.models = answer(429, {})
-            await pi.gateway.fleet.first.probe()
-            assert pi.gateway.fleet.available
-
-    run(scenario())
+async def test_an_engine_that_asks_for_patience_is_there() -> None:
+    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        backend.models = answer(429, {})
+        await pi.gateway.fleet.first.probe()
+        assert pi.gateway.fleet.available
 
 
 @pytest.mark.parametrize(
@@ -881,83 +818,66 @@ def test_an_engine_that_asks_for_patience_is_there() -> None:
         ("llama.cpp", {}, {}, 512),
     ],
 )
-def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
-        props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
-        async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-    run(scenario())
+async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
+    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+    props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
+    async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked again at each probe."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        broken = answer(500, {"error": "Traceback"})
-        async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
-            assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
-            backend.models = LISTED
-            await until(lambda: pi.gateway.fleet.available)
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    broken = answer(500, {"error": "Traceback"})
+    async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
+        assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
+        backend.models = LISTED
+        await until(lambda: pi.gateway.fleet.available)
+        assert (await pi.complete()).status == 200
 
 
-def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        go = asyncio.Event()
-        async with (
-            Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
-            pi_for(engine(backend.port)) as pi,
-        ):
-            answer = asyncio.create_task(pi.complete())
-            await backend.begun.wait()
-            await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
-            asked, probes = len(backend.asked), pi.gateway.fleet.probes
-            pi.gateway.fleet.first.wake.set()
-            await pi.gateway.fleet.first.probe()
-            await pi.gateway.fleet.first.learn_models()
-            assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
-            go.set()
-            assert (await answer).status == 200
-            await until(lambda: pi.gateway.fleet.probes > probes)
-
-    run(scenario())
+    go = asyncio.Event()
+    async with (
+        Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
+        pi_for(engine(backend.port)) as pi,
+    ):
+        answer = asyncio.create_task(pi.complete())
+        await backend.begun.wait()
+        await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
+        asked, probes = len(backend.asked), pi.gateway.fleet.probes
+        pi.gateway.fleet.first.wake.set()
+        await pi.gateway.fleet.first.probe()
+        await pi.gateway.fleet.first.learn_models()
+        assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
+        go.set()
+        assert (await answer).status == 200
+        await until(lambda: pi.gateway.fleet.probes > probes)
 
 
-def test_an_engine_with_none_of_our_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
-        async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-            assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
-            assert backend.completions == []
-
-    run(scenario())
+async def test_an_engine_with_none_of_our_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
+    async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
+        assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
+        assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
-def test_the_tokens_of_a_text_come_from_llama_server() -> None:
-    async def scenario() -> None:
-        script = [answer(200, {"tokens": [1, 2]})]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
-            reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
-            assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
-            line, _, body = backend.asked[-1]
-            assert line == "POST /tokenize HTTP/1.1"
-            assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
-        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
-            assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
-
-    run(scenario())
+async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
+    script = [answer(200, {"tokens": [1, 2]})]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
+        reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
+        assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
+        line, _, body = backend.asked[-1]
+        assert line == "POST /tokenize HTTP/1.1"
+        assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
+    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
+        assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
 
 
 def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:

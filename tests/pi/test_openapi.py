@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, ask, daemon, run
+from harness import KEY, PATIENCE, ROOT, ask, daemon
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import GOOD, Backend, answer, error, in_a_thread, pi_for
@@ -212,43 +212,36 @@ def test_what_clients_rely_on_is_required() -> None:
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
-def test_a_get_answers_as_described(path: str) -> None:
-    async def scenario() -> None:
-        entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "memory_mb": 980.5, "n_ctx": 4096}
-        async with Backend(models=answer(200, {"models": [entry]})) as backend, pi_for(backend.port) as pi:
-            reply = await pi.get(path.replace("{id}", "qwen_7b"))
-            ((kind, described),) = response_of("GET", path, 200)["content"].items()
-            assert reply.one("Content-Type").startswith(kind)
-            validator(described["schema"]).validate(reply.json if kind == "application/json" else "")
-
-    run(scenario())
+async def test_a_get_answers_as_described(path: str) -> None:
+    entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "memory_mb": 980.5, "n_ctx": 4096}
+    async with Backend(models=answer(200, {"models": [entry]})) as backend, pi_for(backend.port) as pi:
+        reply = await pi.get(path.replace("{id}", "qwen_7b"))
+        ((kind, described),) = response_of("GET", path, 200)["content"].items()
+        assert reply.one("Content-Type").startswith(kind)
+        validator(described["schema"]).validate(reply.json if kind == "application/json" else "")
 
 
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_post_answers_as_described(path: str, stream: bool) -> None:
+async def test_a_post_answers_as_described(path: str, stream: bool) -> None:
     content = OPERATIONS["POST", path]["requestBody"]["content"]["application/json"]
     body = content["example"] | ({"stream": True, "response_fields": ["content"]} if stream else {})
     described = response_of("POST", path, 200)["content"]
     streams = "text/event-stream" in described and (stream or len(described) == 1)
-
-    async def scenario() -> None:
-        async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
-            validator(content["schema"]).validate(body)
-            reply = await pi.ask("POST", path, body)
-            assert reply.status == 200
-            if not streams:
-                validator(described["application/json"]["schema"]).validate(reply.json)
-                return
-            first, *last = described["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
-            texts = [event.decode()[6:] for event in reply.body.split(b"\n\n")[:-1]]
-            events = texts[: len(texts) - len(last)]
-            assert texts[len(events) :] == [choice["const"] for choice in last]
-            assert len(events) >= 3
-            for event in events:
-                validator(first["contentSchema"]).validate(json.loads(event))
-
-    run(scenario())
+    async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
+        validator(content["schema"]).validate(body)
+        reply = await pi.ask("POST", path, body)
+        assert reply.status == 200
+        if not streams:
+            validator(described["application/json"]["schema"]).validate(reply.json)
+            return
+        first, *last = described["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+        texts = [event.decode()[6:] for event in reply.body.split(b"\n\n")[:-1]]
+        events = texts[: len(texts) - len(last)]
+        assert texts[len(events) :] == [choice["const"] for choice in last]
+        assert len(events) >= 3
+        for event in events:
+            validator(first["contentSchema"]).validate(json.loads(event))
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -278,41 +271,34 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("line", "header", "status"), WRONG)
-def test_an_error_has_the_described_form(line: str, header: str, status: int) -> None:
+async def test_an_error_has_the_described_form(line: str, header: str, status: int) -> None:
     method, target = line.split(" ")
     path = re.sub(r"/none$", "/{id}", target.partition("?")[0])
     names = {given.partition(":")[0] for given in header.split("\r\n")}
     more = {"Host": "localhost", "X-API-Key": "k", "Content-Type": "application/json"}
     lines = [f"{name}: {value}" for name, value in more.items() if name not in names] + [header] * bool(header)
     raw = "\r\n".join([f"{line} HTTP/1.1", *lines, "", ""]).encode() + b"{}"
-
-    async def scenario() -> None:
-        down = error(503, "SHUTTING_DOWN")
-        async with Backend(scripts=[[down]], tokens=down) as backend, pi_for(backend.port, client_keys=("k",)) as pi:
-            reply = await ask(pi.port, raw, method)
-            assert reply.status == status
-            described = response_of(method, path, status)
-            validator(described["content"]["application/json"]["schema"]).validate(reply.json)
-            found = reply.json["error"]["code"] if isinstance(reply.json["error"], dict) else reply.json["code"]
-            assert found in described["description"].split(", ")
-
-    run(scenario())
+    down = error(503, "SHUTTING_DOWN")
+    async with Backend(scripts=[[down]], tokens=down) as backend, pi_for(backend.port, client_keys=("k",)) as pi:
+        reply = await ask(pi.port, raw, method)
+        assert reply.status == status
+        described = response_of(method, path, status)
+        validator(described["content"]["application/json"]["schema"]).validate(reply.json)
+        found = reply.json["error"]["code"] if isinstance(reply.json["error"], dict) else reply.json["code"]
+        assert found in described["description"].split(", ")
 
 
 # ------------------------------------------------------------------------------------------ the real process
 
 
-def test_the_daemon_serves_it(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with pi_for(1, probing=False, client_keys=("k",)) as pi:
-            assert (await pi.get("/openapi.json")).status == 401
-            reply = await pi.get("/openapi.json", X_API_Key="k")
-            assert reply.body == json.dumps(DOCUMENT, separators=(",", ":")).encode()
-            health = await pi.get("/health")
-            assert (health.status, health.json["code"]) == (503, "VPS_UNAVAILABLE")
-            assert "VPS_UNAVAILABLE" in response_of("GET", "/health", 503)["description"].split(", ")
-
-    run(scenario())
+async def test_the_daemon_serves_it(tmp_path: Path) -> None:
+    async with pi_for(1, probing=False, client_keys=("k",)) as pi:
+        assert (await pi.get("/openapi.json")).status == 401
+        reply = await pi.get("/openapi.json", X_API_Key="k")
+        assert reply.body == json.dumps(DOCUMENT, separators=(",", ":")).encode()
+        health = await pi.get("/health")
+        assert (health.status, health.json["code"]) == (503, "VPS_UNAVAILABLE")
+        assert "VPS_UNAVAILABLE" in response_of("GET", "/health", 503)["description"].split(", ")
 
 
 REFUSALS = [("OVERLOADED", 503), ("MODEL_BUSY", 409), ("RATE_LIMIT", 429), ("MODEL_LOAD_FAILED", 500), ("ODD", 418)]
