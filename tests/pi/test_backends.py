@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import doctest
+import importlib
 import json
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from harness import ROOT, until
 from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
 
+from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker, engines, upstream
 from cerebrum.pi import fleet as pi_fleet
@@ -30,9 +33,10 @@ from cerebrum_common import HttpError, Model
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
-def test_the_examples_of_the_module_are_true() -> None:
-    modules = (pi_backend, engines, upstream)
-    assert [doctest.testmod(one, optionflags=doctest.NORMALIZE_WHITESPACE).failed for one in modules] == [0, 0, 0]
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(pi_package.__path__)])
+def test_the_examples_of_a_module_are_true(name: str) -> None:
+    module = importlib.import_module(f"cerebrum.pi.{name}")
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -66,16 +70,12 @@ def test_without_a_table_there_is_the_vps_of_the_environment() -> None:
         (7, "backend 1: expected a table, got 7"),
         ({}, f"backend 1: id: expected a string of the form {FORM}, got nothing"),
         ({"id": "a b"}, f"backend 1: id: expected a string of the form {FORM}, got a string of 3 characters"),
-        ({"id": 1}, f"backend 1: id: expected a string of the form {FORM}, got the number 1"),
         ({"id": "a"}, "backend 1: url: expected a string, got nothing"),
         (ATTIC | {"url": "ftp://x"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got 'ftp://x'"),
         (ATTIC | {"api": "vllm"}, 'backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "vllm"'),
-        (ATTIC | {"key_env": "A B"}, "backend 1: key_env: expected a string of the form "
-                                     "(?:[A-Za-z_][A-Za-z0-9_]{0,99})?, got a string of 3 characters"),
         (ATTIC | {"n_ctx": True}, "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
         (ATTIC | {"max_concurent": 2}, "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
                                        "max_concurrent, n_ctx, got 'max_concurent'"),
-        (ATTIC | {"infill": "both"}, 'backend 1: infill: expected one of fim, suffix, got the string "both"'),
         (ATTIC | {"url": "https://a", "ca_file": "/nowhere.pem"},
          "backend 1: ca_file: expected a file, and a url with https, got '/nowhere.pem'"),
         (ATTIC | {"ca_file": __file__}, f"backend 1: ca_file: expected a file, and a url with https, got {__file__!r}"),
@@ -472,12 +472,6 @@ def test_a_stream_that_fails(stream: bytes, message: str) -> None:
     assert caught.value.message == f"VPS backend is unavailable ({message})"
 
 
-def test_an_engine_that_says_nothing_is_not_to_blame() -> None:
-    with pytest.raises(HttpError, match=r"^VPS backend answered nothing; a lower n_ctx of it may help$") as caught:
-        Translator(OPENAI_TEXT, BASE, []).end()
-    assert not isinstance(caught.value, BackendFailure)
-
-
 def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
     with pytest.raises(HttpError) as caught:
         list(Translator(OPENAI_TEXT, BASE, []).feed(data(LONG), 0.0))
@@ -579,13 +573,9 @@ async def test_a_completion(api: str, script: Any, text: str, more: dict[str, An
             True,
         ),
         ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], 503, "(it reported an error)", True),
-        ([CHUNKED, b"0\r\n\r\n"], 503, "answered nothing", False),
-        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "answered nothing", False),
+        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "VPS backend answered nothing; a lower n_ctx of it may help", False),
         ([CHUNKED, RESET], 503, "(the connection broke in the middle of its answer)", True),
-        ([CHUNKED], 503, "in the middle of its answer", True),
         ([], 503, "(it closed the connection without an answer)", True),
-        ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], 503, "not of the type", True),
-        ([answer(429, {})], 429, "too many requests", False),
     ],
 )
 async def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
@@ -602,11 +592,8 @@ async def test_a_fault_before_the_first_token(script: Any, status: int, part: st
     ("rest", "part"),
     [
         ([chunk(data({"error": "boom"})), b"0\r\n\r\n"], "it reported an error"),
-        ([chunk(END), b"0\r\n\r\n"], "without saying that it is done"),
         ([b"0\r\n\r\n"], "without saying that it is done"),
         ([RESET], "the connection broke"),
-        ([], "in the middle of its answer"),
-        ([chunk(b"data: {oops\n\n")], "not JSON"),
     ],
 )
 async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:

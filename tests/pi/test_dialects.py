@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum.pi import dialects
 from cerebrum.pi.dialects import (
     COMPLETION,
     ERROR_TYPES,
@@ -39,10 +37,6 @@ BASES: dict[str, dict[str, Any]] = {
     "completion": {"prompt": "x"},
     "infill": {"prompt": "x"},
 }
-
-
-def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(dialects).failed == 0
 
 
 # ------------------------------------------------------------------------------------- what a request asks for
