@@ -301,126 +301,102 @@ USAGE = data({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 
 END = b"data: [DONE]\n\n"
 LAST = {"index": 0, "content": "", "stop": True, "stop_type": "eos", "tokens_predicted": 2, "tokens_evaluated": 9}
 
-# The dialect, the request, the stream, the text that a client gets, and the result.
-STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
-    "vLLM's text with its usage": (
-        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "stop") + USAGE + END, "1 + 2",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+
+def stream(*events: bytes, text: str = "1", dialect: Any = OPENAI_TEXT, asked: Any = None, **result: Any) -> Any:
+    """The dialect, the request, what an engine streams, the text that a client gets, and the result."""
+    return dialect, asked or {}, b"".join(events), text, {"finish_reason": "stop", "total_tokens": 1} | result
+
+
+ONE = text_chunk("1", "stop")
+IN_FILE = {"prompt": "def add(a, b):\n", "language": "python"}
+SAYING = {"messages": SAID[:1], "stop_at": "none"}
+COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_second": 20.0}
+STREAMS = {
+    "vLLM's text with its usage": stream(
+        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", prompt_tokens=9, total_tokens=3
     ),
-    "a text that its limit cuts": (
-        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "length") + END, "1 + 2",
-        {"finish_reason": "length", "total_tokens": 2},
+    "a text that its limit cuts": stream(
+        text_chunk("1"), text_chunk(" + 2", "length"), END, text="1 + 2", finish_reason="length", total_tokens=2
     ),
-    "no [DONE]": (OPENAI_TEXT, {}, text_chunk("1", "eos_token"), "1", {"finish_reason": "stop", "total_tokens": 1}),
-    "no blank line at its end": (
-        OPENAI_TEXT, {}, (text_chunk("1", "stop") + END)[:-2], "1", {"finish_reason": "stop", "total_tokens": 1}
+    "no [DONE]": stream(text_chunk("1", "eos_token")),
+    "no blank line at its end": stream((ONE + END)[:-2]),
+    "odd counts": stream(
+        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None})
     ),
-    "odd counts": (
-        OPENAI_TEXT, {},
-        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None}),
-        "1", {"finish_reason": "stop", "total_tokens": 1},
+    "a count of nothing": stream(
+        text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), prompt_tokens=0
     ),
-    "a count of nothing": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), "1",
-        {"finish_reason": "stop", "prompt_tokens": 0, "total_tokens": 1},
+    "nulls and members of other types": stream(
+        data({"choices": None, "error": None}), data({"choices": [7]}), data({"choices": [{}]}), text_chunk("1"),
+        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
     ),
-    "nulls and members of other types": (
-        OPENAI_TEXT, {}, data({"choices": None, "error": None}) + data({"choices": [7]}) + data({"choices": [{}]})
-        + text_chunk("1") + data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
+    "a fault behind the end": stream(ONE, data({"error": "boom"}), text_chunk("2")),
+    "no JSON behind the end": stream(ONE, b"data: {oops\n\n"),
+    "more than was asked for": stream(
+        *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
     ),
-    "comments and events that nobody knows": (
-        OPENAI_TEXT, {}, b": ping\n\nevent: x\nid: 1\n\n" + data({"news": 1}) + text_chunk("1", "stop"), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "a mark of the bytes' order": stream(b"\xef\xbb\xbf", ONE),
+    "an empty count behind the real one": stream(
+        ONE, USAGE, data({"choices": [], "usage": None}), END, prompt_tokens=9, total_tokens=3
     ),
-    "a fault behind the end": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + data({"error": "boom"}) + text_chunk("2"), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "numbers that nobody can count": stream(
+        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST),
+        dialect=COMPLETION, prompt_tokens=9, total_tokens=2,
     ),
-    "no JSON behind the end": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + b"data: {oops\n\n", "1", {"finish_reason": "stop", "total_tokens": 1}
+    "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
+    "the natural end": stream(
+        *map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5
     ),
-    "more than was asked for": (
-        OPENAI_TEXT, {"max_tokens": 2}, text_chunk("1") + text_chunk("2") + text_chunk("3") + text_chunk("4"), "12",
-        {"finish_reason": "length", "total_tokens": 2},
+    "a gap that meets its suffix": stream(
+        text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=2,
+        asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
     ),
-    "a mark of the bytes' order": (
-        OPENAI_TEXT, {}, b"\xef\xbb\xbf" + text_chunk("1", "stop"), "1", {"finish_reason": "stop", "total_tokens": 1}
+    "a stop string over two events": stream(
+        text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2
     ),
-    "an empty count behind the real one": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + USAGE + data({"choices": [], "usage": None}) + END, "1",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+    "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
+    "a mark that the prompt has, too": stream(
+        text_chunk(" '<|endoftext|>'", "stop"),
+        text=" '<|endoftext|>'", asked={"prompt": "end = '<|endoftext|>'\nx ="},
     ),
-    "numbers that nobody can count": (
-        COMPLETION, {}, llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}) + data(LAST), "1",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2},
+    "a character in two events": stream(
+        text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
+        b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4,
     ),
-    "no text at all": (OPENAI_TEXT, {}, text_chunk("", "stop") + END, "", {"finish_reason": "stop", "total_tokens": 0}),
-    "the natural end": (
-        OPENAI_TEXT, {"prompt": "def add(a, b):\n", "language": "python"}, b"".join(map(text_chunk, PIECES)), BODY,
-        {"finish_reason": "block", "total_tokens": 5},
+    "half of a surrogate pair in each of two events": stream(
+        text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
     ),
-    "a gap that meets its suffix": (
-        OPENAI_TEXT, {"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
-        text_chunk("2, 3") + text_chunk("]\ny = 2") + text_chunk("\n"), "2, 3",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "a chat": stream(
+        chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
+        chat_chunk("stop"), USAGE, END,
+        text="Hi!", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=9, total_tokens=3,
     ),
-    "a stop string over two events": (
-        OPENAI_TEXT, {"stop": ["END"]}, text_chunk("1E") + text_chunk("ND2"), "1",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "thoughts are no answer": stream(
+        chat_chunk(reasoning_content="hm"), chat_chunk(content=None), chat_chunk("stop", content="Hi"),
+        text="Hi", dialect=OPENAI_CHAT, asked=SAYING,
     ),
-    "a mark that leaks": (
-        OPENAI_TEXT, {}, text_chunk("1<|end") + text_chunk("oftext|>Human:"), "1",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "the code of an instruction alone": stream(
+        chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
+        chat_chunk(content="`\nBye"), chat_chunk(content="."),
+        text="x = 1\n", dialect=OPENAI_CHAT, total_tokens=3,
+        asked={"messages": SAID, "mode": "instruct", "language": "python"},
     ),
-    "a mark that the prompt has, too": (
-        OPENAI_TEXT, {"prompt": "end = '<|endoftext|>'\nx ="}, text_chunk(" '<|endoftext|>'", "stop"),
-        " '<|endoftext|>'", {"finish_reason": "stop", "total_tokens": 1},
-    ),
-    "a character in two events": (
-        OPENAI_TEXT, {}, text_chunk("a") + b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n'
-        b'data: {"choices": [{"text": "\xac"}]}\n\n' + text_chunk("b", "stop"), "a\u20acb",
-        {"finish_reason": "stop", "total_tokens": 4},
-    ),
-    "half of a surrogate pair in each of two events": (
-        OPENAI_TEXT, {}, text_chunk("\ud83d") + text_chunk("\ude00", "stop"), "\U0001f600",
-        {"finish_reason": "stop", "total_tokens": 2},
-    ),
-    "a chat": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
-        chat_chunk(role="assistant", content="") + chat_chunk(content="Hi") + chat_chunk(content="!")
-        + chat_chunk("stop") + USAGE + END, "Hi!", {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
-    ),
-    "thoughts are no answer": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
-        chat_chunk(reasoning_content="hm") + chat_chunk(content=None) + chat_chunk("stop", content="Hi"), "Hi",
-        {"finish_reason": "stop", "total_tokens": 1},
-    ),
-    "the code of an instruction alone": (
-        OPENAI_CHAT, {"messages": SAID, "mode": "instruct", "language": "python"},
-        chat_chunk(content="Here you are:\n\n```py") + chat_chunk(content="thon\nx = 1\n``")
-        + chat_chunk(content="`\nBye") + chat_chunk(content="."),
-        "x = 1\n", {"finish_reason": "stop", "total_tokens": 3},
-    ),
-    "a chat in one piece": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+    "a chat in one piece": stream(
         data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
-        "Hi", {"finish_reason": "stop", "prompt_tokens": 3, "total_tokens": 1},
+        text="Hi", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=3,
     ),
-    "llama-server": (
-        COMPLETION, {}, llama_chunk("1", 1) + llama_chunk("2", 2) + data({**LAST, "timings": TIMINGS}), "12",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2, "cached_tokens": 4, "ttft": 0.25,
-         "tokens_per_second": 20.0},
+    "llama-server": stream(
+        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}),
+        text="12", dialect=COMPLETION, total_tokens=2, **COUNTED,
     ),
-    "llama-server at its limit": (
-        COMPLETION, {}, llama_chunk("1", 1) + data(LAST | {"stop_type": "limit"}), "1",
-        {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 2},
+    "llama-server at its limit": stream(
+        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}),
+        dialect=COMPLETION, finish_reason="length", prompt_tokens=9, total_tokens=2,
     ),
-    "llama-server before its end": (
-        COMPLETION, {"prompt": "def add(a, b):\n", "language": "python"},
-        b"".join(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
-        BODY, {"finish_reason": "block", "prompt_tokens": 9, "total_tokens": 5, "cached_tokens": 4, "ttft": 0.25,
-         "tokens_per_second": 20.0},
+    "llama-server before its end": stream(
+        *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
+        text=BODY, dialect=COMPLETION, asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED,
     ),
 }  # fmt: skip
 
