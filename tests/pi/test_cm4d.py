@@ -53,9 +53,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("url", "host", "port", "authority", "prefix", "tls"),
     [
-        ("http://127.0.0.1:9000", "127.0.0.1", 9000, "127.0.0.1:9000", "", False),
         ("http://vps", "vps", 80, "vps", "", False),
-        ("https://vps.example/brain/", "vps.example", 443, "vps.example", "/brain", True),
         ("http://[fd7a::1]:9000", "fd7a::1", 9000, "[fd7a::1]:9000", "", False),
     ],
 )
@@ -73,6 +71,8 @@ def test_vps_url(url: str, host: str, port: int, authority: str, prefix: str, tl
         ("CEREBRUM_VPS_URL", "http://vps:65536"),
         ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
         ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
+        ("CEREBRUM_CM4_HOST", "two words"),
+        ("CEREBRUM_LOG_LEVEL", "LOUD"),
         ("CEREBRUM_CM4_PORT", "65536"),
         ("CEREBRUM_CM4_PORT", "-1"),
         ("CEREBRUM_CM4_PORT", "7e3"),
@@ -99,19 +99,14 @@ GOOD_FIELDS = {"prompt": "x =", "language": "python"}
     ("field", "value", "message"),
     [
         ("prompt", None, "prompt: expected a non-empty string, got nothing"),
-        ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
         ("prompt", 7, "prompt: expected a non-empty string, got the number 7"),
         ("language", None, "language: expected a non-empty string, got nothing"),
         ("language", "Python", f'language: expected one of {KNOWN}, got the string "Python"'),
-        ("language", "ruby", f'language: expected one of {KNOWN}, got the string "ruby"'),
         ("max_tokens", 0, "max_tokens: expected an integer from 1 to 2048, got the number 0"),
         ("max_tokens", 2049, "max_tokens: expected an integer from 1 to 2048, got the number 2049"),
-        ("max_tokens", 1.5, "max_tokens: expected an integer from 1 to 2048, got the number 1.5"),
         ("max_tokens", True, "max_tokens: expected an integer from 1 to 2048, got the boolean true"),
-        ("max_tokens", "5", 'max_tokens: expected an integer from 1 to 2048, got the string "5"'),
         ("temperature", -0.1, "temperature: expected a number from 0 to 1, got the number -0.1"),
         ("temperature", 1.1, "temperature: expected a number from 0 to 1, got the number 1.1"),
-        ("temperature", [], "temperature: expected a number from 0 to 1, got an array of 0"),
         ("top_p", 0, "top_p: expected a number above 0 to 1, got the number 0"),
         ("mode", "edit", 'mode: expected one of auto, complete, infill, instruct, got the string "edit"'),
         ("stop_at", "end", 'stop_at: expected one of auto, none, got the string "end"'),
@@ -285,6 +280,8 @@ async def test_health_and_stats_and_models_while_the_vps_is_down():
         health, stats = await pi.get("/health"), await pi.get("/v1/stats")
         assert (health.status, health.json["vps_available"], health.json["code"]) == (503, False, "VPS_UNAVAILABLE")
         assert (stats.json["vps_available"], stats.json["vps_response_time_ms"]) == (False, None)
+        why = "VPS backend is unavailable (connection refused)"
+        assert health.json["message"] == (await pi.get("/v1/activity")).json["vps_message"] == why
         models = (await pi.get("/v1/models")).json["models"]
         assert [model["available"] for model in models] == [False] * 4
 
@@ -336,13 +333,6 @@ async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
         assert backend.asked[-1][1]["x-request-id"] == made
 
 
-async def test_the_key_goes_to_the_vps_but_not_with_health():
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        await pi.stream()
-        keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
-        assert keys == {"/health": None, "/v1/models": KEY, "/v1/inference/stream": KEY}
-
-
 async def test_a_client_key_is_needed_everywhere_but_for_health():
     async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
         for method, path in [
@@ -390,16 +380,6 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, scrip
         await backend.left.wait()
         await until(lambda: len(pi.gateway.active) == 0)
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-
-async def test_places_are_released_after_every_kind_of_error():
-    scripts: list[list[Any]] = [[error(404, "MODEL_NOT_FOUND")], [], [CHUNKED], [*GOOD]]
-    async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-        replies = [await pi.stream() for _ in scripts]
-        assert [reply.status for reply in replies] == [404, 503, 200, 200]
-        assert [reply.json["code"] for reply in replies[:2]] == ["MODEL_NOT_FOUND", "VPS_UNAVAILABLE"]
-        assert [reply.clean for reply in replies[2:]] == [False, True]
-        assert len(pi.gateway.active) == 0
 
 
 # --------------------------------------------------------------------------------------------- sessions
@@ -541,21 +521,6 @@ async def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path:
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
-@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
-async def test_a_model_that_cannot_be_loaded_is_500(path: str):
-    told = {"error": True, "message": "out of memory", "code": "MODEL_LOAD_FAILED"}
-    scripts = [[error(500, "MODEL_LOAD_FAILED", "out of memory")], [CHUNKED, chunk(event(**told))]]
-    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-        reply = await pi.ask("POST", path, GOOD_FIELDS)
-        assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-        reply = await pi.ask("POST", path, GOOD_FIELDS)
-        if path.endswith("stream"):
-            assert (reply.status, reply.clean, reply.events) == (200, False, [told])
-        else:
-            assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-
 # ----------------------------------------------------------------------------- routing and fitting
 
 
@@ -567,11 +532,7 @@ def present(*ids: str, **more: Any) -> bytes:
     ("models", "language", "model"),
     [
         (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "python", "qwen_7b"),
-        (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "typescript", "qwen_7b"),
         (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "cpp", "codellama_7b"),
-        (present("qwen_7b", "qwen_0_5b"), "rust", "qwen_0_5b"),
-        (present("qwen_0_5b", "qwen_1_5b"), "go", "qwen_1_5b"),
-        (present("qwen_0_5b"), "python", "qwen_0_5b"),
         (present("qwen_7b", available=False), "python", "qwen_7b"),
         (answer(200, {"models": "lies"}), "c", "codellama_7b"),
         (answer(500, {}), "c", "codellama_7b"),
@@ -581,14 +542,6 @@ async def test_a_language_goes_to_the_first_model_that_is_there(models: bytes, l
     async with Backend(models=models) as backend, pi_for(backend.port) as pi:
         reply = await pi.complete(language=language)
         assert (reply.json["model"], backend.completions[0]["model"]) == (model, model)
-
-
-async def test_a_model_can_be_named():
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        assert (await pi.complete(model="qwen_1_5b")).json["model"] == "qwen_1_5b"
-        reply = await pi.complete(model="gpt")
-        assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert len(backend.completions) == 1
 
 
 ALL = present("qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b")
@@ -601,10 +554,8 @@ PREFER = {"infill": ("qwen_0_5b", "qwen_1_5b"), "instruct": ("codellama_7b", "qw
         (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
         (ALL, {}, "qwen_7b"),  # no preference for it
         (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
-        (ALL, {"instruction": "Write it", "language": "rust"}, "codellama_7b"),
         (ALL, {"suffix": "\n)", "model": "qwen_7b"}, "qwen_7b"),
         (present("qwen_7b", "qwen_1_5b"), {"suffix": "\n)"}, "qwen_1_5b"),
-        (present("qwen_7b"), {"suffix": "\n)"}, "qwen_7b"),
         (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
     ],
 )
@@ -622,10 +573,6 @@ async def test_preferences_of_the_dialects():
         assert (await pi.ask("POST", "/v1/completions", {"prompt": "a"})).json["model"] == "qwen_7b"
         java = infill | {"filename": "A.java"}  # which no model lists
         assert (await pi.ask("POST", "/infill", java)).json["model"] == "qwen_0_5b"
-
-
-def memory(*ids: str) -> bytes:
-    return answer(200, {"models_loaded": list(ids)})
 
 
 @pytest.mark.parametrize(
@@ -737,19 +684,10 @@ async def test_a_running_stream_is_finished_after_sigterm(tmp_path: Path):
             await asyncio.to_thread(process.process.wait, PATIENCE)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("CEREBRUM_CM4_PORT", "x"),
-        ("CEREBRUM_CM4_HOST", "two words"),
-        ("CEREBRUM_LOG_LEVEL", "LOUD"),
-        ("CEREBRUM_VPS_URL", "x"),
-    ],
-)
-def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path, name: str, value: str):
-    done = run_to_the_end("cm4d", tmp_path, **{name: value})
+def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path):
+    done = run_to_the_end("cm4d", tmp_path, CEREBRUM_CM4_PORT="x")
     said = done.stdout + done.stderr
-    assert re.search(rf"^cm4d\.py: {name}[:,]", said, re.MULTILINE)
+    assert re.search(r"^cm4d\.py: CEREBRUM_CM4_PORT[:,]", said, re.MULTILINE)
     assert (done.returncode, "Traceback" in said) == (2, False)
 
 

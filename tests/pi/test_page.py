@@ -206,15 +206,6 @@ async def test_a_request_that_was_superseded_has_not_failed() -> None:
         assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
 
 
-async def test_activity_says_why_the_vps_is_away() -> None:
-    async with Backend() as backend:
-        port = backend.port
-    async with pi_for(port) as pi:
-        told = (await pi.get("/v1/activity")).json
-        assert told["vps_available"] is False
-        assert told["vps_message"] == "VPS backend is unavailable (connection refused)"
-
-
 # ------------------------------------------------------------------------------------------ what there is
 
 

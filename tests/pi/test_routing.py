@@ -162,13 +162,14 @@ async def test_a_dialects_request_waits_for_a_place_at_any_of_them() -> None:
         assert (await waiting).json["content"] == "b"
 
 
-async def test_each_gets_its_own_key_alone() -> None:
+async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
     one, two = Backend([[RESET]]), Backend()
     async with fleet(one, two) as pi:
         assert await answered(pi) == "b"
         for name, backend in (("a", one), ("b", two)):
-            keys = {headers.get("x-api-key") for line, headers, _ in backend.asked if "/health" not in line}
-            assert keys == {f"{KEY}-{name}"}
+            keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
+            own = f"{KEY}-{name}"
+            assert keys == {"/health": None, "/v1/models": own, "/v1/inference/stream": own}
             assert all("authorization" not in headers for _, headers, _ in backend.asked)
 
 
