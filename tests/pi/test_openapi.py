@@ -252,7 +252,8 @@ def test_each_code_is_described() -> None:
 
 
 WRONG = [
-    ("GET /health", "Origin: http://x.example", 403), ("GET /v1/models", "X-API-Key: wrong", 401),
+    *((f"{line}", "Origin: http://x.example", 403) for line in ("GET /health", "POST /infill")),
+    ("GET /v1/models", "X-API-Key: wrong", 401),
     ("GET /v1/models/none", "", 404), ("GET /v1/stats", "Expect: miracles", 417),
     ("GET /props", "Content-Length: 2000000", 413), ("GET /props", "Transfer-Encoding: gzip", 501),
     ("GET /openapi.json", "X: " + "x" * 40_000, 431), ("GET /openapi.json?" + "x" * 9000, "", 414),
