@@ -339,39 +339,46 @@ LIES: list[dict[str, Any]] = [
     for value in (True, None, "5", -1, 10**19, [], {})
     if name != "finish_reason" or value != "5"
 ]
+FIGURES = [
+    (name, value) for name in ("cached_tokens", "load_time", "ttft") for value in (True, "5", -1, 10**19, [], {})
+]
 
 
-@pytest.mark.parametrize("lie", LIES, ids=str)
-async def test_a_done_event_that_lies_cannot_override_what_is_ours(lie: dict[str, Any]):
-    script = [CHUNKED, A, B, chunk(event(**HONEST | {"ttft": None, "x": [1]} | lie)), END]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        whole = await pi.complete()
-        stream = await pi.stream()
-        assert (whole.status, stream.clean) == (200, True)
-        for result in (whole.json, stream.events[-1]):
-            expected = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
-            assert {name: result[name] for name in expected} == expected
-            assert 0 <= result["inference_time"] < 20
-            assert type(result["inference_time"]) is float
-            assert len(result["timestamp"]) == 26
-            assert result.get("prompt_tokens", 5) == 5
-            assert result["kept"]["parts"] == ["all"]
-            assert (result["ttft"], result["x"]) == (None, [1])
-            assert not {"token", "message", "code", "error", "finish_reason"} & set(result)
-        assert whole.json["completion"] == "ab"
-        assert "done" not in whole.json
-        assert "completion" not in stream.events[-1]
+def saying(**members: Any) -> list[Any]:
+    """A completion of "ab" whose done event has these members, too."""
+    return [CHUNKED, A, B, chunk(event(**HONEST | members)), END]
 
 
-@pytest.mark.parametrize("name", ["cached_tokens", "load_time", "ttft"])
-@pytest.mark.parametrize("value", [True, "5", -1, 10**19, [], {}], ids=str)
-async def test_a_wrong_figure_in_a_done_event_is_left_out(name: str, value: Any) -> None:
-    script = [CHUNKED, A, B, chunk(event(**HONEST | {name: value})), END]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        native = await pi.complete()
-        assert (native.status, name in native.json) == (200, False)
-        foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
-        assert (foreign.status, foreign.json["content"]) == (200, "ab")
+async def test_a_done_event_that_lies_cannot_override_what_is_ours():
+    scripts = [saying(**{"ttft": None, "x": [1]} | lie) for lie in LIES for _ in range(2)]
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        for lie in LIES:
+            whole = await pi.complete()
+            stream = await pi.stream()
+            assert (whole.status, stream.clean) == (200, True), lie
+            for result in (whole.json, stream.events[-1]):
+                expected = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
+                assert {name: result[name] for name in expected} == expected, lie
+                assert 0 <= result["inference_time"] < 20, lie
+                assert type(result["inference_time"]) is float, lie
+                assert len(result["timestamp"]) == 26, lie
+                assert result.get("prompt_tokens", 5) == 5, lie
+                assert result["kept"]["parts"] == ["all"], lie
+                assert (result["ttft"], result["x"]) == (None, [1]), lie
+                assert not {"token", "message", "code", "error", "finish_reason"} & set(result), lie
+            assert whole.json["completion"] == "ab", lie
+            assert "done" not in whole.json, lie
+            assert "completion" not in stream.events[-1], lie
+
+
+async def test_a_wrong_figure_in_a_done_event_is_left_out() -> None:
+    scripts = [saying(**{name: value}) for name, value in FIGURES for _ in range(2)]
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        for name, value in FIGURES:
+            native = await pi.complete()
+            assert (native.status, name in native.json) == (200, False), (name, value)
+            foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
+            assert (foreign.status, foreign.json["content"]) == (200, "ab"), (name, value)
 
 
 async def test_an_error_event_is_passed_on_with_its_code():
