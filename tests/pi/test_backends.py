@@ -610,15 +610,9 @@ async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.M
 @pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
 async def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
-    async with (
-        Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend,
-        pi_for(engine(backend.port)) as pi,
-    ):
+    async with Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()
-        assert (reply.status, reply.json["message"]) == (
-            503,
-            "VPS backend is unavailable (it did not answer in time)",
-        )
+        assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (it did not answer in time)")
 
 
 async def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -803,10 +797,7 @@ async def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch:
 async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     go = asyncio.Event()
-    async with (
-        Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
-        pi_for(engine(backend.port)) as pi,
-    ):
+    async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         answer = asyncio.create_task(pi.complete())
         await backend.begun.wait()
         await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)

@@ -94,12 +94,20 @@ class Visit:
         await self.find("#instruction").fill(instruction)
         await self.press("Enter")
 
+    async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
+        """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is one."""
+        await self.write(text, at)
+        await self.press("Control+Enter")
+        if mark:
+            await self.see("#mark", mark)
+
+    async def ended(self) -> None:
+        await expect(self.find("#stop")).to_be_disabled()
+
     async def complete(self, text: str, pending: str) -> None:
         """Complete `text` at its end, and wait until `pending` is marked and the stream has ended."""
-        await self.write(text)
-        await self.press("Control+Enter")
-        await self.see("#mark", pending)
-        await expect(self.find("#stop")).to_be_disabled()
+        await self.ask(text, mark=pending)
+        await self.ended()
 
     async def drop(self, name: str, content: bytes) -> None:
         carried = await self.page.evaluate_handle(
@@ -217,15 +225,14 @@ def axe() -> str:
 async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> None:
     gate = asyncio.Event()
     async with visiting(chrome, completion("a", gate.wait, " + b\r", "\n")) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await visit.see_text(CODE + "a")  # before the rest was written
         await visit.see("#mark", "a")
         await expect(visit.find("#stage")).to_contain_text("Writing, 1 token")
         gate.set()
         await visit.see_text(CODE + "a + b\n")
         await visit.see("#mark", "a + b\n")
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         await visit.press("Tab")
         await visit.see("#mark", "")
         assert await visit.value() == CODE + "a + b\n"
@@ -254,9 +261,7 @@ async def test_esc_undoes_a_completion(chrome: Any) -> None:
 
 async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> None:
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+        await visit.ask(CODE, mark="a")
         await visit.press("x")
         assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE + "ax", "")
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
@@ -268,9 +273,7 @@ async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> N
 
 async def test_esc_stops_and_the_vps_is_left(chrome: Any) -> None:
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+        await visit.ask(CODE, mark="a")
         assert not visit.backend.left.is_set()
         await visit.press("Escape")
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
@@ -294,7 +297,7 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
         await visit.find("#undo").click()
         assert await visit.value() == CODE + suffix
         await visit.find("#complete").click()
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         await visit.find("#accept").click()
         assert await visit.value() == CODE + "a + b" + suffix
         await visit.find("#undo").click()
@@ -303,8 +306,7 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
 
 async def test_blank_text_after_the_cursor_stays(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        await visit.write(CODE + "\n \n", at=len(CODE))
-        await visit.press("Control+Enter")
+        await visit.ask(CODE + "\n \n", at=len(CODE))
         await visit.see_text(CODE + "a + b\n \n")
         (sent,) = visit.backend.completions
         assert (sent["mode"], sent["prompt"], sent.get("suffix")) == ("complete", CODE, None)
@@ -337,9 +339,7 @@ async def test_a_user_who_scrolls_stays_where_he_is(chrome: Any) -> None:
     script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
     async with visiting(chrome, script) as visit:
         editor = visit.find("#editor")
-        await visit.write("x = 1\n" * 100)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a\n" * 40)
+        await visit.ask("x = 1\n" * 100, mark="a\n" * 40)
         followed = await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop")
         assert followed < 48
         await editor.evaluate("box => { box.scrollTop = 100 }")
@@ -348,7 +348,7 @@ async def test_a_user_who_scrolls_stays_where_he_is(chrome: Any) -> None:
         assert await editor.evaluate("box => box.scrollTop") == 100
         await editor.evaluate("box => box.setSelectionRange(7, 7)")
         rest.set()
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
         transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
         assert transform == "translate(0px, -100px)"
@@ -495,9 +495,7 @@ async def test_the_vps_dies_in_mid_stream(chrome: Any) -> None:
     gate = asyncio.Event()
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
         async with visit.page.expect_response("**/v1/complete/stream") as answered:
-            await visit.write(CODE)
-            await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+            await visit.ask(CODE, mark="a")
         gate.set()
         id = (await answered.value).headers["x-request-id"]
         told = r"VPS backend is unavailable \(it ended in the middle of its answer\)\."
@@ -511,9 +509,7 @@ async def test_the_pi_dies_in_mid_stream(chrome: Any) -> None:
     """The connection ends without an event."""
     gate = asyncio.Event()
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+        await visit.ask(CODE, mark="a")
         for listener in visit.pi.server._listeners:
             listener.close()
         for connection in visit.pi.server.connections.values():
@@ -530,9 +526,7 @@ async def test_the_pi_dies_in_mid_stream(chrome: Any) -> None:
 async def test_the_pi_is_stopped_in_mid_stream(chrome: Any) -> None:
     gate = asyncio.Event()
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+        await visit.ask(CODE, mark="a")
         await visit.pi.server.stop(0)
         await visit.see(
             "#error", re.compile(r"the daemon is being stopped; try again later\. Request id: [0-9a-f-]{36}")
@@ -547,8 +541,7 @@ async def test_a_stream_that_falls_silent(chrome: Any) -> None:
         await visit.page.clock.install()
 
     async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG], before=install) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
         await visit.see("#mark", "a")
@@ -562,20 +555,18 @@ async def test_a_stream_that_falls_silent(chrome: Any) -> None:
 
 async def test_a_tab_before_anything_has_come_indents(chrome: Any) -> None:
     async with visiting(chrome, [CHUNKED, HANG]) as visit:
-        await visit.write("if x:\n")
-        await visit.press("Control+Enter")
+        await visit.ask("if x:\n")
         await expect(visit.find("#stop")).to_be_enabled()
         await visit.press("Tab")
         assert await visit.value() == "if x:\n    "
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
 
 
 async def test_too_many_requests(chrome: Any) -> None:
     async with visiting(chrome, [CHUNKED, HANG], max_concurrent=1) as visit:
         _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
         await asyncio.wait_for(visit.backend.begun.wait(), PATIENCE)
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         words = "Busy: other completions are running already; try again in a moment. Request id: "
         await expect(visit.find("#error")).to_contain_text(words)
         assert await visit.value() == CODE
@@ -587,8 +578,7 @@ async def test_the_vps_is_down_from_the_start(chrome: Any) -> None:
         await expect(visit.find("#light")).to_have_class("down")
         await visit.see("#health", "VPS backend is unavailable (connection refused).")
         await visit.see("#plot-words", "No request in the last half hour.")
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await expect(visit.find("#error")).to_contain_text("VPS backend is unavailable")
         await expect(visit.find("#plot-words")).to_contain_text("1 request, 1 failed")
         assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
@@ -619,8 +609,7 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     }
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
         bar = visit.find("progress")
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await visit.see("#stage", "Loading the model, 40 %")
         assert await bar.evaluate("bar => [bar.value, bar.max]") == [40, 100]
         loading.set()
@@ -647,8 +636,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         form = visit.find("#key-form")
         await expect(form).to_be_visible()
         assert await visit.focused() == "key"
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await expect(visit.find("#key")).to_be_focused()
         await visit.page.keyboard.type("wrong")
         await visit.press("Enter")
@@ -674,8 +662,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 
 async def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Any) -> None:
     async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await expect(visit.find("#key")).to_be_focused()
         await visit.press("Escape")
         await visit.see("#outcome", "Stopped.")
@@ -912,10 +899,7 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
         await visit.write("x = 1\n")
         await visit.instruct("use y")
         await expect(visit.find("#take")).to_be_focused()
-        await visit.write("x = 1\n")
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "y = 1")
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.complete("x = 1\n", "y = 1")
         await visit.page.evaluate("document.activeElement.blur(), getSelection().removeAllRanges(), scrollTo(0, 0)")
         await visit.find("#editor").focus()
         await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion

@@ -507,11 +507,7 @@ async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, A
 @pytest.mark.parametrize("hang", HANGS)
 async def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
     """For the VPS, two Pis that serve one client address are one client, and the VPS itself ends the older request."""
-    async with (
-        Backend([HANGS[hang], GOOD]) as backend,
-        pi_for(backend.port) as pi,
-        pi_for(backend.port) as other,
-    ):
+    async with Backend([HANGS[hang], GOOD]) as backend, pi_for(backend.port) as pi, pi_for(backend.port) as other:
         older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
         await backend.begun.wait()
         if hang == "after a token":
@@ -638,11 +634,7 @@ async def test_an_http_1_0_client_gets_the_events_without_chunks():
     async with Backend() as backend, pi_for(backend.port) as pi:
         reader, writer = await asyncio.open_connection("127.0.0.1", pi.port)
         body = json.dumps(GOOD_FIELDS).encode()
-        lines = [
-            "POST /v1/complete/stream HTTP/1.0",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-        ]
+        lines = ["POST /v1/complete/stream HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(body)}"]
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         top, _, events = (await reader.read()).partition(b"\r\n\r\n")
         assert b"transfer-encoding" not in top.lower()

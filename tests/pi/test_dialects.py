@@ -81,16 +81,13 @@ OTHERS = ["x</s>", "<|x|> ", "<div>", "<|>", "<a|b>", "<|a b|>", "<>", "[a]", "<
 SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model": "qwen"}, {"model": "qwen"}),
     ({"temperature": 0}, {"temperature": 0.0}),
-    ({"temperature": 0.7}, {"temperature": 0.7}),
     ({"temperature": 1.3}, {"temperature": 1.0}),
-    ({"temperature": 2}, {"temperature": 1.0}),
     (
         {"max_tokens": 16.0, "n_predict": 16.0, "seed": 3.0, "temperature": 0.0},
         {"max_tokens": 16, "seed": 3, "temperature": 0.0},
     ),
     ({"top_p": 0}, {"top_p": 0.01}),
     ({"top_p": 0.001}, {"top_p": 0.01}),
-    ({"top_p": 0.9}, {"top_p": 0.9}),
     ({"top_p": 1}, {"top_p": 1.0}),
     ({"seed": 0}, {"seed": 0}),
     ({"seed": -1}, {"seed": None}),
@@ -100,16 +97,11 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 2**32}, {"seed": 1}),
     ({"seed": 2**64 - 1}, {"seed": (2**64 - 1) % (2**32 - 1)}),
     ({"n_predict": 0}, {"max_tokens": 0}),
-    ({"n_predict": 1}, {"max_tokens": 1}),
     ({"n_predict": -1}, {"max_tokens": 2048}),
-    ({"n_predict": 2048}, {"max_tokens": 2048}),
-    ({"n_predict": 2049}, {"max_tokens": 2048}),
     ({"n_predict": 10**20 - 1}, {"max_tokens": 2048}),
     ({"stop": "a"}, {"stop": ["a"]}),
     ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
     ({"stop": ["", "a", ""]}, {"stop": ["a"]}),
-    ({"stop": ""}, {"stop": []}),
-    ({"stop": "<|endoftext|>"}, {"stop": []}),
     ({"stop": [*SPECIALS, "\n\n"]}, {"stop": ["\n\n"]}),
     ({"stop": OTHERS}, {"stop": OTHERS}),
     ({"stop": [str(n) for n in range(16)] + SPECIALS}, {"stop": [str(n) for n in range(16)]}),
@@ -125,9 +117,7 @@ def test_sampling(name: str, members: dict[str, Any], expected: dict[str, Any]) 
 # The limit by all of its names: (dialect, members, max_tokens).
 LIMITS: list[tuple[str, dict[str, Any], int]] = [
     ("text", {"max_tokens": 5}, 5),
-    ("text", {"max_tokens": 0}, 0),
     ("text", {"max_tokens": -1}, 2048),
-    ("text", {"max_tokens": 5000}, 2048),
     ("text", {"max_tokens": 5, "max_completion_tokens": 6, "n_predict": 7}, 6),
     ("text", {"max_tokens": 5, "n_predict": 7}, 5),
     ("text", {"max_tokens": None, "n_predict": 7}, 7),
@@ -135,7 +125,6 @@ LIMITS: list[tuple[str, dict[str, Any], int]] = [
     ("chat", {"max_tokens": 5}, 5),
     ("chat", {"max_tokens": 0}, 0),
     ("chat", {"n_predict": 0}, 0),
-    ("chat", {"max_tokens": 512}, 512),
     ("completion", {"max_tokens": 5}, 512),
     ("infill", {"n_predict": 128, "max_tokens": 5}, 128),
 ]
@@ -152,7 +141,6 @@ LATE = {"prompt_ms": 600_000, "predict_ms": 600_000}
 MARKED = "<PRE> a <SUF>b <MID>"
 # Other members: (dialect, members, kind, and the fields that differ from the defaults).
 READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
-    ("text", {"prompt": "a"}, "completion", {"prompt": "a"}),
     ("text", {"prompt": ["a"]}, "completion", {"prompt": "a"}),
     ("text", {"prompt": "  a\n"}, "completion", {"prompt": "  a\n"}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
@@ -294,13 +282,10 @@ ONE_PROMPT = "prompt: expected a string, or an array of one string, got "
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": ["a", "b"]}, ONE_PROMPT + "an array of 2"),
     ("text", {"prompt": []}, ONE_PROMPT + "an array of 0"),
-    ("text", {"prompt": [1, 2]}, ONE_PROMPT + "an array of 2"),
     ("text", {"prompt": [1]}, ONE_PROMPT + "the number 1"),
     ("text", {"prompt": [[1, 2]]}, ONE_PROMPT + "an array of 2"),
-    ("text", {"prompt": [None]}, ONE_PROMPT + "null"),
     ("text", {"prompt": 5}, ONE_PROMPT + "the number 5"),
     ("completion", {"prompt": {"prompt_string": "a"}}, ONE_PROMPT + "an object of 1"),
-    ("infill", {"prompt": [1, "a"]}, ONE_PROMPT + "an array of 2"),
     ("infill", {"input_prefix": 1}, "input_prefix: expected a string, got the number 1"),
     ("text", {"suffix": ["b"]}, "suffix: expected a string, got an array of 1"),
     ("text", {"max_tokens": 1.5}, "max_tokens: expected an integer, got the number 1.5"),
@@ -322,7 +307,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("chat", {"stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got the number 1"),
     ("chat", {"messages": []}, "messages: expected an array of 1 to 1000 objects, got an array of 0"),
-    ("chat", {"messages": None}, "messages: expected an array of 1 to 1000 objects, got an array of 0"),
     ("chat", {"messages": "hi"}, 'messages: expected an array of 1 to 1000 objects, got the string "hi"'),
     ("chat", {"messages": SAID * 1001}, "messages: expected an array of 1 to 1000 objects, got an array of 1001"),
     ("chat", {"messages": ["hi"]}, 'messages[0]: expected an object, got the string "hi"'),
@@ -363,7 +347,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text: expected a string, got the number 1"),
     ("infill", {"n_indent": 1001}, "n_indent: expected an integer from 0 to 1000, got the number 1001"),
     ("infill", {"response_fields": "a"}, 'response_fields: expected an array of strings, got the string "a"'),
-    ("completion", {"response_fields": [1]}, "response_fields: expected an array of strings, got an array of 1"),
 ]  # fmt: skip
 
 

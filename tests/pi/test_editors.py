@@ -154,10 +154,7 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
 
 async def test_identical_requests_share_one_completion():
     go = asyncio.Event()
-    async with (
-        Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend,
-        pi_for(backend.port) as pi,
-    ):
+    async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend, pi_for(backend.port) as pi:
         body = {"prompt": "def f():\n", "suffix": "\n", "stream": True}
         asked = [start(pi, "/v1/completions", body) for _ in range(3)]
         await until(lambda: len(pi.gateway.sharing.readings) == 3)
@@ -212,10 +209,7 @@ async def test_a_shared_completion_ends_with_its_last_reader():
 async def test_the_error_of_a_shared_completion_reaches_every_reader():
     go = asyncio.Event()
     refusal = error(503, "RESOURCE_EXHAUSTED", "too little memory")
-    async with (
-        Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend,
-        pi_for(backend.port) as pi,
-    ):
+    async with Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend, pi_for(backend.port) as pi:
         asked = [start(pi, "/v1/completions", {"prompt": "x"}) for _ in range(2)]
         await until(lambda: len(pi.gateway.sharing.readings) == 2)
         go.set()

@@ -589,21 +589,16 @@ def check_long_prompts(pi: Pi) -> None:
     assert pi.stats("one")["requests_failed"] == 0
 
 
-def test_a_prompt_is_fitted_to_the_slots_of_llama_server(tmp_path: Path) -> None:
-    """The Pi knows their length from /props."""
+@pytest.mark.parametrize(
+    ("start_engine", "api", "more"),
+    [(start_llama_server, "llama.cpp", {}), (start_llama_cpp, "openai", {"n_ctx": 512})],
+    ids=["llama-server", "llama_cpp.server"],
+)
+def test_a_prompt_is_fitted_to_a_short_context(start_engine: Any, api: str, more: Any, tmp_path: Path) -> None:
+    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does."""
     with ExitStack() as stack:
-        engine = had(start_llama_server(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "llama.cpp")}))
-        (model,) = pi.get("/v1/models")["models"]
-        assert model["n_ctx"] == 512
-        check_long_prompts(pi)
-
-
-def test_a_prompt_is_fitted_by_what_the_table_says(tmp_path: Path) -> None:
-    """llama_cpp.server does not tell the length of its context."""
-    with ExitStack() as stack:
-        engine = had(start_llama_cpp(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", n_ctx=512)}))
+        engine = had(start_engine(tmp_path / "engine", context=512), stack)
+        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, api, **more)}))
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 512
         check_long_prompts(pi)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, until
+from harness import KEY, ROOT, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -38,7 +38,7 @@ from cerebrum.pi import breaker
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.fleet import rank_models
 from cerebrum.pi.upstream import parse_url
-from cerebrum.settings import ConfigError
+from cerebrum.settings import ConfigError, load_catalog
 
 FIRST = chunk(token("a", 1))
 
@@ -230,8 +230,6 @@ async def test_a_model_that_nobody_has_is_explained_by_a_backend_of_ours() -> No
 def test_the_order_of_models(
     language: str, mode: str, present: set[str] | None, any_language: bool, ids: list[str]
 ) -> None:
-    from scripted import ROOT, load_catalog
-
     prefer = {"infill": ("qwen_0_5b",), "instruct": ("qwen_0_5b",)}
     catalog = load_catalog(ROOT / "models.toml").models
     assert rank_models(catalog, prefer, language, mode, present, any_language) == ids
@@ -280,11 +278,8 @@ async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> No
         assert (len(one.completions), len(two.completions)) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "code"),
-    [("400", 400, "INVALID_REQUEST"), ("409", 409, "SUPERSEDED")],
-)
-async def test_an_error_about_the_request_is_final(name: str, status: int, code: str) -> None:
+@pytest.mark.parametrize(("status", "code"), [(400, "INVALID_REQUEST"), (409, "SUPERSEDED")])
+async def test_an_error_about_the_request_is_final(status: int, code: str) -> None:
     one, two = Backend([[error(status, code)]]), Backend()
     async with fleet(one, two) as pi:
         assert (await pi.complete()).status == status
@@ -321,10 +316,7 @@ async def test_all_are_away() -> None:
         port = gone.port
     async with pi_for(backend_at(port, "a"), backend_at(port, "b")) as pi:
         reply = await pi.complete()
-        assert (reply.status, reply.json["message"]) == (
-            503,
-            "VPS backend is unavailable (connection refused)",
-        )
+        assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (connection refused)")
         health = await pi.get("/health")
         refused = "VPS backend is unavailable (connection refused)"
         assert (health.status, health.json["message"]) == (503, f"a: {refused}; b: {refused}")
