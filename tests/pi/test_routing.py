@@ -456,25 +456,17 @@ async def test_the_models_are_asked_for_once_if_nobody_tells_them(monkeypatch: p
             assert sum(line.startswith("GET /v1/models") for line, _, _ in backend.asked) == 1
 
 
-async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend() -> None:
-    one, two = Backend([[CHUNKED, FIRST, HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-    async with fleet(one, two) as pi:
-        older = asyncio.create_task(pi.stream(session="s", model="qwen_1_5b"))
-        await one.begun.wait()
-        await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
-        assert await answered(pi, session="s", model="qwen_0_5b") == "b"
-        assert (await older).events[-1]["code"] == "SUPERSEDED"
-        await asyncio.wait_for(one.left.wait(), 30)
-
-
-async def test_a_request_that_is_superseded_goes_to_nobody_else() -> None:
-    """The older request waits for its backend's head when the newer one ends it."""
-    one, two = Backend([[HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+@pytest.mark.parametrize("hang", [[HANG], [CHUNKED, FIRST, HANG]], ids=["before its head", "after a token"])
+async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend(hang: list[Any]) -> None:
+    """The older one goes to nobody else."""
+    one, two = Backend([hang], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
     async with fleet(one, two) as pi:
         older = asyncio.create_task(pi.complete(session="s"))
         await one.begun.wait()
+        await until(lambda: FIRST not in hang or pi.gateway.active[0].came.tokens)
         assert await answered(pi, session="s", model="qwen_0_5b") == "b"
         assert (await older).json["code"] == "SUPERSEDED"
+        await asyncio.wait_for(one.left.wait(), 30)
         assert len(two.completions) == 1
 
 
