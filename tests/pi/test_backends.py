@@ -1,4 +1,4 @@
-"""Other engines behind the Pi: their table, the requests that are written for them, and what is read of their streams.
+"""Other engines behind the Pi: their table, the requests that they get, and how their streams are read.
 
 The streams have the shapes that llama-server, llama_cpp.server and vLLM really send. Each is read whole and in any
 split, and ends for the client like a stream of a backend of our own.
@@ -234,7 +234,7 @@ def test_how_engines_say_that_a_prompt_is_too_long(error: Any, told: tuple[int, 
         ({}, {}),
     ],
 )
-def test_the_context_that_props_tell(props: dict[str, Any], told: dict[str, Any]) -> None:
+def test_the_length_of_the_context_in_props(props: dict[str, Any], told: dict[str, Any]) -> None:
     assert read_props(props) == told
 
 
@@ -464,7 +464,7 @@ def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
     )
 
 
-def test_progress_is_passed_on_to_those_who_ask() -> None:
+def test_progress_is_passed_on_if_asked_for() -> None:
     event = data({"content": "", "stop": False, "prompt_progress": {"total": 90, "cache": 0, "processed": 64}})
     odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
     wanted = Translator(COMPLETION, BASE | {"progress": True}, [])
@@ -584,7 +584,7 @@ async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
 
 
 async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
-    """Else it would stay shut out as long as its other answers run."""
+    """Otherwise it would get no request until its running answers have ended."""
     async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         first = pi.gateway.fleet.first
         _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
@@ -616,7 +616,7 @@ async def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypa
 
 
 async def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its client gets a comment now and then."""
+    """Meanwhile its client gets comments, which keep the connection alive."""
     monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought = chunk(chat_chunk(reasoning_content="hm"))
@@ -654,7 +654,7 @@ async def test_a_client_that_leaves_ends_the_engines_work() -> None:
 
 
 async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its head comes only when it has read the prompt; then it pauses again."""
+    """The engine sends its head only after it has read the prompt, and then pauses again."""
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     heads, rest = asyncio.Event(), asyncio.Event()
     script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
@@ -709,7 +709,7 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
 async def test_what_a_refusal_says_of_the_context_may_be_misread(
     told: dict[str, Any], message: str, n_ctx: int
 ) -> None:
-    """The prompt is fitted once more, shorter, and a length in a known sentence counts until the next list."""
+    """The prompt is shortened and sent once more. A length in a known sentence counts until the next list."""
     refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
     listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
     async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
@@ -782,8 +782,8 @@ async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: 
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-async def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked again at each probe."""
+async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     broken = answer(500, {"error": "Traceback"})
     async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
@@ -811,7 +811,7 @@ async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) 
         await until(lambda: pi.gateway.fleet.probes > probes)
 
 
-async def test_an_engine_with_none_of_our_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
     async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()

@@ -254,9 +254,9 @@ async def test_esc_undoes_a_completion(chrome: Any) -> None:
         await visit.press("Escape")
         assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE, "")
         await visit.press("Control+y")
-        assert await visit.value() == CODE + "a + b"  # who pressed Esc to stop, and came too late, loses nothing
+        assert await visit.value() == CODE + "a + b"  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z")
-        assert await visit.value() == ""  # the undone completion is no step of its own
+        assert await visit.value() == ""  # undoing has added no step
 
 
 async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> None:
@@ -333,7 +333,7 @@ async def test_a_newer_completion_is_of_the_same_session(chrome: Any) -> None:
         assert first["session"] == second["session"]
 
 
-async def test_a_user_who_scrolls_stays_where_he_is(chrome: Any) -> None:
+async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
     """Until then, the end of the text that comes stays in view."""
     more, rest = asyncio.Event(), asyncio.Event()
     script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
@@ -624,7 +624,7 @@ async def test_stages_and_the_time(chrome: Any) -> None:
         await expect(visit.find("#work")).to_be_hidden()
         await expect(visit.find("#slow")).to_contain_text(f"Your last request: {time}")
         await visit.press("Escape")
-        await visit.press("Control+Enter")  # this answer tells next to nothing
+        await visit.press("Control+Enter")  # this answer has hardly any figures
         await visit.see("#outcome", "2 tokens in 0.3 s.")
 
 
@@ -787,7 +787,7 @@ async def test_files_that_cannot_be_opened(chrome: Any) -> None:
 
 
 async def test_the_text_can_be_copied(chrome: Any) -> None:
-    """By the command that needs no https."""
+    """With the command that also works without https."""
     async with visiting(chrome, context={"permissions": ["clipboard-read", "clipboard-write"]}) as visit:
         await visit.write("x = 1\n")
         await visit.find("#copy").click()
@@ -922,7 +922,7 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
 
 @pytest.mark.parametrize("size", PHONES)
 async def test_a_phone(chrome: Any, size: tuple[int, int]) -> None:
-    """The text comes first, nothing is wider than the screen, and what can be touched is large enough."""
+    """The text comes first, nothing is wider than the screen, and all controls are large enough to touch."""
     async with visiting(chrome, completion("1\n"), size=size, touch=True) as visit:
 
         async def check() -> None:
@@ -1000,7 +1000,7 @@ async def test_the_state_of_the_pi_and_of_its_models(chrome: Any) -> None:
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
-    """Less often if it does not answer, and the list of models only if something has changed."""
+    """Less often while the Pi does not answer. The list of models is fetched only after a change."""
 
     async def install(visit: Visit) -> None:
         await visit.page.clock.install()
@@ -1011,7 +1011,7 @@ async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
             return visit.asked.count("/v1/activity")
 
         assert (times(), visit.asked.count("/v1/models")) == (1, 1)
-        await visit.page.clock.run_for(3000)  # beside it, the time that really passes counts
+        await visit.page.clock.run_for(3000)  # real time passes as well
         assert times() == 1
         await visit.page.clock.run_for(2100)
         await until(lambda: times() == 2)

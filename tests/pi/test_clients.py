@@ -54,7 +54,7 @@ CHAT_SENT = [*CHAT[:3], {"role": "user", "content": "And\nsubtract."}]
 
 @pytest.fixture
 def pi(tmp_path: Path) -> Iterator[Pi]:
-    """The VPS answers each request by TEXT."""
+    """The VPS answers each request with TEXT."""
     with start_pi(tmp_path / "pi", [completion(*PIECES)]) as pi:
         yield pi
 
@@ -78,8 +78,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
 
 
 def completes_the_sum(text: str) -> bool:
-    """Whether `text` completes PREFIX and LINE to a function that adds. What follows the function does not count: where
-    a client does not tell the language, its end is unknown."""
+    """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function does not count: without
+    a language the Pi does not know where the function ends."""
     names: dict[str, Any] = {}
     exec(PREFIX + LINE + text.partition("\n\n")[0], names)
     return bool(names["add"](20, 3) == 23)

@@ -407,7 +407,7 @@ def check_superseded(
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
 async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
-    """The Pi ends it by itself: a VPS that hangs keeps neither the older completion nor its place."""
+    """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its place."""
     scripts = [HANGS[hang], GOOD]
     async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
@@ -449,7 +449,7 @@ async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session(
 
 
 async def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
-    """Each ends its predecessor, and the VPS never has more than max_concurrent of them, even if it answers none."""
+    """Each ends its predecessor. The VPS never has more than max_concurrent of them, even if it answers none."""
     async with Backend([[HANG]]) as backend, pi_for(backend.port, max_concurrent=2) as pi:
         flood = [asyncio.create_task(pi.complete(session=f"editor {n % 2}")) for n in range(60)]
         done: set[Any] = set()
@@ -506,7 +506,7 @@ async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, A
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
 async def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
-    """For the VPS, two Pis that serve one client address are one client, and the VPS itself ends the older request."""
+    """To the VPS, two Pis with the same client address are one client, so the VPS itself ends the older request."""
     async with Backend([HANGS[hang], GOOD]) as backend, pi_for(backend.port) as pi, pi_for(backend.port) as other:
         older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
         await backend.begun.wait()
@@ -581,7 +581,7 @@ async def test_preferences_of_the_dialects():
     ],
 )
 async def test_a_dialect_never_fails_for_its_language(asked: dict[str, Any]):
-    """The VPS has one model, which lists Python alone."""
+    """The VPS has one model, which lists only Python."""
     async with Backend(models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
         assert (await pi.ask("POST", "/infill", asked)).json["model"] == "qwen_7b"
         language = {"a.rs": "rust", "A.java": "java"}.get(asked.get("filename", ""))
@@ -685,7 +685,7 @@ def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path):
 
 @pytest.mark.parametrize("what", ["an address that is not up", "a port that is taken"])
 def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path: Path, what: str):
-    """The unit starts the daemon again after a status of 1, and never after 2."""
+    """The unit restarts the daemon after a status of 1, and never after 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         host = "127.0.0.1" if "port" in what else "192.0.2.1"

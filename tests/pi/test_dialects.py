@@ -557,7 +557,7 @@ def test_response_fields(only: list[str], expected: bytes) -> None:
 
 @pytest.mark.parametrize("dialect", [COMPLETION, INFILL], ids=["completion", "infill"])
 def test_a_replaced_request(dialect: Dialect) -> None:
-    """With `response_fields`, as llama.vim asks, there is no content that it could keep."""
+    """llama.vim asks with `response_fields`: its answer then has no content that it could keep."""
     replaced = {"finish_reason": "replaced"}
     chosen = reply_to(dialect, response_fields=["content", "stop_type"]).whole("", replaced)
     assert chosen == b'{"replaced":true,"stop_type":"limit"}'

@@ -316,7 +316,7 @@ async def test_a_client_that_leaves_the_line_takes_no_place():
 
 
 async def test_an_editor_does_not_starve_another_persons():
-    """With one place, a keystroke's request does not overtake that of somebody who waits."""
+    """With one place, the request of the next keystroke does not overtake a waiting one of another person."""
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         first = infill(pi)
         await backend.begun.wait()
@@ -482,7 +482,7 @@ async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
 
 
 async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
-    """llama.vim asks for what follows a completion while it shows that."""
+    """llama.vim asks for the text after a completion while it shows that completion."""
     async with Backend([script("urn", " a"), [CHUNKED, HANG]]) as backend, pi_for(backend.port) as pi:
         await infill(pi)
         ahead = infill(pi, prompt="    return a")
@@ -508,7 +508,7 @@ def predicted(predictions: Predictions, prompt: str, **more: Any) -> str | None:
 
 
 def test_predictions_follow_a_window_that_moves():
-    """An editor sends so many lines before the cursor: after a typed line end, the first of them is missing."""
+    """An editor sends a fixed number of lines before the cursor: after a typed line end, the first is missing."""
     predictions, lines = Predictions(), [f"line {number}\n" for number in range(400)]
     predictions.add("me", {"prompt": "".join(lines[:300]), "suffix": ""}, "a\nbc\n", {}, "stop")
     assert predicted(predictions, "".join(lines[1:300]) + "a\nb") == "c\n"

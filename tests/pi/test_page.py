@@ -209,7 +209,7 @@ async def test_a_request_that_was_superseded_has_not_failed() -> None:
 # ------------------------------------------------------------------------------------------ what there is
 
 
-async def test_models_tell_what_the_vps_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048, "path": "/x"}
     idle = {"id": "qwen_1_5b", "loaded": False, "encoding": "published", "available": True}

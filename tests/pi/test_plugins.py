@@ -113,7 +113,7 @@ def shared_pi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
 
 @pytest.fixture
 def pi(shared_pi: Pi) -> Pi:
-    """The VPS answers each request by TEXT, and was not asked for anything yet."""
+    """The VPS answers each request with TEXT, and has not been asked for anything yet."""
     shared_pi.backend.scripts = [completion(*PIECES)]
     shared_pi.backend.asked.clear()
     return shared_pi
@@ -250,7 +250,7 @@ def test_llama_vscode(pi: Pi) -> None:
 
 def test_llama_vscode_looks_around(pi: Pi) -> None:
     pi.backend.scripts = [[answer(200, {"tokens": [1, 2, 3]})]]
-    assert pi.get("/health").json()["status"] == "healthy"  # "ok" and "healthy" are good to it
+    assert pi.get("/health").json()["status"] == "healthy"  # it takes "ok" and "healthy" as good
     listed = pi.get("/v1/models").json()["data"]
     assert [(model["id"], model["object"], model["owned_by"]) for model in listed] == [
         ("qwen_0_5b", "model", "llamacpp")
@@ -450,7 +450,7 @@ def test_an_error_says_what_is_wrong(pi: Pi, name: str) -> None:
 
 
 class Neovim:
-    """A Neovim without a screen, which `tests/editor.lua` lets ask the Pi as llama.vim does. It is typed into."""
+    """A headless Neovim that a test types into. `tests/editor.lua` makes it ask the Pi as llama.vim does."""
 
     def __init__(self, program: str, folder: Path, url: str, text: str) -> None:
         folder.mkdir()

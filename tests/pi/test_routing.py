@@ -67,7 +67,7 @@ async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -
 
 
 async def answered(pi: Pi, **more: Any) -> str:
-    """Who has answered."""
+    """The backend that answered."""
     reply = await pi.complete(**more)
     assert reply.status == 200, reply.json
     assert reply.json["completion"] == reply.json["backend"]
@@ -76,7 +76,7 @@ async def answered(pi: Pi, **more: Any) -> str:
 
 @contextlib.asynccontextmanager
 async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
-    """While a completion runs on this backend, whose next script must hang."""
+    """Run a completion on this backend, whose next script must hang."""
     backend.begun.clear()
     _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "z", "language": "python", **more})
     await backend.begun.wait()
@@ -97,7 +97,7 @@ async def test_in_the_tables_order_when_nobody_is_busy() -> None:
 
 
 async def test_the_least_busy_one() -> None:
-    """One of two places is more than one of four."""
+    """One busy place of two is a higher load than one of four."""
     one, two = Backend([HANGING, script("a")]), Backend([HANGING, script("b")])
     async with fleet(one, two, places=(2, 4)) as pi, running(pi, one), running(pi, two, prompt="y"):
         assert await answered(pi) == "b"
@@ -286,7 +286,7 @@ async def test_an_error_about_the_request_is_final(status: int, code: str) -> No
         assert two.completions == []
 
 
-async def test_when_all_fail_the_error_tells_most() -> None:
+async def test_when_all_fail_the_most_precise_error_counts() -> None:
     one, two, three = Backend([[RESET]]), Backend([[error(503, "RESOURCE_EXHAUSTED", "no memory")]]), Backend([[]])
     async with fleet(one, two, three) as pi:
         reply = await pi.complete()
@@ -369,8 +369,8 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
         assert (await slow).json["completion"] == "b"
 
 
-async def test_the_failure_is_told_if_the_others_have_no_place() -> None:
-    """Not 429, since a place is free: at the backend that has failed."""
+async def test_the_failure_is_reported_if_the_others_have_no_place() -> None:
+    """Not 429: the backend that has failed has a free place."""
     one, two = Backend([[RESET]]), Backend([HANGING])
     async with fleet(one, two, places=(1, 1)) as pi, running(pi, two, model="qwen_0_5b", session="s"):
         pi.gateway.fleet.backends[0].found("")
@@ -446,8 +446,8 @@ async def test_a_place_is_kept_for_infills_among_the_backends_that_may_answer() 
         await until(lambda: not pi.gateway.active)
 
 
-async def test_the_models_are_asked_for_once_if_nobody_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not again before each try."""
+async def test_the_models_are_asked_for_once_if_nobody_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list is not asked for again before each attempt."""
     one, two = Backend([[RESET]], models=answer(500, {})), Backend([[RESET]], models=answer(500, {}))
     async with one, two, pi_for(backend_at(one.port, "a"), backend_at(two.port, "b"), probing=False) as pi:
         for _ in range(3):

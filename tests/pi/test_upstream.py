@@ -281,7 +281,7 @@ async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
 
 
 async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
-    """A listener whose queue is full drops what comes."""
+    """A listener with a full queue drops new connections."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
