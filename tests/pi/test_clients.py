@@ -78,8 +78,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
 
 
 def completes_the_sum(text: str) -> bool:
-    """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function does not count: without
-    a language the Pi does not know where the function ends."""
+    """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function does not count: the Pi
+    knows where it ends only if it knows the language."""
     names: dict[str, Any] = {}
     exec(PREFIX + LINE + text.partition("\n\n")[0], names)
     return bool(names["add"](20, 3) == 23)
@@ -207,14 +207,12 @@ def test_openai_takes_any_base_url(openai: Any, pi: Pi, ending: str) -> None:
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TOOL = {"type": "function", "function": {"name": "ls", "parameters": {"type": "object", "properties": {}}}}
 REFUSED = [
-    (
-        {"messages": [{"role": "user", "content": [IMAGE]}]},
-        'messages[0].content[0].type: expected one of text, input_text, output_text, got the string "image_url"',
-    ),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]},
+     'messages[0].content[0].type: expected one of text, input_text, output_text, got the string "image_url"'),
     ({"messages": CHAT, "tools": [TOOL]}, 'tools: expected nothing, or tool_choice "none", got '),
     ({"messages": []}, "messages: expected "),
     ({"messages": CHAT, "stop": ["x"] * 17}, "stop: expected "),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "message"), REFUSED)
