@@ -29,6 +29,7 @@ pytestmark = pytest.mark.clients
 CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
 PAGE = ROOT / "cerebrum/pi/page.html"
 EXPECT_MS = 20_000
+LOAD_MS = 90_000  # vpsd also tunes the model when it loads it for the first time
 END = b"0\r\n\r\n"
 CODE = "def add(a, b):\n    return "
 HOSTILE = '</textarea><script>window.pwned=1</script><img src=x onerror="window.pwned=1">\'"&amp;'
@@ -1059,7 +1060,7 @@ async def test_by_keyboard_with_weights(chrome: Any, tmp_path: Path) -> None:
                 await keyboard.press("Shift+Tab")
             await keyboard.insert_text(CODE)
             await keyboard.press("Control+Enter")
-            await expect(page.locator("#mark")).to_contain_text("a + b")
+            await expect(page.locator("#mark")).to_contain_text("a + b", timeout=LOAD_MS)
             await expect(page.locator("#stop")).to_be_disabled()
             await expect(page.locator("#outcome")).to_contain_text("tokens/s")
             await keyboard.press("Tab")
