@@ -1,4 +1,4 @@
-"""Other engines behind the Pi: their table, the requests that are written for them, and what is read of their streams.
+"""Other engines behind the Pi: their table, the requests that they get, and how their streams are read.
 
 The streams have the shapes that llama-server, llama_cpp.server and vLLM really send. Each is read whole and in any
 split, and ends for the client like a stream of a backend of our own.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import doctest
+import importlib
 import json
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, run, until
+from harness import ROOT, until
 from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
 
+from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import breaker, engines, upstream
 from cerebrum.pi import fleet as pi_fleet
@@ -30,9 +33,10 @@ from cerebrum_common import HttpError, Model
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
-def test_the_examples_of_the_module_are_true() -> None:
-    modules = (pi_backend, engines, upstream)
-    assert [doctest.testmod(one, optionflags=doctest.NORMALIZE_WHITESPACE).failed for one in modules] == [0, 0, 0]
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(pi_package.__path__)])
+def test_the_examples_of_a_module_are_true(name: str) -> None:
+    module = importlib.import_module(f"cerebrum.pi.{name}")
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -66,16 +70,12 @@ def test_without_a_table_there_is_the_vps_of_the_environment() -> None:
         (7, "backend 1: expected a table, got 7"),
         ({}, f"backend 1: id: expected a string of the form {FORM}, got nothing"),
         ({"id": "a b"}, f"backend 1: id: expected a string of the form {FORM}, got a string of 3 characters"),
-        ({"id": 1}, f"backend 1: id: expected a string of the form {FORM}, got the number 1"),
         ({"id": "a"}, "backend 1: url: expected a string, got nothing"),
         (ATTIC | {"url": "ftp://x"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got 'ftp://x'"),
         (ATTIC | {"api": "vllm"}, 'backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "vllm"'),
-        (ATTIC | {"key_env": "A B"}, "backend 1: key_env: expected a string of the form "
-                                     "(?:[A-Za-z_][A-Za-z0-9_]{0,99})?, got a string of 3 characters"),
         (ATTIC | {"n_ctx": True}, "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
         (ATTIC | {"max_concurent": 2}, "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
                                        "max_concurrent, n_ctx, got 'max_concurent'"),
-        (ATTIC | {"infill": "both"}, 'backend 1: infill: expected one of fim, suffix, got the string "both"'),
         (ATTIC | {"url": "https://a", "ca_file": "/nowhere.pem"},
          "backend 1: ca_file: expected a file, and a url with https, got '/nowhere.pem'"),
         (ATTIC | {"ca_file": __file__}, f"backend 1: ca_file: expected a file, and a url with https, got {__file__!r}"),
@@ -234,7 +234,7 @@ def test_how_engines_say_that_a_prompt_is_too_long(error: Any, told: tuple[int, 
         ({}, {}),
     ],
 )
-def test_the_context_that_props_tell(props: dict[str, Any], told: dict[str, Any]) -> None:
+def test_the_length_of_the_context_in_props(props: dict[str, Any], told: dict[str, Any]) -> None:
     assert read_props(props) == told
 
 
@@ -301,126 +301,102 @@ USAGE = data({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 
 END = b"data: [DONE]\n\n"
 LAST = {"index": 0, "content": "", "stop": True, "stop_type": "eos", "tokens_predicted": 2, "tokens_evaluated": 9}
 
-# The dialect, the request, the stream, the text that a client gets, and the result.
-STREAMS: dict[str, tuple[Any, dict[str, Any], bytes, str, dict[str, Any]]] = {
-    "vLLM's text with its usage": (
-        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "stop") + USAGE + END, "1 + 2",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+
+def stream(*events: bytes, text: str = "1", dialect: Any = OPENAI_TEXT, asked: Any = None, **result: Any) -> Any:
+    """The dialect, the request, what an engine streams, the text that a client gets, and the result."""
+    return dialect, asked or {}, b"".join(events), text, {"finish_reason": "stop", "total_tokens": 1} | result
+
+
+ONE = text_chunk("1", "stop")
+IN_FILE = {"prompt": "def add(a, b):\n", "language": "python"}
+SAYING = {"messages": SAID[:1], "stop_at": "none"}
+COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_second": 20.0}
+STREAMS = {
+    "vLLM's text with its usage": stream(
+        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", prompt_tokens=9, total_tokens=3
     ),
-    "a text that its limit cuts": (
-        OPENAI_TEXT, {}, text_chunk("1") + text_chunk(" + 2", "length") + END, "1 + 2",
-        {"finish_reason": "length", "total_tokens": 2},
+    "a text that its limit cuts": stream(
+        text_chunk("1"), text_chunk(" + 2", "length"), END, text="1 + 2", finish_reason="length", total_tokens=2
     ),
-    "no [DONE]": (OPENAI_TEXT, {}, text_chunk("1", "eos_token"), "1", {"finish_reason": "stop", "total_tokens": 1}),
-    "no blank line at its end": (
-        OPENAI_TEXT, {}, (text_chunk("1", "stop") + END)[:-2], "1", {"finish_reason": "stop", "total_tokens": 1}
+    "no [DONE]": stream(text_chunk("1", "eos_token")),
+    "no blank line at its end": stream((ONE + END)[:-2]),
+    "odd counts": stream(
+        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None})
     ),
-    "odd counts": (
-        OPENAI_TEXT, {},
-        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None}),
-        "1", {"finish_reason": "stop", "total_tokens": 1},
+    "a count of nothing": stream(
+        text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), prompt_tokens=0
     ),
-    "a count of nothing": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), "1",
-        {"finish_reason": "stop", "prompt_tokens": 0, "total_tokens": 1},
+    "nulls and members of other types": stream(
+        data({"choices": None, "error": None}), data({"choices": [7]}), data({"choices": [{}]}), text_chunk("1"),
+        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
     ),
-    "nulls and members of other types": (
-        OPENAI_TEXT, {}, data({"choices": None, "error": None}) + data({"choices": [7]}) + data({"choices": [{}]})
-        + text_chunk("1") + data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
+    "a fault behind the end": stream(ONE, data({"error": "boom"}), text_chunk("2")),
+    "no JSON behind the end": stream(ONE, b"data: {oops\n\n"),
+    "more than was asked for": stream(
+        *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
     ),
-    "comments and events that nobody knows": (
-        OPENAI_TEXT, {}, b": ping\n\nevent: x\nid: 1\n\n" + data({"news": 1}) + text_chunk("1", "stop"), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "a mark of the bytes' order": stream(b"\xef\xbb\xbf", ONE),
+    "an empty count behind the real one": stream(
+        ONE, USAGE, data({"choices": [], "usage": None}), END, prompt_tokens=9, total_tokens=3
     ),
-    "a fault behind the end": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + data({"error": "boom"}) + text_chunk("2"), "1",
-        {"finish_reason": "stop", "total_tokens": 1},
+    "numbers that nobody can count": stream(
+        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST),
+        dialect=COMPLETION, prompt_tokens=9, total_tokens=2,
     ),
-    "no JSON behind the end": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + b"data: {oops\n\n", "1", {"finish_reason": "stop", "total_tokens": 1}
+    "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
+    "the natural end": stream(
+        *map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5
     ),
-    "more than was asked for": (
-        OPENAI_TEXT, {"max_tokens": 2}, text_chunk("1") + text_chunk("2") + text_chunk("3") + text_chunk("4"), "12",
-        {"finish_reason": "length", "total_tokens": 2},
+    "a gap that meets its suffix": stream(
+        text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=2,
+        asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
     ),
-    "a mark of the bytes' order": (
-        OPENAI_TEXT, {}, b"\xef\xbb\xbf" + text_chunk("1", "stop"), "1", {"finish_reason": "stop", "total_tokens": 1}
+    "a stop string over two events": stream(
+        text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2
     ),
-    "an empty count behind the real one": (
-        OPENAI_TEXT, {}, text_chunk("1", "stop") + USAGE + data({"choices": [], "usage": None}) + END, "1",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
+    "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
+    "a mark that the prompt has, too": stream(
+        text_chunk(" '<|endoftext|>'", "stop"),
+        text=" '<|endoftext|>'", asked={"prompt": "end = '<|endoftext|>'\nx ="},
     ),
-    "numbers that nobody can count": (
-        COMPLETION, {}, llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}) + data(LAST), "1",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2},
+    "a character in two events": stream(
+        text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
+        b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4,
     ),
-    "no text at all": (OPENAI_TEXT, {}, text_chunk("", "stop") + END, "", {"finish_reason": "stop", "total_tokens": 0}),
-    "the natural end": (
-        OPENAI_TEXT, {"prompt": "def add(a, b):\n", "language": "python"}, b"".join(map(text_chunk, PIECES)), BODY,
-        {"finish_reason": "block", "total_tokens": 5},
+    "half of a surrogate pair in each of two events": stream(
+        text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
     ),
-    "a gap that meets its suffix": (
-        OPENAI_TEXT, {"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
-        text_chunk("2, 3") + text_chunk("]\ny = 2") + text_chunk("\n"), "2, 3",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "a chat": stream(
+        chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
+        chat_chunk("stop"), USAGE, END,
+        text="Hi!", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=9, total_tokens=3,
     ),
-    "a stop string over two events": (
-        OPENAI_TEXT, {"stop": ["END"]}, text_chunk("1E") + text_chunk("ND2"), "1",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "thoughts are no answer": stream(
+        chat_chunk(reasoning_content="hm"), chat_chunk(content=None), chat_chunk("stop", content="Hi"),
+        text="Hi", dialect=OPENAI_CHAT, asked=SAYING,
     ),
-    "a mark that leaks": (
-        OPENAI_TEXT, {}, text_chunk("1<|end") + text_chunk("oftext|>Human:"), "1",
-        {"finish_reason": "stop", "total_tokens": 2},
+    "the code of an instruction alone": stream(
+        chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
+        chat_chunk(content="`\nBye"), chat_chunk(content="."),
+        text="x = 1\n", dialect=OPENAI_CHAT, total_tokens=3,
+        asked={"messages": SAID, "mode": "instruct", "language": "python"},
     ),
-    "a mark that the prompt has, too": (
-        OPENAI_TEXT, {"prompt": "end = '<|endoftext|>'\nx ="}, text_chunk(" '<|endoftext|>'", "stop"),
-        " '<|endoftext|>'", {"finish_reason": "stop", "total_tokens": 1},
-    ),
-    "a character in two events": (
-        OPENAI_TEXT, {}, text_chunk("a") + b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n'
-        b'data: {"choices": [{"text": "\xac"}]}\n\n' + text_chunk("b", "stop"), "a\u20acb",
-        {"finish_reason": "stop", "total_tokens": 4},
-    ),
-    "half of a surrogate pair in each of two events": (
-        OPENAI_TEXT, {}, text_chunk("\ud83d") + text_chunk("\ude00", "stop"), "\U0001f600",
-        {"finish_reason": "stop", "total_tokens": 2},
-    ),
-    "a chat": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
-        chat_chunk(role="assistant", content="") + chat_chunk(content="Hi") + chat_chunk(content="!")
-        + chat_chunk("stop") + USAGE + END, "Hi!", {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 3},
-    ),
-    "thoughts are no answer": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
-        chat_chunk(reasoning_content="hm") + chat_chunk(content=None) + chat_chunk("stop", content="Hi"), "Hi",
-        {"finish_reason": "stop", "total_tokens": 1},
-    ),
-    "the code of an instruction alone": (
-        OPENAI_CHAT, {"messages": SAID, "mode": "instruct", "language": "python"},
-        chat_chunk(content="Here you are:\n\n```py") + chat_chunk(content="thon\nx = 1\n``")
-        + chat_chunk(content="`\nBye") + chat_chunk(content="."),
-        "x = 1\n", {"finish_reason": "stop", "total_tokens": 3},
-    ),
-    "a chat in one piece": (
-        OPENAI_CHAT, {"messages": SAID[:1], "stop_at": "none"},
+    "a chat in one piece": stream(
         data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
-        "Hi", {"finish_reason": "stop", "prompt_tokens": 3, "total_tokens": 1},
+        text="Hi", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=3,
     ),
-    "llama-server": (
-        COMPLETION, {}, llama_chunk("1", 1) + llama_chunk("2", 2) + data({**LAST, "timings": TIMINGS}), "12",
-        {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": 2, "cached_tokens": 4, "ttft": 0.25,
-         "tokens_per_second": 20.0},
+    "llama-server": stream(
+        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}),
+        text="12", dialect=COMPLETION, total_tokens=2, **COUNTED,
     ),
-    "llama-server at its limit": (
-        COMPLETION, {}, llama_chunk("1", 1) + data(LAST | {"stop_type": "limit"}), "1",
-        {"finish_reason": "length", "prompt_tokens": 9, "total_tokens": 2},
+    "llama-server at its limit": stream(
+        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}),
+        dialect=COMPLETION, finish_reason="length", prompt_tokens=9, total_tokens=2,
     ),
-    "llama-server before its end": (
-        COMPLETION, {"prompt": "def add(a, b):\n", "language": "python"},
-        b"".join(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
-        BODY, {"finish_reason": "block", "prompt_tokens": 9, "total_tokens": 5, "cached_tokens": 4, "ttft": 0.25,
-         "tokens_per_second": 20.0},
+    "llama-server before its end": stream(
+        *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
+        text=BODY, dialect=COMPLETION, asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED,
     ),
 }  # fmt: skip
 
@@ -472,12 +448,6 @@ def test_a_stream_that_fails(stream: bytes, message: str) -> None:
     assert caught.value.message == f"VPS backend is unavailable ({message})"
 
 
-def test_an_engine_that_says_nothing_is_not_to_blame() -> None:
-    with pytest.raises(HttpError, match=r"^VPS backend answered nothing; a lower n_ctx of it may help$") as caught:
-        Translator(OPENAI_TEXT, BASE, []).end()
-    assert not isinstance(caught.value, BackendFailure)
-
-
 def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
     with pytest.raises(HttpError) as caught:
         list(Translator(OPENAI_TEXT, BASE, []).feed(data(LONG), 0.0))
@@ -494,7 +464,7 @@ def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
     )
 
 
-def test_progress_is_passed_on_to_those_who_ask() -> None:
+def test_progress_is_passed_on_if_asked_for() -> None:
     event = data({"content": "", "stop": False, "prompt_progress": {"total": 90, "cache": 0, "processed": 64}})
     odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
     wanted = Translator(COMPLETION, BASE | {"progress": True}, [])
@@ -550,26 +520,23 @@ def result_of(reply: Any) -> dict[str, Any]:
         ("llama.cpp", LLAMA_SERVER, "ab", {"prompt_tokens": 9, "total_tokens": 2}, "/completion"),
     ],
 )
-def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
-    async def scenario() -> None:
-        async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, True)
-            assert "".join(event["token"] for event in reply.events if "token" in event) == text
-            assert result_of(reply) == {
-                "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
-                "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
-            }  # fmt: skip
-            whole = await pi.complete()
-            assert (whole.status, whole.json["completion"]) == (200, text)
-            line, headers, body = backend.asked[-1]
-            assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
-            assert headers["authorization"] == "Bearer gpu-key"
-            assert "x-api-key" not in headers
-            listed = (await pi.get("/v1/models")).json["models"][3]
-            assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
-
-    run(scenario())
+async def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
+    async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, True)
+        assert "".join(event["token"] for event in reply.events if "token" in event) == text
+        assert result_of(reply) == {
+            "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
+            "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
+        }  # fmt: skip
+        whole = await pi.complete()
+        assert (whole.status, whole.json["completion"]) == (200, text)
+        line, headers, body = backend.asked[-1]
+        assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
+        assert headers["authorization"] == "Bearer gpu-key"
+        assert "x-api-key" not in headers
+        listed = (await pi.get("/v1/models")).json["models"][3]
+        assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
 
 
 @pytest.mark.parametrize(
@@ -582,204 +549,151 @@ def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], pa
             True,
         ),
         ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], 503, "(it reported an error)", True),
-        ([CHUNKED, b"0\r\n\r\n"], 503, "answered nothing", False),
-        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "answered nothing", False),
+        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "VPS backend answered nothing; a lower n_ctx of it may help", False),
         ([CHUNKED, RESET], 503, "(the connection broke in the middle of its answer)", True),
-        ([CHUNKED], 503, "in the middle of its answer", True),
         ([], 503, "(it closed the connection without an answer)", True),
-        ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], 503, "not of the type", True),
-        ([answer(429, {})], 429, "too many requests", False),
     ],
 )
-def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
-    async def scenario() -> None:
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
-            reply = await pi.complete()
-            assert reply.status == status
-            assert part in reply.json["message"]
-            assert "boom" not in reply.json["message"]
-            assert len(backend.completions) == 1
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
-
-    run(scenario())
+async def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
+        reply = await pi.complete()
+        assert reply.status == status
+        assert part in reply.json["message"]
+        assert "boom" not in reply.json["message"]
+        assert len(backend.completions) == 1
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
 
 
 @pytest.mark.parametrize(
     ("rest", "part"),
     [
         ([chunk(data({"error": "boom"})), b"0\r\n\r\n"], "it reported an error"),
-        ([chunk(END), b"0\r\n\r\n"], "without saying that it is done"),
         ([b"0\r\n\r\n"], "without saying that it is done"),
         ([RESET], "the connection broke"),
-        ([], "in the middle of its answer"),
-        ([chunk(b"data: {oops\n\n")], "not JSON"),
     ],
 )
-def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, chunk(text_chunk("1")), *rest]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, False)
-            token, error = reply.events
-            assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
-            assert part in error["message"]
-            assert len(backend.completions) == 1
-
-    run(scenario())
+async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
+    script = [CHUNKED, chunk(text_chunk("1")), *rest]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        token, error = reply.events
+        assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
+        assert part in error["message"]
+        assert len(backend.completions) == 1
 
 
-def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
-    """Else it would stay shut out as long as its other answers run."""
-
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            first = pi.gateway.fleet.first
-            _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            await backend.begun.wait()
-            for _ in range(breaker.FAILURES_TO_OPEN):
-                first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
-            await first.probe()
-            assert first.breaker.state == "half-open"
-            writer.transport.abort()
-
-    run(scenario())
+async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
+    """Otherwise it would get no request until its running answers have ended."""
+    async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        first = pi.gateway.fleet.first
+        _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        await backend.begun.wait()
+        for _ in range(breaker.FAILURES_TO_OPEN):
+            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+        await first.probe()
+        assert first.breaker.state == "half-open"
+        writer.transport.abort()
 
 
-def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
-
-    async def scenario() -> None:
-        whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
-        scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
-        async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            for _ in scripts:
-                reply = await pi.complete()
-                assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+    whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
+    scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
+    async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        for _ in scripts:
+            reply = await pi.complete()
+            assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 @pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
-def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        async with (
-            Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend,
-            pi_for(engine(backend.port)) as pi,
-        ):
-            reply = await pi.complete()
-            assert (reply.status, reply.json["message"]) == (
-                503,
-                "VPS backend is unavailable (it did not answer in time)",
-            )
-
-    run(scenario())
+    async with Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (it did not answer in time)")
 
 
-def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its client gets a comment now and then."""
+async def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile its client gets comments, which keep the connection alive."""
     monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought = chunk(chat_chunk(reasoning_content="hm"))
     end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
-
-    async def scenario() -> None:
-        gates = [asyncio.Event() for _ in range(12)]
-        steps = [step for gate in gates for step in (gate.wait, thought)]
-        async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            body = {"prompt": "x", "instruction": "y", "language": "python"}
-            reader, writer = await pi.open("POST", "/v1/complete/stream", body)
-            for gate in gates:
-                await reader.readuntil(b"\n\n\r\n")  # a comment
-                gate.set()
-            assert b'"token": "x = 1' in await reader.read()
-            writer.close()
-
-    run(scenario())
+    gates = [asyncio.Event() for _ in range(12)]
+    steps = [step for gate in gates for step in (gate.wait, thought)]
+    async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        body = {"prompt": "x", "instruction": "y", "language": "python"}
+        reader, writer = await pi.open("POST", "/v1/complete/stream", body)
+        for gate in gates:
+            await reader.readuntil(b"\n\n\r\n")  # a comment
+            gate.set()
+        assert b'"token": "x = 1' in await reader.read()
+        writer.close()
 
 
-def test_what_follows_the_natural_end_is_not_waited_for() -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.stream(prompt="def add(a, b):\n")
-            assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
-            assert result_of(reply)["finish_reason"] == "block"
-            await asyncio.wait_for(backend.left.wait(), 30)
-            assert len(pi.gateway.active) == 0
-
-    run(scenario())
+async def test_what_follows_the_natural_end_is_not_waited_for() -> None:
+    script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.stream(prompt="def add(a, b):\n")
+        assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
+        assert result_of(reply)["finish_reason"] == "block"
+        await asyncio.wait_for(backend.left.wait(), 30)
+        assert len(pi.gateway.active) == 0
 
 
-def test_a_client_that_leaves_ends_the_engines_work() -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, chunk(text_chunk("1")), HANG]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-            await reader.readuntil(b"1}\n\n")
-            writer.transport.abort()
-            await asyncio.wait_for(backend.left.wait(), 30)
-            await until(lambda: len(pi.gateway.active) == 0)
-
-    run(scenario())
+async def test_a_client_that_leaves_ends_the_engines_work() -> None:
+    script = [CHUNKED, chunk(text_chunk("1")), HANG]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        await reader.readuntil(b"1}\n\n")
+        writer.transport.abort()
+        await asyncio.wait_for(backend.left.wait(), 30)
+        await until(lambda: len(pi.gateway.active) == 0)
 
 
-def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its head comes only when it has read the prompt; then it pauses again."""
+async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine sends its head only after it has read the prompt, and then pauses again."""
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        heads, rest = asyncio.Event(), asyncio.Event()
-        script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            for gate in (heads, rest):
-                await reader.readuntil(b"\n\n\r\n")  # a comment
-                gate.set()
-            body = await reader.read()
-            assert body.count(b'"token"') == 2
-            assert b'"done": true' in body
-            writer.close()
-
-    run(scenario())
+    heads, rest = asyncio.Event(), asyncio.Event()
+    script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        for gate in (heads, rest):
+            await reader.readuntil(b"\n\n\r\n")  # a comment
+            gate.set()
+        body = await reader.read()
+        assert body.count(b'"token"') == 2
+        assert b'"done": true' in body
+        writer.close()
 
 
-def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     monkeypatch.setattr(engines, "READING_SECONDS", 0.5)
     monkeypatch.setattr(pi_backend, "READING_SECONDS", 0.5)
-
-    async def scenario() -> None:
-        async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert "did not answer in time" in (await pi.complete()).json["message"]
-            assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
-
-    run(scenario())
+    async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert "did not answer in time" in (await pi.complete()).json["message"]
+        assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
 
 
-def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
     message = (
         "This model's maximum context length is 256 tokens. However, you requested 900 tokens (800 in the messages)"
     )
     refused = answer(400, {"error": {"message": message}})
-
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
-        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            prompt = "x = 1\n" * 400
-            assert (await pi.complete(prompt=prompt)).status == 200
-            first, second = backend.completions
-            assert first["prompt"] == prompt
-            assert len(second["prompt"]) < len(prompt) / 2
-            assert second["max_tokens"] < 256
-            assert (await pi.complete(prompt=prompt)).status == 200
-            assert len(backend.completions) == 3, "the context's length was forgotten"
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
-
-    run(scenario())
+    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        prompt = "x = 1\n" * 400
+        assert (await pi.complete(prompt=prompt)).status == 200
+        first, second = backend.completions
+        assert first["prompt"] == prompt
+        assert len(second["prompt"]) < len(prompt) / 2
+        assert second["max_tokens"] < 256
+        assert (await pi.complete(prompt=prompt)).status == 200
+        assert len(backend.completions) == 3, "the context's length was forgotten"
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
 
 
 @pytest.mark.parametrize(
@@ -792,58 +706,44 @@ def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
         ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
     ],
 )
-def test_what_a_refusal_says_of_the_context_may_be_misread(told: dict[str, Any], message: str, n_ctx: int) -> None:
-    """The prompt is fitted once more, shorter, and a length in a known sentence counts until the next list."""
-
-    async def scenario() -> None:
-        refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
-        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
-        async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-            first, second = (len(asked["prompt"]) for asked in backend.completions)
-            assert 0.1 * first < second < 0.9 * first
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-    run(scenario())
+async def test_what_a_refusal_says_of_the_context_may_be_misread(
+    told: dict[str, Any], message: str, n_ctx: int
+) -> None:
+    """The prompt is shortened and sent once more. A length in a known sentence counts until the next list."""
+    refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
+    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
+        first, second = (len(asked["prompt"]) for asked in backend.completions)
+        assert 0.1 * first < second < 0.9 * first
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
-    async def scenario() -> None:
-        refused = answer(400, {"error": {"message": LONG_MESSAGE}})
-        listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
-        async with (
-            Backend([[refused]], models=listed) as short,
-            Backend() as own,
-            pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
-        ):
-            reply = await pi.complete(prompt="x = 1\n" * 300)
-            assert (reply.status, reply.json["backend"]) == (200, "own")
-            assert (len(short.completions), len(own.completions)) == (2, 1)
-
-    run(scenario())
+async def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
+    refused = answer(400, {"error": {"message": LONG_MESSAGE}})
+    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+    async with (
+        Backend([[refused]], models=listed) as short,
+        Backend() as own,
+        pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
+    ):
+        reply = await pi.complete(prompt="x = 1\n" * 300)
+        assert (reply.status, reply.json["backend"]) == (200, "own")
+        assert (len(short.completions), len(own.completions)) == (2, 1)
 
 
-def test_an_impossible_count_teaches_nothing() -> None:
-    async def scenario() -> None:
-        counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
-        async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
-            assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
-
-    run(scenario())
+async def test_an_impossible_count_teaches_nothing() -> None:
+    counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
+    async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
+        assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
-def test_a_list_that_is_not_strict() -> None:
+async def test_a_list_that_is_not_strict() -> None:
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-
-    async def scenario() -> None:
-        whole = (
-            head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
-        )
-        async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    whole = head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
+    async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.complete()).status == 200
 
 
 @pytest.mark.parametrize(
@@ -853,23 +753,17 @@ def test_a_list_that_is_not_strict() -> None:
         (head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000, "does not have this model"),
     ],
 )
-def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
-    async def scenario() -> None:
-        async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            assert part in (await pi.complete()).json["message"]
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+async def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
+    async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert part in (await pi.complete()).json["message"]
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
-def test_an_engine_that_asks_for_patience_is_there() -> None:
-    async def scenario() -> None:
-        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            backend.models = answer(429, {})
-            await pi.gateway.fleet.first.probe()
-            assert pi.gateway.fleet.available
-
-    run(scenario())
+async def test_an_engine_that_asks_for_patience_is_there() -> None:
+    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        backend.models = answer(429, {})
+        await pi.gateway.fleet.first.probe()
+        assert pi.gateway.fleet.available
 
 
 @pytest.mark.parametrize(
@@ -881,83 +775,63 @@ def test_an_engine_that_asks_for_patience_is_there() -> None:
         ("llama.cpp", {}, {}, 512),
     ],
 )
-def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
-        props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
-        async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
-            assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-    run(scenario())
+async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
+    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
+    props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
+    async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
+        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-def test_an_engine_that_does_not_tell_its_models_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked again at each probe."""
+async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        broken = answer(500, {"error": "Traceback"})
-        async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
-            assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
-            assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
-            backend.models = LISTED
-            await until(lambda: pi.gateway.fleet.available)
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    broken = answer(500, {"error": "Traceback"})
+    async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
+        assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
+        assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
+        backend.models = LISTED
+        await until(lambda: pi.gateway.fleet.available)
+        assert (await pi.complete()).status == 200
 
 
-def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        go = asyncio.Event()
-        async with (
-            Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
-            pi_for(engine(backend.port)) as pi,
-        ):
-            answer = asyncio.create_task(pi.complete())
-            await backend.begun.wait()
-            await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
-            asked, probes = len(backend.asked), pi.gateway.fleet.probes
-            pi.gateway.fleet.first.wake.set()
-            await pi.gateway.fleet.first.probe()
-            await pi.gateway.fleet.first.learn_models()
-            assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
-            go.set()
-            assert (await answer).status == 200
-            await until(lambda: pi.gateway.fleet.probes > probes)
-
-    run(scenario())
+    go = asyncio.Event()
+    async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        answer = asyncio.create_task(pi.complete())
+        await backend.begun.wait()
+        await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
+        asked, probes = len(backend.asked), pi.gateway.fleet.probes
+        pi.gateway.fleet.first.wake.set()
+        await pi.gateway.fleet.first.probe()
+        await pi.gateway.fleet.first.learn_models()
+        assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
+        go.set()
+        assert (await answer).status == 200
+        await until(lambda: pi.gateway.fleet.probes > probes)
 
 
-def test_an_engine_with_none_of_our_models_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
-        async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-            assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
-            assert backend.completions == []
-
-    run(scenario())
+async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
+    async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
+        assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
+        assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
-def test_the_tokens_of_a_text_come_from_llama_server() -> None:
-    async def scenario() -> None:
-        script = [answer(200, {"tokens": [1, 2]})]
-        async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
-            reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
-            assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
-            line, _, body = backend.asked[-1]
-            assert line == "POST /tokenize HTTP/1.1"
-            assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
-        async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-            reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
-            assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
-
-    run(scenario())
+async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
+    script = [answer(200, {"tokens": [1, 2]})]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
+        reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
+        assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
+        line, _, body = backend.asked[-1]
+        assert line == "POST /tokenize HTTP/1.1"
+        assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
+    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
+        assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
 
 
 def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:

@@ -29,14 +29,13 @@ pytestmark = pytest.mark.clients
 CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
 PAGE = ROOT / "cerebrum/pi/page.html"
 EXPECT_MS = 20_000
+LOAD_MS = 90_000  # vpsd also tunes the model when it loads it for the first time
 END = b"0\r\n\r\n"
 CODE = "def add(a, b):\n    return "
 HOSTILE = '</textarea><script>window.pwned=1</script><img src=x onerror="window.pwned=1">\'"&amp;'
 BIDI = "a\u202eb\u2066c\x07d\x1b[2J\U000e0041"
 BIDI_SPELLED = "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0007⟩d⟨U+001B⟩[2J⟨U+E0041⟩"
 WIDE, PHONES = (1440, 900), ((320, 640), (390, 844))
-
-Scenario = Callable[["Visit"], Awaitable[None]]
 
 
 def done(**more: Any) -> bytes:
@@ -96,12 +95,20 @@ class Visit:
         await self.find("#instruction").fill(instruction)
         await self.press("Enter")
 
+    async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
+        """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is one."""
+        await self.write(text, at)
+        await self.press("Control+Enter")
+        if mark:
+            await self.see("#mark", mark)
+
+    async def ended(self) -> None:
+        await expect(self.find("#stop")).to_be_disabled()
+
     async def complete(self, text: str, pending: str) -> None:
         """Complete `text` at its end, and wait until `pending` is marked and the stream has ended."""
-        await self.write(text)
-        await self.press("Control+Enter")
-        await self.see("#mark", pending)
-        await expect(self.find("#stop")).to_be_disabled()
+        await self.ask(text, mark=pending)
+        await self.ended()
 
     async def drop(self, name: str, content: bytes) -> None:
         carried = await self.page.evaluate_handle(
@@ -123,28 +130,10 @@ class Visit:
         assert broken == []
 
 
-@dataclass
-class Chrome:
-    """One browser for all tests, in an event loop of its own."""
-
-    runner: asyncio.Runner
-    browser: Any
-
-    def visit(self, scenario: Scenario, *scripts: Sequence[Any], **more: Any) -> None:
-        """Play a scenario. See `visiting`."""
-
-        async def play() -> None:
-            async with visiting(self.browser, scripts or (completion("a + b"),), **more) as visit:
-                await scenario(visit)
-
-        self.runner.run(asyncio.wait_for(play(), PATIENCE))
-
-
 @contextlib.asynccontextmanager
 async def visiting(
     browser: Any,
-    scripts: Sequence[Sequence[Any]],
-    *,
+    *scripts: Sequence[Any],
     size: tuple[int, int] = WIDE,
     wait: bool = True,
     down: bool = False,
@@ -153,9 +142,9 @@ async def visiting(
     context: dict[str, Any] | None = None,
     **config: Any,
 ) -> AsyncIterator[Visit]:
-    """Open the page, by default of a Pi that reaches its VPS (not `down`), and `wait` until it says so."""
+    """Open the page, by default of a Pi that reaches its VPS (not `down`), and `wait` until the page says so."""
     async with contextlib.AsyncExitStack() as stack:
-        backend = await stack.enter_async_context(Backend(scripts))
+        backend = await stack.enter_async_context(Backend(scripts or [completion("a + b")]))
         port = 1 if down else backend.port  # nobody listens on port 1
         pi = await stack.enter_async_context(pi_for(port, **config))
         options = {"viewport": {"width": size[0], "height": size[1]}, "has_touch": touch, "is_mobile": touch}
@@ -204,15 +193,21 @@ def expect(what: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def chrome() -> Iterator[Chrome]:
+def runner() -> Iterator[asyncio.Runner]:
+    """Runs all tests of this file: one browser serves them all, and lives in one event loop."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def chrome(runner: asyncio.Runner) -> Iterator[Any]:
     api = pytest.importorskip("playwright.async_api", reason="please run: ./run.sh setup clients")
     options = {"executable_path": needs("chromium"), "args": ["--no-sandbox"]}
-    with asyncio.Runner() as runner:
-        driver = runner.run(api.async_playwright().start())
-        browser = runner.run(driver.chromium.launch(**options))
-        yield Chrome(runner, browser)
-        runner.run(browser.close())
-        runner.run(driver.stop())
+    driver = runner.run(api.async_playwright().start())
+    browser = runner.run(driver.chromium.launch(**options))
+    yield browser
+    runner.run(browser.close())
+    runner.run(driver.stop())
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +223,17 @@ def axe() -> str:
 # ----------------------------------------------------------------------------------------------- completing
 
 
-def test_a_completion_streams_in_is_marked_and_accepted(chrome: Chrome) -> None:
+async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> None:
     gate = asyncio.Event()
-
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+    async with visiting(chrome, completion("a", gate.wait, " + b\r", "\n")) as visit:
+        await visit.ask(CODE)
         await visit.see_text(CODE + "a")  # before the rest was written
         await visit.see("#mark", "a")
         await expect(visit.find("#stage")).to_contain_text("Writing, 1 token")
         gate.set()
         await visit.see_text(CODE + "a + b\n")
         await visit.see("#mark", "a + b\n")
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         await visit.press("Tab")
         await visit.see("#mark", "")
         assert await visit.value() == CODE + "a + b\n"
@@ -255,27 +248,21 @@ def test_a_completion_streams_in_is_marked_and_accepted(chrome: Chrome) -> None:
         assert (sent["max_tokens"], sent["temperature"], sent["progress"]) == (512, 0.4, True)
         assert "suffix" not in sent
 
-    chrome.visit(scenario, completion("a", gate.wait, " + b\r", "\n"))
 
-
-def test_esc_undoes_a_completion(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_esc_undoes_a_completion(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
         await visit.press("Escape")
         assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE, "")
         await visit.press("Control+y")
-        assert await visit.value() == CODE + "a + b"  # who pressed Esc to stop, and came too late, loses nothing
+        assert await visit.value() == CODE + "a + b"  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z")
-        assert await visit.value() == ""  # the undone completion is no step of its own
-
-    chrome.visit(scenario)
+        assert await visit.value() == ""  # undoing has added no step
 
 
-def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
+        await visit.ask(CODE, mark="a")
         await visit.press("x")
         assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE + "ax", "")
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
@@ -284,14 +271,10 @@ def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Chrome) -> None
         await visit.press("Control+z")
         assert await visit.value() == CODE
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG])
 
-
-def test_esc_stops_and_the_vps_is_left(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+async def test_esc_stops_and_the_vps_is_left(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
+        await visit.ask(CODE, mark="a")
         assert not visit.backend.left.is_set()
         await visit.press("Escape")
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
@@ -300,14 +283,11 @@ def test_esc_stops_and_the_vps_is_left(chrome: Chrome) -> None:
         await visit.press("Escape")
         assert await visit.value() == CODE
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG])
 
-
-def test_an_infill_sends_what_is_around_the_cursor(chrome: Chrome) -> None:
+async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
     """With a selection, its end is the cursor. The buttons do the same as the keys."""
     suffix = "\n\n\nprint(add(1, 2))\n"
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome) as visit:
         await visit.write(CODE + suffix)
         await visit.find("#editor").evaluate("(box, end) => box.setSelectionRange(3, end)", len(CODE))
         await visit.find("#complete").click()
@@ -318,28 +298,23 @@ def test_an_infill_sends_what_is_around_the_cursor(chrome: Chrome) -> None:
         await visit.find("#undo").click()
         assert await visit.value() == CODE + suffix
         await visit.find("#complete").click()
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         await visit.find("#accept").click()
         assert await visit.value() == CODE + "a + b" + suffix
         await visit.find("#undo").click()
         assert await visit.value() == CODE + suffix
 
-    chrome.visit(scenario)
 
-
-def test_blank_text_after_the_cursor_stays(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE + "\n \n", at=len(CODE))
-        await visit.press("Control+Enter")
+async def test_blank_text_after_the_cursor_stays(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
+        await visit.ask(CODE + "\n \n", at=len(CODE))
         await visit.see_text(CODE + "a + b\n \n")
         (sent,) = visit.backend.completions
         assert (sent["mode"], sent["prompt"], sent.get("suffix")) == ("complete", CODE, None)
 
-    chrome.visit(scenario)
 
-
-def test_an_empty_editor_asks_for_code(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_empty_editor_asks_for_code(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.find("#editor").focus()
         await visit.press("Control+Enter")
         await expect(visit.find("#outcome")).to_contain_text("There is no code yet: ")
@@ -348,11 +323,9 @@ def test_an_empty_editor_asks_for_code(chrome: Chrome) -> None:
         await visit.see("#mark", "a + b")
         assert visit.backend.completions[0]["prompt"] == "def is_prime(n):\n    "
 
-    chrome.visit(scenario)
 
-
-def test_a_newer_completion_is_of_the_same_session(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_a_newer_completion_is_of_the_same_session(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
         await visit.press("Control+Enter")  # accepts and goes on
         await visit.see_text(CODE + "a + ba + b")
@@ -360,19 +333,14 @@ def test_a_newer_completion_is_of_the_same_session(chrome: Chrome) -> None:
         assert second["prompt"] == CODE + "a + b"
         assert first["session"] == second["session"]
 
-    chrome.visit(scenario)
 
-
-def test_a_user_who_scrolls_stays_where_he_is(chrome: Chrome) -> None:
+async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
     """Until then, the end of the text that comes stays in view."""
     more, rest = asyncio.Event(), asyncio.Event()
     script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, script) as visit:
         editor = visit.find("#editor")
-        await visit.write("x = 1\n" * 100)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a\n" * 40)
+        await visit.ask("x = 1\n" * 100, mark="a\n" * 40)
         followed = await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop")
         assert followed < 48
         await editor.evaluate("box => { box.scrollTop = 100 }")
@@ -381,18 +349,15 @@ def test_a_user_who_scrolls_stays_where_he_is(chrome: Chrome) -> None:
         assert await editor.evaluate("box => box.scrollTop") == 100
         await editor.evaluate("box => box.setSelectionRange(7, 7)")
         rest.set()
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.ended()
         assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
         transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
         assert transform == "translate(0px, -100px)"
 
-    chrome.visit(scenario, script)
 
-
-def test_the_mark_lies_behind_its_text(chrome: Chrome) -> None:
+async def test_the_mark_lies_behind_its_text(chrome: Any) -> None:
     """Both layers have the same metrics, so their contents are equally large."""
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome) as visit:
         await visit.complete("if x:\n\ty = 'ä' * 3  # 日本\n\treturn ", "a + b")
         metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
         read = "(it, names) => names.map(name => getComputedStyle(it)[name])"
@@ -400,8 +365,6 @@ def test_the_mark_lies_behind_its_text(chrome: Chrome) -> None:
         assert boxes[0] == boxes[1]
         places = [await visit.find(one).bounding_box() for one in ("#editor", ".mirror")]
         assert (places[0]["x"], places[0]["y"]) == (places[1]["x"], places[1]["y"])
-
-    chrome.visit(scenario)
 
 
 # ---------------------------------------------------------------------------------------------- instructing
@@ -419,8 +382,8 @@ DIFF = [
 ]
 
 
-def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
+    async with visiting(chrome, completion(AFTER.removesuffix("\n"))) as visit:
         await visit.write(BEFORE)
         await visit.instruct("say nine")
         await visit.see("#proposal-summary", "2 lines added, 1 removed.")
@@ -439,13 +402,10 @@ def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Chrome) -> Non
         assert (sent["mode"], sent["max_tokens"]) == ("instruct", 512)
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
 
-    chrome.visit(scenario, completion(AFTER.removesuffix("\n")))
 
-
-def test_an_instruction_is_shown_while_it_comes(chrome: Chrome) -> None:
+async def test_an_instruction_is_shown_while_it_comes(chrome: Any) -> None:
     gate = asyncio.Event()
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, completion("y = 1", gate.wait)) as visit:
         await visit.write("x = 1\n" * 600)
         await visit.instruct("use y")
         await visit.see("#diff", "y = 1")
@@ -454,11 +414,9 @@ def test_an_instruction_is_shown_while_it_comes(chrome: Chrome) -> None:
         await visit.see("#proposal-summary", "1 line added, 600 removed.")
         assert visit.backend.completions[0]["max_tokens"] == 1264  # a third of the characters, and 64
 
-    chrome.visit(scenario, completion("y = 1", gate.wait))
 
-
-def test_an_instruction_changes_the_selection_only(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_instruction_changes_the_selection_only(chrome: Any) -> None:
+    async with visiting(chrome, completion("TWO")) as visit:
         await visit.write("one\ntwo\nthree\n")
         await visit.find("#editor").evaluate("box => box.setSelectionRange(4, 8)")
         await visit.see("#scope", "(in the selection)")
@@ -469,22 +427,18 @@ def test_an_instruction_changes_the_selection_only(chrome: Chrome) -> None:
         assert await visit.value() == "one\nTWO\nthree\n"
         assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
 
-    chrome.visit(scenario, completion("TWO"))
 
-
-def test_an_instruction_without_code_is_answered_with_new_code(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_instruction_without_code_is_answered_with_new_code(chrome: Any) -> None:
+    async with visiting(chrome, completion("print(1)\n")) as visit:
         await visit.instruct("print one")
         await expect(visit.find("#take")).to_be_focused()
         assert await visit.diff() == ["+ print(1)"]
         await visit.press("Enter")
         assert await visit.value() == "print(1)\n"
 
-    chrome.visit(scenario, completion("print(1)\n"))
 
-
-def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: Any) -> None:
+    async with visiting(chrome, completion("y = 1")) as visit:
         await visit.write("x = 1\n")
         await visit.instruct("use y")
         await expect(visit.find("#take")).to_be_focused()
@@ -493,11 +447,10 @@ def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: Chrome)
         await expect(visit.find("#error")).to_contain_text("The text has changed since")
         assert await visit.value() == "z = 3\n"
 
-    chrome.visit(scenario, completion("y = 1"))
 
-
-def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any) -> None:
+    half = [CHUNKED, chunk(token("y", 1)), HANG]
+    async with visiting(chrome, completion("y = 1", finish_reason="length"), completion("y = 1"), half) as visit:
         await visit.write("x = 1\n")
         await visit.instruct("use y")
         await visit.see("#proposal-warning", re.compile("The answer was cut off at 512 tokens: .* may be missing"))
@@ -516,17 +469,13 @@ def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Chrome) ->
         await visit.see("#outcome", "Stopped.")
         await expect(visit.find("#take")).to_be_hidden()  # half an answer is shown, not offered
 
-    half = [CHUNKED, chunk(token("y", 1)), HANG]
-    chrome.visit(scenario, completion("y = 1", finish_reason="length"), completion("y = 1"), half)
 
-
-def test_lines_are_compared(chrome: Chrome) -> None:
+async def test_lines_are_compared(chrome: Any) -> None:
     """Both texts can be made from the rows, and no shorter difference exists in the small cases."""
     chance = random.Random(7)
     texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
     texts += ["".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(60)]
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome) as visit:
         pairs = [(one, other) for one in texts[:20] for other in texts]
         answers = await visit.page.evaluate("pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs)
         for (one, other), rows in zip(pairs, answers, strict=True):
@@ -538,21 +487,16 @@ def test_lines_are_compared(chrome: Chrome) -> None:
         rows = await visit.page.evaluate("([one, other]) => diffLines(one, other)", large)  # too much to compare
         assert [sign for sign, _ in rows] == ["-"] * 3000 + ["+"] * 3000
 
-    chrome.visit(scenario)
-
 
 # --------------------------------------------------------------------------------------------------- errors
 
 
-def test_the_vps_dies_in_mid_stream(chrome: Chrome) -> None:
+async def test_the_vps_dies_in_mid_stream(chrome: Any) -> None:
     """The error comes before the cut, so that the page can read it."""
     gate = asyncio.Event()
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
         async with visit.page.expect_response("**/v1/complete/stream") as answered:
-            await visit.write(CODE)
-            await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+            await visit.ask(CODE, mark="a")
         gate.set()
         id = (await answered.value).headers["x-request-id"]
         told = r"VPS backend is unavailable \(it ended in the middle of its answer\)\."
@@ -561,17 +505,12 @@ def test_the_vps_dies_in_mid_stream(chrome: Chrome) -> None:
         await visit.press("Tab")
         assert await visit.value() == CODE + "a"
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
 
-
-def test_the_pi_dies_in_mid_stream(chrome: Chrome) -> None:
+async def test_the_pi_dies_in_mid_stream(chrome: Any) -> None:
     """The connection ends without an event."""
     gate = asyncio.Event()
-
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
+        await visit.ask(CODE, mark="a")
         for listener in visit.pi.server._listeners:
             listener.close()
         for connection in visit.pi.server.connections.values():
@@ -584,34 +523,26 @@ def test_the_pi_dies_in_mid_stream(chrome: Chrome) -> None:
         assert await visit.value() == CODE + "a"
         await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
 
-
-def test_the_pi_is_stopped_in_mid_stream(chrome: Chrome) -> None:
+async def test_the_pi_is_stopped_in_mid_stream(chrome: Any) -> None:
     gate = asyncio.Event()
-
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "a")
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
+        await visit.ask(CODE, mark="a")
         await visit.pi.server.stop(0)
         await visit.see(
             "#error", re.compile(r"the daemon is being stopped; try again later\. Request id: [0-9a-f-]{36}")
         )
         assert await visit.find("#mark").text_content() == "a"
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), gate.wait])
 
-
-def test_a_stream_that_falls_silent(chrome: Chrome) -> None:
+async def test_a_stream_that_falls_silent(chrome: Any) -> None:
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
 
     async def install(visit: Visit) -> None:
         await visit.page.clock.install()
 
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG], before=install) as visit:
+        await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
         await visit.see("#mark", "a")
@@ -622,50 +553,39 @@ def test_a_stream_that_falls_silent(chrome: Chrome) -> None:
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
         assert await visit.find("#mark").text_content() == "a"
 
-    chrome.visit(scenario, [CHUNKED, chunk(token("a", 1)), HANG], before=install)
 
-
-def test_a_tab_before_anything_has_come_indents(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
-        await visit.write("if x:\n")
-        await visit.press("Control+Enter")
+async def test_a_tab_before_anything_has_come_indents(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, HANG]) as visit:
+        await visit.ask("if x:\n")
         await expect(visit.find("#stop")).to_be_enabled()
         await visit.press("Tab")
         assert await visit.value() == "if x:\n    "
-        await expect(visit.find("#stop")).to_be_disabled()
-
-    chrome.visit(scenario, [CHUNKED, HANG])
+        await visit.ended()
 
 
-def test_too_many_requests(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_too_many_requests(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, HANG], max_concurrent=1) as visit:
         _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
         await asyncio.wait_for(visit.backend.begun.wait(), PATIENCE)
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         words = "Busy: other completions are running already; try again in a moment. Request id: "
         await expect(visit.find("#error")).to_contain_text(words)
         assert await visit.value() == CODE
         writer.transport.abort()
 
-    chrome.visit(scenario, [CHUNKED, HANG], max_concurrent=1)
 
-
-def test_the_vps_is_down_from_the_start(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_the_vps_is_down_from_the_start(chrome: Any) -> None:
+    async with visiting(chrome, down=True) as visit:
         await expect(visit.find("#light")).to_have_class("down")
         await visit.see("#health", "VPS backend is unavailable (connection refused).")
         await visit.see("#plot-words", "No request in the last half hour.")
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await expect(visit.find("#error")).to_contain_text("VPS backend is unavailable")
         await expect(visit.find("#plot-words")).to_contain_text("1 request, 1 failed")
         assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
 
-    chrome.visit(scenario, down=True)
 
-
-def test_stages_and_the_time(chrome: Chrome) -> None:
+async def test_stages_and_the_time(chrome: Any) -> None:
     loading, reading, writing = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def stage(name: str, done: int, total: int) -> bytes:
@@ -688,11 +608,9 @@ def test_stages_and_the_time(chrome: Chrome) -> None:
         "cached_tokens": 200,
         "tokens_per_second": 12.1,
     }
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
         bar = visit.find("progress")
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await visit.see("#stage", "Loading the model, 40 %")
         assert await bar.evaluate("bar => [bar.value, bar.max]") == [40, 100]
         loading.set()
@@ -707,22 +625,19 @@ def test_stages_and_the_time(chrome: Chrome) -> None:
         await expect(visit.find("#work")).to_be_hidden()
         await expect(visit.find("#slow")).to_contain_text(f"Your last request: {time}")
         await visit.press("Escape")
-        await visit.press("Control+Enter")  # this answer tells next to nothing
+        await visit.press("Control+Enter")  # this answer has hardly any figures
         await visit.see("#outcome", "2 tokens in 0.3 s.")
-
-    chrome.visit(scenario, completion(*pieces, **told), completion("b"))
 
 
 # --------------------------------------------------------------------------------------------------- a key
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
+    async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
         form = visit.find("#key-form")
         await expect(form).to_be_visible()
         assert await visit.focused() == "key"
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+        await visit.ask(CODE)
         await expect(visit.find("#key")).to_be_focused()
         await visit.page.keyboard.type("wrong")
         await visit.press("Enter")
@@ -745,13 +660,10 @@ def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Chrome) -> None:
         await other.goto(visit.url)
         await expect(other.locator("#key-form")).to_be_visible()
 
-    chrome.visit(scenario, wait=False, client_keys=(KEY,))
 
-
-def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
-        await visit.write(CODE)
-        await visit.press("Control+Enter")
+async def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Any) -> None:
+    async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
+        await visit.ask(CODE)
         await expect(visit.find("#key")).to_be_focused()
         await visit.press("Escape")
         await visit.see("#outcome", "Stopped.")
@@ -763,14 +675,12 @@ def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Chrome) -> None
         await expect(visit.find("#light")).to_have_class("up")
         assert (await visit.value(), visit.backend.completions) == (CODE, [])
 
-    chrome.visit(scenario, wait=False, client_keys=(KEY,))
-
 
 # -------------------------------------------------------------------------------------------- hostile texts
 
 
-def test_hostile_code_is_text(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_hostile_code_is_text(chrome: Any) -> None:
+    async with visiting(chrome, completion(HOSTILE + BIDI)) as visit:
         await visit.complete("x = ", HOSTILE + BIDI)
         assert await visit.value() == "x = " + HOSTILE + BIDI
         await expect(visit.find("#outcome")).to_contain_text("The marked text contains invisible characters.")
@@ -781,10 +691,8 @@ def test_hostile_code_is_text(chrome: Chrome) -> None:
         assert await visit.diff() == [f"- x = {HOSTILE}{BIDI_SPELLED}", f"+ {HOSTILE}{BIDI_SPELLED}"]
         assert await visit.find("img, script:not(:last-child)").count() == 0
 
-    chrome.visit(scenario, completion(HOSTILE + BIDI))
 
-
-def test_hostile_names_and_messages_are_text(chrome: Chrome) -> None:
+async def test_hostile_names_and_messages_are_text(chrome: Any) -> None:
     models = load_catalog(ROOT / "models.toml").models
     hostile = tuple(dataclasses.replace(model, name=HOSTILE + BIDI) for model in models)
 
@@ -806,7 +714,7 @@ def test_hostile_names_and_messages_are_text(chrome: Chrome) -> None:
 
         await visit.page.route("**/v1/activity", answer)
 
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, [error(500, "MODEL_LOAD_FAILED", HOSTILE + BIDI)], before=lie, models=hostile) as visit:
         await visit.see("#health", f"{HOSTILE}{BIDI_SPELLED}.")
         await visit.see("#notes", HOSTILE + BIDI_SPELLED)
         await expect(visit.find("#models td:first-child").first).to_have_text(HOSTILE + BIDI_SPELLED)
@@ -817,14 +725,12 @@ def test_hostile_names_and_messages_are_text(chrome: Chrome) -> None:
         await expect(visit.find("#error")).to_contain_text(HOSTILE)
         assert await visit.find("img").count() == 0
 
-    chrome.visit(scenario, [error(500, "MODEL_LOAD_FAILED", HOSTILE + BIDI)], before=lie, models=hostile)
-
 
 # ----------------------------------------------------------------------------------------- files, settings
 
 
-def test_files_are_opened_by_dropping_and_by_button(chrome: Chrome, tmp_path: Path) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path: Path) -> None:
+    async with visiting(chrome) as visit:
         await visit.write("unsaved = 1\n")
         await visit.drop("main.RS", b"\xef\xbb\xbffn main() {\r\n    ")
         await visit.see_text("fn main() {\n    ")
@@ -852,11 +758,18 @@ def test_files_are_opened_by_dropping_and_by_button(chrome: Chrome, tmp_path: Pa
         await visit.see_text("x = 1\n")
         assert await visit.find("#language").input_value() == "python"
 
-    chrome.visit(scenario)
 
+async def test_files_that_cannot_be_opened(chrome: Any) -> None:
+    async def languages(visit: Visit) -> None:
+        served = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
+        known = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
 
-def test_files_that_cannot_be_opened(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+        async def answer(route: Any) -> None:
+            await route.fulfill(json={"models": [], "languages": [served, known]})
+
+        await visit.page.route("**/v1/models", answer)
+
+    async with visiting(chrome, before=languages) as visit:
         await visit.write("x = 1\n")
         for name, content, words in (
             ("large.py", b"#" * (2 << 20), "large.py is larger than 700 KB; it was not opened."),
@@ -873,22 +786,10 @@ def test_files_that_cannot_be_opened(chrome: Chrome) -> None:
         await visit.drop("notes.txt", b"text")
         await expect(visit.find("#outcome")).to_contain_text("Its name tells no language; it is treated as python.")
 
-    async def languages(visit: Visit) -> None:
-        served = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
-        known = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
 
-        async def answer(route: Any) -> None:
-            await route.fulfill(json={"models": [], "languages": [served, known]})
-
-        await visit.page.route("**/v1/models", answer)
-
-    chrome.visit(scenario, before=languages)
-
-
-def test_the_text_can_be_copied(chrome: Chrome) -> None:
-    """By the command that needs no https."""
-
-    async def scenario(visit: Visit) -> None:
+async def test_the_text_can_be_copied(chrome: Any) -> None:
+    """With the command that also works without https."""
+    async with visiting(chrome, context={"permissions": ["clipboard-read", "clipboard-write"]}) as visit:
         await visit.write("x = 1\n")
         await visit.find("#copy").click()
         await visit.see("#outcome", "Copied.")
@@ -896,11 +797,9 @@ def test_the_text_can_be_copied(chrome: Chrome) -> None:
         await visit.press("Control+a", "Delete", "Control+v")
         assert await visit.value() == "x = 1\n"
 
-    chrome.visit(scenario, context={"permissions": ["clipboard-read", "clipboard-write"]})
 
-
-def test_settings_are_sent_and_remembered(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.find("#language").select_option("go")
         await visit.find("#model").select_option("qwen_1_5b")
         await visit.find("#tokens").fill("99999")
@@ -928,29 +827,25 @@ def test_settings_are_sent_and_remembered(chrome: Chrome) -> None:
         shown = [await visit.find(f"#{name}").input_value() for name in ("language", "model", "tokens", "temperature")]
         assert shown == ["python", "", "512", "0.4"]
 
-    chrome.visit(scenario)
 
-
-def test_a_browser_without_storage(chrome: Chrome) -> None:
+async def test_a_browser_without_storage(chrome: Any) -> None:
     async def forbid(visit: Visit) -> None:
         refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
         await visit.page.add_init_script(
             f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
         )
 
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, before=forbid) as visit:
         await visit.find("#tokens").fill("7")
         await visit.complete(CODE, "a + b")
         assert visit.backend.completions[0]["max_tokens"] == 7
-
-    chrome.visit(scenario, before=forbid)
 
 
 # --------------------------------------------------------------------------------------------- the keyboard
 
 
-def test_tab_indents(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_tab_indents(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.write("ab")
         await visit.press("Tab")
         assert await visit.value() == "ab  "
@@ -969,20 +864,16 @@ def test_tab_indents(chrome: Chrome) -> None:
         assert await visit.value() == "if x:\n\ta\t"
         assert await visit.focused() == "editor"
 
-    chrome.visit(scenario)
 
-
-def test_what_was_typed_and_then_deleted_at_once_comes_back(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_what_was_typed_and_then_deleted_at_once_comes_back(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.find("#editor").press_sequentially("x = 1")
         await visit.press("Control+a", "Delete", "Control+z")
         assert await visit.value() == "x = 1"
 
-    chrome.visit(scenario)
 
-
-def test_a_number_that_is_being_typed_counts(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_a_number_that_is_being_typed_counts(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.write(CODE)
         await visit.find("#tokens").focus()
         await visit.press("Control+a")
@@ -991,11 +882,9 @@ def test_a_number_that_is_being_typed_counts(chrome: Chrome) -> None:
         await visit.see("#mark", "a + b")
         assert visit.backend.completions[0]["max_tokens"] == 64
 
-    chrome.visit(scenario)
 
-
-def test_a_text_that_is_emptied_comes_back(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_a_text_that_is_emptied_comes_back(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.write(CODE)
         await visit.find("#new").click()
         assert await visit.value() == ""
@@ -1003,21 +892,15 @@ def test_a_text_that_is_emptied_comes_back(chrome: Chrome) -> None:
         await visit.find("#undo").click()
         assert await visit.value() == CODE
 
-    chrome.visit(scenario)
 
-
-def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
+async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
     """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
     code, settings = "editor complete accept undo instruction send diff take leave", "language model tokens temperature"
-
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, completion("y = 1")) as visit:
         await visit.write("x = 1\n")
         await visit.instruct("use y")
         await expect(visit.find("#take")).to_be_focused()
-        await visit.write("x = 1\n")
-        await visit.press("Control+Enter")
-        await visit.see("#mark", "y = 1")
-        await expect(visit.find("#stop")).to_be_disabled()
+        await visit.complete("x = 1\n", "y = 1")
         await visit.page.evaluate("document.activeElement.blur(), getSelection().removeAllRanges(), scrollTo(0, 0)")
         await visit.find("#editor").focus()
         await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
@@ -1034,17 +917,15 @@ def test_every_control_is_reached_by_tab(chrome: Chrome) -> None:
         await visit.press("Tab", "Escape", "a", "Tab")  # another key than Tab takes it back
         assert await visit.focused() == "editor"
 
-    chrome.visit(scenario, completion("y = 1"))
-
 
 # ---------------------------------------------------------------------------------------- what it looks like
 
 
 @pytest.mark.parametrize("size", PHONES)
-def test_a_phone(chrome: Chrome, size: tuple[int, int]) -> None:
-    """The text comes first, nothing is wider than the screen, and what can be touched is large enough."""
+async def test_a_phone(chrome: Any, size: tuple[int, int]) -> None:
+    """The text comes first, nothing is wider than the screen, and all controls are large enough to touch."""
+    async with visiting(chrome, completion("1\n"), size=size, touch=True) as visit:
 
-    async def scenario(visit: Visit) -> None:
         async def check() -> None:
             assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
             boxes = [await one.bounding_box() for one in await visit.find("button, select, input, textarea").all()]
@@ -1069,13 +950,15 @@ def test_a_phone(chrome: Chrome, size: tuple[int, int]) -> None:
         await visit.find("#undo").tap()
         assert await visit.value() == "x = " + "1 + " * 100 + "1\n"
 
-    chrome.visit(scenario, completion("1\n"), size=size, touch=True)
-
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONES[0]])
-def test_an_accessibility_checker_finds_nothing(chrome: Chrome, axe: str, scheme: str, size: tuple[int, int]) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_an_accessibility_checker_finds_nothing(
+    chrome: Any, axe: str, scheme: str, size: tuple[int, int]
+) -> None:
+    scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, chunk(token("a", 1))]
+    context = {"color_scheme": scheme, "bypass_csp": False}
+    async with visiting(chrome, *scripts, wait=False, client_keys=(KEY,), size=size, context=context) as visit:
         await visit.page.evaluate(axe)
         dark = await visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
         assert dark == (scheme == "dark")
@@ -1097,16 +980,12 @@ def test_an_accessibility_checker_finds_nothing(chrome: Chrome, axe: str, scheme
         await expect(visit.find("#error")).to_contain_text("Request id: ")
         await visit.check_accessibility()
 
-    scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, chunk(token("a", 1))]
-    context = {"color_scheme": scheme, "bypass_csp": False}
-    chrome.visit(scenario, *scripts, wait=False, client_keys=(KEY,), size=size, context=context)
-
 
 # --------------------------------------------------------------------------------------------- the state
 
 
-def test_the_state_of_the_pi_and_of_its_models(chrome: Chrome) -> None:
-    async def scenario(visit: Visit) -> None:
+async def test_the_state_of_the_pi_and_of_its_models(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
         await visit.see("#health", re.compile("^Ready"))
         await visit.see("#plot-words", "No request in the last half hour.")
         rows = visit.find("#models tr:has(td)")
@@ -1120,21 +999,20 @@ def test_the_state_of_the_pi_and_of_its_models(chrome: Chrome) -> None:
         assert await visit.find("#plot path.bar").count() == 1
         await expect(visit.find("#facts")).to_contain_text("Running: 0 · up for 0 min · the VPS answers in ")
 
-    chrome.visit(scenario)
 
-
-def test_the_state_is_asked_for_every_five_seconds(chrome: Chrome) -> None:
-    """Less often if it does not answer, and the list of models only if something has changed."""
+async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
+    """Less often while the Pi does not answer. The list of models is fetched only after a change."""
 
     async def install(visit: Visit) -> None:
         await visit.page.clock.install()
 
-    async def scenario(visit: Visit) -> None:
+    async with visiting(chrome, before=install) as visit:
+
         def times() -> int:
             return visit.asked.count("/v1/activity")
 
         assert (times(), visit.asked.count("/v1/models")) == (1, 1)
-        await visit.page.clock.run_for(3000)  # beside it, the time that really passes counts
+        await visit.page.clock.run_for(3000)  # real time passes as well
         assert times() == 1
         await visit.page.clock.run_for(2100)
         await until(lambda: times() == 2)
@@ -1150,13 +1028,11 @@ def test_the_state_is_asked_for_every_five_seconds(chrome: Chrome) -> None:
         await expect(visit.find("#light")).to_have_class("up")
         assert visit.asked.count("/v1/models") == 2
 
-    chrome.visit(scenario, before=install)
-
 
 # ------------------------------------------------------------------------------------------------- weights
 
 
-def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
+async def test_by_keyboard_with_weights(chrome: Any, tmp_path: Path) -> None:
     """Complete, fill in and change a function with both daemons and the 0.5B."""
     file = FILES["qwen_0_5b"]
     if not file.exists():
@@ -1164,11 +1040,15 @@ def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / file.name).symlink_to(file)
     easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
-
-    async def scenario(url: str) -> None:
-        page = await chrome.browser.new_page()
+    with (
+        daemon("vpsd", tmp_path / "vpsd", CEREBRUM_MODELS_DIR=str(tmp_path / "models"), **easy) as vps,
+        daemon(
+            "cm4d", tmp_path / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}"
+        ) as pi,
+    ):
+        page = await chrome.new_page()
         try:
-            await page.goto(url)
+            await page.goto(f"http://127.0.0.1:{pi.port}/")
             await expect(page.locator("#light")).to_have_class("up")
             keyboard, editor = page.keyboard, page.locator("#editor")
             while await page.evaluate("document.activeElement.id") != "temperature":
@@ -1180,7 +1060,7 @@ def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
                 await keyboard.press("Shift+Tab")
             await keyboard.insert_text(CODE)
             await keyboard.press("Control+Enter")
-            await expect(page.locator("#mark")).to_contain_text("a + b")
+            await expect(page.locator("#mark")).to_contain_text("a + b", timeout=LOAD_MS)
             await expect(page.locator("#stop")).to_be_disabled()
             await expect(page.locator("#outcome")).to_contain_text("tokens/s")
             await keyboard.press("Tab")
@@ -1207,14 +1087,6 @@ def test_by_keyboard_with_weights(chrome: Chrome, tmp_path: Path) -> None:
             assert "def plus(" in await editor.input_value()
         finally:
             await page.close()
-
-    with (
-        daemon("vpsd", tmp_path / "vpsd", CEREBRUM_MODELS_DIR=str(tmp_path / "models"), **easy) as vps,
-        daemon(
-            "cm4d", tmp_path / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}"
-        ) as pi,
-    ):
-        chrome.runner.run(asyncio.wait_for(scenario(f"http://127.0.0.1:{pi.port}/"), PATIENCE))
         assert pi.complaints() == ""
 
 

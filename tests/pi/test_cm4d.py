@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run, run_to_the_end, until
+from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
 from scripted import CHUNKED, DONE, GOOD, HANG, MODELS, Backend, Flood, answer, chunk, error, event, head, pi_for, token
 
 import cm4d
@@ -53,9 +53,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("url", "host", "port", "authority", "prefix", "tls"),
     [
-        ("http://127.0.0.1:9000", "127.0.0.1", 9000, "127.0.0.1:9000", "", False),
         ("http://vps", "vps", 80, "vps", "", False),
-        ("https://vps.example/brain/", "vps.example", 443, "vps.example", "/brain", True),
         ("http://[fd7a::1]:9000", "fd7a::1", 9000, "[fd7a::1]:9000", "", False),
     ],
 )
@@ -73,6 +71,8 @@ def test_vps_url(url: str, host: str, port: int, authority: str, prefix: str, tl
         ("CEREBRUM_VPS_URL", "http://vps:65536"),
         ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
         ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
+        ("CEREBRUM_CM4_HOST", "two words"),
+        ("CEREBRUM_LOG_LEVEL", "LOUD"),
         ("CEREBRUM_CM4_PORT", "65536"),
         ("CEREBRUM_CM4_PORT", "-1"),
         ("CEREBRUM_CM4_PORT", "7e3"),
@@ -99,19 +99,14 @@ GOOD_FIELDS = {"prompt": "x =", "language": "python"}
     ("field", "value", "message"),
     [
         ("prompt", None, "prompt: expected a non-empty string, got nothing"),
-        ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
         ("prompt", 7, "prompt: expected a non-empty string, got the number 7"),
         ("language", None, "language: expected a non-empty string, got nothing"),
         ("language", "Python", f'language: expected one of {KNOWN}, got the string "Python"'),
-        ("language", "ruby", f'language: expected one of {KNOWN}, got the string "ruby"'),
         ("max_tokens", 0, "max_tokens: expected an integer from 1 to 2048, got the number 0"),
         ("max_tokens", 2049, "max_tokens: expected an integer from 1 to 2048, got the number 2049"),
-        ("max_tokens", 1.5, "max_tokens: expected an integer from 1 to 2048, got the number 1.5"),
         ("max_tokens", True, "max_tokens: expected an integer from 1 to 2048, got the boolean true"),
-        ("max_tokens", "5", 'max_tokens: expected an integer from 1 to 2048, got the string "5"'),
         ("temperature", -0.1, "temperature: expected a number from 0 to 1, got the number -0.1"),
         ("temperature", 1.1, "temperature: expected a number from 0 to 1, got the number 1.1"),
-        ("temperature", [], "temperature: expected a number from 0 to 1, got an array of 0"),
         ("top_p", 0, "top_p: expected a number above 0 to 1, got the number 0"),
         ("mode", "edit", 'mode: expected one of auto, complete, infill, instruct, got the string "edit"'),
         ("stop_at", "end", 'stop_at: expected one of auto, none, got the string "end"'),
@@ -119,21 +114,17 @@ GOOD_FIELDS = {"prompt": "x =", "language": "python"}
         ("suffix", 1, "suffix: expected a string, got the number 1"),
     ],
 )
-def test_a_bad_field_is_named(field: str, value: Any, message: str):
+async def test_a_bad_field_is_named(field: str, value: Any, message: str):
     body = GOOD_FIELDS | {field: value}
     if value is None:
         del body[field]
-
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            for path in ("/v1/complete", "/v1/complete/stream"):
-                reply = await pi.ask("POST", path, body)
-                assert (reply.status, reply.json["code"], reply.json["message"]) == (400, "INVALID_REQUEST", message)
-                assert reply.json["error"] is True
-                assert TIMESTAMP.fullmatch(reply.json["timestamp"])
-            assert backend.completions == []
-
-    run(scenario())
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        for path in ("/v1/complete", "/v1/complete/stream"):
+            reply = await pi.ask("POST", path, body)
+            assert (reply.status, reply.json["code"], reply.json["message"]) == (400, "INVALID_REQUEST", message)
+            assert reply.json["error"] is True
+            assert TIMESTAMP.fullmatch(reply.json["timestamp"])
+        assert backend.completions == []
 
 
 @pytest.mark.parametrize("field", [{"stop": ["a"] * 17}, {"stop": [""]}, {"stop": [1]}, {"seed": -1}, {"seed": 1.5}])
@@ -143,29 +134,26 @@ def test_further_fields_have_ranges(field: dict[str, Any]):
     assert (caught.value.status, caught.value.message.partition(":")[0]) == (400, next(iter(field)))
 
 
-def test_defaults_of_a_completion_and_what_reaches_the_vps():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            await pi.stream()
-            more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
-            await pi.complete(**more, temperature=0, language="rust", session="s" * 200)
-            first, second = backend.completions
-            assert first == {
-                "model": "qwen_0_5b",
-                "prompt": "x =",
-                "heal": True,
-                "mode": "complete",
-                "language": "python",
-                "max_tokens": 512,
-                "temperature": 0.4,
-                "stop_at": "auto",
-                "progress": False,
-            }
-            expected = more | {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
-            assert {name: second[name] for name in expected} == expected
-            assert re.fullmatch("[0-9a-f]{64}", second["session"])
-
-    run(scenario())
+async def test_defaults_of_a_completion_and_what_reaches_the_vps():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        await pi.stream()
+        more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
+        await pi.complete(**more, temperature=0, language="rust", session="s" * 200)
+        first, second = backend.completions
+        assert first == {
+            "model": "qwen_0_5b",
+            "prompt": "x =",
+            "heal": True,
+            "mode": "complete",
+            "language": "python",
+            "max_tokens": 512,
+            "temperature": 0.4,
+            "stop_at": "auto",
+            "progress": False,
+        }
+        expected = more | {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
+        assert {name: second[name] for name in expected} == expected
+        assert re.fullmatch("[0-9a-f]{64}", second["session"])
 
 
 def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction():
@@ -179,175 +167,150 @@ def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction():
 # ----------------------------------------------------------------------------------------- the endpoints
 
 
-def test_complete_has_the_fields_of_the_text_and_the_vps():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            reply = await pi.complete()
-            assert (reply.status, reply.one("Content-Type")) == (200, "application/json")
-            assert list(reply.json)[:6] == [
-                "completion", "language", "model", "total_tokens", "inference_time", "timestamp"
-            ]  # fmt: skip
-            assert TIMESTAMP.fullmatch(reply.json["timestamp"])
-            told = {name: reply.json[name] for name in ("completion", "language", "model", "total_tokens")}
-            assert told == {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2}
-            assert (reply.json["inference_time"], reply.json["mode"]) == (0.25, "complete")
-            assert (reply.json["finish_reason"], reply.json["prompt_tokens"]) == ("stop", 5)
-
-    run(scenario())
+async def test_complete_has_the_fields_of_the_text_and_the_vps():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.one("Content-Type")) == (200, "application/json")
+        assert list(reply.json)[:6] == [
+            "completion", "language", "model", "total_tokens", "inference_time", "timestamp"
+        ]  # fmt: skip
+        assert TIMESTAMP.fullmatch(reply.json["timestamp"])
+        told = {name: reply.json[name] for name in ("completion", "language", "model", "total_tokens")}
+        assert told == {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2}
+        assert (reply.json["inference_time"], reply.json["mode"]) == (0.25, "complete")
+        assert (reply.json["finish_reason"], reply.json["prompt_tokens"]) == ("stop", 5)
 
 
-def test_the_seam_yields_pairs_that_any_api_can_render():
+async def test_the_seam_yields_pairs_that_any_api_can_render():
     progress = {"stage": "prefill", "done": 1, "total": 2}
     told = [chunk(b": hello\n\n"), chunk(event(progress=progress)), chunk(token("a", 1) + token("b", 2)), chunk(DONE)]
-
-    async def scenario() -> None:
-        script = [CHUNKED, *told, b"0\r\n\r\n"]
-        async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
-            fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
-            *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(pi_backend.Job(fields))]
-            begun = {"model": "qwen_0_5b", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
-            assert pairs == [
-                ("started", begun), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
-            ]  # fmt: skip
-            assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
-            assert "done" not in result
-            assert read_text(pairs[-1][1]) == "ab"
-            broken = pi.gateway.complete(pi_backend.Job(fields))
-            assert await anext(broken) == ("started", begun)
-            with pytest.raises(cm4d.BackendFailure, match="in the middle of its answer"):
-                await anext(broken)
-
-    run(scenario())
+    script = [CHUNKED, *told, b"0\r\n\r\n"]
+    async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
+        fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
+        *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(pi_backend.Job(fields))]
+        begun = {"model": "qwen_0_5b", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
+        assert pairs == [
+            ("started", begun), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
+        ]  # fmt: skip
+        assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
+        assert "done" not in result
+        assert read_text(pairs[-1][1]) == "ab"
+        broken = pi.gateway.complete(pi_backend.Job(fields))
+        assert await anext(broken) == ("started", begun)
+        with pytest.raises(cm4d.BackendFailure, match="in the middle of its answer"):
+            await anext(broken)
 
 
-def test_inference_time_is_rounded_and_measured_where_the_vps_is_silent():
+async def test_inference_time_is_rounded_and_measured_where_the_vps_is_silent():
     done = json.dumps({"done": True, "inference_time": 1.23456}).encode()
     silent = b'{"done": true}'
 
     def script(done: bytes) -> list[Any]:
         return [CHUNKED, chunk(token("a", 1)), chunk(b"data: " + done + b"\n\n"), b"0\r\n\r\n"]
 
-    async def scenario() -> None:
-        async with Backend([script(done), script(silent)]) as backend, pi_for(backend.port) as pi:
-            first, second = (await pi.complete()).json, (await pi.complete()).json
-            assert (first["inference_time"], first["total_tokens"]) == (1.235, 1)
-            assert 0 <= second["inference_time"] < 5
-            assert second["inference_time"] == round(second["inference_time"], 3)
-
-    run(scenario())
+    async with Backend([script(done), script(silent)]) as backend, pi_for(backend.port) as pi:
+        first, second = (await pi.complete()).json, (await pi.complete()).json
+        assert (first["inference_time"], first["total_tokens"]) == (1.235, 1)
+        assert 0 <= second["inference_time"] < 5
+        assert second["inference_time"] == round(second["inference_time"], 3)
 
 
-def test_unicode_survives_both_ways():
+async def test_unicode_survives_both_ways():
     script = [CHUNKED, chunk(token("h\u00e9\U0001f600", 1)), chunk(DONE), b"0\r\n\r\n"]
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete(prompt="# \u00fc\n")).json["completion"] == "h\u00e9\U0001f600"
-            assert backend.completions[0]["prompt"] == "# \u00fc\n"
-            assert b"\\ud83d" in (await pi.stream()).body
-
-    run(scenario())
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete(prompt="# \u00fc\n")).json["completion"] == "h\u00e9\U0001f600"
+        assert backend.completions[0]["prompt"] == "# \u00fc\n"
+        assert b"\\ud83d" in (await pi.stream()).body
 
 
-def test_health_and_stats_and_models_while_the_vps_is_up():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            await pi.stream()
-            asked = len(backend.asked)
-            health, stats = await pi.get("/health"), await pi.get("/v1/stats")
-            models = await pi.get("/v1/models")
-            assert len(backend.asked) == asked, "the VPS is asked per call"
-            assert (health.status, set(health.json)) == (
-                200,
-                {"status", "timestamp", "vps_available", "uptime", "backends"},
-            )
-            assert health.json["backends"] == [{"id": "vps", "available": True, "message": ""}]
-            assert (health.json["status"], health.json["vps_available"]) == ("healthy", True)
-            assert stats.json.keys() == {
-                "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
-                "load_avg", "breaker", "backends", "type_through", "shared", "replaced",
-            }  # fmt: skip
-            (told,) = stats.json["backends"]
-            assert told.pop("breaker") == stats.json["breaker"]
-            assert told.pop("response_time_ms") == stats.json["vps_response_time_ms"]
-            assert told == {
-                "id": "vps",
-                "api": "cerebrum",
-                "available": True,
-                "message": "",
-                "requests_total": 1,
-                "requests_active": 0,
-                "requests_failed": 0,
-                "max_concurrent": 2,
-                "tokens_total": 2,
-                "models": ["qwen_0_5b"],
-                "models_loaded": [],
-            }
-            assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
-            assert 0 < stats.json["vps_response_time_ms"] < 5000
-            assert 5 < stats.json["memory_mb"] < 500
-            assert len(stats.json["load_avg"]) == 3
-            assert models.json["models"][0] == {
-                "id": "qwen_7b",
-                "name": "Qwen 7B",
-                "languages": ["python", "javascript", "typescript"],
-                "parameters": "7B",
-                "quantization": "Q4",
-                "available": False,
-                "backends": [],
-            }
-            assert models.json["models"][3]["backends"] == ["vps"]
-            assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
-
-    run(scenario())
+async def test_health_and_stats_and_models_while_the_vps_is_up():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        await pi.stream()
+        asked = len(backend.asked)
+        health, stats = await pi.get("/health"), await pi.get("/v1/stats")
+        models = await pi.get("/v1/models")
+        assert len(backend.asked) == asked, "the VPS is asked per call"
+        assert (health.status, set(health.json)) == (
+            200,
+            {"status", "timestamp", "vps_available", "uptime", "backends"},
+        )
+        assert health.json["backends"] == [{"id": "vps", "available": True, "message": ""}]
+        assert (health.json["status"], health.json["vps_available"]) == ("healthy", True)
+        assert stats.json.keys() == {
+            "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
+            "load_avg", "breaker", "backends", "type_through", "shared", "replaced",
+        }  # fmt: skip
+        (told,) = stats.json["backends"]
+        assert told.pop("breaker") == stats.json["breaker"]
+        assert told.pop("response_time_ms") == stats.json["vps_response_time_ms"]
+        assert told == {
+            "id": "vps",
+            "api": "cerebrum",
+            "available": True,
+            "message": "",
+            "requests_total": 1,
+            "requests_active": 0,
+            "requests_failed": 0,
+            "max_concurrent": 2,
+            "tokens_total": 2,
+            "models": ["qwen_0_5b"],
+            "models_loaded": [],
+        }
+        assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
+        assert 0 < stats.json["vps_response_time_ms"] < 5000
+        assert 5 < stats.json["memory_mb"] < 500
+        assert len(stats.json["load_avg"]) == 3
+        assert models.json["models"][0] == {
+            "id": "qwen_7b",
+            "name": "Qwen 7B",
+            "languages": ["python", "javascript", "typescript"],
+            "parameters": "7B",
+            "quantization": "Q4",
+            "available": False,
+            "backends": [],
+        }
+        assert models.json["models"][3]["backends"] == ["vps"]
+        assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
 
 
-def test_health_and_stats_and_models_while_the_vps_is_down():
-    async def scenario() -> None:
-        async with Backend() as backend:
-            port = backend.port
-        async with pi_for(port) as pi:
-            health, stats = await pi.get("/health"), await pi.get("/v1/stats")
-            assert (health.status, health.json["vps_available"], health.json["code"]) == (503, False, "VPS_UNAVAILABLE")
-            assert (stats.json["vps_available"], stats.json["vps_response_time_ms"]) == (False, None)
-            models = (await pi.get("/v1/models")).json["models"]
-            assert [model["available"] for model in models] == [False] * 4
+async def test_health_and_stats_and_models_while_the_vps_is_down():
+    async with Backend() as backend:
+        port = backend.port
+    async with pi_for(port) as pi:
+        health, stats = await pi.get("/health"), await pi.get("/v1/stats")
+        assert (health.status, health.json["vps_available"], health.json["code"]) == (503, False, "VPS_UNAVAILABLE")
+        assert (stats.json["vps_available"], stats.json["vps_response_time_ms"]) == (False, None)
+        why = "VPS backend is unavailable (connection refused)"
+        assert health.json["message"] == (await pi.get("/v1/activity")).json["vps_message"] == why
+        models = (await pi.get("/v1/models")).json["models"]
+        assert [model["available"] for model in models] == [False] * 4
 
-    run(scenario())
 
-
-def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
+async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
     words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS do not match"
-
-    async def scenario() -> None:
-        async with Backend([[unauthorized], GOOD], models=unauthorized) as backend, pi_for(backend.port) as pi:
-            reply = await pi.get("/health")
-            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
-            assert (reply.json["status"], reply.json["vps_available"]) == ("unhealthy", False)
-            assert (await pi.get("/v1/stats")).json["vps_available"] is False
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-            backend.models = answer(200, MODELS)
-            await until(lambda: pi.gateway.fleet.available)
-            assert (await pi.get("/health")).status == 200
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    async with Backend([[unauthorized], GOOD], models=unauthorized) as backend, pi_for(backend.port) as pi:
+        reply = await pi.get("/health")
+        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+        assert (reply.json["status"], reply.json["vps_available"]) == ("unhealthy", False)
+        assert (await pi.get("/v1/stats")).json["vps_available"] is False
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
+        backend.models = answer(200, MODELS)
+        await until(lambda: pi.gateway.fleet.available)
+        assert (await pi.get("/health")).status == 200
+        assert (await pi.complete()).status == 200
 
 
-def test_a_key_that_is_refused_while_healthy_is_noticed_at_once():
-    async def scenario() -> None:
-        async with Backend([[error(401, "UNAUTHORIZED")], GOOD]) as backend, pi_for(backend.port) as pi:
-            assert (await pi.stream()).status == 503
-            reply = await pi.get("/health")
-            assert (reply.status, "do not match" in reply.json["message"]) == (503, True)
-            assert (await pi.stream()).clean
-            assert (await pi.get("/health")).status == 200
-
-    run(scenario())
+async def test_a_key_that_is_refused_while_healthy_is_noticed_at_once():
+    async with Backend([[error(401, "UNAUTHORIZED")], GOOD]) as backend, pi_for(backend.port) as pi:
+        assert (await pi.stream()).status == 503
+        reply = await pi.get("/health")
+        assert (reply.status, "do not match" in reply.json["message"]) == (503, True)
+        assert (await pi.stream()).clean
+        assert (await pi.get("/health")).status == 200
 
 
 @pytest.mark.parametrize(
@@ -355,107 +318,68 @@ def test_a_key_that_is_refused_while_healthy_is_noticed_at_once():
     [answer(500, {}), answer(200, [1]), head(200, "Content-Length: 2") + b"no", head(302, "Location: /x"), b"nonsense"],
     ids=["500", "array", "text", "redirect", "nonsense"],
 )
-def test_a_bad_health_is_no_health(health: bytes):
-    async def scenario() -> None:
-        async with Backend(health=health) as backend, pi_for(backend.port) as pi:
-            assert (await pi.get("/health")).status == 503
-
-    run(scenario())
+async def test_a_bad_health_is_no_health(health: bytes):
+    async with Backend(health=health) as backend, pi_for(backend.port) as pi:
+        assert (await pi.get("/health")).status == 503
 
 
-def test_every_answer_has_the_request_id_and_the_vps_gets_it():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            reply = await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")
-            assert reply.one("X-Request-ID") == "abc-1"
-            assert backend.asked[-1][1]["x-request-id"] == "abc-1"
-            made = (await pi.stream()).one("X-Request-ID")
-            assert REQUEST_ID.fullmatch(made)
-            assert backend.asked[-1][1]["x-request-id"] == made
-
-    run(scenario())
+async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        reply = await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")
+        assert reply.one("X-Request-ID") == "abc-1"
+        assert backend.asked[-1][1]["x-request-id"] == "abc-1"
+        made = (await pi.stream()).one("X-Request-ID")
+        assert REQUEST_ID.fullmatch(made)
+        assert backend.asked[-1][1]["x-request-id"] == made
 
 
-def test_the_key_goes_to_the_vps_but_not_with_health():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            await pi.stream()
-            keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
-            assert keys == {"/health": None, "/v1/models": KEY, "/v1/inference/stream": KEY}
-
-    run(scenario())
-
-
-def test_a_client_key_is_needed_everywhere_but_for_health():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
-            for method, path in [
-                ("GET", "/v1/models"),
-                ("GET", "/v1/stats"),
-                ("POST", "/v1/complete"),
-                ("GET", "/nothing"),
-            ]:
-                reply = await pi.ask(method, path, GOOD_FIELDS if method == "POST" else None)
-                assert (reply.status, reply.json["code"]) == (401, "UNAUTHORIZED")
-            assert (await pi.get("/health")).status == 200
-            assert (await pi.get("/v1/stats", X_API_Key="secret")).status == 200
-            assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_API_Key="secret")).status == 200
-
-    run(scenario())
+async def test_a_client_key_is_needed_everywhere_but_for_health():
+    async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
+        for method, path in [
+            ("GET", "/v1/models"),
+            ("GET", "/v1/stats"),
+            ("POST", "/v1/complete"),
+            ("GET", "/nothing"),
+        ]:
+            reply = await pi.ask(method, path, GOOD_FIELDS if method == "POST" else None)
+            assert (reply.status, reply.json["code"]) == (401, "UNAUTHORIZED")
+        assert (await pi.get("/health")).status == 200
+        assert (await pi.get("/v1/stats", X_API_Key="secret")).status == 200
+        assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_API_Key="secret")).status == 200
 
 
 # ----------------------------------------------------------------------------------------------- places
 
 
-def test_the_third_completion_gets_429_at_once():
-    async def scenario() -> None:
-        go = asyncio.Event()
-        slow = [CHUNKED, go.wait, *GOOD[1:]]
-        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
-            running = [asyncio.create_task(pi.stream()), asyncio.create_task(pi.complete())]
-            await until(lambda: len(backend.completions) == 2)
-            for reply in (await pi.stream(), await pi.complete()):
-                assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
-                assert reply.all("Retry-After") == []
-            assert [(await pi.get(path)).status for path in ("/health", "/v1/stats", "/v1/models")] == [200] * 3
-            assert (await pi.get("/v1/stats")).json["requests_active"] == 2
-            go.set()
-            assert [reply.status for reply in await asyncio.gather(*running)] == [200, 200]
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+async def test_the_third_completion_gets_429_at_once():
+    go = asyncio.Event()
+    slow = [CHUNKED, go.wait, *GOOD[1:]]
+    async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+        running = [asyncio.create_task(pi.stream()), asyncio.create_task(pi.complete())]
+        await until(lambda: len(backend.completions) == 2)
+        for reply in (await pi.stream(), await pi.complete()):
+            assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
+            assert reply.all("Retry-After") == []
+        assert [(await pi.get(path)).status for path in ("/health", "/v1/stats", "/v1/models")] == [200] * 3
+        assert (await pi.get("/v1/stats")).json["requests_active"] == 2
+        go.set()
+        assert [reply.status for reply in await asyncio.gather(*running)] == [200, 200]
+        assert (await pi.complete()).status == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize(
     "script", [[HANG], [CHUNKED, HANG], [CHUNKED, chunk(token("a", 1)), HANG]], ids=["head", "first", "later"]
 )
-def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, script: list[Any]):
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            _, writer = await pi.open("POST", path, GOOD_FIELDS)
-            await backend.begun.wait()
-            assert len(pi.gateway.active) == 1
-            writer.transport.abort()
-            await backend.left.wait()
-            await until(lambda: len(pi.gateway.active) == 0)
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
-
-
-def test_places_are_released_after_every_kind_of_error():
-    scripts: list[list[Any]] = [[error(404, "MODEL_NOT_FOUND")], [], [CHUNKED], [*GOOD]]
-
-    async def scenario() -> None:
-        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            replies = [await pi.stream() for _ in scripts]
-            assert [reply.status for reply in replies] == [404, 503, 200, 200]
-            assert [reply.json["code"] for reply in replies[:2]] == ["MODEL_NOT_FOUND", "VPS_UNAVAILABLE"]
-            assert [reply.clean for reply in replies[2:]] == [False, True]
-            assert len(pi.gateway.active) == 0
-
-    run(scenario())
+async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, script: list[Any]):
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        _, writer = await pi.open("POST", path, GOOD_FIELDS)
+        await backend.begun.wait()
+        assert len(pi.gateway.active) == 1
+        writer.transport.abort()
+        await backend.left.wait()
+        await until(lambda: len(pi.gateway.active) == 0)
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 # --------------------------------------------------------------------------------------------- sessions
@@ -482,96 +406,77 @@ def check_superseded(
 
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
-def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
-    """The Pi ends it by itself: a VPS that hangs keeps neither the older completion nor its place."""
-
-    async def scenario() -> None:
-        scripts = [HANGS[hang], GOOD]
-        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
-            await backend.begun.wait()
-            assert (await pi.stream(session="another")).status == 429
-            newer = await pi.stream(session="editor")
-            assert (newer.status, newer.clean) == (200, True)
-            check_superseded(await older, path, begun=hang != "before its head")
-            await backend.left.wait()
-            assert backend.most_running == 1, "the newer one was sent while the older still ran"
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str):
+    """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its place."""
+    scripts = [HANGS[hang], GOOD]
+    async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+        older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
+        await backend.begun.wait()
+        assert (await pi.stream(session="another")).status == 429
+        newer = await pi.stream(session="editor")
+        assert (newer.status, newer.clean) == (200, True)
+        check_superseded(await older, path, begun=hang != "before its head")
+        await backend.left.wait()
+        assert backend.most_running == 1, "the newer one was sent while the older still ran"
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
-def test_a_completion_that_is_still_connecting_can_be_superseded(monkeypatch: pytest.MonkeyPatch):
+async def test_a_completion_that_is_still_connecting_can_be_superseded(monkeypatch: pytest.MonkeyPatch):
     connecting, connect = asyncio.Event(), pi_upstream.Upstream._connect
 
     async def never(upstream: Any) -> Any:
         connecting.set()
         await asyncio.get_running_loop().create_future()
 
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            monkeypatch.setattr(pi_upstream.Upstream, "_connect", never)
-            older = asyncio.create_task(pi.complete(session="editor"))
-            await connecting.wait()
-            monkeypatch.setattr(pi_upstream.Upstream, "_connect", connect)
-            assert (await pi.complete(session="editor")).status == 200
-            check_superseded(await older, "/v1/complete", begun=False)
-
-    run(scenario())
+    async with Backend() as backend, pi_for(backend.port, max_concurrent=1) as pi:
+        monkeypatch.setattr(pi_upstream.Upstream, "_connect", never)
+        older = asyncio.create_task(pi.complete(session="editor"))
+        await connecting.wait()
+        monkeypatch.setattr(pi_upstream.Upstream, "_connect", connect)
+        assert (await pi.complete(session="editor")).status == 200
+        check_superseded(await older, "/v1/complete", begun=False)
 
 
-def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
-    async def scenario() -> None:
-        scripts = [[CHUNKED, Flood(chunk(token("a", 1)) * 1000)], GOOD]
-        async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-            _, writer = await pi.open("POST", "/v1/complete/stream", GOOD_FIELDS | {"session": "editor"})
-            await until(
-                lambda: any(c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values())
-            )
-            assert (await pi.stream(session="editor")).clean
-            await backend.left.wait()
-            assert len(pi.gateway.active) == 0
-            writer.transport.abort()
-
-    run(scenario())
+async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
+    scripts = [[CHUNKED, Flood(chunk(token("a", 1)) * 1000)], GOOD]
+    async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
+        _, writer = await pi.open("POST", "/v1/complete/stream", GOOD_FIELDS | {"session": "editor"})
+        await until(lambda: any(c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values()))
+        assert (await pi.stream(session="editor")).clean
+        await backend.left.wait()
+        assert len(pi.gateway.active) == 0
+        writer.transport.abort()
 
 
-def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
-    """Each ends its predecessor, and the VPS never has more than max_concurrent of them, even if it answers none."""
-
-    async def scenario() -> None:
-        async with Backend([[HANG]]) as backend, pi_for(backend.port, max_concurrent=2) as pi:
-            flood = [asyncio.create_task(pi.complete(session=f"editor {n % 2}")) for n in range(60)]
-            done: set[Any] = set()
-            while len(done) < 58:
-                done, _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
-                flood_left = [task for task in flood if not task.done()]
-                await asyncio.sleep(0)
-            for task in done:
-                check_superseded(task.result(), "/v1/complete", begun=False)
-            await until(lambda: backend.running == 2)
-            assert backend.most_running == 2
-            assert len(pi.gateway.active) == 2
-            for task in flood_left:
-                task.cancel()
-
-    run(scenario())
+async def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
+    """Each ends its predecessor. The VPS never has more than max_concurrent of them, even if it answers none."""
+    async with Backend([[HANG]]) as backend, pi_for(backend.port, max_concurrent=2) as pi:
+        flood = [asyncio.create_task(pi.complete(session=f"editor {n % 2}")) for n in range(60)]
+        done: set[Any] = set()
+        while len(done) < 58:
+            done, _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+            flood_left = [task for task in flood if not task.done()]
+            await asyncio.sleep(0)
+        for task in done:
+            check_superseded(task.result(), "/v1/complete", begun=False)
+        await until(lambda: backend.running == 2)
+        assert backend.most_running == 2
+        assert len(pi.gateway.active) == 2
+        for task in flood_left:
+            task.cancel()
 
 
-def test_a_session_belongs_to_its_client():
-    async def scenario() -> None:
-        go = asyncio.Event()
-        slow = [CHUNKED, go.wait, *GOOD[1:]]
-        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
-            mine = asyncio.create_task(pi.stream(session="editor"))
-            await until(lambda: len(backend.completions) == 1)
-            theirs = asyncio.create_task(pi.from_address("127.0.0.2").stream(session="editor"))
-            await until(lambda: len(backend.completions) == 2)
-            go.set()
-            assert [reply.clean for reply in await asyncio.gather(mine, theirs)] == [True, True]
-            assert len({body["session"] for body in backend.completions}) == 2
-
-    run(scenario())
+async def test_a_session_belongs_to_its_client():
+    go = asyncio.Event()
+    slow = [CHUNKED, go.wait, *GOOD[1:]]
+    async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+        mine = asyncio.create_task(pi.stream(session="editor"))
+        await until(lambda: len(backend.completions) == 1)
+        theirs = asyncio.create_task(pi.from_address("127.0.0.2").stream(session="editor"))
+        await until(lambda: len(backend.completions) == 2)
+        go.set()
+        assert [reply.clean for reply in await asyncio.gather(mine, theirs)] == [True, True]
+        assert len({body["session"] for body in backend.completions}) == 2
 
 
 @pytest.mark.parametrize(
@@ -583,63 +488,34 @@ def test_a_session_belongs_to_its_client():
         ({}, 503, "VPS_UNAVAILABLE"),
     ],
 )
-def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], status: int, code: str):
-    async def scenario() -> None:
-        go = asyncio.Event()
-        slow = [CHUNKED, go.wait, *GOOD[1:]]
-        async with Backend([slow]) as backend, pi_for(backend.port) as pi:
-            older = asyncio.create_task(pi.stream(session="editor"))
-            await backend.begun.wait()
-            if not more:
-                for _ in range(breaker.FAILURES_TO_OPEN):
-                    pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
-            newer = await pi.complete(session="editor", **more)
-            assert (newer.status, newer.json["code"]) == (status, code)
-            go.set()
-            assert (await older).clean
-
-    run(scenario())
+async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], status: int, code: str):
+    go = asyncio.Event()
+    slow = [CHUNKED, go.wait, *GOOD[1:]]
+    async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+        older = asyncio.create_task(pi.stream(session="editor"))
+        await backend.begun.wait()
+        if not more:
+            for _ in range(breaker.FAILURES_TO_OPEN):
+                pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
+        newer = await pi.complete(session="editor", **more)
+        assert (newer.status, newer.json["code"]) == (status, code)
+        go.set()
+        assert (await older).clean
 
 
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
 @pytest.mark.parametrize("hang", HANGS)
-def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
-    """For the VPS, two Pis that serve one client address are one client, and the VPS itself ends the older request."""
-
-    async def scenario() -> None:
-        async with (
-            Backend([HANGS[hang], GOOD]) as backend,
-            pi_for(backend.port) as pi,
-            pi_for(backend.port) as other,
-        ):
-            older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
-            await backend.begun.wait()
-            if hang == "after a token":
-                await until(lambda: pi.gateway.active[0].came.tokens == 1)
-            assert (await other.complete(session="editor")).json["completion"] == "ab"
-            check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
-def test_a_model_that_cannot_be_loaded_is_500(path: str):
-    told = {"error": True, "message": "out of memory", "code": "MODEL_LOAD_FAILED"}
-    scripts = [[error(500, "MODEL_LOAD_FAILED", "out of memory")], [CHUNKED, chunk(event(**told))]]
-
-    async def scenario() -> None:
-        async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-            reply = await pi.ask("POST", path, GOOD_FIELDS)
-            assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-            reply = await pi.ask("POST", path, GOOD_FIELDS)
-            if path.endswith("stream"):
-                assert (reply.status, reply.clean, reply.events) == (200, False, [told])
-            else:
-                assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+async def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path: str):
+    """To the VPS, two Pis with the same client address are one client, so the VPS itself ends the older request."""
+    async with Backend([HANGS[hang], GOOD]) as backend, pi_for(backend.port) as pi, pi_for(backend.port) as other:
+        older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
+        await backend.begun.wait()
+        if hang == "after a token":
+            await until(lambda: pi.gateway.active[0].came.tokens == 1)
+        assert (await other.complete(session="editor")).json["completion"] == "ab"
+        check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
+        first = pi.gateway.fleet.first
+        assert (first.requests_failed, first.breaker.describe(0)["failures"]) == (0, 0)
 
 
 # ----------------------------------------------------------------------------- routing and fitting
@@ -653,34 +529,16 @@ def present(*ids: str, **more: Any) -> bytes:
     ("models", "language", "model"),
     [
         (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "python", "qwen_7b"),
-        (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "typescript", "qwen_7b"),
         (present("qwen_7b", "codellama_7b", "qwen_0_5b"), "cpp", "codellama_7b"),
-        (present("qwen_7b", "qwen_0_5b"), "rust", "qwen_0_5b"),
-        (present("qwen_0_5b", "qwen_1_5b"), "go", "qwen_1_5b"),
-        (present("qwen_0_5b"), "python", "qwen_0_5b"),
         (present("qwen_7b", available=False), "python", "qwen_7b"),
         (answer(200, {"models": "lies"}), "c", "codellama_7b"),
         (answer(500, {}), "c", "codellama_7b"),
     ],
 )
-def test_a_language_goes_to_the_first_model_that_is_there(models: bytes, language: str, model: str):
-    async def scenario() -> None:
-        async with Backend(models=models) as backend, pi_for(backend.port) as pi:
-            reply = await pi.complete(language=language)
-            assert (reply.json["model"], backend.completions[0]["model"]) == (model, model)
-
-    run(scenario())
-
-
-def test_a_model_can_be_named():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete(model="qwen_1_5b")).json["model"] == "qwen_1_5b"
-            reply = await pi.complete(model="gpt")
-            assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-            assert len(backend.completions) == 1
-
-    run(scenario())
+async def test_a_language_goes_to_the_first_model_that_is_there(models: bytes, language: str, model: str):
+    async with Backend(models=models) as backend, pi_for(backend.port) as pi:
+        reply = await pi.complete(language=language)
+        assert (reply.json["model"], backend.completions[0]["model"]) == (model, model)
 
 
 ALL = present("qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b")
@@ -693,37 +551,25 @@ PREFER = {"infill": ("qwen_0_5b", "qwen_1_5b"), "instruct": ("codellama_7b", "qw
         (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
         (ALL, {}, "qwen_7b"),  # no preference for it
         (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
-        (ALL, {"instruction": "Write it", "language": "rust"}, "codellama_7b"),
         (ALL, {"suffix": "\n)", "model": "qwen_7b"}, "qwen_7b"),
         (present("qwen_7b", "qwen_1_5b"), {"suffix": "\n)"}, "qwen_1_5b"),
-        (present("qwen_7b"), {"suffix": "\n)"}, "qwen_7b"),
         (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
     ],
 )
-def test_a_mode_goes_to_the_model_that_is_preferred(models: bytes, asked: dict[str, Any], model: str):
-    async def scenario() -> None:
-        async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-            assert (await pi.complete(**asked)).json["model"] == model
-
-    run(scenario())
+async def test_a_mode_goes_to_the_model_that_is_preferred(models: bytes, asked: dict[str, Any], model: str):
+    async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
+        assert (await pi.complete(**asked)).json["model"] == model
 
 
-def test_preferences_of_the_dialects():
-    async def scenario() -> None:
-        async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-            infill = {"input_prefix": "def f(:", "input_suffix": "x", "n_predict": 5}
-            assert (await pi.ask("POST", "/infill", infill)).json["model"] == "qwen_0_5b"
-            chat = {"messages": [{"role": "user", "content": "a"}]}
-            assert (await pi.ask("POST", "/v1/chat/completions", chat)).json["model"] == "codellama_7b"
-            assert (await pi.ask("POST", "/v1/completions", {"prompt": "a"})).json["model"] == "qwen_7b"
-            java = infill | {"filename": "A.java"}  # which no model lists
-            assert (await pi.ask("POST", "/infill", java)).json["model"] == "qwen_0_5b"
-
-    run(scenario())
-
-
-def memory(*ids: str) -> bytes:
-    return answer(200, {"models_loaded": list(ids)})
+async def test_preferences_of_the_dialects():
+    async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
+        infill = {"input_prefix": "def f(:", "input_suffix": "x", "n_predict": 5}
+        assert (await pi.ask("POST", "/infill", infill)).json["model"] == "qwen_0_5b"
+        chat = {"messages": [{"role": "user", "content": "a"}]}
+        assert (await pi.ask("POST", "/v1/chat/completions", chat)).json["model"] == "codellama_7b"
+        assert (await pi.ask("POST", "/v1/completions", {"prompt": "a"})).json["model"] == "qwen_7b"
+        java = infill | {"filename": "A.java"}  # which no model lists
+        assert (await pi.ask("POST", "/infill", java)).json["model"] == "qwen_0_5b"
 
 
 @pytest.mark.parametrize(
@@ -735,64 +581,49 @@ def memory(*ids: str) -> bytes:
         {"input_prefix": "a", "input_suffix": "b"},
     ],
 )
-def test_a_dialect_never_fails_for_its_language(asked: dict[str, Any]):
-    """The VPS has one model, which lists Python alone."""
-
-    async def scenario() -> None:
-        async with Backend(models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
-            assert (await pi.ask("POST", "/infill", asked)).json["model"] == "qwen_7b"
-            language = {"a.rs": "rust", "A.java": "java"}.get(asked.get("filename", ""))
-            assert backend.completions[0].get("language") == language
-
-    run(scenario())
+async def test_a_dialect_never_fails_for_its_language(asked: dict[str, Any]):
+    """The VPS has one model, which lists only Python."""
+    async with Backend(models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
+        assert (await pi.ask("POST", "/infill", asked)).json["model"] == "qwen_7b"
+        language = {"a.rs": "rust", "A.java": "java"}.get(asked.get("filename", ""))
+        assert backend.completions[0].get("language") == language
 
 
-def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Path):
+async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Path):
     path = tmp_path / "models.toml"
     path.write_text(
         (ROOT / "models.toml").read_text().replace('languages = ["rust"', 'languages = ["haskell", "java", "C#"')
     )
     models = load_catalog(path).models
-
-    async def scenario() -> None:
-        async with Backend(models=ALL) as backend, pi_for(backend.port, models=models) as pi:
-            for language in ("haskell", "java", "C#"):
-                assert (await pi.complete(language=language)).json["model"] == "codellama_7b"
-            assert [sent.get("language") for sent in backend.completions] == [None, "java", "csharp"]
-            refused = (await pi.complete(language="cobol")).json["message"]
-            known = "python, javascript, typescript, haskell, java, C#, c, cpp, go, rust"
-            assert refused == f'language: expected one of {known}, got the string "cobol"'
-
-    run(scenario())
+    async with Backend(models=ALL) as backend, pi_for(backend.port, models=models) as pi:
+        for language in ("haskell", "java", "C#"):
+            assert (await pi.complete(language=language)).json["model"] == "codellama_7b"
+        assert [sent.get("language") for sent in backend.completions] == [None, "java", "csharp"]
+        refused = (await pi.complete(language="cobol")).json["message"]
+        known = "python, javascript, typescript, haskell, java, C#, c, cpp, go, rust"
+        assert refused == f'language: expected one of {known}, got the string "cobol"'
 
 
-def test_a_model_that_has_gone_is_looked_for_again():
-    async def scenario() -> None:
-        scripts = [[error(404, "MODEL_NOT_FOUND")], GOOD]
-        async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
-            backend.models = answer(200, MODELS)
-            pi.gateway.fleet.first.wake.set()
-            await until(lambda: list(pi.gateway.fleet.models or ()) == ["qwen_0_5b"])
-            assert (await pi.complete()).json["model"] == "qwen_0_5b"
-
-    run(scenario())
+async def test_a_model_that_has_gone_is_looked_for_again():
+    scripts = [[error(404, "MODEL_NOT_FOUND")], GOOD]
+    async with Backend(scripts, models=present("qwen_7b")) as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).json["code"] == "MODEL_NOT_FOUND"
+        backend.models = answer(200, MODELS)
+        pi.gateway.fleet.first.wake.set()
+        await until(lambda: list(pi.gateway.fleet.models or ()) == ["qwen_0_5b"])
+        assert (await pi.complete()).json["model"] == "qwen_0_5b"
 
 
-def test_a_long_prompt_is_fitted_and_refitted_once():
+async def test_a_long_prompt_is_fitted_and_refitted_once():
     long = "".join(f"value_{n} = {n}\n" for n in range(4000))
     too_long = [error(400, "INVALID_REQUEST", prompt_tokens=4000, n_ctx=1024)]
-
-    async def scenario() -> None:
-        async with Backend([too_long, GOOD, too_long, too_long, GOOD]) as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
-            first, second = (len(body["prompt"]) for body in backend.completions)
-            assert second < first < len(long)
-            reply = await pi.complete(prompt=long, max_tokens=256)
-            assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (400, "INVALID_REQUEST", 4000)
-            assert len(backend.completions) == 4
-
-    run(scenario())
+    async with Backend([too_long, GOOD, too_long, too_long, GOOD]) as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
+        first, second = (len(body["prompt"]) for body in backend.completions)
+        assert second < first < len(long)
+        reply = await pi.complete(prompt=long, max_tokens=256)
+        assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (400, "INVALID_REQUEST", 4000)
+        assert len(backend.completions) == 4
 
 
 @pytest.mark.parametrize(("n_ctx", "max_tokens", "budget"), [(4096, 512, 3584), (4096, 2048, 2048), (2048, 2048, 512)])
@@ -800,84 +631,62 @@ def test_prompt_budget(n_ctx: int, max_tokens: int, budget: int):
     assert prompt_budget(n_ctx, max_tokens) == budget - MARGIN_TOKENS
 
 
-def test_an_http_1_0_client_gets_the_events_without_chunks():
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            reader, writer = await asyncio.open_connection("127.0.0.1", pi.port)
-            body = json.dumps(GOOD_FIELDS).encode()
-            lines = [
-                "POST /v1/complete/stream HTTP/1.0",
-                "Content-Type: application/json",
-                f"Content-Length: {len(body)}",
-            ]
-            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-            top, _, events = (await reader.read()).partition(b"\r\n\r\n")
-            assert b"transfer-encoding" not in top.lower()
-            assert events.startswith(token("a", 1) + token("b", 2) + b'data: {"done": true')
-            writer.close()
-
-    run(scenario())
+async def test_an_http_1_0_client_gets_the_events_without_chunks():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        reader, writer = await asyncio.open_connection("127.0.0.1", pi.port)
+        body = json.dumps(GOOD_FIELDS).encode()
+        lines = ["POST /v1/complete/stream HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        top, _, events = (await reader.read()).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in top.lower()
+        assert events.startswith(token("a", 1) + token("b", 2) + b'data: {"done": true')
+        writer.close()
 
 
 # ------------------------------------------------------------------------------------- a real process
 
 
-def test_from_start_to_stop(tmp_path: Path):
-    async def scenario() -> None:
-        file = tmp_path / "logs" / "cm4.log"
-        async with Backend() as backend:
-            more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
-            with daemon("cm4d", tmp_path, CEREBRUM_LOG_FILE=str(file), **more) as process:
-                await asyncio.to_thread(process.wait_for_line, "VPS backend is available")
-                client = Client(port=process.port)
-                reply = await client.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
-                assert reply.clean
-                assert [event.get("token") for event in reply.events] == ["a", "b", None]
-                line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds"
-                line += r" model=qwen_0_5b tokens=2 ttft=\d\.\d\ds$"
-                await asyncio.to_thread(process.wait_for_line, line)
-            assert "the-id" in file.read_text()
-            assert KEY not in process.stdout() + process.stderr()
-
-    run(scenario())
+async def test_from_start_to_stop(tmp_path: Path):
+    file = tmp_path / "logs" / "cm4.log"
+    async with Backend() as backend:
+        more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+        with daemon("cm4d", tmp_path, CEREBRUM_LOG_FILE=str(file), **more) as process:
+            await asyncio.to_thread(process.wait_for_line, "VPS backend is available")
+            client = Client(port=process.port)
+            reply = await client.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
+            assert reply.clean
+            assert [event.get("token") for event in reply.events] == ["a", "b", None]
+            line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds"
+            line += r" model=qwen_0_5b tokens=2 ttft=\d\.\d\ds$"
+            await asyncio.to_thread(process.wait_for_line, line)
+        assert "the-id" in file.read_text()
+        assert KEY not in process.stdout() + process.stderr()
 
 
-def test_a_running_stream_is_finished_after_sigterm(tmp_path: Path):
-    async def scenario() -> None:
-        go = asyncio.Event()
-        async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend:
-            more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
-            with daemon("cm4d", tmp_path, **more) as process:
-                running = asyncio.create_task(Client(port=process.port).stream())
-                await backend.begun.wait()
-                process.process.send_signal(signal.SIGTERM)
-                await asyncio.to_thread(process.wait_for_line, "stopping")
-                go.set()
-                assert (await running).clean
-                await asyncio.to_thread(process.process.wait, PATIENCE)
-
-    run(scenario())
+async def test_a_running_stream_is_finished_after_sigterm(tmp_path: Path):
+    go = asyncio.Event()
+    async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend:
+        more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+        with daemon("cm4d", tmp_path, **more) as process:
+            running = asyncio.create_task(Client(port=process.port).stream())
+            await backend.begun.wait()
+            process.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(process.wait_for_line, "stopping")
+            go.set()
+            assert (await running).clean
+            await asyncio.to_thread(process.process.wait, PATIENCE)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("CEREBRUM_CM4_PORT", "x"),
-        ("CEREBRUM_CM4_HOST", "two words"),
-        ("CEREBRUM_LOG_LEVEL", "LOUD"),
-        ("CEREBRUM_VPS_URL", "x"),
-    ],
-)
-def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path, name: str, value: str):
-    done = run_to_the_end("cm4d", tmp_path, **{name: value})
+def test_a_start_that_fails_says_which_variable_is_wrong(tmp_path: Path):
+    done = run_to_the_end("cm4d", tmp_path, CEREBRUM_CM4_PORT="x")
     said = done.stdout + done.stderr
-    assert re.search(rf"^cm4d\.py: {name}[:,]", said, re.MULTILINE)
+    assert re.search(r"^cm4d\.py: CEREBRUM_CM4_PORT[:,]", said, re.MULTILINE)
     assert (done.returncode, "Traceback" in said) == (2, False)
 
 
 @pytest.mark.parametrize("what", ["an address that is not up", "a port that is taken"])
 def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path: Path, what: str):
-    """The unit starts the daemon again after a status of 1, and never after 2."""
+    """The unit restarts the daemon after a status of 1, and never after 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         host = "127.0.0.1" if "port" in what else "192.0.2.1"

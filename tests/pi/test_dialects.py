@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum.pi import dialects
 from cerebrum.pi.dialects import (
     COMPLETION,
     ERROR_TYPES,
@@ -39,10 +37,6 @@ BASES: dict[str, dict[str, Any]] = {
     "completion": {"prompt": "x"},
     "infill": {"prompt": "x"},
 }
-
-
-def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(dialects).failed == 0
 
 
 # ------------------------------------------------------------------------------------- what a request asks for
@@ -87,16 +81,13 @@ OTHERS = ["x</s>", "<|x|> ", "<div>", "<|>", "<a|b>", "<|a b|>", "<>", "[a]", "<
 SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model": "qwen"}, {"model": "qwen"}),
     ({"temperature": 0}, {"temperature": 0.0}),
-    ({"temperature": 0.7}, {"temperature": 0.7}),
     ({"temperature": 1.3}, {"temperature": 1.0}),
-    ({"temperature": 2}, {"temperature": 1.0}),
     (
         {"max_tokens": 16.0, "n_predict": 16.0, "seed": 3.0, "temperature": 0.0},
         {"max_tokens": 16, "seed": 3, "temperature": 0.0},
     ),
     ({"top_p": 0}, {"top_p": 0.01}),
     ({"top_p": 0.001}, {"top_p": 0.01}),
-    ({"top_p": 0.9}, {"top_p": 0.9}),
     ({"top_p": 1}, {"top_p": 1.0}),
     ({"seed": 0}, {"seed": 0}),
     ({"seed": -1}, {"seed": None}),
@@ -106,16 +97,11 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 2**32}, {"seed": 1}),
     ({"seed": 2**64 - 1}, {"seed": (2**64 - 1) % (2**32 - 1)}),
     ({"n_predict": 0}, {"max_tokens": 0}),
-    ({"n_predict": 1}, {"max_tokens": 1}),
     ({"n_predict": -1}, {"max_tokens": 2048}),
-    ({"n_predict": 2048}, {"max_tokens": 2048}),
-    ({"n_predict": 2049}, {"max_tokens": 2048}),
     ({"n_predict": 10**20 - 1}, {"max_tokens": 2048}),
     ({"stop": "a"}, {"stop": ["a"]}),
     ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
     ({"stop": ["", "a", ""]}, {"stop": ["a"]}),
-    ({"stop": ""}, {"stop": []}),
-    ({"stop": "<|endoftext|>"}, {"stop": []}),
     ({"stop": [*SPECIALS, "\n\n"]}, {"stop": ["\n\n"]}),
     ({"stop": OTHERS}, {"stop": OTHERS}),
     ({"stop": [str(n) for n in range(16)] + SPECIALS}, {"stop": [str(n) for n in range(16)]}),
@@ -131,9 +117,7 @@ def test_sampling(name: str, members: dict[str, Any], expected: dict[str, Any]) 
 # The limit by all of its names: (dialect, members, max_tokens).
 LIMITS: list[tuple[str, dict[str, Any], int]] = [
     ("text", {"max_tokens": 5}, 5),
-    ("text", {"max_tokens": 0}, 0),
     ("text", {"max_tokens": -1}, 2048),
-    ("text", {"max_tokens": 5000}, 2048),
     ("text", {"max_tokens": 5, "max_completion_tokens": 6, "n_predict": 7}, 6),
     ("text", {"max_tokens": 5, "n_predict": 7}, 5),
     ("text", {"max_tokens": None, "n_predict": 7}, 7),
@@ -141,7 +125,6 @@ LIMITS: list[tuple[str, dict[str, Any], int]] = [
     ("chat", {"max_tokens": 5}, 5),
     ("chat", {"max_tokens": 0}, 0),
     ("chat", {"n_predict": 0}, 0),
-    ("chat", {"max_tokens": 512}, 512),
     ("completion", {"max_tokens": 5}, 512),
     ("infill", {"n_predict": 128, "max_tokens": 5}, 128),
 ]
@@ -158,37 +141,25 @@ LATE = {"prompt_ms": 600_000, "predict_ms": 600_000}
 MARKED = "<PRE> a <SUF>b <MID>"
 # Other members: (dialect, members, kind, and the fields that differ from the defaults).
 READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
-    ("text", {"prompt": "a"}, "completion", {"prompt": "a"}),
     ("text", {"prompt": ["a"]}, "completion", {"prompt": "a"}),
     ("text", {"prompt": "  a\n"}, "completion", {"prompt": "  a\n"}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": None}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": None}, "completion", {"prompt": "a"}),
-    (
-        "text",
-        {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""},
-        "infill",
-        {"prompt": "a", "suffix": "b", "extra": []} | FILLS,
-    ),
+    ("text", {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""}, "infill",
+     {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
     ("text", {"prompt": "a", "suffix": " \n"}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b"} | FILLS),
     ("text", {"prompt": "", "suffix": "\n"}, "infill", {"prompt": "", "suffix": "\n"} | FILLS),
     ("text", {"prompt": "a", "filename": "x.py"}, "completion", {"prompt": "a", "filename": "x.py"}),
     ("text", {"prompt": MARKED}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
     ("text", {"prompt": MARKED, "suffix": "c"}, "infill", {"prompt": MARKED, "suffix": "c"} | FILLS),
-    (
-        "text",
-        {"prompt": "<file_sep>x.py\n<fim_prefix>a<fim_suffix><fim_middle>", "filename": "y.py"},
-        "infill",
-        {"prompt": "a", "filename": "x.py", "extra": []},
-    ),
-    (
-        "text",
-        {"prompt": "<|file_sep|>o.py\nb = 1\n<|fim_prefix|>a<|fim_suffix|>c<|fim_middle|>", "filename": "y.py"},
-        "infill",
-        {"prompt": "a", "suffix": "c", "filename": "y.py", "extra": [{"filename": "o.py", "text": "b = 1\n"}]} | FILLS,
-    ),
+    ("text", {"prompt": "<file_sep>x.py\n<fim_prefix>a<fim_suffix><fim_middle>", "filename": "y.py"}, "infill",
+     {"prompt": "a", "filename": "x.py", "extra": []}),
+    ("text", {"prompt": "<|file_sep|>o.py\nb = 1\n<|fim_prefix|>a<|fim_suffix|>c<|fim_middle|>", "filename": "y.py"},
+     "infill",
+     {"prompt": "a", "suffix": "c", "filename": "y.py", "extra": [{"filename": "o.py", "text": "b = 1\n"}]} | FILLS),
     ("completion", {"prompt": ["a"], "n_indent": 8}, "completion", {"prompt": "a", "indent": 8}),
     ("completion", {"prompt": "[SUFFIX]b[PREFIX]a"}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
     ("completion", {"t_max_prompt_ms": 500}, "completion", {"prompt_ms": 500}),
@@ -203,22 +174,15 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("infill", {"prompt": ["b"]}, "infill", {"prompt": "b"}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
     ("infill", {"filename": "a.rs"}, "infill", {"filename": "a.rs"}),
-    (
-        "infill",
-        {"input_extra": [{"text": "a", "filename": "f", "time": 1}, {"text": "", "filename": "g"}, {"text": "b"}, {}]},
-        "infill",
-        {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]},
-    ),
-    (
-        "infill",
-        {"input_extra": [{"text": "a", "filename": None}]},
-        "infill",
-        {"extra": [{"filename": "", "text": "a"}]},
-    ),
+    ("infill",
+     {"input_extra": [{"text": "a", "filename": "f", "time": 1}, {"text": "", "filename": "g"}, {"text": "b"}, {}]},
+     "infill", {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]}),
+    ("infill", {"input_extra": [{"text": "a", "filename": None}]}, "infill",
+     {"extra": [{"filename": "", "text": "a"}]}),
     ("chat", {"tools": []}, "chat", {}),
     ("chat", {"tools": [{"type": "function"}], "tool_choice": "none"}, "chat", {}),
     ("chat", {"tools": [], "tool_choice": "auto"}, "chat", {}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
@@ -300,13 +264,10 @@ ONE_PROMPT = "prompt: expected a string, or an array of one string, got "
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": ["a", "b"]}, ONE_PROMPT + "an array of 2"),
     ("text", {"prompt": []}, ONE_PROMPT + "an array of 0"),
-    ("text", {"prompt": [1, 2]}, ONE_PROMPT + "an array of 2"),
     ("text", {"prompt": [1]}, ONE_PROMPT + "the number 1"),
     ("text", {"prompt": [[1, 2]]}, ONE_PROMPT + "an array of 2"),
-    ("text", {"prompt": [None]}, ONE_PROMPT + "null"),
     ("text", {"prompt": 5}, ONE_PROMPT + "the number 5"),
     ("completion", {"prompt": {"prompt_string": "a"}}, ONE_PROMPT + "an object of 1"),
-    ("infill", {"prompt": [1, "a"]}, ONE_PROMPT + "an array of 2"),
     ("infill", {"input_prefix": 1}, "input_prefix: expected a string, got the number 1"),
     ("text", {"suffix": ["b"]}, "suffix: expected a string, got an array of 1"),
     ("text", {"max_tokens": 1.5}, "max_tokens: expected an integer, got the number 1.5"),
@@ -316,52 +277,27 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"stream": 1}, "stream: expected true or false, got the number 1"),
     ("text", {"stop": 5}, "stop: expected a string, or an array of strings, got the number 5"),
     ("text", {"stop": ["a", 5]}, "stop: expected a string, or an array of strings, got an array of 2"),
-    (
-        "text",
-        {"stop": [str(n) for n in range(17)]},
-        "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 17",
-    ),
-    (
-        "text",
-        {"stream_options": True},
-        'stream_options: expected an object such as {"include_usage": true}, got the boolean true',
-    ),
+    ("text", {"stop": [str(n) for n in range(17)]},
+     "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 17"),
+    ("text", {"stream_options": True},
+     'stream_options: expected an object such as {"include_usage": true}, got the boolean true'),
     ("chat", {"stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got the number 1"),
     ("chat", {"messages": []}, "messages: expected an array of 1 to 1000 objects, got an array of 0"),
-    ("chat", {"messages": None}, "messages: expected an array of 1 to 1000 objects, got an array of 0"),
     ("chat", {"messages": "hi"}, 'messages: expected an array of 1 to 1000 objects, got the string "hi"'),
     ("chat", {"messages": SAID * 1001}, "messages: expected an array of 1 to 1000 objects, got an array of 1001"),
     ("chat", {"messages": ["hi"]}, 'messages[0]: expected an object, got the string "hi"'),
-    (
-        "chat",
-        {"messages": [{"content": "a"}]},
-        "messages[0].role: expected one of system, developer, user, assistant, got nothing",
-    ),
-    (
-        "chat",
-        {"messages": [*SAID, {"role": "tool", "content": "a"}]},
-        'messages[1].role: expected one of system, developer, user, assistant, got the string "tool"',
-    ),
-    (
-        "chat",
-        {"messages": [{"role": "user", "content": [IMAGE]}]},
-        'messages[0].content[0].type: expected one of text, input_text, output_text, got the string "image_url"',
-    ),
-    (
-        "chat",
-        {"messages": [{"role": "user", "content": ["a"]}]},
-        'messages[0].content[0]: expected an object, got the string "a"',
-    ),
-    (
-        "chat",
-        {"messages": [{"role": "user", "content": 5}]},
-        "messages[0].content: expected a string, or an array of text parts, got the number 5",
-    ),
-    (
-        "chat",
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}]},
-        "messages[0].tool_calls: expected nothing, got an array of 1",
-    ),
+    ("chat", {"messages": [{"content": "a"}]},
+     "messages[0].role: expected one of system, developer, user, assistant, got nothing"),
+    ("chat", {"messages": [*SAID, {"role": "tool", "content": "a"}]},
+     'messages[1].role: expected one of system, developer, user, assistant, got the string "tool"'),
+    ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]},
+     'messages[0].content[0].type: expected one of text, input_text, output_text, got the string "image_url"'),
+    ("chat", {"messages": [{"role": "user", "content": ["a"]}]},
+     'messages[0].content[0]: expected an object, got the string "a"'),
+    ("chat", {"messages": [{"role": "user", "content": 5}]},
+     "messages[0].content: expected a string, or an array of text parts, got the number 5"),
+    ("chat", {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}]},
+     "messages[0].tool_calls: expected nothing, got an array of 1"),
     ("chat", {"tools": [{}]}, 'tools: expected nothing, or tool_choice "none", got an array of 1'),
     ("chat", {"tools": {}, "tool_choice": {}}, 'tools: expected nothing, or tool_choice "none", got an object of 0'),
     ("infill", {"input_extra": {}}, "input_extra: expected an array of 0 to 256 objects, got an object of 0"),
@@ -369,7 +305,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text: expected a string, got the number 1"),
     ("infill", {"n_indent": 1001}, "n_indent: expected an integer from 0 to 1000, got the number 1001"),
     ("infill", {"response_fields": "a"}, 'response_fields: expected an array of strings, got the string "a"'),
-    ("completion", {"response_fields": [1]}, "response_fields: expected an array of strings, got an array of 1"),
 ]  # fmt: skip
 
 
@@ -580,7 +515,7 @@ def test_response_fields(only: list[str], expected: bytes) -> None:
 
 @pytest.mark.parametrize("dialect", [COMPLETION, INFILL], ids=["completion", "infill"])
 def test_a_replaced_request(dialect: Dialect) -> None:
-    """With `response_fields`, as llama.vim asks, there is no content that it could keep."""
+    """llama.vim asks with `response_fields`: its answer then has no content that it could keep."""
     replaced = {"finish_reason": "replaced"}
     chosen = reply_to(dialect, response_fields=["content", "stop_type"]).whole("", replaced)
     assert chosen == b'{"replaced":true,"stop_type":"limit"}'

@@ -60,14 +60,14 @@ NUMBER = itertools.count()  # makes a prompt one that no engine has in its cache
 
 @dataclass(frozen=True)
 class Kind:
-    """An engine, how it is started, how the Pi is told of it, and how one sees that it computes nothing."""
+    """An engine: how to start it, how to configure the Pi for it, and how to see that it is idle."""
 
     name: str
     api: str
     start: Callable[[Path], AbstractContextManager[Engine]]
     is_idle: Callable[[Engine], bool]
     places: int = 2
-    counts: bool = True  # its streams tell the tokens of the prompt, even if the Pi hangs up
+    counts: bool = True  # its streams report the prompt's tokens, even if the Pi hangs up
 
 
 @contextmanager
@@ -117,13 +117,13 @@ def ask_engine(engine: Engine, path: str) -> Any:
 
 
 def cpu_ticks(engine: Engine) -> int:
-    """The time that it has computed, in hundredths of a second."""
+    """Its CPU time so far, in hundredths of a second."""
     after_name = Path(f"/proc/{engine.process.pid}/stat").read_text().rpartition(")")[2].split()
     return int(after_name[11]) + int(after_name[12])
 
 
 def rests(engine: Engine) -> bool:
-    """Whether it hardly computes, although it is looked at for as long as ten tokens would take."""
+    """Whether it uses hardly any CPU for as long as ten tokens would take."""
     before, ended = cpu_ticks(engine), threading.Event()
     ended.wait(0.3)
     return cpu_ticks(engine) - before <= 3
@@ -325,7 +325,7 @@ def run_code(code: str) -> dict[str, Any]:
 
 
 def check_result(result: dict[str, Any], kind: Kind) -> None:
-    """The members of a result beside its text: what is known, and nothing that is not."""
+    """A result has the figures that its engine reports, and no others."""
     assert (result["model"], result["language"]) == (MODEL, "python")
     assert result["total_tokens"] > 0
     assert 0 < result["inference_time"] < PATIENCE
@@ -424,7 +424,7 @@ def test_infill_as_llama_cpp_does(pi: Pi) -> None:
     answer = pi.answer("/infill", body)
     assert run_code(PREFIX + LINE + answer["content"] + SUFFIX)["add"](20, 3) == 23, answer
     assert (answer["stop"], answer["tokens_predicted"] > 0) == (True, True)
-    # What a small model takes from another file is not known.
+    # What a small model takes from another file is unpredictable.
     answer = pi.answer(
         "/infill", body | {"input_extra": [{"filename": "other.py", "text": "def f():\n    return 2\n"}]}
     )
@@ -574,13 +574,13 @@ def long_prompt(functions: int) -> str:
 
 
 def check_fitted(result: dict[str, Any], prompt: str) -> None:
-    """The prompt's end was sent, and the answer had its place."""
+    """The end of the prompt was sent, and left room for the answer."""
     assert run_code(FIBONACCI + result["completion"])["fibonacci"](10) == 55
     assert result["kept"]["characters"] < result["kept"]["of"] == len(prompt)
 
 
 def check_long_prompts(pi: Pi) -> None:
-    """The answer has its place, also when the Pi knows how the engine counts."""
+    """The answer has its room, also once the Pi has learned how the engine counts tokens."""
     prompt = long_prompt(100)
     check_fitted(pi.complete(prompt=prompt, max_tokens=64), prompt)
     assert Stream(pi, prompt=prompt, max_tokens=64).end().last["finish_reason"] == "block"
@@ -589,21 +589,16 @@ def check_long_prompts(pi: Pi) -> None:
     assert pi.stats("one")["requests_failed"] == 0
 
 
-def test_a_prompt_is_fitted_to_the_slots_of_llama_server(tmp_path: Path) -> None:
-    """The Pi knows their length from /props."""
+@pytest.mark.parametrize(
+    ("start_engine", "api", "more"),
+    [(start_llama_server, "llama.cpp", {}), (start_llama_cpp, "openai", {"n_ctx": 512})],
+    ids=["llama-server", "llama_cpp.server"],
+)
+def test_a_prompt_is_fitted_to_a_short_context(start_engine: Any, api: str, more: Any, tmp_path: Path) -> None:
+    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does."""
     with ExitStack() as stack:
-        engine = had(start_llama_server(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "llama.cpp")}))
-        (model,) = pi.get("/v1/models")["models"]
-        assert model["n_ctx"] == 512
-        check_long_prompts(pi)
-
-
-def test_a_prompt_is_fitted_by_what_the_table_says(tmp_path: Path) -> None:
-    """llama_cpp.server does not tell the length of its context."""
-    with ExitStack() as stack:
-        engine = had(start_llama_cpp(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", n_ctx=512)}))
+        engine = had(start_engine(tmp_path / "engine", context=512), stack)
+        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, api, **more)}))
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 512
         check_long_prompts(pi)
@@ -631,7 +626,7 @@ def test_a_model_that_knows_its_length(context: int, tmp_path: Path) -> None:
         for number, functions in enumerate((500, 600, 700), 1):
             prompt = long_prompt(functions)
             check_fitted(pi.complete(prompt=prompt, max_tokens=64), prompt)
-            # To its end, where it tells how many tokens the prompt has.
+            # A whole stream ends with the number of prompt tokens, from which the Pi learns.
             result = pi.complete(prompt=prompt, max_tokens=30, stop_at="none")
             assert (result["finish_reason"], result["total_tokens"]) == ("length", 30)
             assert engine.output().count("asked ") == 2 * number, "it fits at once"
@@ -676,7 +671,7 @@ def test_a_suffix_that_is_not_supported(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_starts_later(tmp_path: Path) -> None:
-    """As long as nobody knows its models, it is not there; that is no fault of the request."""
+    """An engine whose models are unknown counts as away; the request is not to blame."""
     with ExitStack() as stack:
         engine = had(start_vllm(tmp_path / "engine"), stack)
         engine.kill()

@@ -12,7 +12,7 @@ from harness import PATIENCE
 SEED = 1
 CLIENTS = 1000
 ERRORS = {"RATE_LIMIT": 429, "VPS_UNAVAILABLE": 503, "RESOURCE_EXHAUSTED": 503}
-TOO_SLOW = ("it stopped", "it did not answer in time")  # what a backend is blamed for if this machine stands still
+TOO_SLOW = ("it stopped", "it did not answer in time")  # failures that a stalled test machine causes, too
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_places_were_never_exceeded_and_all_were_given_back(result: Result) -> N
 
 
 def test_every_trouble_came(result: Result) -> None:
-    """Otherwise the assertions above would say less than they seem to."""
+    """Otherwise the assertions above would prove less than they seem to."""
     asked = Counter(engine for what, engine, _ in result.journal.entries if what == "asked")
     assert all(asked[plan.id] for plan in FLEET if result.engines[plan.id].here), asked
     met = {fate for engine in result.engines.values() for fate in engine.fates.values()}

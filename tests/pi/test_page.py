@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import doctest
 import gzip
 import hashlib
 import re
 from pathlib import Path
 
 import pytest
-from harness import KEY, ROOT, Client, daemon, run, until
+from harness import KEY, ROOT, Client, daemon, until
 from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error, pi_for, token
 
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi import page
 from cerebrum.pi.page import STEP_SECONDS, STEPS, History, Page, accepts_gzip
 
 FILE = ROOT / "cerebrum/pi/page.html"
 MAX_BYTES = 40_000
-
-
-def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(page).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -42,61 +37,55 @@ def policy_of(header: str) -> dict[str, str]:
     return dict(directive.partition(" ")[::2] for directive in header.split("; "))
 
 
-def test_the_page_is_confined() -> None:
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port, client_keys=("k",)) as pi:
-            reply = await pi.get("/")
-            assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
-            assert reply.body == FILE.read_bytes()
-            policy = policy_of(reply.one("content-security-policy"))
-            hashes = {
-                tag: "'sha256-{}'".format(
-                    base64.b64encode(
-                        hashlib.sha256(re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), reply.body, re.S)[0]).digest()
-                    ).decode()
-                )
-                for tag in (b"script", b"style")
-            }
-            assert policy == {
-                "default-src": "'none'",
-                "script-src": hashes[b"script"],
-                "style-src": hashes[b"style"],
-                "connect-src": "'self'",
-                "img-src": "data:",
-                "base-uri": "'none'",
-                "form-action": "'none'",
-                "frame-ancestors": "'none'",
-                "require-trusted-types-for": "'script'",
-            }
-            assert reply.one("x-content-type-options") == "nosniff"
-            assert reply.one("x-frame-options") == "DENY"
-            assert reply.one("referrer-policy") == "no-referrer"
-            assert reply.all("content-encoding") == []
-
-    run(scenario())
+async def test_the_page_is_confined() -> None:
+    async with Backend() as backend, pi_for(backend.port, client_keys=("k",)) as pi:
+        reply = await pi.get("/")
+        assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
+        assert reply.body == FILE.read_bytes()
+        policy = policy_of(reply.one("content-security-policy"))
+        hashes = {
+            tag: "'sha256-{}'".format(
+                base64.b64encode(
+                    hashlib.sha256(re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), reply.body, re.S)[0]).digest()
+                ).decode()
+            )
+            for tag in (b"script", b"style")
+        }
+        assert policy == {
+            "default-src": "'none'",
+            "script-src": hashes[b"script"],
+            "style-src": hashes[b"style"],
+            "connect-src": "'self'",
+            "img-src": "data:",
+            "base-uri": "'none'",
+            "form-action": "'none'",
+            "frame-ancestors": "'none'",
+            "require-trusted-types-for": "'script'",
+        }
+        assert reply.one("x-content-type-options") == "nosniff"
+        assert reply.one("x-frame-options") == "DENY"
+        assert reply.one("referrer-policy") == "no-referrer"
+        assert reply.all("content-encoding") == []
 
 
-def test_the_page_is_sent_compressed_and_once() -> None:
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            plain = await pi.get("/")
-            packed = await pi.get("/", Accept_Encoding="gzip, deflate, br")
-            assert packed.one("content-encoding") == "gzip"
-            assert gzip.decompress(packed.body) == plain.body
-            assert 2 * len(packed.body) < len(plain.body)
-            tag = plain.one("etag")
-            assert packed.one("etag") == tag
-            assert (plain.one("cache-control"), plain.one("vary")) == ("no-cache", "Accept-Encoding")
-            for known in (tag, f'"x", {tag}', tag.removeprefix("W/"), "*"):
-                same = await pi.get("/", If_None_Match=known)
-                assert (same.status, same.body, same.one("etag")) == (304, b"", tag)
-                assert same.all("content-type") == same.all("content-length") == []
-            assert (await pi.get("/", If_None_Match='"x"')).status == 200
-            head = await pi.ask("HEAD", "/")
-            assert (head.status, head.body, head.one("content-length")) == (200, b"", str(len(plain.body)))
-            assert (await pi.ask("POST", "/", {})).status == 405
-
-    run(scenario())
+async def test_the_page_is_sent_compressed_and_once() -> None:
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        plain = await pi.get("/")
+        packed = await pi.get("/", Accept_Encoding="gzip, deflate, br")
+        assert packed.one("content-encoding") == "gzip"
+        assert gzip.decompress(packed.body) == plain.body
+        assert 2 * len(packed.body) < len(plain.body)
+        tag = plain.one("etag")
+        assert packed.one("etag") == tag
+        assert (plain.one("cache-control"), plain.one("vary")) == ("no-cache", "Accept-Encoding")
+        for known in (tag, f'"x", {tag}', tag.removeprefix("W/"), "*"):
+            same = await pi.get("/", If_None_Match=known)
+            assert (same.status, same.body, same.one("etag")) == (304, b"", tag)
+            assert same.all("content-type") == same.all("content-length") == []
+        assert (await pi.get("/", If_None_Match='"x"')).status == 200
+        head = await pi.ask("HEAD", "/")
+        assert (head.status, head.body, head.one("content-length")) == (200, b"", str(len(plain.body)))
+        assert (await pi.ask("POST", "/", {})).status == 405
 
 
 @pytest.mark.parametrize(
@@ -120,17 +109,15 @@ def test_what_a_client_accepts(header: str, accepted: bool) -> None:
     assert accepts_gzip(header) is accepted
 
 
-def test_without_the_page_the_daemon_lives(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_the_page_the_daemon_lives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
     said = "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
-
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            reply = await pi.get("/")
-            assert (reply.status, reply.json["code"], reply.json["message"]) == (404, "NOT_FOUND", said)
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        reply = await pi.get("/")
+        assert (reply.status, reply.json["code"], reply.json["message"]) == (404, "NOT_FOUND", said)
+        assert (await pi.complete()).status == 200
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert logged == ["no page at /: cannot read page.html: No such file or directory"]
 
@@ -145,18 +132,14 @@ def test_a_page_with_no_script() -> None:
     assert policy_of(headers["Content-Security-Policy"])["script-src"] == "'none'"
 
 
-def test_its_requests_fill_no_log(tmp_path: Path) -> None:
+async def test_its_requests_fill_no_log(tmp_path: Path) -> None:
     """It asks every few seconds, and the Pi's log is on an SD card."""
     with daemon("cm4d", tmp_path) as started:
-
-        async def scenario() -> None:
-            pi, key = Client(port=started.port), {"X_API_Key": KEY}
-            assert (await pi.get("/v1/activity", **key)).status == 200
-            assert (await pi.get("/v1/activity")).status == 401
-            assert (await pi.get("/v1/stats", **key)).status == 200
-
-        run(scenario())
-        started.wait_for_line("GET /v1/stats 200")
+        pi, key = Client(port=started.port), {"X_API_Key": KEY}
+        assert (await pi.get("/v1/activity", **key)).status == 200
+        assert (await pi.get("/v1/activity")).status == 401
+        assert (await pi.get("/v1/stats", **key)).status == 200
+        await asyncio.to_thread(started.wait_for_line, "GET /v1/stats 200")
         assert started.stdout().count("GET /v1/activity 200") == 0
         assert started.stdout().count("GET /v1/activity 401") == 1
 
@@ -187,96 +170,70 @@ def test_the_history_forgets() -> None:
     assert history.describe()["requests"] == [0] * 60
 
 
-def test_activity() -> None:
+async def test_activity() -> None:
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048}
     scripts = [GOOD, [error(500, "MODEL_LOAD_FAILED")], [CHUNKED, chunk(token("a", 1)), HANG]]
     health = answer(200, {"status": "healthy", "models_loaded": ["qwen_0_5b"]})
-
-    async def scenario() -> None:
-        backend = Backend(scripts, health=health, models=answer(200, {"models": [loaded]}))
-        async with backend, pi_for(backend.port) as pi:
-            before = (await pi.get("/v1/activity")).json
-            assert before["requests"] == before["failed"] == before["tokens"] == [0] * 60
-            assert (before["vps_message"], before["models_loaded"], before["notes"]) == ("", ["qwen_0_5b"], [])
-            assert (await pi.complete()).status == 200
-            assert (await pi.complete()).status == 500
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            await reader.readuntil(b'"total_tokens": 1}')
-            after = (await pi.get("/v1/activity")).json
-            assert (sum(after["requests"]), sum(after["failed"]), sum(after["tokens"])) == (3, 1, 3)
-            assert (after["requests_total"], after["requests_active"]) == (3, 1)
-            stats = (await pi.get("/v1/stats")).json
-            assert stats.keys() < after.keys()
-            writer.close()
-            await until(lambda: not pi.gateway.active)
-            assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, (
-                "tokens of a request that has ended are lost"
-            )
-
-    run(scenario())
+    backend = Backend(scripts, health=health, models=answer(200, {"models": [loaded]}))
+    async with backend, pi_for(backend.port) as pi:
+        before = (await pi.get("/v1/activity")).json
+        assert before["requests"] == before["failed"] == before["tokens"] == [0] * 60
+        assert (before["vps_message"], before["models_loaded"], before["notes"]) == ("", ["qwen_0_5b"], [])
+        assert (await pi.complete()).status == 200
+        assert (await pi.complete()).status == 500
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        await reader.readuntil(b'"total_tokens": 1}')
+        after = (await pi.get("/v1/activity")).json
+        assert (sum(after["requests"]), sum(after["failed"]), sum(after["tokens"])) == (3, 1, 3)
+        assert (after["requests_total"], after["requests_active"]) == (3, 1)
+        stats = (await pi.get("/v1/stats")).json
+        assert stats.keys() < after.keys()
+        writer.close()
+        await until(lambda: not pi.gateway.active)
+        assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, "tokens of a request that has ended are lost"
 
 
-def test_a_request_that_was_superseded_has_not_failed() -> None:
+async def test_a_request_that_was_superseded_has_not_failed() -> None:
     scripts = [[CHUNKED, chunk(token("a", 1)), HANG], GOOD]
-
-    async def scenario() -> None:
-        async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-            _, writer = await pi.open(
-                "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", "session": "s"}
-            )
-            await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
-            assert (await pi.complete(session="s")).status == 200
-            writer.close()
-            told = (await pi.get("/v1/activity")).json
-            assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
-
-    run(scenario())
-
-
-def test_activity_says_why_the_vps_is_away() -> None:
-    async def scenario() -> None:
-        async with Backend() as backend:
-            port = backend.port
-        async with pi_for(port) as pi:
-            told = (await pi.get("/v1/activity")).json
-            assert told["vps_available"] is False
-            assert told["vps_message"] == "VPS backend is unavailable (connection refused)"
-
-    run(scenario())
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        _, writer = await pi.open(
+            "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", "session": "s"}
+        )
+        await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
+        assert (await pi.complete(session="s")).status == 200
+        writer.close()
+        told = (await pi.get("/v1/activity")).json
+        assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
 
 
 # ------------------------------------------------------------------------------------------ what there is
 
 
-def test_models_tell_what_the_vps_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048, "path": "/x"}
     idle = {"id": "qwen_1_5b", "loaded": False, "encoding": "published", "available": True}
-
-    async def scenario() -> None:
-        backend = Backend(models=answer(200, {"models": [loaded, idle]}))
-        async with backend, pi_for(backend.port, prefer={"infill": ("qwen_0_5b",)}) as pi:
-            told = (await pi.get("/v1/models")).json
-            models = {model["id"]: model for model in told["models"]}
-            names = ("available", "loaded", "encoding", "memory_mb", "n_ctx")
-            assert {name: models["qwen_0_5b"].get(name) for name in names} == {
-                "available": True,
-                "loaded": True,
-                "encoding": "Q8_0",
-                "memory_mb": 612.5,
-                "n_ctx": 2048,
-            }
-            assert (models["qwen_1_5b"]["loaded"], models["qwen_1_5b"].get("memory_mb")) == (False, None)
-            assert models["qwen_7b"].keys() & {"loaded", "encoding", "path"} == set()
-            assert "path" not in models["qwen_0_5b"], "a path of the VPS leaks"
-            assert told["prefer"] == {"infill": ["qwen_0_5b"]}
-            languages = {entry["id"]: entry for entry in told["languages"]}
-            assert len(languages) == 23
-            served = ["python", "javascript", "typescript", "rust", "c", "cpp", "go"]
-            assert [id for id, entry in languages.items() if entry["served"]] == served
-            assert languages["ruby"]["filenames"] == ["rakefile", "gemfile"]
-            backend.models = answer(200, MODELS)
-            backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
-            await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
-
-    run(scenario())
+    backend = Backend(models=answer(200, {"models": [loaded, idle]}))
+    async with backend, pi_for(backend.port, prefer={"infill": ("qwen_0_5b",)}) as pi:
+        told = (await pi.get("/v1/models")).json
+        models = {model["id"]: model for model in told["models"]}
+        names = ("available", "loaded", "encoding", "memory_mb", "n_ctx")
+        assert {name: models["qwen_0_5b"].get(name) for name in names} == {
+            "available": True,
+            "loaded": True,
+            "encoding": "Q8_0",
+            "memory_mb": 612.5,
+            "n_ctx": 2048,
+        }
+        assert (models["qwen_1_5b"]["loaded"], models["qwen_1_5b"].get("memory_mb")) == (False, None)
+        assert models["qwen_7b"].keys() & {"loaded", "encoding", "path"} == set()
+        assert "path" not in models["qwen_0_5b"], "a path of the VPS leaks"
+        assert told["prefer"] == {"infill": ["qwen_0_5b"]}
+        languages = {entry["id"]: entry for entry in told["languages"]}
+        assert len(languages) == 23
+        served = ["python", "javascript", "typescript", "rust", "c", "cpp", "go"]
+        assert [id for id, entry in languages.items() if entry["served"]] == served
+        assert languages["ruby"]["filenames"] == ["rakefile", "gemfile"]
+        backend.models = answer(200, MODELS)
+        backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
+        await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, run, until
+from harness import KEY, ROOT, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -38,7 +38,7 @@ from cerebrum.pi import breaker
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.fleet import rank_models
 from cerebrum.pi.upstream import parse_url
-from cerebrum.settings import ConfigError
+from cerebrum.settings import ConfigError, load_catalog
 
 FIRST = chunk(token("a", 1))
 
@@ -67,7 +67,7 @@ async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -
 
 
 async def answered(pi: Pi, **more: Any) -> str:
-    """Who has answered."""
+    """The backend that answered."""
     reply = await pi.complete(**more)
     assert reply.status == 200, reply.json
     assert reply.json["completion"] == reply.json["backend"]
@@ -76,7 +76,7 @@ async def answered(pi: Pi, **more: Any) -> str:
 
 @contextlib.asynccontextmanager
 async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
-    """While a completion runs on this backend, whose next script must hang."""
+    """Run a completion on this backend, whose next script must hang."""
     backend.begun.clear()
     _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "z", "language": "python", **more})
     await backend.begun.wait()
@@ -91,23 +91,16 @@ HANGING = [CHUNKED, HANG]
 # ------------------------------------------------------------------------------------------------ who is asked
 
 
-def test_in_the_tables_order_when_nobody_is_busy() -> None:
-    async def scenario() -> None:
-        async with fleet(Backend(), Backend(), Backend()) as pi:
-            assert [await answered(pi, prompt=f"{n} =") for n in range(3)] == ["a", "a", "a"]
-
-    run(scenario())
+async def test_in_the_tables_order_when_nobody_is_busy() -> None:
+    async with fleet(Backend(), Backend(), Backend()) as pi:
+        assert [await answered(pi, prompt=f"{n} =") for n in range(3)] == ["a", "a", "a"]
 
 
-def test_the_least_busy_one() -> None:
-    """One of two places is more than one of four."""
-
-    async def scenario() -> None:
-        one, two = Backend([HANGING, script("a")]), Backend([HANGING, script("b")])
-        async with fleet(one, two, places=(2, 4)) as pi, running(pi, one), running(pi, two, prompt="y"):
-            assert await answered(pi) == "b"
-
-    run(scenario())
+async def test_the_least_busy_one() -> None:
+    """One busy place of two is a higher load than one of four."""
+    one, two = Backend([HANGING, script("a")]), Backend([HANGING, script("b")])
+    async with fleet(one, two, places=(2, 4)) as pi, running(pi, one), running(pi, two, prompt="y"):
+        assert await answered(pi) == "b"
 
 
 @pytest.mark.parametrize(
@@ -118,134 +111,105 @@ def test_the_least_busy_one() -> None:
     ],
     ids=["session", "file"],
 )
-def test_the_one_that_served_a_session_or_file_last(first: dict[str, Any], then: dict[str, Any]) -> None:
-    async def scenario() -> None:
-        one, two = Backend([HANGING, script("a")]), Backend()
-        async with fleet(one, two) as pi:
-            async with running(pi, one):
-                assert await answered(pi, **first) == "b"
-            assert await answered(pi, **then) == "b"
-            assert await answered(pi, prompt="new") == "a"
-
-    run(scenario())
+async def test_the_one_that_served_a_session_or_file_last(first: dict[str, Any], then: dict[str, Any]) -> None:
+    one, two = Backend([HANGING, script("a")]), Backend()
+    async with fleet(one, two) as pi:
+        async with running(pi, one):
+            assert await answered(pi, **first) == "b"
+        assert await answered(pi, **then) == "b"
+        assert await answered(pi, prompt="new") == "a"
 
 
-def test_a_dialects_requests_stay_with_the_backend_of_their_file() -> None:
-    async def scenario() -> None:
-        one, two = Backend([HANGING, script("a")]), Backend()
-        async with fleet(one, two) as pi:
-            asked = {"input_prefix": "x =", "input_suffix": "", "filename": "a.py"}
-            chat = {"messages": [{"role": "user", "content": "Hello"}]}
-            async with running(pi, one):
-                assert (await pi.ask("POST", "/infill", asked)).json["content"] == "b"
-                assert (await pi.ask("POST", "/v1/chat/completions", chat)).status == 200
-            assert (await pi.ask("POST", "/infill", asked | {"input_prefix": "y ="})).json["content"] == "b"
-            assert (await pi.ask("POST", "/infill", asked | {"filename": "b.py"})).json["content"] == "a"
-            longer = {"messages": [*chat["messages"], {"role": "assistant", "content": "b"}, *chat["messages"]]}
-            for messages in (chat, longer):
-                reply = await pi.ask("POST", "/v1/chat/completions", messages)
-                assert reply.json["choices"][0]["message"]["content"] == "b"
-
-    run(scenario())
+async def test_a_dialects_requests_stay_with_the_backend_of_their_file() -> None:
+    one, two = Backend([HANGING, script("a")]), Backend()
+    async with fleet(one, two) as pi:
+        asked = {"input_prefix": "x =", "input_suffix": "", "filename": "a.py"}
+        chat = {"messages": [{"role": "user", "content": "Hello"}]}
+        async with running(pi, one):
+            assert (await pi.ask("POST", "/infill", asked)).json["content"] == "b"
+            assert (await pi.ask("POST", "/v1/chat/completions", chat)).status == 200
+        assert (await pi.ask("POST", "/infill", asked | {"input_prefix": "y ="})).json["content"] == "b"
+        assert (await pi.ask("POST", "/infill", asked | {"filename": "b.py"})).json["content"] == "a"
+        longer = {"messages": [*chat["messages"], {"role": "assistant", "content": "b"}, *chat["messages"]]}
+        for messages in (chat, longer):
+            reply = await pi.ask("POST", "/v1/chat/completions", messages)
+            assert reply.json["choices"][0]["message"]["content"] == "b"
 
 
-def test_a_full_backend_is_passed_over() -> None:
-    async def scenario() -> None:
-        one, two = Backend([script("a"), HANGING]), Backend()
-        async with fleet(one, two, places=(1, 1)) as pi:
-            assert await answered(pi, session="s") == "a"
-            async with running(pi, one):
-                assert await answered(pi, session="s") == "b"
-
-    run(scenario())
+async def test_a_full_backend_is_passed_over() -> None:
+    one, two = Backend([script("a"), HANGING]), Backend()
+    async with fleet(one, two, places=(1, 1)) as pi:
+        assert await answered(pi, session="s") == "a"
+        async with running(pi, one):
+            assert await answered(pi, session="s") == "b"
 
 
-def test_refused_only_when_all_places_are_taken() -> None:
-    async def scenario() -> None:
-        one, two = Backend([HANGING]), Backend([HANGING])
-        async with fleet(one, two, places=(1, 1)) as pi, running(pi, one), running(pi, two):
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
-            assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
-            assert len(pi.gateway.active) == 2
-
-    run(scenario())
+async def test_refused_only_when_all_places_are_taken() -> None:
+    one, two = Backend([HANGING]), Backend([HANGING])
+    async with fleet(one, two, places=(1, 1)) as pi, running(pi, one), running(pi, two):
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
+        assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
+        assert len(pi.gateway.active) == 2
 
 
-def test_a_dialects_request_waits_for_a_place_at_any_of_them() -> None:
-    async def scenario() -> None:
-        one, two = Backend([HANGING]), Backend([HANGING, script("b")])
-        async with fleet(one, two, places=(1, 1)) as pi, running(pi, one):
-            async with running(pi, two):
-                waiting = asyncio.create_task(pi.ask("POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}))
-                await until(lambda: len(pi.gateway.line) == 1)
-            assert (await waiting).json["content"] == "b"
-
-    run(scenario())
+async def test_a_dialects_request_waits_for_a_place_at_any_of_them() -> None:
+    one, two = Backend([HANGING]), Backend([HANGING, script("b")])
+    async with fleet(one, two, places=(1, 1)) as pi, running(pi, one):
+        async with running(pi, two):
+            waiting = asyncio.create_task(pi.ask("POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}))
+            await until(lambda: len(pi.gateway.line) == 1)
+        assert (await waiting).json["content"] == "b"
 
 
-def test_each_gets_its_own_key_alone() -> None:
-    async def scenario() -> None:
-        one, two = Backend([[RESET]]), Backend()
-        async with fleet(one, two) as pi:
-            assert await answered(pi) == "b"
-            for name, backend in (("a", one), ("b", two)):
-                keys = {headers.get("x-api-key") for line, headers, _ in backend.asked if "/health" not in line}
-                assert keys == {f"{KEY}-{name}"}
-                assert all("authorization" not in headers for _, headers, _ in backend.asked)
-
-    run(scenario())
+async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
+    one, two = Backend([[RESET]]), Backend()
+    async with fleet(one, two) as pi:
+        assert await answered(pi) == "b"
+        for name, backend in (("a", one), ("b", two)):
+            keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
+            own = f"{KEY}-{name}"
+            assert keys == {"/health": None, "/v1/models": own, "/v1/inference/stream": own}
+            assert all("authorization" not in headers for _, headers, _ in backend.asked)
 
 
 # ------------------------------------------------------------------------------------------------- models
 
 
-def test_the_best_model_that_some_backend_has() -> None:
-    async def scenario() -> None:
-        one, two = Backend(models=listing("qwen_0_5b")), Backend(models=listing("qwen_1_5b", "qwen_0_5b"))
-        async with fleet(one, two) as pi:
-            reply = await pi.complete()
-            assert (reply.json["model"], reply.json["backend"]) == ("qwen_1_5b", "b")
-            reply = await pi.complete(model="qwen_0_5b", prompt="new")
-            assert (reply.json["model"], reply.json["backend"]) == ("qwen_0_5b", "a")
-            listed = {model["id"]: model["backends"] for model in (await pi.get("/v1/models")).json["models"]}
-            assert listed == {"qwen_7b": [], "codellama_7b": [], "qwen_1_5b": ["b"], "qwen_0_5b": ["a", "b"]}
-            assert [entry["id"] for entry in (await pi.get("/v1/models")).json["data"]] == ["qwen_1_5b", "qwen_0_5b"]
-
-    run(scenario())
+async def test_the_best_model_that_some_backend_has() -> None:
+    one, two = Backend(models=listing("qwen_0_5b")), Backend(models=listing("qwen_1_5b", "qwen_0_5b"))
+    async with fleet(one, two) as pi:
+        reply = await pi.complete()
+        assert (reply.json["model"], reply.json["backend"]) == ("qwen_1_5b", "b")
+        reply = await pi.complete(model="qwen_0_5b", prompt="new")
+        assert (reply.json["model"], reply.json["backend"]) == ("qwen_0_5b", "a")
+        listed = {model["id"]: model["backends"] for model in (await pi.get("/v1/models")).json["models"]}
+        assert listed == {"qwen_7b": [], "codellama_7b": [], "qwen_1_5b": ["b"], "qwen_0_5b": ["a", "b"]}
+        assert [entry["id"] for entry in (await pi.get("/v1/models")).json["data"]] == ["qwen_1_5b", "qwen_0_5b"]
 
 
-def test_a_smaller_model_while_all_places_of_the_best_are_taken() -> None:
-    async def scenario() -> None:
-        one, two = Backend(models=listing("qwen_0_5b")), Backend([HANGING], models=listing("qwen_1_5b"))
-        async with fleet(one, two, places=(1, 1)) as pi, running(pi, two):
-            reply = await pi.complete()
-            assert (reply.json["model"], reply.json["backend"]) == ("qwen_0_5b", "a")
-            assert (await pi.complete(model="qwen_1_5b")).status == 429, "a model that is asked for is not replaced"
-
-    run(scenario())
+async def test_a_smaller_model_while_all_places_of_the_best_are_taken() -> None:
+    one, two = Backend(models=listing("qwen_0_5b")), Backend([HANGING], models=listing("qwen_1_5b"))
+    async with fleet(one, two, places=(1, 1)) as pi, running(pi, two):
+        reply = await pi.complete()
+        assert (reply.json["model"], reply.json["backend"]) == ("qwen_0_5b", "a")
+        assert (await pi.complete(model="qwen_1_5b")).status == 429, "a model that is asked for is not replaced"
 
 
-def test_the_preferred_model_of_a_mode() -> None:
-    async def scenario() -> None:
-        one, two = Backend(models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two, prefer={"infill": ("qwen_0_5b", "qwen_1_5b")}) as pi:
-            assert await answered(pi) == "a"
-            assert await answered(pi, suffix="y") == "b"
-
-    run(scenario())
+async def test_the_preferred_model_of_a_mode() -> None:
+    one, two = Backend(models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two, prefer={"infill": ("qwen_0_5b", "qwen_1_5b")}) as pi:
+        assert await answered(pi) == "a"
+        assert await answered(pi, suffix="y") == "b"
 
 
-def test_a_model_that_nobody_has_is_explained_by_a_backend_of_ours() -> None:
-    async def scenario() -> None:
-        missing = error(404, "MODEL_NOT_FOUND", "model qwen_7b: the file is missing")
-        one, two = Backend([[missing]]), Backend([[missing]])
-        async with fleet(one, two) as pi:
-            reply = await pi.complete(model="qwen_7b")
-            assert (reply.status, reply.json["message"]) == (404, "model qwen_7b: the file is missing")
-            assert len(one.completions) == len(two.completions) == 1
-
-    run(scenario())
+async def test_a_model_that_nobody_has_is_explained_by_a_backend_of_ours() -> None:
+    missing = error(404, "MODEL_NOT_FOUND", "model qwen_7b: the file is missing")
+    one, two = Backend([[missing]]), Backend([[missing]])
+    async with fleet(one, two) as pi:
+        reply = await pi.complete(model="qwen_7b")
+        assert (reply.status, reply.json["message"]) == (404, "model qwen_7b: the file is missing")
+        assert len(one.completions) == len(two.completions) == 1
 
 
 @pytest.mark.parametrize(
@@ -266,8 +230,6 @@ def test_a_model_that_nobody_has_is_explained_by_a_backend_of_ours() -> None:
 def test_the_order_of_models(
     language: str, mode: str, present: set[str] | None, any_language: bool, ids: list[str]
 ) -> None:
-    from scripted import ROOT, load_catalog
-
     prefer = {"infill": ("qwen_0_5b",), "instruct": ("qwen_0_5b",)}
     catalog = load_catalog(ROOT / "models.toml").models
     assert rank_models(catalog, prefer, language, mode, present, any_language) == ids
@@ -294,306 +256,229 @@ FAILURES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
-    async def scenario() -> None:
-        one, two, three = Backend([FAILURES[name]]), Backend([FAILURES[name]]), Backend()
-        async with fleet(one, two, three) as pi:
-            reply = await pi.stream(progress=True)
-            assert (reply.status, reply.clean) == (200, True)
-            *_, text, done = reply.events
-            assert (text, done["done"], done["backend"]) == ({"token": "c", "total_tokens": 1}, True, "c")
-            assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
-            assert len(pi.gateway.active) == 0
-            assert (await pi.get("/v1/stats")).json["requests_total"] == 1
-
-    run(scenario())
+async def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
+    one, two, three = Backend([FAILURES[name]]), Backend([FAILURES[name]]), Backend()
+    async with fleet(one, two, three) as pi:
+        reply = await pi.stream(progress=True)
+        assert (reply.status, reply.clean) == (200, True)
+        *_, text, done = reply.events
+        assert (text, done["done"], done["backend"]) == ({"token": "c", "total_tokens": 1}, True, "c")
+        assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
+        assert len(pi.gateway.active) == 0
+        assert (await pi.get("/v1/stats")).json["requests_total"] == 1
 
 
 @pytest.mark.parametrize("rest", [[RESET], [], [b"0\r\n\r\n"], [chunk(event(error=True, message="m", code="X"))]])
-def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> None:
-    async def scenario() -> None:
-        one, two = Backend([[CHUNKED, FIRST, *rest]]), Backend()
-        async with fleet(one, two) as pi:
-            reply = await pi.stream()
-            token, failure = reply.events
-            assert (token["token"], failure["error"], reply.clean) == ("a", True, False)
-            assert (len(one.completions), len(two.completions)) == (1, 0)
-
-    run(scenario())
+async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> None:
+    one, two = Backend([[CHUNKED, FIRST, *rest]]), Backend()
+    async with fleet(one, two) as pi:
+        reply = await pi.stream()
+        token, failure = reply.events
+        assert (token["token"], failure["error"], reply.clean) == ("a", True, False)
+        assert (len(one.completions), len(two.completions)) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "code"),
-    [("400", 400, "INVALID_REQUEST"), ("409", 409, "SUPERSEDED")],
-)
-def test_an_error_about_the_request_is_final(name: str, status: int, code: str) -> None:
-    async def scenario() -> None:
-        one, two = Backend([[error(status, code)]]), Backend()
-        async with fleet(one, two) as pi:
-            assert (await pi.complete()).status == status
-            assert two.completions == []
-
-    run(scenario())
+@pytest.mark.parametrize(("status", "code"), [(400, "INVALID_REQUEST"), (409, "SUPERSEDED")])
+async def test_an_error_about_the_request_is_final(status: int, code: str) -> None:
+    one, two = Backend([[error(status, code)]]), Backend()
+    async with fleet(one, two) as pi:
+        assert (await pi.complete()).status == status
+        assert two.completions == []
 
 
-def test_when_all_fail_the_error_tells_most() -> None:
-    async def scenario() -> None:
-        one, two, three = Backend([[RESET]]), Backend([[error(503, "RESOURCE_EXHAUSTED", "no memory")]]), Backend([[]])
-        async with fleet(one, two, three) as pi:
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "RESOURCE_EXHAUSTED", "no memory")
-            assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
-            failed = {told["id"]: told["requests_failed"] for told in (await pi.get("/v1/stats")).json["backends"]}
-            assert failed == {"a": 1, "b": 1, "c": 1}
-
-    run(scenario())
+async def test_when_all_fail_the_most_precise_error_counts() -> None:
+    one, two, three = Backend([[RESET]]), Backend([[error(503, "RESOURCE_EXHAUSTED", "no memory")]]), Backend([[]])
+    async with fleet(one, two, three) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "RESOURCE_EXHAUSTED", "no memory")
+        assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
+        failed = {told["id"]: told["requests_failed"] for told in (await pi.get("/v1/stats")).json["backends"]}
+        assert failed == {"a": 1, "b": 1, "c": 1}
 
 
-def test_a_backend_that_was_not_reached_is_asked_only_if_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        down = error(503, "SHUTTING_DOWN")
-        one, two = Backend(health=down), Backend([HANGING, script("b")])
-        async with fleet(one, two, places=(1, 1)) as pi:
-            async with running(pi, two):
-                assert (await pi.complete()).status == 429, "a backend that is away counted as a free place"
-            assert one.completions == []
-            health = (await pi.get("/health")).json
-            assert (health["vps_available"], [one["available"] for one in health["backends"]]) == (True, [False, True])
-            notes = (await pi.get("/v1/activity")).json["notes"]
-            assert notes == ["a is away: says the VPS"]
-
-    run(scenario())
-
-
-def test_all_are_away() -> None:
-    async def scenario() -> None:
-        async with Backend() as gone:
-            port = gone.port
-        async with pi_for(backend_at(port, "a"), backend_at(port, "b")) as pi:
-            reply = await pi.complete()
-            assert (reply.status, reply.json["message"]) == (
-                503,
-                "VPS backend is unavailable (connection refused)",
-            )
-            health = await pi.get("/health")
-            refused = "VPS backend is unavailable (connection refused)"
-            assert (health.status, health.json["message"]) == (503, f"a: {refused}; b: {refused}")
-
-    run(scenario())
+async def test_a_backend_that_was_not_reached_is_asked_only_if_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    down = error(503, "SHUTTING_DOWN")
+    one, two = Backend(health=down), Backend([HANGING, script("b")])
+    async with fleet(one, two, places=(1, 1)) as pi:
+        async with running(pi, two):
+            assert (await pi.complete()).status == 429, "a backend that is away counted as a free place"
+        assert one.completions == []
+        health = (await pi.get("/health")).json
+        assert (health["vps_available"], [one["available"] for one in health["backends"]]) == (True, [False, True])
+        notes = (await pi.get("/v1/activity")).json["notes"]
+        assert notes == ["a is away: says the VPS"]
 
 
-def test_each_has_its_own_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_are_away() -> None:
+    async with Backend() as gone:
+        port = gone.port
+    async with pi_for(backend_at(port, "a"), backend_at(port, "b")) as pi:
+        reply = await pi.complete()
+        assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (connection refused)")
+        health = await pi.get("/health")
+        refused = "VPS backend is unavailable (connection refused)"
+        assert (health.status, health.json["message"]) == (503, f"a: {refused}; b: {refused}")
+
+
+async def test_each_has_its_own_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
-
-    async def scenario() -> None:
-        one, two = Backend([[RESET]]), Backend()
-        async with fleet(one, two) as pi:
-            first, second = pi.gateway.fleet.backends
-            for number in range(breaker.FAILURES_TO_OPEN):
-                first.found("")
-                assert await answered(pi, prompt=f"{number}") == "b"
-            assert (first.breaker.state, second.breaker.state) == ("open", "closed")
+    one, two = Backend([[RESET]]), Backend()
+    async with fleet(one, two) as pi:
+        first, second = pi.gateway.fleet.backends
+        for number in range(breaker.FAILURES_TO_OPEN):
             first.found("")
-            assert await answered(pi, prompt="new") == "b"
-            assert len(one.completions) == breaker.FAILURES_TO_OPEN
-            for number in range(breaker.FAILURES_TO_OPEN):
-                second.breaker.failed(second.breaker.admit(0.0) or 0, float(number))
-            reply = await pi.complete()
-            assert (reply.status, reply.json["message"]) == (503, pi_backend.BREAKER_OPEN)
-
-    run(scenario())
-
-
-def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        go = asyncio.Event()
-        one, two = Backend([[CHUNKED, go.wait, *script("a")[1:]]]), Backend()
-        async with fleet(one, two) as pi:
-            first = pi.gateway.fleet.backends[0]
-            for _ in range(breaker.FAILURES_TO_OPEN):
-                first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
-            first.breaker.healthy(float("inf"))
-            trial = asyncio.create_task(pi.complete())
-            await one.begun.wait()
-            assert await answered(pi, prompt="other") == "b"
-            go.set()
-            assert (await trial).json["completion"] == "a"
-            assert first.breaker.state == "closed"
-
-    run(scenario())
+            assert await answered(pi, prompt=f"{number}") == "b"
+        assert (first.breaker.state, second.breaker.state) == ("open", "closed")
+        first.found("")
+        assert await answered(pi, prompt="new") == "b"
+        assert len(one.completions) == breaker.FAILURES_TO_OPEN
+        for number in range(breaker.FAILURES_TO_OPEN):
+            second.breaker.failed(second.breaker.admit(0.0) or 0, float(number))
+        reply = await pi.complete()
+        assert (reply.status, reply.json["message"]) == (503, pi_backend.BREAKER_OPEN)
 
 
-def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
+async def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = asyncio.Event()
+    one, two = Backend([[CHUNKED, go.wait, *script("a")[1:]]]), Backend()
+    async with fleet(one, two) as pi:
+        first = pi.gateway.fleet.backends[0]
+        for _ in range(breaker.FAILURES_TO_OPEN):
+            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+        first.breaker.healthy(float("inf"))
+        trial = asyncio.create_task(pi.complete())
+        await one.begun.wait()
+        assert await answered(pi, prompt="other") == "b"
+        go.set()
+        assert (await trial).json["completion"] == "a"
+        assert first.breaker.state == "closed"
+
+
+async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
     """While its second backend works on it, another request gets that place."""
-
-    async def scenario() -> None:
-        go = asyncio.Event()
-        one, two = Backend([[RESET], script("a")]), Backend([[CHUNKED, go.wait, *script("b")[1:]]])
-        async with fleet(one, two, places=(1, 1)) as pi:
-            slow = asyncio.create_task(pi.complete())
-            await two.begun.wait()
-            pi.gateway.fleet.backends[0].found("")
-            assert await answered(pi, prompt="other") == "a"
-            go.set()
-            assert (await slow).json["completion"] == "b"
-
-    run(scenario())
+    go = asyncio.Event()
+    one, two = Backend([[RESET], script("a")]), Backend([[CHUNKED, go.wait, *script("b")[1:]]])
+    async with fleet(one, two, places=(1, 1)) as pi:
+        slow = asyncio.create_task(pi.complete())
+        await two.begun.wait()
+        pi.gateway.fleet.backends[0].found("")
+        assert await answered(pi, prompt="other") == "a"
+        go.set()
+        assert (await slow).json["completion"] == "b"
 
 
-def test_the_failure_is_told_if_the_others_have_no_place() -> None:
-    """Not 429, since a place is free: at the backend that has failed."""
-
-    async def scenario() -> None:
-        one, two = Backend([[RESET]]), Backend([HANGING])
-        async with fleet(one, two, places=(1, 1)) as pi, running(pi, two, model="qwen_0_5b", session="s"):
-            pi.gateway.fleet.backends[0].found("")
-            reply = await pi.complete()
-            assert (reply.status, reply.json["code"]) == (503, "VPS_UNAVAILABLE")
-            assert "without an answer" in reply.json["message"]
-
-    run(scenario())
+async def test_the_failure_is_reported_if_the_others_have_no_place() -> None:
+    """Not 429: the backend that has failed has a free place."""
+    one, two = Backend([[RESET]]), Backend([HANGING])
+    async with fleet(one, two, places=(1, 1)) as pi, running(pi, two, model="qwen_0_5b", session="s"):
+        pi.gateway.fleet.backends[0].found("")
+        reply = await pi.complete()
+        assert (reply.status, reply.json["code"]) == (503, "VPS_UNAVAILABLE")
+        assert "without an answer" in reply.json["message"]
 
 
-def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 0.3)
-
-    async def scenario() -> None:
-        asked = {"input_prefix": "x", "input_suffix": "y"}
-        one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
-        async with fleet(one, two, places=(1, 1)) as pi:
-            async with running(pi, two, prompt="z" * 50):
-                pi.gateway.fleet.backends[0].found("")
-                reply = await pi.ask("POST", "/infill", asked)
-                assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
-                pi.gateway.fleet.backends[0].found("")
-                monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 60.0)
-                waiting = asyncio.create_task(pi.ask("POST", "/infill", asked))
-                await until(lambda: len(pi.gateway.line) == 1)
-            assert (await waiting).json["content"] == "b"
-
-    run(scenario())
-
-
-def test_the_answer_names_the_model_of_the_backend_that_took_over() -> None:
-    async def scenario() -> None:
-        one, two = Backend([[CHUNKED, RESET]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two) as pi:
-            body = {"prompt": "# language: python\nx =", "max_tokens": 8}
-            reply = await pi.ask("POST", "/v1/completions", body)
-            assert (reply.json["model"], reply.json["choices"][0]["text"]) == ("qwen_0_5b", "b")
-            chat = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    asked = {"input_prefix": "x", "input_suffix": "y"}
+    one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
+    async with fleet(one, two, places=(1, 1)) as pi:
+        async with running(pi, two, prompt="z" * 50):
             pi.gateway.fleet.backends[0].found("")
-            reply = await pi.ask("POST", "/v1/chat/completions", chat)
-            events = [event for event in reply.body.split(b"\n\n") if b'"role"' in event]
-            assert len(events) == 1, "the answer began twice"
-            assert b'"model":"qwen_0_5b"' in reply.body.split(b"\n\n")[1]
-
-    run(scenario())
-
-
-def test_a_prompt_is_not_fitted_again_after_the_first_token() -> None:
-    async def scenario() -> None:
-        late = event(error=True, message="m", code="INVALID_REQUEST", prompt_tokens=900, n_ctx=100)
-        one = Backend([[CHUNKED, FIRST, chunk(late)], script("again")])
-        async with fleet(one) as pi:
-            reply = await pi.stream()
-            assert [one.get("token", one.get("code")) for one in reply.events] == ["a", "INVALID_REQUEST"]
-            assert len(one.completions) == 1
-
-    run(scenario())
+            reply = await pi.ask("POST", "/infill", asked)
+            assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
+            pi.gateway.fleet.backends[0].found("")
+            monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 60.0)
+            waiting = asyncio.create_task(pi.ask("POST", "/infill", asked))
+            await until(lambda: len(pi.gateway.line) == 1)
+        assert (await waiting).json["content"] == "b"
 
 
-def test_a_refusal_of_our_own_that_comes_as_an_event_is_one() -> None:
+async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> None:
+    one, two = Backend([[CHUNKED, RESET]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two) as pi:
+        body = {"prompt": "# language: python\nx =", "max_tokens": 8}
+        reply = await pi.ask("POST", "/v1/completions", body)
+        assert (reply.json["model"], reply.json["choices"][0]["text"]) == ("qwen_0_5b", "b")
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        pi.gateway.fleet.backends[0].found("")
+        reply = await pi.ask("POST", "/v1/chat/completions", chat)
+        events = [event for event in reply.body.split(b"\n\n") if b'"role"' in event]
+        assert len(events) == 1, "the answer began twice"
+        assert b'"model":"qwen_0_5b"' in reply.body.split(b"\n\n")[1]
+
+
+async def test_a_prompt_is_not_fitted_again_after_the_first_token() -> None:
+    late = event(error=True, message="m", code="INVALID_REQUEST", prompt_tokens=900, n_ctx=100)
+    one = Backend([[CHUNKED, FIRST, chunk(late)], script("again")])
+    async with fleet(one) as pi:
+        reply = await pi.stream()
+        assert [one.get("token", one.get("code")) for one in reply.events] == ["a", "INVALID_REQUEST"]
+        assert len(one.completions) == 1
+
+
+async def test_a_refusal_of_our_own_that_comes_as_an_event_is_one() -> None:
     """vpsd begins its answer before it has loaded the model, which counts the tokens."""
-
-    async def scenario() -> None:
-        late = event(error=True, message="m", code="INVALID_REQUEST", prompt_tokens=2000, n_ctx=1024)
-        one = Backend([[CHUNKED, chunk(late)], script("again")])
-        async with fleet(one) as pi:
-            reply = await pi.complete(prompt="x = 1\n" * 300, max_tokens=64)
-            assert (reply.status, reply.json["completion"]) == (200, "again")
-            first, second = (len(asked["prompt"]) for asked in one.completions)
-            assert second < 0.6 * first
-
-    run(scenario())
+    late = event(error=True, message="m", code="INVALID_REQUEST", prompt_tokens=2000, n_ctx=1024)
+    one = Backend([[CHUNKED, chunk(late)], script("again")])
+    async with fleet(one) as pi:
+        reply = await pi.complete(prompt="x = 1\n" * 300, max_tokens=64)
+        assert (reply.status, reply.json["completion"]) == (200, "again")
+        first, second = (len(asked["prompt"]) for asked in one.completions)
+        assert second < 0.6 * first
 
 
-def test_a_place_is_kept_for_infills_among_the_backends_that_may_answer() -> None:
+async def test_a_place_is_kept_for_infills_among_the_backends_that_may_answer() -> None:
     """Chats elsewhere do not count: a backend that is idle takes one."""
-
-    async def scenario() -> None:
-        one, two = Backend([HANGING], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two, places=(4, 1)) as pi:
-            hanging = []
-            for number in range(3):
-                chat = {"model": "qwen_1_5b", "messages": [{"role": "user", "content": f"{number}"}], "stream": True}
-                hanging.append((await pi.open("POST", "/v1/chat/completions", chat))[1])
-            await until(lambda: one.running == 3)
-            chat = {"model": "qwen_0_5b", "messages": [{"role": "user", "content": "Hello"}]}
-            reply = await pi.ask("POST", "/v1/chat/completions", chat)
-            assert reply.json["choices"][0]["message"]["content"] == "b"
-            for writer in hanging:
-                writer.transport.abort()
-            await until(lambda: not pi.gateway.active)
-
-    run(scenario())
+    one, two = Backend([HANGING], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two, places=(4, 1)) as pi:
+        hanging = []
+        for number in range(3):
+            chat = {"model": "qwen_1_5b", "messages": [{"role": "user", "content": f"{number}"}], "stream": True}
+            hanging.append((await pi.open("POST", "/v1/chat/completions", chat))[1])
+        await until(lambda: one.running == 3)
+        chat = {"model": "qwen_0_5b", "messages": [{"role": "user", "content": "Hello"}]}
+        reply = await pi.ask("POST", "/v1/chat/completions", chat)
+        assert reply.json["choices"][0]["message"]["content"] == "b"
+        for writer in hanging:
+            writer.transport.abort()
+        await until(lambda: not pi.gateway.active)
 
 
-def test_the_models_are_asked_for_once_if_nobody_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not again before each try."""
-
-    async def scenario() -> None:
-        one, two = Backend([[RESET]], models=answer(500, {})), Backend([[RESET]], models=answer(500, {}))
-        async with one, two, pi_for(backend_at(one.port, "a"), backend_at(two.port, "b"), probing=False) as pi:
-            for _ in range(3):
-                assert (await pi.complete()).status == 503
-            for backend in (one, two):
-                assert sum(line.startswith("GET /v1/models") for line, _, _ in backend.asked) == 1
-
-    run(scenario())
+async def test_the_models_are_asked_for_once_if_nobody_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list is not asked for again before each attempt."""
+    one, two = Backend([[RESET]], models=answer(500, {})), Backend([[RESET]], models=answer(500, {}))
+    async with one, two, pi_for(backend_at(one.port, "a"), backend_at(two.port, "b"), probing=False) as pi:
+        for _ in range(3):
+            assert (await pi.complete()).status == 503
+        for backend in (one, two):
+            assert sum(line.startswith("GET /v1/models") for line, _, _ in backend.asked) == 1
 
 
-def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend() -> None:
-    async def scenario() -> None:
-        one, two = Backend([[CHUNKED, FIRST, HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two) as pi:
-            older = asyncio.create_task(pi.stream(session="s", model="qwen_1_5b"))
-            await one.begun.wait()
-            await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
-            assert await answered(pi, session="s", model="qwen_0_5b") == "b"
-            assert (await older).events[-1]["code"] == "SUPERSEDED"
-            await asyncio.wait_for(one.left.wait(), 30)
-
-    run(scenario())
-
-
-def test_a_request_that_is_superseded_goes_to_nobody_else() -> None:
-    """The older request waits for its backend's head when the newer one ends it."""
-
-    async def scenario() -> None:
-        one, two = Backend([[HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two) as pi:
-            older = asyncio.create_task(pi.complete(session="s"))
-            await one.begun.wait()
-            assert await answered(pi, session="s", model="qwen_0_5b") == "b"
-            assert (await older).json["code"] == "SUPERSEDED"
-            assert len(two.completions) == 1
-
-    run(scenario())
+@pytest.mark.parametrize("hang", [[HANG], [CHUNKED, FIRST, HANG]], ids=["before its head", "after a token"])
+async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend(hang: list[Any]) -> None:
+    """The older one goes to nobody else."""
+    one, two = Backend([hang], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two) as pi:
+        older = asyncio.create_task(pi.complete(session="s"))
+        await one.begun.wait()
+        await until(lambda: FIRST not in hang or pi.gateway.active[0].came.tokens)
+        assert await answered(pi, session="s", model="qwen_0_5b") == "b"
+        assert (await older).json["code"] == "SUPERSEDED"
+        await asyncio.wait_for(one.left.wait(), 30)
+        assert len(two.completions) == 1
 
 
-def test_learned_ratios_are_each_backends_own() -> None:
-    async def scenario() -> None:
-        done = chunk(event(done=True, total_tokens=1, prompt_tokens=2000))
-        one, two = Backend([[CHUNKED, FIRST, done, b"0\r\n\r\n"]]), Backend()
-        async with fleet(one, two) as pi:
-            before = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
-            assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-            after = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
-            assert after[0] != before[0]
-            assert after[1] == before[1]
-
-    run(scenario())
+async def test_learned_ratios_are_each_backends_own() -> None:
+    done = chunk(event(done=True, total_tokens=1, prompt_tokens=2000))
+    one, two = Backend([[CHUNKED, FIRST, done, b"0\r\n\r\n"]]), Backend()
+    async with fleet(one, two) as pi:
+        before = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
+        assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
+        after = [backend.prompts.ratio.get("qwen_0_5b") for backend in pi.gateway.fleet.backends]
+        assert after[0] != before[0]
+        assert after[1] == before[1]
 
 
 # ------------------------------------------------------------------------------------------------ reading ahead
@@ -603,184 +488,153 @@ LISTED = answer(200, {"data": [{"id": "qwen_0_5b"}]})
 
 
 @pytest.mark.parametrize(("api", "asked"), [("llama.cpp", 1), ("openai", 0)])
-def test_only_an_engine_that_costs_nothing_reads_ahead(api: str, asked: int) -> None:
-    async def scenario() -> None:
-        async with Backend([[HANG]], models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api=api)) as pi:
-            assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
-            await until(lambda: len(backend.completions) == asked and not pi.gateway.warming.waiting)
-            assert [body["n_predict"] for body in backend.completions] == [0] * asked
-
-    run(scenario())
+async def test_only_an_engine_that_costs_nothing_reads_ahead(api: str, asked: int) -> None:
+    async with Backend([[HANG]], models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api=api)) as pi:
+        assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
+        await until(lambda: len(backend.completions) == asked and not pi.gateway.warming.waiting)
+        assert [body["n_predict"] for body in backend.completions] == [0] * asked
 
 
-def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None:
-    async def scenario() -> None:
-        one, two = Backend([[CHUNKED, HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-        async with fleet(one, two) as pi:
-            assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
-            await one.begun.wait()
-            assert await answered(pi, model="qwen_0_5b") == "b"
-            assert pi.gateway.fleet.backends[0].warming
-            one.scripts = [script("a")]
-            assert await answered(pi, model="qwen_1_5b") == "a"
-            await until(lambda: pi.gateway.fleet.backends[0].warming is None)
-
-    run(scenario())
+async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None:
+    one, two = Backend([[CHUNKED, HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two) as pi:
+        assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
+        await one.begun.wait()
+        assert await answered(pi, model="qwen_0_5b") == "b"
+        assert pi.gateway.fleet.backends[0].warming
+        one.scripts = [script("a")]
+        assert await answered(pi, model="qwen_1_5b") == "a"
+        await until(lambda: pi.gateway.fleet.backends[0].warming is None)
 
 
-def test_failures_are_counted_by_backend() -> None:
-    async def scenario() -> None:
-        async with fleet(Backend([[RESET]]), Backend()) as pi:
-            assert await answered(pi) == "b"
-            stats = (await pi.get("/v1/stats")).json
-            assert [told["requests_failed"] for told in stats["backends"]] == [1, 0]
-            assert stats["vps_available"] is True
-
-    run(scenario())
+async def test_failures_are_counted_by_backend() -> None:
+    async with fleet(Backend([[RESET]]), Backend()) as pi:
+        assert await answered(pi) == "b"
+        stats = (await pi.get("/v1/stats")).json
+        assert [told["requests_failed"] for told in stats["backends"]] == [1, 0]
+        assert stats["vps_available"] is True
 
 
 # ------------------------------------------------------------------------------------------- new settings
 
 
-def test_new_settings_keep_what_runs_and_what_is_known() -> None:
-    async def scenario() -> None:
-        go = asyncio.Event()
-        one = Backend([[CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"], script("a")])
-        async with fleet(one, Backend(), Backend()) as pi, Backend([script("new")]) as fresh:
-            gateway, old = pi.gateway, list(pi.gateway.fleet.backends)
-            running = asyncio.create_task(pi.stream())
-            await one.begun.wait()
-            await until(lambda: old[0].tokens == 1)
-            changed = dataclasses.replace(gateway.config.backends[1], max_concurrent=7, key="another")
-            added = backend_at(fresh.port, "new", key="new-key")
-            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(changed, added)))
-            kept, new = gateway.fleet.backends
-            assert kept is old[1]
-            assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
-            assert new.id == "new"
-            await until(lambda: new.probes > 0)  # it is probed without a restart
-            assert len(pi.gateway.active) == 1
-            go.set()
-            reply = await running
-            assert reply.clean
-            assert len(pi.gateway.active) == 0
-            assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
-            assert await answered(pi, prompt="y =") == "b"
-            gateway.counting.sample()
-            assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 4
-            probes = [backend.probes for backend in (old[0], old[2])]
-            for backend in (*old, new):
-                backend.wake.set()
-            await until(lambda: new.probes > 1)
-            assert [backend.probes for backend in (old[0], old[2])] == probes  # those that are gone are not probed
-
-    run(scenario())
+async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
+    go = asyncio.Event()
+    one = Backend([[CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"], script("a")])
+    async with fleet(one, Backend(), Backend()) as pi, Backend([script("new")]) as fresh:
+        gateway, old = pi.gateway, list(pi.gateway.fleet.backends)
+        running = asyncio.create_task(pi.stream())
+        await one.begun.wait()
+        await until(lambda: old[0].tokens == 1)
+        changed = dataclasses.replace(gateway.config.backends[1], max_concurrent=7, key="another")
+        added = backend_at(fresh.port, "new", key="new-key")
+        gateway.reconfigure(dataclasses.replace(gateway.config, backends=(changed, added)))
+        kept, new = gateway.fleet.backends
+        assert kept is old[1]
+        assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
+        assert new.id == "new"
+        await until(lambda: new.probes > 0)  # it is probed without a restart
+        assert len(pi.gateway.active) == 1
+        go.set()
+        reply = await running
+        assert reply.clean
+        assert len(pi.gateway.active) == 0
+        assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
+        assert await answered(pi, prompt="y =") == "b"
+        gateway.counting.sample()
+        assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 4
+        probes = [backend.probes for backend in (old[0], old[2])]
+        for backend in (*old, new):
+            backend.wake.set()
+        await until(lambda: new.probes > 1)
+        assert [backend.probes for backend in (old[0], old[2])] == probes  # those that are gone are not probed
 
 
-def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
-    async def scenario() -> None:
-        go = asyncio.Event()
-        one = Backend([script("a"), [CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"]])
-        async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
-            gateway, backend = pi.gateway, pi.gateway.fleet.backends[0]
-            assert await answered(pi) == "a"
-            running = asyncio.create_task(pi.stream(prompt="y ="))
-            await until(lambda: backend.tokens == 3)  # DONE counts two for each completion
-            there = backend_at(moved.port, "a", max_concurrent=2, key=f"{KEY}-a")
-            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
-            assert gateway.fleet.backends[0] is backend
-            await until(lambda: list(backend.models or ()) == ["qwen_7b"])
-            assert await answered(pi, model="qwen_7b") == "a"
-            assert moved.most_running == 1
-            go.set()
-            assert (await running).clean
-            assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 6, "closed")
-
-    run(scenario())
+async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
+    go = asyncio.Event()
+    one = Backend([script("a"), [CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"]])
+    async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
+        gateway, backend = pi.gateway, pi.gateway.fleet.backends[0]
+        assert await answered(pi) == "a"
+        running = asyncio.create_task(pi.stream(prompt="y ="))
+        await until(lambda: backend.tokens == 3)  # DONE counts two for each completion
+        there = backend_at(moved.port, "a", max_concurrent=2, key=f"{KEY}-a")
+        gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
+        assert gateway.fleet.backends[0] is backend
+        await until(lambda: list(backend.models or ()) == ["qwen_7b"])
+        assert await answered(pi, model="qwen_7b") == "a"
+        assert moved.most_running == 1
+        go.set()
+        assert (await running).clean
+        assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 6, "closed")
 
 
-def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with fleet(Backend(), Backend()) as pi:
-            gateway, before = pi.gateway, list(pi.gateway.fleet.backends)
-            endpoint = parse_url("https://desktop.lan", "url")
-            bad = dataclasses.replace(before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
-            wanted = dataclasses.replace(before[0].config, max_concurrent=9)
-            with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
-                gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
-            assert gateway.fleet.backends == before
-            assert [backend.limit for backend in before] == [2, 2]
-
-    run(scenario())
+async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
+    async with fleet(Backend(), Backend()) as pi:
+        gateway, before = pi.gateway, list(pi.gateway.fleet.backends)
+        endpoint = parse_url("https://desktop.lan", "url")
+        bad = dataclasses.replace(before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
+        wanted = dataclasses.replace(before[0].config, max_concurrent=9)
+        with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
+            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
+        assert gateway.fleet.backends == before
+        assert [backend.limit for backend in before] == [2, 2]
 
 
-def test_a_backend_that_has_gone_is_forgotten() -> None:
-    async def scenario() -> None:
-        async with fleet(Backend(), Backend()) as pi:
-            second = pi.gateway.config.backends[1]
-            gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
-            third = dataclasses.replace(second, id="c")
-            pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
-            await until(lambda: pi.gateway.fleet.probes > 0)
-            await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
-
-    run(scenario())
+async def test_a_backend_that_has_gone_is_forgotten() -> None:
+    async with fleet(Backend(), Backend()) as pi:
+        second = pi.gateway.config.backends[1]
+        gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
+        third = dataclasses.replace(second, id="c")
+        pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
+        await until(lambda: pi.gateway.fleet.probes > 0)
+        await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
 
 
 @pytest.mark.parametrize(
     ("url", "api", "paid"),
     [("https://api.example", "openai", True), ("http://gpu", "openai", False), ("https://attic", "cerebrum", False)],
 )
-def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.001)
     config = cm4d.BackendConfig("cloud", parse_url(url, "url"), api)
     monkeypatch.setattr(pi_backend.Backend, "is_paid", is_paid := pi_backend.Backend(config, []).is_paid)
     assert is_paid is paid
-
-    async def scenario() -> None:
-        async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
-            probes = pi.gateway.fleet.probes
-            if not paid:
-                await until(lambda: pi.gateway.fleet.probes > probes + 5)
-                return
-            for _ in range(5):  # each of these takes longer than a probe
-                assert (await pi.get("/v1/stats")).status == 200
-            assert (probes, pi.gateway.fleet.probes) == (1, 1)
-            pi.gateway.fleet.first.wake.set()
-            await until(lambda: pi.gateway.fleet.probes == 2)
-
-    run(scenario())
+    async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
+        probes = pi.gateway.fleet.probes
+        if not paid:
+            await until(lambda: pi.gateway.fleet.probes > probes + 5)
+            return
+        for _ in range(5):  # each of these takes longer than a probe
+            assert (await pi.get("/v1/stats")).status == 200
+        assert (probes, pi.gateway.fleet.probes) == (1, 1)
+        pi.gateway.fleet.first.wake.set()
+        await until(lambda: pi.gateway.fleet.probes == 2)
 
 
-def test_a_probe_that_hangs_is_noticed() -> None:
-    async def scenario() -> None:
-        async with fleet(Backend(), Backend()) as pi:
-            now = time.monotonic()
-            assert pi.gateway.fleet.stuck(now) == ""
-            pi.gateway.fleet.backends[1].probed = now - pi_fleet.STUCK_SECONDS - 1
-            assert pi.gateway.fleet.stuck(now) == "the probe of b has made no progress for 300 s"
-
-    run(scenario())
+async def test_a_probe_that_hangs_is_noticed() -> None:
+    async with fleet(Backend(), Backend()) as pi:
+        now = time.monotonic()
+        assert pi.gateway.fleet.stuck(now) == ""
+        pi.gateway.fleet.backends[1].probed = now - pi_fleet.STUCK_SECONDS - 1
+        assert pi.gateway.fleet.stuck(now) == "the probe of b has made no progress for 300 s"
 
 
 # --------------------------------------------------------------------------------------- a model that is damaged
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "MODEL_LOAD_FAILED"), (404, "MODEL_NOT_FOUND")])
-def test_another_model_of_the_backend_takes_over(status: int, code: str) -> None:
-    async def scenario() -> None:
-        refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
-        one = Backend([[refusal], script("b"), script("c"), [refusal], [refusal]], models=listing(*ids))
-        async with one, pi_for(one.port) as pi:
-            one.models = listing("qwen_0_5b")  # what it will say when it is asked again
-            reply = await pi.complete()
-            assert (reply.status, reply.json["model"], reply.json["completion"]) == (200, "qwen_0_5b", "b")
-            assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
-            assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
-            asked = await pi.complete(model="qwen_1_5b")  # a model that the request names is not replaced
-            assert (asked.status, asked.json["code"]) == (status, code)
-            last = await pi.complete()  # there is no other model
-            assert (last.status, last.json["code"]) == (status, code)
-            assert len(one.completions) == 5
-
-    run(scenario())
+async def test_another_model_of_the_backend_takes_over(status: int, code: str) -> None:
+    refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
+    one = Backend([[refusal], script("b"), script("c"), [refusal], [refusal]], models=listing(*ids))
+    async with one, pi_for(one.port) as pi:
+        one.models = listing("qwen_0_5b")  # what it will say when it is asked again
+        reply = await pi.complete()
+        assert (reply.status, reply.json["model"], reply.json["completion"]) == (200, "qwen_0_5b", "b")
+        assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
+        assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
+        asked = await pi.complete(model="qwen_1_5b")  # a model that the request names is not replaced
+        assert (asked.status, asked.json["code"]) == (status, code)
+        last = await pi.complete()  # there is no other model
+        assert (last.status, last.json["code"]) == (status, code)
+        assert len(one.completions) == 5

@@ -11,11 +11,10 @@ import dataclasses
 import math
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, Reply, run, until
+from harness import KEY, PATIENCE, Reply, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -91,6 +90,7 @@ REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
     "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match", False),
     "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS on the VPS", False),
     "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "500 INTERNAL_ERROR", False),
+    "a model that cannot be loaded": ([error(500, "MODEL_LOAD_FAILED")], 500, "MODEL_LOAD_FAILED", "says", False),
     "an error that tells our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***", 0),
 }  # fmt: skip
 
@@ -165,17 +165,13 @@ def check_error(reply: Reply, status: int, code: str, part: str) -> None:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, split: bool):
+async def test_refused(name: str, split: bool):
     script, status, code, part, counted = REFUSED[name]
-
-    async def scenario() -> None:
-        async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
-            check_error(await pi.stream(), status, code, part)
-            check_error(await pi.complete(), status, code, part)
-            assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if counted else 0)
-
-    run(scenario())
+    async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+        check_error(await pi.stream(), status, code, part)
+        check_error(await pi.complete(), status, code, part)
+        assert len(backend.completions) == 2, "a POST was sent again"
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if counted else 0)
 
 
 def joined(script: list[Any]) -> list[Any]:
@@ -191,144 +187,115 @@ def joined(script: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken(name: str, how: str):
+async def test_broken(name: str, how: str):
     """All whole events before the fault, then the error, then the cut, for every split of the bytes."""
     script, before, part = BROKEN[name]
     script = joined(script) if how == "one write" else script
-
-    async def scenario() -> None:
-        async with Backend([script], split=how == "bytes") as backend, pi_for(backend.port, probing=False) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, False)
-            *events, last = reply.events
-            assert events == before
-            assert (last["error"], last["code"]) == (True, UNAVAILABLE)
-            assert part in last["message"]
-            check_error(await pi.complete(), 503, UNAVAILABLE, part)
-            assert len(backend.completions) == 2, "a POST was sent again"
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (1 if before else 2)
-
-    run(scenario())
+    async with Backend([script], split=how == "bytes") as backend, pi_for(backend.port, probing=False) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        *events, last = reply.events
+        assert events == before
+        assert (last["error"], last["code"]) == (True, UNAVAILABLE)
+        assert part in last["message"]
+        check_error(await pi.complete(), 503, UNAVAILABLE, part)
+        assert len(backend.completions) == 2, "a POST was sent again"
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (1 if before else 2)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole(name: str, split: bool):
-    async def scenario() -> None:
-        async with Backend([WHOLE[name]], split=split) as backend, pi_for(backend.port, probing=False) as pi:
-            reply = await pi.stream()
-            *tokens, done = reply.events
-            assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
-            assert done.pop("timestamp")
-            assert done == {
-                "done": True,
-                "language": "python",
-                "model": "qwen_0_5b",
-                "total_tokens": 2,
-                "inference_time": 0.25,
-                "mode": "complete",
-                "finish_reason": "stop",
-                "prompt_tokens": 5,
-            } | ({"kept": done["kept"]} if "kept" in done else {})
-            assert (await pi.complete()).json["completion"] == "ab"
-
-    run(scenario())
+async def test_whole(name: str, split: bool):
+    async with Backend([WHOLE[name]], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+        reply = await pi.stream()
+        *tokens, done = reply.events
+        assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
+        assert done.pop("timestamp")
+        assert done == {
+            "done": True,
+            "language": "python",
+            "model": "qwen_0_5b",
+            "total_tokens": 2,
+            "inference_time": 0.25,
+            "mode": "complete",
+            "finish_reason": "stop",
+            "prompt_tokens": 5,
+        } | ({"kept": done["kept"]} if "kept" in done else {})
+        assert (await pi.complete()).json["completion"] == "ab"
 
 
-def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.MonkeyPatch):
+async def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "STILL_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        script = [CHUNKED, A, Flood(chunk(b": keep-alive\n\n"))]
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            error = (await pi.stream()).events[-1]
-            assert error["message"] == "VPS backend is unavailable (it makes no progress)"
-
-    run(scenario())
+    script = [CHUNKED, A, Flood(chunk(b": keep-alive\n\n"))]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        error = (await pi.stream()).events[-1]
+        assert error["message"] == "VPS backend is unavailable (it makes no progress)"
 
 
 # ---------------------------------------------------------------------------------------- connections
 
 
-def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
+async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).status == 200
-            await until(lambda: backend.waiting)
-            (spare,) = backend.waiting
-            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes + 3)
-            assert backend.waiting == {spare}, "probes use none, and leave none"
-            assert (await pi.complete()).status == 200
-            await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
-            assert len(backend.completions) == 2
-
-    run(scenario())
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        (spare,) = backend.waiting
+        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes + 3)
+        assert backend.waiting == {spare}, "probes use none, and leave none"
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
+        assert len(backend.completions) == 2
 
 
-def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
+async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "SPARE_SECONDS", 0.05)
-
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).status == 200
-            await until(lambda: backend.waiting)
-            await until(lambda: not backend.waiting)
-            connections = backend.connections
-            pi.gateway.fleet.first.wake.set()
-            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
-            assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
-
-    run(scenario())
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        await until(lambda: not backend.waiting)
+        connections = backend.connections
+        pi.gateway.fleet.first.wake.set()
+        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
+        assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
 
 
 @pytest.mark.parametrize("last", [b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"], ids=["closed", "written to"])
-def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: bytes):
-    async def scenario() -> None:
-        async with Backend() as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).status == 200
-            await until(lambda: backend.waiting)
-            for writer in list(backend.waiting):
-                writer.write(last)
-                await writer.drain()
-                writer.close()
-                await writer.wait_closed()
-            assert (await pi.complete()).status == 200
-
-    run(scenario())
+async def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: bytes):
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        for writer in list(backend.waiting):
+            writer.write(last)
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+        assert (await pi.complete()).status == 200
 
 
-def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
-    async def scenario() -> None:
-        async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
-            assert (await pi.complete()).status == 503
-            await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
-            assert not backend.waiting
-
-    run(scenario())
+async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
+    async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 503
+        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
+        assert not backend.waiting
 
 
-def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
-    """A listener whose queue is full drops what comes."""
-
-    async def scenario() -> None:
-        with contextlib.ExitStack() as stack:
-            deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-            for _ in range(4):
-                filler = stack.enter_context(socket.socket())
-                filler.setblocking(False)
-                filler.connect_ex(deaf.getsockname())
-            async with Backend() as backend:
-                ports = (deaf.getsockname()[1], backend.port)
-                both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
-                monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
-                config = backend_at(backend.port, key_env="CEREBRUM_API_KEY")
-                endpoint = dataclasses.replace(config.endpoint, host="vps")
-                async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
-                    assert (await pi.complete()).status == 200
-
-    run(scenario())
+async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
+    """A listener with a full queue drops new connections."""
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        async with Backend() as backend:
+            ports = (deaf.getsockname()[1], backend.port)
+            both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
+            config = backend_at(backend.port, key_env="CEREBRUM_API_KEY")
+            endpoint = dataclasses.replace(config.endpoint, host="vps")
+            async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
+                assert (await pi.complete()).status == 200
 
 
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
@@ -372,61 +339,56 @@ LIES: list[dict[str, Any]] = [
     for value in (True, None, "5", -1, 10**19, [], {})
     if name != "finish_reason" or value != "5"
 ]
+FIGURES = [
+    (name, value) for name in ("cached_tokens", "load_time", "ttft") for value in (True, "5", -1, 10**19, [], {})
+]
 
 
-@pytest.mark.parametrize("lie", LIES, ids=str)
-def test_a_done_event_that_lies_cannot_override_what_is_ours(lie: dict[str, Any]):
-    script = [CHUNKED, A, B, chunk(event(**HONEST | {"ttft": None, "x": [1]} | lie)), END]
+def saying(**members: Any) -> list[Any]:
+    """A completion of "ab" whose done event has these members, too."""
+    return [CHUNKED, A, B, chunk(event(**HONEST | members)), END]
 
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+
+async def test_a_done_event_that_lies_cannot_override_what_is_ours():
+    scripts = [saying(**{"ttft": None, "x": [1]} | lie) for lie in LIES for _ in range(2)]
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        for lie in LIES:
             whole = await pi.complete()
             stream = await pi.stream()
-            assert (whole.status, stream.clean) == (200, True)
+            assert (whole.status, stream.clean) == (200, True), lie
             for result in (whole.json, stream.events[-1]):
                 expected = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
-                assert {name: result[name] for name in expected} == expected
-                assert 0 <= result["inference_time"] < 20
-                assert type(result["inference_time"]) is float
-                assert len(result["timestamp"]) == 26
-                assert result.get("prompt_tokens", 5) == 5
-                assert result["kept"]["parts"] == ["all"]
-                assert (result["ttft"], result["x"]) == (None, [1])
-                assert not {"token", "message", "code", "error", "finish_reason"} & set(result)
-            assert whole.json["completion"] == "ab"
-            assert "done" not in whole.json
-            assert "completion" not in stream.events[-1]
-
-    run(scenario())
+                assert {name: result[name] for name in expected} == expected, lie
+                assert 0 <= result["inference_time"] < 20, lie
+                assert type(result["inference_time"]) is float, lie
+                assert len(result["timestamp"]) == 26, lie
+                assert result.get("prompt_tokens", 5) == 5, lie
+                assert result["kept"]["parts"] == ["all"], lie
+                assert (result["ttft"], result["x"]) == (None, [1]), lie
+                assert not {"token", "message", "code", "error", "finish_reason"} & set(result), lie
+            assert whole.json["completion"] == "ab", lie
+            assert "done" not in whole.json, lie
+            assert "completion" not in stream.events[-1], lie
 
 
-@pytest.mark.parametrize("name", ["cached_tokens", "load_time", "ttft"])
-@pytest.mark.parametrize("value", [True, "5", -1, 10**19, [], {}], ids=str)
-def test_a_wrong_figure_in_a_done_event_is_left_out(name: str, value: Any) -> None:
-    script = [CHUNKED, A, B, chunk(event(**HONEST | {name: value})), END]
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
+async def test_a_wrong_figure_in_a_done_event_is_left_out() -> None:
+    scripts = [saying(**{name: value}) for name, value in FIGURES for _ in range(2)]
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        for name, value in FIGURES:
             native = await pi.complete()
-            assert (native.status, name in native.json) == (200, False)
+            assert (native.status, name in native.json) == (200, False), (name, value)
             foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
-            assert (foreign.status, foreign.json["content"]) == (200, "ab")
-
-    run(scenario())
+            assert (foreign.status, foreign.json["content"]) == (200, "ab"), (name, value)
 
 
-def test_an_error_event_is_passed_on_with_its_code():
+async def test_an_error_event_is_passed_on_with_its_code():
     told = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED")
-
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, A, chunk(told)]]) as backend, pi_for(backend.port) as pi:
-            reply = await pi.stream()
-            assert (reply.status, reply.clean) == (200, False)
-            assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
-            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-    run(scenario())
+    async with Backend([[CHUNKED, A, chunk(told)]]) as backend, pi_for(backend.port) as pi:
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
+        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 @pytest.mark.parametrize(
@@ -438,94 +400,56 @@ def test_an_error_event_is_passed_on_with_its_code():
         ("größer 😀", "größer 😀"),
     ],
 )
-def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
+async def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
     refused = error(503, "RESOURCE_EXHAUSTED", message)
     broken = [CHUNKED, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
-
-    async def scenario() -> None:
-        async with Backend([[refused], broken, broken]) as backend, pi_for(backend.port) as pi:
-            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
-            for message in ((await pi.complete()).json["message"], (await pi.stream()).events[-1]["message"]):
-                assert message == told
-
-    run(scenario())
+    async with Backend([[refused], broken, broken]) as backend, pi_for(backend.port) as pi:
+        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
+        for message in ((await pi.complete()).json["message"], (await pi.stream()).events[-1]["message"]):
+            assert message == told
 
 
-def test_progress_and_comments_are_passed_on():
+async def test_progress_and_comments_are_passed_on():
     progress = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
     script = [CHUNKED, chunk(b": keep-alive\n\n"), chunk(event(**progress)), A, B, chunk(DONE), END]
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            reply = await pi.stream(progress=True)
-            assert reply.events[:4] == [": keep-alive", progress, TOKEN_A, TOKEN_B]
-            assert backend.completions[0]["progress"] is True
-            assert (await pi.complete(progress=True)).json["completion"] == "ab"
-            assert backend.completions[1]["progress"] is False
-
-    run(scenario())
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        reply = await pi.stream(progress=True)
+        assert reply.events[:4] == [": keep-alive", progress, TOKEN_A, TOKEN_B]
+        assert backend.completions[0]["progress"] is True
+        assert (await pi.complete(progress=True)).json["completion"] == "ab"
+        assert backend.completions[1]["progress"] is False
 
 
-def test_refused_connection_is_an_instant_503():
-    async def scenario() -> None:
-        async with Backend() as backend:
-            port = backend.port
-        async with pi_for(port) as pi:
-            began = time.perf_counter()
-            check_error(await pi.complete(), 503, UNAVAILABLE, "connection refused")
-            assert time.perf_counter() - began < upstream.CONNECT_SECONDS
-
-    run(scenario())
+async def slowly() -> None:
+    await asyncio.sleep(0.02)  # the VPS's pace is what is tested
 
 
 @pytest.mark.parametrize(
-    ("script", "part"),
+    "script",
     [
-        ([HANG], "did not answer in time"),
-        ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
-        ([head(503, "Content-Length: 9"), b"{", HANG], "did not answer in time"),
+        [HANG],
+        [b"HTTP/1.1 200 OK\r\n", HANG],
+        [head(503, "Content-Length: 9"), b"{", HANG],
+        [step for c in CHUNKED for step in (bytes([c]), slowly)],
     ],
-    ids=["silent", "half a head", "half an error"],
+    ids=["silent", "half a head", "half an error", "a byte at a time"],
 )
-def test_silence_ends_at_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
+async def test_a_head_must_come_before_the_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            check_error(await pi.stream(), 503, UNAVAILABLE, part)
-            await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
-
-    run(scenario())
-
-
-def test_a_head_at_a_byte_a_time_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
-
-    async def slowly() -> None:
-        await asyncio.sleep(0.02)  # the VPS's pace is what is tested
-
-    script = [step for c in CHUNKED for step in (bytes([c]), slowly)]
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            check_error(await pi.stream(), 503, UNAVAILABLE, "did not answer in time")
-
-    run(scenario())
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        check_error(await pi.stream(), 503, UNAVAILABLE, "did not answer in time")
+        await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
 
 
 @pytest.mark.parametrize("script", [[CHUNKED, A, HANG], [CHUNKED, A, B[:9], HANG]], ids=["between", "inside"])
-def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
+async def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)
-
-    async def scenario() -> None:
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            reply = await pi.stream()
-            assert reply.events[0] == TOKEN_A
-            assert "it stopped in the middle" in reply.events[1]["message"]
-            assert not reply.clean
-            await backend.left.wait()
-
-    run(scenario())
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        reply = await pi.stream()
+        assert reply.events[0] == TOKEN_A
+        assert "it stopped in the middle" in reply.events[1]["message"]
+        assert not reply.clean
+        await backend.left.wait()
 
 
 class Clock:
@@ -577,109 +501,68 @@ def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("flood", [b"x" * 65536, b"data: " + b"x" * 65536], ids=["no line", "one line"])
-def test_megabytes_without_an_event_are_cut(flood: bytes):
-    async def scenario() -> None:
-        script = [CLOSING, token("a", 1), Flood(flood)]
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            reply = await pi.stream()
-            assert reply.events[0] == TOKEN_A
-            assert "an event of more than 262144 bytes" in reply.events[1]["message"]
-            await backend.left.wait()
-            assert backend.sent < 16 << 20  # the kernel's buffers; ours hold 256 KiB
-
-    run(scenario())
+async def test_megabytes_without_an_event_are_cut(flood: bytes):
+    script = [CLOSING, token("a", 1), Flood(flood)]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        reply = await pi.stream()
+        assert reply.events[0] == TOKEN_A
+        assert "an event of more than 262144 bytes" in reply.events[1]["message"]
+        await backend.left.wait()
+        assert backend.sent < 16 << 20  # the kernel's buffers; ours hold 256 KiB
 
 
-def test_a_collected_answer_without_end_is_cut():
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
-            check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
-            await backend.left.wait()
-            assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 1
-
-    run(scenario())
+async def test_a_collected_answer_without_end_is_cut():
+    async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
+        check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
+        await backend.left.wait()
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 1
 
 
-def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-            with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
-                await until(lambda: backend.sent > 24 << 20, seconds=1.0)
-            assert 0 < backend.sent < 24 << 20
-            assert len(pi.gateway.active) == 1
-            writer.transport.abort()
-            await backend.left.wait()
-            await until(lambda: len(pi.gateway.active) == 0)
-            assert reader
-
-    run(scenario())
+async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
+    async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
+            await until(lambda: backend.sent > 24 << 20, seconds=1.0)
+        assert 0 < backend.sent < 24 << 20
+        assert len(pi.gateway.active) == 1
+        writer.transport.abort()
+        await backend.left.wait()
+        await until(lambda: len(pi.gateway.active) == 0)
+        assert reader
 
 
-def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
+async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        async with Backend() as backend:
-            port = backend.port
-        async with pi_for(port) as pi:
-            for _ in range(3):
-                check_error(await pi.stream(), 503, UNAVAILABLE, "connection refused")
-            check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
-            assert (await pi.get("/health")).status == 503
-            async with Backend(port=port):
-                await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
-                assert (await pi.get("/health")).status == 200
-                assert (await pi.stream()).clean
-                assert pi.gateway.fleet.first.breaker.state == "closed"
-
-    run(scenario())
-
-
-def test_half_open_lets_one_trial_through(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        go = asyncio.Event()
-        trial = [CHUNKED, go.wait, A, B, chunk(DONE), END]
-        async with Backend([[], [], [], trial]) as backend, pi_for(backend.port) as pi:
-            for _ in range(3):
-                await pi.stream()
+    async with Backend() as backend:
+        port = backend.port
+    async with pi_for(port) as pi:
+        for _ in range(3):
+            check_error(await pi.stream(), 503, UNAVAILABLE, "connection refused")
+        check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
+        assert (await pi.get("/health")).status == 503
+        async with Backend(port=port):
             await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
-            backend.begun.clear()
-            running = asyncio.create_task(pi.stream())
-            await backend.begun.wait()
-            check_error(await pi.complete(), 503, UNAVAILABLE, "circuit breaker open")
-            go.set()
-            assert (await running).clean
-            assert len(backend.completions) == 4
-            assert (await pi.get("/v1/stats")).json["breaker"] == {
-                "state": "closed", "failures": 0, "opens": 1, "retry_in_s": 0.0
-            }  # fmt: skip
-
-    run(scenario())
-
-
-def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
-            for _ in range(3):
-                await pi.stream()
-            await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
-            backend.begun.clear()
-            backend.left.clear()
-            _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
-            await backend.begun.wait()
-            writer.transport.abort()
-            await backend.left.wait()
-            assert pi.gateway.fleet.first.breaker.state == "half-open"
+            assert (await pi.get("/health")).status == 200
             assert (await pi.stream()).clean
             assert pi.gateway.fleet.first.breaker.state == "closed"
 
-    run(scenario())
+
+async def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
+    async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+        for _ in range(3):
+            await pi.stream()
+        await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
+        backend.begun.clear()
+        backend.left.clear()
+        _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
+        await backend.begun.wait()
+        writer.transport.abort()
+        await backend.left.wait()
+        assert pi.gateway.fleet.first.breaker.state == "half-open"
+        assert (await pi.stream()).clean
+        assert pi.gateway.fleet.first.breaker.state == "closed"
 
 
 # ---------------------------------------------------------------------------------------------- pure
@@ -689,7 +572,7 @@ STREAM = (
 )
 
 
-def classified(pieces: list[bytes], line_end: bytes = b"\n") -> list[tuple[str, Any]]:
+def classified(pieces: list[bytes]) -> list[tuple[str, Any]]:
     events, seen = Events(), []
     for piece in pieces:
         for kind, value in take_apart(events.feed(piece), "k"):
@@ -704,9 +587,9 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
     text = STREAM.replace(b"\n\n", line_end * 2)
     expected = classified([STREAM])
     assert [kind for kind, _ in expected] == ["text", "idle", "progress", "text", "text", "done"]
-    assert classified([text[i : i + 1] for i in range(len(text))], line_end) == expected
+    assert classified([text[i : i + 1] for i in range(len(text))]) == expected
     for at in range(len(text)):
-        assert classified([text[:at], text[at:]], line_end) == expected
+        assert classified([text[:at], text[at:]]) == expected
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
@@ -735,17 +618,13 @@ def test_body(body: Any, data: bytes, payload: bytes, done: bool, failure: str, 
 
 
 @pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
-def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
+async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
     text = A + chunk(b"data: " + b"x" * 300_000 + b"\n\n")
-
-    async def scenario() -> None:
-        script = [CHUNKED, *(text[at : at + size] for at in range(0, len(text), size))]
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            first, last = (await pi.stream()).events
-            assert first == TOKEN_A
-            assert "an event of more than 262144 bytes" in last["message"]
-
-    run(scenario())
+    script = [CHUNKED, *(text[at : at + size] for at in range(0, len(text), size))]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        first, last = (await pi.stream()).events
+        assert first == TOKEN_A
+        assert "an event of more than 262144 bytes" in last["message"]
 
 
 def test_an_event_is_too_long_or_not_however_it_is_split():
