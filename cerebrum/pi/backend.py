@@ -22,6 +22,7 @@ from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_list
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import (
     ASIDE_SECONDS,
+    EVENT_STREAM,
     JSON,
     MAX_ERROR_BYTES,
     MAX_JSON_BYTES,
@@ -398,7 +399,7 @@ class Backend:
         if self.api is None:
             return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
         try:
-            async with self.upstream.ask("GET", self.api.health, kind=JSON, seconds=ASIDE_SECONDS):
+            async with self.upstream.ask(self.api.health, None, JSON, ASIDE_SECONDS):
                 return []
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
@@ -478,7 +479,7 @@ class Backend:
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
-                self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer,
+                self.upstream.ask("/v1/inference/stream", {"model": model, **asked}, EVENT_STREAM) as answer,
                 contextlib.aclosing(relay(answer, self.config.key)) as pairs,
             ):
                 yield pairs
@@ -488,7 +489,7 @@ class Backend:
         body = dialect.write(Wanted(asked, model, fim, job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
-            self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
+            self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
             yield pairs
@@ -520,7 +521,7 @@ class Backend:
             asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
             asked["model"] = self.names.get(model, model)
         try:
-            answer = await self.upstream.post(path, asked, MAX_TOKENS_BYTES)
+            answer = await self.upstream.get(path, MAX_TOKENS_BYTES, asked)
             self.breaker.succeeded(ticket)
         except HttpError as error:
             self.failed(ticket, error)

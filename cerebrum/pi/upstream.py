@@ -702,14 +702,12 @@ class Upstream:
         return None
 
     @contextlib.asynccontextmanager
-    async def send(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
-    ) -> AsyncIterator[Answer]:
-        """Send one request once and yield its unread answer. `idle` is for its Watchdog (None: IDLE_SECONDS)."""
+    async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
+        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for its Watchdog."""
         reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
+        answer, leaves_spare = Answer(reader, transport, idle), body is not None
         try:
-            transport.write(self._encode(method, path, body))
+            transport.write(self._encode(path, body))
             yield answer
         except BackendFailure:
             leaves_spare = False
@@ -747,32 +745,19 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def ask(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        kind: str = EVENT_STREAM,
-        seconds: float | None = None,
+        self, path: str, body: Mapping[str, Any] | None, kind: str, seconds: float = 0.0
     ) -> AsyncIterator[Answer]:
         """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over
-        `seconds` (None: HEAD_SECONDS)."""
-        async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
+        `seconds` (0: HEAD_SECONDS)."""
+        async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
                 raise BackendFailure("it did not answer in time")
             yield answer
 
-    async def get(self, path: str, limit: int) -> dict[str, Any]:
-        """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
-        return await self._json("GET", path, None, limit, ASIDE_SECONDS)
-
-    async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-        """POST for a JSON object, within LOAD_SECONDS for the head: the backend may have to load a model first."""
-        return await self._json("POST", path, body, limit, LOAD_SECONDS)
-
-    async def _json(
-        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
-    ) -> dict[str, Any]:
-        async with self.ask(method, path, body, JSON, seconds) as answer:
+    async def get(self, path: str, limit: int, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
+        because the backend may have to load a model first."""
+        async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
             with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     whole = await answer.read_all(limit)
@@ -805,8 +790,8 @@ class Upstream:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
-    def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        endpoint, key = self._config.endpoint, self._config.key
+    def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
+        endpoint, key, method = self._config.endpoint, self._config.key, "GET" if body is None else "POST"
         lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
         if key and self._config.api != "cerebrum":
             lines.append(f"Authorization: Bearer {key}")
