@@ -1,7 +1,7 @@
 """HTTP/1.1 and SSE on asyncio streams: a daemon's server, from a client's bytes to the handler and back.
 
 Strategy
-- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `ChunkedDecoder` take bytes in
+- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder` take bytes in
   any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment. The first
   wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
   allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
@@ -27,6 +27,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections import Counter
@@ -255,30 +256,35 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\
 CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 
-class ChunkedDecoder:
-    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` holds the bytes after the end.
+class BodyDecoder:
+    """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
+    section 6.3). `feed` returns payload; `rest` holds the bytes after the end.
 
     Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
-    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. After an error,
+    `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over 8 KiB. After an error,
     `before` holds the payload that the failing call decoded before the fault.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.done = False
+    def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
+        self.done = length == 0
+        self.may_end = length is None and not chunked  # at any byte, with the connection
         self.rest = b""
         self.before = b""
         self._held = b""  # an incomplete size line, line end or trailer section, never payload
-        self._left = 0  # payload bytes still missing from the current chunk
-        self._step = ChunkedDecoder._size  # parses the element after that payload
+        self._left = 0 if chunked else sys.maxsize if length is None else length  # payload until the next `_step`
+        self._step = BodyDecoder._size if chunked else BodyDecoder._end  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
-        if self._step is ChunkedDecoder._size and not (self._held or self._left or self._limit):
+        if self._step is BodyDecoder._size and not (self._held or self._left or self._limit):
             match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
             start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
                 return data[start:-2]
+        if self.done:
+            self.rest += data
+            return b""
         pieces: list[bytes] = []
         try:
             self._decode(self._held + data, pieces)
@@ -305,6 +311,10 @@ class ChunkedDecoder:
 
     # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
 
+    def _end(self, buffer: bytes, at: int) -> int | None:
+        self.done, self.rest = True, buffer[at:]
+        return len(buffer)
+
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
         if not match:
@@ -313,7 +323,7 @@ class ChunkedDecoder:
                 raise malformed("expected a chunk size of 1 to 16 hexadecimal digits and CRLF")
             return None
         self._left = int(match[1], 16)
-        self._step = ChunkedDecoder._line_end if self._left else ChunkedDecoder._trailers
+        self._step = BodyDecoder._line_end if self._left else BodyDecoder._trailers
         self._total += self._left + len(match[2])
         if self._limit is not None and self._total > self._limit:
             raise malformed(f"expected a body of at most {self._limit} bytes", "PAYLOAD_TOO_LARGE")
@@ -324,7 +334,7 @@ class ChunkedDecoder:
             raise malformed("expected CRLF after a chunk's data")
         if len(buffer) < at + 2:
             return None
-        self._step = ChunkedDecoder._size
+        self._step = BodyDecoder._size
         return at + 2
 
     def _trailers(self, buffer: bytes, at: int) -> int | None:
@@ -337,8 +347,7 @@ class ChunkedDecoder:
                 raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
             return None
         parse_headers(section[:end].split(b"\r\n")[:-1])
-        self.done, self.rest = True, buffer[at + end + 2 :]
-        return len(buffer)
+        return self._end(buffer, at + end + 2)
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
@@ -470,26 +479,15 @@ class Connection:
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
         """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
+        decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
+                while not decoder.done:
+                    if not self.buffer and not await self.fill():
+                        raise ClientGone
+                    sink(decoder.feed(self.take(READ_BYTES)))
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
-
-    async def _read_bytes(self, length: int, sink: Callable[[bytes], None]) -> None:
-        while length:
-            if not self.buffer and not await self.fill():
-                raise ClientGone
-            piece = self.take(min(length, READ_BYTES))
-            length -= len(piece)
-            sink(piece)
-
-    async def _read_chunks(self, sink: Callable[[bytes], None]) -> None:
-        decoder = ChunkedDecoder(MAX_BODY_BYTES)
-        while not decoder.done:
-            if not self.buffer and not await self.fill():
-                raise ClientGone
-            sink(decoder.feed(self.take(READ_BYTES)))
         self.buffer[:0] = decoder.rest
 
     async def wait_gone(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
-    ChunkedDecoder,
+    BodyDecoder,
     is_ip_literal,
     parse_framing,
     parse_headers,
@@ -233,43 +233,23 @@ def parse_leniently(data: bytes) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- HTTP answers
 
 
-class Body:
-    """The body of an answer, framed by chunks, a length or the end of the connection (RFC 9112 section 6.3).
+class Body(BodyDecoder):
+    """The body of an answer. `failure` is the first fault. The fault is kept rather than raised, because the payload
+    before it still counts: the text a client gets must not depend on how the bytes were split."""
 
-    `failure` is the first fault. The fault is kept rather than raised, because the payload before it still counts: the
-    text a client gets must not depend on how the bytes were split.
-    """
-
-    def __init__(self, length: int | None, chunked: bool) -> None:
-        self.done = length == 0
-        self.failure: BackendFailure | None = None
-        self.surplus = False  # more bytes came after the end of the body
-        self._chunks = ChunkedDecoder() if chunked else None
-        self._left = length
+    failure: BackendFailure | None = None
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its first fault."""
-        if self.done:
-            payload, past = b"", data
-        elif self._chunks:
-            try:
-                payload = self._chunks.feed(data)
-            except HttpError:
-                self.failure = BackendFailure("it sent a malformed chunk")
-                return self._chunks.before
-            self.done, past = self._chunks.done, self._chunks.rest
-        elif self._left is not None:
-            payload, past = data[: self._left], data[self._left :]
-            self._left -= len(payload)
-            self.done = self._left == 0
-        else:
-            payload, past = data, b""
-        self.surplus = self.surplus or bool(past)
-        return payload
+        try:
+            return super().feed(data)
+        except HttpError:
+            self.failure = BackendFailure("it sent a malformed chunk")
+            return self.before
 
     def end(self, cut: str) -> None:
         """The connection has ended; `cut` says how, "" for a plain close. An incomplete body is a fault."""
-        if not self.done and (cut or self._chunks or self._left):
+        if not self.done and (cut or not self.may_end):
             self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
@@ -624,7 +604,7 @@ class Answer:
             size += len(piece)
             if size > limit:
                 raise BackendFailure("its answer is too long")
-        if self._body.surplus:
+        if self._body.rest:
             raise BackendFailure("its answer goes on past its end")
         return b"".join(pieces)
 
