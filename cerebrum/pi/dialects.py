@@ -139,11 +139,6 @@ def read_prompt(members: Mapping[str, Any]) -> str:
     return str(read_fields({"prompt": value}, {"prompt": TEXT})["prompt"])
 
 
-def read_extra(value: Any) -> list[dict[str, str]]:
-    """`input_extra`: other files' texts."""
-    return [entry for entry in read_objects(value, "input_extra", 0, MAX_EXTRAS, EXTRA) if entry["text"]]
-
-
 def read_messages(value: Any) -> list[dict[str, str]]:
     """`messages` with the roles that a chat template knows, and only text as content."""
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
@@ -329,7 +324,8 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
     """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
-    fields = read_llama(members, read) | {"extra": read_extra(members.get("input_extra", []))}
+    files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
+    fields = read_llama(members, read) | {"extra": [file for file in files if file["text"]]}
     prefix = read["input_prefix"] + read_prompt(members)
     kind, fields = ask_text(fields, prefix, read["input_suffix"], infill=True)
     return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
@@ -345,11 +341,6 @@ DONE_EVENT = sse_block(b"[DONE]")
 
 def sse(data: Mapping[str, Any]) -> bytes:
     return sse_block(compact(data))
-
-
-def template(data: Mapping[str, Any]) -> bytes:
-    """An event with a place for the token, for `TOKEN_TEXT.sub`."""
-    return sse(data).replace(compact(SLOT), rb"\1")
 
 
 def finish_reason(result: Mapping[str, Any]) -> str:
@@ -369,7 +360,7 @@ class Reply:
 
     def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
         self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
-        self.template = template(self.chunk(SLOT))
+        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
 
     def chunk(self, text: str) -> dict[str, Any]:
         """The event for a piece of text."""
@@ -672,30 +663,14 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in counts.items() if value is not None}
 
 
-def read_progress(members: Mapping[str, Any]) -> tuple[Any, Any]:
-    """llama-server's `prompt_progress`: the number of prompt tokens read so far, and of all prompt tokens."""
-    progress = members_of(members.get("prompt_progress"))
-    return progress.get("processed"), progress.get("total")
-
-
-def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one choice of an event; empty if the event has none, such as one with only `usage`."""
+def read_openai_event(members: Mapping[str, Any]) -> Delta:
+    """An event of OpenAI's two calls. An event with only `usage` has no choice, a chat's choice has no `text`."""
     choices = members.get("choices")
-    return members_of(choices[0]) if isinstance(choices, list) and choices else {}
-
-
-def read_text_event(members: Mapping[str, Any]) -> Delta:
-    """An event of /v1/completions."""
-    choice = read_choice(members)
-    return Delta(text_of(choice.get("text")), read_reason(choice.get("finish_reason")))
-
-
-def read_chat_event(members: Mapping[str, Any]) -> Delta:
-    """An event of /v1/chat/completions. A model's thoughts before its answer are not part of the answer."""
-    choice = read_choice(members)
+    choice = members_of(choices[0]) if isinstance(choices, list) and choices else {}
     delta = members_of(choice.get("delta", choice.get("message")))
     thought = delta.get("reasoning_content") or delta.get("reasoning")
-    return Delta(text_of(delta.get("content")), read_reason(choice.get("finish_reason")), bool(thought))
+    text = text_of(choice.get("text")) or text_of(delta.get("content"))
+    return Delta(text, read_reason(choice.get("finish_reason")), bool(thought))
 
 
 def read_llama_event(members: Mapping[str, Any]) -> Delta:
@@ -761,9 +736,11 @@ class Dialect:
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
 OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_text_event
+    ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_openai_event
 )
-OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_chat_event)
+OPENAI_CHAT = Dialect(
+    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
+)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_completion, read_llama_event)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_infill, read_llama_event)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)

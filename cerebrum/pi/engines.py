@@ -21,7 +21,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, read_counts, read_overflow, read_progress
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, members_of, read_counts, read_overflow
 from cerebrum.pi.upstream import (
     COUNT,
     ENGINE_RESULT,
@@ -46,7 +46,6 @@ MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-DONE = b"[DONE]"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -74,18 +73,14 @@ class Translator:
     or earlier, where the requested piece is complete. `asked` has the fields of vpsd's request."""
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
-        from cerebrum.text.ending import (  # 3 MB that a Pi without other engines need not load
-            Cutter,
-            Ending,
-            wants_extras,
-        )
+        # 3 MB that a Pi without other engines need not load
+        from cerebrum.text.ending import Cutter, Ending, wants_extras
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        mode = asked["mode"]
         ending = Ending(
-            mode,
+            asked["mode"],
             asked.get("language"),
             "" if turns else given[0],
             asked.get("suffix"),
@@ -132,7 +127,7 @@ class Translator:
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
         data = data_of(event)
-        if data.strip() == DONE:
+        if data.strip() == b"[DONE]":
             yield self.end()
             return
         if not data:
@@ -158,7 +153,8 @@ class Translator:
         if members.get("stop") is True:  # the last event of llama-server's own calls
             yield self._done(self.reason or "stop")
         elif self.progress and not self.tokens:
-            read, total = read_progress(members)
+            progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
+            read, total = progress.get("processed"), progress.get("total")
             if COUNT.accepts(read) and COUNT.accepts(total):
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
 
