@@ -75,6 +75,7 @@ from cerebrum.pi.backend import (
     WITHOUT_MODEL,
     Backend,
     Job,
+    Limits,
 )
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
@@ -302,7 +303,7 @@ class Gateway:
     def _choose_to_warm(self, job: Job) -> Backend | None:
         """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
         prompt is forgotten if none of its backends reads ahead."""
-        if not any(one.warms for one in self.fleet.who_may(job.fields, True).backends):
+        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
             self.warming.waiting.pop(job.client, None)
             return None
         try:
@@ -444,7 +445,7 @@ class Gateway:
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
         once more."""
-        limits = backend.prompts.limits(job, backend.n_ctx(job.model))
+        limits = Limits(backend.n_ctx(job.model), backend.prompts.ratio.get(job.model))
         for is_last in (False, True):
             try:
                 asked, job.sent = backend.prompts.prepare(job, limits)

@@ -209,9 +209,6 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text before a cursor
 
-    def limits(self, job: Job, n_ctx: int) -> Limits:
-        return Limits(n_ctx, self.ratio.get(job.model))
-
     def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
         """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
         fields, n_ctx = job.fields, limits.n_ctx
@@ -295,7 +292,6 @@ class Backend:
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began or ended
-        self.is_known = False  # whether a probe has been completed
         self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
         self.response_ms: float | None = None  # of the last successful probe
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
@@ -350,10 +346,6 @@ class Backend:
         """The jobs that hold a place, without those superseded by a newer job of their session."""
         return [job for job in self.active if not job.superseded]
 
-    def load(self) -> float:
-        """The share of its places in use."""
-        return len(self.active) / self.limit
-
     def has_place(self, job: Job) -> bool:
         """Whether there is a place for this job, which ends the older jobs of its session."""
         if len(self.active) < self.limit:
@@ -390,7 +382,6 @@ class Backend:
             self.found(error.message)
         else:
             self.found("")
-        self.is_known = True
         self.probes += 1
         self.probed = time.monotonic()
 
