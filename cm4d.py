@@ -68,30 +68,10 @@ from cerebrum.metrics import (
     write_metrics,
     write_stats,
 )
-from cerebrum.pi.backend import (
-    BREAKER_OPEN,
-    MAX_BUSY_SECONDS,
-    SUPERSEDED,
-    WITHOUT_MODEL,
-    Backend,
-    Job,
-    Limits,
-)
+from cerebrum.pi import dialects
+from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
-from cerebrum.pi.dialects import (
-    DEFAULT_TOKENS,
-    DIALECTS,
-    MAX_TOKENS,
-    TOKENIZE,
-    Asked,
-    Dialect,
-    Reply,
-    present,
-    write_error,
-    write_model,
-    write_props,
-)
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
@@ -189,7 +169,7 @@ NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
 FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
+    "max_tokens": Field(int, 1, dialects.MAX_TOKENS, dialects.DEFAULT_TOKENS),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, 2**32 - 2),
@@ -231,7 +211,7 @@ def session_of(address: str, session: str | None) -> str:
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
-def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
+def native_fields(asked: dialects.Asked, models: Collection[Model]) -> dict[str, Any]:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
     an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
     fields: dict[str, Any] = {
@@ -596,7 +576,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
         endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
         languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
     here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
-    data = [write_model(model.id, gateway.created) for model in here]
+    data = [dialects.write_model(model.id, gateway.created) for model in here]
     prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
     return Response(
         compact(
@@ -617,19 +597,19 @@ async def model(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in gateway.config.models]
     if request.parameter not in ids:
         raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(request.parameter)}")
-    return Response(compact(write_model(request.parameter, gateway.created)))
+    return Response(compact(dialects.write_model(request.parameter, gateway.created)))
 
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
     model = gateway.fleet.route({})
     places = sum(backend.limit for backend in gateway.fleet.backends)
-    return Response(compact(write_props(model, gateway.fleet.n_ctx(model), places)))
+    return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
-    fields = read_fields(present(request.json()), TOKENIZE)
+    fields = read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     if not having:
@@ -642,7 +622,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     return Response(compact({"tokens": tokens}))
 
 
-def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
+def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
     """The handler of a dialect's completions."""
 
     async def handle(gateway: Gateway, request: Request) -> Response:
@@ -652,7 +632,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
         reading = Reading(gateway.sharing, job, asked, editor)
 
-        def reply_to(begun: Mapping[str, Any]) -> Reply:
+        def reply_to(begun: Mapping[str, Any]) -> dialects.Reply:
             return dialect.reply(asked, request.head.request_id, int(time.time()), begun)
 
         if not asked.stream:
@@ -664,7 +644,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
     return handle
 
 
-async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply]) -> Response:
+async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply]) -> Response:
     """A completion in one piece, in a dialect."""
     text, response = io.StringIO(), Response()
     async with contextlib.aclosing(reading.pairs()) as pairs:
@@ -680,7 +660,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
 
 
 async def dialect_stream(
-    reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], response: Response
+    reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first block may be empty, as in `write_event`."""
     begun = False
@@ -843,15 +823,15 @@ ROUTES = (
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
     *(
-        Route("POST", path, speaking(dialect), json=True, foreign_error=write_error)
-        for dialect in DIALECTS
+        Route("POST", path, speaking(dialect), json=True, foreign_error=dialects.write_error)
+        for dialect in dialects.DIALECTS
         for path in dialect.paths
     ),
-    *(Route("GET", f"{path}/{{id}}", model, foreign_error=write_error) for path in ("/v1/models", "/models")),
+    *(Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error) for path in ("/v1/models", "/models")),
     Route("GET", "/models", models),
     Route("GET", "/openapi.json", openapi),
-    Route("GET", "/props", props, foreign_error=write_error),
-    Route("POST", "/tokenize", tokenize, json=True, foreign_error=write_error),
+    Route("GET", "/props", props, foreign_error=dialects.write_error),
+    Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
 )
 # ----------------------------------------------------------------------------------------------- start
 
@@ -921,11 +901,7 @@ def main(arguments: Sequence[str]) -> int:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)
         set_up_logging(config.log_level, config.log_file)
-    except ConfigError as error:
-        print(f"cm4d.py: {error}", file=sys.stderr)
-        return 2
-    warn_of(config)
-    try:
+        warn_of(config)
         with asyncio.Runner(loop_factory=Loop) as runner:
             return runner.run(serve(environ, config))
     except ConfigError as error:
