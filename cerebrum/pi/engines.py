@@ -26,6 +26,7 @@ from cerebrum.pi.upstream import (
     COUNT,
     ENGINE_RESULT,
     EVENT_STREAM,
+    LATE,
     LONG_PROMPT,
     Answer,
     BackendFailure,
@@ -202,7 +203,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
     spoke = lived = now()  # when the client last got something; when the engine last made progress
     while not await upstream.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
         if now() - lived > READING_SECONDS:
-            raise BackendFailure("it did not answer in time")
+            raise BackendFailure(LATE)
         yield "idle", None
     yield "begun", None
     while not translator.done:
@@ -225,7 +226,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
         elif translator.life != life:
             life, lived = translator.life, now()
         elif now() - lived > READING_SECONDS:  # the engine sends nothing but comments
-            raise BackendFailure("it did not answer in time")
+            raise BackendFailure(LATE)
         is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
         if not translator.done and (payload == b"" or is_late):
             yield translator.end()

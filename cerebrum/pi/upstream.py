@@ -245,9 +245,9 @@ class Body(BodyDecoder):
             self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
-def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
-    """Parse a whole response head into status, media type and body. HttpError or BackendFailure if the head is not
-    exact HTTP/1.x, or if a 200 has a Content-Encoding or a media type outside `kinds`."""
+def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
+    """Parse a whole response head into status and body. HttpError or BackendFailure if the head is not exact HTTP/1.x,
+    or if a 200 has a Content-Encoding or another media type than `kind`."""
     first, *lines = block[:-4].split(b"\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
@@ -255,11 +255,10 @@ def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
     status, headers = int(match[1]), parse_headers(lines)
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise BackendFailure("its answer has a Content-Encoding that nobody asked for")
-    kind = headers.get("content-type", kinds[0]).partition(";")[0].strip(" \t").lower()
-    if status == 200 and kind not in kinds:
+    if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
         raise BackendFailure("its answer is not of the type that was asked for")
     length, chunked = parse_framing(first[:8].decode(), headers)
-    return status, kind, Body(0 if status in (204, 304) else length, chunked)
+    return status, Body(0 if status in (204, 304) else length, chunked)
 
 
 # --------------------------------------------------------------------------------------------- results
@@ -411,6 +410,7 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
+LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
@@ -536,8 +536,8 @@ class Reader(asyncio.Protocol):
 class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
-        self.status, self.kind = 0, ""
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float) -> None:
+        self.status = 0
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
@@ -545,7 +545,7 @@ class Answer:
         self._watchdog = Watchdog(reader, transport, idle)
         self.close = self._watchdog.stop
 
-    async def read_head(self, *kinds: str) -> None:
+    async def read_head(self, kind: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
         cancelled call, the next call resumes at the same place."""
         while self.status < 200:
@@ -554,14 +554,10 @@ class Answer:
                 self._scanned = len(self._ahead)
                 data = await self._reader.read()
                 if not data:
-                    raise BackendFailure(
-                        "it did not answer in time"
-                        if self._watchdog.expired
-                        else "it closed the connection without an answer"
-                    )
+                    raise BackendFailure(LATE if self._watchdog.expired else NO_ANSWER)
                 self._ahead += data
                 continue
-            self.status, self.kind, self._body = parse_answer(self._ahead[:end], kinds)
+            self.status, self._body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
@@ -608,7 +604,7 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise BackendFailure("it did not answer in time") from None
+        raise BackendFailure(LATE) from None
     except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
         raise BackendFailure(broken) from None
     except BackendFailure:
@@ -693,13 +689,13 @@ class Upstream:
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
-    async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
-        """Read the head of a 200 with one of these media types. False if no head has come after `seconds`: call again.
+    async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
+        """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
         HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
+        with blamed(NO_ANSWER, "its answer is not HTTP/1.1"):
             try:
                 async with asyncio.timeout(seconds):
-                    await answer.read_head(*kinds)
+                    await answer.read_head(kind)
             except TimeoutError:
                 return False
             if answer.status == 200:
@@ -723,7 +719,7 @@ class Upstream:
         `seconds` (0: HEAD_SECONDS)."""
         async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
-                raise BackendFailure("it did not answer in time")
+                raise BackendFailure(LATE)
             yield answer
 
     async def get(self, path: str, limit: int, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
