@@ -136,7 +136,7 @@ def read_prompt(members: Mapping[str, Any]) -> str:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str):
         raise wrong("prompt", "a string, or an array of one string", value)
-    return str(read_fields({"prompt": value}, {"prompt": TEXT})["prompt"])
+    return value
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
@@ -157,7 +157,7 @@ def read_content(value: Any, where: str) -> str:
         return "\n".join(part["text"] for part in read_objects(value, where, 0, MAX_MESSAGES, PART))
     if not isinstance(value, str):
         raise wrong(where, "a string, or an array of text parts", value)
-    return str(read_fields({where: value}, {where: TEXT})[where])
+    return value
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
@@ -356,15 +356,16 @@ def usage(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Reply:
-    """The answer to one request in its dialect. `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
+    """The answer to one request in its dialect. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
+
+    This one is OpenAI's completion of a text: {"id", "object", "created", "model", "choices": [{…}]}.
+    """
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
         self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
         self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
-
-    def chunk(self, text: str) -> dict[str, Any]:
-        """The event for a piece of text."""
-        raise NotImplementedError
 
     def begin(self) -> bytes:
         """The events before the first text."""
@@ -373,20 +374,6 @@ class Reply:
     def text(self, tokens: bytes) -> bytes:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
-
-    def end(self, result: Mapping[str, Any]) -> bytes:
-        """The events after the last text, for a native result."""
-        raise NotImplementedError
-
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
-        """The answer in one piece."""
-        raise NotImplementedError
-
-
-class OpenAIReply(Reply):
-    """The common form of OpenAI's two calls: {"id", "object", "created", "model", "choices": [{…}]}."""
-
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def frame(self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
         head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.begun["model"]}
@@ -398,20 +385,23 @@ class OpenAIReply(Reply):
         return {"text": text}
 
     def chunk(self, text: str) -> dict[str, Any]:
+        """The event for a piece of text."""
         return self.frame(self.chunk_object, self.part(text))
 
     def end(self, result: Mapping[str, Any]) -> bytes:
+        """The events after the last text, for a native result."""
         last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
         counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
         return last + counts + DONE_EVENT
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+        """The answer in one piece."""
         more = {"usage": usage(result), **told(result)}
         return compact(self.frame(self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more))
 
 
-class ChatReply(OpenAIReply):
-    """chat.completion, and chat.completion.chunk."""
+class ChatReply(Reply):
+    """OpenAI's chat.completion, and chat.completion.chunk."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -736,7 +726,7 @@ class Dialect:
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
 OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_openai_event
+    ("/v1/completions", "/completions"), read_text_completion, Reply, write_text_completion, read_openai_event
 )
 OPENAI_CHAT = Dialect(
     ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
