@@ -214,13 +214,8 @@ def session_of(address: str, session: str | None) -> str:
 def native_fields(asked: dialects.Asked, models: Collection[Model]) -> dict[str, Any]:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
     an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
-    fields: dict[str, Any] = {
-        "prompt": "",
-        "filename": "",
-        "extra": [],
-        "stop_at": "auto",
-        "progress": False,
-    } | asked.fields
+    unsaid: dict[str, Any] = {"prompt": "", "filename": "", "extra": [], "stop_at": "auto", "progress": False}
+    fields = unsaid | asked.fields
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if asked.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
@@ -488,17 +483,12 @@ class Gateway:
 async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
     available. A 503 says what is wrong."""
-    told = {
-        "vps_available": gateway.fleet.available,
-        "uptime": round(time.monotonic() - gateway.started, 1),
-        "backends": [
-            {"id": backend.id, "available": backend.available, "message": backend.message}
-            for backend in gateway.fleet.backends
-        ],
-    }
-    if gateway.fleet.available:
+    fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
+    backends = [{"id": one.id, "available": one.available, "message": one.message} for one in fleet.backends]
+    told = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
+    if fleet.available:
         return Response({"status": "healthy", "timestamp": timestamp(), **told})
-    raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message, extra={"status": "unhealthy", **told})
+    raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **told})
 
 
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
@@ -544,9 +534,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        raise HttpError(
-            "NOT_FOUND", "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
-        )
+        raise HttpError("NOT_FOUND", "expected the file cerebrum/pi/page.html, got none; the API works without it")
     status, body, headers = gateway.page.respond(request.head.headers)
     return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
 
@@ -559,15 +547,8 @@ async def models(gateway: Gateway, request: Request) -> Response:
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
         having = [one for one in gateway.fleet.backends if one.available and one.models and model.id in one.models]
-        about = {
-            "id": model.id,
-            "name": model.name,
-            "languages": list(model.languages),
-            "parameters": model.parameters,
-            "quantization": model.quantization,
-            "available": bool(having),
-            "backends": [backend.id for backend in having],
-        }
+        about = {name: getattr(model, name) for name in ("id", "name", "languages", "parameters", "quantization")}
+        about |= {"available": bool(having), "backends": [backend.id for backend in having]}
         listed.append(about | ((having[0].models or {})[model.id] if having else {}))
     served = served_languages(models)
     languages: list[dict[str, Any]] = []
@@ -578,18 +559,8 @@ async def models(gateway: Gateway, request: Request) -> Response:
     here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
     data = [dialects.write_model(model.id, gateway.created) for model in here]
     prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
-    return Response(
-        compact(
-            {
-                "models": listed,
-                "vps_available": gateway.fleet.available,
-                "languages": languages,
-                "prefer": prefer,
-                "object": "list",
-                "data": data,
-            }
-        )
-    )
+    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages, "prefer": prefer}
+    return Response(compact(ours | {"object": "list", "data": data}))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:

@@ -1,7 +1,4 @@
-"""One backend: its places, its breaker, its ratios, what we know about its models, and its counters.
-
-A `Job` is one completion in progress. Standard library only.
-"""
+"""One backend: its places, breaker, ratios, known models and counters. And `Job`, one completion in progress."""
 
 from __future__ import annotations
 
@@ -42,12 +39,7 @@ from cerebrum_common import Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
 
-TOLD = {
-    "n_ctx": LENGTH,
-    "loaded": Field(bool),
-    "encoding": Field(str, 1, 100),
-    "memory_mb": Field(float, 0, 10**9),
-}
+TOLD = {"n_ctx": LENGTH, "loaded": Field(bool), "encoding": Field(str, 1, 100), "memory_mb": Field(float, 0, 10**9)}
 
 
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -91,8 +83,6 @@ WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place;
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
-
-
 SUPERSEDED = "SUPERSEDED"
 
 

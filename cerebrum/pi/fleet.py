@@ -1,7 +1,4 @@
-"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date.
-
-Standard library only.
-"""
+"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Work shared between requests: identical requests, newer ones that replace older ones, and text typed as predicted.
-
-Standard library only.
-"""
+"""Work that requests share: the same request twice, a newer one that replaces an older, text typed as predicted."""
 
 from __future__ import annotations
 
@@ -362,9 +359,7 @@ class Warming:
     """
 
     def __init__(
-        self,
-        choose: Callable[[Job], Backend | None],
-        answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]],
+        self, choose: Callable[[Job], Backend | None], answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]]
     ) -> None:
         self._choose, self._answer = choose, answer
         self.waiting: dict[str, Job] = {}  # by client
