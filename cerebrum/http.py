@@ -31,7 +31,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -461,21 +461,18 @@ class Connection:
                         return None
             self.idle = False
             async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
-                return await self._read_head()
+                scanned = 0
+                while (end := scan_request(self.buffer, scanned)) is None:
+                    scanned = len(self.buffer)
+                    if not await self.fill():
+                        raise ClientGone
+                return self.take(end)
         except TimeoutError:
             if self.over:
                 raise too_busy() from None
             if self.idle:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
-
-    async def _read_head(self) -> bytes:
-        scanned = 0
-        while (end := scan_request(self.buffer, scanned)) is None:
-            scanned = len(self.buffer)
-            if not await self.fill():
-                raise ClientGone
-        return self.take(end)
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
         """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
@@ -715,7 +712,10 @@ class Server:
         except Exception as exception:
             internal_error(exception)
         finally:
-            self._dismiss(task, connection)
+            del self.connections[task]
+            self.overflow.pop(task, None)
+            if not connection.over:
+                self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
             connection.transport.abort()
 
     def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
@@ -730,12 +730,6 @@ class Server:
             oldest = next(iter(self.overflow))
             del self.overflow[oldest]
             oldest.cancel()
-
-    def _dismiss(self, task: asyncio.Task[None], connection: Connection) -> None:
-        del self.connections[task]
-        self.overflow.pop(task, None)
-        if not connection.over:
-            self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -785,16 +779,6 @@ class Server:
             return
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with self._hold() as (body, hold):
-            await connection.read_body(head, hold if route.json else discard)
-            notes, answered = exchange.notes, self.answered
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
-            body.clear()
-            await (self._watch if route.json else self._call)(exchange, route, request)
-
-    @contextlib.contextmanager
-    def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
-        """Yield an empty body and a function that appends to this body, up to MAX_BODIES_BYTES over all connections."""
         body, held = bytearray(), 0
 
         def hold(piece: bytes) -> None:
@@ -806,7 +790,11 @@ class Server:
             self.body_bytes += len(piece)
 
         try:
-            yield body, hold
+            await connection.read_body(head, hold if route.json else discard)
+            notes, answered = exchange.notes, self.answered
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
+            body.clear()
+            await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
             self.body_bytes -= held
 
