@@ -203,11 +203,8 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
 
 
 def session_of(address: str, session: str | None) -> str:
-    """A session name that is unique across clients, or "" without a session.
-
-    Two clients may choose the same string and must not end each other's requests. A backend sees only the Pi's address,
-    so it gets this unique name too.
-    """
+    """A session name that is unique across clients, or "" without a session. Two clients may choose the same string,
+    and a backend sees only the Pi's address."""
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
@@ -303,9 +300,8 @@ class Gateway:
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
             ("done", dict)      last: the result, a native done event without its member `done`
 
-        If a backend fails before its first token, the next one gets the request. A completion that fails raises
-        HttpError. All resources are acquired in this body, so they are released when the generator ends or is closed; a
-        generator that was never started holds nothing.
+        A completion that fails raises HttpError. All resources are acquired in this body, so they are released when the
+        generator ends or is closed; a generator that was never started holds nothing.
         """
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
@@ -378,11 +374,8 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
-        """Hold the job's place, and report the outcome to the backend's breaker.
-
-        A newer completion ends the older one of its session, and waits until the older one has released the backend.
-        So the backend never works on more than `max_concurrent` of our requests.
-        """
+        """Hold the job's place, and report the outcome to the backend's breaker. A newer completion ends the older one
+        of its session, and waits for its place: the backend never works on more than `max_concurrent` requests."""
         try:
             for other in [*self.active] if job.session else ():
                 if other.session == job.session and other is not job and not other.superseded:
@@ -840,15 +833,7 @@ def warn_of(config: Config) -> None:
             log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
-def answer_arguments(arguments: Sequence[str]) -> int:
-    """Run an option instead of serving. The code for options is loaded only here."""
-    about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
-    make_parser("cm4d", about, HELP).parse_args(arguments)
-    from cerebrum.check import check_pi
-
-    return check_pi(HERE, load_config, Backend)
-
-
+ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
 HELP = """\
 configuration, the first that has a variable counts:
   files named like the variable in $CREDENTIALS_DIRECTORY
@@ -867,7 +852,10 @@ exit status:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
-        return answer_arguments(arguments)
+        make_parser("cm4d", ABOUT, HELP).parse_args(arguments)
+        from cerebrum.check import check_pi  # loaded only for an option
+
+        return check_pi(HERE, load_config, Backend)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)

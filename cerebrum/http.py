@@ -124,11 +124,8 @@ SINGLE_HEADERS = frozenset(
 
 
 def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed.
-
-    An earlier call has scanned the first `scanned` bytes. A head is refused as early as possible: a TLS hello or a bare
-    LF gets its 400 at once, and a head that never ends costs 32 KiB.
-    """
+    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed. An earlier call
+    has scanned the first `scanned` bytes. The first bad byte, as in a TLS hello, is refused at once."""
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
     _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
     if end >= 0:
@@ -139,10 +136,8 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 
 
 def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """`scan_head` for a request. One empty line may precede the request (RFC 9112 section 2.2).
-
-    A bad request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for.
-    """
+    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad request line is refused
+    as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for."""
     start = 2 if buffer.startswith(b"\r\n") else 0
     end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
     _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
@@ -578,11 +573,9 @@ class Exchange:
         return None
 
     async def stream(self, response: Response) -> None:
-        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends.
-
-        The first block is awaited before the head is sent, so an earlier error still becomes a status. Nothing can fail
-        before the generator has started, so its `finally` always releases the generator's resources.
-        """
+        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends. The head follows the first
+        block, so an earlier error still becomes a status. Nothing can fail before the generator has started, so its
+        `finally` always releases the generator's resources."""
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
         connection, render = self.connection, response.render
@@ -613,9 +606,8 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """Log `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by the reason of an error. 499
-        is nginx's status for a client that left before its answer. A request is logged and counted once, even if its
-        client leaves after an error event."""
+        """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by
+        the reason of an error. 499 is nginx's status for a client that left before its answer."""
         if self.ended:
             return
         self.ended = True

@@ -356,10 +356,8 @@ def usage(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Reply:
-    """The answer to one request in its dialect. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
-
-    This one is OpenAI's completion of a text: {"id", "object", "created", "model", "choices": [{…}]}.
-    """
+    """The answer to one request in its dialect; here OpenAI's completion of a text: {"id", "object", "choices", …}.
+    `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 

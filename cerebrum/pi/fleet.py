@@ -34,9 +34,8 @@ def rank_models(
     [prefer] lists for the mode come first, then the others in the table's order. A chat counts as an instruction.
 
     With `any_language`, a language that no present model serves goes to any of them. Without it, the only id may be a
-    missing model's: a backend's 404 says which file is missing and how to get it. Until the backends' models are known
-    (None), the preferences do not count.
-    """
+    missing model's: a backend's 404 says which file is missing and how to get it. No preferences count until the
+    backends' models are known (None)."""
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model.id for model in here if language in model.languages]
     if not language or (any_language and not serving):
@@ -59,11 +58,8 @@ def first_there(backends: Sequence[Backend]) -> Backend:
 
 
 class Fleet:
-    """Owns the list of backends, and remembers which one served a file last.
-
-    `is_fair` says whether a job may take one of the last free places of some backends, and `probed` is called with a
-    backend after each of its probes.
-    """
+    """Owns the list of backends, and remembers which one served a file last. `is_fair` says whether a job may take one
+    of the last free places of some backends, and `probed` is called with a backend after each of its probes."""
 
     def __init__(self, is_fair: Callable[[Job, Sequence[Backend]], bool], probed: Callable[[Backend], None]) -> None:
         self._is_fair, self._probed = is_fair, probed
@@ -189,10 +185,8 @@ class Fleet:
 
     def choose(self, job: Job) -> tuple[str, Backend] | None:
         """The model and the backend for a job; None if no place is free for it. HttpError if no backend may be asked.
-
         Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
-        one that probably has the beginning of the prompt in its cache, or else the least busy one.
-        """
+        one that probably has the beginning of the prompt in its cache, or else the least busy one."""
         now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
         passed = [*job.attempts.tried, *job.attempts.busy]

@@ -123,10 +123,8 @@ MAX_TO_WARM = 4  # prompts, one of each client
 
 
 class Shared:
-    """One completion for all clients that send the same request at the same time, and the task that computes it.
-
-    All pairs are kept, so a late client gets them all. The completion ends when its last reader leaves.
-    """
+    """One completion for all clients that send the same request at the same time, and the task that computes it. It
+    keeps all pairs, so a late client gets them all, and ends when its last reader leaves."""
 
     def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
         self.pairs, self.job, self.key = list(pairs), job, key
@@ -195,11 +193,9 @@ class Reading:
 
 
 class Sharing:
-    """Owns what requests share: the readers of each running completion, and the latest completions.
-
-    `start` begins a completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read
-    ahead, and `moved` is called when a place passes to another client.
-    """
+    """Owns what requests share: the readers of each running completion, and the latest completions. `start` begins a
+    completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read ahead, and
+    `moved` is called when a place passes to another client."""
 
     def __init__(
         self,
@@ -353,10 +349,8 @@ class Sharing:
 
 
 class Warming:
-    """Owns the prompts to be read into a backend's cache while the backend is idle.
-
-    `choose` sets the model of a prompt and returns its backend, or None; `answer` makes the backend read the prompt.
-    """
+    """Owns the prompts to be read into a backend's cache while the backend is idle. `choose` sets the model of a prompt
+    and returns its backend, or None; `answer` makes the backend read the prompt."""
 
     def __init__(
         self, choose: Callable[[Job], Backend | None], answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]]

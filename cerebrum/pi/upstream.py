@@ -316,10 +316,8 @@ class Events:
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
-
-        `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
-        long. Such an event is the first of its block, so raising loses no other event.
-        """
+        `data` is at most one read, which is shorter than the limit. So only the first event of a block can be too long,
+        and raising loses no other event."""
         if self._cr or b"\r" in data:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
@@ -343,10 +341,8 @@ Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them.
-
-    Raises the error that an error event reports, and BackendFailure for an event that is not JSON.
-    """
+    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them. Raises the
+    error that an error event reports, and BackendFailure for an event that is not JSON."""
     position = 0
     while position < len(block):
         if match := TOKENS.match(block, position):
@@ -417,11 +413,8 @@ MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; 
 
 
 class Watchdog:
-    """Cuts a connection that stays silent for `idle` seconds while we read from it.
-
-    Each stream has one timer, rescheduled only when it fires: asyncio.timeout around each read would cost more than the
-    read itself.
-    """
+    """Cuts a connection that stays silent for `idle` seconds while we read from it. Each stream has one timer,
+    rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
 
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
@@ -445,10 +438,8 @@ class Watchdog:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
-
-    asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from stopping.
-    """
+    """An event loop that looks up each name in a daemon thread of its own and caches the addresses. asyncio joins its
+    own threads at the end, so a hanging resolver would keep the daemon from stopping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -485,10 +476,8 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Reader(asyncio.Protocol):
-    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses.
-
-    A StreamReader would copy each token twice, and drop the bytes that came before a reset.
-    """
+    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses. A StreamReader
+    would copy each token twice, and drop the bytes that came before a reset."""
 
     def __init__(self) -> None:
         self.ended = self.broken = False  # no more bytes will come; the connection has failed
@@ -619,10 +608,8 @@ Connection = tuple[Reader, asyncio.Transport]
 
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
-
-    A POST leaves a spare connection for the next POST, which saves a round trip, or three with TLS. An unused spare is
-    closed after SPARE_SECONDS, so that nothing stays open while nobody asks.
-    """
+    A POST leaves a spare connection for the next one, which saves a round trip, or three with TLS. An unused spare is
+    closed after SPARE_SECONDS."""
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
@@ -783,10 +770,8 @@ def make_tls(ca_file: str) -> ssl.SSLContext:
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of the event) last.
-
     The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
-    depend on how its bytes were split. Every other end is a BackendFailure.
-    """
+    depend on how its bytes were split. Every other end is a BackendFailure."""
     events, now = Events(), asyncio.get_running_loop().time
     moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None
