@@ -7,27 +7,24 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete`, an async
-generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt and sends it over
-a connection of its own. If that backend fails before the first token, the next one gets the request. The generator
+generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt, sends it, and
 yields pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream`
 renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py.
-A `Reading` follows a completion for them: identical requests at the same time share one completion, an editor that
-types on ends its older infill, and text that the last completion predicted is served without a backend.
+A `Reading` follows a completion for them: identical requests share one completion, an editor that types on ends its
+older infill, and text that the last completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
 in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
-stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. After
-its first token no request is sent again. Before the first token, a backend gets a request again only after it answered
-429, refused the prompt as too long, or could not load one model and has another. A connection to a backend carries one
-request only.
+stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. If a
+backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
+429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
 
 Who owns what: a `Backend` owns its places, its breaker, its learned ratios and its last known state. `Fleet` owns the
 backends and the probes that keep this state fresh, and decides which backend may answer. `Sharing` owns the state that
 clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway` the line of jobs that wait for
 a place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the
-event loop's thread, except name look-ups, which have their own threads. Standard library only; cerebrum_common.py,
-models.toml and the folder cerebrum must be beside cm4d.py, but cerebrum/vps may be missing. Without
-cerebrum/pi/page.html there is no page at `/`.
+event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder
+cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
 """
 
 from __future__ import annotations
@@ -57,17 +54,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import (
-    COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
-    Metric,
-    Table,
-    Things,
-    resident_bytes,
-    write_metrics,
-    write_stats,
-)
+from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects
 from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
 from cerebrum.pi.breaker import BREAKER_STATES
@@ -701,7 +688,7 @@ def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
     }
 
 
-METRICS: Table = {
+METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
                lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
@@ -745,7 +732,7 @@ METRICS: Table = {
 }  # fmt: skip
 
 
-def things(gateway: Gateway) -> Things:
+def things(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
     now = time.monotonic()
     backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}

@@ -14,25 +14,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any
 
+from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
-from cerebrum.pi.upstream import (
-    ASIDE_SECONDS,
-    EVENT_STREAM,
-    JSON,
-    MAX_ERROR_BYTES,
-    MAX_JSON_BYTES,
-    MAX_MESSAGE_CHARACTERS,
-    MAX_TOKENS_BYTES,
-    BackendConfig,
-    BackendFailure,
-    Misfit,
-    Pair,
-    TooLong,
-    Upstream,
-    relay,
-)
+from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import Field, HttpError, Model, log, printable
@@ -291,10 +277,10 @@ class Backend:
         self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
-    def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
+    def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
         self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
-        self.upstream, self._catalog = upstream, catalog
+        self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
         """Take over the settings of another object with the same id and API. If the address changes, forget what we
@@ -378,9 +364,9 @@ class Backend:
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
         if self.api is None:
-            return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
+            return read_loaded(await self.upstream.get("/health", upstream.MAX_ERROR_BYTES))
         try:
-            async with self.upstream.ask(self.api.health, None, JSON, ASIDE_SECONDS):
+            async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
                 return []
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
@@ -400,7 +386,7 @@ class Backend:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
         try:
-            answer = await self.upstream.get("/v1/models", MAX_JSON_BYTES)
+            answer = await self.upstream.get("/v1/models", upstream.MAX_JSON_BYTES)
             listed = read_listed(answer) if self.api else read_models(answer)
             props = await self._ask_props()
         except HttpError as error:
@@ -410,7 +396,7 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         found = find_models(self._catalog, listed)
-        strange = "" if found else printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
+        strange = "" if found else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
         if strange and strange != self._strange:
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
         self._strange = strange
@@ -422,7 +408,7 @@ class Backend:
         if not self.api or not self.api.props:
             return {}
         try:
-            return read_props(await self.upstream.get(self.api.props, MAX_JSON_BYTES))
+            return read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError:
             return {}  # the server's /props can be turned off
 
@@ -460,7 +446,7 @@ class Backend:
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
-                self.upstream.ask("/v1/inference/stream", {"model": model, **asked}, EVENT_STREAM) as answer,
+                self.upstream.ask("/v1/inference/stream", {"model": model, **asked}, upstream.EVENT_STREAM) as answer,
                 contextlib.aclosing(relay(answer, self.config.key)) as pairs,
             ):
                 yield pairs
@@ -502,7 +488,7 @@ class Backend:
             asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
             asked["model"] = self.names.get(model, model)
         try:
-            answer = await self.upstream.get(path, MAX_TOKENS_BYTES, asked)
+            answer = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, asked)
             self.breaker.succeeded(ticket)
         except HttpError as error:
             self.failed(ticket, error)

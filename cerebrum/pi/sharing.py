@@ -211,17 +211,13 @@ class Sharing:
         self.predictions = Predictions()
         self._editors: dict[str, float] = {}  # the time of each client's last infill
 
-    def editors(self) -> set[str]:
-        """The clients that have asked for an infill within EDITOR_SECONDS."""
-        now = time.monotonic()
-        self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
-        return set(self._editors)
-
     def is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
         """Whether the job leaves a place for editors. After a recent infill, chats and plain completions leave one for
         infills, and one client's infills leave one for another client's. Requests of our own API take any place."""
-        editors = self.editors()
-        if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
+        now = time.monotonic()
+        self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
+        others = self._editors.keys() - ({job.client} if job.kind == "infill" else set())
+        if not job.kind or not others:
             return True
         running = [other for backend in usable for other in backend.running]
         most = sum(backend.limit for backend in usable)
