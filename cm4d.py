@@ -53,48 +53,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any
 
+import cerebrum_common as common
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
-from cerebrum.pi import dialects
+from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
-from cerebrum.pi.upstream import (
-    MAX_PLACES,
-    PASSED_ON,
-    BackendConfig,
-    BackendFailure,
-    Loop,
-    Pair,
-    TooLong,
-    read_backends,
-    read_result,
-    read_text,
-)
+from cerebrum.pi.upstream import PASSED_ON, BackendConfig, BackendFailure, Loop, Pair, TooLong
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import (
-    SSE_COMMENT,
-    VERSION,
-    Field,
-    HttpError,
-    Model,
-    Request,
-    Response,
-    Route,
-    compact,
-    describe,
-    log,
-    read_fields,
-    served_languages,
-    sse_event,
-    timestamp,
-)
+from cerebrum_common import Field, HttpError, Model, Request, Response, Route, compact, describe, log
 
 HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------- configuration
@@ -131,12 +105,12 @@ def load_config(environ: Environment) -> Config:
         catalog = load_catalog(path)
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
-    max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, MAX_PLACES)
+    max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
     if not HOST.fullmatch(host):
         raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
-        backends=read_backends(catalog.backends, environ, max_concurrent),
+        backends=upstream.read_backends(catalog.backends, environ, max_concurrent),
         models=catalog.models,
         prefer=catalog.prefer,
         host=host,
@@ -177,8 +151,8 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages = served_languages(models)
+    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    languages = common.served_languages(models)
     if fields["language"] not in languages:
         got = describe(fields["language"])
         raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
@@ -436,7 +410,7 @@ class Gateway:
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
-        told = read_result(done)
+        told = upstream.read_result(done)
         job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
         job.came.reason = reason if reason in FINISHED else "other"
         self.counting.work(job, told)
@@ -449,7 +423,7 @@ class Gateway:
             "model": job.model,
             "total_tokens": told.pop("total_tokens", job.came.tokens),
             "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.started)), 3),
-            "timestamp": timestamp(),
+            "timestamp": common.timestamp(),
             "mode": job.fields["mode"],
         }
         if len(self.fleet.backends) > 1:
@@ -467,7 +441,7 @@ async def health(gateway: Gateway, request: Request) -> Response:
     backends = [{"id": one.id, "available": one.available, "message": one.message} for one in fleet.backends]
     told = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
     if fleet.available:
-        return Response({"status": "healthy", "timestamp": timestamp(), **told})
+        return Response({"status": "healthy", "timestamp": common.timestamp(), **told})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **told})
 
 
@@ -489,11 +463,11 @@ def write_event(pair: Pair) -> bytes:
     if kind == "text":
         return bytes(value)
     if kind == "idle":
-        return SSE_COMMENT
+        return common.SSE_COMMENT
     if kind == "progress":
-        return sse_event({"progress": value})
+        return common.sse_event({"progress": value})
     if kind == "done":
-        return sse_event({"done": True, **value})
+        return common.sse_event({"done": True, **value})
     return b""
 
 
@@ -505,7 +479,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     async with contextlib.aclosing(gateway.complete(job)) as pairs:
         async for kind, value in pairs:
             if kind == "text":
-                text.write(read_text(value))
+                text.write(upstream.read_text(value))
             elif kind == "done":
                 result = value
     return Response({"completion": text.getvalue(), **result})
@@ -530,7 +504,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
         about = {name: getattr(model, name) for name in ("id", "name", "languages", "parameters", "quantization")}
         about |= {"available": bool(having), "backends": [backend.id for backend in having]}
         listed.append(about | ((having[0].models or {})[model.id] if having else {}))
-    served = served_languages(models)
+    served = common.served_languages(models)
     languages: list[dict[str, Any]] = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
@@ -560,7 +534,7 @@ async def props(gateway: Gateway, request: Request) -> Response:
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
-    fields = read_fields(dialects.present(request.json()), dialects.TOKENIZE)
+    fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     if not having:
@@ -603,7 +577,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dial
             if kind == "started":
                 reply, response.headers = reply_to(value), kept_headers(value["kept"])
             elif kind == "text":
-                text.write(read_text(value))
+                text.write(upstream.read_text(value))
             elif kind == "done":
                 whole = text.getvalue() if value.get("finish_reason") != "replaced" else ""
                 response.body = reply.whole(whole, value)
@@ -624,7 +598,7 @@ async def dialect_stream(
             elif kind == "text":
                 yield reply.text(value)
             elif kind == "idle":
-                yield SSE_COMMENT
+                yield common.SSE_COMMENT
             elif kind == "done":
                 yield reply.end(value)
 
@@ -646,12 +620,12 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 async def activity(gateway: Gateway, request: Request) -> Response:
     """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of the last half hour.
     Each number of `requests`, `failed` and `tokens` covers `step_s` seconds, the last one the current step so far."""
-    gateway.counting.sample()
-    fleet = gateway.fleet
+    fleet, counting = gateway.fleet, gateway.counting
+    counting.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
     away = [f"{one.id} is away: {one.message}" for one in fleet.backends if fleet.available and one.message]
-    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away}
-    return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.counting.history.describe()})
+    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away, **counting.history.describe()}
+    return Response({"timestamp": common.timestamp(), **statistics(gateway), **told})
 
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
@@ -691,7 +665,7 @@ def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
 METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("cm4d", common.VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
                "counting.requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),

@@ -367,11 +367,11 @@ class Backend:
             return read_loaded(await self.upstream.get("/health", upstream.MAX_ERROR_BYTES))
         try:
             async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
-                return []
+                pass
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
-            return []
+        return []
 
     def found(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -388,7 +388,10 @@ class Backend:
         try:
             answer = await self.upstream.get("/v1/models", upstream.MAX_JSON_BYTES)
             listed = read_listed(answer) if self.api else read_models(answer)
-            props = await self._ask_props()
+            props = {}
+            if self.api and self.api.props:
+                with contextlib.suppress(HttpError):  # the server's /props can be turned off
+                    props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
             if isinstance(error, Misfit) or (self.api and self.models is None):
                 self._models_until = 0.0
@@ -403,14 +406,6 @@ class Backend:
         self.names = {id: name for id, (name, _) in found.items()}
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
-
-    async def _ask_props(self) -> dict[str, Any]:
-        if not self.api or not self.api.props:
-            return {}
-        try:
-            return read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
-        except HttpError:
-            return {}  # the server's /props can be turned off
 
     # Places.
 

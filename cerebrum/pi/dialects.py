@@ -18,10 +18,9 @@ lowered, and of several completions the first is returned. HttpError 400 names t
 pictures, tools, a prompt of token numbers, several prompts at once. From an engine, only members of the right type
 count; the rest is absent.
 
-Pure: no socket, no clock, no state. Standard library only. The clients' formats come from their sources (llama.vim,
-llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's documentation and
-from OpenAI's. The engines' formats come from the documentation of llama-server, vLLM, SGLang, TGI, Ollama and OpenAI,
-and from the answers of llama-server and of llama-cpp-python's server.
+Pure: no socket, no clock, no state. Standard library only. The formats come from the clients' sources (llama.vim,
+llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from the documentation of OpenAI,
+llama-server, vLLM, SGLang, TGI and Ollama, and from the answers of llama-server and of llama-cpp-python's server.
 """
 
 from __future__ import annotations
@@ -262,9 +261,7 @@ def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> 
     return "infill" if infill else "completion", fields | {"prompt": prefix, "mode": mode} | behind
 
 
-def ask_prompt(
-    fields: dict[str, Any], prompt: str, suffix: str = "", infill: bool = False
-) -> tuple[str, dict[str, Any]]:
+def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens."""
     split = None if suffix else split_fim(prompt)
     if not split:
@@ -316,7 +313,7 @@ def read_completion(members: Mapping[str, Any]) -> Asked:
     """POST /completion: llama-server's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, LLAMA_FIELDS)
-    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members))
+    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members), suffix="", infill=False)
     return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
 
 
@@ -336,7 +333,6 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
-DONE_EVENT = sse_block(b"[DONE]")
 
 
 def sse(data: Mapping[str, Any]) -> bytes:
@@ -390,7 +386,7 @@ class Reply:
         """The events after the last text, for a native result."""
         last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
         counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
-        return last + counts + DONE_EVENT
+        return last + counts + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         """The answer in one piece."""
