@@ -43,6 +43,7 @@ from cerebrum_common import (
     Response,
     Route,
     compact,
+    describe,
     error_body,
     error_event,
     internal_error,
@@ -164,7 +165,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
-        raise malformed("expected a known method in capital letters, other than CONNECT", "NOT_IMPLEMENTED")
+        raise malformed(f"expected one of {', '.join(sorted(METHODS))}, got {describe(method)}", "NOT_IMPLEMENTED")
     if len(target) > MAX_TARGET_BYTES:
         raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG")
     if target == "*" and method == "OPTIONS":
@@ -195,7 +196,7 @@ def host_name(value: str) -> str:
     """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another form."""
     match = AUTHORITY.fullmatch(value)
     if not match or int(match[2] or 0) > 65_535:
-        raise malformed("expected a Host of the form name[:port]")
+        raise malformed(f"expected a Host of the form name[:port], got {describe(value)}")
     return match[1].lower()
 
 
@@ -219,13 +220,13 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
-        raise malformed("expected one Content-Length of 1 to 20 decimal digits")
+        raise malformed(f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}")
     if coding is None:
         return (None if length is None else int(length)), False
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if coding.lower() != "chunked":
-        raise malformed("expected the Transfer-Encoding 'chunked' alone", "NOT_IMPLEMENTED")
+        raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", "NOT_IMPLEMENTED")
     return None, True
 
 
@@ -235,7 +236,7 @@ def parse_request(block: bytes) -> Head:
     method, path, authority, version = parse_request_line(first)
     headers = parse_headers(lines)
     if "host" not in headers and version == "HTTP/1.1":
-        raise malformed("expected a Host header")
+        raise malformed("expected a Host header, got none")
     host = host_name(headers["host"]) if "host" in headers else ""
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
@@ -253,12 +254,9 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
-    section 6.3). `feed` returns payload; `rest` holds the bytes after the end.
-
-    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
-    `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over 8 KiB. After an error,
-    `before` holds the payload that the failing call decoded before the fault.
-    """
+    section 6.3). `feed` returns payload; `rest` holds the bytes after the end. Trailers are checked and dropped.
+    HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
+    extensions in all (None: no limit), 431 for trailers over 8 KiB. Then `before` is the payload before the fault."""
 
     def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
         self.done = length == 0
@@ -372,12 +370,13 @@ class Access:
         """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
         # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
         # where a short LAN name is harmless: nobody can register a short name.
-        if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
-            raise HttpError(
-                "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
-            )
+        for host in (head.host, head.authority if "." in head.authority else ""):
+            if not self._is_ours(host):
+                message = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+                raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
         if "origin" in head.headers and not self.allows_origin(head):
-            raise HttpError("FORBIDDEN", "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
+            got = describe(head.headers["origin"])
+            raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
         if public or not self.keys or self.is_preflight(head):
             return
         given = head.headers.get("x-api-key", "")
@@ -863,17 +862,20 @@ def check_body(head: Head, route: Route) -> None:
     """HttpError if the head announces a body that the route does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
-        raise malformed("expected no Expect but 100-continue", "EXPECTATION_FAILED")
+        raise malformed(f"expected the Expect 100-continue or none, got {describe(expect)}", "EXPECTATION_FAILED")
     if head.length is not None and head.length > MAX_BODY_BYTES:
         raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", "PAYLOAD_TOO_LARGE")
     if head.has_body and "content-encoding" in head.headers:
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected a body without Content-Encoding")
+        got = describe(head.headers["content-encoding"])
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected a body without Content-Encoding, got {got}")
     if not route.json:
         return
     if not head.chunked and head.length is None:
-        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
-    if not route.foreign_error and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
+        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks, got neither")
+    kind = head.headers.get("content-type", "")
+    if not route.foreign_error and not JSON_TYPE.fullmatch(kind):
+        got = describe(kind) if kind else "none"
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected the Content-Type application/json, got {got}")
 
 
 JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)

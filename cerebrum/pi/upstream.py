@@ -146,8 +146,7 @@ PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; al
 )
 EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
-    421: "VPS backend does not know the name it was asked by: add the host of its URL to"
-    " CEREBRUM_ALLOWED_HOSTS on the VPS",
+    421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS of the VPS",
 }
 ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
@@ -182,7 +181,7 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
     except HttpError:
         ours = None
     if ours is None or status < 400:
-        return BackendFailure(f"it answered {status}, and not as a Cerebrum backend does")
+        return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
     message, code, more = ours
     if code in PASSED_ON:
         return told_error(message, code, more)
@@ -582,7 +581,7 @@ class Answer:
             if size > limit:
                 raise BackendFailure("its answer is too long")
         if self._body.rest:
-            raise BackendFailure("its answer goes on past its end")
+            raise BackendFailure("its answer is longer than announced")
         return b"".join(pieces)
 
 
@@ -725,7 +724,7 @@ class Upstream:
 
     async def _connect(self) -> Connection:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
-        with blamed("it cannot be connected to"):
+        with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
