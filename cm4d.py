@@ -39,11 +39,11 @@ import os
 from pathlib import Path
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here))  # `python3 -I` leaves this folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python3 -I` leaves this folder out
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -556,10 +556,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
         reading = Reading(gateway.sharing, job, asked, editor)
-
-        def reply_to(begun: Mapping[str, Any]) -> dialects.Reply:
-            return dialect.reply(asked, request.head.request_id, int(time.time()), begun)
-
+        reply_to = functools.partial(dialect.reply, asked, request.head.request_id, int(time.time()))
         if not asked.stream:
             return await collect(reading, reply_to)
         response = Response()

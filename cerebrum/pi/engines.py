@@ -80,15 +80,10 @@ class Translator:
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        ending = Ending(
-            asked["mode"],
-            asked.get("language"),
-            "" if turns else given[0],
-            asked.get("suffix"),
-            asked.get("stop_at", "auto"),
-            extras=wants_extras([turn["content"] for turn in turns if turn["role"] == "user"]),
-            indent=asked.get("indent", 0),
-        )
+        extras = wants_extras([turn["content"] for turn in turns if turn["role"] == "user"])
+        above, indent = "" if turns else given[0], asked.get("indent", 0)
+        where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
+        ending = Ending(*where, extras=extras, indent=indent)
         self.read_event = dialect.read_event
         self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
         self.characters = Characters()

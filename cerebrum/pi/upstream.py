@@ -78,15 +78,11 @@ def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: i
     backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    return backends or (
-        BackendConfig(
-            id="vps",
-            endpoint=parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL"),
-            key=environ.key("CEREBRUM_API_KEY"),
-            key_env="CEREBRUM_API_KEY",
-            max_concurrent=max_concurrent,
-        ),
-    )
+    if backends:
+        return backends
+    endpoint = parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL")
+    key = environ.key("CEREBRUM_API_KEY")
+    return (BackendConfig("vps", endpoint, key=key, key_env="CEREBRUM_API_KEY", max_concurrent=max_concurrent),)
 
 
 BACKEND = {
@@ -417,8 +413,7 @@ class Watchdog:
 
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reader, self._transport = reader, transport
-        self._idle = idle
+        self._reader, self._transport, self._idle = reader, transport, idle
         self._end = self._loop.time() + STREAM_SECONDS
         self.expired = False
         self._timer = self._loop.call_later(idle, self._check)
