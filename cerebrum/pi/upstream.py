@@ -142,7 +142,7 @@ PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; al
 )
 EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
-    421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS of the VPS",
+    421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
