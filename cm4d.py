@@ -7,27 +7,24 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete`, an async
-generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt and sends it over
-a connection of its own. If that backend fails before the first token, the next one gets the request. The generator
+generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt, sends it, and
 yields pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream`
 renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py.
-A `Reading` follows a completion for them: identical requests at the same time share one completion, an editor that
-types on ends its older infill, and text that the last completion predicted is served without a backend.
+A `Reading` follows a completion for them: identical requests share one completion, an editor that types on ends its
+older infill, and text that the last completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
 in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
-stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. After
-its first token no request is sent again. Before the first token, a backend gets a request again only after it answered
-429, refused the prompt as too long, or could not load one model and has another. A connection to a backend carries one
-request only.
+stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. If a
+backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
+429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
 
 Who owns what: a `Backend` owns its places, its breaker, its learned ratios and its last known state. `Fleet` owns the
 backends and the probes that keep this state fresh, and decides which backend may answer. `Sharing` owns the state that
 clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway` the line of jobs that wait for
 a place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the
-event loop's thread, except name look-ups, which have their own threads. Standard library only; cerebrum_common.py,
-models.toml and the folder cerebrum must be beside cm4d.py, but cerebrum/vps may be missing. Without
-cerebrum/pi/page.html there is no page at `/`.
+event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder
+cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
 """
 
 from __future__ import annotations
@@ -42,11 +39,11 @@ import os
 from pathlib import Path
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here))  # `python3 -I` leaves this folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python3 -I` leaves this folder out
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -56,77 +53,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any
 
+import cerebrum_common as common
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import (
-    COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
-    Metric,
-    Table,
-    Things,
-    resident_bytes,
-    write_metrics,
-    write_stats,
-)
-from cerebrum.pi.backend import (
-    BREAKER_OPEN,
-    MAX_BUSY_SECONDS,
-    SUPERSEDED,
-    WITHOUT_MODEL,
-    Backend,
-    Job,
-)
+from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
+from cerebrum.pi import dialects, upstream
+from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
-from cerebrum.pi.dialects import (
-    DEFAULT_TOKENS,
-    DIALECTS,
-    MAX_TOKENS,
-    TOKENIZE,
-    Asked,
-    Dialect,
-    Reply,
-    present,
-    write_error,
-    write_model,
-    write_props,
-)
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
-from cerebrum.pi.upstream import (
-    MAX_PLACES,
-    PASSED_ON,
-    BackendConfig,
-    BackendFailure,
-    Loop,
-    Pair,
-    TooLong,
-    read_backends,
-    read_result,
-    read_text,
-)
+from cerebrum.pi.upstream import PASSED_ON, BackendConfig, BackendFailure, Loop, Pair, TooLong
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import (
-    SSE_COMMENT,
-    VERSION,
-    Field,
-    HttpError,
-    Model,
-    Request,
-    Response,
-    Route,
-    compact,
-    describe,
-    log,
-    read_fields,
-    served_languages,
-    sse_event,
-    timestamp,
-)
+from cerebrum_common import Field, HttpError, Model, Request, Response, Route, compact, describe, log
 
 HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------- configuration
@@ -163,12 +105,12 @@ def load_config(environ: Environment) -> Config:
         catalog = load_catalog(path)
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
-    max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, MAX_PLACES)
+    max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
     if not HOST.fullmatch(host):
         raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
-        backends=read_backends(catalog.backends, environ, max_concurrent),
+        backends=upstream.read_backends(catalog.backends, environ, max_concurrent),
         models=catalog.models,
         prefer=catalog.prefer,
         host=host,
@@ -188,7 +130,7 @@ NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
 FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
+    "max_tokens": Field(int, 1, dialects.MAX_TOKENS, dialects.DEFAULT_TOKENS),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, 2**32 - 2),
@@ -209,8 +151,8 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages = served_languages(models)
+    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    languages = common.served_languages(models)
     if fields["language"] not in languages:
         got = describe(fields["language"])
         raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
@@ -222,24 +164,16 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
 
 
 def session_of(address: str, session: str | None) -> str:
-    """A session name that is unique across clients, or "" without a session.
-
-    Two clients may choose the same string and must not end each other's requests. A backend sees only the Pi's address,
-    so it gets this unique name too.
-    """
+    """A session name that is unique across clients, or "" without a session. Two clients may choose the same string,
+    and a backend sees only the Pi's address."""
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
-def native_fields(asked: Asked, models: Collection[Model]) -> dict[str, Any]:
+def native_fields(asked: dialects.Asked, models: Collection[Model]) -> dict[str, Any]:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
     an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
-    fields: dict[str, Any] = {
-        "prompt": "",
-        "filename": "",
-        "extra": [],
-        "stop_at": "auto",
-        "progress": False,
-    } | asked.fields
+    unsaid: dict[str, Any] = {"prompt": "", "filename": "", "extra": [], "stop_at": "auto", "progress": False}
+    fields = unsaid | asked.fields
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if asked.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
@@ -302,7 +236,7 @@ class Gateway:
     def _choose_to_warm(self, job: Job) -> Backend | None:
         """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
         prompt is forgotten if none of its backends reads ahead."""
-        if not any(one.warms for one in self.fleet.who_may(job.fields, True).backends):
+        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
             self.warming.waiting.pop(job.client, None)
             return None
         try:
@@ -327,9 +261,8 @@ class Gateway:
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
             ("done", dict)      last: the result, a native done event without its member `done`
 
-        If a backend fails before its first token, the next one gets the request. A completion that fails raises
-        HttpError. All resources are acquired in this body, so they are released when the generator ends or is closed; a
-        generator that was never started holds nothing.
+        A completion that fails raises HttpError. All resources are acquired in this body, so they are released when the
+        generator ends or is closed; a generator that was never started holds nothing.
         """
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
@@ -402,11 +335,8 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
-        """Hold the job's place, and report the outcome to the backend's breaker.
-
-        A newer completion ends the older one of its session, and waits until the older one has released the backend.
-        So the backend never works on more than `max_concurrent` of our requests.
-        """
+        """Hold the job's place, and report the outcome to the backend's breaker. A newer completion ends the older one
+        of its session, and waits for its place: the backend never works on more than `max_concurrent` requests."""
         try:
             for other in [*self.active] if job.session else ():
                 if other.session == job.session and other is not job and not other.superseded:
@@ -444,7 +374,7 @@ class Gateway:
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
         once more."""
-        limits = backend.prompts.limits(job, backend.n_ctx(job.model))
+        limits = Limits(backend.n_ctx(job.model), backend.prompts.ratio.get(job.model))
         for is_last in (False, True):
             try:
                 asked, job.sent = backend.prompts.prepare(job, limits)
@@ -480,7 +410,7 @@ class Gateway:
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
-        told = read_result(done)
+        told = upstream.read_result(done)
         job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
         job.came.reason = reason if reason in FINISHED else "other"
         self.counting.work(job, told)
@@ -493,7 +423,7 @@ class Gateway:
             "model": job.model,
             "total_tokens": told.pop("total_tokens", job.came.tokens),
             "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.started)), 3),
-            "timestamp": timestamp(),
+            "timestamp": common.timestamp(),
             "mode": job.fields["mode"],
         }
         if len(self.fleet.backends) > 1:
@@ -507,17 +437,12 @@ class Gateway:
 async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
     available. A 503 says what is wrong."""
-    told = {
-        "vps_available": gateway.fleet.available,
-        "uptime": round(time.monotonic() - gateway.started, 1),
-        "backends": [
-            {"id": backend.id, "available": backend.available, "message": backend.message}
-            for backend in gateway.fleet.backends
-        ],
-    }
-    if gateway.fleet.available:
-        return Response({"status": "healthy", "timestamp": timestamp(), **told})
-    raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message, extra={"status": "unhealthy", **told})
+    fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
+    backends = [{"id": one.id, "available": one.available, "message": one.message} for one in fleet.backends]
+    told = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
+    if fleet.available:
+        return Response({"status": "healthy", "timestamp": common.timestamp(), **told})
+    raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **told})
 
 
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
@@ -538,11 +463,11 @@ def write_event(pair: Pair) -> bytes:
     if kind == "text":
         return bytes(value)
     if kind == "idle":
-        return SSE_COMMENT
+        return common.SSE_COMMENT
     if kind == "progress":
-        return sse_event({"progress": value})
+        return common.sse_event({"progress": value})
     if kind == "done":
-        return sse_event({"done": True, **value})
+        return common.sse_event({"done": True, **value})
     return b""
 
 
@@ -554,7 +479,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     async with contextlib.aclosing(gateway.complete(job)) as pairs:
         async for kind, value in pairs:
             if kind == "text":
-                text.write(read_text(value))
+                text.write(upstream.read_text(value))
             elif kind == "done":
                 result = value
     return Response({"completion": text.getvalue(), **result})
@@ -563,9 +488,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        raise HttpError(
-            "NOT_FOUND", "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
-        )
+        raise HttpError("NOT_FOUND", "expected the file cerebrum/pi/page.html, got none; the API works without it")
     status, body, headers = gateway.page.respond(request.head.headers)
     return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
 
@@ -578,37 +501,20 @@ async def models(gateway: Gateway, request: Request) -> Response:
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
         having = [one for one in gateway.fleet.backends if one.available and one.models and model.id in one.models]
-        about = {
-            "id": model.id,
-            "name": model.name,
-            "languages": list(model.languages),
-            "parameters": model.parameters,
-            "quantization": model.quantization,
-            "available": bool(having),
-            "backends": [backend.id for backend in having],
-        }
+        about = {name: getattr(model, name) for name in ("id", "name", "languages", "parameters", "quantization")}
+        about |= {"available": bool(having), "backends": [backend.id for backend in having]}
         listed.append(about | ((having[0].models or {})[model.id] if having else {}))
-    served = served_languages(models)
+    served = common.served_languages(models)
     languages: list[dict[str, Any]] = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
         endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
         languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
     here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
-    data = [write_model(model.id, gateway.created) for model in here]
+    data = [dialects.write_model(model.id, gateway.created) for model in here]
     prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
-    return Response(
-        compact(
-            {
-                "models": listed,
-                "vps_available": gateway.fleet.available,
-                "languages": languages,
-                "prefer": prefer,
-                "object": "list",
-                "data": data,
-            }
-        )
-    )
+    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages, "prefer": prefer}
+    return Response(compact(ours | {"object": "list", "data": data}))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
@@ -616,19 +522,19 @@ async def model(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in gateway.config.models]
     if request.parameter not in ids:
         raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(request.parameter)}")
-    return Response(compact(write_model(request.parameter, gateway.created)))
+    return Response(compact(dialects.write_model(request.parameter, gateway.created)))
 
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
     model = gateway.fleet.route({})
     places = sum(backend.limit for backend in gateway.fleet.backends)
-    return Response(compact(write_props(model, gateway.fleet.n_ctx(model), places)))
+    return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
-    fields = read_fields(present(request.json()), TOKENIZE)
+    fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     if not having:
@@ -641,7 +547,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     return Response(compact({"tokens": tokens}))
 
 
-def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
+def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
     """The handler of a dialect's completions."""
 
     async def handle(gateway: Gateway, request: Request) -> Response:
@@ -650,10 +556,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
         job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
         reading = Reading(gateway.sharing, job, asked, editor)
-
-        def reply_to(begun: Mapping[str, Any]) -> Reply:
-            return dialect.reply(asked, request.head.request_id, int(time.time()), begun)
-
+        reply_to = functools.partial(dialect.reply, asked, request.head.request_id, int(time.time()))
         if not asked.stream:
             return await collect(reading, reply_to)
         response = Response()
@@ -663,7 +566,7 @@ def speaking(dialect: Dialect) -> Callable[[Gateway, Request], Awaitable[Respons
     return handle
 
 
-async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply]) -> Response:
+async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply]) -> Response:
     """A completion in one piece, in a dialect."""
     text, response = io.StringIO(), Response()
     async with contextlib.aclosing(reading.pairs()) as pairs:
@@ -671,7 +574,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
             if kind == "started":
                 reply, response.headers = reply_to(value), kept_headers(value["kept"])
             elif kind == "text":
-                text.write(read_text(value))
+                text.write(upstream.read_text(value))
             elif kind == "done":
                 whole = text.getvalue() if value.get("finish_reason") != "replaced" else ""
                 response.body = reply.whole(whole, value)
@@ -679,7 +582,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], Repl
 
 
 async def dialect_stream(
-    reading: Reading, reply_to: Callable[[Mapping[str, Any]], Reply], response: Response
+    reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first block may be empty, as in `write_event`."""
     begun = False
@@ -692,7 +595,7 @@ async def dialect_stream(
             elif kind == "text":
                 yield reply.text(value)
             elif kind == "idle":
-                yield SSE_COMMENT
+                yield common.SSE_COMMENT
             elif kind == "done":
                 yield reply.end(value)
 
@@ -714,12 +617,12 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 async def activity(gateway: Gateway, request: Request) -> Response:
     """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of the last half hour.
     Each number of `requests`, `failed` and `tokens` covers `step_s` seconds, the last one the current step so far."""
-    gateway.counting.sample()
-    fleet = gateway.fleet
+    fleet, counting = gateway.fleet, gateway.counting
+    counting.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
     away = [f"{one.id} is away: {one.message}" for one in fleet.backends if fleet.available and one.message]
-    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away}
-    return Response({"timestamp": timestamp(), **statistics(gateway), **told, **gateway.counting.history.describe()})
+    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away, **counting.history.describe()}
+    return Response({"timestamp": common.timestamp(), **statistics(gateway), **told})
 
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
@@ -756,10 +659,10 @@ def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
     }
 
 
-METRICS: Table = {
+METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("cm4d", common.VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
                "counting.requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
@@ -800,7 +703,7 @@ METRICS: Table = {
 }  # fmt: skip
 
 
-def things(gateway: Gateway) -> Things:
+def things(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
     now = time.monotonic()
     backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}
@@ -842,15 +745,15 @@ ROUTES = (
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
     *(
-        Route("POST", path, speaking(dialect), json=True, foreign_error=write_error)
-        for dialect in DIALECTS
+        Route("POST", path, speaking(dialect), json=True, foreign_error=dialects.write_error)
+        for dialect in dialects.DIALECTS
         for path in dialect.paths
     ),
-    *(Route("GET", f"{path}/{{id}}", model, foreign_error=write_error) for path in ("/v1/models", "/models")),
+    *(Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error) for path in ("/v1/models", "/models")),
     Route("GET", "/models", models),
     Route("GET", "/openapi.json", openapi),
-    Route("GET", "/props", props, foreign_error=write_error),
-    Route("POST", "/tokenize", tokenize, json=True, foreign_error=write_error),
+    Route("GET", "/props", props, foreign_error=dialects.write_error),
+    Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
 )
 # ----------------------------------------------------------------------------------------------- start
 
@@ -888,15 +791,7 @@ def warn_of(config: Config) -> None:
             log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
-def answer_arguments(arguments: Sequence[str]) -> int:
-    """Run an option instead of serving. The code for options is loaded only here."""
-    about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
-    make_parser("cm4d", about, HELP).parse_args(arguments)
-    from cerebrum.check import check_pi
-
-    return check_pi(HERE, load_config, Backend)
-
-
+ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
 HELP = """\
 configuration, the first that has a variable counts:
   files named like the variable in $CREDENTIALS_DIRECTORY
@@ -915,16 +810,15 @@ exit status:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
-        return answer_arguments(arguments)
+        make_parser("cm4d", ABOUT, HELP).parse_args(arguments)
+        from cerebrum.check import check_pi  # loaded only for an option
+
+        return check_pi(HERE, load_config, Backend)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)
         set_up_logging(config.log_level, config.log_file)
-    except ConfigError as error:
-        print(f"cm4d.py: {error}", file=sys.stderr)
-        return 2
-    warn_of(config)
-    try:
+        warn_of(config)
         with asyncio.Runner(loop_factory=Loop) as runner:
             return runner.run(serve(environ, config))
     except ConfigError as error:

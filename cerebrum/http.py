@@ -1,7 +1,7 @@
 """HTTP/1.1 and SSE on asyncio streams: a daemon's server, from a client's bytes to the handler and back.
 
 Strategy
-- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `ChunkedDecoder` take bytes in
+- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder` take bytes in
   any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment. The first
   wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
   allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
@@ -27,10 +27,11 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ from cerebrum_common import (
     Response,
     Route,
     compact,
+    describe,
     error_body,
     error_event,
     internal_error,
@@ -123,11 +125,8 @@ SINGLE_HEADERS = frozenset(
 
 
 def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed.
-
-    An earlier call has scanned the first `scanned` bytes. A head is refused as early as possible: a TLS hello or a bare
-    LF gets its 400 at once, and a head that never ends costs 32 KiB.
-    """
+    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed. An earlier call
+    has scanned the first `scanned` bytes. The first bad byte, as in a TLS hello, is refused at once."""
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
     _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
     if end >= 0:
@@ -138,10 +137,8 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 
 
 def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """`scan_head` for a request. One empty line may precede the request (RFC 9112 section 2.2).
-
-    A bad request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for.
-    """
+    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad request line is refused
+    as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for."""
     start = 2 if buffer.startswith(b"\r\n") else 0
     end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
     _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
@@ -168,7 +165,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
-        raise malformed("expected a known method in capital letters, other than CONNECT", "NOT_IMPLEMENTED")
+        raise malformed(f"expected one of {', '.join(sorted(METHODS))}, got {describe(method)}", "NOT_IMPLEMENTED")
     if len(target) > MAX_TARGET_BYTES:
         raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG")
     if target == "*" and method == "OPTIONS":
@@ -199,7 +196,7 @@ def host_name(value: str) -> str:
     """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another form."""
     match = AUTHORITY.fullmatch(value)
     if not match or int(match[2] or 0) > 65_535:
-        raise malformed("expected a Host of the form name[:port]")
+        raise malformed(f"expected a Host of the form name[:port], got {describe(value)}")
     return match[1].lower()
 
 
@@ -223,13 +220,13 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
-        raise malformed("expected one Content-Length of 1 to 20 decimal digits")
+        raise malformed(f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}")
     if coding is None:
         return (None if length is None else int(length)), False
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if coding.lower() != "chunked":
-        raise malformed("expected the Transfer-Encoding 'chunked' alone", "NOT_IMPLEMENTED")
+        raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", "NOT_IMPLEMENTED")
     return None, True
 
 
@@ -239,7 +236,7 @@ def parse_request(block: bytes) -> Head:
     method, path, authority, version = parse_request_line(first)
     headers = parse_headers(lines)
     if "host" not in headers and version == "HTTP/1.1":
-        raise malformed("expected a Host header")
+        raise malformed("expected a Host header, got none")
     host = host_name(headers["host"]) if "host" in headers else ""
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
@@ -255,30 +252,32 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\
 CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 
-class ChunkedDecoder:
-    """Decodes a chunked body that arrives in any split. `feed` returns payload; `rest` holds the bytes after the end.
+class BodyDecoder:
+    """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
+    section 6.3). `feed` returns payload; `rest` holds the bytes after the end. Trailers are checked and dropped.
+    HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
+    extensions in all (None: no limit), 431 for trailers over 8 KiB. Then `before` is the payload before the fault."""
 
-    Trailers are checked and dropped. HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over
-    `limit` bytes of payload and extensions in all (None: no limit), 431 for trailers over 8 KiB. After an error,
-    `before` holds the payload that the failing call decoded before the fault.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.done = False
+    def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
+        self.done = length == 0
+        self.may_end = length is None and not chunked  # at any byte, with the connection
         self.rest = b""
         self.before = b""
         self._held = b""  # an incomplete size line, line end or trailer section, never payload
-        self._left = 0  # payload bytes still missing from the current chunk
-        self._step = ChunkedDecoder._size  # parses the element after that payload
+        self._left = 0 if chunked else sys.maxsize if length is None else length  # payload until the next `_step`
+        self._step = BodyDecoder._size if chunked else BodyDecoder._end  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
-        if self._step is ChunkedDecoder._size and not (self._held or self._left or self._limit):
+        if self._step is BodyDecoder._size and not (self._held or self._left or self._limit):
             match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
             start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
                 return data[start:-2]
+        if self.done:
+            self.rest += data
+            return b""
         pieces: list[bytes] = []
         try:
             self._decode(self._held + data, pieces)
@@ -305,6 +304,10 @@ class ChunkedDecoder:
 
     # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
 
+    def _end(self, buffer: bytes, at: int) -> int | None:
+        self.done, self.rest = True, buffer[at:]
+        return len(buffer)
+
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
         if not match:
@@ -313,7 +316,7 @@ class ChunkedDecoder:
                 raise malformed("expected a chunk size of 1 to 16 hexadecimal digits and CRLF")
             return None
         self._left = int(match[1], 16)
-        self._step = ChunkedDecoder._line_end if self._left else ChunkedDecoder._trailers
+        self._step = BodyDecoder._line_end if self._left else BodyDecoder._trailers
         self._total += self._left + len(match[2])
         if self._limit is not None and self._total > self._limit:
             raise malformed(f"expected a body of at most {self._limit} bytes", "PAYLOAD_TOO_LARGE")
@@ -324,7 +327,7 @@ class ChunkedDecoder:
             raise malformed("expected CRLF after a chunk's data")
         if len(buffer) < at + 2:
             return None
-        self._step = ChunkedDecoder._size
+        self._step = BodyDecoder._size
         return at + 2
 
     def _trailers(self, buffer: bytes, at: int) -> int | None:
@@ -337,8 +340,7 @@ class ChunkedDecoder:
                 raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
             return None
         parse_headers(section[:end].split(b"\r\n")[:-1])
-        self.done, self.rest = True, buffer[at + end + 2 :]
-        return len(buffer)
+        return self._end(buffer, at + end + 2)
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
@@ -368,12 +370,13 @@ class Access:
         """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
         # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
         # where a short LAN name is harmless: nobody can register a short name.
-        if not self._is_ours(head.host) or ("." in head.authority and not self._is_ours(head.authority)):
-            raise HttpError(
-                "MISDIRECTED_REQUEST", "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
-            )
+        for host in (head.host, head.authority if "." in head.authority else ""):
+            if not self._is_ours(host):
+                message = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+                raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
         if "origin" in head.headers and not self.allows_origin(head):
-            raise HttpError("FORBIDDEN", "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS")
+            got = describe(head.headers["origin"])
+            raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
         if public or not self.keys or self.is_preflight(head):
             return
         given = head.headers.get("x-api-key", "")
@@ -452,7 +455,12 @@ class Connection:
                         return None
             self.idle = False
             async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
-                return await self._read_head()
+                scanned = 0
+                while (end := scan_request(self.buffer, scanned)) is None:
+                    scanned = len(self.buffer)
+                    if not await self.fill():
+                        raise ClientGone
+                return self.take(end)
         except TimeoutError:
             if self.over:
                 raise too_busy() from None
@@ -460,36 +468,17 @@ class Connection:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
 
-    async def _read_head(self) -> bytes:
-        scanned = 0
-        while (end := scan_request(self.buffer, scanned)) is None:
-            scanned = len(self.buffer)
-            if not await self.fill():
-                raise ClientGone
-        return self.take(end)
-
     async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
         """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
+        decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                await (self._read_chunks(sink) if head.chunked else self._read_bytes(head.length or 0, sink))
+                while not decoder.done:
+                    if not self.buffer and not await self.fill():
+                        raise ClientGone
+                    sink(decoder.feed(self.take(READ_BYTES)))
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
-
-    async def _read_bytes(self, length: int, sink: Callable[[bytes], None]) -> None:
-        while length:
-            if not self.buffer and not await self.fill():
-                raise ClientGone
-            piece = self.take(min(length, READ_BYTES))
-            length -= len(piece)
-            sink(piece)
-
-    async def _read_chunks(self, sink: Callable[[bytes], None]) -> None:
-        decoder = ChunkedDecoder(MAX_BODY_BYTES)
-        while not decoder.done:
-            if not self.buffer and not await self.fill():
-                raise ClientGone
-            sink(decoder.feed(self.take(READ_BYTES)))
         self.buffer[:0] = decoder.rest
 
     async def wait_gone(self) -> None:
@@ -583,11 +572,9 @@ class Exchange:
         return None
 
     async def stream(self, response: Response) -> None:
-        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends.
-
-        The first block is awaited before the head is sent, so an earlier error still becomes a status. Nothing can fail
-        before the generator has started, so its `finally` always releases the generator's resources.
-        """
+        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends. The head follows the first
+        block, so an earlier error still becomes a status. Nothing can fail before the generator has started, so its
+        `finally` always releases the generator's resources."""
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
         connection, render = self.connection, response.render
@@ -618,9 +605,8 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """Log `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by the reason of an error. 499
-        is nginx's status for a client that left before its answer. A request is logged and counted once, even if its
-        client leaves after an error event."""
+        """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by
+        the reason of an error. 499 is nginx's status for a client that left before its answer."""
         if self.ended:
             return
         self.ended = True
@@ -677,10 +663,9 @@ class Server:
                 # A client that lost its network must not keep its place for long. Keepalive finds the loss when nothing
                 # is being sent; TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                if hasattr(socket, "TCP_USER_TIMEOUT"):
-                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
-                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-                    twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
+                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
         bound, port = listening[0].getsockname()[:2]
         host = bound if sockets else host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -717,7 +702,10 @@ class Server:
         except Exception as exception:
             internal_error(exception)
         finally:
-            self._dismiss(task, connection)
+            del self.connections[task]
+            self.overflow.pop(task, None)
+            if not connection.over:
+                self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
             connection.transport.abort()
 
     def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
@@ -732,12 +720,6 @@ class Server:
             oldest = next(iter(self.overflow))
             del self.overflow[oldest]
             oldest.cancel()
-
-    def _dismiss(self, task: asyncio.Task[None], connection: Connection) -> None:
-        del self.connections[task]
-        self.overflow.pop(task, None)
-        if not connection.over:
-            self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -787,16 +769,6 @@ class Server:
             return
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with self._hold() as (body, hold):
-            await connection.read_body(head, hold if route.json else discard)
-            notes, answered = exchange.notes, self.answered
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
-            body.clear()
-            await (self._watch if route.json else self._call)(exchange, route, request)
-
-    @contextlib.contextmanager
-    def _hold(self) -> Iterator[tuple[bytearray, Callable[[bytes], None]]]:
-        """Yield an empty body and a function that appends to this body, up to MAX_BODIES_BYTES over all connections."""
         body, held = bytearray(), 0
 
         def hold(piece: bytes) -> None:
@@ -808,7 +780,11 @@ class Server:
             self.body_bytes += len(piece)
 
         try:
-            yield body, hold
+            await connection.read_body(head, hold if route.json else discard)
+            notes, answered = exchange.notes, self.answered
+            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
+            body.clear()
+            await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
             self.body_bytes -= held
 
@@ -885,17 +861,20 @@ def check_body(head: Head, route: Route) -> None:
     """HttpError if the head announces a body that the route does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
-        raise malformed("expected no Expect but 100-continue", "EXPECTATION_FAILED")
+        raise malformed(f"expected the Expect 100-continue or none, got {describe(expect)}", "EXPECTATION_FAILED")
     if head.length is not None and head.length > MAX_BODY_BYTES:
         raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", "PAYLOAD_TOO_LARGE")
     if head.has_body and "content-encoding" in head.headers:
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected a body without Content-Encoding")
+        got = describe(head.headers["content-encoding"])
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected a body without Content-Encoding, got {got}")
     if not route.json:
         return
     if not head.chunked and head.length is None:
-        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks")
-    if not route.foreign_error and not JSON_TYPE.fullmatch(head.headers.get("content-type", "")):
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", "expected the Content-Type application/json")
+        raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks, got neither")
+    kind = head.headers.get("content-type", "")
+    if not route.foreign_error and not JSON_TYPE.fullmatch(kind):
+        got = describe(kind) if kind else "none"
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected the Content-Type application/json, got {got}")
 
 
 JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)

@@ -21,7 +21,7 @@ from cerebrum.http import (
     MAX_HEAD_BYTES,
     MAX_LINE_BYTES,
     STATUS_LINE,
-    ChunkedDecoder,
+    BodyDecoder,
     chunk,
     encode_head,
     parse_headers,
@@ -68,7 +68,7 @@ def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
 
 def decode(data: bytes, cuts: list[int], limit: int | None = None) -> tuple[bytes, bytes, bool] | int:
     """A chunked body cut at `cuts`: (payload, rest, done), or a status."""
-    decoder, payload, rest = ChunkedDecoder(limit), b"", b""
+    decoder, payload, rest = BodyDecoder(None, True, limit), b"", b""
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
         for start, stop in pairwise(bounds):
@@ -295,7 +295,7 @@ def test_the_size_of_integers_is_exact() -> None:
 
 def test_a_body_in_tiny_chunks_takes_linear_time() -> None:
     """1 MiB in chunks of one byte, in reads of one byte too: the decoder holds no payload."""
-    decoder, held = ChunkedDecoder(MAX_BODY_BYTES), 0
+    decoder, held = BodyDecoder(None, True, MAX_BODY_BYTES), 0
     for _ in range(2000):
         for byte in b"1\r\nx\r\n":
             decoder.feed(bytes([byte]))

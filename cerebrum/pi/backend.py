@@ -1,7 +1,4 @@
-"""One backend: its places, its breaker, its ratios, what we know about its models, and its counters.
-
-A `Job` is one completion in progress. Standard library only.
-"""
+"""One backend: its places, breaker, ratios, known models and counters. And `Job`, one completion in progress."""
 
 from __future__ import annotations
 
@@ -17,36 +14,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any
 
+from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
-from cerebrum.pi.upstream import (
-    ASIDE_SECONDS,
-    JSON,
-    MAX_ERROR_BYTES,
-    MAX_JSON_BYTES,
-    MAX_MESSAGE_CHARACTERS,
-    MAX_TOKENS_BYTES,
-    BackendConfig,
-    BackendFailure,
-    Misfit,
-    Pair,
-    TooLong,
-    Upstream,
-    relay,
-)
+from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
 
-TOLD = {
-    "n_ctx": LENGTH,
-    "loaded": Field(bool),
-    "encoding": Field(str, 1, 100),
-    "memory_mb": Field(float, 0, 10**9),
-}
+TOLD = {"n_ctx": LENGTH, "loaded": Field(bool), "encoding": Field(str, 1, 100), "memory_mb": Field(float, 0, 10**9)}
 
 
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -90,8 +69,6 @@ WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place;
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
-
-
 SUPERSEDED = "SUPERSEDED"
 
 
@@ -208,9 +185,6 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text before a cursor
 
-    def limits(self, job: Job, n_ctx: int) -> Limits:
-        return Limits(n_ctx, self.ratio.get(job.model))
-
     def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
         """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
         fields, n_ctx = job.fields, limits.n_ctx
@@ -294,7 +268,6 @@ class Backend:
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began or ended
-        self.is_known = False  # whether a probe has been completed
         self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
         self.response_ms: float | None = None  # of the last successful probe
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
@@ -304,10 +277,10 @@ class Backend:
         self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
-    def _configure(self, config: BackendConfig, catalog: Sequence[Model], upstream: Upstream) -> None:
+    def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
         self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
-        self.upstream, self._catalog = upstream, catalog
+        self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
         """Take over the settings of another object with the same id and API. If the address changes, forget what we
@@ -349,10 +322,6 @@ class Backend:
         """The jobs that hold a place, without those superseded by a newer job of their session."""
         return [job for job in self.active if not job.superseded]
 
-    def load(self) -> float:
-        """The share of its places in use."""
-        return len(self.active) / self.limit
-
     def has_place(self, job: Job) -> bool:
         """Whether there is a place for this job, which ends the older jobs of its session."""
         if len(self.active) < self.limit:
@@ -389,21 +358,20 @@ class Backend:
             self.found(error.message)
         else:
             self.found("")
-        self.is_known = True
         self.probes += 1
         self.probed = time.monotonic()
 
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
         if self.api is None:
-            return read_loaded(await self.upstream.get("/health", MAX_ERROR_BYTES))
+            return read_loaded(await self.upstream.get("/health", upstream.MAX_ERROR_BYTES))
         try:
-            async with self.upstream.ask("GET", self.api.health, kind=JSON, seconds=ASIDE_SECONDS):
-                return []
+            async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
+                pass
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
-            return []
+        return []
 
     def found(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -418,9 +386,12 @@ class Backend:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
         try:
-            answer = await self.upstream.get("/v1/models", MAX_JSON_BYTES)
+            answer = await self.upstream.get("/v1/models", upstream.MAX_JSON_BYTES)
             listed = read_listed(answer) if self.api else read_models(answer)
-            props = await self._ask_props()
+            props = {}
+            if self.api and self.api.props:
+                with contextlib.suppress(HttpError):  # the server's /props can be turned off
+                    props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
             if isinstance(error, Misfit) or (self.api and self.models is None):
                 self._models_until = 0.0
@@ -428,21 +399,13 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         found = find_models(self._catalog, listed)
-        strange = "" if found else printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
+        strange = "" if found else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
         if strange and strange != self._strange:
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
         self._strange = strange
         self.names = {id: name for id, (name, _) in found.items()}
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
-
-    async def _ask_props(self) -> dict[str, Any]:
-        if not self.api or not self.api.props:
-            return {}
-        try:
-            return read_props(await self.upstream.get(self.api.props, MAX_JSON_BYTES))
-        except HttpError:
-            return {}  # the server's /props can be turned off
 
     # Places.
 
@@ -478,7 +441,7 @@ class Backend:
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
-                self.upstream.ask("POST", "/v1/inference/stream", {"model": model, **asked}) as answer,
+                self.upstream.ask("/v1/inference/stream", {"model": model, **asked}, upstream.EVENT_STREAM) as answer,
                 contextlib.aclosing(relay(answer, self.config.key)) as pairs,
             ):
                 yield pairs
@@ -488,7 +451,7 @@ class Backend:
         body = dialect.write(Wanted(asked, model, fim, job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
-            self.upstream.send("POST", dialect.paths[0], body, READING_SECONDS) as answer,
+            self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
             yield pairs
@@ -520,7 +483,7 @@ class Backend:
             asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
             asked["model"] = self.names.get(model, model)
         try:
-            answer = await self.upstream.post(path, asked, MAX_TOKENS_BYTES)
+            answer = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, asked)
             self.breaker.succeeded(ticket)
         except HttpError as error:
             self.failed(ticket, error)

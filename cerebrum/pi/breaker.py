@@ -23,11 +23,11 @@ BREAKER_STATES = ("closed", "open", "half-open")
 
 
 class Breaker:
-    """The breaker of one backend. Pure: the caller passes in `now` (seconds, monotonic) and `chance` (0 to 1).
+    """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
-    closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
-    number of the current state. A result with an older ticket is late and is ignored.
+    number of the current state; a result with an older ticket is late and is ignored. The caller passes in `now`
+    (seconds, monotonic) and `chance` (0 to 1).
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:

@@ -1,7 +1,4 @@
-"""Statistics of completions: totals since the start, one tally per model, and the last half hour.
-
-Standard library only.
-"""
+"""Statistics of completions: totals since the start, one tally per model, and the last half hour."""
 
 from __future__ import annotations
 
@@ -55,17 +52,13 @@ class Counting:
             raise
         finally:
             job.notes |= notes_of(job)
-            self._end(job, job.came.reason or reason)
-
-    def _end(self, job: Job, reason: str) -> None:
-        tally = self.tallies.setdefault(job.model or NO_MODEL, Tally())
-        tally.end(reason)
-        came = job.came
-        tally.tokens += came.tokens
-        if came.first:
-            # The time of the last token is known only for a complete answer.
-            last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
-            tally.spoke(came.first - job.started, last - job.started, tokens)
+            tally, came = self.tallies.setdefault(job.model or NO_MODEL, Tally()), job.came
+            tally.end(came.reason or reason)
+            tally.tokens += came.tokens
+            if came.first:
+                # The time of the last token is known only for a complete answer.
+                last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
+                tally.spoke(came.first - job.started, last - job.started, tokens)
 
     def work(self, job: Job, told: Mapping[str, Any]) -> None:
         """Count the work that the job's backend reports."""

@@ -18,10 +18,9 @@ lowered, and of several completions the first is returned. HttpError 400 names t
 pictures, tools, a prompt of token numbers, several prompts at once. From an engine, only members of the right type
 count; the rest is absent.
 
-Pure: no socket, no clock, no state. Standard library only. The clients' formats come from their sources (llama.vim,
-llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from llama-server's documentation and
-from OpenAI's. The engines' formats come from the documentation of llama-server, vLLM, SGLang, TGI, Ollama and OpenAI,
-and from the answers of llama-server and of llama-cpp-python's server.
+Pure: no socket, no clock, no state. Standard library only. The formats come from the clients' sources (llama.vim,
+llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from the documentation of OpenAI,
+llama-server, vLLM, SGLang, TGI and Ollama, and from the answers of llama-server and of llama-cpp-python's server.
 """
 
 from __future__ import annotations
@@ -136,12 +135,7 @@ def read_prompt(members: Mapping[str, Any]) -> str:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str):
         raise wrong("prompt", "a string, or an array of one string", value)
-    return str(read_fields({"prompt": value}, {"prompt": TEXT})["prompt"])
-
-
-def read_extra(value: Any) -> list[dict[str, str]]:
-    """`input_extra`: other files' texts."""
-    return [entry for entry in read_objects(value, "input_extra", 0, MAX_EXTRAS, EXTRA) if entry["text"]]
+    return value
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
@@ -162,7 +156,7 @@ def read_content(value: Any, where: str) -> str:
         return "\n".join(part["text"] for part in read_objects(value, where, 0, MAX_MESSAGES, PART))
     if not isinstance(value, str):
         raise wrong(where, "a string, or an array of text parts", value)
-    return str(read_fields({where: value}, {where: TEXT})[where])
+    return value
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
@@ -267,9 +261,7 @@ def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> 
     return "infill" if infill else "completion", fields | {"prompt": prefix, "mode": mode} | behind
 
 
-def ask_prompt(
-    fields: dict[str, Any], prompt: str, suffix: str = "", infill: bool = False
-) -> tuple[str, dict[str, Any]]:
+def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens."""
     split = None if suffix else split_fim(prompt)
     if not split:
@@ -321,7 +313,7 @@ def read_completion(members: Mapping[str, Any]) -> Asked:
     """POST /completion: llama-server's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, LLAMA_FIELDS)
-    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members))
+    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members), suffix="", infill=False)
     return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
 
 
@@ -329,7 +321,8 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
     """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
-    fields = read_llama(members, read) | {"extra": read_extra(members.get("input_extra", []))}
+    files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
+    fields = read_llama(members, read) | {"extra": [file for file in files if file["text"]]}
     prefix = read["input_prefix"] + read_prompt(members)
     kind, fields = ask_text(fields, prefix, read["input_suffix"], infill=True)
     return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
@@ -340,16 +333,10 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
-DONE_EVENT = sse_block(b"[DONE]")
 
 
 def sse(data: Mapping[str, Any]) -> bytes:
     return sse_block(compact(data))
-
-
-def template(data: Mapping[str, Any]) -> bytes:
-    """An event with a place for the token, for `TOKEN_TEXT.sub`."""
-    return sse(data).replace(compact(SLOT), rb"\1")
 
 
 def finish_reason(result: Mapping[str, Any]) -> str:
@@ -365,15 +352,14 @@ def usage(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Reply:
-    """The answer to one request in its dialect. `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
+    """The answer to one request in its dialect; here OpenAI's completion of a text: {"id", "object", "choices", …}.
+    `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
         self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
-        self.template = template(self.chunk(SLOT))
-
-    def chunk(self, text: str) -> dict[str, Any]:
-        """The event for a piece of text."""
-        raise NotImplementedError
+        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
 
     def begin(self) -> bytes:
         """The events before the first text."""
@@ -382,20 +368,6 @@ class Reply:
     def text(self, tokens: bytes) -> bytes:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
-
-    def end(self, result: Mapping[str, Any]) -> bytes:
-        """The events after the last text, for a native result."""
-        raise NotImplementedError
-
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
-        """The answer in one piece."""
-        raise NotImplementedError
-
-
-class OpenAIReply(Reply):
-    """The common form of OpenAI's two calls: {"id", "object", "created", "model", "choices": [{…}]}."""
-
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def frame(self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
         head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.begun["model"]}
@@ -407,20 +379,23 @@ class OpenAIReply(Reply):
         return {"text": text}
 
     def chunk(self, text: str) -> dict[str, Any]:
+        """The event for a piece of text."""
         return self.frame(self.chunk_object, self.part(text))
 
     def end(self, result: Mapping[str, Any]) -> bytes:
+        """The events after the last text, for a native result."""
         last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
         counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
-        return last + counts + DONE_EVENT
+        return last + counts + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+        """The answer in one piece."""
         more = {"usage": usage(result), **told(result)}
         return compact(self.frame(self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more))
 
 
-class ChatReply(OpenAIReply):
-    """chat.completion, and chat.completion.chunk."""
+class ChatReply(Reply):
+    """OpenAI's chat.completion, and chat.completion.chunk."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -672,30 +647,14 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in counts.items() if value is not None}
 
 
-def read_progress(members: Mapping[str, Any]) -> tuple[Any, Any]:
-    """llama-server's `prompt_progress`: the number of prompt tokens read so far, and of all prompt tokens."""
-    progress = members_of(members.get("prompt_progress"))
-    return progress.get("processed"), progress.get("total")
-
-
-def read_choice(members: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one choice of an event; empty if the event has none, such as one with only `usage`."""
+def read_openai_event(members: Mapping[str, Any]) -> Delta:
+    """An event of OpenAI's two calls. An event with only `usage` has no choice, a chat's choice has no `text`."""
     choices = members.get("choices")
-    return members_of(choices[0]) if isinstance(choices, list) and choices else {}
-
-
-def read_text_event(members: Mapping[str, Any]) -> Delta:
-    """An event of /v1/completions."""
-    choice = read_choice(members)
-    return Delta(text_of(choice.get("text")), read_reason(choice.get("finish_reason")))
-
-
-def read_chat_event(members: Mapping[str, Any]) -> Delta:
-    """An event of /v1/chat/completions. A model's thoughts before its answer are not part of the answer."""
-    choice = read_choice(members)
+    choice = members_of(choices[0]) if isinstance(choices, list) and choices else {}
     delta = members_of(choice.get("delta", choice.get("message")))
     thought = delta.get("reasoning_content") or delta.get("reasoning")
-    return Delta(text_of(delta.get("content")), read_reason(choice.get("finish_reason")), bool(thought))
+    text = text_of(choice.get("text")) or text_of(delta.get("content"))
+    return Delta(text, read_reason(choice.get("finish_reason")), bool(thought))
 
 
 def read_llama_event(members: Mapping[str, Any]) -> Delta:
@@ -761,9 +720,11 @@ class Dialect:
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
 OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_text_completion, OpenAIReply, write_text_completion, read_text_event
+    ("/v1/completions", "/completions"), read_text_completion, Reply, write_text_completion, read_openai_event
 )
-OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_chat_event)
+OPENAI_CHAT = Dialect(
+    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
+)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_completion, read_llama_event)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_infill, read_llama_event)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)

@@ -21,11 +21,12 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, read_counts, read_overflow, read_progress
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, members_of, read_counts, read_overflow
 from cerebrum.pi.upstream import (
     COUNT,
     ENGINE_RESULT,
     EVENT_STREAM,
+    LATE,
     LONG_PROMPT,
     Answer,
     BackendFailure,
@@ -46,7 +47,6 @@ MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-DONE = b"[DONE]"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -74,25 +74,16 @@ class Translator:
     or earlier, where the requested piece is complete. `asked` has the fields of vpsd's request."""
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
-        from cerebrum.text.ending import (  # 3 MB that a Pi without other engines need not load
-            Cutter,
-            Ending,
-            wants_extras,
-        )
+        # 3 MB that a Pi without other engines need not load
+        from cerebrum.text.ending import Cutter, Ending, wants_extras
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        mode = asked["mode"]
-        ending = Ending(
-            mode,
-            asked.get("language"),
-            "" if turns else given[0],
-            asked.get("suffix"),
-            asked.get("stop_at", "auto"),
-            extras=wants_extras([turn["content"] for turn in turns if turn["role"] == "user"]),
-            indent=asked.get("indent", 0),
-        )
+        extras = wants_extras([turn["content"] for turn in turns if turn["role"] == "user"])
+        above, indent = "" if turns else given[0], asked.get("indent", 0)
+        where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
+        ending = Ending(*where, extras=extras, indent=indent)
         self.read_event = dialect.read_event
         self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
         self.characters = Characters()
@@ -132,7 +123,7 @@ class Translator:
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
         data = data_of(event)
-        if data.strip() == DONE:
+        if data.strip() == b"[DONE]":
             yield self.end()
             return
         if not data:
@@ -158,7 +149,8 @@ class Translator:
         if members.get("stop") is True:  # the last event of llama-server's own calls
             yield self._done(self.reason or "stop")
         elif self.progress and not self.tokens:
-            read, total = read_progress(members)
+            progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
+            read, total = progress.get("processed"), progress.get("total")
             if COUNT.accepts(read) and COUNT.accepts(total):
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
 
@@ -206,7 +198,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
     spoke = lived = now()  # when the client last got something; when the engine last made progress
     while not await upstream.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
         if now() - lived > READING_SECONDS:
-            raise BackendFailure("it did not answer in time")
+            raise BackendFailure(LATE)
         yield "idle", None
     yield "begun", None
     while not translator.done:
@@ -229,7 +221,7 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
         elif translator.life != life:
             life, lived = translator.life, now()
         elif now() - lived > READING_SECONDS:  # the engine sends nothing but comments
-            raise BackendFailure("it did not answer in time")
+            raise BackendFailure(LATE)
         is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
         if not translator.done and (payload == b"" or is_late):
             yield translator.end()

@@ -1,7 +1,4 @@
-"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date.
-
-Standard library only.
-"""
+"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cerebrum.pi.backend import BREAKER_OPEN, NEVER_ASKED, Backend, Job
@@ -23,6 +19,7 @@ STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at mo
 MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 
 Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
+Options = Sequence[tuple[str, Sequence[Backend]]]  # models, best first, each with the backends that have it
 
 
 def rank_models(
@@ -37,9 +34,8 @@ def rank_models(
     [prefer] lists for the mode come first, then the others in the table's order. A chat counts as an instruction.
 
     With `any_language`, a language that no present model serves goes to any of them. Without it, the only id may be a
-    missing model's: a backend's 404 says which file is missing and how to get it. Until the backends' models are known
-    (None), the preferences do not count.
-    """
+    missing model's: a backend's 404 says which file is missing and how to get it. No preferences count until the
+    backends' models are known (None)."""
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model.id for model in here if language in model.languages]
     if not language or (any_language and not serving):
@@ -48,15 +44,6 @@ def rank_models(
         return [next((model for model in catalog if language in model.languages), catalog[0]).id]
     preferred = () if present is None else prefer.get("instruct" if mode == "chat" else mode, ())
     return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Who may answer a request: the models, best first, each with the backends that have it; and all these backends, in
-    the table's order."""
-
-    options: Sequence[tuple[str, frozenset[Backend]]]
-    backends: Sequence[Backend]
 
 
 def cache_key(job: Job) -> str:
@@ -71,11 +58,8 @@ def first_there(backends: Sequence[Backend]) -> Backend:
 
 
 class Fleet:
-    """Owns the list of backends, and remembers which one served a file last.
-
-    `is_fair` says whether a job may take one of the last free places of some backends, and `probed` is called with a
-    backend after each of its probes.
-    """
+    """Owns the list of backends, and remembers which one served a file last. `is_fair` says whether a job may take one
+    of the last free places of some backends, and `probed` is called with a backend after each of its probes."""
 
     def __init__(self, is_fair: Callable[[Job, Sequence[Backend]], bool], probed: Callable[[Backend], None]) -> None:
         self._is_fair, self._probed = is_fair, probed
@@ -171,7 +155,7 @@ class Fleet:
 
     async def know(self) -> None:
         """Probe all backends if the daemon has just started and no probe is complete."""
-        if not any(backend.is_known for backend in self.backends):
+        if not any(backend.probes for backend in self.backends):
             await asyncio.gather(*(backend.probe() for backend in self.backends))
 
     def stuck(self, now: float) -> str:
@@ -183,50 +167,48 @@ class Fleet:
 
     def route(self, fields: Mapping[str, Any]) -> str:
         """The id of the requested model, or of the best one, preferably on an available backend."""
-        options = self.who_may(fields, any_language=True).options
+        options = self.who_may(fields, any_language=True)
         there = (model for model, having in options if any(backend.available for backend in having))
         return next(there, options[0][0])
 
-    def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Candidates:
-        """The models and backends that may answer, judged by the lists of models alone."""
+    def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Options:
+        """The models that may answer and their backends, judged by the lists of models alone."""
         asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
         if asked is not None:
             ids = [asked]
         else:
             ids = rank_models(self._catalog, self._prefer, language, mode, self.models, any_language)
-        options = [(id, frozenset(backend for backend in self.backends if backend.has(id))) for id in ids]
+        options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
-            options = [(ids[0], frozenset(backend for backend in self.backends if backend.api is None))]
-        backends = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        return Candidates(options, backends)
+            options = [(ids[0], [backend for backend in self.backends if backend.api is None])]
+        return options
 
     def choose(self, job: Job) -> tuple[str, Backend] | None:
         """The model and the backend for a job; None if no place is free for it. HttpError if no backend may be asked.
-
         Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
-        one that probably has the beginning of the prompt in its cache, or else the least busy one.
-        """
-        now, candidates = time.monotonic(), self.who_may(job.fields, bool(job.kind))
+        one that probably has the beginning of the prompt in its cache, or else the least busy one."""
+        now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
+        able = [backend for backend in self.backends if any(backend in having for _, having in options)]
         passed = [*job.attempts.tried, *job.attempts.busy]
-        usable = [one for one in candidates.backends if one not in passed and one.breaker.admits(now)]
+        usable = [backend for backend in able if backend not in passed and backend.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
-            raise job.attempts.failure or self._nobody(candidates)
+            raise job.attempts.failure or self._nobody(options)
         if not self._is_fair(job, usable):
             return None
         last = self._served.get(cache_key(job))
         free = [backend for backend in usable if backend.has_place(job)]
-        for model, having in candidates.options:
+        for model, having in options:
             if best := [backend for backend in free if backend in having]:
-                return model, last if last in best else min(best, key=Backend.load)
+                return model, last if last in best else min(best, key=lambda one: len(one.active) / one.limit)
         return None
 
-    def _nobody(self, candidates: Candidates) -> HttpError:
-        if candidates.backends:
+    def _nobody(self, options: Options) -> HttpError:
+        if any(having for _, having in options):
             return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
         if unknown := [backend for backend in self.backends if backend.models is None]:
             return HttpError("VPS_UNAVAILABLE", next((one.message for one in unknown if one.message), NEVER_ASKED))
-        expected, got = ", ".join(self.models or ()), describe(candidates.options[0][0])
+        expected, got = ", ".join(self.models or ()), describe(options[0][0])
         return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
 
     def remember_served(self, job: Job, backend: Backend) -> None:
@@ -240,7 +222,7 @@ class Fleet:
     def has_another(self, backend: Backend, job: Job) -> bool:
         """Whether a backend that could not load the job's model has another model for this job."""
         job.attempts.without.append((backend, job.model))
-        options = self.who_may(job.fields, bool(job.kind)).options
+        options = self.who_may(job.fields, bool(job.kind))
         others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
         if others and backend.models:
             backend.models.pop(job.model, None)  # until the backend's next list

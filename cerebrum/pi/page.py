@@ -1,7 +1,4 @@
-"""The Pi's web page: the response that carries it, and the series of the last half hour that it shows.
-
-In: the bytes of page.html, and the Pi's counters from time to time. Out: the response's headers and body
-(`Page`), and three series of numbers (`History`).
+"""The Pi's web page: the response that carries it, and the three series of the last half hour that it shows.
 
     >>> page = Page(b"<style>p {}</style><script>f()</script>")
     >>> page.respond({"if-none-match": page.etag})[0]

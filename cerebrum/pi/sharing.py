@@ -1,7 +1,4 @@
-"""Work shared between requests: identical requests, newer ones that replace older ones, and text typed as predicted.
-
-Standard library only.
-"""
+"""Work that requests share: the same request twice, a newer one that replaces an older, text typed as predicted."""
 
 from __future__ import annotations
 
@@ -119,12 +116,6 @@ class Predictions:
         return None
 
 
-def typed_pairs(prediction: Prediction, rest: str) -> list[Pair]:
-    """The pairs of a completion whose text is the rest of an earlier one."""
-    done = {"model": prediction.begun["model"], "finish_reason": prediction.finish_reason, "type_through": True}
-    return [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
-
-
 # ------------------------------------------------------------------------------- following a completion
 
 EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
@@ -132,10 +123,8 @@ MAX_TO_WARM = 4  # prompts, one of each client
 
 
 class Shared:
-    """One completion for all clients that send the same request at the same time, and the task that computes it.
-
-    All pairs are kept, so a late client gets them all. The completion ends when its last reader leaves.
-    """
+    """One completion for all clients that send the same request at the same time, and the task that computes it. It
+    keeps all pairs, so a late client gets them all, and ends when its last reader leaves."""
 
     def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
         self.pairs, self.job, self.key = list(pairs), job, key
@@ -143,22 +132,6 @@ class Shared:
         self.readers: list[Reading] = []
         self.remembered = False  # as a prediction
         self.task: asyncio.Task[None] | None = None
-
-    async def compute(self, pairs: AsyncGenerator[Pair, None]) -> None:
-        """Collect all pairs, and keep the error that ends them."""
-        try:
-            async with contextlib.aclosing(pairs):
-                async for pair in pairs:
-                    self.add(pair)
-        except HttpError as error:
-            self.failure = error
-        except Exception as exception:
-            self.failure = internal_error(exception)
-        self.wake(all_of_them=True)
-
-    def add(self, pair: Pair) -> None:
-        self.pairs.append(pair)
-        self.wake(all_of_them=pair[0] == "done")
 
     def wake(self, all_of_them: bool) -> None:
         """Wake the readers. A reader that collects the whole text is woken only at the end."""
@@ -218,19 +191,11 @@ class Reading:
             return kind, text_event(rest) if rest else b""
         return kind, b"".join(texts) if len(texts) > 1 else value
 
-    def replace(self) -> None:
-        """End this reading, and at once its completion if nobody else reads it: a slow client must not delay this."""
-        self.replaced = True
-        self.sharing.leave(self)
-        self.woken.set()
-
 
 class Sharing:
-    """Owns what requests share: the readers of each running completion, and the latest completions.
-
-    `start` begins a completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read
-    ahead, and `moved` is called when a place passes to another client.
-    """
+    """Owns what requests share: the readers of each running completion, and the latest completions. `start` begins a
+    completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read ahead, and
+    `moved` is called when a place passes to another client."""
 
     def __init__(
         self,
@@ -246,17 +211,13 @@ class Sharing:
         self.predictions = Predictions()
         self._editors: dict[str, float] = {}  # the time of each client's last infill
 
-    def editors(self) -> set[str]:
-        """The clients that have asked for an infill within EDITOR_SECONDS."""
-        now = time.monotonic()
-        self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
-        return set(self._editors)
-
     def is_fair(self, job: Job, usable: Sequence[Backend]) -> bool:
         """Whether the job leaves a place for editors. After a recent infill, chats and plain completions leave one for
         infills, and one client's infills leave one for another client's. Requests of our own API take any place."""
-        editors = self.editors()
-        if not job.kind or not (editors - {job.client} if job.kind == "infill" else editors):
+        now = time.monotonic()
+        self._editors = {client: seen for client, seen in self._editors.items() if now - seen < EDITOR_SECONDS}
+        others = self._editors.keys() - ({job.client} if job.kind == "infill" else set())
+        if not job.kind or not others:
             return True
         running = [other for backend in usable for other in backend.running]
         most = sum(backend.limit for backend in usable)
@@ -274,13 +235,15 @@ class Sharing:
             self._editors[job.client] = time.monotonic()
         if job.fields["max_tokens"] == 0:
             self._warm(job)
-            done = "done", {"finish_reason": "length"}
-            return Shared([("started", self.beginning(job)), done])
+            return Shared([("started", self.beginning(job)), ("done", {"finish_reason": "length"})])
         if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
+            prediction, rest = found
             self.counts["type_through"] += 1
             self._replace_older(reading, ahead=True)
-            job.notes |= {"model": found[0].begun["model"], "tokens": 0}
-            return Shared(typed_pairs(*found))
+            model = {"model": prediction.begun["model"]}
+            job.notes |= model | {"tokens": 0}
+            done = model | {"finish_reason": prediction.finish_reason, "type_through": True}
+            return Shared([("started", prediction.begun), ("text", text_event(rest)), ("done", done)])
         shared = self._typed_meanwhile(reading) or self._identical(job)
         shared.readers.append(reading)
         self._replace_older(reading)
@@ -317,10 +280,19 @@ class Sharing:
         return shared
 
     async def _compute(self, shared: Shared, job: Job) -> None:
+        """Collect all pairs, and keep the error that ends them."""
         try:
-            await shared.compute(self._start(job))
+            async with contextlib.aclosing(self._start(job)) as pairs:
+                async for pair in pairs:
+                    shared.pairs.append(pair)
+                    shared.wake(all_of_them=pair[0] == "done")
+        except HttpError as error:
+            shared.failure = error
+        except Exception as exception:
+            shared.failure = internal_error(exception)
         finally:
             self._forget(shared)
+        shared.wake(all_of_them=True)
 
     def _forget(self, shared: Shared) -> None:
         """Let no other reading join this completion."""
@@ -339,7 +311,9 @@ class Sharing:
                 continue
             if is_typed_on(other.job.fields, fields):
                 self.counts["replaced"] += 1
-                other.replace()
+                other.replaced = True
+                self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
+                other.woken.set()
 
     def leave(self, reading: Reading) -> None:
         """Remove a reading that has ended or whose client has left. The last reader to leave ends the completion; until
@@ -371,15 +345,11 @@ class Sharing:
 
 
 class Warming:
-    """Owns the prompts to be read into a backend's cache while the backend is idle.
-
-    `choose` sets the model of a prompt and returns its backend, or None; `answer` makes the backend read the prompt.
-    """
+    """Owns the prompts to be read into a backend's cache while the backend is idle. `choose` sets the model of a prompt
+    and returns its backend, or None; `answer` makes the backend read the prompt."""
 
     def __init__(
-        self,
-        choose: Callable[[Job], Backend | None],
-        answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]],
+        self, choose: Callable[[Job], Backend | None], answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]]
     ) -> None:
         self._choose, self._answer = choose, answer
         self.waiting: dict[str, Job] = {}  # by client

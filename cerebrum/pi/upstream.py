@@ -25,15 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cerebrum.http import (
-    READ_BYTES,
-    STATUS_LINE,
-    ChunkedDecoder,
-    is_ip_literal,
-    parse_framing,
-    parse_headers,
-    scan_head,
-)
+from cerebrum.http import READ_BYTES, STATUS_LINE, BodyDecoder, is_ip_literal, parse_framing, parse_headers, scan_head
 from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, members_of, read_overflow
 from cerebrum.settings import ConfigError, Environment, read_table
 from cerebrum_common import Field, HttpError, parse_json, request_id_var, sse_event
@@ -86,15 +78,11 @@ def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: i
     backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    return backends or (
-        BackendConfig(
-            id="vps",
-            endpoint=parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL"),
-            key=environ.key("CEREBRUM_API_KEY"),
-            key_env="CEREBRUM_API_KEY",
-            max_concurrent=max_concurrent,
-        ),
-    )
+    if backends:
+        return backends
+    endpoint = parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL")
+    key = environ.key("CEREBRUM_API_KEY")
+    return (BackendConfig("vps", endpoint, key=key, key_env="CEREBRUM_API_KEY", max_concurrent=max_concurrent),)
 
 
 BACKEND = {
@@ -154,8 +142,7 @@ PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; al
 )
 EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
-    421: "VPS backend does not know the name it was asked by: add the host of its URL to"
-    " CEREBRUM_ALLOWED_HOSTS on the VPS",
+    421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
 ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
@@ -190,7 +177,7 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
     except HttpError:
         ours = None
     if ours is None or status < 400:
-        return BackendFailure(f"it answered {status}, and not as a Cerebrum backend does")
+        return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
     message, code, more = ours
     if code in PASSED_ON:
         return told_error(message, code, more)
@@ -233,49 +220,29 @@ def parse_leniently(data: bytes) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- HTTP answers
 
 
-class Body:
-    """The body of an answer, framed by chunks, a length or the end of the connection (RFC 9112 section 6.3).
+class Body(BodyDecoder):
+    """The body of an answer. `failure` is the first fault. The fault is kept rather than raised, because the payload
+    before it still counts: the text a client gets must not depend on how the bytes were split."""
 
-    `failure` is the first fault. The fault is kept rather than raised, because the payload before it still counts: the
-    text a client gets must not depend on how the bytes were split.
-    """
-
-    def __init__(self, length: int | None, chunked: bool) -> None:
-        self.done = length == 0
-        self.failure: BackendFailure | None = None
-        self.surplus = False  # more bytes came after the end of the body
-        self._chunks = ChunkedDecoder() if chunked else None
-        self._left = length
+    failure: BackendFailure | None = None
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its first fault."""
-        if self.done:
-            payload, past = b"", data
-        elif self._chunks:
-            try:
-                payload = self._chunks.feed(data)
-            except HttpError:
-                self.failure = BackendFailure("it sent a malformed chunk")
-                return self._chunks.before
-            self.done, past = self._chunks.done, self._chunks.rest
-        elif self._left is not None:
-            payload, past = data[: self._left], data[self._left :]
-            self._left -= len(payload)
-            self.done = self._left == 0
-        else:
-            payload, past = data, b""
-        self.surplus = self.surplus or bool(past)
-        return payload
+        try:
+            return super().feed(data)
+        except HttpError:
+            self.failure = BackendFailure("it sent a malformed chunk")
+            return self.before
 
     def end(self, cut: str) -> None:
         """The connection has ended; `cut` says how, "" for a plain close. An incomplete body is a fault."""
-        if not self.done and (cut or self._chunks or self._left):
+        if not self.done and (cut or not self.may_end):
             self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
 
 
-def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
-    """Parse a whole response head into status, media type and body. HttpError or BackendFailure if the head is not
-    exact HTTP/1.x, or if a 200 has a Content-Encoding or a media type outside `kinds`."""
+def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
+    """Parse a whole response head into status and body. HttpError or BackendFailure if the head is not exact HTTP/1.x,
+    or if a 200 has a Content-Encoding or another media type than `kind`."""
     first, *lines = block[:-4].split(b"\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
@@ -283,11 +250,10 @@ def parse_answer(block: bytes, kinds: Sequence[str]) -> tuple[int, str, Body]:
     status, headers = int(match[1]), parse_headers(lines)
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise BackendFailure("its answer has a Content-Encoding that nobody asked for")
-    kind = headers.get("content-type", kinds[0]).partition(";")[0].strip(" \t").lower()
-    if status == 200 and kind not in kinds:
+    if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
         raise BackendFailure("its answer is not of the type that was asked for")
     length, chunked = parse_framing(first[:8].decode(), headers)
-    return status, kind, Body(0 if status in (204, 304) else length, chunked)
+    return status, Body(0 if status in (204, 304) else length, chunked)
 
 
 # --------------------------------------------------------------------------------------------- results
@@ -345,10 +311,8 @@ class Events:
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
-
-        `data` is at most one read and shorter than the limit. So only an event that began in an earlier read can be too
-        long. Such an event is the first of its block, so raising loses no other event.
-        """
+        `data` is at most one read, which is shorter than the limit. So only the first event of a block can be too long,
+        and raising loses no other event."""
         if self._cr or b"\r" in data:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
@@ -372,10 +336,8 @@ Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them.
-
-    Raises the error that an error event reports, and BackendFailure for an event that is not JSON.
-    """
+    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them. Raises the
+    error that an error event reports, and BackendFailure for an event that is not JSON."""
     position = 0
     while position < len(block):
         if match := TOKENS.match(block, position):
@@ -439,22 +401,19 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
+LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
 
 
 class Watchdog:
-    """Cuts a connection that stays silent for `idle` seconds while we read from it.
-
-    Each stream has one timer, rescheduled only when it fires: asyncio.timeout around each read would cost more than the
-    read itself.
-    """
+    """Cuts a connection that stays silent for `idle` seconds while we read from it. Each stream has one timer,
+    rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
 
     def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reader, self._transport = reader, transport
-        self._idle = idle
+        self._reader, self._transport, self._idle = reader, transport, idle
         self._end = self._loop.time() + STREAM_SECONDS
         self.expired = False
         self._timer = self._loop.call_later(idle, self._check)
@@ -473,10 +432,8 @@ class Watchdog:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
-
-    asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from stopping.
-    """
+    """An event loop that looks up each name in a daemon thread of its own and caches the addresses. asyncio joins its
+    own threads at the end, so a hanging resolver would keep the daemon from stopping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -513,10 +470,8 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Reader(asyncio.Protocol):
-    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses.
-
-    A StreamReader would copy each token twice, and drop the bytes that came before a reset.
-    """
+    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses. A StreamReader
+    would copy each token twice, and drop the bytes that came before a reset."""
 
     def __init__(self) -> None:
         self.ended = self.broken = False  # no more bytes will come; the connection has failed
@@ -564,8 +519,8 @@ class Reader(asyncio.Protocol):
 class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
-        self.status, self.kind = 0, ""
+    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float) -> None:
+        self.status = 0
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
@@ -573,7 +528,7 @@ class Answer:
         self._watchdog = Watchdog(reader, transport, idle)
         self.close = self._watchdog.stop
 
-    async def read_head(self, *kinds: str) -> None:
+    async def read_head(self, kind: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
         cancelled call, the next call resumes at the same place."""
         while self.status < 200:
@@ -582,14 +537,10 @@ class Answer:
                 self._scanned = len(self._ahead)
                 data = await self._reader.read()
                 if not data:
-                    raise BackendFailure(
-                        "it did not answer in time"
-                        if self._watchdog.expired
-                        else "it closed the connection without an answer"
-                    )
+                    raise BackendFailure(LATE if self._watchdog.expired else NO_ANSWER)
                 self._ahead += data
                 continue
-            self.status, self.kind, self._body = parse_answer(self._ahead[:end], kinds)
+            self.status, self._body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
@@ -624,8 +575,8 @@ class Answer:
             size += len(piece)
             if size > limit:
                 raise BackendFailure("its answer is too long")
-        if self._body.surplus:
-            raise BackendFailure("its answer goes on past its end")
+        if self._body.rest:
+            raise BackendFailure("its answer is longer than announced")
         return b"".join(pieces)
 
 
@@ -636,7 +587,7 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise BackendFailure("it did not answer in time") from None
+        raise BackendFailure(LATE) from None
     except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
         raise BackendFailure(broken) from None
     except BackendFailure:
@@ -651,10 +602,8 @@ Connection = tuple[Reader, asyncio.Transport]
 
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
-
-    A POST leaves a spare connection for the next POST, which saves a round trip, or three with TLS. An unused spare is
-    closed after SPARE_SECONDS, so that nothing stays open while nobody asks.
-    """
+    A POST leaves a spare connection for the next one, which saves a round trip, or three with TLS. An unused spare is
+    closed after SPARE_SECONDS."""
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
@@ -702,14 +651,12 @@ class Upstream:
         return None
 
     @contextlib.asynccontextmanager
-    async def send(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, idle: float | None = None
-    ) -> AsyncIterator[Answer]:
-        """Send one request once and yield its unread answer. `idle` is for its Watchdog (None: IDLE_SECONDS)."""
+    async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
+        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for its Watchdog."""
         reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, transport, idle or IDLE_SECONDS), body is not None
+        answer, leaves_spare = Answer(reader, transport, idle), body is not None
         try:
-            transport.write(self._encode(method, path, body))
+            transport.write(self._encode(path, body))
             yield answer
         except BackendFailure:
             leaves_spare = False
@@ -723,13 +670,13 @@ class Upstream:
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
-    async def begin(self, answer: Answer, seconds: float, *kinds: str) -> bool:
-        """Read the head of a 200 with one of these media types. False if no head has come after `seconds`: call again.
+    async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
+        """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
         HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed("it closed the connection without an answer", "its answer is not HTTP/1.1"):
+        with blamed(NO_ANSWER, "its answer is not HTTP/1.1"):
             try:
                 async with asyncio.timeout(seconds):
-                    await answer.read_head(*kinds)
+                    await answer.read_head(kind)
             except TimeoutError:
                 return False
             if answer.status == 200:
@@ -747,32 +694,19 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def ask(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        kind: str = EVENT_STREAM,
-        seconds: float | None = None,
+        self, path: str, body: Mapping[str, Any] | None, kind: str, seconds: float = 0.0
     ) -> AsyncIterator[Answer]:
         """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over
-        `seconds` (None: HEAD_SECONDS)."""
-        async with self.send(method, path, body, max(IDLE_SECONDS, seconds or 0.0)) as answer:
+        `seconds` (0: HEAD_SECONDS)."""
+        async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
-                raise BackendFailure("it did not answer in time")
+                raise BackendFailure(LATE)
             yield answer
 
-    async def get(self, path: str, limit: int) -> dict[str, Any]:
-        """GET a JSON object, within ASIDE_SECONDS for the head and as much again for the body."""
-        return await self._json("GET", path, None, limit, ASIDE_SECONDS)
-
-    async def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
-        """POST for a JSON object, within LOAD_SECONDS for the head: the backend may have to load a model first."""
-        return await self._json("POST", path, body, limit, LOAD_SECONDS)
-
-    async def _json(
-        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int, seconds: float
-    ) -> dict[str, Any]:
-        async with self.ask(method, path, body, JSON, seconds) as answer:
+    async def get(self, path: str, limit: int, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
+        because the backend may have to load a model first."""
+        async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
             with blamed("the connection broke", "its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     whole = await answer.read_all(limit)
@@ -785,7 +719,7 @@ class Upstream:
 
     async def _connect(self) -> Connection:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
-        with blamed("it cannot be connected to"):
+        with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
@@ -805,8 +739,8 @@ class Upstream:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
         return reader, transport
 
-    def _encode(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        endpoint, key = self._config.endpoint, self._config.key
+    def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
+        endpoint, key, method = self._config.endpoint, self._config.key, "GET" if body is None else "POST"
         lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
         if key and self._config.api != "cerebrum":
             lines.append(f"Authorization: Bearer {key}")
@@ -830,10 +764,8 @@ def make_tls(ca_file: str) -> ssl.SSLContext:
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of the event) last.
-
     The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
-    depend on how its bytes were split. Every other end is a BackendFailure.
-    """
+    depend on how its bytes were split. Every other end is a BackendFailure."""
     events, now = Events(), asyncio.get_running_loop().time
     moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None

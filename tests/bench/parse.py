@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cerebrum.http import ChunkedDecoder, parse_request, scan_request
+from cerebrum.http import BodyDecoder, parse_request, scan_request
 from cerebrum_common import parse_json
 
 HEAD = (
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         "bench": "parse",
         "head_us": microseconds(head),
         "head_bytes": len(HEAD),
-        "chunked_us": microseconds(lambda: ChunkedDecoder().feed(CHUNKS)),
+        "chunked_us": microseconds(lambda: BodyDecoder(None, True).feed(CHUNKS)),
         "json_us": microseconds(lambda: parse_json(BODY)),
     }
     print(json.dumps(result))

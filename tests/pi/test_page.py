@@ -113,7 +113,7 @@ async def test_without_the_page_the_daemon_lives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
-    said = "expected cerebrum/pi/page.html beside cm4d.py for this page; the API works without it"
+    said = "expected the file cerebrum/pi/page.html, got none; the API works without it"
     async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await pi.get("/")
         assert (reply.status, reply.json["code"], reply.json["message"]) == (404, "NOT_FOUND", said)
