@@ -347,8 +347,7 @@ class Gateway:
             await self.warming.stop(backend)
             yield
         except HttpError as error:
-            backend.requests_failed += error.code != SUPERSEDED
-            backend.failed(job.place.ticket if job.place else 0, error)
+            backend.lost(job, error)
             raise
         finally:
             self._release(job, backend)

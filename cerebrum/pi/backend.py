@@ -283,8 +283,7 @@ class Backend:
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
-        """Take over the settings of another object with the same id and API. If the address changes, forget what we
-        know about the old one. The counters stay."""
+        """Take over the settings of another object with the same id and API. A new address is a new, unknown host."""
         if other.config.endpoint != self.config.endpoint:
             self.breaker.reset()
             self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
@@ -298,8 +297,7 @@ class Backend:
         return not self.trouble and self.breaker.state != "open"
 
     @property
-    def message(self) -> str:
-        """Why the backend is not available."""
+    def message(self) -> str:  # why the backend is not available
         return "" if self.available else self.trouble or BREAKER_OPEN
 
     @property
@@ -340,9 +338,8 @@ class Backend:
     # Probing.
 
     async def probe(self) -> None:
-        """Update `trouble`, `response_ms` and `models`. Do not disturb another engine while it answers:
-        llama_cpp.server would abort the answer if asked for its models, and cannot respond while it reads a prompt.
-        The running answer itself shows that the engine is up."""
+        """Update `trouble`, `response_ms` and `models`. Do not disturb another engine while it answers, which shows
+        that it is up: llama_cpp.server would abort the answer, and cannot respond while it reads a prompt."""
         self.probed = started = time.monotonic()
         if self.api and self.breaker.state == "closed" and (self.active or self.warming):
             return
@@ -380,8 +377,7 @@ class Backend:
         self.trouble = trouble
 
     async def learn_models(self) -> None:
-        """Fetch the list of models. If this fails, the last list stays. HttpError if another engine has never sent a
-        list (vpsd can be used without one); Misfit if the backend does not let us in."""
+        """Fetch the list of models; without an answer the last list stays. HttpError if an engine has never sent one."""
         if self.api and self.active:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
@@ -410,7 +406,7 @@ class Backend:
     # Places.
 
     def take(self, job: Job, model: str) -> None:
-        """Give the job a place for a completion by this model. The breaker must admit the job."""
+        """Give the job a place for a completion by this model; the breaker must admit it."""
         ticket = self.breaker.admit(time.monotonic())
         assert ticket is not None
         job.model, job.place = model, Place(self, ticket)
@@ -431,6 +427,11 @@ class Backend:
         if job.place and (self.trouble or self.breaker.failures):
             job.place.ticket = self.breaker.succeeded(job.place.ticket)
             self.found("")
+
+    def reads_ahead(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Record the prompt that the backend reads ahead, until this task ends."""
+        self.warming = job, task
+        task.add_done_callback(lambda _: setattr(self, "warming", None))
 
     # Completing.
 
@@ -456,6 +457,11 @@ class Backend:
         ):
             yield pairs
 
+    def lost(self, job: Job, error: HttpError) -> None:
+        """Record that a completion with a place has ended with this error."""
+        self.requests_failed += error.code != SUPERSEDED
+        self.failed(job.place.ticket if job.place else 0, error)
+
     def failed(self, ticket: int, error: HttpError) -> None:
         """Record that a request to this backend has ended with this error."""
         if isinstance(error, Misfit):
@@ -465,6 +471,11 @@ class Backend:
             log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
             self.trouble = error.message
             self.wake.set()  # probe at once to see whether the backend is gone
+
+    def forget(self, model: str) -> None:
+        """Count this model as absent until the backend's next list."""
+        if self.models:
+            self.models.pop(model, None)
 
     def refused(self, job: Job, error: HttpError) -> None:
         """Record what a refusal says about a model."""

@@ -224,6 +224,6 @@ class Fleet:
         job.attempts.without.append((backend, job.model))
         options = self.who_may(job.fields, bool(job.kind))
         others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
-        if others and backend.models:
-            backend.models.pop(job.model, None)  # until the backend's next list
+        if others:
+            backend.forget(job.model)
         return bool(others)

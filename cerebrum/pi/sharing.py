@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import json
 import time
@@ -369,8 +368,8 @@ class Warming:
             if backend := self._choose(job):
                 del self.waiting[job.client]
                 task = asyncio.create_task(self._read(job, backend))
-                task.add_done_callback(functools.partial(self._end, backend))  # even if it never begins
-                backend.warming = job, task
+                backend.reads_ahead(job, task)
+                task.add_done_callback(self._end)  # even if it never begins
 
     async def _read(self, job: Job, backend: Backend) -> None:
         try:
@@ -382,8 +381,7 @@ class Warming:
         except Exception as exception:
             internal_error(exception)
 
-    def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
-        backend.warming = None
+    def _end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             self.next()
 
