@@ -377,7 +377,7 @@ class Backend:
         self.trouble = trouble
 
     async def learn_models(self) -> None:
-        """Fetch the list of models; without an answer the last list stays. HttpError if an engine has never sent one."""
+        """Fetch the list of models; without an answer the last list stays. HttpError if an engine never sent one."""
         if self.api and self.active:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
