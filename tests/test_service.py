@@ -291,75 +291,68 @@ def cm4d_at(backend: Backend, **more: str) -> dict[str, str]:
     return {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": "", **more}
 
 
-def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]]) as backend:
-            with program("cm4d", command_of("cm4d"), tmp_path, settings(tmp_path, **cm4d_at(backend))) as process:
-                running = asyncio.create_task(Client(port=process.port).stream())
-                await backend.begun.wait()
-                process.process.send_signal(signal.SIGTERM)
-                await asyncio.to_thread(process.wait_for_line, "stopping")
-                process.process.send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(process.process.wait, PATIENCE) == -signal.SIGTERM
-                assert not (await running).clean
-
-    run(scenario())
-
-
-def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        script = [CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]
-        async with Backend([script]) as backend, pi_for(backend.port) as pi:
-            running = asyncio.create_task(pi.stream())
+async def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
+    async with Backend([[CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]]) as backend:
+        with program("cm4d", command_of("cm4d"), tmp_path, settings(tmp_path, **cm4d_at(backend))) as process:
+            running = asyncio.create_task(Client(port=process.port).stream())
             await backend.begun.wait()
-            await until(lambda: pi.gateway.active[0].came.tokens)
-            await pi.server.stop(0.0)
-            reply = await running
-            assert not reply.clean
-            assert reply.events == [
-                {"token": "a", "total_tokens": 1},
-                {"error": True, "message": "the daemon is being stopped; try again later", "code": "SHUTTING_DOWN"},
-            ]
+            process.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(process.wait_for_line, "stopping")
+            process.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.process.wait, PATIENCE) == -signal.SIGTERM
+            assert not (await running).clean
 
-    run(scenario())
+
+async def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path) -> None:
+    script = [CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        running = asyncio.create_task(pi.stream())
+        await backend.begun.wait()
+        await until(lambda: pi.gateway.active[0].came.tokens)
+        await pi.server.stop(0.0)
+        reply = await running
+        assert not reply.clean
+        assert reply.events == [
+            {"token": "a", "total_tokens": 1},
+            {"error": True, "message": "the daemon is being stopped; try again later", "code": "SHUTTING_DOWN"},
+        ]
 
 
 @pytest.mark.parametrize("name", ["cm4d", "vpsd"])
-def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wrong(tmp_path: Path, name: str) -> None:
+async def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wrong(
+    tmp_path: Path, name: str
+) -> None:
     variable = {"cm4d": "CEREBRUM_CM4_API_KEY", "vpsd": "CEREBRUM_API_KEY"}[name]
 
     async def status(port: int, key: str) -> int:
         return (await Client(port=port).ask("GET", "/v1/stats", X_API_Key=key)).status
 
-    async def scenario() -> None:
-        credentials = tmp_path / "credentials"
-        credentials.mkdir()
-        (credentials / variable).write_text("one\n")
-        given = {"CREDENTIALS_DIRECTORY": str(credentials), "CEREBRUM_API_KEY": "not-used"}
-        with daemon(name, tmp_path, **given) as process:
-            assert [await status(process.port, key) for key in ("one", "two")] == [200, 401]
-            (credentials / variable).write_text("two,one\n")
-            process.process.send_signal(signal.SIGHUP)
-            await asyncio.to_thread(process.wait_for_line, " reloaded")
-            assert [await status(process.port, key) for key in ("one", "two", "not-used")] == [200, 200, 401]
-            (credentials / variable).write_text("th ree\n")
-            process.process.send_signal(signal.SIGHUP)
-            wrong = f"not reloaded, the old settings stay: {variable}: expected printable ASCII without spaces"
-            await asyncio.to_thread(process.wait_for_line, wrong)
-            assert [await status(process.port, key) for key in ("one", "two", "three")] == [200, 200, 401]
-            (credentials / variable).write_text("two")
-            (credentials / "CEREBRUM_LOG_LEVEL").write_text("DEBUG")
-            (credentials / "CEREBRUM_N_CTX").write_text("2048")
-            (credentials / "CEREBRUM_CM4_PORT").write_text("1")
-            process.process.send_signal(signal.SIGHUP)
-            await until(lambda: process.stdout().count("] reloaded\n") == 2)
-            assert [await status(process.port, key) for key in ("one", "two")] == [401, 200]
-            assert (await Client(port=process.port).ask("GET", "/health")).status in (200, 503)
-            await asyncio.to_thread(process.wait_for_line, "GET /health")
-            later = {"cm4d": "CEREBRUM_CM4_PORT", "vpsd": "CEREBRUM_N_CTX"}[name]
-            assert f"WARNING - [-] {later} changed: restart the daemon to use it\n" in process.stdout()
-
-    run(scenario())
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / variable).write_text("one\n")
+    given = {"CREDENTIALS_DIRECTORY": str(credentials), "CEREBRUM_API_KEY": "not-used"}
+    with daemon(name, tmp_path, **given) as process:
+        assert [await status(process.port, key) for key in ("one", "two")] == [200, 401]
+        (credentials / variable).write_text("two,one\n")
+        process.process.send_signal(signal.SIGHUP)
+        await asyncio.to_thread(process.wait_for_line, " reloaded")
+        assert [await status(process.port, key) for key in ("one", "two", "not-used")] == [200, 200, 401]
+        (credentials / variable).write_text("th ree\n")
+        process.process.send_signal(signal.SIGHUP)
+        wrong = f"not reloaded, the old settings stay: {variable}: expected printable ASCII without spaces"
+        await asyncio.to_thread(process.wait_for_line, wrong)
+        assert [await status(process.port, key) for key in ("one", "two", "three")] == [200, 200, 401]
+        (credentials / variable).write_text("two")
+        (credentials / "CEREBRUM_LOG_LEVEL").write_text("DEBUG")
+        (credentials / "CEREBRUM_N_CTX").write_text("2048")
+        (credentials / "CEREBRUM_CM4_PORT").write_text("1")
+        process.process.send_signal(signal.SIGHUP)
+        await until(lambda: process.stdout().count("] reloaded\n") == 2)
+        assert [await status(process.port, key) for key in ("one", "two")] == [401, 200]
+        assert (await Client(port=process.port).ask("GET", "/health")).status in (200, 503)
+        await asyncio.to_thread(process.wait_for_line, "GET /health")
+        later = {"cm4d": "CEREBRUM_CM4_PORT", "vpsd": "CEREBRUM_N_CTX"}[name]
+        assert f"WARNING - [-] {later} changed: restart the daemon to use it\n" in process.stdout()
 
 
 def test_a_key_is_exchanged_in_the_three_steps_of_the_docs(tmp_path: Path) -> None:
@@ -406,46 +399,39 @@ def test_a_key_is_exchanged_in_the_three_steps_of_the_docs(tmp_path: Path) -> No
         assert [asyncio.run(status(key)) for key in ("old", vps.read_text().strip())] == [401, 200]
 
 
-def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
+async def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
     """As systemd passes it: open before the daemon runs, and on while it is restarted."""
     code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
-
-    async def scenario() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = listening.getsockname()[1]
-            early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
-            early.sendall(HEALTH)
-            environ = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
-            command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
-            for _ in range(2):
-                process = await asyncio.create_subprocess_exec(
-                    *command, env=environ, pass_fds=[listening.fileno()], stdout=asyncio.subprocess.PIPE
-                )
-                assert process.stdout
-                assert f"listening on http://127.0.0.1:{port}\n".encode() in await process.stdout.readline()
-                assert early.recv(15) == b"HTTP/1.1 200 OK"
-                early.close()
-                process.terminate()
-                await process.communicate()
-                early = socket.create_connection(("127.0.0.1", port))  # refused if the socket were closed
-                early.sendall(HEALTH)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
+        early.sendall(HEALTH)
+        environ = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
+        command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
+        for _ in range(2):
+            process = await asyncio.create_subprocess_exec(
+                *command, env=environ, pass_fds=[listening.fileno()], stdout=asyncio.subprocess.PIPE
+            )
+            assert process.stdout
+            assert f"listening on http://127.0.0.1:{port}\n".encode() in await process.stdout.readline()
+            assert early.recv(15) == b"HTTP/1.1 200 OK"
             early.close()
-
-    run(scenario())
+            process.terminate()
+            await process.communicate()
+            early = socket.create_connection(("127.0.0.1", port))  # refused if the socket were closed
+            early.sendall(HEALTH)
+        early.close()
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
-def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
-    async def scenario() -> None:
-        async with Backend() as backend:
-            with daemon("cm4d", tmp_path, **cm4d_at(backend, CEREBRUM_LOG_PROMPTS=wanted)) as process:
-                asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
-                await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
-                await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")
-                prompts = re.findall(r"\[the-id\] (prompt: .*)", process.stdout())
-                shown = r'prompt: {"prompt": "def my_secret():\n", "suffix": "zwölf"}'
-                assert prompts == ([shown] if wanted == "1" else [])
-                assert ("my_secret" in process.stdout()) == (wanted == "1")
-
-    run(scenario())
+async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
+    async with Backend() as backend:
+        with daemon("cm4d", tmp_path, **cm4d_at(backend, CEREBRUM_LOG_PROMPTS=wanted)) as process:
+            asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
+            await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
+            await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")
+            prompts = re.findall(r"\[the-id\] (prompt: .*)", process.stdout())
+            shown = r'prompt: {"prompt": "def my_secret():\n", "suffix": "zwölf"}'
+            assert prompts == ([shown] if wanted == "1" else [])
+            assert ("my_secret" in process.stdout()) == (wanted == "1")
