@@ -22,7 +22,6 @@ from cerebrum.settings import load_catalog, read_environment
 
 CM4, VPS = "opt/cerebrum-pi", "opt/cerebrum-backend"
 UNITS = "etc/systemd/system"
-BEFORE = "fdedb99"  # the last commit whose README installs by hand
 
 INTERRUPT = """#!/bin/bash
 # Stands for mv. Kills its caller instead of the COUNT-th move; 0: before it, 1: after it.
@@ -281,20 +280,12 @@ def test_a_file_that_is_gone_comes_back(clone: Clone, config: tuple[Path, Path])
     assert target.read_text() == source.read_text()
 
 
-def by_hand(name: str) -> bytes:
-    shown = subprocess.run(["git", "show", f"{BEFORE}:{name}"], cwd=ROOT, capture_output=True, check=False)
-    if shown.returncode != 0:
-        pytest.skip(f"needs git and the commit {BEFORE}")
-    return shown.stdout
-
-
 @pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_files_that_were_copied_by_hand(clone: Clone, changed: bool) -> None:
     for target in (f"{UNITS}/cerebrum-cm4.service", f"{CM4}/models.toml"):
         path = clone.root / target
         path.parent.mkdir(parents=True)
-        name = f"systemd/{path.name}" if path.suffix == ".service" else path.name
-        path.write_bytes(by_hand(name) + b"# mine\n" * changed)
+        path.write_bytes((ROOT / "tests/by_hand" / path.name).read_bytes() + b"# mine\n" * changed)
     clone.install("cm4")
     assert ("notify-reload" in (clone.root / UNITS / "cerebrum-cm4.service").read_text()) is not changed
     assert (clone.root / UNITS / "cerebrum-cm4.service.new").exists() is changed
