@@ -28,7 +28,7 @@ from cerebrum_common import log, request_id_var
 # --------------------------------------------------------------------------------------------------- logs
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _logger() -> Iterator[None]:
     loggers = log, logging.getLogger("asyncio")
     before = [logger.handlers for logger in loggers]
@@ -41,7 +41,6 @@ def _logger() -> Iterator[None]:
     request_id_var.set("-")
 
 
-@pytest.mark.usefixtures("_logger")
 def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "logs" / "cerebrum.log"
     monkeypatch.setattr(time, "time", lambda: 1_766_664_000.9)
@@ -58,7 +57,6 @@ def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().out == path.read_text() == "2025-12-25 12:00:00 - INFO - [65652caa] POST /x\n"
 
 
-@pytest.mark.usefixtures("_logger")
 @pytest.mark.parametrize(
     ("text", "logged"),
     [
@@ -101,7 +99,6 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool)
     notify("READY=1")
 
 
-@pytest.mark.usefixtures("_logger")
 def test_a_log_file_that_cannot_be_written_is_given_up_until_it_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +114,6 @@ def test_a_log_file_that_cannot_be_written_is_given_up_until_it_can(
     assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["three"]
 
 
-@pytest.mark.usefixtures("_logger")
 def test_a_log_file_in_a_place_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
@@ -125,7 +121,6 @@ def test_a_log_file_in_a_place_that_does_not_exist(tmp_path: Path, capsys: pytes
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_logger")
 def test_a_log_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
     file = tmp_path / "cerebrum.log"
     set_up_logging("INFO", str(file))
@@ -135,7 +130,6 @@ def test_a_log_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
     assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["two"]
 
 
-@pytest.mark.usefixtures("_logger")
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cerebrum.service.MAX_LOG_BYTES", 1000)
     set_up_logging("INFO", str(tmp_path / "log"))
@@ -146,7 +140,6 @@ def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
 
 
-@pytest.mark.usefixtures("_logger")
 def test_requests_are_not_written_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
