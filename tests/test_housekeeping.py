@@ -58,6 +58,10 @@ class ScriptedWorker:
     def stop(self) -> None:
         self.stopping = True
 
+    def fail(self) -> None:
+        self.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+        self.ended.set_result(None)
+
     def prepare(self, job: Any) -> Any:
         if self.fails:
             raise self.fails
@@ -91,6 +95,11 @@ class House:
             worker.ready.set_result(None)
         await until(lambda: completion.job in worker.submitted)
         return completion
+
+    async def begun(self, model: str) -> ScriptedWorker:
+        """The worker of a load that a completion waits for."""
+        await until(lambda: model in self.engine.instances and self.engine.instances[model].completions)
+        return self.worker(model)
 
     async def idle(self, model: str) -> ScriptedWorker:
         self.engine.finish(await self.loaded(model))
@@ -143,13 +152,15 @@ def tuned_file(folder: Path, model: str) -> TunedFile:
     return TunedFile(folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1")
 
 
-async def test_a_model_is_loaded_from_its_tuned_file(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = {house.engine.models[A].file: (tuned_file(tmp_path, A), "")}
-    monkeypatch.setattr(vpsd, "find_tuned", lambda path, *_: found.get(path.name, (None, "")))
+    why = "made for cpus 4, here it is 2"
+    monkeypatch.setattr(vpsd, "find_tuned", lambda path, *_: found.get(path.name, (None, why)))
     assert (await house.idle(A)).tuned == tuned_file(tmp_path, A)
     assert (await house.idle(B)).tuned is None
+    assert warnings(caplog) == [f"model {B}: {NOT_TUNED}{why}"]
 
 
 async def test_a_tuned_file_that_does_not_fit_is_not_used(
@@ -179,14 +190,6 @@ async def test_a_tuned_file_with_a_damaged_header_is_not_used(
     monkeypatch.setattr(house.engine, "_free_mb", lambda: 1e6)
     assert (await house.idle(A)).tuned is None
     assert re.fullmatch(rf"model {A}: {NOT_TUNED}model {A} \(.*\): not a readable GGUF file", warnings(caplog)[-1])
-
-
-async def test_why_a_tuned_file_is_not_used_is_in_the_log(
-    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (None, "made for cpus 4, here it is 2"))
-    assert (await house.idle(A)).tuned is None
-    assert warnings(caplog) == [f"model {A}: {NOT_TUNED}made for cpus 4, here it is 2"]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -256,9 +259,9 @@ class Block:
 async def abandoned(house: House) -> ScriptedWorker:
     """The worker of a load whose only client has left."""
     completion = house.ask(A)
-    await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
+    worker = await house.begun(A)
     house.engine.finish(completion)
-    return house.worker(A)
+    return worker
 
 
 async def test_a_load_is_finished_though_its_client_has_left(house: House) -> None:
@@ -280,8 +283,7 @@ async def test_requests_that_replace_each_other_start_one_load(house: House, mon
         await until(lambda: block.reached)
         await asyncio.sleep(0)  # it gets as far as it can
     block.end.set()
-    await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
-    house.worker(A).ready.set_result(None)
+    (await house.begun(A)).ready.set_result(None)
     await until(lambda: house.worker(A).submitted == [last.job])
     assert block.reached == 1
     house.engine.finish(last)
@@ -301,8 +303,7 @@ async def test_a_load_that_has_not_begun_ends_with_the_daemon(house: House, monk
 async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: str) -> None:
     house.room = 1
     engine, waiting = house.engine, house.ask(A)
-    await until(lambda: A in engine.instances and engine.instances[A].completions)
-    worker = house.worker(A)
+    worker = await house.begun(A)
     with pytest.raises(HttpError) as busy:
         await engine.unload(A)
     assert (busy.value.code, worker.stopping) == ("MODEL_BUSY", False)
@@ -332,9 +333,7 @@ async def test_a_load_is_unloaded_as_soon_as_it_has_begun(house: House, monkeypa
 
 
 async def test_a_load_that_fails_without_a_client_is_remembered(house: House) -> None:
-    worker = await abandoned(house)
-    worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-    worker.ended.set_result(None)
+    (await abandoned(house)).fail()
     await until(lambda: A not in house.engine.instances)
     with pytest.raises(HttpError, match=r"^it is damaged$"):
         house.ask(A)
@@ -590,10 +589,7 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
 ) -> None:
     async def fail() -> None:
         completion = house.ask(A)
-        await until(lambda: A in house.engine.instances)
-        worker = house.worker(A)
-        worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-        worker.ended.set_result(None)
+        (await house.begun(A)).fail()
         assert (await error_of(completion)).message == "it is damaged"
         house.engine.finish(completion)
         await until(lambda: A not in house.engine.instances)
@@ -617,11 +613,9 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
 
 async def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(house: House) -> None:
     engine, completion = house.engine, house.ask(A)
-    await until(lambda: A in engine.instances)
+    worker = await house.begun(A)
     engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1]))
-    worker = house.worker(A)
-    worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-    worker.ended.set_result(None)
+    worker.fail()
     assert (await error_of(completion)).message == "it is damaged"
     engine.finish(completion)
 
