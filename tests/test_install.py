@@ -97,21 +97,19 @@ EVERYWHERE = {
 }
 
 
-def test_what_the_pi_gets(clone: Clone) -> None:
-    assert clone.install("cm4") == ""
-    own = {**EVERYWHERE, "cm4d.py": "644", "cerebrum_repl.sh": "755"}
-    expected = {f"{CM4}/{name}": mode for name, mode in own.items()} | modules(CM4, "pi")
-    expected[f"{UNITS}/cerebrum-cm4.service"] = "644"
+@pytest.mark.parametrize(
+    ("what", "folder", "own", "units"),
+    [
+        ("cm4", CM4, {"cm4d.py": "644", "cerebrum_repl.sh": "755"}, ("cerebrum-cm4.service",)),
+        ("vps", VPS, {"vpsd.py": "644"}, ("cerebrum-backend.service", "cerebrum-backend.socket")),
+    ],
+)
+def test_what_a_machine_gets(clone: Clone, what: str, folder: str, own: dict[str, str], units: tuple[str, ...]) -> None:
+    assert clone.install(what) == ""
+    expected = {f"{folder}/{name}": mode for name, mode in (EVERYWHERE | own).items()}
+    expected |= modules(folder, "pi" if what == "cm4" else "vps") | {f"{UNITS}/{unit}": "644" for unit in units}
     assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
-
-
-def test_what_the_vps_gets(clone: Clone) -> None:
-    assert clone.install("vps") == ""
-    own = {**EVERYWHERE, "vpsd.py": "644"}
-    expected = {f"{VPS}/{name}": mode for name, mode in own.items()} | modules(VPS, "vps")
-    expected |= {f"{UNITS}/cerebrum-backend.service": "644", f"{UNITS}/cerebrum-backend.socket": "644"}
-    assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
-    assert (clone.root / VPS / "models").is_dir()
+    assert (clone.root / folder / "models").is_dir() == (what == "vps")
 
 
 @pytest.mark.slow
@@ -139,15 +137,6 @@ def test_the_env_sets_nothing(clone: Clone, what: str, folder: str, set_there: d
     assert shown > both
     assert other not in shown
     assert other in (clone.root / folder / ".env.example").read_text()
-
-
-@pytest.mark.slow
-def test_the_env_is_the_persons(clone: Clone) -> None:
-    clone.install("cm4")
-    env = clone.root / CM4 / ".env"
-    env.write_text("CEREBRUM_VPS_URL=http://vps:9000\n")
-    clone.install("cm4")
-    assert env.read_text() == "CEREBRUM_VPS_URL=http://vps:9000\n"
 
 
 @pytest.mark.slow
