@@ -246,13 +246,6 @@ def converse(env: dict[str, str], *lines: str) -> tuple[str, str]:
     return result.stdout.decode(), result.stderr.decode()
 
 
-def test_a_prompt_is_completed_and_summed_up(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts.append(completion("\n    return ", "1"))
-    out, err = converse(env, "    def f():")
-    assert (out, err) == ("\n    return 1\n[3 tokens in 1.2 s, tiny, block]\n", "")
-    assert backend.completions[0]["prompt"] == "    def f():"
-
-
 def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> None:
     backend.scripts += [completion("x"), completion("y")]
     converse(env, ":lang rust", ":model tiny", ":tokens 9", ":temp 0", "fn f", ":model auto", ":temp 1.0", "fn g")
@@ -267,11 +260,14 @@ def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> No
     }  # fmt: skip
 
 
-def test_an_error_does_not_end_the_conversation(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts += [FAILED_MIDWAY, completion("ok")]
-    out, err = converse(env, "a", "b")
-    assert out == "half\nok\n[3 tokens in 1.2 s, tiny, block]\n"
+def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(
+    env: dict[str, str], backend: Backend
+) -> None:
+    backend.scripts += [FAILED_MIDWAY, completion("\n    return ", "1")]
+    out, err = converse(env, "a", "    def f():")
+    assert out == "half\n\n    return 1\n[3 tokens in 1.2 s, tiny, block]\n"
     assert err == "cerebrum_repl.sh: VPS_UNAVAILABLE: backend died\n"
+    assert backend.completions[1]["prompt"] == "    def f():"
 
 
 def test_several_lines(env: dict[str, str], backend: Backend) -> None:
@@ -480,12 +476,8 @@ def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backe
     out, err = converse(env, f":do @{path} shout  it", ":do louder", ":write")
     first, second = backend.completions
     assert err == ""
-    assert (first["prompt"], first["instruction"], first["mode"], first["language"]) == (
-        "one\ntwo\n",
-        "shout  it",
-        "instruct",
-        "go",
-    )
+    asked = first["prompt"], first["instruction"], first["mode"], first["language"]
+    assert asked == ("one\ntwo\n", "shout  it", "instruct", "go")
     assert (second["prompt"], second["instruction"]) == ("one\nTWO\n", "louder")
     assert f"--- {path}\n+++ {path} (new)\n@@ -1,2 +1,2 @@\n one\n-two\n+TWO\n" in out
     assert f"--- {path}\n+++ {path} (new)\n@@ -1,2 +1,2 @@\n-one\n-two\n+ONE\n+TWO\n" in out
