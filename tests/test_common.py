@@ -6,8 +6,6 @@ import ast
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +170,6 @@ def test_the_table_of_models() -> None:
     ("text", "says"),
     [
         ("", "at least one"),
-        ("models = 5", "at least one"),
         ("models = []", "at least one"),
         ("models = ['x']", "model 1: expected a table"),
         ("[[models]", "line 1"),
@@ -181,7 +178,6 @@ def test_the_table_of_models() -> None:
         (GOOD.replace('"m"', '"a b"'), "model 1: id: expected a string of the form"),
         (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
         (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
-        (GOOD.replace("m.gguf", "../m.gguf"), "model 1: file: expected a string of the form"),
         (GOOD.replace("m.gguf", "a/m.gguf"), "model 1: file: expected a string of the form"),
         (GOOD.replace("m.gguf", ".."), "model 1: file: expected a string of the form"),
         (GOOD + 'sha256 = "x"\n', "model 1: sha256: expected a string of the form"),
@@ -269,17 +265,6 @@ def test_a_key_that_cannot_be_one(text: str, says: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the house
-
-
-@pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
-def test_standard_library_only(python: str) -> None:
-    if not Path(python).exists():
-        pytest.skip(f"{python} is not installed")
-    done = subprocess.run(
-        [python, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); import cerebrum_common"],
-        capture_output=True,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])

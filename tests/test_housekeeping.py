@@ -550,15 +550,7 @@ def test_a_model_beyond_the_limit_of_the_service_is_refused(monkeypatch: pytest.
     assert 0 < engine._free_mb() <= 300
 
 
-async def test_a_worker_that_makes_no_progress_is_noticed(house: House) -> None:
-    worker = await house.idle(A)
-    now = time.monotonic()
-    assert house.engine.stuck(now) == ""
-    worker.due = now - 1
-    assert house.engine.stuck(now) == f"model {A}: the worker makes no progress"
-
-
-async def test_nobody_waits_for_a_worker_that_has_hung(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_has_hung_is_noticed_and_left(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vpsd, "KEEPALIVE_SECONDS", 0.01)
     monkeypatch.setattr(vpsd, "HEAD_SECONDS", 0.01)
 
@@ -568,7 +560,9 @@ async def test_nobody_waits_for_a_worker_that_has_hung(house: House, monkeypatch
     async with contextlib.aclosing(EventStream(house.engine, completion)) as stream:
         await until(lambda: len(house.worker(A).submitted) == 2)
         assert await anext(stream) == SSE_COMMENT
+        assert house.engine.stuck(time.monotonic()) == ""
         house.worker(A).due = time.monotonic()
+        assert house.engine.stuck(time.monotonic()) == f"model {A}: the worker makes no progress"
         assert [block async for block in stream] == []
     with pytest.raises(HttpError, match=f"^model {A}: the worker makes no progress$"):
         await answer

@@ -25,7 +25,6 @@ from cerebrum.http import (
     ChunkedDecoder,
     chunk,
     encode_head,
-    parse_headers,
     parse_request,
     parse_target,
     scan_head,
@@ -273,11 +272,6 @@ def test_limits_are_exact() -> None:
     assert read_head(begin + b"a" * (MAX_HEAD_BYTES - 1 - len(begin))) is None
     assert read_head(begin + b"a" * (MAX_HEAD_BYTES - len(begin))) == 431
     assert isinstance(read_head(begin + b"a" * (MAX_HEAD_BYTES - 4 - len(begin)) + b"\r\n\r\n"), Head)
-
-
-def test_repeated_headers() -> None:
-    assert parse_headers([b"A: 1", b"a:2", b"B:\t3 \t"]) == {"a": "1, 2", "b": "3"}
-    assert status_of(lambda: parse_headers([b"Host: a", b"HOST: a"])) == 400
 
 
 def test_a_foreign_head_is_scanned_alike() -> None:

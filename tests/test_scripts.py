@@ -769,15 +769,12 @@ class Terminal:
 
 @pytest.fixture
 def terminal(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
+    with contextlib.ExitStack() as stack:
 
-    def open_terminal(*args: str, **variables: str) -> Terminal:
-        opened.append(Terminal([REPL, *args], env | variables))
-        return opened[-1]
+        def open_terminal(*args: str, **variables: str) -> Terminal:
+            return stack.enter_context(contextlib.closing(Terminal([REPL, *args], env | variables)))
 
-    yield open_terminal
-    for one in opened:
-        one.close()
+        yield open_terminal
 
 
 def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Terminal], backend: Backend) -> None:
@@ -947,13 +944,10 @@ def test_a_file_gets_no_colours(env: dict[str, str], backend: Backend, tmp_path:
     out, path = tmp_path / "out", tmp_path / "x.py"
     path.write_text("a\n")
     backend.scripts.append(completion("b\n", mode="instruct"))
-    screen = Terminal(["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)], env)
-    try:
+    with contextlib.closing(Terminal(["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)], env)) as screen:
         screen.enter(f":do @{path} it")
         screen.enter(":exit")
         assert screen.process.wait(PATIENCE) == 0
-    finally:
-        screen.close()
     greeting, *lines = out.read_text().splitlines()
     assert greeting == f"Cerebrum at {env['CEREBRUM_URL']}. Type :help for the commands."
     assert lines == [
@@ -1118,13 +1112,10 @@ def test_what_is_no_key_changes_no_file(tmp_path: Path, stdin: str, said: str) -
 
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
-    screen = Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))
-    try:
+    with contextlib.closing(Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))) as screen:
         screen.expect("key (not shown): ")
         screen.type("hush-hush\r")
         assert screen.expect(f"key set in: {tmp_path}/.env\r\n") == "\r\n"
-    finally:
-        screen.close()
     assert (tmp_path / ".env").read_text() == "CEREBRUM_API_KEY=hush-hush\n"
 
 

@@ -253,28 +253,19 @@ def test_reloads_and_the_end(systemd: Systemd, caplog: pytest.LogCaptureFixture,
     ]
 
 
-def test_what_ends_by_itself_ends_the_service(caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        async def fail() -> None:
-            raise OSError(5, "of /proc")
-
-        task = asyncio.create_task(fail())
-        assert await asyncio.wait_for(Service(lambda: None, lambda now: "").run(task), PATIENCE)
-
-    asyncio.run(scenario())
-    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert record.getMessage() == "a task of the daemon has ended"
-    assert record.exc_info
-    assert str(record.exc_info[1]) == "[Errno 5] of /proc"
-
-
-def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_daemon_whose_probing_fails_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def fail(_: object) -> None:
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
     environ = Environment({"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0"})
-    assert asyncio.run(asyncio.wait_for(cm4d.serve(environ, cm4d.load_config(environ)), PATIENCE)) == 1
+    assert await cm4d.serve(environ, cm4d.load_config(environ)) == 1
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.getMessage() == "a task of the daemon has ended"
+    assert record.exc_info
+    assert str(record.exc_info[1]) == "[Errno 5] of /proc"
 
 
 # ------------------------------------------------------------------------------------------- both daemons
