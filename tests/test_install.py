@@ -12,8 +12,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import PATIENCE, ROOT
@@ -35,6 +36,10 @@ fi
 """
 
 
+def run(command: Sequence[str | Path], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **more)
+
+
 class Clone:
     """A copy of what a person carries to a machine, and the folder in which it is staged."""
 
@@ -49,15 +54,7 @@ class Clone:
 
     def command(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": os.environ["PATH"], "DESTDIR": str(self.root)} | environ
-        return subprocess.run(
-            ["systemd/install.sh", *arguments],
-            cwd=self.source,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        return run(["systemd/install.sh", *arguments], cwd=self.source, env=environ)
 
     def install(self, what: str, **environ: str) -> str:
         """What it says. An error fails the test."""
@@ -185,20 +182,11 @@ def test_a_live_installation_is_roots() -> None:
         folder.chmod(0o755)
         shutil.copytree(ROOT / "systemd", folder / "systemd")
         for what in ("cm4", "uninstall-vps"):
-            run = subprocess.run(
-                [folder / "systemd/install.sh", what],
-                env={"PATH": os.environ["PATH"]},
-                user=65534,
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-            )
+            result = run([folder / "systemd/install.sh", what], env={"PATH": os.environ["PATH"]}, user=65534)
             target = what if "-" in what else f"install-{what}"
-            assert run.returncode == 1
-            assert re.fullmatch(
-                rf"install.sh: expected to run as root, got user \w+; please run:  sudo make {target}\n", run.stderr
-            )
+            said = rf"install.sh: expected to run as root, got user \w+; please run:  sudo make {target}\n"
+            assert result.returncode == 1
+            assert re.fullmatch(said, result.stderr)
 
 
 # ------------------------------------------------------------------------------------ files that people change
