@@ -22,6 +22,7 @@ import aiohttp
 import httpx
 import pytest
 from harness import HEALTH, KEY, PATIENCE, ask, daemon, post, wait_until
+from scripted import in_a_thread
 from test_wire import ROUTES, State
 
 from cerebrum.http import Access, Server, own_names
@@ -44,13 +45,22 @@ class Peer:
     """The server in a thread, and what its handlers have seen."""
 
     port: int = 0
-    server: Server | None = None
     left: threading.Event = field(default_factory=threading.Event)
     complaints: list[Any] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> Peer:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.complaints.append(context))
+        more = Route("POST", "/v1/tokens", self.tokens, json=True), Route("POST", "/v1/echo", echo, json=True)
+        self.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
+        self.port = await self.server.start("127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.stop(1.0)
 
     async def tokens(self, state: Any, request: Request) -> Response:
         """`max_tokens` token events, or an endless stream of them for 0."""
@@ -76,28 +86,8 @@ async def echo(state: Any, request: Request) -> Response:
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    peer, ready, loop = Peer(), threading.Event(), asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def serve() -> None:
-        loop.set_exception_handler(lambda _, context: peer.complaints.append(context))
-        more = (
-            Route("POST", "/v1/tokens", peer.tokens, json=True),
-            Route("POST", "/v1/echo", echo, json=True),
-        )
-        peer.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
-        peer.port = await peer.server.start("127.0.0.1", 0)
-        ready.set()
-        await stop.wait()
-        await peer.server.stop(1.0)
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(PATIENCE)
-    yield peer
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(PATIENCE)
-    loop.close()
+    with in_a_thread(Peer()) as peer:
+        yield peer
     assert peer.complaints == []
 
 
