@@ -1,8 +1,37 @@
-"""Makes Ctrl-C possible."""
+"""Runs tests that are coroutines, and makes Ctrl-C possible."""
 
+from __future__ import annotations
+
+import asyncio
+import inspect
 import signal
+from collections.abc import Iterator
+
+import pytest
+from harness import PATIENCE
+
+SLOW_SECONDS = 900.0  # a slow test that takes longer hangs
 
 # A shell that starts the tests in the background has them ignore SIGINT, which every child would inherit, and a bash
 # that ignores it at its start cannot trap it. A handler of our own is not inherited: children have the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    """The event loop of a test, for a fixture that has work of its own on it."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine, up to a deadline."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    seconds = SLOW_SECONDS if pyfuncitem.get_closest_marker("slow") else PATIENCE
+    runner = pyfuncitem.funcargs.get("runner")
+    (runner.run if runner else asyncio.run)(asyncio.wait_for(pyfuncitem.obj(**arguments), seconds))
+    return True

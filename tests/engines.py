@@ -174,7 +174,6 @@ class Engine:
         self.daemon.close()
 
 
-@contextlib.contextmanager
 def llama_server(
     folder: Path,
     model: Path,
@@ -185,7 +184,7 @@ def llama_server(
     slots: int = 1,
     alias: str = "",
     more: tuple[str, ...] = (),
-) -> Iterator[Engine]:
+) -> contextlib.AbstractContextManager[Engine]:
     """llama-server, ready. `context` is that of each of the `slots`; `more` are options as on a command line."""
     binary = llama_server_binary()
 
@@ -196,11 +195,9 @@ def llama_server(
         given += ["--alias", alias] if alias else []
         return [str(binary), *given, *more]
 
-    with _started(Engine("llama-server", folder, command, port, key)) as engine:
-        yield engine
+    return _started(Engine("llama-server", folder, command, port, key))
 
 
-@contextlib.contextmanager
 def llama_cpp_server(
     folder: Path,
     model: Path,
@@ -210,7 +207,7 @@ def llama_cpp_server(
     context: int = 4096,
     alias: str = "",
     more: tuple[str, ...] = (),
-) -> Iterator[Engine]:
+) -> contextlib.AbstractContextManager[Engine]:
     """`python -m llama_cpp.server`, ready. `more` are options as on a command line."""
     llama_cpp_server_version()
 
@@ -222,8 +219,7 @@ def llama_cpp_server(
         given += ["--model_alias", alias] if alias else []
         return [sys.executable, "-m", "llama_cpp.server", *given, *more]
 
-    with _started(Engine("llama_cpp.server", folder, command, port, key)) as engine:
-        yield engine
+    return _started(Engine("llama_cpp.server", folder, command, port, key))
 
 
 @contextlib.contextmanager

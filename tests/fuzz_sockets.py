@@ -206,9 +206,6 @@ if __name__ == "__main__":
     results, findings = main(*(numbers + [100_000, 1][len(numbers) :]))
     for finding in findings[:20]:
         print(finding, file=sys.stderr)
-    print(
-        json.dumps(
-            {"inputs": sum(int(str(one["inputs"])) for one in results), "findings": len(findings), "daemons": results}
-        )
-    )
+    inputs = sum(int(str(one["inputs"])) for one in results)
+    print(json.dumps({"inputs": inputs, "findings": len(findings), "daemons": results}))
     sys.exit(bool(findings))

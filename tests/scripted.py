@@ -22,7 +22,7 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from harness import KEY, PATIENCE, ROOT, Client, until
 
@@ -211,9 +211,12 @@ class Backend:
                 await asyncio.sleep(0)  # let the other side read
 
 
+Threaded = TypeVar("Threaded", bound=contextlib.AbstractAsyncContextManager[Any])
+
+
 @contextlib.contextmanager
-def in_a_thread(backend: Backend) -> Iterator[Backend]:
-    """The backend for tests that block: its event loop runs in a thread."""
+def in_a_thread(server: Threaded) -> Iterator[Threaded]:
+    """A server for tests that block: its event loop runs in a thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
 
@@ -225,9 +228,9 @@ def in_a_thread(backend: Backend) -> Iterator[Backend]:
         thread.start()
         stack.callback(thread.join, PATIENCE)
         stack.callback(loop.call_soon_threadsafe, loop.stop)
-        call(backend.__aenter__)
-        stack.callback(call, backend.__aexit__)
-        yield backend
+        call(server.__aenter__)
+        stack.callback(call, server.__aexit__)
+        yield server
 
 
 @dataclass(kw_only=True)

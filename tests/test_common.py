@@ -6,18 +6,15 @@ import ast
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import ROOT
 
 from cerebrum.http import own_names
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum_common import Field, HttpError, describe, error_body, error_event, read_fields, sse_event, timestamp
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------------------- fields
 
@@ -141,9 +138,6 @@ def test_environment() -> None:
 def test_bad_numbers(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^N: expected a number from 0 to 10, got "):
         Environment({"N": text}).number("N", 0, 0, 10)
-
-
-def test_bad_integer() -> None:
     with pytest.raises(ConfigError, match=r"^N: expected an integer, got 1\.5"):
         Environment({"N": "1.5"}).integer("N", 0, 0, 10)
 
@@ -176,7 +170,6 @@ def test_the_table_of_models() -> None:
     ("text", "says"),
     [
         ("", "at least one"),
-        ("models = 5", "at least one"),
         ("models = []", "at least one"),
         ("models = ['x']", "model 1: expected a table"),
         ("[[models]", "line 1"),
@@ -185,7 +178,6 @@ def test_the_table_of_models() -> None:
         (GOOD.replace('"m"', '"a b"'), "model 1: id: expected a string of the form"),
         (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
         (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
-        (GOOD.replace("m.gguf", "../m.gguf"), "model 1: file: expected a string of the form"),
         (GOOD.replace("m.gguf", "a/m.gguf"), "model 1: file: expected a string of the form"),
         (GOOD.replace("m.gguf", ".."), "model 1: file: expected a string of the form"),
         (GOOD + 'sha256 = "x"\n', "model 1: sha256: expected a string of the form"),
@@ -213,16 +205,13 @@ def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
     assert str(error.value).startswith(str(path))
 
 
-def test_any_language_may_be_named(tmp_path: Path) -> None:
+def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    path.write_text(GOOD.replace('["python"]', '["python", "haskell", "c#", "objective-c", "F90"]'))
-    assert load_catalog(path).models[0].languages == ("python", "haskell", "c#", "objective-c", "F90")
-
-
-def test_preferences(tmp_path: Path) -> None:
-    path = tmp_path / "models.toml"
-    path.write_text(GOOD + GOOD.replace('"m"', '"n"') + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
-    assert load_catalog(path).prefer == {"infill": ("n", "m")}
+    other = GOOD.replace('"m"', '"n"').replace('["python"]', '["python", "haskell", "c#", "objective-c", "F90"]')
+    path.write_text(GOOD + other + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
+    catalog = load_catalog(path)
+    assert catalog.prefer == {"infill": ("n", "m")}
+    assert catalog.models[1].languages == ("python", "haskell", "c#", "objective-c", "F90")
     assert load_catalog(ROOT / "models.toml").prefer == {}, "off in the shipped file"
 
 
@@ -262,29 +251,20 @@ def test_two_keys_may_be_valid(text: str, keys: tuple[str, ...]) -> None:
     assert Environment({"K": text}).keys("K") == keys
 
 
-def test_three_keys_are_one_that_was_forgotten() -> None:
-    with pytest.raises(ConfigError, match=r"^K: expected one key, or two while it is replaced, got 3$"):
-        Environment({"K": "a,b,c"}).keys("K")
+ONE_KEY = "expected one key, or two while it is replaced, got 3"
+ASCII = "expected printable ASCII without spaces"  # since a header carries the key
 
 
-@pytest.mark.parametrize("text", ["two words", "zwölf", "a,b\x00", " , ", "a,"])
-def test_a_key_that_no_header_can_carry(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^K: expected printable ASCII without spaces$"):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("a,b,c", ONE_KEY), *((text, ASCII) for text in ("two words", "zwölf", "a,b\x00", " , ", "a,"))],
+)
+def test_a_key_that_cannot_be_one(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^K: {says}$"):
         Environment({"K": text}).keys("K")
 
 
 # ---------------------------------------------------------------------------------------------- the house
-
-
-@pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
-def test_standard_library_only(python: str) -> None:
-    if not Path(python).exists():
-        pytest.skip(f"{python} is not installed")
-    done = subprocess.run(
-        [python, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); import cerebrum_common"],
-        capture_output=True,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])

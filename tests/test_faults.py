@@ -47,7 +47,7 @@ from harness import (
     until,
     wait_until,
 )
-from scripted import CHUNKED, Backend, chunk, in_a_thread
+from scripted import CHUNKED, Backend, chunk
 
 from cerebrum.http import WRITE_SECONDS
 from cerebrum.pi.fleet import PROBE_SECONDS
@@ -57,9 +57,7 @@ from cerebrum_common import SSE_COMMENT
 
 SMALL = "qwen_0_5b"
 MARGIN_SECONDS = 10.0  # what a busy machine may add to a limit of time
-SCENARIO_SECONDS = 900.0  # a scenario that takes longer hangs
 STOPPED = "VPS backend is unavailable (it stopped in the middle of its answer)"
-ENDED = "VPS backend is unavailable (it ended in the middle of its answer)"
 # The model counts on from here for as long as it may.
 LONG = "# The numbers from one to ten thousand, a line each:\n1\n2\n3\n4\n5\n6\n7\n8\n"
 
@@ -68,11 +66,6 @@ pytestmark = [
     pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch"),
 ]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """Run a test that is a coroutine and may take minutes."""
-    asyncio.run(asyncio.wait_for(scenario, SCENARIO_SECONDS))
 
 
 # ----------------------------------------------------------------------------------------- both daemons
@@ -129,8 +122,8 @@ async def told(port: int, path: str = "/v1/stats") -> Any:
     return (await Client(port=port).get(path, X_API_Key=KEY)).json
 
 
-async def is_healthy(port: int) -> bool:
-    return (await Client(port=port).get("/health")).status == 200
+async def is_healthy(port: int, status: int = 200) -> bool:
+    return (await Client(port=port).get("/health")).status == status
 
 
 async def until_true(condition: Callable[[], Coroutine[Any, Any, bool]], what: str, seconds: float = PATIENCE) -> float:
@@ -172,12 +165,12 @@ class Stream:
         return await read_reply(whole)
 
 
-def assert_broken(reply: Reply, message: str) -> None:
-    """The stream has ended with tokens and this error, and not cleanly."""
+def assert_broken(reply: Reply) -> None:
+    """The stream has ended with tokens and the error STOPPED, and not cleanly."""
     assert reply.status == 200
     assert not reply.clean
     assert "token" in reply.events[-2]
-    assert reply.events[-1] == {"error": True, "message": message, "code": "VPS_UNAVAILABLE"}
+    assert reply.events[-1] == {"error": True, "message": STOPPED, "code": "VPS_UNAVAILABLE"}
 
 
 def assert_done(reply: Reply, tokens: int) -> None:
@@ -254,84 +247,55 @@ def cable() -> Iterator[Cable]:
         pytest.skip(f"needs network namespaces: {error.stderr.strip()}")
 
 
-def test_the_vps_loses_its_power_in_mid_stream(cable: Cable, folder: Path) -> None:
-    async def scenario() -> None:
-        with (
-            vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
-            cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
-        ):
-            client = Client(port=pi.port)
-            await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
-            stream = await Stream.begin(client)
-            cable.cut()
-            vps.process.kill()
-            began = time.monotonic()
-            noticed = await until_true(lambda: is_unhealthy(pi.port), "the Pi misses the VPS")
-            refused = await client.stream(**fields())
-            assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
-            assert_broken(await stream.rest(), STOPPED)
-            took = time.monotonic() - began
-            assert noticed < PROBE_SECONDS * 1.2 + CONNECT_SECONDS + MARGIN_SECONDS
-            assert took < IDLE_SECONDS + MARGIN_SECONDS
-            assert (await told(pi.port))["requests_active"] == 0
+async def test_the_vps_loses_its_power_in_mid_stream(cable: Cable, folder: Path) -> None:
+    with (
+        vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
+        cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
+    ):
+        client = Client(port=pi.port)
+        await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
+        stream = await Stream.begin(client)
+        cable.cut()
+        vps.process.kill()
+        began = time.monotonic()
+        noticed = await until_true(lambda: is_healthy(pi.port, 503), "the Pi misses the VPS")
+        refused = await client.stream(**fields())
+        assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
+        assert_broken(await stream.rest())
+        took = time.monotonic() - began
+        assert noticed < PROBE_SECONDS * 1.2 + CONNECT_SECONDS + MARGIN_SECONDS
+        assert took < IDLE_SECONDS + MARGIN_SECONDS
+        assert (await told(pi.port))["requests_active"] == 0
 
-            cable.mend()
-            with vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_VPS_PORT=str(vps.port)):
-                back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
-                assert_done(await client.stream(**fields(max_tokens=8)), 8)
-            print(f"away after {noticed:.1f} s, stream ended after {took:.1f} s, back after {back:.1f} s")
-
-    run(scenario())
+        cable.mend()
+        with vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_VPS_PORT=str(vps.port)):
+            back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
+            assert_done(await client.stream(**fields(max_tokens=8)), 8)
+        print(f"away after {noticed:.1f} s, stream ended after {took:.1f} s, back after {back:.1f} s")
 
 
-async def is_unhealthy(port: int) -> bool:
-    return not await is_healthy(port)
-
-
-def test_the_vps_is_killed_in_mid_stream(folder: Path) -> None:
-    async def scenario() -> None:
-        with vpsd(folder) as vps, cm4d(folder / "pi", vps.port) as pi:
-            client = Client(port=pi.port)
-            stream = await Stream.begin(client)
-            vps.process.kill()
-            began = time.monotonic()
-            assert_broken(await stream.rest(), ENDED)
-            assert time.monotonic() - began < MARGIN_SECONDS
-            await until_true(lambda: is_unhealthy(pi.port), "the Pi misses the VPS")
-            with vpsd(folder, CEREBRUM_VPS_PORT=str(vps.port)):
-                await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
-                assert_done(await client.stream(**fields(max_tokens=8)), 8)
-
-    run(scenario())
-
-
-def test_a_client_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
+async def test_a_client_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
     """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent stays unanswered."""
-
-    async def scenario() -> None:
-        with (
-            vpsd(folder, CEREBRUM_THREADS="1") as vps,
-            cm4d(folder / "pi", vps.port, CEREBRUM_CM4_HOST=cable.near) as pi,
-        ):
-            body = json.dumps(fields()).encode()
-            head = f"POST /v1/complete/stream HTTP/1.1\r\nHost: {cable.near}\r\nContent-Type: application/json\r\n"
-            reader, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
-            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            await asyncio.wait_for(reader.readuntil(b'{"token"'), PATIENCE)
-            cable.cut()
-            freed = await until_idle(vps.port, WRITE_SECONDS + MARGIN_SECONDS)
-            (line,) = re.findall("POST /v1/complete/stream .*", pi.stdout())
-            assert " 499 " in line
-            print(f"a silent client held its place for {freed:.1f} s")
-
-    run(scenario())
+    with (
+        vpsd(folder, CEREBRUM_THREADS="1") as vps,
+        cm4d(folder / "pi", vps.port, CEREBRUM_CM4_HOST=cable.near) as pi,
+    ):
+        body = json.dumps(fields()).encode()
+        head = f"POST /v1/complete/stream HTTP/1.1\r\nHost: {cable.near}\r\nContent-Type: application/json\r\n"
+        reader, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await asyncio.wait_for(reader.readuntil(b'{"token"'), PATIENCE)
+        cable.cut()
+        freed = await until_idle(vps.port, WRITE_SECONDS + MARGIN_SECONDS)
+        (line,) = re.findall("POST /v1/complete/stream .*", pi.stdout())
+        assert " 499 " in line
+        print(f"a silent client held its place for {freed:.1f} s")
 
 
-def test_a_silent_client_that_is_sent_nothing_gives_its_place_back(cable: Cable, folder: Path) -> None:
+async def test_a_silent_client_that_is_sent_nothing_gives_its_place_back(cable: Cable, folder: Path) -> None:
     """It waits for an answer in one piece, so the kernel alone asks whether it is still there."""
     busy = [CHUNKED, *(chunk(SSE_COMMENT), lambda: asyncio.sleep(1)) * 600]  # a VPS that reads a long prompt
-
-    async def scenario(backend: Backend) -> None:
+    async with Backend([busy]) as backend:
         with cm4d(folder, backend.port, CEREBRUM_CM4_HOST=cable.near) as pi:
             _, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
             writer.write(post("/v1/complete", json.dumps(fields()).encode()))
@@ -342,62 +306,52 @@ def test_a_silent_client_that_is_sent_nothing_gives_its_place_back(cable: Cable,
             print(f"a silent client that was sent nothing held its place for {time.monotonic() - began:.1f} s")
             await asyncio.to_thread(pi.wait_for_line, r"POST /v1/complete 499 ")
 
-    with in_a_thread(Backend([busy])) as backend:
-        run(scenario(backend))
 
-
-def test_a_pi_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
+async def test_a_pi_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
     """The same between the Pi and the VPS: the Pi answers its client, and the VPS computes no further."""
-
-    async def scenario() -> None:
-        with (
-            vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_THREADS="1") as vps,
-            cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
-        ):
-            stream = await Stream.begin(Client(port=pi.port))
-            cable.cut()
-            began = time.monotonic()
-            assert_broken(await stream.rest(), STOPPED)
-            took = time.monotonic() - began
-            await asyncio.to_thread(vps.wait_for_line, r"POST /v1/inference/stream ")
-            freed = time.monotonic() - began
-            print(f"the Pi gave up after {took:.1f} s, the VPS after {freed:.1f} s")
-            assert " 499 " in vps.stdout()
-            assert took < IDLE_SECONDS + MARGIN_SECONDS
-            assert freed < WRITE_SECONDS + MARGIN_SECONDS
-
-    run(scenario())
+    with (
+        vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_THREADS="1") as vps,
+        cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
+    ):
+        stream = await Stream.begin(Client(port=pi.port))
+        cable.cut()
+        began = time.monotonic()
+        assert_broken(await stream.rest())
+        took = time.monotonic() - began
+        await asyncio.to_thread(vps.wait_for_line, r"POST /v1/inference/stream ")
+        freed = time.monotonic() - began
+        print(f"the Pi gave up after {took:.1f} s, the VPS after {freed:.1f} s")
+        assert " 499 " in vps.stdout()
+        assert took < IDLE_SECONDS + MARGIN_SECONDS
+        assert freed < WRITE_SECONDS + MARGIN_SECONDS
 
 
-def test_the_way_to_the_vps_breaks_before_a_request(cable: Cable, folder: Path) -> None:
-    async def scenario() -> None:
-        with (
-            vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
-            cm4d(folder / "pi", f"{cable.far}:{vps.port}", CEREBRUM_MAX_CONCURRENT="3") as pi,
-        ):
-            client = Client(port=pi.port)
-            await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
-            cable.cut()
-            began = time.monotonic()
-            replies = await asyncio.gather(*(client.stream(prompt=f"{n} =") for n in range(3)))
-            took = time.monotonic() - began
-            assert [reply.status for reply in replies] == [503] * 3
-            assert {reply.json["message"] for reply in replies} == {
-                "VPS backend is unavailable (it did not answer in time)"
-            }
-            assert took < CONNECT_SECONDS + MARGIN_SECONDS
-            stats = await told(pi.port)
-            assert (stats["breaker"]["state"], stats["breaker"]["opens"]) == ("open", 1)
-            began = time.monotonic()
-            assert (await client.stream(**fields())).status == 503
-            assert time.monotonic() - began < 1  # nobody waits for a VPS that is known to be away
-            cable.mend()
-            back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
-            assert_done(await client.stream(**fields(max_tokens=8)), 8)
-            assert (await told(pi.port))["breaker"]["state"] == "closed"
-            print(f"refused after {took:.1f} s, back after {back:.1f} s")
-
-    run(scenario())
+async def test_the_way_to_the_vps_breaks_before_a_request(cable: Cable, folder: Path) -> None:
+    with (
+        vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
+        cm4d(folder / "pi", f"{cable.far}:{vps.port}", CEREBRUM_MAX_CONCURRENT="3") as pi,
+    ):
+        client = Client(port=pi.port)
+        await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
+        cable.cut()
+        began = time.monotonic()
+        replies = await asyncio.gather(*(client.stream(prompt=f"{n} =") for n in range(3)))
+        took = time.monotonic() - began
+        assert [reply.status for reply in replies] == [503] * 3
+        assert {reply.json["message"] for reply in replies} == {
+            "VPS backend is unavailable (it did not answer in time)"
+        }
+        assert took < CONNECT_SECONDS + MARGIN_SECONDS
+        stats = await told(pi.port)
+        assert (stats["breaker"]["state"], stats["breaker"]["opens"]) == ("open", 1)
+        began = time.monotonic()
+        assert (await client.stream(**fields())).status == 503
+        assert time.monotonic() - began < 1  # nobody waits for a VPS that is known to be away
+        cable.mend()
+        back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
+        assert_done(await client.stream(**fields(max_tokens=8)), 8)
+        assert (await told(pi.port))["breaker"]["state"] == "closed"
+        print(f"refused after {took:.1f} s, back after {back:.1f} s")
 
 
 # --------------------------------------------------------------------------------------------- a full disk
@@ -429,63 +383,59 @@ def enlarge(disk: Path, megabytes: int) -> None:
 
 
 @needs_root
-def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
+async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
     """Logs, measurements and caches are given up, completions are not; with room again, all is written again."""
     state, logs = disk / "state", disk / "logs"
     kv = state / "kv" / SMALL
+    given = {"CEREBRUM_STATE_DIR": str(state), "CEREBRUM_LOG_FILE": str(logs / "vpsd.log")}
+    with (
+        vpsd(tmp_path, **given) as vps,
+        cm4d(tmp_path / "pi", vps.port, CEREBRUM_LOG_FILE=str(logs / "cm4d.log")) as pi,
+    ):
+        client = Client(port=pi.port)
 
-    async def scenario() -> None:
-        given = {"CEREBRUM_STATE_DIR": str(state), "CEREBRUM_LOG_FILE": str(logs / "vpsd.log")}
-        with (
-            vpsd(tmp_path, **given) as vps,
-            cm4d(tmp_path / "pi", vps.port, CEREBRUM_LOG_FILE=str(logs / "cm4d.log")) as pi,
-        ):
-            client = Client(port=pi.port)
+        async def complete(request_id: str) -> None:
+            reply = await client.ask("POST", "/v1/complete", fields(max_tokens=4), X_Request_ID=request_id)
+            assert_done(reply, 4)
 
-            async def complete(request_id: str) -> None:
-                reply = await client.ask("POST", "/v1/complete", fields(max_tokens=4), X_Request_ID=request_id)
-                assert_done(reply, 4)
+        async def unload() -> None:
+            reply = await Client(port=vps.port).ask("POST", f"/v1/unload/{SMALL}", {}, X_API_Key=KEY)
+            assert (reply.status, reply.json["unloaded"]) == (200, True)
 
-            async def unload() -> None:
-                reply = await Client(port=vps.port).ask("POST", f"/v1/unload/{SMALL}", {}, X_API_Key=KEY)
-                assert (reply.status, reply.json["unloaded"]) == (200, True)
+        await complete("full-1")
+        await unload()
+        free(disk, 64)  # room for the folders and a part of a sequence, which is 500 KB
+        await complete("full-2")
+        await unload()
+        assert list(kv.iterdir()) == []
+        assert [line[22:] for line in vps.stdout().splitlines() if "WARNING" in line] == [
+            "WARNING - [-] parked sequences not saved: No space left on device"
+        ] * 2
+        for process, file in ((vps, "vpsd.log"), (pi, "cm4d.log")):
+            said = [line for line in process.stdout().splitlines() if "CEREBRUM_LOG_FILE" in line]
+            assert said == [f"CEREBRUM_LOG_FILE: cannot write {logs / file}: No space left on device; "
+                            "going on without it"]  # fmt: skip
+        enlarge(disk, megabytes=8)
+        await complete("room-3")
+        await unload()
+        assert [path.name for path in kv.iterdir()] == ["0000.kv"]
+        for file in ("vpsd.log", "cm4d.log"):
+            assert re.search(r"\[room-3\] POST /v1/\S+ 200 ", (logs / file).read_text())
+        assert vps.complaints() == pi.complaints() == ""
+    assert (vps.process.returncode, pi.process.returncode) == (0, 0)
 
-            await complete("full-1")
-            await unload()
-            free(disk, 64)  # room for the folders and a part of a sequence, which is 500 KB
-            await complete("full-2")
-            await unload()
-            assert list(kv.iterdir()) == []
-            assert [line[22:] for line in vps.stdout().splitlines() if "WARNING" in line] == [
-                "WARNING - [-] parked sequences not saved: No space left on device"
-            ] * 2
-            for process, file in ((vps, "vpsd.log"), (pi, "cm4d.log")):
-                said = [line for line in process.stdout().splitlines() if "CEREBRUM_LOG_FILE" in line]
-                assert said == [f"CEREBRUM_LOG_FILE: cannot write {logs / file}: No space left on device; "
-                                "going on without it"]  # fmt: skip
-            enlarge(disk, megabytes=8)
-            await complete("room-3")
-            await unload()
-            assert [path.name for path in kv.iterdir()] == ["0000.kv"]
-            for file in ("vpsd.log", "cm4d.log"):
-                assert re.search(r"\[room-3\] POST /v1/\S+ 200 ", (logs / file).read_text())
-            assert vps.complaints() == pi.complaints() == ""
-        assert (vps.process.returncode, pi.process.returncode) == (0, 0)
-
-        # What a disk that was full may have left. It is measured and computed again.
-        (costs,) = (state / "calibration").iterdir()
-        os.truncate(costs, costs.stat().st_size // 2)
-        os.truncate(kv / "0000.kv", 100_000)
-        with vpsd(tmp_path, **given) as vps:
-            answered = (await ask_vps(vps.port, max_tokens=4)).json
-            assert (answered["total_tokens"], answered["cached_tokens"]) == (4, 0)
-            assert "parked sequence 0000.kv removed: damaged" in vps.stdout()
-            assert len(json.loads(costs.read_text())) == 8
-        with vpsd(tmp_path, **given) as vps:
-            answered = (await ask_vps(vps.port, max_tokens=4)).json
-            assert answered["cached_tokens"] == answered["prompt_tokens"] - 1
-
-    run(scenario())
+    # What a disk that was full may have left. It is measured and computed again.
+    (costs,) = (state / "calibration").iterdir()
+    os.truncate(costs, costs.stat().st_size // 2)
+    os.truncate(kv / "0000.kv", 100_000)
+    with vpsd(tmp_path, **given) as vps:
+        answered = (await ask_vps(vps.port, max_tokens=4)).json
+        assert (answered["total_tokens"], answered["cached_tokens"]) == (4, 0)
+        assert "parked sequence 0000.kv removed: damaged" in vps.stdout()
+        assert len(json.loads(costs.read_text())) == 8
+    with vpsd(tmp_path, **given) as vps:
+        answered = (await ask_vps(vps.port, max_tokens=4)).json
+        assert answered["cached_tokens"] == answered["prompt_tokens"] - 1
 
 
 # ------------------------------------------------------------------------------------------------ clocks
@@ -494,7 +444,7 @@ FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), No
 
 
 @pytest.mark.skipif(not FAKETIME, reason="needs libfaketime")
-def test_the_clock_jumps(folder: Path) -> None:
+async def test_the_clock_jumps(folder: Path) -> None:
     """As when a Pi without a clock of its own hears of the time. Both daemons serve meanwhile."""
     clock = folder / "clock"
     clock.write_text("+0")
@@ -507,45 +457,41 @@ def test_the_clock_jumps(folder: Path) -> None:
         "CEREBRUM_LOG_LEVEL": "DEBUG",
         "CEREBRUM_IDLE_MINUTES": "1",
     }
-
-    async def scenario() -> None:
-        with vpsd(folder, **faked) as vps, cm4d(folder / "pi", vps.port, **faked) as pi:
-            client = Client(port=pi.port)
-            await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
-            real, began = time.time(), time.monotonic()
-            for days in (365, -1):
-                probes = vps.stdout().count("GET /health 200")
-                stream = await Stream.begin(client, max_tokens=256)
-                moved = folder / "moved"
-                moved.write_text(f"{days:+d}d")
-                moved.replace(clock)  # at once: a daemon that finds the file empty ends
-                shown = time.gmtime(real + days * 86_400)
-                assert (await told(vps.port, "/health"))["timestamp"][:4] == f"{shown.tm_year}"
-                assert_done(await stream.rest(), 256)
-                assert_done(await client.complete(**fields(max_tokens=4)), 4)
-                await until(lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes")
-                assert await is_healthy(pi.port)
-                cleaned = await Client(port=vps.port).ask("POST", "/v1/cleanup", {}, X_API_Key=KEY)
-                assert cleaned.json["models_unloaded"] == []
-                listed = (await told(vps.port, "/v1/models"))["models"]
-                (model,) = [entry for entry in listed if entry["loaded"]]
-                assert model["last_used"][:10] == time.strftime("%Y-%m-%d", shown)
-                for port in (vps.port, pi.port):
-                    stats = await told(port)
-                    assert 0 <= stats["uptime"] <= time.monotonic() - began + 60
-                    assert stats["requests_active"] == 0
-                assert stats["breaker"] == {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
-            assert vps.stdout().count("loaded (published)") == 1
-            assert vps.complaints() == pi.complaints() == ""
-            assert "WARNING" not in vps.stdout() + pi.stdout()
-
-    run(scenario())
+    with vpsd(folder, **faked) as vps, cm4d(folder / "pi", vps.port, **faked) as pi:
+        client = Client(port=pi.port)
+        await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
+        real, began = time.time(), time.monotonic()
+        for days in (365, -1):
+            probes = vps.stdout().count("GET /health 200")
+            stream = await Stream.begin(client, max_tokens=256)
+            moved = folder / "moved"
+            moved.write_text(f"{days:+d}d")
+            moved.replace(clock)  # at once: a daemon that finds the file empty ends
+            shown = time.gmtime(real + days * 86_400)
+            assert (await told(vps.port, "/health"))["timestamp"][:4] == f"{shown.tm_year}"
+            assert_done(await stream.rest(), 256)
+            assert_done(await client.complete(**fields(max_tokens=4)), 4)
+            await until(lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes")
+            assert await is_healthy(pi.port)
+            cleaned = await Client(port=vps.port).ask("POST", "/v1/cleanup", {}, X_API_Key=KEY)
+            assert cleaned.json["models_unloaded"] == []
+            listed = (await told(vps.port, "/v1/models"))["models"]
+            (model,) = [entry for entry in listed if entry["loaded"]]
+            assert model["last_used"][:10] == time.strftime("%Y-%m-%d", shown)
+            for port in (vps.port, pi.port):
+                stats = await told(port)
+                assert 0 <= stats["uptime"] <= time.monotonic() - began + 60
+                assert stats["requests_active"] == 0
+            assert stats["breaker"] == {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
+        assert vps.stdout().count("loaded (published)") == 1
+        assert vps.complaints() == pi.complaints() == ""
+        assert "WARNING" not in vps.stdout() + pi.stdout()
 
 
 # ------------------------------------------------------------------------------------------------- files
 
 
-def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
+async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
     models = folder / "models"
     models.mkdir()
     file = models / FILES[SMALL].name
@@ -559,62 +505,46 @@ def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
     def truncate() -> None:
         os.truncate(file, middle)
 
-    async def scenario() -> None:
-        with vpsd(folder, CEREBRUM_MODELS_DIR=str(models)) as vps, cm4d(folder / "pi", vps.port) as pi:
-            client = Client(port=pi.port)
+    with vpsd(folder, CEREBRUM_MODELS_DIR=str(models)) as vps, cm4d(folder / "pi", vps.port) as pi:
+        client = Client(port=pi.port)
 
-            async def unload() -> None:
-                await Client(port=vps.port).ask("POST", f"/v1/unload/{SMALL}", {}, X_API_Key=KEY)
+        async def unload() -> None:
+            await Client(port=vps.port).ask("POST", f"/v1/unload/{SMALL}", {}, X_API_Key=KEY)
 
-            async def text() -> str:
-                reply = await client.complete(**fields(max_tokens=16))
-                assert reply.status == 200, reply.body
-                return str(reply.json["completion"])
+        async def text() -> str:
+            reply = await client.complete(**fields(max_tokens=16))
+            assert reply.status == 200, reply.body
+            return str(reply.json["completion"])
 
-            shutil.copyfile(FILES[SMALL], file)
-            good = await text()
-            name = re.escape(f"model {SMALL} ({file.name}): ")
-            for spoil, status, code, message in (
-                (
-                    damage,
-                    500,
-                    "MODEL_LOAD_FAILED",
-                    name + "expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}; fetch it again",
-                ),
-                (
-                    truncate,
-                    500,
-                    "MODEL_LOAD_FAILED",
-                    name + "expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}; fetch it again",
-                ),
-                (
-                    file.unlink,
-                    404,
-                    "MODEL_NOT_FOUND",
-                    f"model {SMALL}: the file {file.name} is missing; .* fetch {SMALL}",
-                ),
-            ):
-                spoil()
-                assert await text() == good  # the model is in memory as a whole
-                await unload()
-                for reply in (await ask_vps(vps.port, max_tokens=4), await client.complete(**fields(max_tokens=4))):
-                    assert (reply.status, reply.json["code"]) == (status, code)
-                    assert re.fullmatch(message, reply.json["message"]), reply.body
-                    assert str(folder) not in reply.body.decode()
-                assert (await told(vps.port))["requests_active"] == 0
-                shutil.copyfile(FILES[SMALL], file)
-                assert await text() == good
-
-            # The time of writing can be set back; that of the last change cannot.
-            stamp = file.stat()
-            damage()
-            os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        shutil.copyfile(FILES[SMALL], file)
+        good = await text()
+        name = re.escape(f"model {SMALL} ({file.name}): ")
+        damaged = name + "expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}; fetch it again"
+        missing = f"model {SMALL}: the file {file.name} is missing; .* fetch {SMALL}"
+        for spoil, status, code, message in (
+            (damage, 500, "MODEL_LOAD_FAILED", damaged),
+            (truncate, 500, "MODEL_LOAD_FAILED", damaged),
+            (file.unlink, 404, "MODEL_NOT_FOUND", missing),
+        ):
+            spoil()
+            assert await text() == good  # the model is in memory as a whole
             await unload()
-            reply = await ask_vps(vps.port, max_tokens=4)
-            assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
-            assert "Traceback" not in vps.stdout()
+            for reply in (await ask_vps(vps.port, max_tokens=4), await client.complete(**fields(max_tokens=4))):
+                assert (reply.status, reply.json["code"]) == (status, code)
+                assert re.fullmatch(message, reply.json["message"]), reply.body
+                assert str(folder) not in reply.body.decode()
+            assert (await told(vps.port))["requests_active"] == 0
+            shutil.copyfile(FILES[SMALL], file)
+            assert await text() == good
 
-    run(scenario())
+        # The time of writing can be set back; that of the last change cannot.
+        stamp = file.stat()
+        damage()
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        await unload()
+        reply = await ask_vps(vps.port, max_tokens=4)
+        assert (reply.status, reply.json["code"]) == (500, "MODEL_LOAD_FAILED")
+        assert "Traceback" not in vps.stdout()
 
 
 # ----------------------------------------------------------------------------------------- a request's id
@@ -626,36 +556,33 @@ def lines_of(request_id: str, process: Daemon) -> list[str]:
     return [re.sub(r"\d+\.\d\ds", "Ns", line.partition("] ")[2]) for line in found]
 
 
-def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> None:
-    async def scenario() -> None:
-        with bad_vpsd(folder, 8, "fail") as vps, cm4d(folder / "pi", vps.port) as pi:
-            client = Client(port=pi.port)
-            await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
+async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> None:
+    with bad_vpsd(folder, 8, "fail") as vps, cm4d(folder / "pi", vps.port) as pi:
+        client = Client(port=pi.port)
+        await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
 
-            async def lines(request_id: str, path: str, **more: Any) -> tuple[str, str]:
-                reply = await client.ask("POST", path, fields(**more), X_Request_ID=request_id)
-                assert reply.one("X-Request-ID") == request_id
-                await until(lambda: lines_of(request_id, pi) and lines_of(request_id, vps), "both have logged it")
-                (ours,), (theirs,) = lines_of(request_id, pi), lines_of(request_id, vps)
-                return ours.removeprefix(f"POST {path} "), theirs.removeprefix("POST /v1/inference/stream ")
+        async def lines(request_id: str, path: str, **more: Any) -> tuple[str, str]:
+            reply = await client.ask("POST", path, fields(**more), X_Request_ID=request_id)
+            assert reply.one("X-Request-ID") == request_id
+            await until(lambda: lines_of(request_id, pi) and lines_of(request_id, vps), "both have logged it")
+            (ours,), (theirs,) = lines_of(request_id, pi), lines_of(request_id, vps)
+            return ours.removeprefix(f"POST {path} "), theirs.removeprefix("POST /v1/inference/stream ")
 
-            for path in ("/v1/complete", "/v1/complete/stream"):
-                done = f"200 Ns model={SMALL} tokens=2 ttft=Ns"
-                assert await lines(f"good.{path[-6:]}", path, max_tokens=2, prompt=f"# {path}\n1\n2\n") == (done, done)
-            fault = "the model could not be evaluated"
-            ours, theirs = await lines("broken-1", "/v1/complete", prompt="3\n4\n", max_tokens=40)
-            assert ours == f"503 Ns model={SMALL} tokens=4 ttft=Ns VPS_UNAVAILABLE: {fault}"
-            assert theirs == f"500 Ns model={SMALL} tokens=4 ttft=Ns INTERNAL_ERROR: {fault}"
-            ours, theirs = await lines("missing_1", "/v1/complete", model="codellama_7b")
-            assert ours.startswith("404 Ns model=codellama_7b MODEL_NOT_FOUND: model codellama_7b: the file ")
-            assert theirs.replace("404 Ns ", "404 Ns model=codellama_7b ") == ours
-            refused = await ask_vps(vps.port, prompt="1 2 " * 5000)
-            assert refused.json["code"] == "INVALID_REQUEST"
-            (line,) = await until(lambda: lines_of(refused.one("X-Request-ID"), vps), "it is logged")
-            assert line == (f"POST /v1/inference 400 Ns model={SMALL} INVALID_REQUEST: "
-                            f"prompt: expected 1 to 4095 tokens, got {refused.json['prompt_tokens']}")  # fmt: skip
-
-    run(scenario())
+        for path in ("/v1/complete", "/v1/complete/stream"):
+            done = f"200 Ns model={SMALL} tokens=2 ttft=Ns"
+            assert await lines(f"good.{path[-6:]}", path, max_tokens=2, prompt=f"# {path}\n1\n2\n") == (done, done)
+        fault = "the model could not be evaluated"
+        ours, theirs = await lines("broken-1", "/v1/complete", prompt="3\n4\n", max_tokens=40)
+        assert ours == f"503 Ns model={SMALL} tokens=4 ttft=Ns VPS_UNAVAILABLE: {fault}"
+        assert theirs == f"500 Ns model={SMALL} tokens=4 ttft=Ns INTERNAL_ERROR: {fault}"
+        ours, theirs = await lines("missing_1", "/v1/complete", model="codellama_7b")
+        assert ours.startswith("404 Ns model=codellama_7b MODEL_NOT_FOUND: model codellama_7b: the file ")
+        assert theirs.replace("404 Ns ", "404 Ns model=codellama_7b ") == ours
+        refused = await ask_vps(vps.port, prompt="1 2 " * 5000)
+        assert refused.json["code"] == "INVALID_REQUEST"
+        (line,) = await until(lambda: lines_of(refused.one("X-Request-ID"), vps), "it is logged")
+        assert line == (f"POST /v1/inference 400 Ns model={SMALL} INVALID_REQUEST: "
+                        f"prompt: expected 1 to 4095 tokens, got {refused.json['prompt_tokens']}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- the watchdog
@@ -706,29 +633,25 @@ LIMIT_SECONDS = 8.0  # of the watchdog: longer than a busy machine keeps the eve
 WATCHED = {"WATCHDOG_USEC": str(round(LIMIT_SECONDS * 1e6))}
 
 
-def test_a_wedged_worker_is_not_kept_alive(folder: Path, supervisor: Supervisor) -> None:
+async def test_a_wedged_worker_is_not_kept_alive(folder: Path, supervisor: Supervisor) -> None:
     """It is while it loads, measures, reads and writes for long."""
     shutil.rmtree(folder / "state")  # so it measures
-
-    async def scenario() -> None:
-        given = {"NOTIFY_SOCKET": supervisor.path, **WATCHED}
-        with bad_vpsd(folder, 400, "hang", **given) as vps, cm4d(folder / "pi", vps.port) as pi:
-            asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
-            await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
-            assert "loaded (published)" in vps.stdout()
-            assert supervisor.longest < LIMIT_SECONDS  # so far it was fed in time
-            assert "token" in (await asked).events[-1]  # it has ended without a done event
-            refused = await Client(port=pi.port).complete()
-            assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
-            assert (await told(pi.port))["breaker"]["failures"] == 1
-            assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
-            await until(lambda: supervisor.silence() > LIMIT_SECONDS, "it is not fed any more")
-            vps.process.send_signal(signal.SIGABRT)  # what systemd does now
-            assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
-        with vpsd(folder) as vps:
-            assert_done(await ask_vps(vps.port, max_tokens=4), 4)
-
-    run(scenario())
+    given = {"NOTIFY_SOCKET": supervisor.path, **WATCHED}
+    with bad_vpsd(folder, 400, "hang", **given) as vps, cm4d(folder / "pi", vps.port) as pi:
+        asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
+        await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
+        assert "loaded (published)" in vps.stdout()
+        assert supervisor.longest < LIMIT_SECONDS  # so far it was fed in time
+        assert "token" in (await asked).events[-1]  # it has ended without a done event
+        refused = await Client(port=pi.port).complete()
+        assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
+        assert (await told(pi.port))["breaker"]["failures"] == 1
+        assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
+        await until(lambda: supervisor.silence() > LIMIT_SECONDS, "it is not fed any more")
+        vps.process.send_signal(signal.SIGABRT)  # what systemd does now
+        assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
+    with vpsd(folder) as vps:
+        assert_done(await ask_vps(vps.port, max_tokens=4), 4)
 
 
 @pytest.mark.parametrize("name", ["cm4d", "vpsd"])
@@ -828,79 +751,75 @@ class Footprint:
         return self._counts() == (self.fds, self.threads)
 
 
-def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
+async def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
     models = folder / "models"
     models.mkdir()
     (models / FILES[SMALL].name).symlink_to(FILES[SMALL])  # the only one, so also that of the dialects
     given = {"CEREBRUM_LOG_LEVEL": "DEBUG", "CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_MAX_CONCURRENT": str(PLACES)}
+    with (
+        vpsd(folder, CEREBRUM_N_CTX="512", CEREBRUM_CACHE_MB=str(CACHE_MB), **given) as vps,
+        cm4d(folder / "pi", vps.port, **given) as pi,
+    ):
+        await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
+        sent: dict[str, str] = {}  # what each request was to become, by its id
 
-    async def scenario() -> None:
-        with (
-            vpsd(folder, CEREBRUM_N_CTX="512", CEREBRUM_CACHE_MB=str(CACHE_MB), **given) as vps,
-            cm4d(folder / "pi", vps.port, **given) as pi,
-        ):
-            await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
-            sent: dict[str, str] = {}  # what each request was to become, by its id
+        async def serve(client: Client, draw: random.Random, numbers: Iterator[int], phase: str) -> None:
+            for number in numbers:
+                if number % (REQUESTS // ABORTED + 1) == 0:
+                    request_id = f"soak.{phase}.a{number}"
+                    sent[request_id] = "aborted"
+                    await abort_a_request(client, draw, request_id)
+                    continue
+                request_id = f"soak.{phase}.r{number}"
+                method, path, body, status = a_request(draw)
+                reply = await client.ask(method, path, body, X_Request_ID=request_id)
+                assert reply.status == status, (path, body, reply.body)
+                assert reply.clean
+                sent[request_id] = f"{method} {path} {status}"
 
-            async def serve(client: Client, draw: random.Random, numbers: Iterator[int], phase: str) -> None:
-                for number in numbers:
-                    if number % (REQUESTS // ABORTED + 1) == 0:
-                        request_id = f"soak.{phase}.a{number}"
-                        sent[request_id] = "aborted"
-                        await abort_a_request(client, draw, request_id)
-                        continue
-                    request_id = f"soak.{phase}.r{number}"
-                    method, path, body, status = a_request(draw)
-                    reply = await client.ask(method, path, body, X_Request_ID=request_id)
-                    assert reply.status == status, (path, body, reply.body)
-                    assert reply.clean
-                    sent[request_id] = f"{method} {path} {status}"
+        async def many(count: int, phase: str) -> None:
+            numbers = iter(range(count))
+            clients = [Client(port=pi.port, address=f"127.0.0.{n + 2}") for n in range(CLIENTS)]
+            async with asyncio.TaskGroup() as group:
+                for n, client in enumerate(clients):
+                    group.create_task(serve(client, random.Random(f"{phase} {n}"), numbers, phase))
+            assert await until_idle(pi.port) < PATIENCE
+            assert await until_idle(vps.port) < PATIENCE
 
-            async def many(count: int, phase: str) -> None:
-                numbers = iter(range(count))
-                clients = [Client(port=pi.port, address=f"127.0.0.{n + 2}") for n in range(CLIENTS)]
-                async with asyncio.TaskGroup() as group:
-                    for n, client in enumerate(clients):
-                        group.create_task(serve(client, random.Random(f"{phase} {n}"), numbers, phase))
-                assert await until_idle(pi.port) < PATIENCE
-                assert await until_idle(vps.port) < PATIENCE
+        # All threads that the event loop may want of its pool, which grows with the work.
+        text = {"model": SMALL, "text": "x " * 50_000}
+        wide = [Client(port=vps.port).ask("POST", "/v1/tokenize", text, X_API_Key=KEY) for _ in range(32)]
+        assert {reply.status for reply in await asyncio.gather(*wide)} == {200}
+        await many(WARM_UP, "warm")
+        before = [Footprint(process) for process in (pi, vps)]
+        began = time.monotonic()
+        for part in range(PARTS):
+            await many((REQUESTS + ABORTED) // PARTS, f"part{part}")
+            print(*(f"{process.name}: {process.rss_kb() / 1024:.1f} MB" for process in (pi, vps)))
+        took = time.monotonic() - began
+        for footprint in before:
+            await until(footprint.is_back, f"{footprint.name} has as many files and threads as before")
+        after = [Footprint(process) for process in (pi, vps)]
+        for old, new in zip(before, after, strict=True):
+            print(f"{old.name}: {old.fds} files, {old.threads} threads, {old.rss_mb:.1f} -> {new.rss_mb:.1f} MB")
+        kinds = Counter(sent.values())
+        print(f"{sum(kinds.values())} requests, {kinds['aborted']} of them aborted, in {took:.0f} s")
 
-            # All threads that the event loop may want of its pool, which grows with the work.
-            text = {"model": SMALL, "text": "x " * 50_000}
-            wide = [Client(port=vps.port).ask("POST", "/v1/tokenize", text, X_API_Key=KEY) for _ in range(32)]
-            assert {reply.status for reply in await asyncio.gather(*wide)} == {200}
-            await many(WARM_UP, "warm")
-            before = [Footprint(process) for process in (pi, vps)]
-            began = time.monotonic()
-            for part in range(PARTS):
-                await many((REQUESTS + ABORTED) // PARTS, f"part{part}")
-                print(*(f"{process.name}: {process.rss_kb() / 1024:.1f} MB" for process in (pi, vps)))
-            took = time.monotonic() - began
-            for footprint in before:
-                await until(footprint.is_back, f"{footprint.name} has as many files and threads as before")
-            after = [Footprint(process) for process in (pi, vps)]
-            for old, new in zip(before, after, strict=True):
-                print(f"{old.name}: {old.fds} files, {old.threads} threads, {old.rss_mb:.1f} -> {new.rss_mb:.1f} MB")
-            kinds = Counter(sent.values())
-            print(f"{sum(kinds.values())} requests, {kinds['aborted']} of them aborted, in {took:.0f} s")
-
-            for process in (pi, vps):
-                wait_until(lambda process=process: process.stdout().endswith("\n"))
-            ours = [match.groups() for match in REQUEST_LINE.finditer(pi.stdout())]
-            theirs = Counter(match[1] for match in REQUEST_LINE.finditer(vps.stdout()))
-            counts = Counter(request_id for request_id, _, _ in ours)
-            assert counts == dict.fromkeys(sent, 1), {id: n for id, n in counts.items() if n > 1}
-            logged = {request_id: f"{what} {status}" for request_id, what, status in ours}
-            wrong = {id: logged[id] for id, what in sent.items() if what not in ("aborted", logged[id])}
-            assert wrong == {}
-            assert set(theirs.values()) == {1}
-            native = {id for id, what in sent.items() if re.fullmatch("POST /v1/complete(/stream)? 200", what)}
-            assert native <= set(theirs)
-            for old, new in zip(before, after, strict=True):
-                assert new.rss_mb - old.rss_mb < GROWN_MB[old.name]
-            assert vps.complaints() == pi.complaints() == ""
-
-    run(scenario())
+        for process in (pi, vps):
+            wait_until(lambda process=process: process.stdout().endswith("\n"))
+        ours = [match.groups() for match in REQUEST_LINE.finditer(pi.stdout())]
+        theirs = Counter(match[1] for match in REQUEST_LINE.finditer(vps.stdout()))
+        counts = Counter(request_id for request_id, _, _ in ours)
+        assert counts == dict.fromkeys(sent, 1), {id: n for id, n in counts.items() if n > 1}
+        logged = {request_id: f"{what} {status}" for request_id, what, status in ours}
+        wrong = {id: logged[id] for id, what in sent.items() if what not in ("aborted", logged[id])}
+        assert wrong == {}
+        assert set(theirs.values()) == {1}
+        native = {id for id, what in sent.items() if re.fullmatch("POST /v1/complete(/stream)? 200", what)}
+        assert native <= set(theirs)
+        for old, new in zip(before, after, strict=True):
+            assert new.rss_mb - old.rss_mb < GROWN_MB[old.name]
+        assert vps.complaints() == pi.complaints() == ""
 
 
 # ------------------------------------------------------------------------------------------------ kill -9
@@ -908,40 +827,36 @@ def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
 KILLS = 12
 
 
-def test_the_vps_is_killed_at_any_moment(folder: Path) -> None:
+async def test_the_vps_is_killed_at_any_moment(folder: Path) -> None:
     """The next one starts, uses nothing that was half written, and leaves nothing of it."""
     draw = random.Random(9)
     state = folder / "state"
-
-    async def scenario() -> None:
-        moments = itertools.cycle(("measure", "load", "decode", "save"))
-        for number, moment in zip(range(KILLS), moments, strict=False):
-            if moment == "measure":
-                shutil.rmtree(state / "calibration")
-            with vpsd(folder) as vps:
-                if moment in ("decode", "save"):
-                    for n in range(3):
-                        prompt = f"# {number} {n}" + LONG * 10
-                        assert_done(await ask_vps(vps.port, prompt=prompt, max_tokens=4), 4)
-                if moment == "save":
-                    vps.process.terminate()
-                    await asyncio.sleep(draw.random() / 4)
-                else:
-                    asked = asyncio.create_task(ask_vps(vps.port, prompt=f"# {number}\n{LONG}"))
-                    await asyncio.sleep(draw.random() * (4 if moment == "measure" else 1))
-                    vps.process.kill()
-                    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                        await asked
-                vps.process.kill()
-                vps.process.wait()
-            assert vps.complaints() == "", moment
+    moments = itertools.cycle(("measure", "load", "decode", "save"))
+    for number, moment in zip(range(KILLS), moments, strict=False):
+        if moment == "measure":
+            shutil.rmtree(state / "calibration")
         with vpsd(folder) as vps:
-            assert_done(await ask_vps(vps.port, max_tokens=4), 4)
-            assert vps.complaints() == ""
-        left = [path for path in state.rglob("*") if path.is_file() and path.suffix not in (".json", ".kv")]
-        assert [path.parent.name for path in left] == ["verified"]
-
-    run(scenario())
+            if moment in ("decode", "save"):
+                for n in range(3):
+                    prompt = f"# {number} {n}" + LONG * 10
+                    assert_done(await ask_vps(vps.port, prompt=prompt, max_tokens=4), 4)
+            if moment == "save":
+                vps.process.terminate()
+                await asyncio.sleep(draw.random() / 4)
+            else:
+                asked = asyncio.create_task(ask_vps(vps.port, prompt=f"# {number}\n{LONG}"))
+                await asyncio.sleep(draw.random() * (4 if moment == "measure" else 1))
+                vps.process.kill()
+                with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                    await asked
+            vps.process.kill()
+            vps.process.wait()
+        assert vps.complaints() == "", moment
+    with vpsd(folder) as vps:
+        assert_done(await ask_vps(vps.port, max_tokens=4), 4)
+        assert vps.complaints() == ""
+    left = [path for path in state.rglob("*") if path.is_file() and path.suffix not in (".json", ".kv")]
+    assert [path.parent.name for path in left] == ["verified"]
 
 
 def whole_log(file: Path) -> str:
@@ -951,43 +866,39 @@ def whole_log(file: Path) -> str:
     return "".join(path.read_text() for path in files)
 
 
-def test_the_pi_is_killed_while_it_logs(tmp_path: Path) -> None:
+async def test_the_pi_is_killed_while_it_logs(tmp_path: Path) -> None:
     """Every answer but the last ones is in the log, on a whole line, also while the log is rotated."""
     draw = random.Random(9)
     file = tmp_path / "cerebrum.log"
     form = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - [A-Z]+ - \[\S+\] .+")
     filler = f"2025-12-25 12:00:00 - INFO - [-] {'x' * 2000}\n"
+    for number in range(KILLS):
+        room = draw.randint(1000, 40_000)  # until the log is rotated
+        with file.open("a") as log:
+            log.write(filler * ((MAX_LOG_BYTES - room - file.stat().st_size) // len(filler)))
+        with cm4d(tmp_path, 1, CEREBRUM_LOG_FILE=str(file)) as pi:
+            answered: list[str] = []
 
-    async def scenario() -> None:
-        for number in range(KILLS):
-            room = draw.randint(1000, 40_000)  # until the log is rotated
-            with file.open("a") as log:
-                log.write(filler * ((MAX_LOG_BYTES - room - file.stat().st_size) // len(filler)))
-            with cm4d(tmp_path, 1, CEREBRUM_LOG_FILE=str(file)) as pi:
-                answered: list[str] = []
+            async def ask(n: int, port: int = pi.port, answered: list[str] = answered) -> None:
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                    for k in range(10_000):
+                        request_id = f"kill.{n}.{k}"
+                        await Client(port=port).get("/v1/stats", X_Request_ID=request_id)
+                        answered.append(request_id)
 
-                async def ask(n: int, port: int = pi.port, answered: list[str] = answered) -> None:
-                    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                        for k in range(10_000):
-                            request_id = f"kill.{n}.{k}"
-                            await Client(port=port).get("/v1/stats", X_Request_ID=request_id)
-                            answered.append(request_id)
-
-                asking = asyncio.gather(*(ask(n) for n in range(4)))
-                await asyncio.sleep(draw.random())
-                pi.process.kill()
-                await asking
-                pi.process.wait()
-            assert pi.complaints() == ""
-            text = whole_log(file)
-            assert text.endswith("\n")
-            assert [line for line in text.splitlines() if not form.fullmatch(line)] == []
-            since = text[text.rindex(" listening on ") :]
-            missing = [id for id in answered if f"[{id}] GET /v1/stats 200 " not in since]
-            assert len(missing) <= 4, number  # an answer is logged once it is sent
-            assert answered
-
-    run(scenario())
+            asking = asyncio.gather(*(ask(n) for n in range(4)))
+            await asyncio.sleep(draw.random())
+            pi.process.kill()
+            await asking
+            pi.process.wait()
+        assert pi.complaints() == ""
+        text = whole_log(file)
+        assert text.endswith("\n")
+        assert [line for line in text.splitlines() if not form.fullmatch(line)] == []
+        since = text[text.rindex(" listening on ") :]
+        missing = [id for id in answered if f"[{id}] GET /v1/stats 200 " not in since]
+        assert len(missing) <= 4, number  # an answer is logged once it is sent
+        assert answered
 
 
 class Publisher(BaseHTTPRequestHandler):

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +58,10 @@ class ScriptedWorker:
     def stop(self) -> None:
         self.stopping = True
 
+    def fail(self) -> None:
+        self.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+        self.ended.set_result(None)
+
     def prepare(self, job: Any) -> Any:
         if self.fails:
             raise self.fails
@@ -72,8 +77,8 @@ class ScriptedWorker:
 class House:
     """An engine with scripted workers, on a machine with memory for `room` models."""
 
-    def __init__(self, engine: Engine, room: int) -> None:
-        self.engine, self.room = engine, room
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.room = engine, 2
 
     def worker(self, model: str) -> ScriptedWorker:
         return [worker for worker in ScriptedWorker.made if worker.model == model][-1]
@@ -91,48 +96,42 @@ class House:
         await until(lambda: completion.job in worker.submitted)
         return completion
 
+    async def begun(self, model: str) -> ScriptedWorker:
+        """The worker of a load that a completion waits for."""
+        await until(lambda: model in self.engine.instances and self.engine.instances[model].completions)
+        return self.worker(model)
+
     async def idle(self, model: str) -> ScriptedWorker:
         self.engine.finish(await self.loaded(model))
         return self.worker(model)
 
 
-def play(
-    scenario: Callable[[House], Awaitable[None]], monkeypatch: pytest.MonkeyPatch, folder: Path, room: int = 2
-) -> None:
-    """Run a scenario while the files of all models exist. In the end every place must be free again."""
-
-    @contextlib.asynccontextmanager
-    async def house() -> AsyncIterator[House]:
-        given = {
-            "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
-            "CEREBRUM_MODELS_DIR": str(folder),
-            "CEREBRUM_STATE_DIR": str(folder / "state"),
-            "CEREBRUM_IDLE_MINUTES": "0",
-        }
-        config = load_config(Environment(given), Path("/nonexistent"))
-        for model in config.models:
-            (folder / model.file).write_bytes(b"GGUF")
-        ScriptedWorker.made = []
-        engine = Engine(config)
-        house = House(engine, room)
-        monkeypatch.setattr(vpsd, "Worker", ScriptedWorker)
-        monkeypatch.setattr(engine, "_estimate", lambda *_: {"weights": MB})
-        monkeypatch.setattr(engine, "_free_mb", lambda: house.room - len(engine.instances))
-        monkeypatch.setattr(engine, "headroom", lambda: Headroom(1 << 40, 0.0))
-        yield house
-        for worker in ScriptedWorker.made:
-            if not worker.ended.done():
-                worker.ended.set_result(None)
-        async with asyncio.timeout(PATIENCE):
-            await engine.stop()
-        assert engine.instances == {}
-        assert engine.completions == {}
-
-    async def run() -> None:
-        async with asyncio.timeout(PATIENCE), house() as made:
-            await scenario(made)
-
-    asyncio.run(run())
+@pytest.fixture
+def house(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[House]:
+    """A house in which the files of all models exist. After the test every place must be free again."""
+    given = {
+        "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml"),
+        "CEREBRUM_MODELS_DIR": str(tmp_path),
+        "CEREBRUM_STATE_DIR": str(tmp_path / "state"),
+        "CEREBRUM_IDLE_MINUTES": "0",
+    }
+    config = load_config(Environment(given), Path("/nonexistent"))
+    for model in config.models:
+        (tmp_path / model.file).write_bytes(b"GGUF")
+    ScriptedWorker.made = []
+    engine = Engine(config)
+    house = House(engine)
+    monkeypatch.setattr(vpsd, "Worker", ScriptedWorker)
+    monkeypatch.setattr(engine, "_estimate", lambda *_: {"weights": MB})
+    monkeypatch.setattr(engine, "_free_mb", lambda: house.room - len(engine.instances))
+    monkeypatch.setattr(engine, "headroom", lambda: Headroom(1 << 40, 0.0))
+    yield house
+    for worker in ScriptedWorker.made:
+        if not worker.ended.done():
+            worker.ended.set_result(None)
+    runner.run(asyncio.wait_for(engine.stop(), PATIENCE))
+    assert engine.instances == {}
+    assert engine.completions == {}
 
 
 async def error_of(completion: Completion) -> HttpError:
@@ -141,138 +140,107 @@ async def error_of(completion: Completion) -> HttpError:
     return events[-1]
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The texts of the warnings and errors in the log."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+NOT_TUNED = "the published file is used, not the tuned one: "
+
+
 def tuned_file(folder: Path, model: str) -> TunedFile:
     return TunedFile(folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1")
 
 
-def test_a_model_is_loaded_from_its_tuned_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found: dict[str, Any] = {}
-
-    def find_tuned(path: Path, *_: Any) -> tuple[TunedFile | None, str]:
-        return found.get(path.name, (None, ""))
-
-    async def scenario(house: House) -> None:
-        monkeypatch.setattr(vpsd, "find_tuned", find_tuned)
-        file = house.engine.models[A].file
-        found[file] = (tuned_file(tmp_path, A), "")
-        assert (await house.idle(A)).tuned == tuned_file(tmp_path, A)
-        assert (await house.idle(B)).tuned is None
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_tuned_file_that_does_not_fit_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(house: House) -> None:
-        tuned = tuned_file(tmp_path, A)
-        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
-        monkeypatch.setattr(
-            house.engine, "_estimate", lambda _, path, __: {"weights": (9 if path == tuned.path else 1) * MB}
-        )
-        other = await house.idle(B)
-        assert (await house.idle(A)).tuned is None
-        assert not other.stopping  # nothing was unloaded in vain
-
-    play(scenario, monkeypatch, tmp_path)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        f"model {B}: the published file is used, not the tuned one: it needs 9 MB, and 2 MB can be freed beside the "
-        "reserve",
-        f"model {A}: the published file is used, not the tuned one: it needs 9 MB, and 2 MB can be freed beside the "
-        "reserve",
-    ]
+    found = {house.engine.models[A].file: (tuned_file(tmp_path, A), "")}
+    why = "made for cpus 4, here it is 2"
+    monkeypatch.setattr(vpsd, "find_tuned", lambda path, *_: found.get(path.name, (None, why)))
+    assert (await house.idle(A)).tuned == tuned_file(tmp_path, A)
+    assert (await house.idle(B)).tuned is None
+    assert warnings(caplog) == [f"model {B}: {NOT_TUNED}{why}"]
 
 
-def test_a_tuned_file_with_a_damaged_header_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_tuned_file_that_does_not_fit_is_not_used(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(house: House) -> None:
-        tuned = tuned_file(tmp_path, A)
-        tuned.path.write_bytes(b"GGUF, cut short")
-        with FILES[A].open("rb") as model:  # its header will do
-            (tmp_path / house.engine.models[A].file).write_bytes(model.read(8 << 20))
-        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
-        monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
-        monkeypatch.setattr(house.engine, "_free_mb", lambda: 1e6)
-        assert (await house.idle(A)).tuned is None
-
-    play(scenario, monkeypatch, tmp_path)
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert told[0].startswith(f"model {A}: the published file is used, not the tuned one: ")
-    assert told[0].endswith(": not a readable GGUF file")
+    tuned = tuned_file(tmp_path, A)
+    monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
+    monkeypatch.setattr(
+        house.engine, "_estimate", lambda _, path, __: {"weights": (9 if path == tuned.path else 1) * MB}
+    )
+    other = await house.idle(B)
+    assert (await house.idle(A)).tuned is None
+    assert not other.stopping  # nothing was unloaded in vain
+    why = f"{NOT_TUNED}it needs 9 MB, and 2 MB can be freed beside the reserve"
+    assert warnings(caplog) == [f"model {B}: {why}", f"model {A}: {why}"]
 
 
-def test_why_a_tuned_file_is_not_used_is_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_tuned_file_with_a_damaged_header_is_not_used(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(house: House) -> None:
-        monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (None, "made for cpus 4, here it is 2"))
-        assert (await house.idle(A)).tuned is None
-
-    play(scenario, monkeypatch, tmp_path)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        f"model {A}: the published file is used, not the tuned one: made for cpus 4, here it is 2"
-    ]
+    tuned = tuned_file(tmp_path, A)
+    tuned.path.write_bytes(b"GGUF, cut short")
+    with FILES[A].open("rb") as model:  # its header will do
+        (tmp_path / house.engine.models[A].file).write_bytes(model.read(8 << 20))
+    monkeypatch.setattr(vpsd, "find_tuned", lambda *_: (tuned, ""))
+    monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
+    monkeypatch.setattr(house.engine, "_free_mb", lambda: 1e6)
+    assert (await house.idle(A)).tuned is None
+    assert re.fullmatch(rf"model {A}: {NOT_TUNED}model {A} \(.*\): not a readable GGUF file", warnings(caplog)[-1])
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_request_during_a_clean_up_keeps_its_model(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_hand: bool
-) -> None:
-    async def scenario(house: House) -> None:
-        first, second = await house.idle(A), await house.idle(B)
-        cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.engine.unload_unused()  # type: ignore[arg-type]
-        cleaning = asyncio.ensure_future(cleanup)
-        await until(lambda: first.stopping)
-        completion = await house.loaded(B)
-        first.ended.set_result(None)
-        result: Any = await cleaning
-        assert (result.body["models_unloaded"] if by_hand else list(result)) == [A]
-        assert (list(house.engine.instances), second.stopping) == ([B], False)
-        house.engine.finish(completion)
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand: bool) -> None:
+    first, second = await house.idle(A), await house.idle(B)
+    cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.engine.unload_unused()  # type: ignore[arg-type]
+    cleaning = asyncio.ensure_future(cleanup)
+    await until(lambda: first.stopping)
+    completion = await house.loaded(B)
+    first.ended.set_result(None)
+    result: Any = await cleaning
+    assert (result.body["models_unloaded"] if by_hand else list(result)) == [A]
+    assert (list(house.engine.instances), second.stopping) == ([B], False)
+    house.engine.finish(completion)
 
 
 @pytest.mark.parametrize(
     "fault", [ZeroDivisionError("of a header"), FileNotFoundError(2, "gone", "/secret"), KeyError()]
 )
 @pytest.mark.parametrize("place", ["prepare", "_make_room", "_relieve"])
-def test_any_fault_on_the_way_becomes_a_response(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Exception, place: str
+async def test_any_fault_on_the_way_becomes_a_response(
+    house: House, monkeypatch: pytest.MonkeyPatch, fault: Exception, place: str
 ) -> None:
     async def fail(*_: Any, **__: Any) -> None:
         raise fault
 
-    async def scenario(house: House) -> None:
-        if place == "prepare":
-            (await house.idle(A)).fails = fault
-        else:
-            monkeypatch.setattr(house.engine, place, fail)
-        completions = [house.ask(A), house.ask(A)]
-        for completion in completions:
-            error = await error_of(completion)
-            assert (error.status, error.code) == (500, "INTERNAL_ERROR")
-            assert "secret" not in error.message
-            house.engine.finish(completion)
-        monkeypatch.undo()
-        assert len(house.engine.completions) == 0
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_model_file_that_vanishes_is_a_load_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
-        completion = house.ask(A)
-        (tmp_path / house.engine.models[A].file).unlink()
+    if place == "prepare":
+        (await house.idle(A)).fails = fault
+    else:
+        monkeypatch.setattr(house.engine, place, fail)
+    completions = [house.ask(A), house.ask(A)]
+    for completion in completions:
         error = await error_of(completion)
-        assert (error.status, error.code) == (500, "MODEL_LOAD_FAILED")
-        assert error.message.endswith(": the file cannot be read")
-        assert str(tmp_path) not in error.message
+        assert (error.status, error.code) == (500, "INTERNAL_ERROR")
+        assert "secret" not in error.message
         house.engine.finish(completion)
+    monkeypatch.undo()
+    assert len(house.engine.completions) == 0
 
-    play(scenario, monkeypatch, tmp_path)
+
+async def test_a_model_file_that_vanishes_is_a_load_that_failed(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
+    completion = house.ask(A)
+    (tmp_path / house.engine.models[A].file).unlink()
+    error = await error_of(completion)
+    assert (error.status, error.code) == (500, "MODEL_LOAD_FAILED")
+    assert error.message.endswith(": the file cannot be read")
+    assert str(tmp_path) not in error.message
+    house.engine.finish(completion)
 
 
 class Block:
@@ -291,250 +259,201 @@ class Block:
 async def abandoned(house: House) -> ScriptedWorker:
     """The worker of a load whose only client has left."""
     completion = house.ask(A)
-    await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
+    worker = await house.begun(A)
     house.engine.finish(completion)
-    return house.worker(A)
+    return worker
 
 
-def test_a_load_is_finished_though_its_client_has_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        worker, engine = await abandoned(house), house.engine
-        assert await engine.unload_unused() == {}  # with a limit of 0 minutes
-        before = time.monotonic()
-        worker.ready.set_result(None)
-        await until(lambda: engine.tallies[A].loads == 1)
-        assert not worker.stopping
-        assert engine.instances[A].last_used >= before
-        assert await house.idle(A) is worker
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_load_is_finished_though_its_client_has_left(house: House) -> None:
+    worker, engine = await abandoned(house), house.engine
+    assert await engine.unload_unused() == {}  # with a limit of 0 minutes
+    before = time.monotonic()
+    worker.ready.set_result(None)
+    await until(lambda: engine.tallies[A].loads == 1)
+    assert not worker.stopping
+    assert engine.instances[A].last_used >= before
+    assert await house.idle(A) is worker
 
 
-def test_requests_that_replace_each_other_start_one_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_requests_that_replace_each_other_start_one_load(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if each of them leaves before the worker starts."""
-
-    async def scenario(house: House) -> None:
-        block = Block(monkeypatch)
-        for _ in range(3):
-            last = house.ask(A, session="s")
-            await until(lambda: block.reached)
-            await asyncio.sleep(0)  # it gets as far as it can
-        block.end.set()
-        await until(lambda: A in house.engine.instances and house.engine.instances[A].completions)
-        house.worker(A).ready.set_result(None)
-        await until(lambda: house.worker(A).submitted == [last.job])
-        assert block.reached == 1
-        house.engine.finish(last)
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_load_that_has_not_begun_ends_with_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        block = Block(monkeypatch)
-        house.ask(A)
+    block = Block(monkeypatch)
+    for _ in range(3):
+        last = house.ask(A, session="s")
         await until(lambda: block.reached)
-        await house.engine.stop()
-        block.end.set()
-        await until(lambda: not house.engine.starting)
+        await asyncio.sleep(0)  # it gets as far as it can
+    block.end.set()
+    (await house.begun(A)).ready.set_result(None)
+    await until(lambda: house.worker(A).submitted == [last.job])
+    assert block.reached == 1
+    house.engine.finish(last)
 
-    play(scenario, monkeypatch, tmp_path)
+
+async def test_a_load_that_has_not_begun_ends_with_the_daemon(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(monkeypatch)
+    house.ask(A)
+    await until(lambda: block.reached)
+    await house.engine.stop()
+    block.end.set()
+    await until(lambda: not house.engine.starting)
     assert ScriptedWorker.made == []
 
 
 @pytest.mark.parametrize("why", ["unload", "memory"])
-def test_a_load_that_nobody_waits_for_can_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str) -> None:
-    async def scenario(house: House) -> None:
-        engine, waiting = house.engine, house.ask(A)
-        await until(lambda: A in engine.instances and engine.instances[A].completions)
-        worker = house.worker(A)
-        with pytest.raises(HttpError) as busy:
-            await engine.unload(A)
-        assert (busy.value.code, worker.stopping) == ("MODEL_BUSY", False)
-        other = house.ask(B)
-        assert (await error_of(other)).code == "RESOURCE_EXHAUSTED"
-        for completion in (other, waiting):
-            engine.finish(completion)
-        stopping = asyncio.ensure_future(engine.unload(A) if why == "unload" else house.loaded(B))
-        await until(lambda: worker.stopping)
-        worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
-        worker.ended.set_result(None)
-        result = await stopping
-        assert A not in engine.instances
-        if isinstance(result, Completion):
-            engine.finish(result)
-
-    play(scenario, monkeypatch, tmp_path, room=1)
+async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: str) -> None:
+    house.room = 1
+    engine, waiting = house.engine, house.ask(A)
+    worker = await house.begun(A)
+    with pytest.raises(HttpError) as busy:
+        await engine.unload(A)
+    assert (busy.value.code, worker.stopping) == ("MODEL_BUSY", False)
+    other = house.ask(B)
+    assert (await error_of(other)).code == "RESOURCE_EXHAUSTED"
+    for completion in (other, waiting):
+        engine.finish(completion)
+    stopping = asyncio.ensure_future(engine.unload(A) if why == "unload" else house.loaded(B))
+    await until(lambda: worker.stopping)
+    worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
+    worker.ended.set_result(None)
+    result = await stopping
+    assert A not in engine.instances
+    if isinstance(result, Completion):
+        engine.finish(result)
 
 
-def test_a_load_is_unloaded_as_soon_as_it_has_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        block, completion = Block(monkeypatch), house.ask(A)
-        await until(lambda: block.reached)
-        house.engine.finish(completion)
-        unloading = asyncio.ensure_future(house.engine.unload(A))
-        block.end.set()
-        await until(lambda: A in house.engine.instances and house.worker(A).stopping)
-        house.worker(A).ended.set_result(None)
-        assert isinstance(await unloading, float)
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_load_is_unloaded_as_soon_as_it_has_begun(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, completion = Block(monkeypatch), house.ask(A)
+    await until(lambda: block.reached)
+    house.engine.finish(completion)
+    unloading = asyncio.ensure_future(house.engine.unload(A))
+    block.end.set()
+    await until(lambda: A in house.engine.instances and house.worker(A).stopping)
+    house.worker(A).ended.set_result(None)
+    assert isinstance(await unloading, float)
 
 
-def test_a_load_that_fails_without_a_client_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        worker = await abandoned(house)
-        worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-        worker.ended.set_result(None)
-        await until(lambda: A not in house.engine.instances)
-        with pytest.raises(HttpError, match=r"^it is damaged$"):
-            house.ask(A)
-        assert house.engine.tallies[A].failed_loads == 1
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_load_that_fails_without_a_client_is_remembered(house: House) -> None:
+    (await abandoned(house)).fail()
+    await until(lambda: A not in house.engine.instances)
+    with pytest.raises(HttpError, match=r"^it is damaged$"):
+        house.ask(A)
+    assert house.engine.tallies[A].failed_loads == 1
 
 
-def test_a_worker_that_ends_by_itself_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        house.engine.finish(await house.loaded(A))
-        failed = house.worker(A)
-        failed.stopping = True
-        waiting = house.ask(A)
-        failed.ended.set_result(None)
-        await until(lambda: house.worker(A) is not failed)
-        house.worker(A).ready.set_result(None)
-        await until(lambda: house.worker(A).submitted == [waiting.job])
-        house.engine.finish(waiting)
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_worker_that_ends_by_itself_is_replaced(house: House) -> None:
+    house.engine.finish(await house.loaded(A))
+    failed = house.worker(A)
+    failed.stopping = True
+    waiting = house.ask(A)
+    failed.ended.set_result(None)
+    await until(lambda: house.worker(A) is not failed)
+    house.worker(A).ready.set_result(None)
+    await until(lambda: house.worker(A).submitted == [waiting.job])
+    house.engine.finish(waiting)
 
 
-def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
+    house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario(house: House) -> None:
-        idle = await house.idle(A)
-        available = lambda: Headroom((1 << 40) * (A not in house.engine.instances), 0.0)  # noqa: E731
-        monkeypatch.setattr(house.engine, "headroom", available)
-        completions = [house.ask(B), house.ask(B)]
-        await until(lambda: idle.stopping)
-        assert [completion.events.qsize() for completion in completions] == [0, 0]
-        idle.ended.set_result(None)
-        await until(lambda: B in house.engine.instances)
-        worker = house.worker(B)
-        worker.ready.set_result(None)
-        await until(lambda: len(worker.submitted) == 2)
-        for completion in completions:
-            house.engine.finish(completion)
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_second_load_waits_for_a_model_that_is_being_unloaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def scenario(house: House) -> None:
-        idle = await house.idle(A)
-        unloading = asyncio.ensure_future(house.engine.unload(A))
-        await until(lambda: idle.stopping)
-        completion = house.ask(B)
-        await until(lambda: house.engine.loading.locked())
-        assert B not in house.engine.instances
-        idle.ended.set_result(None)
-        assert await unloading == 0.0
-        house.engine.finish(await house.loaded(B))
+    idle = await house.idle(A)
+    available = lambda: Headroom((1 << 40) * (A not in house.engine.instances), 0.0)  # noqa: E731
+    monkeypatch.setattr(house.engine, "headroom", available)
+    completions = [house.ask(B), house.ask(B)]
+    await until(lambda: idle.stopping)
+    assert [completion.events.qsize() for completion in completions] == [0, 0]
+    idle.ended.set_result(None)
+    await until(lambda: B in house.engine.instances)
+    worker = house.worker(B)
+    worker.ready.set_result(None)
+    await until(lambda: len(worker.submitted) == 2)
+    for completion in completions:
         house.engine.finish(completion)
 
-    play(scenario, monkeypatch, tmp_path, room=1)
+
+async def test_a_second_load_waits_for_a_model_that_is_being_unloaded(house: House) -> None:
+    house.room = 1
+    idle = await house.idle(A)
+    unloading = asyncio.ensure_future(house.engine.unload(A))
+    await until(lambda: idle.stopping)
+    completion = house.ask(B)
+    await until(lambda: house.engine.loading.locked())
+    assert B not in house.engine.instances
+    idle.ended.set_result(None)
+    assert await unloading == 0.0
+    house.engine.finish(await house.loaded(B))
+    house.engine.finish(completion)
 
 
-def test_a_model_that_does_not_fit_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        busy = await house.loaded(A)
-        completion = house.ask(B)
-        error = await error_of(completion)
-        assert (error.status, error.code) == (503, "RESOURCE_EXHAUSTED")
-        assert error.message == (f"model {B} needs 1 MB (weights 1 MB); 0 MB are free beside the reserve of 1024 MB")
-        for one in (busy, completion):
-            house.engine.finish(one)
-
-    play(scenario, monkeypatch, tmp_path, room=1)
+async def test_a_model_that_does_not_fit_is_refused_with_figures(house: House) -> None:
+    house.room = 1
+    busy = await house.loaded(A)
+    completion = house.ask(B)
+    error = await error_of(completion)
+    assert (error.status, error.code) == (503, "RESOURCE_EXHAUSTED")
+    assert error.message == (f"model {B} needs 1 MB (weights 1 MB); 0 MB are free beside the reserve of 1024 MB")
+    for one in (busy, completion):
+        house.engine.finish(one)
 
 
-def test_a_stream_that_never_started_gives_its_place_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        completion = await house.loaded(A)
-        stream = EventStream(house.engine, completion)
-        async with contextlib.aclosing(stream):
-            pass  # the client reset the connection before the head was written
-        assert house.engine.completions == {}
-        assert house.worker(A).cancelled == [completion.job]
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_stream_that_never_started_gives_its_place_back(house: House) -> None:
+    completion = await house.loaded(A)
+    stream = EventStream(house.engine, completion)
+    async with contextlib.aclosing(stream):
+        pass  # the client reset the connection before the head was written
+    assert house.engine.completions == {}
+    assert house.worker(A).cancelled == [completion.job]
 
 
-def test_a_stream_sends_the_events_before_an_error_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        completion = await house.loaded(A)
-        error = HttpError("INTERNAL_ERROR", "fault")
-        completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
-        stream = EventStream(house.engine, completion)
-        assert await anext(stream) == b'data: {"token": "x", "total_tokens": 1}\n\n'
-        with pytest.raises(HttpError) as raised:
-            await anext(stream)
-        assert raised.value is error
-        await stream.aclose()
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
+    completion = await house.loaded(A)
+    error = HttpError("INTERNAL_ERROR", "fault")
+    completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
+    stream = EventStream(house.engine, completion)
+    assert await anext(stream) == b'data: {"token": "x", "total_tokens": 1}\n\n'
+    with pytest.raises(HttpError) as raised:
+        await anext(stream)
+    assert raised.value is error
+    await stream.aclose()
 
 
-def test_a_newer_request_of_a_session_replaces_the_older(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        older, other = house.ask(A, session="s"), house.ask(A, session="t")
-        newer = house.ask(A, session="s")
-        error = await error_of(older)
-        assert (error.status, error.code) == (409, "SUPERSEDED")
-        assert list(house.engine.completions) == [other, newer]
+async def test_a_newer_request_of_a_session_replaces_the_older(house: House) -> None:
+    older, other = house.ask(A, session="s"), house.ask(A, session="t")
+    newer = house.ask(A, session="s")
+    error = await error_of(older)
+    assert (error.status, error.code) == (409, "SUPERSEDED")
+    assert list(house.engine.completions) == [other, newer]
+    with pytest.raises(HttpError) as refused:
+        house.ask(A)
+    assert refused.value.code == "RATE_LIMIT"
+    for completion in (other, newer):
+        house.engine.finish(completion)
+
+
+async def test_a_newer_request_that_is_refused_ends_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = house.ask(A, session="s")
+    monkeypatch.setattr(house.engine, "headroom", lambda: Headroom(1 << 40, 100.0))
+    for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
         with pytest.raises(HttpError) as refused:
-            house.ask(A)
-        assert refused.value.code == "RATE_LIMIT"
-        for completion in (other, newer):
-            house.engine.finish(completion)
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_newer_request_that_is_refused_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        older = house.ask(A, session="s")
-        monkeypatch.setattr(house.engine, "headroom", lambda: Headroom(1 << 40, 100.0))
-        for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
-            with pytest.raises(HttpError) as refused:
-                house.ask(model, session="s")
-            assert refused.value.code == code
-        assert list(house.engine.completions) == [older]
-        assert not older.job.cancelled
-        house.engine.finish(older)
-
-    play(scenario, monkeypatch, tmp_path)
+            house.ask(model, session="s")
+        assert refused.value.code == code
+    assert list(house.engine.completions) == [older]
+    assert not older.job.cancelled
+    house.engine.finish(older)
 
 
-def test_the_cpu_is_watched_while_a_model_is_unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(vpsd, "CLEANUP_SECONDS", 0.0)
 
-    async def scenario(house: House) -> None:
-        worker, samples = await house.idle(A), list[int]()
-        monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
-        tending = asyncio.create_task(house.engine.tend())
-        await until(lambda: worker.stopping)
-        seen = len(samples)
-        await until(lambda: len(samples) > seen + 10)
-        worker.ended.set_result(None)
-        await until(lambda: A not in house.engine.instances)
-        tending.cancel()
-
-    play(scenario, monkeypatch, tmp_path)
+    worker, samples = await house.idle(A), list[int]()
+    monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
+    tending = asyncio.create_task(house.engine.tend())
+    await until(lambda: worker.stopping)
+    seen = len(samples)
+    await until(lambda: len(samples) > seen + 10)
+    worker.ended.set_result(None)
+    await until(lambda: A not in house.engine.instances)
+    tending.cancel()
 
 
 def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -555,62 +474,54 @@ def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch
     assert asyncio.run(served) == 1
 
 
-def test_new_settings_take_models_and_let_go_on_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        engine = house.engine
-        running, idle = await house.loaded(A), await house.idle(B)
-        first, second = (engine.models[id] for id in (A, B))
-        models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
-        (tmp_path / "newer.gguf").write_bytes(b"GGUF")
-        settings = dataclasses.replace(engine.config.engine, n_ctx=256)
-        engine.reconfigure(dataclasses.replace(engine.config, models=models, idle_minutes=7, engine=settings))
-        assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
-        assert not house.worker(A).stopping  # its client is still there
-        assert engine._unused() == []  # a new name is no new model
-        assert not idle.stopping
-        busy = house.worker(A)
-        beside = house.ask(A)
-        await until(lambda: beside.job in busy.submitted)  # as long as somebody uses it, it serves
-        assert not busy.stopping
-        engine.finish(beside)
-        engine.finish(running)
-        again = house.ask(A)
-        await until(lambda: busy.stopping)
-        busy.ended.set_result(None)
-        await until(lambda: house.worker(A) is not busy)
-        engine.finish(again)
-
-    play(scenario, monkeypatch, tmp_path, room=3)
+async def test_new_settings_take_models_and_let_go_on_what_runs(house: House, tmp_path: Path) -> None:
+    house.room = 3
+    engine = house.engine
+    running, idle = await house.loaded(A), await house.idle(B)
+    first, second = (engine.models[id] for id in (A, B))
+    models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
+    (tmp_path / "newer.gguf").write_bytes(b"GGUF")
+    settings = dataclasses.replace(engine.config.engine, n_ctx=256)
+    engine.reconfigure(dataclasses.replace(engine.config, models=models, idle_minutes=7, engine=settings))
+    assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
+    assert not house.worker(A).stopping  # its client is still there
+    assert engine._unused() == []  # a new name is no new model
+    assert not idle.stopping
+    busy = house.worker(A)
+    beside = house.ask(A)
+    await until(lambda: beside.job in busy.submitted)  # as long as somebody uses it, it serves
+    assert not busy.stopping
+    engine.finish(beside)
+    engine.finish(running)
+    again = house.ask(A)
+    await until(lambda: busy.stopping)
+    busy.ended.set_result(None)
+    await until(lambda: house.worker(A) is not busy)
+    engine.finish(again)
 
 
-def test_a_model_that_is_listed_no_more_is_unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        engine, worker = house.engine, await house.idle(A)
-        engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1], idle_minutes=60))
-        assert A not in engine.models
-        cleaning = asyncio.create_task(engine.unload_unused())
-        await until(lambda: worker.stopping)
-        worker.ended.set_result(None)
-        assert list(await cleaning) == [A]
-        with pytest.raises(HttpError, match=r"^model: expected one of "):
-            house.ask(A)
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
+    engine, worker = house.engine, await house.idle(A)
+    engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1], idle_minutes=60))
+    assert A not in engine.models
+    cleaning = asyncio.create_task(engine.unload_unused())
+    await until(lambda: worker.stopping)
+    worker.ended.set_result(None)
+    assert list(await cleaning) == [A]
+    with pytest.raises(HttpError, match=r"^model: expected one of "):
+        house.ask(A)
 
 
-def test_a_clock_that_jumps_unloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        await house.idle(A)
-        house.engine.config = dataclasses.replace(house.engine.config, idle_minutes=1)
-        now = time.time()
-        for jump in (86_400, -86_400):
-            monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
-            assert house.engine._unused() == []
-            (entry,) = house.engine.instances.values()
-            shown = datetime.fromtimestamp(now + jump, UTC).replace(tzinfo=None)
-            assert abs((entry.last_used_at - shown).total_seconds()) < 60
-
-    play(scenario, monkeypatch, tmp_path)
+async def test_a_clock_that_jumps_unloads_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    await house.idle(A)
+    house.engine.config = dataclasses.replace(house.engine.config, idle_minutes=1)
+    now = time.time()
+    for jump in (86_400, -86_400):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        assert house.engine._unused() == []
+        (entry,) = house.engine.instances.values()
+        shown = datetime.fromtimestamp(now + jump, UTC).replace(tzinfo=None)
+        assert abs((entry.last_used_at - shown).total_seconds()) < 60
 
 
 @pytest.mark.parametrize(
@@ -639,108 +550,77 @@ def test_a_model_beyond_the_limit_of_the_service_is_refused(monkeypatch: pytest.
     assert 0 < engine._free_mb() <= 300
 
 
-def test_a_worker_that_makes_no_progress_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        worker = await house.idle(A)
-        now = time.monotonic()
-        assert house.engine.stuck(now) == ""
-        worker.due = now - 1
-        assert house.engine.stuck(now) == f"model {A}: the worker makes no progress"
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_nobody_waits_for_a_worker_that_has_hung(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_worker_that_has_hung_is_noticed_and_left(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vpsd, "KEEPALIVE_SECONDS", 0.01)
     monkeypatch.setattr(vpsd, "HEAD_SECONDS", 0.01)
 
-    async def scenario(house: House) -> None:
-        completion = await house.loaded(A)
-        request = SimpleNamespace(json=lambda: {"model": A, "prompt": "x"}, notes={})
-        answer = asyncio.ensure_future(vpsd.inference(house.engine, request))  # type: ignore[arg-type]
-        async with contextlib.aclosing(EventStream(house.engine, completion)) as stream:
-            await until(lambda: len(house.worker(A).submitted) == 2)
-            assert await anext(stream) == SSE_COMMENT
-            house.worker(A).due = time.monotonic()
-            assert [block async for block in stream] == []
-        with pytest.raises(HttpError, match=f"^model {A}: the worker makes no progress$"):
-            await answer
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_loaded_model_needs_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        worker = await house.idle(A)
-        (tmp_path / house.engine.models[A].file).unlink()
-        await house.idle(A)
-        assert ScriptedWorker.made == [worker]
-        worker.stop()
-        with pytest.raises(HttpError, match=f"^model {A}: the file .* is missing"):
-            house.ask(A)
-
-    play(scenario, monkeypatch, tmp_path)
+    completion = await house.loaded(A)
+    request = SimpleNamespace(json=lambda: {"model": A, "prompt": "x"}, notes={})
+    answer = asyncio.ensure_future(vpsd.inference(house.engine, request))  # type: ignore[arg-type]
+    async with contextlib.aclosing(EventStream(house.engine, completion)) as stream:
+        await until(lambda: len(house.worker(A).submitted) == 2)
+        assert await anext(stream) == SSE_COMMENT
+        assert house.engine.stuck(time.monotonic()) == ""
+        house.worker(A).due = time.monotonic()
+        assert house.engine.stuck(time.monotonic()) == f"model {A}: the worker makes no progress"
+        assert [block async for block in stream] == []
+    with pytest.raises(HttpError, match=f"^model {A}: the worker makes no progress$"):
+        await answer
 
 
-def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_a_loaded_model_needs_no_file(house: House, tmp_path: Path) -> None:
+    worker = await house.idle(A)
+    (tmp_path / house.engine.models[A].file).unlink()
+    await house.idle(A)
+    assert ScriptedWorker.made == [worker]
+    worker.stop()
+    with pytest.raises(HttpError, match=f"^model {A}: the file .* is missing"):
+        house.ask(A)
+
+
+async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async def scenario(house: House) -> None:
-        async def fail() -> None:
-            completion = house.ask(A)
-            await until(lambda: A in house.engine.instances)
-            worker = house.worker(A)
-            worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-            worker.ended.set_result(None)
-            assert (await error_of(completion)).message == "it is damaged"
-            house.engine.finish(completion)
-            await until(lambda: A not in house.engine.instances)
-
-        engine = house.engine
-        file = tmp_path / engine.models[A].file
-        await fail()
-        for _ in range(2):
-            with pytest.raises(HttpError, match=r"^it is damaged$") as refused:
-                house.ask(A)
-            assert refused.value.code == "MODEL_LOAD_FAILED"
-        assert not engine.is_available(engine.models[A])
-        assert len(ScriptedWorker.made) == 1
-        file.write_bytes(b"GGUF again")
-        assert engine.is_available(engine.models[A])
-        await fail()
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + vpsd.LOAD_AGAIN_SECONDS)
-        assert engine.is_available(engine.models[A])
-
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def scenario(house: House) -> None:
-        engine, completion = house.engine, house.ask(A)
-        await until(lambda: A in engine.instances)
-        engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1]))
-        worker = house.worker(A)
-        worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-        worker.ended.set_result(None)
+    async def fail() -> None:
+        completion = house.ask(A)
+        (await house.begun(A)).fail()
         assert (await error_of(completion)).message == "it is damaged"
-        engine.finish(completion)
+        house.engine.finish(completion)
+        await until(lambda: A not in house.engine.instances)
 
-    play(scenario, monkeypatch, tmp_path)
-
-
-def test_a_folder_that_cannot_be_looked_into_has_no_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def scenario(house: House) -> None:
-        def is_hidden(path: Path, **_: Any) -> Any:
-            raise PermissionError(13, "Permission denied", str(path))
-
-        monkeypatch.setattr(Path, "stat", is_hidden)
-        monkeypatch.setattr(os, "stat", is_hidden)
-        with pytest.raises(HttpError) as refused:
+    engine = house.engine
+    file = tmp_path / engine.models[A].file
+    await fail()
+    for _ in range(2):
+        with pytest.raises(HttpError, match=r"^it is damaged$") as refused:
             house.ask(A)
-        monkeypatch.undo()
-        assert (refused.value.status, refused.value.code) == (404, "MODEL_NOT_FOUND")
+        assert refused.value.code == "MODEL_LOAD_FAILED"
+    assert not engine.is_available(engine.models[A])
+    assert len(ScriptedWorker.made) == 1
+    file.write_bytes(b"GGUF again")
+    assert engine.is_available(engine.models[A])
+    await fail()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + vpsd.LOAD_AGAIN_SECONDS)
+    assert engine.is_available(engine.models[A])
 
-    play(scenario, monkeypatch, tmp_path)
+
+async def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(house: House) -> None:
+    engine, completion = house.engine, house.ask(A)
+    worker = await house.begun(A)
+    engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1]))
+    worker.fail()
+    assert (await error_of(completion)).message == "it is damaged"
+    engine.finish(completion)
+
+
+async def test_a_folder_that_cannot_be_looked_into_has_no_models(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_hidden(path: Path, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", is_hidden)
+    monkeypatch.setattr(os, "stat", is_hidden)
+    with pytest.raises(HttpError) as refused:
+        house.ask(A)
+    monkeypatch.undo()
+    assert (refused.value.status, refused.value.code) == (404, "MODEL_NOT_FOUND")

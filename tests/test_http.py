@@ -6,14 +6,15 @@ What h11 refuses we refuse.
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import h11
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cerebrum.http import (
@@ -24,7 +25,6 @@ from cerebrum.http import (
     BodyDecoder,
     chunk,
     encode_head,
-    parse_headers,
     parse_request,
     parse_target,
     scan_head,
@@ -51,13 +51,17 @@ def status_of(call: Callable[[], Any]) -> int | None:
     return error and error.status
 
 
-def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
+def pieces_of(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
+    bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return (data[start:stop] for start, stop in pairwise(bounds))
+
+
+def read_head(data: bytes, cuts: Iterable[int] = ()) -> Head | int | None:
     """The outcome of `data` that arrives cut at `cuts`: a head, a status, or None if more is needed."""
     buffer, scanned = bytearray(), 0
-    bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
-        for start, stop in pairwise(bounds):
-            buffer += data[start:stop]
+        for piece in pieces_of(data, cuts):
+            buffer += piece
             if (end := scan_request(buffer, scanned)) is not None:
                 return parse_request(bytes(buffer[:end]))
             scanned = len(buffer)
@@ -66,85 +70,77 @@ def read_head(data: bytes, cuts: list[int]) -> Head | int | None:
     return None
 
 
-def decode(data: bytes, cuts: list[int], limit: int | None = None) -> tuple[bytes, bytes, bool] | int:
+def decode(data: bytes, cuts: Iterable[int] = (), limit: int | None = None) -> tuple[bytes, bytes, bool] | int:
     """A chunked body cut at `cuts`: (payload, rest, done), or a status."""
     decoder, payload, rest = BodyDecoder(None, True, limit), b"", b""
-    bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     try:
-        for start, stop in pairwise(bounds):
+        for piece in pieces_of(data, cuts):
             if decoder.done:
-                rest += data[start:stop]
+                rest += piece
             else:
-                payload += decoder.feed(data[start:stop])
+                payload += decoder.feed(piece)
                 rest = decoder.rest
     except HttpError as error:
         return error.status
     return payload, rest, decoder.done
 
 
-# --------------------------------------------------------------------------------------------- hypothesis
+# ------------------------------------------------------------------------------------------------- random bytes
 
-TOKENS = st.sampled_from([
+# Their seed is fixed. hypothesis takes ten times as long to make a soup of bytes, and could hardly shrink it.
+
+TOKENS = [
     b"GET", b"POST", b"get", b" ", b"  ", b"/", b"/health", b"/%41", b"/%zz", b"*", b"http://h/", b"?a=b", b"HTTP/1.1",
     b"HTTP/1.0", b"HTTP/2.0", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"Host", b": ", b":", b"localhost", b"[::1]:80",
     b"Content-Length", b"5", b"05", b"+5", b"Transfer-Encoding", b"chunked", b"gzip", b",", b"\t", b"\0", b"\xff",
     b"Expect", b"100-continue", b"Connection", b"close", b"X-Request-ID", b"a" * 200, b"b" * 9000,
-])  # fmt: skip
-SOUP = st.lists(TOKENS, max_size=30).map(b"".join)
-LINES = st.lists(st.sampled_from([
+]  # fmt: skip
+LINES = [
     b"Host: h", b"Host: h:80", b"host: a b", b"Content-Length: 5", b"Content-Length: 5 ", b"Content-Length: 5, 5",
     b"Content-Length: \xb2", b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"Transfer-Encoding: gzip",
     b" folded", b"A:b", b"A: \x01", b": a", b"Connection: close", b"A\xe4: b", b"A: \xe4", b"", b"Expect: 100-continue",
     b"A: " + b"b" * 500,
-]), max_size=9)  # fmt: skip
-REQUEST_LINES = st.sampled_from([
+]  # fmt: skip
+REQUEST_LINES = [
     b"GET / HTTP/1.1", b"POST /x HTTP/1.1", b"GET / HTTP/1.0", b"GET /a?b HTTP/1.1", b"GET /a#b HTTP/1.1",
     b"GET  / HTTP/1.1", b"G\xe4T / HTTP/1.1", b"GET /\xe4 HTTP/1.1", b"GET / HTTP/1.2", b"GET /", b"OPTIONS * HTTP/1.1",
     b"CONNECT a:1 HTTP/1.1", b"GET / HTTP/1.1 ", b"GET /\x7f HTTP/1.1",
-])  # fmt: skip
-HOSTED = st.one_of(
-    LINES, LINES.map(lambda lines: [b"Host: h", *(line for line in lines if not line.lower().startswith(b"host"))])
-)
-REQUESTS = st.builds(lambda line, headers: b"\r\n".join([line, *headers, b"", b""]), REQUEST_LINES, HOSTED)
-CUTS = st.lists(st.integers(0, 1 << 16), max_size=12)
-CHUNKS = st.lists(st.sampled_from([
+]  # fmt: skip
+CHUNKS = [
     b"0", b"1", b"5", b"a", b"F", b"1" * 16, b"1" * 17, b"0x5", b"-1", b" ", b";a=b", b";" + b"a" * 300, b"\r\n", b"\r",
     b"\n", b"12345", b"x", b"A: b", b"\r\n\r\n", b"0\r\n\r\n", b"5\r\n12345\r\n", b"1\r\nx\r\n", b"\0", b"\xff",
     b"A: b\r\n" * 1500,
-]), max_size=25).map(b"".join)  # fmt: skip
+]  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
-@given(st.one_of(st.binary(max_size=400), SOUP, REQUESTS), CUTS)
-@example(b"\r\n" + HEAD, [1, 2, 3])
-@example(b"\r\n\r\n", [1, 2, 3])
-@example(b"A" * 40_000, [100, 9000])
-@example(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 9000, [30_000, 40_000])
-def test_a_head_is_the_same_for_every_split(data: bytes, cuts: list[int]) -> None:
-    whole = read_head(data, [])
-    if isinstance(whole, Head):  # a made-up request id differs
-        whole = read_head(data, [0])
-        assert isinstance(whole, Head)
-        again = read_head(data, cuts)
-        assert isinstance(again, Head)
-        assert all(getattr(whole, name) == getattr(again, name) for name in Head.__slots__ if name != "request_id")
-    else:
-        assert read_head(data, cuts) == whole
-        assert read_head(data, list(range(min(len(data), 300)))) == whole
+GOOD_CHUNKS = [
+    b"6\r\n1\r\nx\r\n\r\n", b"0\r\n\r\n", b"5\r\n12345\r\n", b"1\r\nx\r\n", b"A;b\r\n1234567890\r\n",
+    b"0\r\nA: b\r\n\r\n",
+]  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
-@given(
-    st.one_of(
-        REQUESTS, SOUP.map(lambda soup: soup + b"\r\n\r\n"), st.binary(max_size=200).map(lambda raw: raw + b"\r\n\r\n")
-    )
-)
-def test_what_h11_refuses_we_refuse(data: bytes) -> None:
-    ours = read_head(data, [])
-    if not isinstance(ours, Head):
-        return
+def soup(draw: random.Random, tokens: list[bytes], most: int) -> bytes:
+    return b"".join(draw.choices(tokens, k=draw.randint(0, most)))
+
+
+def a_request(draw: random.Random) -> bytes:
+    """A request line and headers that may be good ones, of which one is Host more often than not."""
+    headers = draw.choices(LINES, k=draw.randint(0, 9) // draw.choice((1, 3)))
+    if draw.random() < 0.7:
+        headers = [b"Host: h", *(line for line in headers if not line.lower().startswith(b"host"))]
+    return b"\r\n".join([draw.choice(REQUEST_LINES), *headers, b"", b""])
+
+
+def fields_of(outcome: Head | int | None) -> dict[str, Any] | int | None:
+    """What two readings of a head must have in common: all but the id, which may be made up."""
+    if not isinstance(outcome, Head):
+        return outcome
+    return {name: getattr(outcome, name) for name in Head.__slots__ if name != "request_id"}
+
+
+def check_with_h11(data: bytes, ours: Head) -> None:
     peer = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-    peer.receive_data(data)
+    peer.receive_data(data.removeprefix(b"\r\n"))  # RFC 9112, 2.2, lets us skip an empty line
     event = peer.next_event()
     assert isinstance(event, h11.Request)  # h11.RemoteProtocolError: it refuses what we took
     assert event.method.decode() == ours.method
@@ -156,54 +152,79 @@ def test_what_h11_refuses_we_refuse(data: bytes) -> None:
     assert {**ours.headers, "transfer-encoding": ""} == {**theirs, "transfer-encoding": ""}
 
 
-@settings(max_examples=1500, deadline=None)
-@given(st.one_of(CHUNKS, st.binary(max_size=100)), CUTS, st.sampled_from([None, 20, MAX_BODY_BYTES]))
-@example(b"0\r\n" + b"A: b\r\n" * 1364 + b"A: b\r\n\r\n", [8192], None)
-@example(b"5" + b";" + b"a" * 252 + b"\r\n12345\r\n", [254, 255, 256], None)
-def test_chunks_are_the_same_for_every_split(data: bytes, cuts: list[int], limit: int | None) -> None:
-    whole = decode(data, [], limit)
-    assert decode(data, cuts, limit) == whole
-    assert decode(data, list(range(min(len(data), 600))), limit) == whole
+def test_a_head_is_the_same_for_every_split_and_what_h11_refuses_we_refuse() -> None:
+    draw = random.Random(1)
+    heads = [b"\r\n" + HEAD, b"\r\n\r\n", b"A" * 40_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 9000]
+    for _ in range(1200):
+        heads += [a_request(draw), soup(draw, TOKENS, 30), draw.randbytes(draw.randint(0, 60)) + b"\r\n\r\n"]
+    taken = 0
+    for data in heads:
+        whole = read_head(data)
+        for cuts in (draw.choices(range(1 << 16), k=draw.randint(1, 12)), range(min(len(data), 300))):
+            again = read_head(data, cuts)
+            if isinstance(whole, Head):
+                assert isinstance(again, Head), (data, cuts)
+                assert all(
+                    getattr(whole, name) == getattr(again, name) for name in Head.__slots__ if name != "request_id"
+                )
+            else:
+                assert again == whole, (data, cuts)
+        if isinstance(whole, Head):
+            check_with_h11(data, whole)
+            taken += 1
+    assert taken > 100
 
 
-@settings(max_examples=1500, deadline=None)
-@given(CHUNKS)
-def test_chunks_that_h11_refuses_we_refuse(data: bytes) -> None:
-    ours = decode(data, [])
-    if isinstance(ours, int):
-        return
-    peer = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-    peer.receive_data(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + data)
-    assert isinstance(peer.next_event(), h11.Request)
-    payload = b""
-    while isinstance(event := peer.next_event(), h11.Data):
-        payload += bytes(event.data)
-    assert payload == ours[0]
-    assert isinstance(event, h11.EndOfMessage) == ours[2]
+def test_chunks_are_the_same_for_every_split_and_what_h11_refuses_we_refuse() -> None:
+    draw = random.Random(1)
+    bodies = [b"0\r\n" + b"A: b\r\n" * 1364 + b"A: b\r\n\r\n", b"5" + b";" + b"a" * 252 + b"\r\n12345\r\n"]
+    for _ in range(1200):
+        bodies += [soup(draw, CHUNKS, 12), soup(draw, GOOD_CHUNKS, 12), draw.randbytes(draw.randint(0, 60))]
+    whole_ones = 0
+    for data in bodies:
+        limit = draw.choice((None, 20, MAX_BODY_BYTES))
+        whole = decode(data, limit=limit)
+        for cuts in (draw.choices(range(1 << 16), k=draw.randint(1, 12)), range(min(len(data), 600))):
+            assert decode(data, cuts, limit) == whole, (data, cuts, limit)
+        if isinstance(whole, int):
+            continue
+        peer = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        peer.receive_data(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + data)
+        assert isinstance(peer.next_event(), h11.Request)
+        payload = b""
+        while isinstance(event := peer.next_event(), h11.Data):
+            payload += bytes(event.data)
+        assert (payload, isinstance(event, h11.EndOfMessage)) == (whole[0], whole[2]), data
+        whole_ones += whole[2] and len(payload) > 0
+    assert whole_ones > 400
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.binary(min_size=1, max_size=50), max_size=10), CUTS)
-def test_chunks_round_trip(pieces: list[bytes], cuts: list[int]) -> None:
-    body = b"".join(chunk(piece) for piece in pieces) + b"0\r\n\r\n"
-    assert decode(body + b"GET", cuts) == (b"".join(pieces), b"GET", True)
+def test_chunks_round_trip() -> None:
+    draw = random.Random(1)
+    for _ in range(500):
+        pieces = [draw.randbytes(draw.randint(1, 50)) for _ in range(draw.randint(0, 10))]
+        body = b"".join(chunk(piece) for piece in pieces) + b"0\r\n\r\n"
+        cuts = draw.choices(range(len(body)), k=draw.randint(0, 12))
+        assert decode(body + b"GET", cuts) == (b"".join(pieces), b"GET", True)
 
 
-JSON_SOUP = st.lists(st.sampled_from([
+JSON_TOKENS = [
     b"{", b"}", b"[", b"]", b'"a"', b":", b",", b"1", b"-", b"1e999", b"NaN", b"null", b"\xff", b"\xef\xbb\xbf", b" ",
     b"\\u", b'"',
-])).map(b"".join)  # fmt: skip
+]  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.one_of(st.binary(max_size=100), JSON_SOUP))
-def test_json_is_an_object_or_an_error(body: bytes) -> None:
-    error = refusal(lambda: parse_json(body))
-    if error is None:
-        assert isinstance(parse_json(body), dict)
-    else:
-        assert (error.status, error.close) == (400, False)
-        assert "line" not in error.message
+def test_json_is_an_object_or_an_error() -> None:
+    draw = random.Random(1)
+    for _ in range(3000):
+        body = soup(draw, JSON_TOKENS, 20)
+        for one in (body, b"{" + body + b"}", draw.randbytes(draw.randint(0, 40))):
+            error = refusal(lambda one=one: parse_json(one))
+            if error is None:
+                assert isinstance(parse_json(one), dict)
+            else:
+                assert (error.status, error.close) == (400, False)
+                assert "line" not in error.message
 
 
 @settings(max_examples=500, deadline=None)
@@ -245,17 +266,12 @@ def test_targets(target: str, path: str, authority: str) -> None:
 
 
 def test_limits_are_exact() -> None:
-    assert read_head(b"G" * (MAX_LINE_BYTES - 1), []) is None
-    assert read_head(b"G" * MAX_LINE_BYTES, []) == 414
+    assert read_head(b"G" * (MAX_LINE_BYTES - 1)) is None
+    assert read_head(b"G" * MAX_LINE_BYTES) == 414
     begin = b"GET / HTTP/1.1\r\nHost: h\r\nA: "
-    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - 1 - len(begin)), []) is None
-    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - len(begin)), []) == 431
-    assert isinstance(read_head(begin + b"a" * (MAX_HEAD_BYTES - 4 - len(begin)) + b"\r\n\r\n", []), Head)
-
-
-def test_repeated_headers() -> None:
-    assert parse_headers([b"A: 1", b"a:2", b"B:\t3 \t"]) == {"a": "1, 2", "b": "3"}
-    assert status_of(lambda: parse_headers([b"Host: a", b"HOST: a"])) == 400
+    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - 1 - len(begin))) is None
+    assert read_head(begin + b"a" * (MAX_HEAD_BYTES - len(begin))) == 431
+    assert isinstance(read_head(begin + b"a" * (MAX_HEAD_BYTES - 4 - len(begin)) + b"\r\n\r\n"), Head)
 
 
 def test_a_foreign_head_is_scanned_alike() -> None:
@@ -263,14 +279,8 @@ def test_a_foreign_head_is_scanned_alike() -> None:
     head = b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n"
     assert [scan_head(head[:n], n - 1) for n in range(1, len(head))] == [None] * (len(head) - 1)
     assert scan_head(head) == len(head)
-    for line, good in (
-        (b"HTTP/1.1 200 OK", 1),
-        (b"HTTP/1.0 404", 1),
-        (b"HTTP/1.1 200 ", 1),
-        (b"HTTP/2 200", 0),
-        (b"HTTP/1.1 99 x", 0),
-    ):
-        assert bool(STATUS_LINE.fullmatch(line)) == good
+    lines = {b"HTTP/1.1 200 OK": 1, b"HTTP/1.0 404": 1, b"HTTP/1.1 200 ": 1, b"HTTP/2 200": 0, b"HTTP/1.1 99 x": 0}
+    assert {line: bool(STATUS_LINE.fullmatch(line)) for line in lines} == lines
 
 
 def test_a_response_header_cannot_become_two() -> None:
@@ -296,7 +306,7 @@ def test_the_size_of_integers_is_exact() -> None:
 def test_a_body_in_tiny_chunks_takes_linear_time() -> None:
     """1 MiB in chunks of one byte, in reads of one byte too: the decoder holds no payload."""
     decoder, held = BodyDecoder(None, True, MAX_BODY_BYTES), 0
-    for _ in range(2000):
+    for _ in range(1200):
         for byte in b"1\r\nx\r\n":
             decoder.feed(bytes([byte]))
             held = max(held, len(decoder._held))
@@ -305,8 +315,8 @@ def test_a_body_in_tiny_chunks_takes_linear_time() -> None:
 
 @pytest.mark.parametrize("wrong", [b"x", b"1\r\nab", b"1\r\na\n", b"\n", b"1;\0", b"0\r\n\0", b"0\r\nA: b\n", b"1 "])
 def test_a_wrong_chunk_is_refused_at_its_first_wrong_byte(wrong: bytes) -> None:
-    assert decode(wrong, []) == 400
-    assert decode(wrong[:-1], []) != 400
+    assert decode(wrong) == 400
+    assert decode(wrong[:-1]) != 400
 
 
 def test_extensions_count_as_body() -> None:

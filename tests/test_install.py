@@ -12,8 +12,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import PATIENCE, ROOT
@@ -22,7 +23,6 @@ from cerebrum.settings import load_catalog, read_environment
 
 CM4, VPS = "opt/cerebrum-pi", "opt/cerebrum-backend"
 UNITS = "etc/systemd/system"
-BEFORE = "fdedb99"  # the last commit whose README installs by hand
 
 INTERRUPT = """#!/bin/bash
 # Stands for mv. Kills its caller instead of the COUNT-th move; 0: before it, 1: after it.
@@ -34,6 +34,10 @@ else
     exec /bin/mv "$@"
 fi
 """
+
+
+def run(command: Sequence[str | Path], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **more)
 
 
 class Clone:
@@ -50,15 +54,7 @@ class Clone:
 
     def command(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": os.environ["PATH"], "DESTDIR": str(self.root)} | environ
-        return subprocess.run(
-            ["systemd/install.sh", *arguments],
-            cwd=self.source,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        return run(["systemd/install.sh", *arguments], cwd=self.source, env=environ)
 
     def install(self, what: str, **environ: str) -> str:
         """What it says. An error fails the test."""
@@ -98,21 +94,19 @@ EVERYWHERE = {
 }
 
 
-def test_what_the_pi_gets(clone: Clone) -> None:
-    assert clone.install("cm4") == ""
-    own = {**EVERYWHERE, "cm4d.py": "644", "cerebrum_repl.sh": "755"}
-    expected = {f"{CM4}/{name}": mode for name, mode in own.items()} | modules(CM4, "pi")
-    expected[f"{UNITS}/cerebrum-cm4.service"] = "644"
+@pytest.mark.parametrize(
+    ("what", "folder", "own", "units"),
+    [
+        ("cm4", CM4, {"cm4d.py": "644", "cerebrum_repl.sh": "755"}, ("cerebrum-cm4.service",)),
+        ("vps", VPS, {"vpsd.py": "644"}, ("cerebrum-backend.service", "cerebrum-backend.socket")),
+    ],
+)
+def test_what_a_machine_gets(clone: Clone, what: str, folder: str, own: dict[str, str], units: tuple[str, ...]) -> None:
+    assert clone.install(what) == ""
+    expected = {f"{folder}/{name}": mode for name, mode in (EVERYWHERE | own).items()}
+    expected |= modules(folder, "pi" if what == "cm4" else "vps") | {f"{UNITS}/{unit}": "644" for unit in units}
     assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
-
-
-def test_what_the_vps_gets(clone: Clone) -> None:
-    assert clone.install("vps") == ""
-    own = {**EVERYWHERE, "vpsd.py": "644"}
-    expected = {f"{VPS}/{name}": mode for name, mode in own.items()} | modules(VPS, "vps")
-    expected |= {f"{UNITS}/cerebrum-backend.service": "644", f"{UNITS}/cerebrum-backend.socket": "644"}
-    assert {name: mode for name, (mode, _) in clone.tree().items()} == expected
-    assert (clone.root / VPS / "models").is_dir()
+    assert (clone.root / folder / "models").is_dir() == (what == "vps")
 
 
 @pytest.mark.slow
@@ -140,15 +134,6 @@ def test_the_env_sets_nothing(clone: Clone, what: str, folder: str, set_there: d
     assert shown > both
     assert other not in shown
     assert other in (clone.root / folder / ".env.example").read_text()
-
-
-@pytest.mark.slow
-def test_the_env_is_the_persons(clone: Clone) -> None:
-    clone.install("cm4")
-    env = clone.root / CM4 / ".env"
-    env.write_text("CEREBRUM_VPS_URL=http://vps:9000\n")
-    clone.install("cm4")
-    assert env.read_text() == "CEREBRUM_VPS_URL=http://vps:9000\n"
 
 
 @pytest.mark.slow
@@ -197,20 +182,11 @@ def test_a_live_installation_is_roots() -> None:
         folder.chmod(0o755)
         shutil.copytree(ROOT / "systemd", folder / "systemd")
         for what in ("cm4", "uninstall-vps"):
-            run = subprocess.run(
-                [folder / "systemd/install.sh", what],
-                env={"PATH": os.environ["PATH"]},
-                user=65534,
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-            )
+            result = run([folder / "systemd/install.sh", what], env={"PATH": os.environ["PATH"]}, user=65534)
             target = what if "-" in what else f"install-{what}"
-            assert run.returncode == 1
-            assert re.fullmatch(
-                rf"install.sh: expected to run as root, got user \w+; please run:  sudo make {target}\n", run.stderr
-            )
+            said = rf"install.sh: expected to run as root, got user \w+; please run:  sudo make {target}\n"
+            assert result.returncode == 1
+            assert re.fullmatch(said, result.stderr)
 
 
 # ------------------------------------------------------------------------------------ files that people change
@@ -281,20 +257,12 @@ def test_a_file_that_is_gone_comes_back(clone: Clone, config: tuple[Path, Path])
     assert target.read_text() == source.read_text()
 
 
-def by_hand(name: str) -> bytes:
-    shown = subprocess.run(["git", "show", f"{BEFORE}:{name}"], cwd=ROOT, capture_output=True, check=False)
-    if shown.returncode != 0:
-        pytest.skip(f"needs git and the commit {BEFORE}")
-    return shown.stdout
-
-
 @pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_files_that_were_copied_by_hand(clone: Clone, changed: bool) -> None:
     for target in (f"{UNITS}/cerebrum-cm4.service", f"{CM4}/models.toml"):
         path = clone.root / target
         path.parent.mkdir(parents=True)
-        name = f"systemd/{path.name}" if path.suffix == ".service" else path.name
-        path.write_bytes(by_hand(name) + b"# mine\n" * changed)
+        path.write_bytes((ROOT / "tests/by_hand" / path.name).read_bytes() + b"# mine\n" * changed)
     clone.install("cm4")
     assert ("notify-reload" in (clone.root / UNITS / "cerebrum-cm4.service").read_text()) is not changed
     assert (clone.root / UNITS / "cerebrum-cm4.service.new").exists() is changed

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, run, until, wait_until
+from harness import FILES, KEY, MODELS, PATIENCE, ROOT, Daemon, daemon, until, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
@@ -128,7 +128,7 @@ def test_one_token_alone_has_no_time_per_token() -> None:
 # ------------------------------------------------------------------------------------- the Pi, scripted
 
 
-def test_the_pi_counts_what_it_does() -> None:
+async def test_the_pi_counts_what_it_does() -> None:
     work = {"prompt_tokens": 9, "cached_tokens": 6, "draft_tokens": 3, "accepted_tokens": 2}
     whole = event(done=True, total_tokens=4, finish_reason="block", **work)
     lies = {"prompt_tokens": 1, "cached_tokens": 5, "draft_tokens": -1, "accepted_tokens": "2"}
@@ -140,75 +140,64 @@ def test_the_pi_counts_what_it_does() -> None:
         [error(500, "MODEL_LOAD_FAILED")],
         [CHUNKED, chunk(token("a", 1)), HANG],
     ]
-
-    async def scenario() -> None:
-        async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-            before = await scrape(pi)
-            assert before["cerebrum_http_requests_total", "200", "/v1/complete/stream"] == 0
-            asked = [(await pi.complete()).status, (await pi.complete()).status, (await pi.stream()).status]
-            assert [*asked, (await pi.complete()).status] == [200, 200, 200, 500]
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-            await reader.readuntil(b"total_tokens")
-            assert (await scrape(pi))["cerebrum_completions_active",] == 1
-            writer.transport.abort()
-            await until(lambda: not pi.gateway.active)
-            assert (await pi.complete(max_tokens=0)).status == 400
-            for path in ("/nothing", "/v1/models/nothing", f"/v1/models/{SMALL}", "/v1/complete"):
-                await pi.get(path)
-            pi.gateway.reconfigure(pi.gateway.config)  # keeps the numbers
-            samples, stats = await scrape(pi), (await pi.get("/v1/stats")).json
-            assert of(samples, "cerebrum_http_requests_total") == {
-                ("200", "/v1/complete"): 2, ("400", "/v1/complete"): 1, ("405", "/v1/complete"): 1,
-                ("500", "/v1/complete"): 1, ("200", "/v1/complete/stream"): 1, ("499", "/v1/complete/stream"): 1,
-                ("200", "/v1/models/{id}"): 1, ("404", "/v1/models/{id}"): 1, ("200", "/metrics"): 2,
-                ("404", "other"): 1,
-            }  # fmt: skip
-            assert of(samples, "cerebrum_completions_ended_total") == dict.fromkeys(
-                ((SMALL, how) for how in ("stop", "block", "other", "MODEL_LOAD_FAILED", "CANCELLED")), 1
-            )
-            counted = ("tokens", "prompt_tokens", "prompt_tokens_cached", "draft_tokens", "accepted_tokens")
-            numbers = [samples[f"cerebrum_{name}_total", SMALL] for name in counted]
-            assert numbers == [2 + 4 + 2 + 1, 5 + 3, 6 + 5, 3, 2]
-            assert samples["cerebrum_time_to_first_token_seconds_count", SMALL] == 4
-            assert samples["cerebrum_time_per_token_seconds_count", SMALL] == 3
-            assert samples["cerebrum_reloads_total",] == 1
-            check_agreement(samples, stats)
-            assert (stats["requests_total"], stats["breaker"]["state"]) == (5, "closed")
-
-    run(scenario())
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        before = await scrape(pi)
+        assert before["cerebrum_http_requests_total", "200", "/v1/complete/stream"] == 0
+        asked = [(await pi.complete()).status, (await pi.complete()).status, (await pi.stream()).status]
+        assert [*asked, (await pi.complete()).status] == [200, 200, 200, 500]
+        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
+        await reader.readuntil(b"total_tokens")
+        assert (await scrape(pi))["cerebrum_completions_active",] == 1
+        writer.transport.abort()
+        await until(lambda: not pi.gateway.active)
+        assert (await pi.complete(max_tokens=0)).status == 400
+        for path in ("/nothing", "/v1/models/nothing", f"/v1/models/{SMALL}", "/v1/complete"):
+            await pi.get(path)
+        pi.gateway.reconfigure(pi.gateway.config)  # keeps the numbers
+        samples, stats = await scrape(pi), (await pi.get("/v1/stats")).json
+        assert of(samples, "cerebrum_http_requests_total") == {
+            ("200", "/v1/complete"): 2, ("400", "/v1/complete"): 1, ("405", "/v1/complete"): 1,
+            ("500", "/v1/complete"): 1, ("200", "/v1/complete/stream"): 1, ("499", "/v1/complete/stream"): 1,
+            ("200", "/v1/models/{id}"): 1, ("404", "/v1/models/{id}"): 1, ("200", "/metrics"): 2,
+            ("404", "other"): 1,
+        }  # fmt: skip
+        assert of(samples, "cerebrum_completions_ended_total") == dict.fromkeys(
+            ((SMALL, how) for how in ("stop", "block", "other", "MODEL_LOAD_FAILED", "CANCELLED")), 1
+        )
+        counted = ("tokens", "prompt_tokens", "prompt_tokens_cached", "draft_tokens", "accepted_tokens")
+        numbers = [samples[f"cerebrum_{name}_total", SMALL] for name in counted]
+        assert numbers == [2 + 4 + 2 + 1, 5 + 3, 6 + 5, 3, 2]
+        assert samples["cerebrum_time_to_first_token_seconds_count", SMALL] == 4
+        assert samples["cerebrum_time_per_token_seconds_count", SMALL] == 3
+        assert samples["cerebrum_reloads_total",] == 1
+        check_agreement(samples, stats)
+        assert (stats["requests_total"], stats["breaker"]["state"]) == (5, "closed")
 
 
-def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 60.0)
-
-    async def scenario() -> None:
-        async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
-            assert [(await pi.complete()).status for _ in range(4)] == [503] * 4
-            samples = await scrape(pi)
-            assert of(samples, "cerebrum_breaker_state") == {("vps", "open"): 1}
-            assert samples["cerebrum_breaker_state", "vps", "closed"] == samples["cerebrum_backend_up", "vps"] == 0
-            assert samples["cerebrum_breaker_opens_total", "vps"] == 1
-            assert of(samples, "cerebrum_completions_ended_total") == {
-                (SMALL, "VPS_UNAVAILABLE"): 3,
-                ("none", "VPS_UNAVAILABLE"): 1,  # nobody was asked
-            }
-            check_agreement(samples, (await pi.get("/v1/stats")).json)
-
-    run(scenario())
+    async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
+        assert [(await pi.complete()).status for _ in range(4)] == [503] * 4
+        samples = await scrape(pi)
+        assert of(samples, "cerebrum_breaker_state") == {("vps", "open"): 1}
+        assert samples["cerebrum_breaker_state", "vps", "closed"] == samples["cerebrum_backend_up", "vps"] == 0
+        assert samples["cerebrum_breaker_opens_total", "vps"] == 1
+        assert of(samples, "cerebrum_completions_ended_total") == {
+            (SMALL, "VPS_UNAVAILABLE"): 3,
+            ("none", "VPS_UNAVAILABLE"): 1,  # nobody was asked
+        }
+        check_agreement(samples, (await pi.get("/v1/stats")).json)
 
 
-def test_an_error_behind_the_beginning_of_a_stream_counts_once() -> None:
-    async def scenario() -> None:
-        async with Backend([[CHUNKED, chunk(token("a", 1))]]) as backend, pi_for(backend.port) as pi:
-            body = {"prompt": "x =", "language": "python"}
-            # A page gets some time to read its error. It leaves in that time.
-            reader, writer = await pi.open("POST", "/v1/complete/stream", body, Origin="http://127.0.0.1")
-            await reader.readuntil(b"VPS_UNAVAILABLE")
-            writer.transport.abort()
-            await until(lambda: not pi.server.connections)
-            assert of(await scrape(pi), "cerebrum_http_requests_total") == {("503", "/v1/complete/stream"): 1}
-
-    run(scenario())
+async def test_an_error_behind_the_beginning_of_a_stream_counts_once() -> None:
+    async with Backend([[CHUNKED, chunk(token("a", 1))]]) as backend, pi_for(backend.port) as pi:
+        body = {"prompt": "x =", "language": "python"}
+        # A page gets some time to read its error. It leaves in that time.
+        reader, writer = await pi.open("POST", "/v1/complete/stream", body, Origin="http://127.0.0.1")
+        await reader.readuntil(b"VPS_UNAVAILABLE")
+        writer.transport.abort()
+        await until(lambda: not pi.server.connections)
+        assert of(await scrape(pi), "cerebrum_http_requests_total") == {("503", "/v1/complete/stream"): 1}
 
 
 # ------------------------------------------------------------------------- both daemons, real Prometheus

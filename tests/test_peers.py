@@ -21,7 +21,8 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
-from harness import HEALTH, KEY, PATIENCE, ROOT, ask, daemon, post, wait_until
+from harness import HEALTH, KEY, PATIENCE, ask, daemon, post, wait_until
+from scripted import in_a_thread
 from test_wire import ROUTES, State
 
 from cerebrum.http import Access, Server, own_names
@@ -29,6 +30,7 @@ from cerebrum_common import Request, Response, Route, sse_event
 
 HEADERS = {"X-API-Key": KEY, "Content-Type": "application/json"}
 MEMBERS = {"prompt": "x", "language": "python"}
+CHUNKED_ECHO = {"bytes": 7, "length": None, "members": {"a": 1}}  # of {"a":1}
 
 
 def needs(tool: str) -> str:
@@ -43,13 +45,22 @@ class Peer:
     """The server in a thread, and what its handlers have seen."""
 
     port: int = 0
-    server: Server | None = None
     left: threading.Event = field(default_factory=threading.Event)
     complaints: list[Any] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> Peer:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.complaints.append(context))
+        more = Route("POST", "/v1/tokens", self.tokens, json=True), Route("POST", "/v1/echo", echo, json=True)
+        self.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
+        self.port = await self.server.start("127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.stop(1.0)
 
     async def tokens(self, state: Any, request: Request) -> Response:
         """`max_tokens` token events, or an endless stream of them for 0."""
@@ -75,28 +86,8 @@ async def echo(state: Any, request: Request) -> Response:
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    peer, ready, loop = Peer(), threading.Event(), asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def serve() -> None:
-        loop.set_exception_handler(lambda _, context: peer.complaints.append(context))
-        more = (
-            Route("POST", "/v1/tokens", peer.tokens, json=True),
-            Route("POST", "/v1/echo", echo, json=True),
-        )
-        peer.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
-        peer.port = await peer.server.start("127.0.0.1", 0)
-        ready.set()
-        await stop.wait()
-        await peer.server.stop(1.0)
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(PATIENCE)
-    yield peer
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(PATIENCE)
-    loop.close()
+    with in_a_thread(Peer()) as peer:
+        yield peer
     assert peer.complaints == []
 
 
@@ -140,27 +131,15 @@ def test_curl_uploads_in_chunks_and_waits_for_100(curl: Callable[..., str]) -> N
     body = json.dumps({"a": "x" * 900_000}).encode()
     chunked = curl("-H", "Transfer-Encoding: chunked", "-H", "Expect: 100-continue", "--data-binary", "@-", stdin=body)
     assert json.loads(chunked) == {"bytes": len(body), "length": None, "members": {"a": "x" * 900_000}}
-    sized = curl(
-        "-H",
-        "Expect: 100-continue",
-        "-v",
-        "--stderr",
-        "/dev/null",
-        "-w",
-        "%{size_upload}",
-        "--data-binary",
-        "@-",
-        stdin=b"{}",
-    )
+    options = ["-v", "--stderr", "/dev/null", "-w", "%{size_upload}"]
+    sized = curl("-H", "Expect: 100-continue", *options, "--data-binary", "@-", stdin=b"{}")
     assert sized == '{"bytes": 2, "length": 2, "members": {}}2'
 
 
 def test_curl_is_told_413_before_it_uploads(curl: Callable[..., str]) -> None:
     for expect in ("Expect: 100-continue", "Expect:"):
-        out = curl(
-            *WRITE_OUT[:3], "%{http_code} %{size_upload}", "-H", expect, "--data-binary", "@-", stdin=b"x" * 8_000_000
-        )
-        status, sent = out.split()
+        options = [*WRITE_OUT[:3], "%{http_code} %{size_upload}", "-H", expect]
+        status, sent = curl(*options, "--data-binary", "@-", stdin=b"x" * 8_000_000).split()
         assert status == "413"
         assert int(sent) < 8_000_000 or expect == "Expect:"
 
@@ -175,9 +154,8 @@ def test_curl_streams_and_leaves(curl: Callable[..., str], peer: Peer) -> None:
     peer.left.clear()
     program = needs("curl")
     headers = [option for name, value in HEADERS.items() for option in ("-H", f"{name}: {value}")]
-    endless = subprocess.Popen(
-        [program, "-sN", *headers, "-d", '{"max_tokens": 0}', peer.url + "/v1/tokens"], stdout=subprocess.PIPE
-    )
+    command = [program, "-sN", *headers, "-d", '{"max_tokens": 0}', peer.url + "/v1/tokens"]
+    endless = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert endless.stdout is not None
     assert endless.stdout.read(10) == b'data: {"to'
     endless.kill()
@@ -194,11 +172,7 @@ def test_httpx(peer: Peer) -> None:
         assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
         assert client.head("/health").content == b""
         assert client.post("/v1/echo", json=MEMBERS).json()["members"] == MEMBERS
-        assert client.post("/v1/echo", content=iter([b'{"a"', b":1}"])).json() == {
-            "bytes": 7,
-            "length": None,
-            "members": {"a": 1},
-        }
+        assert client.post("/v1/echo", content=iter([b'{"a"', b":1}"])).json() == CHUNKED_ECHO
         assert client.post("/v1/echo", content=b"x" * 2_000_000).status_code == 413
         assert client.get("/nothing").json()["code"] == "NOT_FOUND"
         with client.stream("POST", "/v1/tokens", json={"max_tokens": 3}) as response:
@@ -210,33 +184,26 @@ def test_httpx(peer: Peer) -> None:
         assert peer.left.wait(PATIENCE)
 
 
-def test_aiohttp(peer: Peer) -> None:
+async def test_aiohttp(peer: Peer) -> None:
     async def chunks() -> Any:
         yield b'{"a"'
         yield b":1}"
 
-    async def talk() -> None:
-        timeout = aiohttp.ClientTimeout(PATIENCE)
-        async with aiohttp.ClientSession(peer.url, headers=HEADERS, timeout=timeout) as client:
-            for _ in range(3):
-                async with client.get("/health") as response:
-                    assert (response.status, response.version) == (200, aiohttp.HttpVersion11)
-            async with client.post("/v1/echo", data=chunks(), expect100=True) as response:
-                assert await response.json() == {"bytes": 7, "length": None, "members": {"a": 1}}
-            async with client.post("/v1/tokens", json={"max_tokens": 3}) as response:
-                assert [json.loads(line[6:])["total_tokens"] async for line in response.content if line.strip()] == [
-                    1,
-                    2,
-                    3,
-                    3,
-                ]
-            peer.left.clear()
-            async with client.post("/v1/tokens", json={"max_tokens": 0}) as response:
-                await response.content.readline()
-                response.close()
-            assert await asyncio.to_thread(peer.left.wait, PATIENCE)
-
-    asyncio.run(talk())
+    timeout = aiohttp.ClientTimeout(PATIENCE)
+    async with aiohttp.ClientSession(peer.url, headers=HEADERS, timeout=timeout) as client:
+        for _ in range(3):
+            async with client.get("/health") as response:
+                assert (response.status, response.version) == (200, aiohttp.HttpVersion11)
+        async with client.post("/v1/echo", data=chunks(), expect100=True) as response:
+            assert await response.json() == CHUNKED_ECHO
+        async with client.post("/v1/tokens", json={"max_tokens": 3}) as response:
+            events = [json.loads(line[6:]) async for line in response.content if line.strip()]
+            assert [event["total_tokens"] for event in events] == [1, 2, 3, 3]
+        peer.left.clear()
+        async with client.post("/v1/tokens", json={"max_tokens": 0}) as response:
+            await response.content.readline()
+            response.close()
+        assert await asyncio.to_thread(peer.left.wait, PATIENCE)
 
 
 # --------------------------------------------------------------------------------------------------- node
@@ -275,23 +242,23 @@ def test_node_fetch(peer: Peer) -> None:
 # ------------------------------------------------------------------------------------------------ pipelines
 
 
-def test_wrk(peer: Peer) -> None:
+PIPELINE = """
+init = function()
+  local r = {}
+  for i = 1, 16 do r[i] = wrk.format("GET", "/health") end
+  req = table.concat(r)
+end
+request = function() return req end
+"""
+
+
+@pytest.mark.parametrize("script", ["", PIPELINE], ids=["one by one", "pipelined"])
+def test_wrk(peer: Peer, tmp_path: Path, script: str) -> None:
     """Keep-alive under load: no errors and no status but 200."""
-    done = run(needs("wrk"), "-t1", "-c20", "-d1s", peer.url + "/health")
+    (tmp_path / "script.lua").write_text(script)
+    done = run(needs("wrk"), "-t1", "-c20", "-d1s", "-s", str(tmp_path / "script.lua"), peer.url + "/health")
     out = done.stdout.decode()
     assert done.returncode == 0
-    assert "Non-2xx" not in out
-    assert "Socket errors" not in out
-    assert int(out.split(" requests in ")[0].split()[-1]) > 100
-
-
-def test_wrk_pipelines(peer: Peer, tmp_path: Path) -> None:
-    script = tmp_path / "pipeline.lua"
-    script.write_text(
-        'init = function()\n  local r = {}\n  for i = 1, 16 do r[i] = wrk.format("GET", "/health") end\n'
-        "  req = table.concat(r)\nend\nrequest = function() return req end\n"
-    )
-    out = run(needs("wrk"), "-t1", "-c10", "-d1s", "-s", str(script), peer.url + "/health").stdout.decode()
     assert "Non-2xx" not in out
     assert "Socket errors" not in out
     assert int(out.split(" requests in ")[0].split()[-1]) > 100
@@ -407,29 +374,12 @@ ATTACKS = {
 def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
     """Each of its four attacks by 1,000 connections, while /health answers and memory stays flat."""
     program = needs("slowhttptest")
-    if not (ROOT / f"{name}.py").exists():
-        pytest.skip(f"{name}.py does not exist")
     with daemon(name, tmp_path) as process:
         before = process.rss_kb()
         path = "/health" if attack == "slow read" else "/v1/complete"
-        command = [
-            program,
-            *ATTACKS[attack],
-            "-c",
-            "1000",
-            "-r",
-            "400",
-            "-l",
-            "15",
-            "-p",
-            "3",
-            "-g",
-            "-o",
-            str(tmp_path / "out"),
-        ]
-        with subprocess.Popen(
-            [*command, "-u", f"http://127.0.0.1:{process.port}{path}"], stdout=subprocess.DEVNULL
-        ) as enemy:
+        command = [program, *ATTACKS[attack], "-c", "1000", "-r", "400", "-l", "15", "-p", "3"]
+        command += ["-g", "-o", str(tmp_path / "out"), "-u", f"http://127.0.0.1:{process.port}{path}"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as enemy:
             answers = 0
             while enemy.poll() is None:
                 reply = asyncio.run(ask(process.port, HEALTH))
@@ -441,10 +391,8 @@ def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
         rows = list(csv.DictReader((tmp_path / "out.csv").open()))
         assert rows
         assert process.rss_kb() - before < 30_000
-        raw = post(
-            "/v1/complete" if name == "cm4d" else "/v1/inference",
-            json.dumps({**MEMBERS, "model": "qwen_0_5b"}).encode(),
-        )
+        path = "/v1/complete" if name == "cm4d" else "/v1/inference"
+        raw = post(path, json.dumps({**MEMBERS, "model": "qwen_0_5b"}).encode())
         reply = asyncio.run(ask(process.port, raw))
         # Neither has a model, and this Pi has no VPS.
         assert reply.json["code"] == {"cm4d": "VPS_UNAVAILABLE", "vpsd": "MODEL_NOT_FOUND"}[name]

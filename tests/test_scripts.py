@@ -126,19 +126,8 @@ def test_raw_utf8_and_crlf_events_and_comments(env: dict[str, str], backend: Bac
 def test_the_request(env: dict[str, str], backend: Backend) -> None:
     backend.scripts.append(completion("x"))
     prompt = 'a "quoted" \\ $(rm) é\n\tb\n'
-    result = run(
-        env | {"CEREBRUM_CM4_API_KEY": "se cret"},
-        prompt.encode() + b"\n",
-        "-l",
-        "go",
-        "-n",
-        "7",
-        "-t",
-        ".5",
-        "-m",
-        "tiny",
-        "-",
-    )
+    options = ["-l", "go", "-n", "7", "-t", ".5", "-m", "tiny", "-"]
+    result = run(env | {"CEREBRUM_CM4_API_KEY": "se cret"}, prompt.encode() + b"\n", *options)
     assert result.returncode == 0
     ((line, headers, _),) = backend.asked
     (body,) = backend.completions
@@ -247,12 +236,6 @@ def test_a_wrong_call_exits_with_2(args: list[str], said: str) -> None:
     assert (result.returncode, result.stdout, result.stderr.decode()) == (2, b"", f"cerebrum_repl.sh: {said}\n")
 
 
-def test_help_names_every_option() -> None:
-    result = subprocess.run([REPL, "--help"], capture_output=True, timeout=PATIENCE, check=True)
-    for option in ["--lang", "--model", "--tokens", "--temp", "--url"]:
-        assert option in result.stdout.decode()
-
-
 # -------------------------------------------------------------------------------------- conversation
 
 
@@ -261,13 +244,6 @@ def converse(env: dict[str, str], *lines: str) -> tuple[str, str]:
     result = run(env, "".join(line + "\n" for line in lines).encode())
     assert result.returncode == 0
     return result.stdout.decode(), result.stderr.decode()
-
-
-def test_a_prompt_is_completed_and_summed_up(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts.append(completion("\n    return ", "1"))
-    out, err = converse(env, "    def f():")
-    assert (out, err) == ("\n    return 1\n[3 tokens in 1.2 s, tiny, block]\n", "")
-    assert backend.completions[0]["prompt"] == "    def f():"
 
 
 def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> None:
@@ -284,11 +260,14 @@ def test_settings_reach_the_request(env: dict[str, str], backend: Backend) -> No
     }  # fmt: skip
 
 
-def test_an_error_does_not_end_the_conversation(env: dict[str, str], backend: Backend) -> None:
-    backend.scripts += [FAILED_MIDWAY, completion("ok")]
-    out, err = converse(env, "a", "b")
-    assert out == "half\nok\n[3 tokens in 1.2 s, tiny, block]\n"
+def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(
+    env: dict[str, str], backend: Backend
+) -> None:
+    backend.scripts += [FAILED_MIDWAY, completion("\n    return ", "1")]
+    out, err = converse(env, "a", "    def f():")
+    assert out == "half\n\n    return 1\n[3 tokens in 1.2 s, tiny, block]\n"
     assert err == "cerebrum_repl.sh: VPS_UNAVAILABLE: backend died\n"
+    assert backend.completions[1]["prompt"] == "    def f():"
 
 
 def test_several_lines(env: dict[str, str], backend: Backend) -> None:
@@ -378,14 +357,20 @@ def test_many_languages_take_several_lines(env: dict[str, str], backend: Backend
     assert last == "language: python"
 
 
-LISTS = [":lang", ":model", ":stats"]
-TOLD = "language: python\nmodel: auto\n"  # even without an answer
+REFUSAL = error(401, "UNAUTHORIZED", "expected\x1b[1m a key")
+LISTLESS = [  # what the server answers to each list, what is said of /v1/models
+    (REFUSAL, "UNAUTHORIZED: expected[1m a key"),
+    (page(200, "text/html", b"<html>"), "{url}/v1/models: expected an answer of Cerebrum, got something else"),
+    (b"", "curl: (52) Empty reply from server"),
+]
 
 
-def test_what_a_server_refuses_to_list(env: dict[str, str], backend: Backend) -> None:
-    backend.models = backend.stats = error(401, "UNAUTHORIZED", "expected\x1b[1m a key")
-    said = "cerebrum_repl.sh: UNAUTHORIZED: expected[1m a key\n"
-    assert converse(env, *LISTS) == (TOLD, said * 3)
+@pytest.mark.parametrize(("answered", "said"), LISTLESS, ids=[row[1] for row in LISTLESS])
+def test_a_list_that_is_not_there(env: dict[str, str], backend: Backend, answered: bytes, said: str) -> None:
+    backend.models = backend.stats = answered
+    one = f"cerebrum_repl.sh: {said.format(url=env['CEREBRUM_URL'])}\n"
+    told = "language: python\nmodel: auto\n"  # even without an answer
+    assert converse(env, ":lang", ":model", ":stats") == (told, one * 2 + one.replace("models", "stats"))
 
 
 def test_stats(env: dict[str, str], backend: Backend) -> None:
@@ -403,18 +388,6 @@ def test_stats(env: dict[str, str], backend: Backend) -> None:
     assert [line for line, _, _ in backend.asked] == ["GET /v1/stats HTTP/1.1"]
 
 
-def test_an_answer_that_is_not_ours(env: dict[str, str], backend: Backend) -> None:
-    backend.models = backend.stats = page(200, "text/html", b"<html>")
-    said = f"cerebrum_repl.sh: {env['CEREBRUM_URL']}/v1/{{}}: expected an answer of Cerebrum, got something else\n"
-    assert converse(env, *LISTS) == (TOLD, (2 * said.format("models")) + said.format("stats"))
-
-
-def test_a_list_of_nobody(env: dict[str, str]) -> None:
-    out, err = converse(env | {"CEREBRUM_URL": "http://127.0.0.1:1"}, *LISTS)
-    assert out == TOLD
-    assert re.fullmatch(r"(?:cerebrum_repl.sh: curl: \(7\) Failed to connect to 127.0.0.1 port 1 .*\n){3}", err)
-
-
 def test_last_and_save(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
     saved, taken = tmp_path / "out.py", tmp_path / "taken.py"
     taken.write_text("mine\n")
@@ -427,6 +400,15 @@ def test_last_and_save(env: dict[str, str], backend: Backend, tmp_path: Path) ->
 
 
 # --------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """Two files, of two languages."""
+    a, b = tmp_path / "a.py", tmp_path / "b.rs"
+    a.write_text("a\n")
+    b.write_text("b\n")
+    return a, b
 
 
 def test_a_file_is_completed_at_its_end(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -467,6 +449,7 @@ GAPS = [  # file, line, text before the gap, text after it
     ("a\r\nx =\r\nb\r\n", 2, "a\r\nx =", "\r\nb\r\n"),
     ("é\nü\n", 1, "é", "\nü\n"),
 ]
+FILL = "FI\nLL"
 
 
 @pytest.mark.parametrize(("text", "line", "before", "after"), GAPS)
@@ -475,14 +458,15 @@ def test_a_gap_is_filled(
 ) -> None:
     path = tmp_path / "x.py"
     path.write_bytes(text.encode())
-    backend.scripts.append(completion("FILL"))
+    backend.scripts.append(completion(FILL))
     out, err = converse(env, f":infill {path}:{line}", ":write")
-    assert (out, err) == (f"FILL\n[3 tokens in 1.2 s, tiny, block]\nwrote {path}\n", "")
+    assert (out, err) == (f"{FILL}\n[3 tokens in 1.2 s, tiny, block]\nwrote {path}\n", "")
     body = backend.completions[0]
     assert (body.get("prompt", ""), body.get("suffix", "")) == (before, after)
     assert body.get("filename") == ("x.py" if after else None)
     assert body["mode"] == ("infill" if after else "complete")
-    assert path.read_bytes() == (before + "FILL" + after).encode()
+    filled = FILL.replace("\n", "\r\n") if "\r" in text else FILL
+    assert path.read_bytes() == (before + filled + after).encode()
 
 
 def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
@@ -492,12 +476,8 @@ def test_a_file_is_changed_by_an_instruction(env: dict[str, str], backend: Backe
     out, err = converse(env, f":do @{path} shout  it", ":do louder", ":write")
     first, second = backend.completions
     assert err == ""
-    assert (first["prompt"], first["instruction"], first["mode"], first["language"]) == (
-        "one\ntwo\n",
-        "shout  it",
-        "instruct",
-        "go",
-    )
+    asked = first["prompt"], first["instruction"], first["mode"], first["language"]
+    assert asked == ("one\ntwo\n", "shout  it", "instruct", "go")
     assert (second["prompt"], second["instruction"]) == ("one\nTWO\n", "louder")
     assert f"--- {path}\n+++ {path} (new)\n@@ -1,2 +1,2 @@\n one\n-two\n+TWO\n" in out
     assert f"--- {path}\n+++ {path} (new)\n@@ -1,2 +1,2 @@\n-one\n-two\n+ONE\n+TWO\n" in out
@@ -576,11 +556,9 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
 
 @pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
 def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
-    env: dict[str, str], backend: Backend, tmp_path: Path, command: str, script: Script | None, said: str
+    env: dict[str, str], backend: Backend, two: tuple[Path, Path], command: str, script: Script | None, said: str
 ) -> None:
-    a, b = tmp_path / "a.py", tmp_path / "b.rs"
-    a.write_text("a\n")
-    b.write_text("b\n")
+    a, b = two
     backend.scripts += [completion("A\n"), *([script] if script else [])]
     out, err = converse(env, f":file {a}", command.format(b=b), ":last", ":write", ":lang")
     assert err == f"cerebrum_repl.sh: {said.format(b=b)}\n"
@@ -589,11 +567,9 @@ def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
 
 
 def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
-    env: dict[str, str], backend: Backend, tmp_path: Path
+    env: dict[str, str], backend: Backend, two: tuple[Path, Path]
 ) -> None:
-    a, b = tmp_path / "a.py", tmp_path / "b.rs"
-    a.write_text("a\n")
-    b.write_text("b\n")
+    a, b = two
     backend.scripts += [completion("A\n"), BROKEN_OFF, completion("whole\n", mode="instruct")]
     out, err = converse(env, f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
     not_whole = "cerebrum_repl.sh: the last result is not whole; :save PATH saves it nevertheless"
@@ -689,7 +665,7 @@ def test_a_file_that_may_only_be_read_is_not_replaced(env: dict[str, str], backe
     assert path.read_text() == "x"
 
 
-@pytest.mark.parametrize("name", ["-n.go", "a  b.go", "%s & \\n.go", "é.go", "~.go", "@x.go"])
+@pytest.mark.parametrize("name", ["-n.go", "a  b %s & \\n é.go", "~.go", "@x.go"])
 def test_any_name_of_a_file(
     env: dict[str, str], backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -739,15 +715,12 @@ def test_a_changed_file_keeps_its_line_ends(
     assert path.read_bytes() == after
 
 
-def test_a_gap_in_a_file_of_crlf_is_filled_with_crlf(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
-    path = tmp_path / "x.py"
-    path.write_bytes(b"if x:\r\nelse:\r\n")
-    backend.scripts.append(completion("\n    y\n    z"))
-    assert converse(env, f":infill {path}:1", ":write")[1] == ""
-    assert path.read_bytes() == b"if x:\r\n    y\r\n    z\r\nelse:\r\n"
-
-
 # ------------------------------------------------------------------------------------------ terminal
+
+
+PROMPT = "python> "
+ENTER = "\r\n\x1b[?2004l\r"  # how readline ends a line
+MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
 
 
 class Terminal:
@@ -760,20 +733,19 @@ class Terminal:
         def own_the_terminal() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=own_the_terminal,
-        )
+        ends = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=own_the_terminal, **ends)
         os.close(slave)
         self.unread = b""
 
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
+
+    def enter(self, line: str) -> None:
+        """Type a line at the REPL's prompt."""
+        self.expect(PROMPT)
+        self.type(f"{line}\r")
+        self.expect(ENTER)
 
     def expect(self, text: str) -> str:
         """Reads up to and including the text; returns what came before it."""
@@ -797,33 +769,23 @@ class Terminal:
 
 @pytest.fixture
 def terminal(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
+    with contextlib.ExitStack() as stack:
 
-    def open_terminal(*args: str, **variables: str) -> Terminal:
-        opened.append(Terminal([REPL, *args], env | variables))
-        return opened[-1]
+        def open_terminal(*args: str, **variables: str) -> Terminal:
+            return stack.enter_context(contextlib.closing(Terminal([REPL, *args], env | variables)))
 
-    yield open_terminal
-    for one in opened:
-        one.close()
-
-
-PROMPT = "python> "
-ENTER = "\r\n\x1b[?2004l\r"  # how readline ends a line
-MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
+        yield open_terminal
 
 
 def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Terminal], backend: Backend) -> None:
     left = threading.Event()
     backend.scripts += [[head(), *tokens("generating"), HANG, left.set], completion("again")]
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type("def f():\r")
+    screen.enter("def f():")
     screen.expect("generating")
     screen.type("\x03")
     screen.expect("cerebrum_repl.sh: interrupted")
-    screen.expect(PROMPT)
-    screen.type("def g():\r")
+    screen.enter("def g():")
     screen.expect("again")
     screen.expect(PROMPT)
     assert left.wait(PATIENCE)
@@ -832,24 +794,18 @@ def test_ctrl_c_stops_the_generation_and_not_the_repl(terminal: Callable[..., Te
 
 
 def test_ctrl_c_leaves_the_last_result_as_it_was(
-    terminal: Callable[..., Terminal], backend: Backend, tmp_path: Path
+    terminal: Callable[..., Terminal], backend: Backend, two: tuple[Path, Path]
 ) -> None:
-    asked = threading.Event()
-    a, b = tmp_path / "a.py", tmp_path / "b.rs"
-    a.write_text("a\n")
-    b.write_text("b\n")
+    asked, (a, b) = threading.Event(), two
     backend.scripts += [completion("A\n"), [head(), asked.set, HANG]]
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type(f":file {a}\r")
+    screen.enter(f":file {a}")
     screen.expect("block]")
-    screen.expect(PROMPT)
-    screen.type(f":file {b}\r")
+    screen.enter(f":file {b}")
     assert asked.wait(PATIENCE)
     screen.type("\x03")
     screen.expect("cerebrum_repl.sh: interrupted")
-    screen.expect(PROMPT)
-    screen.type(":write\r")
+    screen.enter(":write")
     screen.expect(f"wrote {a}")
     assert (a.read_text(), b.read_text()) == ("a\nA\n", "b\n")
 
@@ -861,8 +817,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line(terminal: Callable[..., Terminal], 
     screen.type("not this")
     screen.expect("not this")
     screen.type("\x03")
-    screen.expect(PROMPT)
-    screen.type("but this\r")
+    screen.enter("but this")
     screen.expect("yes")
     assert [body["prompt"] for body in backend.completions] == ["but this"]
 
@@ -886,16 +841,14 @@ def test_the_line_can_be_edited_and_history_lasts(
     screen.expect(PROMPT)
     screen.type("ef f()\x01d\x05:\r")  # Ctrl-A, Ctrl-E
     screen.expect("one.")
-    screen.expect(PROMPT)
-    screen.type(":exit\r")
+    screen.enter(":exit")
     assert screen.process.wait(PATIENCE) == 0
     again = terminal()
     again.expect(PROMPT)
     again.type("\x1b[A\x1b[A\r")  # up, up
     again.expect("two.")
     assert [body["prompt"] for body in backend.completions] == ["def f():"] * 2
-    again.expect(PROMPT)
-    again.type(":history\r")
+    again.enter(":history")
     again.expect("def f():")
     again.expect(PROMPT)
     history = Path(env["HOME"], ".local/state/cerebrum/repl_history")
@@ -915,9 +868,7 @@ def test_the_bar_shows_progress_and_is_gone_before_the_first_token(
     ]
     backend.scripts.append([head(), *progress, *tokens("token"), done()])
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type("x\r")
-    screen.expect(ENTER)
+    screen.enter("x")
     assert screen.expect("\r\x1b[Kwaiting for a free slot") == ""
     assert screen.expect("\r\x1b[Kloading the model [######                  ] 25 %") == ""
     assert screen.expect("\r\x1b[Kreading the prompt [############            ] 50 %") == ""
@@ -930,14 +881,10 @@ def test_a_model_cannot_send_the_terminal_a_control_sequence(
 ) -> None:
     backend.scripts.append(completion("a\x1b[2Jb\x07\tc\nd\x9be\0f\x7fg\r\\x1b€\\", mode="instruct"))
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type("x\r")
-    screen.expect(ENTER)
+    screen.enter("x")
     clean = "a[2Jb\tc\r\ndefg\\x1b€\\"
     assert screen.expect(f"{MAGENTA}{clean}{PLAIN}\r\n") == ""
-    screen.expect(PROMPT)
-    screen.type(":last\r")
-    screen.expect(ENTER)
+    screen.enter(":last")
     assert screen.expect(f"{MAGENTA}{clean}\r\n{PLAIN}") == ""
 
 
@@ -946,13 +893,9 @@ def test_what_the_model_wrote_is_coloured(terminal: Callable[..., Terminal], bac
     path.write_text("a = \nb\n\n")
     backend.scripts.append(completion("1", "\n\n"))
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type(f":infill {path}:1\r")
-    screen.expect(ENTER)
+    screen.enter(f":infill {path}:1")
     assert screen.expect("[3 tokens") == f"{MAGENTA}1{PLAIN}{MAGENTA}\r\n\r\n{PLAIN}\r\n"
-    screen.expect(PROMPT)
-    screen.type(":last\r")
-    screen.expect(ENTER)
+    screen.enter(":last")
     assert screen.expect("\x1b[?2004h" + PROMPT) == f"a = {MAGENTA}1\r\n\r\n{PLAIN}\r\nb\r\n\r\n"
     screen.type(f":save {saved}\r")
     screen.expect(f"saved {saved}")
@@ -966,8 +909,7 @@ def test_a_difference_is_coloured(terminal: Callable[..., Terminal], backend: Ba
     path.write_text("a\n- b\n")
     backend.scripts.append(completion("a\n+ c\x1b[2J", mode="instruct"))
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type(f":do @{path} it\r")
+    screen.enter(f":do @{path} it")
     screen.expect("block]\r\n")
     lines = [
         f"{RED}--- {path}{PLAIN}", f"{GREEN}+++ {path} (new){PLAIN}", "@@ -1,2 +1,2 @@",
@@ -1002,16 +944,10 @@ def test_a_file_gets_no_colours(env: dict[str, str], backend: Backend, tmp_path:
     out, path = tmp_path / "out", tmp_path / "x.py"
     path.write_text("a\n")
     backend.scripts.append(completion("b\n", mode="instruct"))
-    screen = Terminal(["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)], env)
-    try:
-        screen.expect(PROMPT)
-        screen.type(f":do @{path} it\r")
-        screen.expect(ENTER)
-        screen.expect(PROMPT)
-        screen.type(":exit\r")
+    with contextlib.closing(Terminal(["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)], env)) as screen:
+        screen.enter(f":do @{path} it")
+        screen.enter(":exit")
         assert screen.process.wait(PATIENCE) == 0
-    finally:
-        screen.close()
     greeting, *lines = out.read_text().splitlines()
     assert greeting == f"Cerebrum at {env['CEREBRUM_URL']}. Type :help for the commands."
     assert lines == [
@@ -1040,9 +976,7 @@ def test_no_colour_outlasts_its_token(
 ) -> None:
     backend.scripts.append([head(), *tokens("one", "two"), step])
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type("x\r")
-    screen.expect(ENTER)
+    screen.enter("x")
     assert screen.expect(f"two{PLAIN}") == f"{MAGENTA}one{PLAIN}{MAGENTA}"
     screen.type(keys)
     rest = screen.expect(f"cerebrum_repl.sh: {said}\r\n")
@@ -1052,11 +986,9 @@ def test_no_colour_outlasts_its_token(
 def test_pasted_lines_are_one_prompt(terminal: Callable[..., Terminal], backend: Backend) -> None:
     backend.scripts += [completion("yes"), completion("too")]
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type("\x1b[200~def f():\n\tx = 1\n\x1b[201~    return\r")
+    screen.enter("\x1b[200~def f():\n\tx = 1\n\x1b[201~    return")
     screen.expect("yes")
-    screen.expect(PROMPT)
-    screen.type("\x1b[A\r")
+    screen.enter("\x1b[A")
     screen.expect("too")
     assert [body["prompt"] for body in backend.completions] == ["def f():\n\tx = 1\n    return"] * 2
 
@@ -1064,15 +996,13 @@ def test_pasted_lines_are_one_prompt(terminal: Callable[..., Terminal], backend:
 def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend: Backend) -> None:
     backend.scripts.append(completion("yes"))
     screen = terminal()
-    screen.expect(PROMPT)
-    screen.type(":multi\r")
+    screen.enter(":multi")
     screen.expect("... ")
     screen.type("one\r")
     screen.expect("one\r\n")  # Return draws the old prompt once more; the next one says that Ctrl-C is a key again
     screen.expect("... ")
     screen.type("two\x03")
-    screen.expect(PROMPT)
-    screen.type("three\r")
+    screen.enter("three")
     screen.expect("yes")
     assert [body["prompt"] for body in backend.completions] == ["three"]
 
@@ -1182,13 +1112,10 @@ def test_what_is_no_key_changes_no_file(tmp_path: Path, stdin: str, said: str) -
 
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
-    screen = Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))
-    try:
+    with contextlib.closing(Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))) as screen:
         screen.expect("key (not shown): ")
         screen.type("hush-hush\r")
         assert screen.expect(f"key set in: {tmp_path}/.env\r\n") == "\r\n"
-    finally:
-        screen.close()
     assert (tmp_path / ".env").read_text() == "CEREBRUM_API_KEY=hush-hush\n"
 
 

@@ -1,7 +1,8 @@
 """The table of the wire: raw bytes → exact outcome, on a server in this process and on both daemons.
 
-Every row is sent whole and byte by byte and must come out the same. K: the connection answers another request
-after it. C: it is closed. A list of statuses is a list of answers, in order.
+Every row is sent whole, to the server in this process byte by byte as well, and must come out the same: both daemons
+are that server. K: the connection answers another request after it. C: it is closed. A list of statuses is a list of
+answers, in order.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 
 import fuzz_sockets
 import pytest
-from harness import HEALTH, KEY, PATIENCE, ROOT, Daemon, Reply, daemon, read_reply
+from harness import HEALTH, KEY, Daemon, Reply, connect, daemon, read_reply
 
 import cerebrum_common as common
 from cerebrum.http import Access, Server, own_names
 from cerebrum.service import LogFormatter
-from cerebrum_common import Field, HttpError, Request, Response, Route, read_fields
+from cerebrum_common import HttpError, Request, Response, Route
 
 K, C = True, False
 PAGE = -2  # 200 from cm4d, which has a page at its root, and 404 from the others
@@ -74,6 +75,27 @@ def chunk_size(size: str, data: bytes = BODY) -> bytes:
     return chunked(size.encode() + b"\r\n" + data + b"\r\n0\r\n\r\n")
 
 
+def of_version(version: str) -> bytes:
+    return get(version=version)
+
+
+def with_header(line: str | bytes) -> bytes:
+    return get("/health", line)
+
+
+def twice(header: str) -> bytes:
+    return get("/health", f"{header}: a", f"{header.lower()}: a")
+
+
+def to_nothing(header: str) -> bytes:
+    return get("/nothing", header, method="POST")
+
+
+def half(data: bytes) -> bytes:
+    """A chunk of 512 KiB, half of the longest body."""
+    return b"80000\r\n" + data.ljust(0x80000) + b"\r\n"
+
+
 def without(raw: bytes, header: str) -> bytes:
     return b"\r\n".join(line for line in raw.split(b"\r\n") if not line.startswith(header.encode()))
 
@@ -116,11 +138,8 @@ REQUEST_LINES: list[Row] = [
     *each("target", get, 400, C, "*", "foo", "?a", "/a#b", "/a\\b", '/"', "/{x}", "/a|b", "//[::1]/", "*x"),
     ("CONNECT", get("localhost:80", method="CONNECT"), 501, C),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, C),
-    *((f"version {v}", get(version=v), 505, C) for v in ("HTTP/3.0", "HTTP/0.9", "HTTP/1.2", "HTTP/9.9")),
-    *(
-        (f"version {v!r}", get(version=v), 400, C)
-        for v in ("http/1.1", "HTTP/1.11", "HTTP/1", "HTTP/1.1.1", "HTTP 1.1", "")
-    ),
+    *each("version", of_version, 505, C, "HTTP/3.0", "HTTP/0.9", "HTTP/1.2"),
+    *each("version", of_version, 400, C, "http/1.1", "HTTP/1.11", "HTTP/1", "HTTP/1.1.1", "HTTP 1.1", ""),
     ("no version", lines("GET /health", "Host: localhost"), 400, C),
     ("HTTP/0.9, at once", b"GET /health\r\n", 400, C),
     ("SMTP, at once", b"EHLO localhost\r\n", 400, C),
@@ -175,14 +194,8 @@ HEADERS: list[Row] = [
     ("leading space", lines("GET /health HTTP/1.1", " Host: localhost"), 400, C),
     ("empty name", get("/health", ": b"), 400, C),
     ("no colon", get("/health", "abc"), 400, C),
-    *(
-        (f"name with {v!r}", get("/health", b"A" + v + b"B: c"), 400, C)
-        for v in (b"\0", b"(", b"/", b'"', b"\xe4", b"{", b"\x7f", b"@")
-    ),
-    *(
-        (f"value with {v!r}", get("/health", b"A: b" + v + b"c"), 400, C)
-        for v in (b"\r", b"\n", b"\0", b"\x01", b"\x0b", b"\x7f", b"\x1b")
-    ),
+    *each("header", with_header, 400, C, b"A\0B: c", "A(B: c", "A/B: c", 'A"B: c', b"A\xe4B: c", b"A\x7fB: c"),
+    *each("header", with_header, 400, C, b"A: b\rc", b"A: b\nc", b"A: b\0c", b"A: b\x0bc", b"A: b\x7fc"),
     ("value of 8-bit bytes", get("/health", b"A: \xe4\xff"), 200, K),
     ("empty value", get("/health", "A:", "B: \t "), 200, K),
     ("bare LF line ends", get().replace(b"\r\n", b"\n"), 400, C),
@@ -195,10 +208,7 @@ HEADERS: list[Row] = [
     ("a head that never ends", get()[:-2] + b"A: b\r\n" * 10_000, 431, C),
     ("100 headers", get("/health", *(f"A{i}: b" for i in range(98))), 200, K),
     ("101 headers", get("/health", *(f"A{i}: b" for i in range(99))), 431, C),
-    *(
-        (f"two {v}", get("/health", f"{v}: a", f"{v.lower()}: a"), 400, C)
-        for v in ("X-API-Key", "Content-Type", "Origin", "Expect")
-    ),
+    *each("twice", twice, 400, C, "X-API-Key", "Content-Type", "Origin", "Expect"),
     ("Transfer_Encoding is no alias", get("/health", "Transfer_Encoding: chunked", "Content_Length: 5"), 200, K),
     ("Expect", sized(BODY, "Expect: 100-continue"), REACHED, K),
     ("Expect in capitals", sized(BODY, "Expect: 100-Continue"), REACHED, K),
@@ -209,12 +219,7 @@ HEADERS: list[Row] = [
     ("Expect of too much", send("Content-Length: 1048577", "Expect: 100-continue"), 413, C),
     ("Expect in HTTP/1.0", sized(BODY, "Expect: 100-continue", version="HTTP/1.0"), REACHED, C),
     ("another Expect", sized(BODY, "Expect: 200-ok"), 417, C),
-    (
-        "Upgrade",
-        get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAA"),
-        200,
-        K,
-    ),
+    ("Upgrade", get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMA"), 200, K),
 ]
 BODIES: list[Row] = [
     ("a length", sized(BODY), REACHED, K),
@@ -252,32 +257,17 @@ BODIES: list[Row] = [
     ("too much, by 64 bits", send("Content-Length: 18446744073709551616", body=b"x" * 1000), 413, C),
     ("too much, in one chunk", chunked(b"100001\r\n" + b"x" * 1000), 413, C),
     ("too much, by 64 bits of chunk", chunked(b"ffffffffffffffff\r\n" + b"x" * 1000), 413, C),
-    ("too much, summed", chunked(b"80000\r\n" + b" " * 0x80000 + b"\r\n80001\r\n"), 413, C),
+    ("too much, summed", chunked(half(b"") + b"80001\r\n"), 413, C),
     ("1 MiB", sized(BODY + b" " * (1048576 - len(BODY))), REACHED, K),
-    (
-        "1 MiB in chunks",
-        chunked(b"80000\r\n" + BODY.ljust(0x80000) + b"\r\n80000\r\n" + b" " * 0x80000 + b"\r\n0\r\n\r\n"),
-        REACHED,
-        K,
-    ),
+    ("1 MiB in chunks", chunked(half(BODY) + half(b"") + b"0\r\n\r\n"), REACHED, K),
     ("neither length", send(), 411, K),
     ("length 0", send("Content-Length: 0"), 400, K),
     ("Content-Encoding", sized(BODY, "Content-Encoding: gzip"), 415, K),
     ("a body on a GET", get("/health", "Content-Length: 5") + b"12345", 200, K),
     ("chunks on a GET", get("/health", "Transfer-Encoding: chunked") + GOOD_CHUNKS, 200, K),
-    ("an early error reads the body away", get("/nothing", "Content-Length: 5", method="POST") + b"GET /", 404, K),
-    (
-        "an early error before bad chunks",
-        get("/nothing", "Transfer-Encoding: chunked", method="POST") + b"xx\r\n",
-        404,
-        C,
-    ),
-    (
-        "an early error before too much",
-        get("/nothing", "Content-Length: 9999999", method="POST") + b"x" * 99_999,
-        404,
-        C,
-    ),
+    ("an early error reads the body away", to_nothing("Content-Length: 5") + b"GET /", 404, K),
+    ("an early error before bad chunks", to_nothing("Transfer-Encoding: chunked") + b"xx\r\n", 404, C),
+    ("an early error before too much", to_nothing("Content-Length: 9999999") + b"x" * 99_999, 404, C),
     ("pipelined", get() + get("/nothing") + sized(BODY) + get(method="HEAD"), [200, 404, REACHED, 200], K),
     ("pipelined behind a close", get() + get("/health", "Connection: close") + get(), [200, 200], C),
     ("pipelined behind an error", get() + b"GET /health\r\n" + get(), [200, 400], C),
@@ -347,15 +337,6 @@ ROWS = [*REQUEST_LINES, *ROUTING, *HEADERS, *BODIES, *JSON_BODIES, *KEYS]
 
 # --------------------------------------------------------------------------------------------- the targets
 
-COMPLETION = {
-    "prompt": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, 2048, 512),
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, 1.0, above_low=True),
-    "stop": Field(list, 0, 16, ()),
-    "seed": Field(int, 0, 2**32 - 1),
-}
-
 
 class State:
     """Records the requests that reach the handlers of the server in this process."""
@@ -370,7 +351,7 @@ async def simple(state: State, request: Request) -> Response:
 
 async def complete(state: State, request: Request) -> Response:
     state.calls.append(request)
-    return Response(read_fields(request.json(), COMPLETION))
+    return Response(request.json())
 
 
 async def stream(state: State, request: Request) -> Response:
@@ -436,23 +417,20 @@ class Target:
                 yield port
 
 
-PYTHONS = [python for python in ("/usr/bin/python3",) if Path(python).exists()]
+SYSTEM_PYTHON = "/usr/bin/python3"  # the Pi's daemon runs on it, and it may be newer than ours
 TARGETS = {
     "server": ("/v1/complete", 200, ""),
-    "cm4d": ("/v1/complete", 404, sys.executable),
-    **{f"cm4d {python}": ("/v1/complete", 404, python) for python in PYTHONS},
+    "cm4d": ("/v1/complete", 404, SYSTEM_PYTHON if Path(SYSTEM_PYTHON).exists() else sys.executable),
     "vpsd": ("/v1/inference", 404, sys.executable),
 }
 
 
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    name, (path, reached, python) = request.param.split(" ")[0], TARGETS[request.param]
+    name, (path, reached, python) = request.param, TARGETS[request.param]
     if not python:
         yield Target(name, path, reached)
         return
-    if not (ROOT / f"{name}.py").exists():
-        pytest.skip(f"{name}.py does not exist")
     with contextlib.ExitStack() as stack:
         more = {}
         if name == "cm4d":  # it is healthy only with a VPS
@@ -462,9 +440,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if name == "cm4d":
             process.wait_for_line("VPS backend is available")
         yield Target(name, path, reached, process.port, process)
-        complaints = process.complaints()
-    assert complaints == ""
-    assert process.stderr() == ""
+    assert process.complaints() == ""
 
 
 @pytest.fixture(autouse=True)
@@ -490,26 +466,20 @@ async def play(target: Target, raw: bytes, count: int, pieces: int) -> tuple[lis
     """Send `raw`; returns `count` answers, and whether the connection is kept after them."""
     raw = raw.replace(b"@POST", target.post.encode()).replace(b"@SSE", target.post.encode() + b"/stream")
     raw = raw.replace(b"@GET", b"/v1/models")
-    async with target.open() as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    async with target.open() as port, connect(port) as (reader, writer):
+        sending = asyncio.create_task(send_split(writer, raw, pieces))
+        replies = []
+        for number in range(1, count + 1):
+            is_head = b"HEAD " in raw and number == count  # a HEAD is the last of its row
+            replies.append(await read_reply(reader, "HEAD" if is_head else "GET"))
+        await sending
+        writer.write(HEALTH)
         try:
-            async with asyncio.timeout(PATIENCE):
-                sending = asyncio.create_task(send_split(writer, raw, pieces))
-                heads = raw.count(b"HEAD ")
-                replies = []
-                for number in range(count):
-                    is_head = heads and (count == 1 or number == count - 1)  # a HEAD is the last of its row
-                    replies.append(await read_reply(reader, "HEAD" if is_head else "GET"))
-                await sending
-                writer.write(HEALTH)
-                try:
-                    after = await read_reply(reader)
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    return replies, C
-                assert after.status == 200, after
-                return replies, K
-        finally:
-            writer.transport.abort()
+            after = await read_reply(reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return replies, C
+        assert after.status == 200, after
+        return replies, K
 
 
 def check_shape(reply: Reply, keep: bool, is_head: bool) -> None:
@@ -526,23 +496,29 @@ def check_shape(reply: Reply, keep: bool, is_head: bool) -> None:
         assert list(reply.json)[:4] == ["error", "message", "code", "timestamp"]
         assert reply.json["error"] is True
         assert common.STATUSES[reply.json["code"]] == reply.status
+        assert not any(word in reply.body for word in (b"Error", b"codec", b"Traceback"))
     if reply.status == 405:
         assert reply.one("Allow")
     if reply.status == 401:
         assert reply.one("WWW-Authenticate") == "Bearer"
+        assert reply.json["message"] == "expected the API key in the header X-API-Key"  # whatever key came
 
 
-@pytest.mark.parametrize("pieces", [1, 2000], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("name", "raw", "status", "keep"), ROWS, ids=[row[0] for row in ROWS])
-def test_row(target: Target, name: str, raw: bytes, status: int | list[int], keep: bool, pieces: int) -> None:
+async def test_row(target: Target, name: str, raw: bytes, status: int | list[int], keep: bool) -> None:
     wanted = status if isinstance(status, list) else [status]
-    page = 200 if target.name.startswith("cm4d") else 404
+    page = 200 if target.name == "cm4d" else 404
     expected = [{REACHED: target.reached, PAGE: page}.get(one, one) for one in wanted]
-    replies, kept = asyncio.run(play(target, raw, len(expected), pieces))
-    assert ([reply.status for reply in replies], kept) == (expected, keep)
+    for pieces in (1,) if target.process else (1, 2000):
+        replies, kept = await play(target, raw, len(expected), pieces)
+        assert ([reply.status for reply in replies], kept) == (expected, keep)
+        check_replies(name, raw, keep, wanted, replies)
+
+
+def check_replies(name: str, raw: bytes, keep: bool, wanted: list[int], replies: list[Reply]) -> None:
     for number, (reply, one) in enumerate(zip(replies, wanted, strict=True), 1):
         last = number == len(replies)
-        is_head = b"HEAD " in raw and (last or len(replies) == 1)
+        is_head = b"HEAD " in raw and last
         announced = keep or not last or "before bad chunks" in name
         check_shape(reply, announced, is_head)
         if reply.status == 404 and reply.body:  # otherwise the row would pass without its route
@@ -554,11 +530,11 @@ def test_row(target: Target, name: str, raw: bytes, status: int | list[int], kee
 @pytest.mark.parametrize(
     ("name", "value", "says"), FIELDS, ids=[f"{name} {str(value)[:20]!r}" for name, value, _ in FIELDS]
 )
-def test_field(target: Target, name: str, value: Any, says: str) -> None:
+@pytest.mark.parametrize("target", ["cm4d", "vpsd"], indirect=True)
+async def test_field(target: Target, name: str, value: Any, says: str) -> None:
     members = {**json.loads(BODY), name: value}
-    ((reply,), kept) = asyncio.run(play(target, sized(json.dumps(members).encode()), 1, 1))
-    assert (reply.status, kept) == (400, K)
-    assert reply.json["code"] == "INVALID_REQUEST"
+    reply = await ask(target, sized(json.dumps(members).encode()))
+    assert (reply.status, reply.json["code"]) == (400, "INVALID_REQUEST")
     assert reply.json["message"].startswith(f"{name}: expected ")
     assert says in reply.json["message"]
 
@@ -566,116 +542,92 @@ def test_field(target: Target, name: str, value: Any, says: str) -> None:
 # --------------------------------------------------------------------------------- what the table cannot say
 
 
-def test_all_401_are_alike(target: Target) -> None:
-    bodies = set()
-    for key in (b"", b"X-API-Key: wrong\r\n", b"X-API-Key: \xff\r\n"):
-        ((reply,), _) = asyncio.run(play(target, b"GET @GET HTTP/1.1\r\nHost: localhost\r\n" + key + b"\r\n", 1, 1))
-        bodies.add((reply.status, reply.json["message"], reply.json["code"]))
-    assert bodies == {(401, "expected the API key in the header X-API-Key", "UNAUTHORIZED")}
+async def ask(target: Target, raw: bytes, keep: bool = K) -> Reply:
+    ((reply,), kept) = await play(target, raw, 1, 1)
+    assert kept == keep
+    return reply
 
 
-def test_allow_and_head(target: Target) -> None:
-    ((options,), _) = asyncio.run(play(target, get(method="OPTIONS"), 1, 1))
+async def ask_server(raw: bytes, **access: Any) -> tuple[Reply, list[Request]]:
+    """The answer of a server in this process, and the requests that its handlers have seen."""
+    async with serving(**access) as (server, port), connect(port) as (reader, writer):
+        writer.write(raw.replace(b"@POST", b"/v1/complete"))
+        return await read_reply(reader), list(server.state.calls)
+
+
+async def test_allow_and_head(target: Target) -> None:
+    options = await ask(target, get(method="OPTIONS"))
     assert options.one("Allow") == "GET, HEAD, OPTIONS"
     assert options.all("Content-Length") == []
-    ((wrong,), _) = asyncio.run(play(target, get("@POST"), 1, 1))
-    assert wrong.one("Allow") == "OPTIONS, POST"
-    ((whole,), _) = asyncio.run(play(target, get(method="GET"), 1, 1))
-    ((head,), _) = asyncio.run(play(target, get(method="HEAD"), 1, 1))
+    assert (await ask(target, get("@POST"))).one("Allow") == "OPTIONS, POST"
+    whole, head = await ask(target, get()), await ask(target, get(method="HEAD"))
     assert [name for name, _ in head.headers] == [name for name, _ in whole.headers]
 
 
-@pytest.mark.parametrize(("sent", "kept"), [("my-id_1.2", True), ("a" * 128, True), ("a" * 129, False), ("a b", False),
-                                            ("", False), ("ä", False), ("a\tb", False), ('a"b', False)])  # fmt: skip
-def test_request_id(target: Target, sent: str, kept: bool) -> None:
-    for raw in (get("/health", f"X-Request-ID: {sent}"), get("/nothing", f"X-Request-ID: {sent}")):
-        ((reply,), _) = asyncio.run(play(target, raw, 1, 1))
-        assert (reply.one("X-Request-ID") == sent) is kept
-        assert kept or len(reply.one("X-Request-ID")) == 36
-
-
-def test_two_request_ids_are_none(target: Target) -> None:
-    ((reply,), _) = asyncio.run(play(target, get("/health", "X-Request-ID: a", "X-Request-ID: a"), 1, 1))
-    assert len(reply.one("X-Request-ID")) == 36
-
-
-def test_errors_hide_python(target: Target) -> None:
-    for raw in (sized(b"{"), get("/%ff"), length("9" * 5000), sized(b"\xff")):
-        ((reply,), _) = asyncio.run(play(target, raw, 1, 1))
-        assert not any(word in reply.body for word in (b"Error", b"codec", b"Traceback", b"line "))
+@pytest.mark.parametrize(("sent", "kept"), [
+    ("my-id_1.2", True), ("a" * 128, True), ("a" * 129, False), ("a b", False), ("", False), ("ä", False),
+    ("a\tb", False), ('a"b', False), ("a\r\nX-Request-ID: a", False),
+])  # fmt: skip
+async def test_request_id(target: Target, sent: str, kept: bool) -> None:
+    for path in ("/health", "/nothing"):
+        returned = (await ask(target, get(path, f"X-Request-ID: {sent}"))).one("X-Request-ID")
+        assert returned == sent if kept else len(returned) == 36
 
 
 @pytest.mark.parametrize(
     "cut", [b"", b"\r\n", b"GET", get()[:-1], get()[:-2], sized(BODY)[:-1], chunked(GOOD_CHUNKS)[:-1]]
 )
-def test_end_of_file_inside_a_message(target: Target, cut: bytes) -> None:
+async def test_end_of_file_inside_a_message(target: Target, cut: bytes) -> None:
     """There is no answer, no handler runs, and the log has at most a 499."""
-
-    async def run() -> bytes:
-        async with target.open() as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(cut.replace(b"@POST", target.post.encode()))
-            writer.write_eof()
-            async with asyncio.timeout(PATIENCE):
-                rest = await reader.read()
-            writer.transport.abort()
-            return rest
-
-    assert asyncio.run(run()) == b""
+    async with target.open() as port, connect(port) as (reader, writer):
+        writer.write(cut.replace(b"@POST", target.post.encode()))
+        writer.write_eof()
+        assert await reader.read() == b""
 
 
-def test_stream_shapes() -> None:
+SERVER = Target("server", *TARGETS["server"][:2])
+
+
+async def test_stream_shapes() -> None:
     """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has no clean end."""
 
     def raw(fail: str = "", version: str = "HTTP/1.1") -> bytes:
         return sized(json.dumps({"fail": fail}).encode(), version=version).replace(b"@POST", b"@SSE")
 
-    server = Target("server", "/v1/complete", 200)
     good = b'data: {"token": "\\u00e4", "total_tokens": 1}\n\n'
-    ((reply,), kept) = asyncio.run(play(server, raw(), 1, 1))
-    assert (reply.status, kept, reply.clean) == (200, K, True)
+    reply = await ask(SERVER, raw())
+    assert (reply.status, reply.clean) == (200, True)
     assert reply.one("Content-Type") == "text/event-stream; charset=utf-8"
     assert reply.body == good + b'data: {"done": true}\n\n'
-    ((reply,), kept) = asyncio.run(play(server, raw(version="HTTP/1.0"), 1, 1))
-    assert (reply.all("Transfer-Encoding"), kept, reply.body) == ([], C, good + b'data: {"done": true}\n\n')
-    ((reply,), kept) = asyncio.run(play(server, raw("http"), 1, 1))
-    assert (kept, reply.clean) == (C, False)
+    reply = await ask(SERVER, raw(version="HTTP/1.0"), C)
+    assert (reply.all("Transfer-Encoding"), reply.body) == ([], good + b'data: {"done": true}\n\n')
+    reply = await ask(SERVER, raw("http"), C)
+    assert not reply.clean
     assert reply.body == good + b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
 
 
-def test_a_bug_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    server = Target("server", "/v1/complete", 200)
-    ((reply,), kept) = asyncio.run(play(server, get("/v1/broken"), 1, 1))
-    assert (reply.status, kept, reply.json["code"]) == (500, K, "INTERNAL_ERROR")
+async def test_a_bug_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    reply = await ask(SERVER, get("/v1/broken"))
+    assert (reply.status, reply.json["code"]) == (500, "INTERNAL_ERROR")
     assert b"secret" not in reply.body
-    raw = sized(b'{"fail": "bug"}').replace(b"@POST", b"@SSE")
-    ((reply,), kept) = asyncio.run(play(server, raw, 1, 1))
-    assert (kept, reply.clean, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (C, False, False, True)
+    reply = await ask(SERVER, sized(b'{"fail": "bug"}').replace(b"@POST", b"@SSE"), C)
+    assert (reply.clean, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (False, False, True)
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == ["internal error"] * 2
     caplog.clear()
 
 
-def test_handlers_see_the_decoded_body_once() -> None:
-    async def run(raw: bytes) -> list[Request]:
-        async with serving() as (server, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(raw.replace(b"@POST", b"/v1/complete"))
-            await read_reply(reader)
-            writer.transport.abort()
-            return list(server.state.calls)
-
-    (call,) = asyncio.run(run(chunked(GOOD_CHUNKS)))
+async def test_handlers_see_the_decoded_body_once() -> None:
+    _, (call,) = await ask_server(chunked(GOOD_CHUNKS))
     assert call.body == BODY
-    assert asyncio.run(run(length("+5"))) == []
+    assert (await ask_server(length("+5")))[1] == []
 
 
-def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     """Lines have the form of the API text, a path cannot forge one, and a client that only connects leaves none."""
-    server = Target("server", "/v1/complete", 200)
 
-    def logged(raw: bytes, count: int = 1) -> list[str]:
+    async def logged(raw: bytes, count: int = 1) -> list[str]:
         caplog.clear()
-        asyncio.run(play(server, raw, count, 1))
+        await play(SERVER, raw, count, 1)
         return [
             re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", LogFormatter().format(record).split(" - ", 1)[1])
             for record in caplog.records
@@ -685,27 +637,23 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     forged = "/%E2%80%A8x%C2%85%20200%201.00s"
     shown, quoted = r"/\u2028x\x85 200 0.00s", r'"/\u2028x\u0085 200 1.00s"'
     refused = "expected CRLF line ends and no control characters, got byte 0x16"
-    assert logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
-    assert logged(get(forged)) == [
+    assert await logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
+    assert await logged(get(forged)) == [
         f"INFO - [-] GET {shown} 404 0.00s NOT_FOUND: expected a path of this API, got {quoted}"
     ]
-    assert logged(HELLO) == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
-    assert logged(b"", 0) == []
+    assert await logged(HELLO) == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
+    assert await logged(b"", 0) == []
 
 
-def test_origins_by_configuration() -> None:
-    async def run(raw: bytes) -> Reply:
-        async with serving(origins=frozenset({"https://ide.example"}), hosts=frozenset({"pi.example"})) as (_, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(raw.replace(b"Host: localhost", b"Host: PI.example").replace(b"@POST", b"/v1/complete"))
-            reply = await read_reply(reader)
-            writer.transport.abort()
-            return reply
+async def test_origins_by_configuration() -> None:
+    async def ask(raw: bytes) -> Reply:
+        access = {"origins": frozenset({"https://ide.example"}), "hosts": frozenset({"pi.example"})}
+        return (await ask_server(raw.replace(b"Host: localhost", b"Host: PI.example"), **access))[0]
 
-    reply = asyncio.run(run(get("/health", "Origin: https://IDE.example")))
+    reply = await ask(get("/health", "Origin: https://IDE.example"))
     assert (reply.status, reply.one("Access-Control-Allow-Origin")) == (200, "https://IDE.example")
     assert reply.one("Vary") == "Origin"
-    reply = asyncio.run(run(get("/nothing", "Origin: https://ide.example")))
+    reply = await ask(get("/nothing", "Origin: https://ide.example"))
     assert (reply.status, reply.one("Access-Control-Allow-Origin")) == (404, "https://ide.example")
     asked = ("Origin: https://ide.example", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: ")
     usual = "Content-Type, X-API-Key, X-Request-ID, Authorization"
@@ -717,25 +665,18 @@ def test_origins_by_configuration() -> None:
         *((bad, False) for bad in ("", "*,", "a;b", "a b", ",a", "a\xe4")),
     ):
         raw = without(get("@POST", *asked[:2], asked[2] + names, method="OPTIONS"), "X-API-Key")
-        reply = asyncio.run(run(raw))
+        reply = await ask(raw)
         assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
         assert reply.one("Access-Control-Allow-Headers") == (f"{usual}, {names}" if allowed else usual)
     for foreign in ("http://ide.example", "https://ide.example.evil", "https://ide.example:444"):
-        reply = asyncio.run(run(get("/health", f"Origin: {foreign}")))
+        reply = await ask(get("/health", f"Origin: {foreign}"))
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
 
 
-def test_non_ascii_key() -> None:
-    async def run(sent: bytes) -> int:
-        async with serving(keys=("schlüssel",)) as (_, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-API-Key: " + sent + b"\r\n\r\n")
-            reply = await read_reply(reader)
-            writer.transport.abort()
-            return reply.status
-
-    assert asyncio.run(run("schlüssel".encode())) == 200
-    assert asyncio.run(run("schlüssel".encode("latin-1"))) == 401
+@pytest.mark.parametrize(("encoding", "status"), [("utf-8", 200), ("latin-1", 401)])
+async def test_non_ascii_key(encoding: str, status: int) -> None:
+    raw = lines("GET /v1/models HTTP/1.1", "Host: localhost", b"X-API-Key: " + "schlüssel".encode(encoding))
+    assert (await ask_server(raw, keys=("schlüssel",)))[0].status == status
 
 
 def test_a_short_fuzz() -> None:
