@@ -7,6 +7,7 @@ import itertools
 import random
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -1109,8 +1110,8 @@ def test_any_split(
 # -------------------------------------------------------------------------------------------- stop strings
 
 
-def splits(text: str) -> Iterator[list[str]]:
-    """Every way to cut a short text into pieces."""
+def splits(text: Any) -> Iterator[list[Any]]:
+    """Every way to cut a short text, or bytes, into pieces."""
     for mask in range(1 << (len(text) - 1)):
         cuts = [0, *(i + 1 for i in range(len(text) - 1) if mask >> i & 1), len(text)]
         yield [text[a:b] for a, b in itertools.pairwise(cuts)]
