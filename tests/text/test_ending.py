@@ -904,17 +904,16 @@ EXTRAS = [
     ("inside a string", "python", "Double it", F_PY + "s = '''\n# Example usage\n'''\n", None),
 ]
 
+# (title, what the model writes, what is sent of it; "" for all)
 REPEAT = [
     ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 9, "x = 1\nself.a = a\nself.a = a\n"),
     ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
-]
-NO_REPEAT = [
-    ("closing braces", "    }\n" * 9),
-    ("a table", "    [0, 0, 0],\n" * 12),
-    ("numbers", "".join(f"    {n}: {n * n},\n" for n in range(99))),
-    ("four alike", "f.readline()\n" * 4 + "g()\n"),
-    ("blank lines", "x = 1\n\n\n\n\n\n\n\n\ny = 2\n"),
-    ("a ruler", "# " + "-" * 100 + "\n"),
+    ("closing braces", "    }\n" * 9, ""),
+    ("a table", "    [0, 0, 0],\n" * 12, ""),
+    ("numbers", "".join(f"    {n}: {n * n},\n" for n in range(99)), ""),
+    ("four alike", "f.readline()\n" * 4 + "g()\n", ""),
+    ("blank lines", "x = 1\n\n\n\n\n\n\n\n\ny = 2\n", ""),
+    ("a ruler", "# " + "-" * 100 + "\n", ""),
 ]
 
 
@@ -955,8 +954,7 @@ def title(case: str | tuple[str, ...]) -> str:
     return case.partition("\n")[0] if isinstance(case, str) else case[0]
 
 
-@pytest.mark.parametrize("case", cases(CASES), ids=title)
-def test_code(case: str) -> None:
+def check_case(case: str) -> None:
     head, _, text = case.partition("\n")
     language, reason, *name = head.replace(":", "").split()
     prompt, _, rest = text.partition("«")
@@ -965,6 +963,11 @@ def test_code(case: str) -> None:
     expected = kept.lstrip(" ") if "again" in name else kept
     known = None if language == "none" else language
     check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, reason))
+
+
+@pytest.mark.parametrize("case", cases(CASES), ids=title)
+def test_code(case: str) -> None:
+    check_case(case)
 
 
 @pytest.mark.parametrize("case", cases(ANSWERS), ids=title)
@@ -991,12 +994,8 @@ def test_extras(case: tuple[str, str, str, str, int | None]) -> None:
 
 @pytest.mark.parametrize("case", REPEAT, ids=title)
 def test_repeat(case: tuple[str, str, str]) -> None:
-    check("instruct", "python", "", "", "```\n" + case[1], (case[2], "repeat"))
-
-
-@pytest.mark.parametrize("case", NO_REPEAT, ids=title)
-def test_no_repeat(case: tuple[str, str]) -> None:
-    check("instruct", "python", "", "", "```\n" + case[1], (case[1], None))
+    _, text, sent = case
+    check("instruct", "python", "", "", "```\n" + text, (sent, "repeat") if sent else (text, None))
 
 
 def test_one_line_without_end() -> None:
