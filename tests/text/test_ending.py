@@ -32,15 +32,6 @@ def f():
     x"""
 «    return 1
 »x = f()
-=== python block: middle of a line
-def f(n):
-    return n« + 1
-»def g():
-    pass
-=== python block: a signature in progress
-def f«(n):
-    return n
-»f(1)
 === python block: nested: the whole function
 def f(xs):
     for x in xs:
@@ -48,20 +39,6 @@ def f(xs):
     return 1
 »
 y = 1
-=== python block: a decorator's inner function
-def d(f):
-    def w():
-«        f()
-    return w
-»
-x = 1
-=== python block: a method
-class A:
-    def f(self):
-«        return 1
-»
-    def g(self):
-        pass
 === python block: a class
 class A:
     x = 1
@@ -120,10 +97,6 @@ finally:
     e()
 »
 f()
-=== python block: a loop
-for i in range(3):
-«    print(i)
-»print('done')
 === python block: a helper that it calls
 def f(x):
 «    return g(x) + g(1)
@@ -166,26 +139,6 @@ y = «[1,
 z = 1
 »
 print(y)
-=== python block: the next definition
-import os
-
-
-«def f():
-    pass
-»
-
-def g():
-    pass
-=== python block: after a finished function
-def f():
-    return 1
-«
-
-def g():
-    return 2
-»
-
-def h():
 === python block: after a comment
 # Greatest common divisor
 «import math
@@ -247,14 +200,6 @@ function f(a, b) {
 }
 »
 f();
-=== javascript block: an arrow
-const f = (x) => {
-«  if (x) {
-    return 1;
-  }
-};
-»
-f();
 === javascript block: a callback
 app.get('/', (req, res) => {
 «  res.send({a: 1});
@@ -276,13 +221,6 @@ function f(xs) {
 }
 »
 f([]);
-=== javascript block: a method
-class A {
-  f() {
-«    return 1;
-  }
-»
-  g() {
 === javascript block: the class's end comes along
 class A {
   f() {
@@ -418,15 +356,6 @@ int f() {
 }»```
 
 This
-=== cpp block: labels
-class A {
-public:
-«  int f() { return 1; }
-private:
-  int x;
-};
-»
-int main() {
 === cpp block: in a namespace
 namespace a {
 
@@ -486,16 +415,6 @@ def f(a«, b):»
     return a
 ‖
     return a
-=== python stop: within a line
-x = f(a«, g(b)»)
-y = 1
-‖)
-y = 1
-=== python stop: before more text
-if o in x:
-    num«ber» = int(a)
-    if
-‖ = int(a)
 === python stop: within a string
 x = "hello« world»"
 y = 1

@@ -35,16 +35,6 @@ public class Account {
 »
     public void close() {
     }
-=== java block: a text block
-class A {
-    String f() {
-«        return """
-            }
-            "quoted" }
-            """;
-    }
-»
-    int g() {}
 === java block: an escaped end of a text block
 class A {
     String f() {
@@ -116,15 +106,6 @@ class A {
 «        return """"
             """ }
             """";
-    }
-»
-    int G() => 3;
-=== csharp block: a raw string
-class A {
-    string F() {
-«        return """
-            { "a": 1 }}
-            """;
     }
 »
     int G() => 3;
@@ -265,14 +246,6 @@ if ($x):
 endif;
 »
 echo 1;
-=== ruby block: a method of a class
-class Account
-  def balance
-«    return 0 if lines.empty?
-    lines.map { |line| line.net }.sum
-  end
-»
-  def close
 === ruby block: blocks and modifiers
 def f(xs)
 «  xs.each do |x|
@@ -501,12 +474,6 @@ USAGE
 }
 »
 f
-=== shell block: a loop
-for f in *.txt; do
-«    mv "$f" "${f%.txt}.md"
-done
-»
-echo done
 === shell block: a script ends at a blank line
 # count the lines of each file
 «wc -l -- *.txt |
@@ -593,11 +560,6 @@ UPDATE a SET «b = 1;
     <!-- </ul> -->
   </ul>
 »  <p>Next</p>
-=== html block: an infill before the end of its element
-<ul>
-«  <li>a</li>
-»</ul>
-<p>‖</ul>
 === html block: an infill of rows
 <table>
   <tr>
@@ -773,13 +735,6 @@ list = [
 «x = 1
 »[b]
 y = 2
-=== markdown block: a paragraph
-# Title
-
-Some text «that goes on,
-and it's done.
-»
-More.
 === markdown block: code in a fence is one thing
 Do this:
 «
@@ -814,15 +769,6 @@ make install
 ```
 »
 Then start it.
-=== markdown block: within a fence
-Example:
-
-```python
-def f(n):
-«    return n
-»
-print(f(1))
-```
 === dockerfile block: up to a blank line
 FROM debian:13
 «RUN apt-get update && \
