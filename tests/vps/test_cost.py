@@ -17,7 +17,6 @@ from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 
 QUICK = ("python", "javascript", "cpp")
 SLOW = ("ruby", "php", "shell", "sql", "html", "yaml", "markdown", "csharp", "lua", "swift", "json", "dockerfile")
-LANGUAGES_TRIED = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 MODES = ("complete", "infill", "instruct")
 MAX_GROWTH = 8.0
 FLOOR_SECONDS = 0.003  # a shorter time tells nothing
@@ -123,8 +122,15 @@ def repeated(unit: str, start: str = "") -> Callable[[int], str]:
     return lambda size: start + unit * (size // len(unit) + 1)
 
 
-@pytest.mark.parametrize("language", LANGUAGES_TRIED)
-@pytest.mark.parametrize("work", [ask, fit, begin, end, stop], ids=lambda work: work.__name__)
+TRIED = [(work, language) for work in (ask, fit, begin, end) for language in QUICK] + [(stop, "python")]
+LATER = [(work, language) for work in (ask, fit, begin, end) for language in SLOW]
+
+
+@pytest.mark.parametrize(
+    ("work", "language"),
+    TRIED + [pytest.param(*one, marks=pytest.mark.slow) for one in LATER],
+    ids=lambda part: getattr(part, "__name__", part),
+)
 def test_no_text_is_expensive(work: Work, language: str) -> None:
     units = UNITS if language in QUICK else UNITS + MORE_UNITS
     texts = {(unit, ""): repeated(unit) for unit in units} | {("many names", ""): many_names, ("deep", ""): deep}
