@@ -41,10 +41,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from servers import FILES, SPIN, Question, Result, Server, llama_server, median, prose, rewrite, together, vpsd, words
+from servers import FILES, SPIN, Question, Result, Server, llama_server, prose, rewrite, together, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path

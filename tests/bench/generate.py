@@ -19,17 +19,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from servers import FILES, median, prose, vpsd
+from servers import FILES, prose, vpsd
 
 
 def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
-    from cerebrum.vps.llama import (  # it also sets how long llama.cpp's threads spin
-        llama,
-        np,  # it also sets how long llama.cpp's threads spin
-        start_library,
-    )
+    from cerebrum.vps.llama import llama, np, start_library  # this sets how long llama.cpp's threads spin
 
     start_library()
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())

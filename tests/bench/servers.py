@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import re
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -50,11 +48,6 @@ class Result:
         """Tokens/s, counted from the first token."""
         (begin, first), (end, last) = self.marks[0], self.marks[-1]
         return (last - first) / max(1e-9, end - begin)
-
-    @property
-    def pause(self) -> float:
-        """The longest time between two events, in seconds."""
-        return max((b[0] - a[0] for a, b in itertools.pairwise(self.marks)), default=0.0)
 
 
 @dataclass
@@ -186,10 +179,6 @@ def together(*calls: Callable[[], Result]) -> list[Result]:
     for thread in threads:
         thread.join()
     return [results[i] for i in range(len(calls))]
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 # ------------------------------------------------------------------------------------------- the prompts

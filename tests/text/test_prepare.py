@@ -1,4 +1,4 @@
-"""How a prompt is taken, and what of a long one is sent."""
+"""Which mode a prompt implies, and what is sent of a long one."""
 
 from __future__ import annotations
 
@@ -128,14 +128,12 @@ INSTRUCT = [
 ]
 
 
-@pytest.mark.parametrize("case", COMPLETE, ids=lambda case: case[1][:30])
-def test_code_is_completed(case: tuple[Any, ...]) -> None:
-    assert detect_mode({"language": case[0], "prompt": case[1]}) == "complete"
+MODES = [(case, "complete") for case in COMPLETE] + [(case, "instruct") for case in INSTRUCT]
 
 
-@pytest.mark.parametrize("case", INSTRUCT, ids=lambda case: case[1][:30])
-def test_an_instruction_is_followed(case: tuple[Any, ...]) -> None:
-    assert detect_mode({"language": case[0], "prompt": case[1]}) == "instruct"
+@pytest.mark.parametrize(("case", "mode"), MODES, ids=[case[1][:30] for case, _ in MODES])
+def test_the_mode_of_a_prompt(case: tuple[Any, ...], mode: str) -> None:
+    assert detect_mode({"language": case[0], "prompt": case[1]}) == mode
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ from cerebrum.vps.encoding import (
     tuned_path,
 )
 from cerebrum.vps.gguf import Gguf, Tensor, ggml
-from cerebrum.vps.llama import MB, ModelError, Settings, start_library
+from cerebrum.vps.llama import MB, ModelError, Settings, TunedFile, start_library
 
 MODEL = FILES["qwen_0_5b"]
 Q4, Q5, Q6 = Group("q4_K", False), Group("q5_0", False), Group("q6_K", False)
@@ -137,17 +137,6 @@ class Script:
         return found
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
-    def install(costs: Mapping[str, float], **more: Any) -> Script:
-        made = Script(costs, **more)
-        monkeypatch.setattr(encoding, "compare", made)
-        monkeypatch.setattr(encoding, "agreement", lambda *_: Agreement(made.divergence, 0.99, 256))
-        return made
-
-    return install
-
-
 ROOM = 4 << 30
 FASTER = {"q5_0": 3.0, "q8_0": 1.0, "q4_K": 2.0, "q4_1": 1.0, "q6_K": 2.0}
 
@@ -158,6 +147,40 @@ def quiet(_label: str, _done: int, _total: int) -> None:
 
 def left_behind(settings: Settings) -> list[str]:
     return sorted(path.name for path in (settings.state_dir / "tuned").glob("*") if path.name != ".lock")
+
+
+@dataclass
+class Lab:
+    """A published file, and the settings of a machine whose times are scripted."""
+
+    published: Path
+    settings: Settings
+    monkeypatch: pytest.MonkeyPatch
+
+    def script(self, costs: Mapping[str, float], **more: Any) -> Script:
+        made = Script(costs, **more)
+        self.monkeypatch.setattr(encoding, "compare", made)
+        self.monkeypatch.setattr(encoding, "agreement", lambda *_: Agreement(made.divergence, 0.99, 256))
+        return made
+
+    def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> Outcome:
+        return tune(self.published, "abc", self.settings, room, told, **more)
+
+    @property
+    def path(self) -> Path:
+        """Where the tuned file is written."""
+        return tuned_path(self.settings.state_dir, self.published)
+
+    def found(self) -> tuple[TunedFile | None, str]:
+        return find_tuned(self.published, self.settings)
+
+    def left(self) -> list[str]:
+        return left_behind(self.settings)
+
+
+@pytest.fixture
+def lab(published: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    return Lab(published, settings, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------- what can change
@@ -210,12 +233,10 @@ def test_all_combinations_are_ranked_by_what_they_save() -> None:
 # -------------------------------------------------------------------------------------------- the choice
 
 
-def test_the_fastest_types_are_chosen_and_written(
-    published: Path, settings: Settings, script: Callable[..., Script]
-) -> None:
-    made = script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
+def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
+    made = lab.script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
     told: list[tuple[str, int, int]] = []
-    outcome = tune(published, "abc", settings, ROOM, lambda *step: told.append(step))
+    outcome = lab.tune(told=lambda *step: told.append(step))
     layers, output, knobs, whole = made.compared
     assert {name and (name[0].type, name[1]) for name in layers} == {
         None, ("q5_0", "q5_0"), ("q4_K", "q4_K"), ("q4_K", "q8_0"), ("q6_K", "q6_K")
@@ -231,14 +252,14 @@ def test_the_fastest_types_are_chosen_and_written(
     assert set(whole["tuned"]) == {"q8_0", "q4_1"}
     assert outcome.tuned
     assert outcome.published.work > 2 * outcome.tuned.work
-    path = tuned_path(settings.state_dir, published)
+    path = lab.path
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = read_passport(path)
     assert passport == Passport(
         source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(), cpu_name=encoding.cpu_name(),
         cpus=len(os.sched_getaffinity(0)), threads=2, micro_batch=512, flash_attention=False, types=types,
     )  # fmt: skip
-    with Gguf(path) as file, Gguf(published) as old:
+    with Gguf(path) as file, Gguf(lab.published) as old:
         assert file.shape == old.shape
         pairs = {new.name: (before.type, new.type) for before, new in zip(old.tensors, file.tensors, strict=True)}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("q5_0", "q8_0")
@@ -246,102 +267,88 @@ def test_the_fastest_types_are_chosen_and_written(
     assert pairs["blk.1.ffn_down.weight"] == ("q6_K", "q8_0")
     assert pairs["output.weight"] == ("q6_K", "q8_0")
     assert pairs["token_embd.weight"] == ("q6_K", "q6_K")  # only looked up
-    assert outcome.file_bytes == (published.stat().st_size, path.stat().st_size)
-    assert left_behind(settings) == ["m.gguf"]
+    assert outcome.file_bytes == (lab.published.stat().st_size, path.stat().st_size)
+    assert lab.left() == ["m.gguf"]
     steps = [(done, total) for label, done, total in told if label == "measuring"]
     assert steps[-1][0] == steps[-1][1]
     assert len({total for _, total in steps}) == 1
-    assert max(made.sizes) < 1.5 * published.stat().st_size
+    assert max(made.sizes) < 1.5 * lab.published.stat().st_size
     assert [step[1:] for step in told if step[0] == "writing"][-1] == (path.stat().st_size, path.stat().st_size)
 
 
 @pytest.mark.parametrize("types", [("q4_K", "q6_K"), ("q4_K",)])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_tied_output_matrix_and_few_layers(
-    tmp_path: Path, settings: Settings, script: Callable[..., Script], layers: int, types: Sequence[str]
-) -> None:
-    script({**FASTER, "q6_K": 3.0})
+def test_a_tied_output_matrix_and_few_layers(lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]) -> None:
+    lab.script({**FASTER, "q6_K": 3.0})
     path = write_model(tmp_path / "m.gguf", layers, output="", types=types)
-    assert tune(path, "abc", settings, ROOM, quiet).tuned
-    with Gguf(tuned_path(settings.state_dir, path)) as file:
+    assert tune(path, "abc", lab.settings, ROOM, quiet).tuned
+    with Gguf(tuned_path(lab.settings.state_dir, path)) as file:
         after = {tensor.name: tensor.type for tensor in file.tensors}
     assert after["token_embd.weight"] == "q8_0"
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"q4_1", "q8_0"}
 
 
-def test_a_tuned_file_is_found(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
-    script(FASTER, factor=lambda used: 0.9 if used.flash_attention else 1.0)
-    assert find_tuned(published, settings) == (None, "")
-    tune(published, "abc", settings, ROOM, quiet)
-    found, reason = find_tuned(published, settings, "abc")
-    assert found
+def test_a_tuned_file_is_found(lab: Lab) -> None:
+    lab.script(FASTER, factor=lambda used: 0.9 if used.flash_attention else 1.0)
+    assert lab.found() == (None, "")
+    lab.tune()
+    found, reason = find_tuned(lab.published, lab.settings, "abc")
     assert reason == ""
-    assert (found.path, found.source) == (tuned_path(settings.state_dir, published), "abc")
-    assert found.settings == replace(settings, flash_attention=True)
+    assert (found.path, found.source) == (lab.path, "abc")
+    assert found.settings == replace(lab.settings, flash_attention=True)
     assert found.encoding == "tuned: Q5_0 to Q8_0, Q6_K (output) to Q8_0, Q4_K to Q4_1, Q6_K to Q8_0"
-    other = find_tuned(published, settings, "def")
+    other = find_tuned(lab.published, lab.settings, "def")
     assert other == (None, "made from a file of sha256 abc, expected def")
-    assert remove_tuned(published, settings)
-    assert find_tuned(published, settings) == (None, "")
-    assert not remove_tuned(published, settings)
-    assert left_behind(settings) == []
+    assert remove_tuned(lab.published, lab.settings)
+    assert lab.found() == (None, "")
+    assert not remove_tuned(lab.published, lab.settings)
+    assert lab.left() == []
 
 
 @pytest.mark.parametrize("divergence", [0.021, math.nan])
-def test_what_says_something_else_is_not_used(
-    published: Path, settings: Settings, script: Callable[..., Script], divergence: float
-) -> None:
-    made = script({**FASTER, "q4_0": 0.5})
+def test_what_says_something_else_is_not_used(lab: Lab, divergence: float) -> None:
+    made = lab.script({**FASTER, "q4_0": 0.5})
     made.divergence = divergence
-    assert tune(published, "abc", settings, ROOM, quiet).tuned is None
-    assert bool(tune(published, "abc", settings, ROOM, quiet, fast=True).tuned) == (divergence > 0)
+    assert lab.tune().tuned is None
+    assert bool(lab.tune(fast=True).tuned) == (divergence > 0)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_what_is_fine_already_only_changes_if_asked_to(
-    tmp_path: Path, settings: Settings, script: Callable[..., Script], kind: str
-) -> None:
-    made = script({"f16": 4.0, "q8_0": 2.0, "q5_0": 1.0, "q4_0": 0.5})
+def test_what_is_fine_already_only_changes_if_asked_to(lab: Lab, tmp_path: Path, kind: str) -> None:
+    made = lab.script({"f16": 4.0, "q8_0": 2.0, "q5_0": 1.0, "q4_0": 0.5})
     path = write_model(tmp_path / "m.gguf", types=(kind,), output="q8_0")
-    tune(path, "abc", settings, ROOM, quiet)
+    tune(path, "abc", lab.settings, ROOM, quiet)
     assert all(set(types) == {kind, "q5_0", "q8_0"} for types in made.compared[-1].values())
-    outcome = tune(path, "abc", settings, ROOM, quiet, fast=True)
+    outcome = tune(path, "abc", lab.settings, ROOM, quiet, fast=True)
     assert {new for name, _, _, new in outcome.changes if name == "ffn_down"} == {"q4_0"}
 
 
 @pytest.mark.parametrize("gain", [0.0, MIN_GAIN - 0.001])
-def test_what_hardly_pays_is_not_worth_a_file(
-    published: Path, settings: Settings, script: Callable[..., Script], gain: float
-) -> None:
+def test_what_hardly_pays_is_not_worth_a_file(lab: Lab, gain: float) -> None:
     cost = 1 - gain
-    script({"q8_0": cost, "q4_1": cost})
-    outcome = tune(published, "abc", settings, ROOM, quiet)
+    lab.script({"q8_0": cost, "q4_1": cost})
+    outcome = lab.tune()
     assert outcome.tuned is None
     assert all(old == new for _, _, old, new in outcome.changes)
     assert "nothing is 3% faster here than the published file, which is used as it is" in outcome.table()
-    path = tuned_path(settings.state_dir, published)
-    assert path.stat().st_size < 2000  # it tells only that nothing is to be found here
-    found, reason = find_tuned(published, settings)
-    assert found
-    assert (reason, found.path, found.settings, found.encoding) == ("", published, settings, "published")
+    assert lab.path.stat().st_size < 2000  # it tells only that nothing is to be found here
+    found, reason = lab.found()
+    assert (reason, found.path, found.settings, found.encoding) == ("", lab.published, lab.settings, "published")
 
 
-def test_settings_alone_may_pay(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
+def test_settings_alone_may_pay(lab: Lab) -> None:
     """They pay in the long context of the samples alone."""
-    script({}, factor=lambda used: 0.9 if used.micro_batch == 128 else 1.0, whole=1.0)
-    outcome = tune(published, "abc", settings, ROOM, quiet)
+    lab.script({}, factor=lambda used: 0.9 if used.micro_batch == 128 else 1.0, whole=1.0)
+    outcome = lab.tune()
     assert outcome.tuned
-    found, _ = find_tuned(published, settings)
-    assert found
-    assert (found.path, found.settings) == (published, replace(settings, micro_batch=128))
+    found, _ = lab.found()
+    assert (found.path, found.settings) == (lab.published, replace(lab.settings, micro_batch=128))
     assert found.encoding == "published"
 
 
-def test_what_a_sample_promises_must_hold_for_the_whole(
-    published: Path, settings: Settings, script: Callable[..., Script]
-) -> None:
+def test_what_a_sample_promises_must_hold_for_the_whole(lab: Lab) -> None:
     """The samples are faster in the new types, the whole file is not."""
-    made = script(FASTER)
+    made = lab.script(FASTER)
     real = made.__call__
 
     def compare(variants: Any, *rest: Any) -> dict[Any, Timing]:
@@ -349,55 +356,47 @@ def test_what_a_sample_promises_must_hold_for_the_whole(
         return {**found, "tuned": found["published"]} if "tuned" in found else found
 
     encoding.compare = compare  # type: ignore[assignment]  # the fixture restores it
-    outcome = tune(published, "abc", settings, ROOM, quiet)
+    outcome = lab.tune()
     assert outcome.tuned is None
-    found, _ = find_tuned(published, settings)
-    assert found
-    assert (found.path, found.settings) == (published, settings)
+    found, _ = lab.found()
+    assert (found.path, found.settings) == (lab.published, lab.settings)
 
 
-def test_the_best_that_fits_into_memory_is_chosen(
-    published: Path, settings: Settings, script: Callable[..., Script]
-) -> None:
-    script(FASTER)
-    tuner = lambda room: tune(published, "abc", settings, room, quiet)  # noqa: E731
+def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
+    lab.script(FASTER)
     changed = lambda outcome: {(kind, old, new) for kind, _, old, new in outcome.changes if old != new}  # noqa: E731
-    best = tuner(ROOM)
-    smaller = tuner(best.memory_bytes[1] - MB // 10)
+    best = lab.tune(ROOM)
+    smaller = lab.tune(best.memory_bytes[1] - MB // 10)
     assert smaller.tuned
     assert smaller.memory_bytes[1] <= best.memory_bytes[1] - MB // 10
     assert changed(best) - changed(smaller) == {("output", "q6_K", "q8_0")}
-    assert changed(tuner(smaller.memory_bytes[0])) == set()
+    assert changed(lab.tune(smaller.memory_bytes[0])) == set()
     with pytest.raises(TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"):
-        tuner(smaller.memory_bytes[0] - MB)
+        lab.tune(smaller.memory_bytes[0] - MB)
 
 
-def test_more_threads_are_tried_unless_the_user_chose(
-    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encoding, "cpus", lambda: 4)
-    script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
-    assert tune(published, "abc", settings, ROOM, quiet).settings[1].threads == 2
-    free = replace(settings, fixed_threads=False)
-    assert tune(published, "abc", free, ROOM, quiet).settings[1].threads == 4
-    found, _ = find_tuned(published, free)
-    assert found
+def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
+    lab.monkeypatch.setattr(encoding, "cpus", lambda: 4)
+    lab.script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
+    assert lab.tune().settings[1].threads == 2
+    free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
+    assert free.tune().settings[1].threads == 4
+    found, _ = free.found()
     assert found.settings.threads == 4
-    assert find_tuned(published, settings) == (None, "made for threads 4, here it is 2")
+    assert lab.found() == (None, "made for threads 4, here it is 2")
 
 
-def test_q4_0_is_tried_only_if_asked_for(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
-    script({**FASTER, "q4_0": 0.5})
-    assert not any(new == "q4_0" for *_, new in tune(published, "abc", settings, ROOM, quiet).changes)
-    outcome = tune(published, "abc", settings, ROOM, quiet, fast=True)
+def test_q4_0_is_tried_only_if_asked_for(lab: Lab) -> None:
+    lab.script({**FASTER, "q4_0": 0.5})
+    assert not any(new == "q4_0" for *_, new in lab.tune().changes)
+    outcome = lab.tune(fast=True)
     assert {new for kind, _, _, new in outcome.changes if kind == "ffn_down"} == {"q4_0"}
     told = "the model does not say quite the same any more"
     assert told in outcome.table()
-    found, _ = find_tuned(published, settings)
-    assert found
+    found, _ = lab.found()
     assert found.encoding == "fast: Q5_0 to Q4_0, Q6_K (output) to Q8_0, Q4_K to Q4_0, Q6_K to Q4_0"
-    script({**FASTER, "q4_0": 9.0})
-    slower = tune(published, "abc", settings, ROOM, quiet, fast=True)
+    lab.script({**FASTER, "q4_0": 9.0})
+    slower = lab.tune(fast=True)
     assert slower.tuned
     assert told not in slower.table()
 
@@ -439,74 +438,68 @@ def test_the_table() -> None:
 # ------------------------------------------------------------------------------------ what must not happen
 
 
-def test_a_dry_run_changes_nothing(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
-    script(FASTER)
-    outcome = tune(published, "abc", settings, ROOM, quiet, dry_run=True)
+def test_a_dry_run_changes_nothing(lab: Lab) -> None:
+    lab.script(FASTER)
+    outcome = lab.tune(dry_run=True)
     assert outcome.tuned
-    assert left_behind(settings) == []
+    assert lab.left() == []
 
 
-def test_the_figures_are_told_before_the_file_is_used(
-    published: Path, settings: Settings, script: Callable[..., Script]
-) -> None:
-    script(FASTER)
+def test_the_figures_are_told_before_the_file_is_used(lab: Lab) -> None:
+    lab.script(FASTER)
     told = []
 
     def accept(outcome: Outcome) -> None:
         told.append(outcome.agreement)
-        assert find_tuned(published, settings) == (None, "")
+        assert lab.found() == (None, "")
 
-    tune(published, "abc", settings, ROOM, quiet, accept=accept)
+    lab.tune(accept=accept)
     assert told == [Agreement(0.001, 0.99, 256)]
 
 
-def test_too_little_disk_is_told_with_the_figures(
-    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = script(FASTER)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
+def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
+    made = lab.script(FASTER)
+    lab.monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
     with pytest.raises(TuneError, match=r"expected \d+ MB of free disk in .*tuned, got 1 MB"):
-        tune(published, "abc", settings, ROOM, quiet)
+        lab.tune()
     assert made.compared == []
-    assert left_behind(settings) == []
+    assert lab.left() == []
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(
-    published: Path, settings: Settings, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = script(FASTER)
-    tune(published, "abc", settings, ROOM, quiet)
-    real, before = os.posix_fallocate, tuned_path(settings.state_dir, published).read_bytes()
+def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
+    made = lab.script(FASTER)
+    lab.tune()
+    real, before = os.posix_fallocate, lab.path.read_bytes()
 
     def fallocate(file: int, offset: int, length: int) -> None:
         if len(made.compared) == 7:  # the samples have been compared
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, offset, length)
 
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    lab.monkeypatch.setattr(os, "posix_fallocate", fallocate)
     with pytest.raises(OSError, match="No space left on device"):
-        tune(published, "abc", settings, ROOM, quiet)
-    assert left_behind(settings) == ["m.gguf"]
-    assert tuned_path(settings.state_dir, published).read_bytes() == before
+        lab.tune()
+    assert lab.left() == ["m.gguf"]
+    assert lab.path.read_bytes() == before
 
 
-def test_what_a_killed_run_left_is_removed(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
-    script(FASTER)
-    left = settings.state_dir / "tuned/.work-abc"
+def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
+    lab.script(FASTER)
+    left = lab.settings.state_dir / "tuned/.work-abc"
     left.mkdir(parents=True)
     (left / "tuned").write_bytes(b"half")
-    assert find_tuned(published, settings) == (None, "")
-    tune(published, "abc", settings, ROOM, quiet)
-    assert left_behind(settings) == ["m.gguf"]
+    assert lab.found() == (None, "")
+    lab.tune()
+    assert lab.left() == ["m.gguf"]
 
 
-def test_only_one_process_tunes(published: Path, settings: Settings, script: Callable[..., Script]) -> None:
-    script(FASTER)
-    (settings.state_dir / "tuned").mkdir(parents=True)
-    with (settings.state_dir / "tuned/.lock").open("w") as lock:
+def test_only_one_process_tunes(lab: Lab) -> None:
+    lab.script(FASTER)
+    (lab.settings.state_dir / "tuned").mkdir(parents=True)
+    with (lab.settings.state_dir / "tuned/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(TuneError, match="another process is tuning a model; expected to be the only one"):
-            tune(published, "abc", settings, ROOM, quiet)
+            lab.tune()
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:

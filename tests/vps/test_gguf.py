@@ -107,28 +107,24 @@ def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
     assert shape == Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(ModelError, match="not a readable GGUF file"):
-        Gguf(path)
+SIZES = {"block_count": 24, "embedding_length": 896, "attention__head_count": 14}
+NUMBER_AS_ARCHITECTURE = (
+    b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<II", 4, 7)
+)
 
 
-def test_a_header_whose_architecture_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
-    key = b"general.architecture"
-    path.write_bytes(start + struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 7))
-    with pytest.raises(ModelError, match="a GGUF file without an architecture"):
-        read_shape(path)
-
-
-@pytest.mark.parametrize("name", ["attention__head_count", "block_count", "embedding_length"])
-def test_a_header_with_a_size_of_0_is_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(**{"block_count": 24, "embedding_length": 896, "attention__head_count": 14, name: 0}))
-    with pytest.raises(ModelError, match="expected at least one layer, head and embedding dimension in the header"):
-        read_shape(path)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"GGUX" + bytes(100), "not a readable GGUF file"),
+        (NUMBER_AS_ARCHITECTURE, "a GGUF file without an architecture"),
+        *((header(**SIZES | {name: 0}), "expected at least one layer, head and embedding dim") for name in SIZES),
+    ],
+)
+def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelError, match=message):
+        read_shape(tmp_path / "m.gguf")
 
 
 def test_tensors() -> None:
