@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import re
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,6 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "cerebrum"]
 
 
-def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test that is a coroutine."""
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(test(**fixtures))
-
-    return run
-
-
 async def closed(reader: asyncio.StreamReader) -> bytes:
     """All bytes until the connection ends."""
     return await reader.read()
@@ -58,7 +47,6 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"G", b"\r\n", get()[:-1], get()[:30]])
-@scenario
 async def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", SOON)
     async with serving() as (_, port), connect(port) as (reader, writer):
@@ -68,7 +56,6 @@ async def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
         assert await closed(reader) == b""
 
 
-@scenario
 async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 0.2)
     async with serving() as (_, port), connect(port) as (reader, writer):
@@ -83,7 +70,6 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: p
 
 
 @pytest.mark.parametrize("raw", [sized(BODY)[:-1], sized(BODY, "Expect: 100-continue")[: -len(BODY)]])
-@scenario
 async def test_slow_body(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, "BODY_SECONDS", SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
@@ -94,7 +80,6 @@ async def test_slow_body(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
         assert server.state.calls == []
 
 
-@scenario
 async def test_silence_before_the_first_byte_closes_silently(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,7 +89,6 @@ async def test_silence_before_the_first_byte_closes_silently(
     assert messages(caplog) == []
 
 
-@scenario
 async def test_idle_keep_alive_closes_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 2 * PATIENCE)
@@ -115,7 +99,6 @@ async def test_idle_keep_alive_closes_silently(monkeypatch: pytest.MonkeyPatch) 
         assert await closed(reader) == b""
 
 
-@scenario
 async def test_the_end_lingers_for_an_unread_body() -> None:
     """A client that sends all of a refused body before it reads still gets the answer, not a reset."""
 
@@ -130,7 +113,6 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
         assert b" 413 " in await asyncio.to_thread(client, port)
 
 
-@scenario
 async def test_the_end_does_not_linger_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
@@ -159,7 +141,6 @@ def slow_reader(port: int, raw: bytes) -> Iterator[socket.socket]:
         yield peer
 
 
-@scenario
 async def test_a_client_that_does_not_read_is_cut(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,7 +170,6 @@ async def test_a_client_that_does_not_read_is_cut(
     assert line.startswith("POST /endless 499 ")
 
 
-@scenario
 async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is not kept for ever either."""
     monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", SOON)
@@ -206,7 +186,6 @@ async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.Monke
             await until(lambda: transport.get_extra_info("socket").fileno() < 0)
 
 
-@scenario
 async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is not lost when the connection is closed behind it."""
     monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", 0.01)
@@ -227,7 +206,6 @@ async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) 
         assert len(whole.partition(b"\r\n\r\n")[2]) == 60_009
 
 
-@scenario
 async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken() -> None:
     """What a handler takes and its events release is released even if not one byte can be sent."""
     taken: list[str] = []
@@ -256,7 +234,6 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
         assert taken == []
 
 
-@scenario
 async def test_an_error_before_the_first_event_is_a_status() -> None:
     async def events() -> AsyncIterator[bytes]:
         raise common.HttpError("RATE_LIMIT", "expected fewer")
@@ -270,7 +247,6 @@ async def test_an_error_before_the_first_event_is_a_status() -> None:
         assert (reply.status, reply.json["code"], reply.clean) == (429, "RATE_LIMIT", True)
 
 
-@scenario
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
     async with serving() as (_, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
         count, answered = 3000, 0
@@ -321,7 +297,6 @@ SLOW = sized(BODY).replace(b"@POST", b"/slow")
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
-@scenario
 async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest.LogCaptureFixture) -> None:
     async with slow_server() as (server, port, slow):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -343,7 +318,6 @@ async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest
     assert line.startswith("POST /slow 499 ")
 
 
-@scenario
 async def test_pipelining_behind_a_running_handler() -> None:
     async with slow_server() as (_, port, slow), connect(port) as (reader, writer):
         writer.write(SLOW + get("/nothing") + b"\r\n")
@@ -355,7 +329,6 @@ async def test_pipelining_behind_a_running_handler() -> None:
         assert (await read_reply(reader)).status == 200
 
 
-@scenario
 async def test_a_flood_behind_a_running_handler_is_bounded() -> None:
     async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
         writer.write(SLOW)
@@ -388,7 +361,6 @@ async def busy_server() -> AsyncIterator[tuple[Any, ...]]:
         yield server, port, slow, reader, writer, idle, idler
 
 
-@scenario
 async def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -> None:
     async with busy_server() as (server, port, slow, reader, writer, idle, idler):
         stopping = asyncio.create_task(server.stop(PATIENCE))
@@ -406,7 +378,6 @@ async def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -
         await stopping
 
 
-@scenario
 async def test_stop_ends_who_does_not_finish_with_an_error() -> None:
     async with busy_server() as (server, _, slow, reader, _, idle, _):
         await server.stop(SOON)
@@ -427,7 +398,6 @@ async def open_many(
 
 
 @pytest.mark.parametrize("limit", ["MAX_CONNECTIONS", "MAX_CONNECTIONS_PER_CLIENT"])
-@scenario
 async def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """503 and closed, but /health answers; when a connection ends, the next one is served again."""
     monkeypatch.setattr(cerebrum_http, limit, 5)
@@ -446,7 +416,6 @@ async def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, limit: str) -> No
         assert (await ask(port, get("/v1/models"))).status == 200
 
 
-@scenario
 async def test_one_client_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS_PER_CLIENT", 3)
     async with serving() as (_, port), contextlib.AsyncExitStack() as stack:
@@ -457,7 +426,6 @@ async def test_one_client_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch
         other[1].transport.abort()
 
 
-@scenario
 async def test_who_is_over_the_limit_and_silent_gets_its_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 0)
     monkeypatch.setattr(cerebrum_http, "OVERFLOW_SECONDS", SOON)
@@ -467,7 +435,6 @@ async def test_who_is_over_the_limit_and_silent_gets_its_503(monkeypatch: pytest
         assert (await read_reply(reader2)).status == 503
 
 
-@scenario
 async def test_the_overflow_is_bounded_and_the_newest_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(cerebrum_http, "MAX_OVERFLOW", 3)
@@ -493,7 +460,6 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 @pytest.mark.parametrize("refused", ["no key", "wrong path", "wrong method", "no JSON endpoint"])
-@scenario
 async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> None:
     raw = upload(1_000_000, framing, key=refused != "no key")
     path, method = {"wrong path": ("/x", "POST"), "wrong method": ("/v1/complete", "PUT")}.get(refused, ("", ""))
@@ -521,7 +487,6 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: st
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-@scenario
 async def test_the_bodies_of_all_connections_together_are_bounded(
     monkeypatch: pytest.MonkeyPatch, framing: str
 ) -> None:
@@ -541,7 +506,6 @@ async def test_the_bodies_of_all_connections_together_are_bounded(
         assert (await ask(port, raw)).status == 200
 
 
-@scenario
 async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(upload(5000, "length", key=False)[:-100])
@@ -554,7 +518,6 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pyte
     assert re.fullmatch(form, line)
 
 
-@scenario
 async def test_a_body_counts_until_it_is_answered() -> None:
     async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
         writer.write(SLOW)
