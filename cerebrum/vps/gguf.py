@@ -45,48 +45,12 @@ def join_nibbles(values: Bytes) -> Bytes:
     return packed
 
 
-def split_nibbles(packed: Bytes) -> Bytes:
-    """(…, 16) bytes as (…, 32) numbers below 16."""
-    return np.concatenate((packed & 15, packed >> 4), axis=-1)
-
-
-def as_q8_0(scales: npt.NDArray[np.float16], values: Bytes) -> Bytes:
-    """Blocks of Q8_0: d, then 32 int8 (given as the same bits in uint8)."""
-    return np.concatenate((scales.view(np.uint8), values), axis=-1)
-
-
-def q4_0_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: d · (q - 8) keeps d, and q - 8 fits into an int8."""
-    return as_q8_0(scales_of(blocks), split_nibbles(blocks[:, 2:]) - np.uint8(8))
-
-
 def q5_0_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact, like Q4_0. Q5_0 has the fifth bits of its 32 numbers between d and the nibbles."""
+    """Exact: d · (q - 16) keeps d, and q - 16 fits into an int8. Q5_0 has d, the fifth bits of its 32 numbers, their
+    nibbles; Q8_0 has d, then 32 int8."""
     high = np.unpackbits(blocks[:, 2:6], axis=-1, bitorder="little")
-    return as_q8_0(scales_of(blocks), (split_nibbles(blocks[:, 6:]) | high << np.uint8(4)) - np.uint8(16))
-
-
-# kvalues_iq4nl of ggml-common.h
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8).view(
-    np.uint8
-)
-
-
-def iq4_nl_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: the 16 values that a nibble can stand for are int8."""
-    return as_q8_0(scales_of(blocks), IQ4_VALUES[split_nibbles(blocks[:, 2:])])
-
-
-def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact but for rounding the product of two scales to fp16.
-
-    A super-block: d, the upper 2 bits of 8 scales, the scales' lower 4 bits, 8 times 32 nibbles.
-    """
-    count = len(blocks)
-    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2).astype(np.uint16) & 3
-    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=-1).reshape(count, 8)
-    scales = finite(scales_of(blocks).astype(np.float32) * ((low | high << np.uint8(4)).astype(np.float32) - 32))
-    return as_q8_0(scales[..., None], IQ4_VALUES[split_nibbles(blocks[:, 8:].reshape(count, 8, 16))])
+    low = np.concatenate((blocks[:, 6:] & 15, blocks[:, 6:] >> 4), axis=-1)
+    return np.concatenate((blocks[:, :2], (low | high << np.uint8(4)) - np.uint8(16)), axis=-1)
 
 
 def k_scales(blocks: Bytes) -> Bytes:
@@ -138,10 +102,7 @@ def finite(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 
 
 EXACT: Mapping[tuple[str, str], Callable[[Bytes], Bytes]] = {
-    ("q4_0", "q8_0"): q4_0_to_q8_0,
     ("q5_0", "q8_0"): q5_0_to_q8_0,
-    ("iq4_nl", "q8_0"): iq4_nl_to_q8_0,
-    ("iq4_xs", "q8_0"): iq4_xs_to_q8_0,
     ("q4_K", "q4_1"): q4_k_to_q4_1,
     ("q5_K", "q5_1"): q5_k_to_q5_1,
 }
