@@ -453,7 +453,7 @@ class Tuner:
             f"{arch}.vocab_size": vocabulary,
             "tokenizer.ggml.model": "no_vocab",
         }
-        self.file.write(path, parts, values, without="tokenizer.", threads=cpus())
+        self.file.write(path, parts, values, without="tokenizer.")
         return path
 
     def fits(self, types: Types, settings: Settings) -> bool:
@@ -516,7 +516,6 @@ class Tuner:
                 [Part(tensor, types.get(tensor.name, tensor.type)) for tensor in self.tensors],
                 {PASSPORT_KEY: self.passport(types, settings).encode()},
                 report=lambda done, total: self.report("writing", done, total),
-                threads=cpus(),
             )
         variants = {"published": (self.file.path, self.settings)}
         if types or settings != self.settings:

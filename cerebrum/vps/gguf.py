@@ -360,7 +360,6 @@ class Gguf:
         values: Mapping[str, str | int] | None = None,
         without: str = "",
         report: Callable[[int, int], None] = lambda _done, _total: None,
-        threads: int = 1,
     ) -> int:
         """Write a file of these parts, and return its size.
 
@@ -372,7 +371,7 @@ class Gguf:
         sizes = [ggml().data_size(part.type, part.weights) for part in parts]
         total = max([len(header), *(offset + size for offset, size in zip(offsets, sizes, strict=True))])
         total += -total % ALIGNMENT
-        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor(threads) as pool:
+        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor() as pool:
             os.posix_fallocate(output.fileno(), 0, total)
             write_whole(output.fileno(), header, 0)
 
