@@ -154,7 +154,7 @@ def test_parts_in_other_types_by_other_names_and_of_fewer_rows(tmp_path: Path) -
             Part(tensors["blk.3.ffn_down.weight"], "q4_1", "blk.0.ffn_down.weight"),
         ]
         values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 1, "tokenizer.ggml.model": "no_vocab"}
-        file.write(tmp_path / "a", parts, values, "tokenizer.", lambda done, total: told.append((done, total)), 2)
+        file.write(tmp_path / "a", parts, values, "tokenizer.", lambda done, total: told.append((done, total)))
     assert PIECE_WEIGHTS < 1500 * 896  # so that there are tensors of one piece and of several
     with Gguf(tmp_path / "a") as copy:
         assert (copy.text("a.text"), copy.text("tokenizer.ggml.model"), copy.text("b")) == ("first", "no_vocab", "")
