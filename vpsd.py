@@ -67,7 +67,6 @@ from cerebrum.vps.llama import (
     CompletionRequest,
     ModelError,
     Settings,
-    TunedFile,
     check_digest,
     estimate_bytes,
     file_stamp,
@@ -122,10 +121,6 @@ class Config:
     log_level: str
     log_file: str
     log_prompts: bool
-
-    @property
-    def max_concurrent(self) -> int:
-        return self.engine.sequences
 
     @property
     def access(self) -> Access:
@@ -228,7 +223,10 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
-    fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
+    fields["messages"] = None
+    if "messages" in members:
+        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
@@ -238,12 +236,6 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
     return fields
-
-
-def parse_messages(value: Any) -> list[tuple[str, str]]:
-    """Check `[{"role", "content"}, …]` and return pairs."""
-    messages = read_objects(value, "messages", 1, 100, MESSAGE, of="messages")
-    return [(message["role"], message["content"]) for message in messages]
 
 
 # ------------------------------------------------------------------------------------- policy: admission
@@ -608,8 +600,8 @@ class Engine:
         model, session = fields["model"], fields["session"]
         self.model(model)
         older = [other for other in self.completions if session and other.session == session]
-        if len(self.completions) - len(older) >= self.config.max_concurrent:
-            raise HttpError("RATE_LIMIT", f"expected at most {self.config.max_concurrent} requests at a time")
+        if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
+            raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         others = [instance for instance in self.instances.values() if instance.model.id != model]
         may_free = any(other.idle or other.worker.stopping for other in others)
         check_headroom(self.headroom(), self.config, memory=not may_free)
@@ -899,13 +891,9 @@ async def health(engine: Engine, _request: Request) -> Response:
             "timestamp": timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
-            "models_loaded": loaded_models(engine),
+            "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
         }
     )
-
-
-def loaded_models(engine: Engine) -> list[str]:
-    return [model_id for model_id, instance in engine.instances.items() if instance.loaded]
 
 
 async def inference(engine: Engine, request: Request) -> Response:
@@ -943,23 +931,19 @@ async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
     `encoding` describe the file that is loaded or would be loaded."""
 
-    def find() -> dict[str, TunedFile | None]:
-        folder, settings = engine.config.models_dir, engine.config.engine
-        return {
-            model.id: find_tuned(folder / model.file, settings, model.sha256)[0] for model in engine.models.values()
-        }
-
-    tuned = await asyncio.to_thread(find)
+    folder, settings, listed = engine.config.models_dir, engine.config.engine, list(engine.models.values())
+    tuned = await asyncio.to_thread(
+        lambda: [find_tuned(folder / model.file, settings, model.sha256)[0] for model in listed]
+    )
     entries = []
-    for model in engine.models.values():
-        published = engine.config.models_dir / model.file
+    for model, found in zip(listed, tuned, strict=True):
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker or tuned[model.id]
+        used = worker or found
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
-            "path": str(used.path if used else published),
+            "path": str(used.path if used else folder / model.file),
             "available": worker is not None or engine.is_available(model),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
             "encoding": used.encoding if used else "published",
@@ -1020,7 +1004,7 @@ METRICS: Table = {
         Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total", "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda vps: len(vps.completions), "requests_active"),
-        Metric("cerebrum_places", "Completions that may run at a time.", "config.max_concurrent"),
+        Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
                    lambda one: one.memory_bytes + one.store.size),
