@@ -105,21 +105,6 @@ print_part() {
 	print_text "${text%.}" "${2-}"
 }
 
-# print_diff PATH
-print_diff() {
-	local line ink
-	[[ -n $PLAIN_INK ]] || { print_file "$1"; return; }
-	while IFS= read -r line || [[ -n $line ]]; do
-		case $line in
-			+*) ink=$ADDED_INK ;;
-			-*) ink=$REMOVED_INK ;;
-			*) ink='' ;;
-		esac
-		print_text "$line" "$ink"
-		echo
-	done <"$1"
-}
-
 # draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
 # since nobody knows how long it takes.
 draw_bar() {
@@ -264,7 +249,7 @@ call_api() {
 
 # print_table PATH VIEW [CHOSEN]: VIEW and CHOSEN as for json_table.
 print_table() {
-	local line reason
+	local reason
 	call_api "$1" -m "$LIST_SECONDS" >"$WORK/answer" 2>"$WORK/curl" ||
 		{ reason=$(<"$WORK/curl"); complain "${reason:-interrupted}"; return; }
 	json_table "$2" "${3-}" <"$WORK/answer" >"$WORK/table" 2>/dev/null ||
@@ -273,9 +258,7 @@ print_table() {
 			complain "${reason:-$URL$1: expected an answer of Cerebrum, got something else}"
 			return
 		}
-	while IFS= read -r line; do
-		print_text "$line"$'\n'
-	done <"$WORK/table"
+	print_part "$WORK/table"
 }
 
 #
@@ -338,7 +321,8 @@ ask() {
 	if [[ -z $message || -s $NEXT/completion ]]; then
 		make_result "$mode" "$file" || full=yes
 		[[ -z $full ]] || message="no room for the whole result in ${TMPDIR:-/tmp}"
-		keep_result "$file" "$language" "${message:-$(unfit "$mode" "$kept" "$reason")}"
+		rm -rf "$LAST"
+		LAST=$NEXT FILE=$file LANGUAGE=$language UNFIT=${message:-$(unfit "$mode" "$kept" "$reason")}
 	fi
 	[[ -z $message ]] || { complain "$message"; return; }
 	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
@@ -385,16 +369,6 @@ sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
 	else
 		cat
 	fi
-}
-
-# keep_result FILE LANGUAGE UNFIT: makes $NEXT the last result.
-keep_result() {
-	local old=$LAST
-	LAST=$NEXT
-	FILE=$1
-	LANGUAGE=$2
-	UNFIT=$3
-	rm -rf "$old"
 }
 
 #
@@ -483,7 +457,9 @@ except OSError as error:
 # diff_files OLD NEW NAME
 diff_files() {
 	diff -u --label "$3" --label "$3 (new)" "$1" "$2" >"$WORK/diff" && echo "no change"
-	print_diff "$WORK/diff"
+	[[ -n $PLAIN_INK ]] || { print_file "$WORK/diff"; return; }
+	print_part "$WORK/diff" | LC_ALL=C sed "s/^+.*/$ADDED_INK&$PLAIN_INK/; s/^-.*/$REMOVED_INK&$PLAIN_INK/" ||
+		printf '%s' "$PLAIN_INK" # Ctrl-C may have left a colour on
 }
 
 #
