@@ -108,12 +108,10 @@ class Config:
 
     host: str
     port: int
-    keys: tuple[str, ...]  # a client must send one of them
+    access: Access
     key_names: frozenset[str]  # the variables that hold keys
     models: tuple[Model, ...]
     models_dir: Path
-    hosts: frozenset[str]
-    origins: frozenset[str]
     engine: Settings
     max_cpu_percent: float
     min_free_mb: float
@@ -121,10 +119,6 @@ class Config:
     log_level: str
     log_file: str
     log_prompts: bool
-
-    @property
-    def access(self) -> Access:
-        return Access(self.keys, self.hosts, self.origins)
 
 
 def load_config(env: Environment, folder: Path) -> Config:
@@ -143,12 +137,14 @@ def load_config(env: Environment, folder: Path) -> Config:
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        keys=env.keys("CEREBRUM_API_KEY"),
+        access=Access(
+            env.keys("CEREBRUM_API_KEY"),
+            own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
+            env.names("CEREBRUM_ALLOWED_ORIGINS"),
+        ),
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
-        hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
-        origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
         engine=Settings(
             threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
             fixed_threads=bool(env.text("CEREBRUM_THREADS")),
@@ -1101,7 +1097,7 @@ async def serve(environ: Environment, config: Config) -> int:
 
 def check_keys(config: Config) -> None:
     """ConfigError if no key is set: everybody on the network could use the CPU."""
-    if not config.keys:
+    if not config.access.keys:
         raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 
 
