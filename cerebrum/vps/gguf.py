@@ -39,12 +39,6 @@ Bytes = npt.NDArray[np.uint8]
 # Weights j and j + 16 of a block share a byte: j in its low half, j + 16 in its high half.
 
 
-def join_nibbles(values: Bytes) -> Bytes:
-    """(…, 32) numbers below 16 as (…, 16) bytes."""
-    packed: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
-    return packed
-
-
 def q5_0_to_q8_0(blocks: Bytes) -> Bytes:
     """Exact: d · (q - 16) keeps d, and q - 16 fits into an int8. Q5_0 has d, the fifth bits of its 32 numbers, their
     nibbles; Q8_0 has d, then 32 int8."""
@@ -72,7 +66,9 @@ def k_nibbles(packed: Bytes) -> Bytes:
     Byte l of the g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half.
     """
     pairs = packed.reshape(-1, 4, 32)
-    return join_nibbles(np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32))
+    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    joined: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
+    return joined
 
 
 def q4_k_to_q4_1(blocks: Bytes) -> Bytes:
