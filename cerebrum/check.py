@@ -136,13 +136,10 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
 def has_health(host: str, port: int, member: str) -> bool:
     """Whether the answer to GET /health at an address of this machine has this member."""
     connection = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
-    try:
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health", headers={"Host": "localhost"})
         return f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES)
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- the Pi
