@@ -618,13 +618,11 @@ cmd_lang() {
 }
 
 cmd_model() {
-	if [[ -z $1 ]]; then
-		print_table /v1/models models "$MODEL"
-	elif [[ $1 == auto ]]; then
-		MODEL=''
-	else
-		MODEL=$1
-	fi
+	case $1 in
+		'') print_table /v1/models models "$MODEL" ;;
+		auto) MODEL='' ;;
+		*) MODEL=$1 ;;
+	esac
 	echo "model: ${MODEL:-auto}"
 }
 
@@ -711,8 +709,7 @@ cmd_filter() {
 	local text
 	FILTER=yes
 	IFS= read -r -d '' text
-	prepare && printf '%s' "${text%$'\n'}" >"$NEXT/before" || return
-	ask auto '' "$LANGUAGE"
+	cmd_prompt "${text%$'\n'}"
 }
 
 run_line() {
@@ -743,27 +740,22 @@ run_line() {
 	esac
 }
 
-while (($# > 0)); do
+need_value() {
+	[[ -n ${2-} ]] || die "$1 needs a value; see --help" 2
+}
+
+while (($# > 0)) && [[ $1 != - ]]; do
 	case $1 in
 		-h | --help) cmd_usage; exit 0 ;;
-		-l | --lang | -m | --model | -n | --tokens | -t | --temp | --url)
-			[[ -n ${2-} ]] || die "$1 needs a value; see --help" 2
-			case $1 in
-				-l | --lang) LANGUAGE=$2 ;;
-				-m | --model) MODEL=$2 ;;
-				-n | --tokens) cmd_tokens "$2" >/dev/null || exit 2 ;;
-				-t | --temp) cmd_temp "$2" >/dev/null || exit 2 ;;
-				--url) URL=$2 ;;
-			esac
-			shift 2
-			;;
-		-) break ;;
+		-l | --lang) need_value "$@"; LANGUAGE=$2 ;;
+		-m | --model) need_value "$@"; MODEL=$2 ;;
+		-n | --tokens) need_value "$@"; cmd_tokens "$2" >/dev/null || exit 2 ;;
+		-t | --temp) need_value "$@"; cmd_temp "$2" >/dev/null || exit 2 ;;
+		--url) need_value "$@"; URL=$2 ;;
 		*) die "unknown argument $1; see --help" 2 ;;
 	esac
+	shift 2
 done
 URL=${URL%/}
 
-case ${1-} in
-	-) cmd_filter ;;
-	*) cmd_repl ;;
-esac
+if [[ ${1-} == - ]]; then cmd_filter; else cmd_repl; fi
