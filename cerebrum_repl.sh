@@ -25,7 +25,7 @@ MODEL='' # empty: the server chooses by the language
 TOKENS=512
 TEMPERATURE=0.4
 MAX_TOKENS=2048 # the limit of the API
-LIST_SECONDS=10 # for an answer that needs no model: a server that hangs shall not hang the REPL
+LIST_SECONDS=10 # for an answer that needs no model: a server that hangs must not hang the REPL
 
 # The texts of a completion are files in a directory, since a bash variable cannot hold every byte:
 #     original        the file as it was read; empty for a plain prompt
@@ -62,16 +62,16 @@ complain() {
 	return 1
 }
 
-# start_colours: if stdout is a terminal with colours and the user has not refused them (https://no-color.org).
-# Bash sets TERM to "dumb" if it is unset. Magenta reads equally well on black and on white.
+# start_colours: uses colours if stdout is a terminal that has them and the user allows them (https://no-color.org).
+# Bash sets TERM to "dumb" if it is unset. Magenta is as easy to read on black as on white.
 start_colours() {
 	[[ -t 1 && -z ${NO_COLOR-} && -n ${TERM-} && $TERM != dumb ]] || return 0
 	MODEL_INK=$'\e[35m' ADDED_INK=$'\e[32m' REMOVED_INK=$'\e[31m' PLAIN_INK=$'\e[m'
 }
 
-# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal.
-# Each text ends its own colour, so whatever happens between two tokens finds the terminal as it was. Ctrl-C cuts
-# off what a slow terminal has not taken yet: then printf fails, and the colour is ended once more.
+# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal. Each
+# text ends its own colour, so that the terminal has its usual colour between two tokens. Ctrl-C discards what a slow
+# terminal has not shown yet: then printf fails, and the colour is ended once more.
 C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
 print_text() {
 	local LC_ALL=C # so that a pattern matches bytes
@@ -328,8 +328,8 @@ ask() {
 	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
 }
 
-# unfit MODE KEPT REASON: prints why a completion that came to its end must not replace a file, if it must not.
-# Only the answer to an instruction replaces text; the others add to it.
+# unfit MODE KEPT REASON: prints why a finished completion must not replace a file; prints nothing if it may. Only the
+# answer to an instruction replaces text; other completions add to it.
 unfit() {
 	case $1:$2:$3 in
 		instruct:part:*) printf 'made from a part of the text, which is too long for the model' ;;
@@ -375,8 +375,8 @@ sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
 # Files
 #
 
-# language_of PATH: prints the language of a file by its name, the present one if the name tells none. The server's
-# table is in cerebrum_languages.py. LC_ALL, since the small letter of a Turkish I is none of these.
+# language_of PATH: prints the language of a file by its name, or the current language if the name is not in the
+# table. The server's table is in cerebrum/text/languages.py. LC_ALL, because in Turkish a small I is another letter.
 language_of() {
 	local LC_ALL=C name=${1##*/}
 	case ${name,,} in
