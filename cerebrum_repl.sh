@@ -426,26 +426,21 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes too late
 source, path = sys.argv[1], os.path.realpath(sys.argv[2])
 draft = "{}.{}.new".format(path, os.getpid())
 
-def write(file):
-    if os.path.exists(path):
-        old, new = os.stat(path), os.fstat(file.fileno())
-        if not stat.S_ISREG(old.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if not os.access(path, os.W_OK):
-            raise OSError(errno.EACCES, "not writable")
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.chown(draft, old.st_uid, old.st_gid)
-        shutil.copystat(path, draft)
-    with open(source, "rb") as text:
-        file.write(text.read())
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(draft, path)
-
 try:
-    with open(draft, "xb") as file:
+    old = os.stat(path) if os.path.exists(path) else None
+    if old and not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if old and not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, "not writable")
+    with open(source, "rb") as text, open(draft, "xb") as file:
         try:
-            write(file)
+            if old:
+                os.chown(draft, old.st_uid, old.st_gid)
+                shutil.copystat(path, draft)
+            file.write(text.read())
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(draft, path)
         except OSError:
             os.unlink(draft)
             raise
