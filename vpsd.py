@@ -458,24 +458,22 @@ class EventStream:
     def __init__(self, engine: Engine, completion: Completion) -> None:
         self._engine, self._completion = engine, completion
         self._patience = HEAD_SECONDS
-        self._error: HttpError | None = None
-        self._done = False
+        self._end: Exception | None = None  # raised once all events have been sent
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._error:
-            raise self._error
-        if self._done:
-            raise StopAsyncIteration
+        if self._end:
+            raise self._end
         block = b""
         for event in await self._completion.next_events(self._patience):
             if isinstance(event, HttpError):
-                self._error = event
+                self._end = event
                 return block or await anext(self)  # events before the error are sent first
             block += sse_event(event)
-            self._done = "done" in event
+            if "done" in event:
+                self._end = StopAsyncIteration()
         if not block and self._engine.stuck(time.monotonic()):
             raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
         self._patience = KEEPALIVE_SECONDS
