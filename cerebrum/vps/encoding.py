@@ -243,21 +243,14 @@ class Outcome:
     def table(self) -> str:
         before, after = self.settings
         old, new = self.published, self.tuned or self.published
+        decodes = [(f"a decode of {n} token{'s' * (n > 1)}, ms", old.decode[n], new.decode[n]) for n in DECODES]
         rows = [
             ("tensors", "published", "here", ""),
             *((f"{kind} ({count})", was.upper(), now.upper(), "") for kind, count, was, now in self.changes),
             ("", "", "", ""),
             ("", "published", "here", ""),
             row("reading a prompt, tokens/s", old.read, new.read, lambda seconds: f"{1 / seconds:.0f}"),
-            *(
-                row(
-                    f"a decode of {size} token{'s' * (size > 1)}, ms",
-                    old.decode[size],
-                    new.decode[size],
-                    lambda seconds: f"{1e3 * seconds:.1f}",
-                )
-                for size in DECODES
-            ),
+            *(row(*times, lambda seconds: f"{1e3 * seconds:.1f}") for times in decodes),
             row(f"{READ_TOKENS} tokens read, 128 written, s", old.work, new.work, lambda seconds: f"{seconds:.2f}"),
             ("size of the file, MB", *(f"{size / MB:.0f}" for size in self.file_bytes), ""),
             ("memory (estimate), MB", *(f"{size / MB:.0f}" for size in self.memory_bytes), ""),
