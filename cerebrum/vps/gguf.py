@@ -182,31 +182,26 @@ class Ggml:
             function = getattr(self.lib, name)
             function.restype, function.argtypes = result, arguments
         self.names: dict[int, str] = {}  # by number in enum ggml_type, which has gaps
+        self.traits: dict[str, _TypeTraits] = {}
         for number in range(llama.GGML_TYPE_COUNT):
-            if name := self.lib.ggml_get_type_traits(number).contents.type_name:
-                self.names[number] = name.decode()
+            traits = self.lib.ggml_get_type_traits(number).contents
+            if traits.type_name:
+                self.names[number] = traits.type_name.decode()
+                self.traits[self.names[number]] = traits
         self.numbers = {name: number for number, name in self.names.items()}
-
-    def traits(self, name: str) -> _TypeTraits:
-        traits: _TypeTraits = self.lib.ggml_get_type_traits(self.numbers[name]).contents
-        return traits
 
     def type_size(self, name: str) -> int:
         """Bytes of a block."""
-        return int(self.traits(name).type_size)
-
-    def block_size(self, name: str) -> int:
-        """Weights in a block."""
-        return int(self.traits(name).blck_size)
+        return int(self.traits[name].type_size)
 
     def data_size(self, name: str, weights: int) -> int:
         """Bytes that `weights` weights take, a multiple of the type's block."""
-        return weights // self.block_size(name) * self.type_size(name)
+        return weights // int(self.traits[name].blck_size) * self.type_size(name)
 
     def dequantize(self, data: Bytes, name: str) -> npt.NDArray[np.float32]:
         data = np.ascontiguousarray(data)
-        floats = np.empty(data.size // self.type_size(name) * self.block_size(name), np.float32)
-        self.traits(name).to_float(data.ctypes.data, floats.ctypes.data, floats.size)
+        floats = np.empty(data.size // self.type_size(name) * self.traits[name].blck_size, np.float32)
+        self.traits[name].to_float(data.ctypes.data, floats.ctypes.data, floats.size)
         return floats
 
     def quantize(self, floats: npt.NDArray[np.float32], name: str) -> Bytes:
