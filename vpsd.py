@@ -1133,7 +1133,7 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"expected --check alone, got {options.command!r} too")
         from cerebrum.check import check_vps
 
-        return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar)
+        return check_vps(HERE, lambda environ: load_config(environ, HERE))
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ, HERE)
