@@ -119,12 +119,6 @@ make_venv() {
 	mv "$wanted" "$installed"
 }
 
-# An engine that cannot be built stops nothing: its tests say why they are skipped.
-make_engines() {
-	with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
-	note "$(<"$STATE/setup.log")"
-}
-
 setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
@@ -132,7 +126,10 @@ setup() {
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # what tests expect must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
-	[[ $1 != engines ]] || make_engines
+	if [[ $1 == engines ]]; then # one that cannot be built stops nothing: its tests say why they are skipped
+		with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
+		note "$(<"$STATE/setup.log")"
+	fi
 }
 
 #
