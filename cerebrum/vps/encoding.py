@@ -151,7 +151,7 @@ MIN_GAIN = 0.03  # share of the time that other types or settings must save, on 
 MAX_DIVERGENCE = 0.02
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
-KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention
+KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
 # A recipe has the new type of each type that it changes: a type that stores the same weights, exactly or with scales
 # rounded to fp16 (see gguf.py), or else Q8_0. The steps of Q8_0 are 1/127 of a block's largest weight, so this rounding
 # changes less than the rounding in other kernels. The ternary types and the 1-bit and 4-bit float types are left alone.
@@ -403,12 +403,9 @@ class Tuner:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors, self.shape.layers)
         self.size = file.path.stat().st_size
-        knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
+        self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
-            knobs.append(replace(settings, threads=cpus()))
-        # Settings with the same context count once: with a quantized cache, flash attention is always on.
-        alike = {(knob.micro_batch, knob.uses_flash_attention, knob.threads): knob for knob in [*knobs, settings]}
-        self.knobs = list(alike.values())  # the first one is `settings`
+            self.knobs.append(replace(settings, threads=cpus()))
         self.done, self.steps = 0, TURNS * (len(self.options) + len(self.knobs) + 2)
 
     def step(self) -> None:
