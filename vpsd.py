@@ -380,7 +380,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
     return tune(
         path,
-        model.sha256 or digest_with_bar(path, "checking"),
+        model.sha256 or digest_with_bar(path),
         config.engine,
         room,
         report,

@@ -250,7 +250,7 @@ def check_models(report: Report, config: Any) -> None:
             size = path.stat().st_size
             if model.size not in (0, size):
                 raise ModelError(f"expected {model.size} bytes, got {size}")
-            if model.sha256 and (got := digest_with_bar(path, "checking")) != model.sha256:
+            if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
             need = needed_mb(model, config)
         except (ModelError, OSError) as error:
