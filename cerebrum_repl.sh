@@ -9,9 +9,7 @@
 set -u
 shopt -s lastpipe || exit 1
 
-#
-# Settings and state
-#
+# ------------------------------------------------------------------------------------ settings and state
 
 PROGRAM=${0##*/}
 URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
@@ -48,9 +46,7 @@ ADDED_INK=''
 REMOVED_INK=''
 PLAIN_INK=''
 
-#
-# The terminal
-#
+# ------------------------------------------------------------------------------------------ the terminal
 
 die() {
 	printf '%s: %s\n' "$PROGRAM" "$1" >&2
@@ -128,9 +124,7 @@ clear_bar() {
 	BAR=''
 }
 
-#
-# JSON
-#
+# -------------------------------------------------------------------------------------------------- JSON
 
 command -v python3 >/dev/null || die "needs python3"
 
@@ -236,9 +230,7 @@ for line in lines:
     print(line.rstrip())' "$@"
 }
 
-#
-# The API
-#
+# ----------------------------------------------------------------------------------------------- the API
 
 # call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments.
 call_api() {
@@ -261,9 +253,7 @@ print_table() {
 	print_part "$WORK/table"
 }
 
-#
-# Completions
-#
+# ------------------------------------------------------------------------------------------- completions
 
 # prepare: makes a new $NEXT.
 prepare() {
@@ -371,9 +361,7 @@ sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
 	fi
 }
 
-#
-# Files
-#
+# ------------------------------------------------------------------------------------------------- files
 
 # language_of PATH: prints the language of a file by its name, or the current language if the name is not in the
 # table. The server's table is in cerebrum/text/languages.py. LC_ALL, because in Turkish a small I is another letter.
@@ -457,9 +445,7 @@ diff_files() {
 		printf '%s' "$PLAIN_INK" # Ctrl-C may have left a colour on
 }
 
-#
-# Commands
-#
+# ---------------------------------------------------------------------------------------------- commands
 
 cmd_usage() {
 	cat <<-EOF
@@ -641,9 +627,7 @@ cmd_temp() {
 	echo "temperature: $TEMPERATURE"
 }
 
-#
-# The conversation
-#
+# -------------------------------------------------------------------------------------- the conversation
 
 # Bash does not leave `read -e` on a signal that it traps. Therefore Ctrl-C is no signal while a line is read but a
 # key: it puts itself into the line and ends the line. And `read` takes only the first of several lines

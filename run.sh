@@ -37,9 +37,7 @@ trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-#
-# Prepare
-#
+# ----------------------------------------------------------------------------------------------- prepare
 
 have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
 
@@ -132,9 +130,7 @@ setup() {
 	fi
 }
 
-#
-# Run
-#
+# --------------------------------------------------------------------------------------------------- run
 
 # start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that is taken, and
 # sets ADDRESS to its URL.
