@@ -276,8 +276,7 @@ class Gguf:
     """The header of a GGUF file, as a context manager. ModelError if the file is not a GGUF."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb"):  # an OSError says more than the library
-            pass
+        path.open("rb").close()  # an OSError says more than the library
         self.path, self.lib = path, ggml().lib
         self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
         if not self.handle:
