@@ -41,10 +41,7 @@ UNFIT=''       # why the last result must not be written to $FILE; empty if it m
 INTERRUPTED='' # set by Ctrl-C
 BAR=''         # set while a progress bar is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
-MODEL_INK=''   # these three start a colour and PLAIN_INK ends it; all are empty where there are no colours
-ADDED_INK=''
-REMOVED_INK=''
-PLAIN_INK=''
+MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK='' # PLAIN_INK ends a colour; all are empty without colours
 
 # ------------------------------------------------------------------------------------------ the terminal
 
