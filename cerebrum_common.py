@@ -167,16 +167,14 @@ SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 def describe(value: Any) -> str:
     """Describe a value for a message: its JSON type and the value itself. Messages are logged, and a string that is not
     an id may be a prompt, so only the length of such a string is shown."""
-    kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string"}
     if value is None:
         return "null"
     if isinstance(value, list | dict):
         return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
-    return (
-        f"{kinds[type(value)]} {json.dumps(value)}" if type(value) in kinds else f"a {type(value).__name__}"
-    )  # a TOML type
+    kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
+    return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,7 @@
 set -u
 shopt -s lastpipe || exit 1
 
-#
-# Settings and state
-#
+# ------------------------------------------------------------------------------------ settings and state
 
 PROGRAM=${0##*/}
 URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
@@ -25,7 +23,7 @@ MODEL='' # empty: the server chooses by the language
 TOKENS=512
 TEMPERATURE=0.4
 MAX_TOKENS=2048 # the limit of the API
-LIST_SECONDS=10 # for an answer that needs no model: a server that hangs shall not hang the REPL
+LIST_SECONDS=10 # for an answer that needs no model: a server that hangs must not hang the REPL
 
 # The texts of a completion are files in a directory, since a bash variable cannot hold every byte:
 #     original        the file as it was read; empty for a plain prompt
@@ -43,14 +41,9 @@ UNFIT=''       # why the last result must not be written to $FILE; empty if it m
 INTERRUPTED='' # set by Ctrl-C
 BAR=''         # set while a progress bar is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
-MODEL_INK=''   # these three start a colour and PLAIN_INK ends it; all are empty where there are no colours
-ADDED_INK=''
-REMOVED_INK=''
-PLAIN_INK=''
+MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK='' # PLAIN_INK ends a colour; all are empty without colours
 
-#
-# The terminal
-#
+# ------------------------------------------------------------------------------------------ the terminal
 
 die() {
 	printf '%s: %s\n' "$PROGRAM" "$1" >&2
@@ -62,16 +55,16 @@ complain() {
 	return 1
 }
 
-# start_colours: if stdout is a terminal with colours and the user has not refused them (https://no-color.org).
-# Bash sets TERM to "dumb" if it is unset. Magenta reads equally well on black and on white.
+# start_colours: uses colours if stdout is a terminal that has them and the user allows them (https://no-color.org).
+# Bash sets TERM to "dumb" if it is unset. Magenta is as easy to read on black as on white.
 start_colours() {
 	[[ -t 1 && -z ${NO_COLOR-} && -n ${TERM-} && $TERM != dumb ]] || return 0
 	MODEL_INK=$'\e[35m' ADDED_INK=$'\e[32m' REMOVED_INK=$'\e[31m' PLAIN_INK=$'\e[m'
 }
 
-# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal.
-# Each text ends its own colour, so whatever happens between two tokens finds the terminal as it was. Ctrl-C cuts
-# off what a slow terminal has not taken yet: then printf fails, and the colour is ended once more.
+# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal. Each
+# text ends its own colour, so that the terminal has its usual colour between two tokens. Ctrl-C discards what a slow
+# terminal has not shown yet: then printf fails, and the colour is ended once more.
 C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
 print_text() {
 	local LC_ALL=C # so that a pattern matches bytes
@@ -105,21 +98,6 @@ print_part() {
 	print_text "${text%.}" "${2-}"
 }
 
-# print_diff PATH
-print_diff() {
-	local line ink
-	[[ -n $PLAIN_INK ]] || { print_file "$1"; return; }
-	while IFS= read -r line || [[ -n $line ]]; do
-		case $line in
-			+*) ink=$ADDED_INK ;;
-			-*) ink=$REMOVED_INK ;;
-			*) ink='' ;;
-		esac
-		print_text "$line" "$ink"
-		echo
-	done <"$1"
-}
-
 # draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
 # since nobody knows how long it takes.
 draw_bar() {
@@ -143,9 +121,7 @@ clear_bar() {
 	BAR=''
 }
 
-#
-# JSON
-#
+# -------------------------------------------------------------------------------------------------- JSON
 
 command -v python3 >/dev/null || die "needs python3"
 
@@ -251,9 +227,7 @@ for line in lines:
     print(line.rstrip())' "$@"
 }
 
-#
-# The API
-#
+# ----------------------------------------------------------------------------------------------- the API
 
 # call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments.
 call_api() {
@@ -264,7 +238,7 @@ call_api() {
 
 # print_table PATH VIEW [CHOSEN]: VIEW and CHOSEN as for json_table.
 print_table() {
-	local line reason
+	local reason
 	call_api "$1" -m "$LIST_SECONDS" >"$WORK/answer" 2>"$WORK/curl" ||
 		{ reason=$(<"$WORK/curl"); complain "${reason:-interrupted}"; return; }
 	json_table "$2" "${3-}" <"$WORK/answer" >"$WORK/table" 2>/dev/null ||
@@ -273,14 +247,10 @@ print_table() {
 			complain "${reason:-$URL$1: expected an answer of Cerebrum, got something else}"
 			return
 		}
-	while IFS= read -r line; do
-		print_text "$line"$'\n'
-	done <"$WORK/table"
+	print_part "$WORK/table"
 }
 
-#
-# Completions
-#
+# ------------------------------------------------------------------------------------------- completions
 
 # prepare: makes a new $NEXT.
 prepare() {
@@ -338,14 +308,15 @@ ask() {
 	if [[ -z $message || -s $NEXT/completion ]]; then
 		make_result "$mode" "$file" || full=yes
 		[[ -z $full ]] || message="no room for the whole result in ${TMPDIR:-/tmp}"
-		keep_result "$file" "$language" "${message:-$(unfit "$mode" "$kept" "$reason")}"
+		rm -rf "$LAST"
+		LAST=$NEXT FILE=$file LANGUAGE=$language UNFIT=${message:-$(unfit "$mode" "$kept" "$reason")}
 	fi
 	[[ -z $message ]] || { complain "$message"; return; }
 	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
 }
 
-# unfit MODE KEPT REASON: prints why a completion that came to its end must not replace a file, if it must not.
-# Only the answer to an instruction replaces text; the others add to it.
+# unfit MODE KEPT REASON: prints why a finished completion must not replace a file; prints nothing if it may. Only the
+# answer to an instruction replaces text; other completions add to it.
 unfit() {
 	case $1:$2:$3 in
 		instruct:part:*) printf 'made from a part of the text, which is too long for the model' ;;
@@ -387,22 +358,10 @@ sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
 	fi
 }
 
-# keep_result FILE LANGUAGE UNFIT: makes $NEXT the last result.
-keep_result() {
-	local old=$LAST
-	LAST=$NEXT
-	FILE=$1
-	LANGUAGE=$2
-	UNFIT=$3
-	rm -rf "$old"
-}
+# ------------------------------------------------------------------------------------------------- files
 
-#
-# Files
-#
-
-# language_of PATH: prints the language of a file by its name, the present one if the name tells none. The server's
-# table is in cerebrum_languages.py. LC_ALL, since the small letter of a Turkish I is none of these.
+# language_of PATH: prints the language of a file by its name, or the current language if the name is not in the
+# table. The server's table is in cerebrum/text/languages.py. LC_ALL, because in Turkish a small I is another letter.
 language_of() {
 	local LC_ALL=C name=${1##*/}
 	case ${name,,} in
@@ -452,26 +411,21 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes too late
 source, path = sys.argv[1], os.path.realpath(sys.argv[2])
 draft = "{}.{}.new".format(path, os.getpid())
 
-def write(file):
-    if os.path.exists(path):
-        old, new = os.stat(path), os.fstat(file.fileno())
-        if not stat.S_ISREG(old.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if not os.access(path, os.W_OK):
-            raise OSError(errno.EACCES, "not writable")
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.chown(draft, old.st_uid, old.st_gid)
-        shutil.copystat(path, draft)
-    with open(source, "rb") as text:
-        file.write(text.read())
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(draft, path)
-
 try:
-    with open(draft, "xb") as file:
+    old = os.stat(path) if os.path.exists(path) else None
+    if old and not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if old and not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, "not writable")
+    with open(source, "rb") as text, open(draft, "xb") as file:
         try:
-            write(file)
+            if old:
+                os.chown(draft, old.st_uid, old.st_gid)
+                shutil.copystat(path, draft)
+            file.write(text.read())
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(draft, path)
         except OSError:
             os.unlink(draft)
             raise
@@ -483,12 +437,12 @@ except OSError as error:
 # diff_files OLD NEW NAME
 diff_files() {
 	diff -u --label "$3" --label "$3 (new)" "$1" "$2" >"$WORK/diff" && echo "no change"
-	print_diff "$WORK/diff"
+	[[ -n $PLAIN_INK ]] || { print_file "$WORK/diff"; return; }
+	print_part "$WORK/diff" | LC_ALL=C sed "s/^+.*/$ADDED_INK&$PLAIN_INK/; s/^-.*/$REMOVED_INK&$PLAIN_INK/" ||
+		printf '%s' "$PLAIN_INK" # Ctrl-C may have left a colour on
 }
 
-#
-# Commands
-#
+# ---------------------------------------------------------------------------------------------- commands
 
 cmd_usage() {
 	cat <<-EOF
@@ -642,13 +596,11 @@ cmd_lang() {
 }
 
 cmd_model() {
-	if [[ -z $1 ]]; then
-		print_table /v1/models models "$MODEL"
-	elif [[ $1 == auto ]]; then
-		MODEL=''
-	else
-		MODEL=$1
-	fi
+	case $1 in
+		'') print_table /v1/models models "$MODEL" ;;
+		auto) MODEL='' ;;
+		*) MODEL=$1 ;;
+	esac
 	echo "model: ${MODEL:-auto}"
 }
 
@@ -672,9 +624,7 @@ cmd_temp() {
 	echo "temperature: $TEMPERATURE"
 }
 
-#
-# The conversation
-#
+# -------------------------------------------------------------------------------------- the conversation
 
 # Bash does not leave `read -e` on a signal that it traps. Therefore Ctrl-C is no signal while a line is read but a
 # key: it puts itself into the line and ends the line. And `read` takes only the first of several lines
@@ -735,8 +685,7 @@ cmd_filter() {
 	local text
 	FILTER=yes
 	IFS= read -r -d '' text
-	prepare && printf '%s' "${text%$'\n'}" >"$NEXT/before" || return
-	ask auto '' "$LANGUAGE"
+	cmd_prompt "${text%$'\n'}"
 }
 
 run_line() {
@@ -767,27 +716,22 @@ run_line() {
 	esac
 }
 
-while (($# > 0)); do
+need_value() {
+	[[ -n ${2-} ]] || die "$1 needs a value; see --help" 2
+}
+
+while (($# > 0)) && [[ $1 != - ]]; do
 	case $1 in
 		-h | --help) cmd_usage; exit 0 ;;
-		-l | --lang | -m | --model | -n | --tokens | -t | --temp | --url)
-			[[ -n ${2-} ]] || die "$1 needs a value; see --help" 2
-			case $1 in
-				-l | --lang) LANGUAGE=$2 ;;
-				-m | --model) MODEL=$2 ;;
-				-n | --tokens) cmd_tokens "$2" >/dev/null || exit 2 ;;
-				-t | --temp) cmd_temp "$2" >/dev/null || exit 2 ;;
-				--url) URL=$2 ;;
-			esac
-			shift 2
-			;;
-		-) break ;;
+		-l | --lang) need_value "$@"; LANGUAGE=$2 ;;
+		-m | --model) need_value "$@"; MODEL=$2 ;;
+		-n | --tokens) need_value "$@"; cmd_tokens "$2" >/dev/null || exit 2 ;;
+		-t | --temp) need_value "$@"; cmd_temp "$2" >/dev/null || exit 2 ;;
+		--url) need_value "$@"; URL=$2 ;;
 		*) die "unknown argument $1; see --help" 2 ;;
 	esac
+	shift 2
 done
 URL=${URL%/}
 
-case ${1-} in
-	-) cmd_filter ;;
-	*) cmd_repl ;;
-esac
+if [[ ${1-} == - ]]; then cmd_filter; else cmd_repl; fi

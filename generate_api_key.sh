@@ -22,8 +22,6 @@ usage() {
 	EOF
 }
 
-say() { printf '%s\n' "$*"; }
-
 die() {
 	printf '%s: %s\n' "${0##*/}" "$1" >&2
 	exit "${2:-1}"
@@ -33,7 +31,7 @@ new_key() {
 	local key
 	key=$(head -c 32 /dev/urandom | base64 | tr -d '=\n' | tr '+/' '-_')
 	[[ ${#key} -eq 43 ]] || die "could not read 32 random bytes from /dev/urandom"
-	say "$key"
+	printf '%s\n' "$key"
 }
 
 # read_key: prints the key that is on stdin. Runs in a subshell, whose end turns the echo of a terminal on again.
@@ -51,17 +49,15 @@ read_key() {
 	key=${key%%,*}
 	# What systemd and the daemons read from an .env as it stands, without quotes.
 	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] || die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
-	say "$key"
+	printf '%s\n' "$key"
 }
-
-is_bare() { [[ ${1##*/} =~ ^[A-Z][A-Z0-9_]*$ ]]; }
 
 # with_key --write|--set KEY FILE: copies the FILE from stdin to stdout with the key set, in an .env at its first place
 # or at the end. In plain bash, since `ps` would show the key as an argument of awk or sed.
 with_key() {
 	local keys=$2 label=CEREBRUM_API_KEY= begin='^[[:space:]]*(export[[:space:]]+)?CEREBRUM_API_KEY[[:space:]]*='
 	local lines=() n place='' value old=''
-	! is_bare "$3" || label='' begin='^'
+	[[ ! ${3##*/} =~ ^[A-Z][A-Z0-9_]*$ ]] || label='' begin='^'
 	mapfile -t lines
 	for n in "${!lines[@]}"; do
 		[[ ${lines[n]} =~ $begin ]] || continue
@@ -105,7 +101,7 @@ put_key() {
 	for target in "${targets[@]}"; do
 		sync -- "${target%/*}/" # the new name
 	done
-	say "key set in: $*"
+	echo "key set in: $*"
 }
 
 case "${1-}" in

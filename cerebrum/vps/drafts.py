@@ -58,8 +58,7 @@ class Acceptance:
 
     def spend(self, cost: float, gained: float) -> None:
         """Book one decode: its cost by the table, and the tokens `gained` over plain decoding (0 without a draft)."""
-        earned = gained if gained else LOSS_SHARE * cost
-        self.credit = min(CREDIT_LIMIT, self.credit + earned)
+        self.credit = min(CREDIT_LIMIT, self.credit + (gained or LOSS_SHARE * cost))
         if not gained:
             for table in (self.right, self.wrong):
                 for key in table:

@@ -1,11 +1,9 @@
 """The encoding of the weights: find the tensor types that this machine computes fastest, and write a file in them.
 
-`tune` measures which types make a model faster on this CPU, and writes the *tuned file*: the published model in those
-types. Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). The changes must pay (`MIN_GAIN`).
+`tune` tries a few recipes of types on this CPU, and writes the *tuned file*: the published model in the fastest types.
+Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). The changes must pay (`MIN_GAIN`).
 
-- A *sample* is the model with a few layers and a small vocabulary, or with one layer and its output matrix. Tensors of
-  one type form a group. One sample has every group changed; each of the others differs from that one in one group. The
-  differences in time rank all combinations of changes, and `tune` takes the best one that fits into memory.
+- A *sample* is the model with a few layers and a small vocabulary. Each recipe that fits into memory is timed on one.
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
@@ -19,7 +17,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -27,11 +24,11 @@ import platform
 import shutil
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -51,23 +48,22 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def cpu_info(*names: str) -> list[str]:
+    """The values of these lines in /proc/cpuinfo."""
+    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return [value.strip() for name, _, value in pairs if name.strip() in names]
+
+
 @functools.cache
 def cpu_flags() -> str:
     """A hash of the CPU's features as the kernel lists them."""
-    words: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # x86, ARM
-            words.update(value.split())
+    words = set(" ".join(cpu_info("flags", "Features")).split())  # x86, ARM
     return hashlib.sha256(" ".join([platform.machine(), *sorted(words)]).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return next(iter(cpu_info("model name")), platform.machine())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,31 +145,23 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
 
 READ_TOKENS = 1000  # encodings are compared by the time of this work: 1,000 tokens read …
 DECODES = {1: 64, 4: 8, 16: 2}  # … and 128 written, half of them as drafts: number of decodes by size in tokens
-MIN_GAIN = 0.03  # share of the time that a tuned file or a change of settings must save
+MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
 # Mean KLD in nats: a larger one means a faulty kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the
 # 1.5B, on an Intel Xeon with AMX.
 MAX_DIVERGENCE = 0.02
-MIN_GROUP_GAIN = 0.005  # share of a sample's time that a change of one group of tensors must save
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
-KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention
-# The types that each type may become: a type that stores the same weights, exactly or with scales rounded to fp16 (see
-# gguf.py), or else Q8_0. The steps of Q8_0 are 1/127 of a block's largest weight, so this rounding changes less than
-# the rounding in other kernels. The ternary types and the 1-bit and 4-bit float types are left alone.
-FAITHFUL: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), ("q8_0",)),
-    **dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), ("q8_0",)),
-    "q4_K": ("q4_1", "q8_0"),
-    "q5_K": ("q5_1", "q8_0"),
+KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
+# A recipe has the new type of each type that it changes: a type that stores the same weights, exactly or with scales
+# rounded to fp16 (see gguf.py), or else Q8_0. The steps of Q8_0 are 1/127 of a block's largest weight, so this rounding
+# changes less than the rounding in other kernels. The ternary types and the 1-bit and 4-bit float types are left alone.
+TO_Q8_0 = {
+    **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), "q8_0"),
+    **dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "q8_0"),
 }
-LOSSY = "q4_0"  # the type that --fast adds for the layers' tensors
-LARGE = ("q8_0", "f16", "bf16")  # no faithful type is faster, but Q4_0 may be worth its loss
-
-
-def targets(tensor_type: str, output: bool, fast: bool) -> tuple[str, ...]:
-    """The types that a tensor of this type may become."""
-    lossy = fast and not output and tensor_type != LOSSY and (tensor_type in FAITHFUL or tensor_type in LARGE)
-    return FAITHFUL.get(tensor_type, ()) + ((LOSSY,) if lossy else ())
+FAITHFUL = TO_Q8_0 | {"q4_K": "q4_1", "q5_K": "q5_1"}
+LOSSY = "q4_0"
+FAST = dict.fromkeys((FAITHFUL.keys() | {"q8_0", "f16", "bf16"}) - {LOSSY}, LOSSY)  # only with --fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,28 +182,22 @@ class Timing:
         )
 
 
-class Group(NamedTuple):
-    """Tensors that change together: the layers' tensors of one type, or the matrix that gives the logits."""
-
-    type: str
-    output: bool
-
-    def __str__(self) -> str:
-        return self.type.upper() + (" (output)" if self.output else "")
+Types = Mapping[str, str]  # of the tensors that change: new type by name
 
 
-Types = Mapping[Group, str]  # the groups that change, and their new types
+def output_name(tensors: Sequence[Tensor]) -> str:
+    """The name of the matrix that gives the logits."""
+    return next((tensor.name for tensor in tensors if tensor.name == "output.weight"), "token_embd.weight")
 
 
-def group_tensors(tensors: Sequence[Tensor], fast: bool = False) -> dict[Group, list[Tensor]]:
-    """The matrices that are multiplied, by group, the largest group first."""
-    output = next((tensor.name for tensor in tensors if tensor.name == "output.weight"), "token_embd.weight")
-    groups: dict[Group, list[Tensor]] = defaultdict(list)
+def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
+    """Apply a recipe to the matrices that are multiplied. The one that gives the logits never becomes LOSSY."""
+    output, types = output_name(tensors), {}
     for tensor in tensors:
-        group = Group(tensor.type, tensor.name == output)
-        if tensor.is_matrix and (tensor.layer is not None or group.output) and targets(*group, fast):
-            groups[group].append(tensor)
-    return dict(sorted(groups.items(), key=lambda item: -sum(tensor.weights for tensor in item[1])))
+        used = FAITHFUL if recipe is FAST and tensor.name == output else recipe
+        if tensor.is_matrix and tensor.type in used and (tensor.layer is not None or tensor.name == output):
+            types[tensor.name] = used[tensor.type]
+    return types
 
 
 def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
@@ -229,26 +211,10 @@ def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
     return sorted(alike[(2 * i + 1) * layers // (2 * count)] for i in range(count))
 
 
-def grown(groups: Mapping[Group, Sequence[Tensor]], types: Types) -> int:
+def grown(tensors: Sequence[Tensor], types: Types) -> int:
     """Bytes that the changes add to the file."""
-    return sum(
-        ggml().data_size(target, tensor.weights) - tensor.size
-        for group, target in types.items()
-        for tensor in groups[group]
-    )
-
-
-def rank(
-    groups: Mapping[Group, Sequence[Tensor]], saved: Mapping[tuple[Group, str], float]
-) -> list[tuple[float, int, dict[Group, str]]]:
-    """All combinations of changes, the best first: (seconds saved of the work, bytes added, the changes). `saved` has
-    the seconds that each change saves alone."""
-    options = [[group.type, *(target for changed, target in saved if changed == group)] for group in groups]
-    combinations = []
-    for chosen in itertools.product(*options):
-        types = {group: target for group, target in zip(groups, chosen, strict=True) if target != group.type}
-        combinations.append((sum(saved[change] for change in types.items()), grown(groups, types), types))
-    return sorted(combinations, key=lambda combination: (-combination[0], combination[1]))
+    changed = (tensor for tensor in tensors if tensor.name in types)
+    return sum(ggml().data_size(types[tensor.name], tensor.weights) - tensor.size for tensor in changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,26 +242,24 @@ class Outcome:
 
     def table(self) -> str:
         before, after = self.settings
-        lines = [f"{cpu_name()}, {after.threads} threads", ""]
-        rows: list[tuple[str, ...]] = [("tensors", "published", "here", "")]
-        rows += [(f"{kind} ({count})", old.upper(), new.upper(), "") for kind, count, old, new in self.changes]
-        now = self.tuned or self.published
-        rows += [
+        old, new = self.published, self.tuned or self.published
+        decodes = [(f"a decode of {n} token{'s' * (n > 1)}, ms", old.decode[n], new.decode[n]) for n in DECODES]
+        rows = [
+            ("tensors", "published", "here", ""),
+            *((f"{kind} ({count})", was.upper(), now.upper(), "") for kind, count, was, now in self.changes),
             ("", "", "", ""),
             ("", "published", "here", ""),
-            row("reading a prompt, tokens/s", 1 / self.published.read, 1 / now.read, "{:.0f}"),
+            row("reading a prompt, tokens/s", old.read, new.read, lambda seconds: f"{1 / seconds:.0f}"),
+            *(row(*times, lambda seconds: f"{1e3 * seconds:.1f}") for times in decodes),
+            row(f"{READ_TOKENS} tokens read, 128 written, s", old.work, new.work, lambda seconds: f"{seconds:.2f}"),
+            ("size of the file, MB", *(f"{size / MB:.0f}" for size in self.file_bytes), ""),
+            ("memory (estimate), MB", *(f"{size / MB:.0f}" for size in self.memory_bytes), ""),
+            ("micro-batch", str(before.micro_batch), str(after.micro_batch), ""),
+            ("flash attention", *("on" if used.uses_flash_attention else "off" for used in self.settings), ""),
+            ("threads", str(before.threads), str(after.threads), ""),
         ]
-        for size in DECODES:
-            old, new = 1e3 * self.published.decode[size], 1e3 * now.decode[size]
-            rows.append(row(f"a decode of {size} token{'s' * (size > 1)}, ms", old, new, "{:.1f}", less=True))
-        title = f"{READ_TOKENS} tokens read, 128 written, s"
-        rows.append(row(title, self.published.work, now.work, "{:.2f}", less=True))
-        rows.append(("size of the file, MB", *(f"{size / MB:.0f}" for size in self.file_bytes), ""))
-        rows.append(("memory (estimate), MB", *(f"{size / MB:.0f}" for size in self.memory_bytes), ""))
-        rows.append(("micro-batch", str(before.micro_batch), str(after.micro_batch), ""))
-        rows.append(("flash attention", *("on" if s.uses_flash_attention else "off" for s in (before, after)), ""))
-        rows.append(("threads", str(before.threads), str(after.threads), ""))
         width = max(len(name) for name, *_ in rows)
+        lines = [f"{cpu_name()}, {after.threads} threads", ""]
         lines += ["  ".join((r[0].ljust(width), *(cell.rjust(10) for cell in r[1:3]), *r[3:])).rstrip() for r in rows]
         lines.append("")
         if self.agreement:
@@ -310,8 +274,9 @@ class Outcome:
         return "\n".join(lines)
 
 
-def row(title: str, old: float, new: float, form: str, less: bool = False) -> tuple[str, str, str, str]:
-    return title, form.format(old), form.format(new), f"{old / new if less else new / old:.2f} x"
+def row(title: str, old: float, new: float, show: Callable[[float], str]) -> tuple[str, str, str, str]:
+    """A row with two times in seconds, and how many times as fast the new one is."""
+    return title, show(old), show(new), f"{old / new:.2f} x"
 
 
 # ------------------------------------------------------------------------------------------ IO: measuring
@@ -430,27 +395,22 @@ class Tuner:
         self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Progress
     ) -> None:
         self.file, self.sha256, self.settings, self.folder = file, sha256, settings, folder
-        self.room, self.fast, self.report = room, fast, report
+        self.room, self.report = room, report
         self.shape, self.tensors = file.shape, file.tensors
-        self.groups = group_tensors(self.tensors, fast)
+        self.options: list[Types] = []  # the first one changes nothing
+        for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
+            if (types := change_types(self.tensors, recipe)) not in self.options:
+                self.options.append(types)
         self.layers = sample_layers(self.tensors, self.shape.layers)
         self.size = file.path.stat().st_size
-        knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
+        self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
-            knobs.append(replace(settings, threads=cpus()))
-        # Settings with the same context count once: with a quantized cache, flash attention is always on.
-        alike = {(knob.micro_batch, knob.uses_flash_attention, knob.threads): knob for knob in [*knobs, settings]}
-        self.knobs = list(alike.values())
-        changes = sum(len(self.targets(group)) for group in self.groups)
-        samples = changes + len({group.output for group in self.groups})
-        self.done, self.steps = 0, TURNS * (samples + len(self.knobs) + 2)
+            self.knobs.append(replace(settings, threads=cpus()))
+        self.done, self.steps = 0, TURNS * (len(self.options) + len(self.knobs) + 2)
 
     def step(self) -> None:
         self.done += 1
         self.report("measuring", self.done, self.steps)
-
-    def targets(self, group: Group) -> tuple[str, ...]:
-        return targets(group.type, group.output, self.fast)
 
     def memory(self, size: int, settings: Settings) -> int:
         return sum(estimate_bytes(size, self.shape, settings).values())
@@ -463,16 +423,11 @@ class Tuner:
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
 
-    def types_of(self, types: Types) -> dict[str, str]:
-        """The new types by tensor name."""
-        return {tensor.name: target for group, target in types.items() for tensor in self.groups[group]}
-
-    def sample(self, types: Types, layers: Sequence[int], output: bool = False) -> Path:
-        """Write a file with these changes, these layers and a small vocabulary (with `output`, the whole vocabulary).
-        The file has no tokenizer."""
+    def sample(self, types: Types, layers: Sequence[int]) -> Path:
+        """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
-        changed, parts = self.types_of(types), []
-        vocabulary = self.shape.vocabulary if output else min(SAMPLE_VOCABULARY, self.shape.vocabulary)
+        parts = []
+        vocabulary = min(SAMPLE_VOCABULARY, self.shape.vocabulary)
         for tensor in self.tensors:
             name, dimensions = tensor.name, tensor.dimensions
             if tensor.layer is not None:
@@ -481,59 +436,48 @@ class Tuner:
                 name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
             elif self.shape.vocabulary in dimensions:
                 dimensions = tuple(vocabulary if size == self.shape.vocabulary else size for size in dimensions)
-            parts.append(Part(tensor, changed.get(tensor.name, tensor.type), name, dimensions))
+            parts.append(Part(tensor, types.get(tensor.name, tensor.type), name, dimensions))
         arch = self.file.architecture
         values: dict[str, str | int] = {
             f"{arch}.block_count": len(layers),
             f"{arch}.vocab_size": vocabulary,
             "tokenizer.ggml.model": "no_vocab",
         }
-        self.file.write(path, parts, values, without="tokenizer.", threads=cpus())
+        self.file.write(path, parts, values, without="tokenizer.")
         return path
 
-    def clear(self) -> None:
-        for sample in self.folder.iterdir():
-            sample.unlink()
+    def fits(self, types: Types, settings: Settings) -> bool:
+        return self.memory(self.size + grown(self.tensors, types), settings) <= self.room
 
-    def choose_types(self) -> dict[Group, str]:
-        """The best combination of changes that fits into memory."""
-        saved: dict[tuple[Group, str], float] = {}
-        for output in (False, True):
-            groups = [group for group in self.groups if group.output == output]
-            # The speed of a type's kernels depends on the types around it, so a change is measured among the others.
-            usual = {group: self.targets(group)[0] for group in groups}
-            changes = [(group, target) for group in groups for target in (group.type, *self.targets(group)[1:])]
-            if not changes:
-                continue
-            layers = self.layers[:1] if output else self.layers
-            variants: dict[Any, Variant] = {None: (self.sample(usual, layers, output), self.settings)}
-            variants |= {
-                (g, target): (self.sample({**usual, g: target}, layers, output), self.settings) for g, target in changes
-            }
-            found = compare(variants, SAMPLE_READ_TOKENS, self.step)
-            self.clear()
-            for group in groups:
-                kept = found[group, group.type].work
-                for target in self.targets(group):
-                    gain = kept - found[(group, target) if target != usual[group] else None].work
-                    if gain >= MIN_GROUP_GAIN * kept:
-                        saved[group, target] = gain * (1 if output else self.shape.layers / len(self.layers))
-        for _, added, types in rank(self.groups, saved):
-            if self.memory(self.size + added, self.settings) <= self.room:
-                return types
-        return {}
+    def fastest(self, samples: Mapping[Any, Variant], read: int) -> Any:
+        """The key of the fastest sample, or the first key if the gain is less than MIN_GAIN. Removes the samples."""
+        found = compare(samples, read, self.step)
+        for path in self.folder.iterdir():
+            path.unlink()
+        first, best = next(iter(samples)), min(samples, key=lambda key: found[key].work)
+        return best if found[best].work <= (1 - MIN_GAIN) * found[first].work else first
+
+    def choose_types(self) -> Types:
+        fitting = [types for types in self.options if self.fits(types, self.settings)]
+        samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
+        best: int = self.fastest(dict(enumerate(samples)), SAMPLE_READ_TOKENS)
+        return fitting[best]
 
     def choose_settings(self, types: Types) -> Settings:
-        """The fastest micro-batch, attention and thread count for these types, if the gain is MIN_GAIN or more."""
+        """The fastest micro-batch, attention and thread count for these types."""
         # Half the layers will do: attention takes the same share of each layer, and the context is long.
-        sample, base, size = self.sample(types, self.layers[::2]), self.settings, self.size + grown(self.groups, types)
-        fitting = [base, *(knob for knob in self.knobs if knob != base and self.memory(size, knob) <= self.room)]
-        found = compare({knob: (sample, knob) for knob in fitting}, CONTEXT_TOKENS, self.step)
-        self.clear()
-        best = min(fitting, key=lambda knob: found[knob].work)
-        return best if found[best].work <= (1 - MIN_GAIN) * found[base].work else base
+        sample = self.sample(types, self.layers[::2])
+        samples = {knob: (sample, knob) for knob in self.knobs if knob == self.settings or self.fits(types, knob)}
+        best: Settings = self.fastest(samples, CONTEXT_TOKENS)
+        return best
 
     def passport(self, types: Types, settings: Settings) -> Passport:
+        output = output_name(self.tensors)
+        changes = {
+            (tensor.type.upper() + " (output)" * (tensor.name == output), types[tensor.name].upper())
+            for tensor in self.tensors
+            if tensor.name in types
+        }
         return Passport(
             source=self.sha256,
             library=llama_cpp.__version__,
@@ -543,7 +487,7 @@ class Tuner:
             threads=settings.threads,
             micro_batch=settings.micro_batch,
             flash_attention=settings.flash_attention,
-            types={str(group): target.upper() for group, target in types.items()},
+            types=dict(sorted(changes)),
             fast=LOSSY in types.values(),
         )
 
@@ -557,13 +501,11 @@ class Tuner:
             raise TuneError(f"expected a model of which a few layers can be measured: {error}") from None
         path, size = self.folder / "tuned", self.size
         if types:
-            changed = self.types_of(types)
             size = self.file.write(
                 path,
-                [Part(tensor, changed.get(tensor.name, tensor.type)) for tensor in self.tensors],
+                [Part(tensor, types.get(tensor.name, tensor.type)) for tensor in self.tensors],
                 {PASSPORT_KEY: self.passport(types, settings).encode()},
                 report=lambda done, total: self.report("writing", done, total),
-                threads=cpus(),
             )
         variants = {"published": (self.file.path, self.settings)}
         if types or settings != self.settings:
@@ -597,10 +539,11 @@ class Tuner:
 
     def changes(self, types: Types) -> list[tuple[str, int, str, str]]:
         """A row for each kind of matrix and each of its types."""
-        after, counts = self.types_of(types), defaultdict[tuple[str, str, str], int](int)
-        for tensor in self.tensors:
-            if tensor.is_matrix:
-                counts[tensor.kind, tensor.type, after.get(tensor.name, tensor.type)] += 1
+        counts = Counter(
+            (tensor.kind, tensor.type, types.get(tensor.name, tensor.type))
+            for tensor in self.tensors
+            if tensor.is_matrix
+        )
         return [(kind, count, old, new) for (kind, old, new), count in sorted(counts.items())]
 
 

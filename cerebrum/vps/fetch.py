@@ -62,7 +62,7 @@ def fetch(model: Model, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists() and model.sha256 in ("", digest_with_bar(target, "checking")):
+        if target.exists() and model.sha256 in ("", digest_with_bar(target)):
             return target
         problems = []
         part = folder / f"{model.file}.part"
@@ -76,7 +76,7 @@ def fetch(model: Model, folder: Path) -> Path:
                 problems.append(f"{source.get('url') or source.get('packages')}: {error}")
         else:
             raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
-        got = digest_with_bar(part, "checking")
+        got = digest_with_bar(part)
         part.with_suffix(".etag").unlink(missing_ok=True)
         with part.open("rb") as file:
             magic = file.read(4)
@@ -90,9 +90,9 @@ def fetch(model: Model, folder: Path) -> Path:
     return target
 
 
-def digest_with_bar(path: Path, label: str) -> str:
+def digest_with_bar(path: Path) -> str:
     size = path.stat().st_size
-    bar = Bar(f"{label} {path.name}", size)
+    bar = Bar(f"checking {path.name}", size)
     digest = file_digest(path, bar.show)
     bar.show(size, last=True)
     return digest

@@ -39,54 +39,12 @@ Bytes = npt.NDArray[np.uint8]
 # Weights j and j + 16 of a block share a byte: j in its low half, j + 16 in its high half.
 
 
-def join_nibbles(values: Bytes) -> Bytes:
-    """(…, 32) numbers below 16 as (…, 16) bytes."""
-    packed: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
-    return packed
-
-
-def split_nibbles(packed: Bytes) -> Bytes:
-    """(…, 16) bytes as (…, 32) numbers below 16."""
-    return np.concatenate((packed & 15, packed >> 4), axis=-1)
-
-
-def as_q8_0(scales: npt.NDArray[np.float16], values: Bytes) -> Bytes:
-    """Blocks of Q8_0: d, then 32 int8 (given as the same bits in uint8)."""
-    return np.concatenate((scales.view(np.uint8), values), axis=-1)
-
-
-def q4_0_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: d · (q - 8) keeps d, and q - 8 fits into an int8."""
-    return as_q8_0(scales_of(blocks), split_nibbles(blocks[:, 2:]) - np.uint8(8))
-
-
 def q5_0_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact, like Q4_0. Q5_0 has the fifth bits of its 32 numbers between d and the nibbles."""
+    """Exact: d · (q - 16) keeps d, and q - 16 fits into an int8. Q5_0 has d, the fifth bits of its 32 numbers, their
+    nibbles; Q8_0 has d, then 32 int8."""
     high = np.unpackbits(blocks[:, 2:6], axis=-1, bitorder="little")
-    return as_q8_0(scales_of(blocks), (split_nibbles(blocks[:, 6:]) | high << np.uint8(4)) - np.uint8(16))
-
-
-# kvalues_iq4nl of ggml-common.h
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8).view(
-    np.uint8
-)
-
-
-def iq4_nl_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: the 16 values that a nibble can stand for are int8."""
-    return as_q8_0(scales_of(blocks), IQ4_VALUES[split_nibbles(blocks[:, 2:])])
-
-
-def iq4_xs_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact but for rounding the product of two scales to fp16.
-
-    A super-block: d, the upper 2 bits of 8 scales, the scales' lower 4 bits, 8 times 32 nibbles.
-    """
-    count = len(blocks)
-    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2).astype(np.uint16) & 3
-    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=-1).reshape(count, 8)
-    scales = finite(scales_of(blocks).astype(np.float32) * ((low | high << np.uint8(4)).astype(np.float32) - 32))
-    return as_q8_0(scales[..., None], IQ4_VALUES[split_nibbles(blocks[:, 8:].reshape(count, 8, 16))])
+    low = np.concatenate((blocks[:, 6:] & 15, blocks[:, 6:] >> 4), axis=-1)
+    return np.concatenate((blocks[:, :2], (low | high << np.uint8(4)) - np.uint8(16)), axis=-1)
 
 
 def k_scales(blocks: Bytes) -> Bytes:
@@ -108,7 +66,9 @@ def k_nibbles(packed: Bytes) -> Bytes:
     Byte l of the g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half.
     """
     pairs = packed.reshape(-1, 4, 32)
-    return join_nibbles(np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32))
+    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    joined: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
+    return joined
 
 
 def q4_k_to_q4_1(blocks: Bytes) -> Bytes:
@@ -138,10 +98,7 @@ def finite(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 
 
 EXACT: Mapping[tuple[str, str], Callable[[Bytes], Bytes]] = {
-    ("q4_0", "q8_0"): q4_0_to_q8_0,
     ("q5_0", "q8_0"): q5_0_to_q8_0,
-    ("iq4_nl", "q8_0"): iq4_nl_to_q8_0,
-    ("iq4_xs", "q8_0"): iq4_xs_to_q8_0,
     ("q4_K", "q4_1"): q4_k_to_q4_1,
     ("q5_K", "q5_1"): q5_k_to_q5_1,
 }
@@ -225,31 +182,26 @@ class Ggml:
             function = getattr(self.lib, name)
             function.restype, function.argtypes = result, arguments
         self.names: dict[int, str] = {}  # by number in enum ggml_type, which has gaps
+        self.traits: dict[str, _TypeTraits] = {}
         for number in range(llama.GGML_TYPE_COUNT):
-            if name := self.lib.ggml_get_type_traits(number).contents.type_name:
-                self.names[number] = name.decode()
+            traits = self.lib.ggml_get_type_traits(number).contents
+            if traits.type_name:
+                self.names[number] = traits.type_name.decode()
+                self.traits[self.names[number]] = traits
         self.numbers = {name: number for number, name in self.names.items()}
-
-    def traits(self, name: str) -> _TypeTraits:
-        traits: _TypeTraits = self.lib.ggml_get_type_traits(self.numbers[name]).contents
-        return traits
 
     def type_size(self, name: str) -> int:
         """Bytes of a block."""
-        return int(self.traits(name).type_size)
-
-    def block_size(self, name: str) -> int:
-        """Weights in a block."""
-        return int(self.traits(name).blck_size)
+        return int(self.traits[name].type_size)
 
     def data_size(self, name: str, weights: int) -> int:
         """Bytes that `weights` weights take, a multiple of the type's block."""
-        return weights // self.block_size(name) * self.type_size(name)
+        return weights // int(self.traits[name].blck_size) * self.type_size(name)
 
     def dequantize(self, data: Bytes, name: str) -> npt.NDArray[np.float32]:
         data = np.ascontiguousarray(data)
-        floats = np.empty(data.size // self.type_size(name) * self.block_size(name), np.float32)
-        self.traits(name).to_float(data.ctypes.data, floats.ctypes.data, floats.size)
+        floats = np.empty(data.size // self.type_size(name) * self.traits[name].blck_size, np.float32)
+        self.traits[name].to_float(data.ctypes.data, floats.ctypes.data, floats.size)
         return floats
 
     def quantize(self, floats: npt.NDArray[np.float32], name: str) -> Bytes:
@@ -324,8 +276,7 @@ class Gguf:
     """The header of a GGUF file, as a context manager. ModelError if the file is not a GGUF."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb"):  # an OSError says more than the library
-            pass
+        path.open("rb").close()  # an OSError says more than the library
         self.path, self.lib = path, ggml().lib
         self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
         if not self.handle:
@@ -399,7 +350,6 @@ class Gguf:
         values: Mapping[str, str | int] | None = None,
         without: str = "",
         report: Callable[[int, int], None] = lambda _done, _total: None,
-        threads: int = 1,
     ) -> int:
         """Write a file of these parts, and return its size.
 
@@ -411,7 +361,7 @@ class Gguf:
         sizes = [ggml().data_size(part.type, part.weights) for part in parts]
         total = max([len(header), *(offset + size for offset, size in zip(offsets, sizes, strict=True))])
         total += -total % ALIGNMENT
-        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor(threads) as pool:
+        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor() as pool:
             os.posix_fallocate(output.fileno(), 0, total)
             write_whole(output.fileno(), header, 0)
 

@@ -400,22 +400,17 @@ class Llama:
         that message."""
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
-        marks = [f"\x01{number}\x02" for number in range(len(messages))]
-        chat = (llama.llama_chat_message * len(messages))(
-            *(
-                llama.llama_chat_message(role.encode(), mark.encode())
-                for (role, _), mark in zip(messages, marks, strict=True)
-            )
-        )
+        turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, (role, _) in enumerate(messages)]
+        chat = (llama.llama_chat_message * len(turns))(*turns)
         template = llama.llama_model_chat_template(self.model, None)
         buffer = ctypes.create_string_buffer(4096 + 128 * len(messages))
         for name in (template, b"chatml"):
             size = llama.llama_chat_apply_template(name, chat, len(messages), True, buffer, len(buffer))
             if size >= 0:
                 break
-        rest, tokens = buffer.raw[:size].decode(), []
-        for number, ((_, content), mark) in enumerate(zip(messages, marks, strict=True)):
-            glue, found, rest = rest.partition(mark)
+        rest, tokens = buffer.raw[:size], []
+        for number, (_, content) in enumerate(messages):
+            glue, found, rest = rest.partition(b"\x01%d\x02" % number)
             tokens += self.tokenize(glue, number == 0, special=True)
             tokens += self.tokenize(content, False) if found else []
         return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -87,30 +86,27 @@ class PrefixStore:
         return self.entries[best], length
 
 
-KV_MAGIC = b"cerebrum-kv-3\n"
+KV_MAGIC = b"cerebrum-kv-4\n"
 
 
 def encode_parked(entry: Parked, key: str) -> bytes:
-    """The bytes of a file: magic, sha256 of the rest, length of the header, header as JSON, tokens as int32, state."""
+    """The bytes of a file: magic, sha256 of the rest, a line with key and number of tokens, tokens as int32, state."""
     tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
-    header = json.dumps({"key": key, "tokens": len(entry.tokens)}).encode()
-    rest = struct.pack("<I", len(header)) + header + tokens + entry.state
+    rest = f"{key} {len(entry.tokens)}\n".encode() + tokens + entry.state
     return KV_MAGIC + hashlib.sha256(rest).digest() + rest
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
     """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for another key."""
     start = len(KV_MAGIC) + 32
-    rest = memoryview(data)[start:]
-    if not data.startswith(KV_MAGIC) or hashlib.sha256(rest).digest() != data[len(KV_MAGIC) : start]:
+    if not data.startswith(KV_MAGIC) or hashlib.sha256(memoryview(data)[start:]).digest() != data[start - 32 : start]:
         raise ValueError("damaged")
-    (size,) = struct.unpack_from("<I", rest)
-    header = json.loads(bytes(rest[4 : 4 + size]))
-    if header["key"] != key:
+    begin = data.index(b"\n", start) + 1
+    made_for, count = data[start:begin].decode().split()
+    if made_for != key:
         raise ValueError("made for another model, context or library")
-    tokens_end = 4 + size + 4 * header["tokens"]
-    tokens = list(struct.unpack(f"<{header['tokens']}i", rest[4 + size : tokens_end]))
-    return Parked(tokens, bytes(rest[tokens_end:]))
+    end = begin + 4 * int(count)
+    return Parked(list(struct.unpack(f"<{count}i", data[begin:end])), data[end:])
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
@@ -140,7 +136,7 @@ def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
             if path.stat().st_size > budget:
                 raise ValueError("over the budget")
             yield decode_parked(path.read_bytes(), key)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, struct.error) as error:
             log.info("parked sequence %s removed: %s", path.name, error)
             with contextlib.suppress(OSError):
                 path.unlink()

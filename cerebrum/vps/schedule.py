@@ -110,37 +110,30 @@ class Baton:
 
     def __init__(self) -> None:
         self.active: dict[object, float] = {}
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._held = False
+        self._turn = threading.Condition()
+        self._queue: deque[object] = deque()  # the holder, then those that wait
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not self._held:
-                self._held = True
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        turn.acquire()
+        ticket = object()
+        with self._turn:
+            self._queue.append(ticket)
+            self._turn.wait_for(lambda: self._queue[0] is ticket)
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
+        with self._turn:
+            self._queue.popleft()
+            self._turn.notify_all()
 
     def note(self, worker: object, token_seconds: float | None) -> None:
         """Record a running worker's seconds per token; None removes the record."""
-        with self._lock:
+        with self._turn:
             self.active.pop(worker, None)
             if token_seconds is not None:
                 self.active[worker] = token_seconds
 
     def fastest_other(self, worker: object) -> float | None:
         """Seconds per token of the fastest other worker that waits while this one computes; None if none waits."""
-        with self._lock:
+        with self._turn:
             return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
 
 

@@ -198,7 +198,7 @@ def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
 
 def test_config_defaults() -> None:
     defaults = config()
-    assert (defaults.host, defaults.port, defaults.keys) == ("127.0.0.1", 9000, ())
+    assert (defaults.host, defaults.port, defaults.access.keys) == ("127.0.0.1", 9000, ())
     engine = defaults.engine
     assert (engine.n_ctx, engine.sequences, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
     assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)

@@ -628,7 +628,7 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
         for number in range(8):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
-            wait_until(lambda number=number: len(baton._waiting) > number, f"thread {number} waits for the baton")
+            wait_until(lambda number=number: len(baton._queue) > number + 1, f"thread {number} waits for the baton")
         assert order == []
     for thread in threads:
         thread.join()
