@@ -52,28 +52,17 @@ if __name__ == "__main__":
 
 import psutil
 
+from cerebrum import metrics
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, Table, Things, write_metrics, write_stats
+from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
+from cerebrum.vps import llama
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch
 from cerebrum.vps.gguf import read_shape
-from cerebrum.vps.llama import (
-    KV_TYPES,
-    MAX_SEED,
-    MB,
-    CompletionRequest,
-    ModelError,
-    Settings,
-    check_digest,
-    estimate_bytes,
-    file_stamp,
-    rss_bytes,
-    start_library,
-    usable_cores,
-)
+from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, ModelTally, Worker
 from cerebrum_common import (
@@ -132,8 +121,8 @@ def load_config(env: Environment, folder: Path) -> Config:
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
-    if kv_type not in KV_TYPES:
-        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
+    if kv_type not in llama.KV_TYPES:
+        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(llama.KV_TYPES)}, got {kv_type!r}")
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
@@ -146,7 +135,7 @@ def load_config(env: Environment, folder: Path) -> Config:
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
         engine=Settings(
-            threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
+            threads=env.integer("CEREBRUM_THREADS", llama.usable_cores(), 1, 256),
             fixed_threads=bool(env.text("CEREBRUM_THREADS")),
             n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
             sequences=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
@@ -186,7 +175,7 @@ FIELDS = {
     "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only read the prompt into the cache
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, 0.95, above_low=True),
-    "seed": Field(int, 0, MAX_SEED),
+    "seed": Field(int, 0, llama.MAX_SEED),
     "stop": Field(list, 0, 16, []),
     "suffix": Field(str),
     "filename": Field(str, 0, 1000, ""),
@@ -367,7 +356,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
             break
     else:
         raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
-    check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
+    llama.check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
     bar = Bar("", 0)
 
     def report(label: str, done: int, total: int) -> None:
@@ -376,7 +365,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
             bar = Bar(f"{model.id}: {label}", total, steps=label != "writing")
         bar.show(done, last=done >= total)
 
-    start_library()
+    llama.start_library()
     room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
     return tune(
         path,
@@ -405,7 +394,7 @@ class Completion:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
     def __init__(
-        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
+        self, model: str, session: str | None, request: llama.CompletionRequest, notes: dict[str, Any] | None = None
     ) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = model, session
@@ -520,7 +509,7 @@ class Engine:
         self.instances: dict[str, Instance] = {}
         self.completions: dict[Completion, None] = {}
         self.baton = Baton()
-        self.bare_bytes = rss_bytes()  # of this process without a model
+        self.bare_bytes = metrics.resident_bytes()  # of this process without a model
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
@@ -561,7 +550,7 @@ class Engine:
     def _stamp(self, model: Model) -> str:
         """The stamp of the model's file, or "" if the file cannot be accessed."""
         try:
-            return file_stamp(self.config.models_dir / model.file)
+            return llama.file_stamp(self.config.models_dir / model.file)
         except OSError:
             return ""
 
@@ -599,7 +588,7 @@ class Engine:
         others = [instance for instance in self.instances.values() if instance.model.id != model]
         may_free = any(other.idle or other.worker.stopping for other in others)
         check_headroom(self.headroom(), self.config, memory=not may_free)
-        completion = Completion(model, session, CompletionRequest(**request), notes)
+        completion = Completion(model, session, llama.CompletionRequest(**request), notes)
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(fields))
         self.completions[completion] = None
@@ -613,7 +602,7 @@ class Engine:
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
         self.model(fields["model"])
-        request = CompletionRequest(fields["text"], max_tokens=0)
+        request = llama.CompletionRequest(fields["text"], max_tokens=0)
         completion = Completion(fields["model"], None, request)
         try:
             worker = (await self._loaded(completion)).worker
@@ -764,7 +753,7 @@ class Engine:
 
     def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:
-            return estimate_bytes(path.stat().st_size, read_shape(path), settings)
+            return llama.estimate_bytes(path.stat().st_size, read_shape(path), settings)
         except (ModelError, OSError) as error:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
             log.error("model %s: %s", model.id, error)
@@ -773,7 +762,7 @@ class Engine:
     def _free_mb(self) -> float:
         """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
         instances = self.instances.values()
-        used = rss_bytes() - self.bare_bytes
+        used = metrics.resident_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
         available: int = psutil.virtual_memory().available
         beside_reserve = available / MB - self.config.min_free_mb
@@ -797,10 +786,10 @@ class Engine:
 
     async def _unload(self, instance: Instance) -> float:
         """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
-        before = rss_bytes()
+        before = metrics.resident_bytes()
         instance.worker.stop()
         await wait_gone([instance])
-        return round(max(0, before - rss_bytes()) / MB, 1)
+        return round(max(0, before - metrics.resident_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
         """Unload a model, or stop its load, and return the megabytes freed. None if there was nothing to unload;
@@ -951,17 +940,17 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
-    figures = write_stats(METRICS, things(engine))
+    figures = metrics.write_stats(METRICS, things(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
     known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": VERSION}
     return Response({**figures, **known})
 
 
-async def metrics(engine: Engine, request: Request) -> Response:
+async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
     keeps llama-server's name and meaning, with the model as a label."""
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, things(engine)), kind=CONTENT_TYPE)
+    server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
+    return Response(server + metrics.write_metrics(METRICS, things(engine)), kind=metrics.CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -1055,7 +1044,7 @@ ROUTES = (
     Route("POST", "/v1/tokenize", tokenize, json=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
-    Route("GET", "/metrics", metrics, quiet=True),
+    Route("GET", "/metrics", prometheus, quiet=True),
     Route("POST", "/v1/unload/{id}", unload),
     Route("POST", "/v1/cleanup", cleanup),
 )
@@ -1148,7 +1137,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"vpsd {options.command}: {reason_of(error)}", file=sys.stderr)
         return 1
     set_up_logging(config.log_level, config.log_file)
-    start_library()
+    llama.start_library()
     try:
         return asyncio.run(serve(environ, config))
     finally:

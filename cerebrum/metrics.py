@@ -172,5 +172,6 @@ SERVER = {  # read from `Server.answered`; process metrics have the names that o
 
 
 def resident_bytes() -> int:
+    """Resident memory of this process."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

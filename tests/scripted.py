@@ -240,6 +240,11 @@ class Pi(Client):
     gateway: Gateway
     server: Server
 
+    @property
+    def probes(self) -> int:
+        """Completed probes of the backend that has the fewest."""
+        return min(backend.probes for backend in self.gateway.fleet.backends)
+
     def from_address(self, address: str) -> Pi:
         """The same Pi, asked by another client."""
         return dataclasses.replace(self, address=address)
@@ -268,7 +273,7 @@ async def pi_for(
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
-            await until(lambda: gateway.fleet.probes > 0)
+            await until(lambda: pi.probes > 0)
         yield pi
     finally:
         if task:

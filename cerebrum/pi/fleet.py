@@ -118,11 +118,6 @@ class Fleet:
         lists = [backend.models for backend in self.backends if backend.models is not None]
         return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
 
-    @property
-    def probes(self) -> int:
-        """Completed probes of the backend that has the fewest."""
-        return min(backend.probes for backend in self.backends)
-
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
         having = [backend for backend in self.backends if backend.has(model)]

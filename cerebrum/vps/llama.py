@@ -27,7 +27,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import llama_cpp.llama_cpp as _llama
 import numpy as np
-import psutil
 
 from cerebrum_common import HttpError
 
@@ -130,11 +129,6 @@ class Shape:
     embedding: int
     feed_forward: int
     vocabulary: int
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:

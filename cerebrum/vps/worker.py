@@ -41,7 +41,7 @@ from typing import Any
 
 import llama_cpp
 
-from cerebrum.metrics import CANCELLED, Tally
+from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Cutter, Ending, wants_extras
 from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
 from cerebrum.vps.llama import (
@@ -59,7 +59,6 @@ from cerebrum.vps.llama import (
     begun_answer,
     check_digest,
     fingerprint,
-    rss_bytes,
 )
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
@@ -345,7 +344,7 @@ class Worker(threading.Thread):
         return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def _load(self) -> None:
-        before = rss_bytes()
+        before = resident_bytes()
         self.llama = self._open()
         settings = self.settings
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
@@ -356,7 +355,7 @@ class Worker(threading.Thread):
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self._beat()
             self.store.add(entry)
-        self.memory_bytes = max(0, rss_bytes() - before - self.store.size)
+        self.memory_bytes = max(0, resident_bytes() - before - self.store.size)
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
             self.model, self.encoding, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)),

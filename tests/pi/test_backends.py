@@ -801,14 +801,14 @@ async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) 
         answer = asyncio.create_task(pi.complete())
         await backend.begun.wait()
         await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
-        asked, probes = len(backend.asked), pi.gateway.fleet.probes
+        asked, probes = len(backend.asked), pi.probes
         pi.gateway.fleet.first.wake.set()
         await pi.gateway.fleet.first.probe()
         await pi.gateway.fleet.first.learn_models()
-        assert (len(backend.asked), pi.gateway.fleet.probes) == (asked, probes)
+        assert (len(backend.asked), pi.probes) == (asked, probes)
         go.set()
         assert (await answer).status == 200
-        await until(lambda: pi.gateway.fleet.probes > probes)
+        await until(lambda: pi.probes > probes)
 
 
 async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -587,7 +587,7 @@ async def test_a_backend_that_has_gone_is_forgotten() -> None:
         gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
         third = dataclasses.replace(second, id="c")
         pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
-        await until(lambda: pi.gateway.fleet.probes > 0)
+        await until(lambda: pi.probes > 0)
         await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
 
 
@@ -601,15 +601,15 @@ async def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monk
     monkeypatch.setattr(pi_backend.Backend, "is_paid", is_paid := pi_backend.Backend(config, []).is_paid)
     assert is_paid is paid
     async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
-        probes = pi.gateway.fleet.probes
+        probes = pi.probes
         if not paid:
-            await until(lambda: pi.gateway.fleet.probes > probes + 5)
+            await until(lambda: pi.probes > probes + 5)
             return
         for _ in range(5):  # each of these takes longer than a probe
             assert (await pi.get("/v1/stats")).status == 200
-        assert (probes, pi.gateway.fleet.probes) == (1, 1)
+        assert (probes, pi.probes) == (1, 1)
         pi.gateway.fleet.first.wake.set()
-        await until(lambda: pi.gateway.fleet.probes == 2)
+        await until(lambda: pi.probes == 2)
 
 
 async def test_a_probe_that_hangs_is_noticed() -> None:

@@ -241,7 +241,7 @@ async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
         (spare,) = backend.waiting
-        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes + 3)
+        await until(lambda probes=pi.probes: pi.probes > probes + 3)
         assert backend.waiting == {spare}, "probes use none, and leave none"
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
@@ -256,7 +256,7 @@ async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest
         await until(lambda: not backend.waiting)
         connections = backend.connections
         pi.gateway.fleet.first.wake.set()
-        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
+        await until(lambda probes=pi.probes: pi.probes > probes)
         assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
 
 
@@ -276,7 +276,7 @@ async def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: b
 async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 503
-        await until(lambda probes=pi.gateway.fleet.probes: pi.gateway.fleet.probes > probes)
+        await until(lambda probes=pi.probes: pi.probes > probes)
         assert not backend.waiting
 
 

@@ -140,12 +140,10 @@ def test_no_text_is_expensive(work: Work, language: str) -> None:
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
 
-@pytest.mark.parametrize(("start", "unit"), [("", "("), ("", "{"), ("(", "{}"), ("", "\n")])
 @pytest.mark.parametrize("work", [begin, end, stop], ids=lambda work: work.__name__)
-def test_no_character_copies_what_is_there(work: Work, start: str, unit: str) -> None:
-    language = "javascript" if "{" in unit else "python"
-    text = repeated(unit, WIDE + start)
-    assert growth(work, language, text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH
+def test_no_character_copies_what_is_there(work: Work) -> None:
+    text = repeated("\n", WIDE)
+    assert growth(work, "python", text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH
 
 
 @pytest.mark.parametrize("unit", ["#", '"""', "    \n", "a.b(c)\n", "function ", "/* a\n*/\n"])

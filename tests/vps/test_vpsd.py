@@ -898,7 +898,7 @@ def test_cancelled_without_a_stream(vps: Vps) -> None:
 
 
 def test_the_finished_part_of_a_cancelled_prefill_is_kept(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(900)
+    prompt = new_prompt(500)
     with vps.stream(prompt, max_tokens=0, progress=True) as stream:
         done = stream.wait_for_prefill(1)
     vps.wait_idle()
