@@ -53,11 +53,9 @@ class Bar:
 
 
 def fetch(model: Model, folder: Path) -> Path:
-    """Download a model from the first of its sources that works, and return the file's path.
-
-    An interrupted download is resumed. The file is put in place only if its size and sha256 are right. FetchError says
-    what went wrong with each source.
-    """
+    """Download a model from the first of its sources that works, and return the file's path. An interrupted download is
+    resumed. The file is put in place only if its size and sha256 are right. FetchError says what went wrong with each
+    source."""
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
