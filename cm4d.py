@@ -19,12 +19,12 @@ stream without a proper end: the client gets all whole events up to the fault, t
 backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
 429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
 
-Who owns what: a `Backend` owns its places, its breaker, its learned ratios and its last known state. `Fleet` owns the
-backends and the probes that keep this state fresh, and decides which backend may answer. `Sharing` owns the state that
-clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway` the line of jobs that wait for
-a place. A `Shared` completion owns the task that computes it, and ends with its last reader. Everything runs on the
-event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder
-cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
+Who owns what: a `Backend` owns its places, its breaker, its counts and its last known state, its `Prompts` the learned
+ratios. `Fleet` owns the backends and the probes that keep this state fresh, and decides which backend may answer.
+`Sharing` owns the state that clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway`
+the jobs that hold or await a place. A `Shared` completion owns the task that computes it, and ends with its last
+reader. Everything runs on the event loop's thread, except name look-ups. Standard library only; cerebrum_common.py,
+models.toml and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of
 
 
 class Gateway:
-    """All state of the Pi. Owns the line of waiting jobs, and connects the owners of all other state."""
+    """All state of the Pi. Owns the jobs that hold or await a place, and connects the owners of all other state."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -237,7 +237,7 @@ class Gateway:
         """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
         prompt is forgotten if none of its backends reads ahead."""
         if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
-            self.warming.waiting.pop(job.client, None)
+            self.warming.drop(job)
             return None
         try:
             chosen = None if self.line else self.fleet.choose(job)
@@ -404,7 +404,7 @@ class Gateway:
         if not job.came.tokens and count:
             job.came.first = time.perf_counter()
         job.came.tokens += count
-        self.counting.tokens += count
+        self.counting.add_tokens(count)
         backend.count(job, count)
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,7 +421,7 @@ class Gateway:
             "language": job.fields["language"],
             "model": job.model,
             "total_tokens": told.pop("total_tokens", job.came.tokens),
-            "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.started)), 3),
+            "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.came.started)), 3),
             "timestamp": common.timestamp(),
             "mode": job.fields["mode"],
         }

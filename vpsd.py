@@ -11,9 +11,10 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
 
 Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` from the start of its load until its memory
-is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. Only `Job`s cross over to
-the worker, and their events come back to the loop.
+its place from `Engine.admit` to `Engine.finish`, unless it only counts tokens. A model is an `Instance` from the start
+of its load until its memory is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama
+context. Completions cross over to the worker as `Job`s, whose events come back to the loop; texts to tokenize are its
+only other calls.
 """
 
 from __future__ import annotations

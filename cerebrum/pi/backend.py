@@ -97,11 +97,12 @@ class Sent:
 
 @dataclass(slots=True)
 class Came:
-    """What a job has received."""
+    """What a job has received, and when, in seconds of `time.perf_counter`."""
 
+    started: float = field(default_factory=time.perf_counter)  # when the job was made
     tokens: int = 0
     size: int = 0  # bytes of text events
-    first: float = 0.0  # when the first token came, on the clock of `Job.started`
+    first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
     reason: str = ""  # why the answer ended: one of cm4d.py's FINISHED, "other", or SUPERSEDED
 
@@ -126,8 +127,7 @@ class Job:
     kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
     client: str = ""  # the client's address, for a dialect's request
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
-    started: float = field(default_factory=time.perf_counter)
-    model: str = ""  # the id of the chosen model
+    model: str = ""  # the id of the model chosen last
     place: Place | None = None  # the place that it holds
     attempts: Attempts = field(default_factory=Attempts)
     sent: Sent = Sent()
@@ -140,7 +140,7 @@ class Job:
 
     def patience(self) -> float:
         """Seconds that a dialect's request may still wait for a place."""
-        return self.started + WAIT_SECONDS[self.kind] - time.perf_counter()
+        return self.came.started + WAIT_SECONDS[self.kind] - time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -254,7 +254,7 @@ class Prompts:
 
 
 class Backend:
-    """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its ratios."""
+    """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its counts."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self._configure(config, catalog, Upstream(config))
@@ -509,5 +509,5 @@ def notes_of(job: Job) -> dict[str, Any]:
     """The log's fields for a completion: its model, its tokens, and the seconds to the first token."""
     notes: dict[str, Any] = {"model": job.model} if job.model else {}
     if job.came.first:
-        notes |= {"tokens": job.came.tokens, "ttft": f"{job.came.first - job.started:.2f}s"}
+        notes |= {"tokens": job.came.tokens, "ttft": f"{job.came.first - job.came.started:.2f}s"}
     return notes

@@ -35,6 +35,9 @@ class Counting:
         """Completions that were asked for, computed or not."""
         return self.started + self.shared["shared"] + self.shared["type_through"]
 
+    def add_tokens(self, count: int) -> None:
+        self.tokens += count
+
     def sample(self) -> None:
         """Bring `history` up to date."""
         self.history.sample(time.monotonic(), (self.requests, self.failed, self.tokens))
@@ -58,7 +61,7 @@ class Counting:
             if came.first:
                 # The time of the last token is known only for a complete answer.
                 last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
-                tally.spoke(came.first - job.started, last - job.started, tokens)
+                tally.spoke(came.first - came.started, last - came.started, tokens)
 
     def work(self, job: Job, told: Mapping[str, Any]) -> None:
         """Count the work that the job's backend reports."""

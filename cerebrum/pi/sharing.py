@@ -356,11 +356,15 @@ class Warming:
     def add(self, job: Job) -> None:
         """Queue this prompt to be read. Reading takes no place, waits for an idle backend, and stops when this backend
         gets a request; then the prompt waits again. Only the newest prompt of each client is kept."""
-        self.waiting.pop(job.client, None)
+        self.drop(job)
         self.waiting[job.client] = job
         if len(self.waiting) > MAX_TO_WARM:
             del self.waiting[next(iter(self.waiting))]
         self.next()
+
+    def drop(self, job: Job) -> None:
+        """Forget the prompt of this job's client."""
+        self.waiting.pop(job.client, None)
 
     def next(self) -> None:
         """Start to read each prompt whose backend is idle."""

@@ -597,7 +597,7 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
 
 
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
-Connection = tuple[Reader, asyncio.Transport]
+Streams = tuple[Reader, asyncio.Transport]
 
 
 class Upstream:
@@ -609,7 +609,7 @@ class Upstream:
         self._config = config
         self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
         self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
-        self._spare: Connection | None = None
+        self._spare: Streams | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
 
@@ -636,7 +636,7 @@ class Upstream:
                     spare[1].abort()
         self._keeper = None
 
-    def _take_spare(self) -> Connection | None:
+    def _take_spare(self) -> Streams | None:
         """The spare connection, unless the backend has closed it or sent anything."""
         spare, self._spare = self._spare, None
         if spare is None:
@@ -717,7 +717,7 @@ class Upstream:
             raise BackendFailure("its answer is not JSON")
         return members
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> Streams:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
         with blamed("it cannot be reached"):
             try:

@@ -15,9 +15,10 @@
 (If the request fails, the last list ends with an HttpError.)
 
 Who owns what
-- One `Worker` thread for each loaded model owns that model's llama context; nobody else touches it. Other threads put
-  a `Job` into the worker's inbox. The worker's thread passes events to the job's `deliver`, and every submitted job
-  gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
+- One `Worker` thread for each loaded model owns that model's llama context. Other threads only tokenize and abort with
+  it. They put a `Job` into the worker's inbox. The worker's thread passes events to the job's `deliver`, and every
+  submitted job gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running
+  `llama_decode`.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then until the slot is
   needed. Then the worker parks the sequence in a `PrefixStore` as bytes; unloading writes these bytes to disk.
 - `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. The baton lets one model
