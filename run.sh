@@ -112,7 +112,7 @@ make_venv() {
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
-	have_llama || label='building llama.cpp (about 3 minutes, once)'
+	have_llama || label='building llama.cpp (about four minutes, once)'
 	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
 	mv "$wanted" "$installed"
 }
