@@ -174,7 +174,7 @@ for line in sys.stdin.buffer:
 }
 
 # json_table VIEW CHOSEN: prints an answer of the API for a person: its models, their languages, or its members
-# (VIEW is models, languages or members). CHOSEN is marked. Of an error it prints the reason, and fails.
+# (VIEW is models, languages or members). CHOSEN is marked. For an error, prints the reason and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
@@ -258,7 +258,7 @@ prepare() {
 	NEXT=$(mktemp -d "$WORK/XXXXXX") && touch "$NEXT"/{original,before,after}
 }
 
-# ask MODE FILE LANGUAGE [MEMBER]...: has the gap in $NEXT filled, prints the completion as it arrives, and
+# ask MODE FILE LANGUAGE [MEMBER]...: fills the gap in $NEXT, prints the completion as it arrives, and
 # makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
 # json_object's form. Fails unless the completion came to its end.
 ask() {
@@ -626,9 +626,9 @@ cmd_temp() {
 
 # -------------------------------------------------------------------------------------- the conversation
 
-# Bash does not leave `read -e` on a signal that it traps. Therefore Ctrl-C is no signal while a line is read but a
-# key: it puts itself into the line and ends the line. And `read` takes only the first of several lines
-# pasted at once, so Return first replaces the newlines among them by NEWLINE.
+# Bash does not leave `read -e` on a signal that it traps. While a line is read, Ctrl-C is therefore bound to a key
+# that inserts itself and ends the line. And `read` takes only the first of several lines pasted at once, so Return
+# first replaces the newlines among them by NEWLINE.
 NEWLINE=$'\036'
 hide_newlines() {
 	READLINE_LINE=${READLINE_LINE//$'\n'/$NEWLINE}

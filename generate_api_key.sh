@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files.
 #
-# No key is an argument or a variable of another program, which `ps` would show. Every draft is on the disk before a
+# Never pass a key as an argument or variable: `ps` shows both. Every draft is on the disk before a
 # file is replaced, and each file is replaced in one step: a bad path, a full disk or a power cut loses no key.
 set -euo pipefail
 export LC_ALL=C # copies an .env byte for byte, whatever its encoding
@@ -11,14 +11,14 @@ usage() {
 	cat <<-EOF
 	Usage: ${0##*/}                    print a new key
 	       ${0##*/} --write FILE...    write a new key; a key that FILE has stays valid behind it: "new,old"
-	       ${0##*/} --set FILE...      write the key that is typed, or that is the first line of stdin
+	       ${0##*/} --set FILE...      write the key typed at the prompt, or the first line of stdin
 
 	A FILE that is named like a variable, /etc/credstore/CEREBRUM_API_KEY, holds the key alone. Any other is
 	an .env, which keeps its other lines and has the key as CEREBRUM_API_KEY. Each FILE is created if absent
 	and becomes mode 600. To replace a key at once:  ${0##*/} | ${0##*/} --set FILE
 
 	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither prints the
-	key. --set also takes a line "CEREBRUM_API_KEY=...", as an .env has it, and of "new,old" the first.
+	key. --set accepts a line "CEREBRUM_API_KEY=...", as an .env has it, and takes the first key of "new,old".
 	EOF
 }
 

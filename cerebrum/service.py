@@ -176,7 +176,7 @@ def make_parser(daemon: str, about: str, more: str) -> argparse.ArgumentParser:
         epilog=more,
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
+    parser.add_argument("--check", action="store_true", help="check settings, files and backends, and report problems")
     parser.add_argument("--version", action="version", version=f"{daemon} {VERSION}")
     return parser
 

@@ -106,8 +106,8 @@ MEET_CHARS = 400  # compared of the suffix
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines that begin like the suffix
 SURE_WEIGHT = 6  # least number of agreeing characters, white space not counted
 CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
-# Characters that an infill that could end may still write to meet the suffix, white space not counted: usually; if its
-# brackets or indentation do not fit the suffix; if it has written the rest of the cursor's line; and if it has not.
+# How far to look for the suffix once the infill could end, in characters without white space; one limit per case:
+# usually; brackets or indentation do not fit the suffix; the rest of the cursor's line is written; it is missing.
 AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 80, 90, 12, 80
 PROSE_AHEAD_CHARS = 400  # after a paragraph
 LABEL = re.compile(r"(?:case\b|default\b|\w+:(?!:))")  # may be less indented than the block around it

@@ -268,7 +268,7 @@ class Outcome:
                 f"mean KLD {self.agreement.divergence:.4f}, same likeliest token {self.agreement.same_top:.1%}"
             )
         if self.fast:
-            lines.append("made by --fast: the model does not say quite the same any more; tune without it goes back")
+            lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
         if not self.tuned:
             lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
         return "\n".join(lines)
@@ -498,7 +498,7 @@ class Tuner:
             types = self.choose_types()
             settings = self.choose_settings(types)
         except ModelError as error:
-            raise TuneError(f"expected a model of which a few layers can be measured: {error}") from None
+            raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
         path, size = self.folder / "tuned", self.size
         if types:
             size = self.file.write(

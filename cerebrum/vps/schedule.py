@@ -83,7 +83,7 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
 
 
 def share_size(costs: Costs, token_seconds: float) -> int:
-    """Maximum tokens of a decode that a stream has to wait for; the stream's own take `token_seconds` each."""
+    """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
