@@ -30,7 +30,7 @@ LIST_SECONDS=10 # for an answer that needs no model: a server that hangs must no
 #     before, after   the text on both sides of the gap; both empty after an instruction
 #     completion      what was generated for the gap, byte for byte
 #     result          before + completion + after; for an instruction the completion alone
-# A command prepares them in $NEXT; its answer makes them the last result, in $LAST. A command without an
+# A command prepares them in $NEXT. Once the answer is complete, $LAST is the last result. A command without an
 # answer changes neither the last result nor its file nor the language.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
@@ -179,7 +179,7 @@ json_table() {
 	python3 -ISc '
 import json, sys
 LINE = 78  # characters
-FEW = 8  # languages that are named in the line of a model that has them all
+FEW = 8  # a model with more languages than this, and with all of them, is listed with "all languages"
 view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
 if answer.get("error"):
@@ -531,7 +531,7 @@ cmd_infill() {
 	fi
 }
 
-# A changed file is about as long as the original, so the limit is the number of tokens that the file may have.
+# A changed file is about as long as the original, so the token limit is raised to the length of the file.
 cmd_do() {
 	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size
 	local of_file='^@("([^"]+)"|([^[:space:]]+))[[:space:]]+(.+)$'

@@ -34,12 +34,12 @@ new_key() {
 	printf '%s\n' "$key"
 }
 
-# read_key: prints the key that is on stdin. Runs in a subshell, whose end turns the echo of a terminal on again.
+# read_key: prints the key from stdin. Runs in a subshell, which turns the echo of a terminal on again when it ends.
 read_key() {
 	local key
 	if [[ -t 0 ]]; then
 		trap 'stty echo' EXIT
-		stty -echo # before the prompt: what is typed early is not shown either
+		stty -echo # before the prompt, so that early keystrokes are hidden too
 		printf 'key (not shown): ' >&2
 	fi
 	IFS= read -r key || [[ -n $key ]] || die "expected a key on stdin, got none"
@@ -47,7 +47,7 @@ read_key() {
 	key=${key%$'\r'}
 	key=${key#CEREBRUM_*API_KEY=}
 	key=${key%%,*}
-	# What systemd and the daemons read from an .env as it stands, without quotes.
+	# Characters that need no quotes in an .env, for systemd and for the daemons.
 	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] || die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
 	printf '%s\n' "$key"
 }

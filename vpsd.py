@@ -706,7 +706,7 @@ class Engine:
         ready = asyncio.wrap_future(worker.ready)
 
         def count(future: asyncio.Future[None]) -> None:
-            error = future.exception()  # perhaps nobody else is left to retrieve it
+            error = future.exception()  # marks it as retrieved, even if no completion waits
             if not error:
                 instance.last_used = time.monotonic()
                 tally.loads += 1

@@ -178,7 +178,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             code = model.decode([(slot, [1] * size, size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code == ABORTED:  # by a stop, or by the late cancellation of a job
+        if code == ABORTED:  # aborted by a stop, or by the late cancellation of a job
             return {}
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")
