@@ -30,7 +30,7 @@ LIST_SECONDS=10 # for an answer that needs no model: a server that hangs must no
 #     before, after   the text on both sides of the gap; both empty after an instruction
 #     completion      what was generated for the gap, byte for byte
 #     result          before + completion + after; for an instruction the completion alone
-# A command prepares them in $NEXT; its answer makes them the last result, in $LAST. A command without an
+# A command prepares them in $NEXT. Once the answer is complete, $LAST is the last result. A command without an
 # answer changes neither the last result nor its file nor the language.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
@@ -174,12 +174,12 @@ for line in sys.stdin.buffer:
 }
 
 # json_table VIEW CHOSEN: prints an answer of the API for a person: its models, their languages, or its members
-# (VIEW is models, languages or members). CHOSEN is marked. Of an error it prints the reason, and fails.
+# (VIEW is models, languages or members). CHOSEN is marked. For an error, prints the reason and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
 LINE = 78  # characters
-FEW = 8  # languages that are named in the line of a model that has them all
+FEW = 8  # a model with more languages than this, and with all of them, is listed with "all languages"
 view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
 if answer.get("error"):
@@ -258,7 +258,7 @@ prepare() {
 	NEXT=$(mktemp -d "$WORK/XXXXXX") && touch "$NEXT"/{original,before,after}
 }
 
-# ask MODE FILE LANGUAGE [MEMBER]...: has the gap in $NEXT filled, prints the completion as it arrives, and
+# ask MODE FILE LANGUAGE [MEMBER]...: fills the gap in $NEXT, prints the completion as it arrives, and
 # makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
 # json_object's form. Fails unless the completion came to its end.
 ask() {
@@ -531,7 +531,7 @@ cmd_infill() {
 	fi
 }
 
-# A changed file is about as long as the original, so the limit is the number of tokens that the file may have.
+# A changed file is about as long as the original, so the token limit is raised to the length of the file.
 cmd_do() {
 	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size
 	local of_file='^@("([^"]+)"|([^[:space:]]+))[[:space:]]+(.+)$'
@@ -626,9 +626,9 @@ cmd_temp() {
 
 # -------------------------------------------------------------------------------------- the conversation
 
-# Bash does not leave `read -e` on a signal that it traps. Therefore Ctrl-C is no signal while a line is read but a
-# key: it puts itself into the line and ends the line. And `read` takes only the first of several lines
-# pasted at once, so Return first replaces the newlines among them by NEWLINE.
+# Bash does not leave `read -e` on a signal that it traps. While a line is read, Ctrl-C is therefore bound to a key
+# that inserts itself and ends the line. And `read` takes only the first of several lines pasted at once, so Return
+# first replaces the newlines among them by NEWLINE.
 NEWLINE=$'\036'
 hide_newlines() {
 	READLINE_LINE=${READLINE_LINE//$'\n'/$NEWLINE}

@@ -293,7 +293,7 @@ class Gateway:
 
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for a place. A job of our
-        own API gets its 429 at once, as its clients are promised. An earlier backend's failure is raised instead."""
+        own API gets 429 at once, as docs/api.md promises. An earlier backend's failure is raised instead."""
         await self.fleet.know()
         while True:
             try:
@@ -792,7 +792,7 @@ def warn_of(config: Config) -> None:
 
 ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
 HELP = """\
-configuration, the first that has a variable counts:
+configuration; the first source that sets a variable wins:
   files named like the variable in $CREDENTIALS_DIRECTORY
   the environment
   .env beside cm4d.py; .env.example lists all variables
@@ -800,8 +800,8 @@ configuration, the first that has a variable counts:
 SIGHUP reads them again.
 
 exit status:
-  0  told to stop; with --check: nothing has failed
-  1  something that may pass, such as a busy port; with --check: something has failed
+  0  stopped by a signal; with --check: nothing has failed
+  1  a temporary failure, such as a busy port; with --check: something has failed
   2  wrong configuration or arguments
 """
 

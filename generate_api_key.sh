@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files.
 #
-# No key is an argument or a variable of another program, which `ps` would show. Every draft is on the disk before a
+# Never pass a key as an argument or variable: `ps` shows both. Every draft is on the disk before a
 # file is replaced, and each file is replaced in one step: a bad path, a full disk or a power cut loses no key.
 set -euo pipefail
 export LC_ALL=C # copies an .env byte for byte, whatever its encoding
@@ -11,14 +11,14 @@ usage() {
 	cat <<-EOF
 	Usage: ${0##*/}                    print a new key
 	       ${0##*/} --write FILE...    write a new key; a key that FILE has stays valid behind it: "new,old"
-	       ${0##*/} --set FILE...      write the key that is typed, or that is the first line of stdin
+	       ${0##*/} --set FILE...      write the key typed at the prompt, or the first line of stdin
 
 	A FILE that is named like a variable, /etc/credstore/CEREBRUM_API_KEY, holds the key alone. Any other is
 	an .env, which keeps its other lines and has the key as CEREBRUM_API_KEY. Each FILE is created if absent
 	and becomes mode 600. To replace a key at once:  ${0##*/} | ${0##*/} --set FILE
 
 	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither prints the
-	key. --set also takes a line "CEREBRUM_API_KEY=...", as an .env has it, and of "new,old" the first.
+	key. --set accepts a line "CEREBRUM_API_KEY=...", as an .env has it, and takes the first key of "new,old".
 	EOF
 }
 
@@ -34,12 +34,12 @@ new_key() {
 	printf '%s\n' "$key"
 }
 
-# read_key: prints the key that is on stdin. Runs in a subshell, whose end turns the echo of a terminal on again.
+# read_key: prints the key from stdin. Runs in a subshell, which turns the echo of a terminal on again when it ends.
 read_key() {
 	local key
 	if [[ -t 0 ]]; then
 		trap 'stty echo' EXIT
-		stty -echo # before the prompt: what is typed early is not shown either
+		stty -echo # before the prompt, so that early keystrokes are hidden too
 		printf 'key (not shown): ' >&2
 	fi
 	IFS= read -r key || [[ -n $key ]] || die "expected a key on stdin, got none"
@@ -47,7 +47,7 @@ read_key() {
 	key=${key%$'\r'}
 	key=${key#CEREBRUM_*API_KEY=}
 	key=${key%%,*}
-	# What systemd and the daemons read from an .env as it stands, without quotes.
+	# Characters that need no quotes in an .env, for systemd and for the daemons.
 	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] || die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
 	printf '%s\n' "$key"
 }

@@ -112,7 +112,7 @@ make_venv() {
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
-	have_llama || label='building llama.cpp (about 3 minutes, once)'
+	have_llama || label='building llama.cpp (about four minutes, once)'
 	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
 	mv "$wanted" "$installed"
 }
@@ -122,10 +122,10 @@ setup() {
 	need_system "$1"
 	make_venv "$1"
 	local options=()
-	[[ $1 == run ]] || options=(--no-tune) # what tests expect must not depend on the CPU
+	[[ $1 == run ]] || options=(--no-tune) # test results must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
-	if [[ $1 == engines ]]; then # one that cannot be built stops nothing: its tests say why they are skipped
-		with_clock "other people's engines (llama-server is built once, about 4 minutes)" "$PYTHON" tests/engines.py
+	if [[ $1 == engines ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
+		with_clock "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
 	fi
 }

@@ -707,7 +707,7 @@ class Engine:
         ready = asyncio.wrap_future(worker.ready)
 
         def count(future: asyncio.Future[None]) -> None:
-            error = future.exception()  # perhaps nobody else is left to retrieve it
+            error = future.exception()  # marks it as retrieved, even if no completion waits
             if not error:
                 instance.last_used = time.monotonic()
                 tally.loads += 1
@@ -1090,7 +1090,7 @@ def check_keys(config: Config) -> None:
 
 
 HELP = """\
-configuration, the first that has a variable counts:
+configuration; the first source that sets a variable wins:
   files named like the variable in $CREDENTIALS_DIRECTORY
   the environment
   .env beside vpsd.py; .env.example lists all variables
@@ -1098,8 +1098,8 @@ configuration, the first that has a variable counts:
 SIGHUP reads them again. A socket that systemd passes is used instead of CEREBRUM_VPS_HOST and CEREBRUM_VPS_PORT.
 
 exit status:
-  0  told to stop, or the command is done; with --check: nothing has failed
-  1  something that may pass, such as a busy port or a failed download; with --check: something has failed
+  0  stopped by a signal, or the command is done; with --check: nothing has failed
+  1  a temporary failure, such as a busy port or a failed download; with --check: something has failed
   2  wrong configuration or arguments
 """
 
@@ -1108,9 +1108,9 @@ def main(arguments: Sequence[str]) -> int:
     about = "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
     parser = make_parser("vpsd", about, HELP)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("memory", help="print the limit of memory for systemd's MemoryMax= in MB, and why")
+    commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
-    fetching.add_argument("--no-tune", dest="tune", action="store_false", help="leave the model as it is published")
+    fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")

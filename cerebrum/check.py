@@ -82,7 +82,7 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
     elif CREDENTIALS.is_dir():
-        report.add("warn", "settings", f"{CREDENTIALS} cannot be read, where keys may be: run this as root (sudo)")
+        report.add("warn", "settings", f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)")
     try:
         environ = read_environment(given, folder)
         config = load(environ)

@@ -181,7 +181,7 @@ def parse_target(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
-    path = "/" + path.lstrip("/").removesuffix("/")  # people type a slash after a URL; an escaped %2F stays
+    path = "/" + path.lstrip("/").removesuffix("/")  # people add a slash to URLs; an escaped %2F stays
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
     try:
         path = octets.decode("utf-8")

@@ -100,7 +100,7 @@ MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 
 def prompt_of(fields: Mapping[str, Any]) -> str:
-    """The texts of a request as JSON, for operators who want them in the log."""
+    """The texts of a request as JSON, for CEREBRUM_LOG_PROMPTS."""
     texts = {name: fields[name] for name in ("prompt", "suffix", "instruction", "messages") if fields.get(name)}
     return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
@@ -176,7 +176,7 @@ def make_parser(daemon: str, about: str, more: str) -> argparse.ArgumentParser:
         epilog=more,
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="look at everything it needs, and say what is wrong")
+    parser.add_argument("--check", action="store_true", help="check settings, files and backends, and report problems")
     parser.add_argument("--version", action="version", version=f"{daemon} {VERSION}")
     return parser
 

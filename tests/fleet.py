@@ -1,9 +1,9 @@
 """A simulated fleet: scripted backends of every kind, each with its own trouble, and a crowd of clients.
 
-`simulate` runs it in this process and returns what everybody saw. `tests/pi/test_fleet.py` asserts on that, and
-`tests/bench/fleet.py` prints its figures. Every request has a mark, which stands in its prompt. What a backend writes
-follows from the seed, its name and the mark, so a text tells who wrote it and for whom. Which backend is asked is up to
-the gateway.
+`simulate` runs it in this process and returns what the clients saw. `tests/pi/test_fleet.py` asserts on the result, and
+`tests/bench/fleet.py` prints its figures. Every prompt contains the mark of its request. A backend derives its text
+from the seed, its name and the mark, so each text identifies its backend and its request. The gateway chooses the
+backend.
 """
 
 from __future__ import annotations

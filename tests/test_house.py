@@ -7,41 +7,77 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 from harness import ROOT, copy_program, program, settings
 
-MAY = {  # what the modules of a folder may import, beside their own folder and cerebrum_common
-    "": {"cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
-    "text": set[str](),
-    "pi": {"cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
-    "vps": {"cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+BOTH = {f"cerebrum.{name}" for name in ("check", "http", "metrics", "service", "settings", "text")}
+MAY = {  # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
+    "cerebrum_common.py": set[str](),
+    "cm4d.py": BOTH | {"cerebrum.pi"},
+    "vpsd.py": BOTH | {"cerebrum.vps"},
+    "cerebrum": {"cerebrum.settings"},
+    "cerebrum/check.py": {"cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
+    "cerebrum/text": set[str](),
+    "cerebrum/pi": {"cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+    "cerebrum/vps": {"cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
 }
-MODULES = sorted((ROOT / "cerebrum").rglob("*.py"))
+FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")])
 
 
-def imported(file: Path) -> set[str]:
-    """Our modules that a file imports, at its top or inside a function."""
+def name_of(path: Path) -> str:
+    """`cerebrum.pi` for the path cerebrum/pi, `cerebrum.pi.page` for cerebrum/pi/page.py; "" for the root."""
+    return ".".join(path.parts).removesuffix(".py")
+
+
+MODULES = {name_of(file) for file in FILES} | {name_of(file.parent) for file in FILES}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Our modules that a file of this package imports, at its top or inside a function."""
     names = set[str]()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("cerebrum", "cerebrum_common", "cm4d", "vpsd")}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else base for name in inner}
+    return {name for name in names if name.split(".")[0] in MODULES}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=[str(file.relative_to(ROOT)) for file in MODULES])
-def test_imports_point_down(file: Path) -> None:
-    room = file.relative_to(ROOT / "cerebrum").parent.name
-    own = f"cerebrum.{room}" if room else "cerebrum"
-    folders = {".".join(name.split(".")[:2]) for name in imported(file)} - {"cerebrum_common", own}
-    assert folders <= MAY[room]
+IMPORTS = {str(file): imported((ROOT / file).read_text(), name_of(file.parent)) for file in FILES}
 
 
-def test_what_both_share_imports_nothing_of_ours() -> None:
-    assert imported(ROOT / "cerebrum_common.py") == set()
+@pytest.mark.parametrize(
+    ("source", "package", "names"),
+    [
+        ("import json, cerebrum.vps.llama as l", "", {"cerebrum.vps.llama"}),
+        ("from cerebrum import pi, VERSION", "", {"cerebrum.pi", "cerebrum"}),
+        ("from cerebrum.pi import page, X", "", {"cerebrum.pi.page", "cerebrum.pi"}),
+        ("from . import pi", "cerebrum", {"cerebrum.pi"}),
+        ("from ..vps.llama import X", "cerebrum.pi", {"cerebrum.vps.llama"}),
+        ("def f():\n    from .. import vps", "cerebrum.pi", {"cerebrum.vps"}),
+    ],
+)
+def test_every_form_of_an_import_is_seen(source: str, package: str, names: set[str]) -> None:
+    assert imported(source, package) == names
+
+
+@pytest.mark.parametrize("file", IMPORTS)
+def test_imports_point_down(file: str) -> None:
+    folder = Path(file).parent
+    folders = {".".join(name.split(".")[:2]) for name in IMPORTS[file]} - {"cerebrum_common"}
+    if len(folder.parts) > 1:
+        folders -= {name_of(folder)}
+    assert folders <= MAY[file if file in MAY else str(folder)]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    TopologicalSorter({name_of(Path(file)): names for file, names in IMPORTS.items()}).prepare()  # or CycleError
 
 
 @pytest.mark.parametrize(("name", "absent"), [("cm4d", "vps"), ("vpsd", "pi")])

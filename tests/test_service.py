@@ -99,18 +99,21 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool)
     notify("READY=1")
 
 
-def test_a_log_file_that_cannot_be_written_is_given_up_until_it_can(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("full", [True, False], ids=["full", "removed"])
+def test_a_log_file_is_made_again_after_it_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], full: bool
 ) -> None:
     file = tmp_path / "cerebrum.log"
-    file.symlink_to("/dev/full")
+    if full:
+        file.symlink_to("/dev/full")
     set_up_logging("INFO", str(file))
     log.info("one")
     log.info("two")
     file.unlink()
     log.info("three")
     said = [line for line in capsys.readouterr().out.splitlines() if not line.endswith((" one", " two", " three"))]
-    assert said == [f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"]
+    reported = f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"
+    assert said == [reported] * full  # once, not for each line
     assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["three"]
 
 
@@ -119,15 +122,6 @@ def test_a_log_file_in_a_place_that_does_not_exist(tmp_path: Path, capsys: pytes
     set_up_logging("INFO", str(tmp_path / "file" / "x.log"))
     log.info("one")
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
-
-
-def test_a_log_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
-    file = tmp_path / "cerebrum.log"
-    set_up_logging("INFO", str(file))
-    log.info("one")
-    file.unlink()
-    log.info("two")
-    assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["two"]
 
 
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Work that requests share: the same request twice, a newer one that replaces an older, text typed as predicted."""
+"""Sharing work: identical requests, infills replaced by newer ones, predictions that the user types."""
 
 from __future__ import annotations
 

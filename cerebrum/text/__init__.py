@@ -1,1 +1,1 @@
-"""Source code: its languages, where a completion of it ends, and what of a file is sent."""
+"""Source code: its languages, where a completion ends, and which parts of a file are sent."""

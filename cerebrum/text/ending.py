@@ -1,6 +1,6 @@
-"""Where a completion ends: at stop strings, and where the thing asked for is whole.
+"""Where a completion ends: at stop strings, and when the requested piece is complete.
 
-In: the text that a model writes, in any pieces. Out: the part of it that a client gets, and why it ends (`StopStrings`,
+In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`StopStrings`,
 `Ending`).
 
     >>> from cerebrum.text.ending import Ending
@@ -106,8 +106,8 @@ MEET_CHARS = 400  # compared of the suffix
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines that begin like the suffix
 SURE_WEIGHT = 6  # least number of agreeing characters, white space not counted
 CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
-# Characters that an infill that could end may still write to meet the suffix, white space not counted: usually; if its
-# brackets or indentation do not fit the suffix; if it has written the rest of the cursor's line; and if it has not.
+# How far to look for the suffix once the infill could end, in characters without white space; one limit per case:
+# usually; brackets or indentation do not fit the suffix; the rest of the cursor's line is written; it is missing.
 AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 80, 90, 12, 80
 PROSE_AHEAD_CHARS = 400  # after a paragraph
 LABEL = re.compile(r"(?:case\b|default\b|\w+:(?!:))")  # may be less indented than the block around it
@@ -168,8 +168,8 @@ class Stage:
 
     def __init__(self) -> None:
         self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
-        self.safe = 0  # up to here the text may go out
-        self.sent = 0  # up to here the text has gone out
+        self.safe = 0  # text before this position may be sent
+        self.sent = 0  # text before this position has been sent
         self.reason: str | None = None
 
     def cut(self, start: int, stop: int | None = None) -> str:
@@ -331,7 +331,7 @@ class Block(Lines):
 
 
 class IndentedBlock(Block):
-    """Python: ends before the first statement outside the block that was asked for.
+    """Python: ends before the first statement outside the requested block.
 
     That block is the outermost function open at the cursor (a class is completed method by method). Without one, it is
     the outermost other block; without any, the first definition that the model writes. A statement begun outside all
@@ -1075,7 +1075,7 @@ class Extras(Stage):
         self.language, self.scanner = language, Scanner(language)
         self.line = ""
         self.mark = 0  # the end of the last line that is not blank
-        self.defined = False  # a definition has come
+        self.defined = False  # a definition was found
         self.in_code = True  # the line does not start inside a string or comment
 
     def step(self, char: str) -> None:
@@ -1131,9 +1131,9 @@ def scan(language: Language, prompt: str) -> tuple[Scanner, str]:
 
 
 class Ending:
-    """Ends a completion where the thing asked for is whole, however its text is split into pieces.
+    """Ends a completion when the requested piece is complete, however its text is split.
 
-    The reasons: "block", the block asked for is whole; "repeat", the model is starting over; "stop", the suffix or a
+    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix or a
     fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
     the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
     With `extras`, examples and tests are part of the answer. An `indent` above 0 ends the completion before a line

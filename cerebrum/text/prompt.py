@@ -760,7 +760,7 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
 
 
 def fit_ends(text: str, room: int) -> str:
-    """The start and the end of a text that is too long: a person pastes code, and asks about it before or after."""
+    """The start and the end of a text that is too long: people paste code and ask about it before or after the code."""
     if fits(text, room):
         return text
     half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)

@@ -16,12 +16,12 @@ from cerebrum.vps.schedule import Costs
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
 MAX_CHANGE = 8  # most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
 NEAR = 48  # after a change the copy usually continues within this many tokens
-STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # acceptance is counted separately for streaks from each of these lengths on
+STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # lower bounds of the streak lengths by which acceptance is counted
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # assumed acceptance of each before any draft is checked
 PRIOR_WEIGHT = 12.0  # in tokens
 FORGET = 0.997  # factor on old counts for each decoded token, since a text may begin to repeat late
 CREDIT_TOKENS = 4.0  # initial credit of a model
-CREDIT_LIMIT = 10.0  # the most that repeating text can earn for text that does not repeat
+CREDIT_LIMIT = 10.0  # cap on the credit that successful drafts earn
 LOSS_SHARE = 0.01  # share of the time spent without drafts that trying drafts may lose
 
 

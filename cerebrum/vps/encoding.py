@@ -79,7 +79,7 @@ class Passport:
     micro_batch: int
     flash_attention: bool
     types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
-    fast: bool = False  # made by --fast, so the weights are not quite the same
+    fast: bool = False  # made by --fast: the weights differ slightly
     format: int = PASSPORT_FORMAT
 
     def encode(self) -> str:
@@ -87,7 +87,7 @@ class Passport:
 
     @property
     def encoding(self) -> str:
-        """For people to read, as in `/v1/models`."""
+        """The changed types in words, as shown by `/v1/models`."""
         if not self.types:
             return "published"
         changes = ", ".join(f"{old} to {new}" for old, new in self.types.items())
@@ -229,7 +229,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of `tune`, for people to read."""
+    """The result of `tune`, and its summary in words."""
 
     published: Timing
     tuned: Timing | None  # None: nothing here is faster than the published file with the usual settings
@@ -268,7 +268,7 @@ class Outcome:
                 f"mean KLD {self.agreement.divergence:.4f}, same likeliest token {self.agreement.same_top:.1%}"
             )
         if self.fast:
-            lines.append("made by --fast: the model does not say quite the same any more; tune without it goes back")
+            lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
         if not self.tuned:
             lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
         return "\n".join(lines)
@@ -498,7 +498,7 @@ class Tuner:
             types = self.choose_types()
             settings = self.choose_settings(types)
         except ModelError as error:
-            raise TuneError(f"expected a model of which a few layers can be measured: {error}") from None
+            raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
         path, size = self.folder / "tuned", self.size
         if types:
             size = self.file.write(
@@ -513,7 +513,7 @@ class Tuner:
         found = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        # Settings were chosen in a long context, where they pay. In this short one they must only do no harm.
+        # The settings were chosen in a long context, where they save time. In this short one they must not cost any.
         limit = found["published"].work * (1 - MIN_GAIN if types else 1)
         better, same = "tuned" in found and found["tuned"].work <= limit, None
         if better and types:

@@ -82,7 +82,7 @@ def fetch(model: Model, folder: Path) -> Path:
             part.unlink()
             wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a GGUF file"
             raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
-        part.chmod(0o644)  # the daemon is another user
+        part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
         shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # left by an earlier try with another source
     return target

@@ -79,7 +79,7 @@ class TunedFile:
     path: Path  # the published file itself, if only the settings differ
     settings: Settings
     source: str  # sha256 that the published file must have
-    encoding: str  # for people to read
+    encoding: str  # in words, for messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def group_by_cost(sizes: Sequence[int], costs: Costs) -> list[list[int]]:
 
 
 def share_size(costs: Costs, token_seconds: float) -> int:
-    """Maximum tokens of a decode that a stream has to wait for; the stream's own take `token_seconds` each."""
+    """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
@@ -178,7 +178,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             code = model.decode([(slot, [1] * size, size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code == ABORTED:  # by a stop, or by the late cancellation of a job
+        if code == ABORTED:  # aborted by a stop, or by the late cancellation of a job
             return {}
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")

@@ -277,7 +277,7 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose result nobody wants any more. Abort a running decode that has only cancelled jobs."""
+        """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
         self.inbox.put(None)
         running = self.running
@@ -538,7 +538,7 @@ class Worker(threading.Thread):
         for other in free:
             if other is not slot or not in_place:
                 self._park(other)
-            elif len(slot.tokens) > 2 * live:  # more is lost than kept
+            elif len(slot.tokens) > 2 * live:  # trimming the slot would lose more tokens than it keeps
                 self._store(slot)
         if entry and from_store:
             if self.llama.restore(slot, entry.state):
@@ -733,7 +733,7 @@ class Worker(threading.Thread):
         piece = self.llama.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
-        counts = bool(piece) or not known  # a token that only repeats text of the client's does not count
+        counts = bool(piece) or not known  # a token that only repeats the healed text does not count
         run.generated += counts
         self.tally.tokens += counts
         if run.drafter:

@@ -39,30 +39,25 @@ def test_closed_admits_any_number():
     assert machine.describe(0.0) == {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
 
 
-def test_two_failures_leave_it_closed_the_third_opens():
-    machine = breaker()
-    states = []
-    for _ in range(3):
-        machine.failed(admitted(machine), 0.0)
-        states.append((machine.state, machine.failures))
-    assert states == [("closed", 1), ("closed", 2), ("open", 3)]
-    assert machine.describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
+@pytest.mark.parametrize(
+    ("outcomes", "failures"),
+    [
+        (("failed", "failed", "failed"), [1, 2, 3]),
+        (("failed", "failed", "succeeded") * 2, [1, 2, 0, 1, 2, 0]),
+        (("failed", "left"), [1, 1]),
+    ],
+)
+def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: list[int]):
+    machine, seen = breaker(), []
+    for outcome in outcomes:
+        now = (0.0,) if outcome == "failed" else ()
+        getattr(machine, outcome)(admitted(machine), *now)
+        seen.append((machine.state, machine.failures))
+    assert seen == [("open" if count == FAILURES_TO_OPEN else "closed", count) for count in failures]
 
 
-def test_a_token_in_between_resets_the_count():
-    machine = breaker()
-    for _ in range(4):
-        machine.failed(admitted(machine), 0.0)
-        machine.failed(admitted(machine), 0.0)
-        machine.succeeded(admitted(machine))
-        assert (machine.state, machine.failures) == ("closed", 0)
-
-
-def test_a_request_without_verdict_changes_nothing():
-    machine = breaker()
-    machine.failed(admitted(machine), 0.0)
-    machine.left(admitted(machine))
-    assert (machine.state, machine.failures) == ("closed", 1)
+def test_an_open_one_describes_itself():
+    assert opened().describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
 
 
 def test_a_token_and_then_a_failure_of_one_request_counts_once():

@@ -278,7 +278,7 @@ async def test_esc_stops_and_the_vps_is_left(chrome: Any) -> None:
         assert not visit.backend.left.is_set()
         await visit.press("Escape")
         await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
-        await visit.see("#outcome", "Stopped. What had come is still marked.")
+        await visit.see("#outcome", "Stopped. The text received so far is still marked.")
         assert await visit.find("#mark").text_content() == "a"
         await visit.press("Escape")
         assert await visit.value() == CODE
@@ -781,10 +781,10 @@ async def test_files_that_cannot_be_opened(chrome: Any) -> None:
             assert await visit.value() == "x = 1\n"
         await visit.drop("a.java", b"class A {}")
         await expect(visit.find("#outcome")).to_contain_text(
-            "a.java is java, which no model in models.toml serves; it is treated as python."
+            "a.java is java, which no model in models.toml serves; using python."
         )
         await visit.drop("notes.txt", b"text")
-        await expect(visit.find("#outcome")).to_contain_text("Its name tells no language; it is treated as python.")
+        await expect(visit.find("#outcome")).to_contain_text("The file name shows no language; using python.")
 
 
 async def test_the_text_can_be_copied(chrome: Any) -> None:

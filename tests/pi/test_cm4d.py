@@ -286,31 +286,27 @@ async def test_health_and_stats_and_models_while_the_vps_is_down():
         assert [model["available"] for model in models] == [False] * 4
 
 
-async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
+@pytest.mark.parametrize("noticed_by", ["a probe", "a request"])
+async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch, noticed_by: str):
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
     words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS do not match"
-    async with Backend([[unauthorized], GOOD], models=unauthorized) as backend, pi_for(backend.port) as pi:
-        reply = await pi.get("/health")
-        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
-        assert (reply.json["status"], reply.json["vps_available"]) == ("unhealthy", False)
+    probed = noticed_by == "a probe"
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05 if probed else 2 * PATIENCE)
+    models = unauthorized if probed else answer(200, MODELS)
+    async with Backend([[unauthorized], GOOD], models=models) as backend, pi_for(backend.port) as pi:
+        asks = [lambda: pi.get("/health"), pi.complete] if probed else [pi.stream, lambda: pi.get("/health")]
+        for ask in asks:
+            reply = await ask()
+            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+        health = (await pi.get("/health")).json
+        assert (health["status"], health["vps_available"]) == ("unhealthy", False)
         assert (await pi.get("/v1/stats")).json["vps_available"] is False
-        reply = await pi.complete()
-        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-        backend.models = answer(200, MODELS)
-        await until(lambda: pi.gateway.fleet.available)
-        assert (await pi.get("/health")).status == 200
-        assert (await pi.complete()).status == 200
-
-
-async def test_a_key_that_is_refused_while_healthy_is_noticed_at_once():
-    async with Backend([[error(401, "UNAUTHORIZED")], GOOD]) as backend, pi_for(backend.port) as pi:
-        assert (await pi.stream()).status == 503
-        reply = await pi.get("/health")
-        assert (reply.status, "do not match" in reply.json["message"]) == (503, True)
-        assert (await pi.stream()).clean
-        assert (await pi.get("/health")).status == 200
+        if probed:
+            backend.models = answer(200, MODELS)
+            await until(lambda: pi.gateway.fleet.available)
+        replies = [await ask() for ask in asks]
+        assert [(reply.status, reply.clean) for reply in replies] == [(200, True)] * 2
 
 
 @pytest.mark.parametrize(

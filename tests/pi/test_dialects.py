@@ -54,14 +54,14 @@ NULLED = [
     *("stream_options", "suffix", "filename", "input_prefix", "input_suffix", "input_extra", "cache_prompt"),
     *("response_fields", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "tools", "unheard_of"),
 ]
+EMPTY: list[dict[str, Any]] = [{}, dict.fromkeys(NULLED)]
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("more", [{}, dict.fromkeys(NULLED)], ids=["empty", "nulls"])
+@pytest.mark.parametrize("more", EMPTY, ids=["empty", "nulls"])
 def test_defaults(name: str, more: dict[str, Any]) -> None:
     asked = DIALECTS[name].read(BASES[name] | more)
     assert (asked.kind, asked.fields) == DEFAULTS[name]
-    assert (asked.stream, asked.usage, asked.caching, asked.only) == (False, False, False, None)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -218,6 +218,7 @@ def test_messages(given: dict[str, Any], expected: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "members", "expected"),
     [
+        *((name, members, (False, False, False, None)) for name in ALL for members in EMPTY),
         ("text", {"stream": True}, (True, False, False, None)),
         ("text", {"stream_options": {"include_usage": True}}, (False, True, False, None)),
         ("text", {"stream_options": {"include_usage": False, "x": 1}}, (False, False, False, None)),

@@ -46,14 +46,21 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
 # ----------------------------------------------------------------------------------------------- deadlines
 
 
-@pytest.mark.parametrize("begun", [b"G", b"\r\n", get()[:-1], get()[:30]])
-async def test_slow_head(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
-    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", SOON)
-    async with serving() as (_, port), connect(port) as (reader, writer):
-        writer.write(begun)
+@pytest.mark.parametrize(
+    ("limit", "begun"),
+    [
+        *(("HEAD_SECONDS", begun) for begun in (b"G", b"\r\n", get()[:-1], get()[:30])),
+        *(("BODY_SECONDS", begun) for begun in (sized(BODY)[:-1], sized(BODY, "Expect: 100-continue")[: -len(BODY)])),
+    ],
+)
+async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, limit: str, begun: bytes) -> None:
+    monkeypatch.setattr(cerebrum_http, limit, SOON)
+    async with serving() as (server, port), connect(port) as (reader, writer):
+        writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
         assert await closed(reader) == b""
+        assert server.state.calls == []
 
 
 async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,17 +74,6 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: p
             await asyncio.wait({answer}, timeout=0.02)
         assert answer.result().status == 408
         assert time.monotonic() - started >= 0.2
-
-
-@pytest.mark.parametrize("raw", [sized(BODY)[:-1], sized(BODY, "Expect: 100-continue")[: -len(BODY)]])
-async def test_slow_body(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    monkeypatch.setattr(cerebrum_http, "BODY_SECONDS", SOON)
-    async with serving() as (server, port), connect(port) as (reader, writer):
-        writer.write(raw.replace(b"@POST", b"/v1/complete"))
-        reply = await read_reply(reader)
-        assert (reply.status, reply.one("Connection")) == (408, "close")
-        assert await closed(reader) == b""
-        assert server.state.calls == []
 
 
 async def test_silence_before_the_first_byte_closes_silently(

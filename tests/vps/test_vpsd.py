@@ -878,13 +878,17 @@ def test_an_earlier_answer_is_drafted_again(output: Path, reference: Reference) 
 # ------------------------------------------------------------------------------------------ cancellation
 
 
-def test_cancelled_in_decode(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt()
-    with vps.stream(prompt, max_tokens=1000) as stream:
-        stream.wait_for_event("token")
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_the_tokens_of_a_cancelled_completion_are_kept(vps: Vps, reference: Reference, stage: str) -> None:
+    prompt = new_prompt(500)
+    with vps.stream(prompt, max_tokens=0 if stage == "prefill" else 1000, progress=True) as stream:
+        done = stream.wait_for_prefill(1)
+        if stage == "decode":
+            stream.wait_for_event("token")
     vps.wait_idle()
     body = vps.complete(prompt, max_tokens=8)
-    assert body["cached_tokens"] >= body["prompt_tokens"] - 1
+    last = body["prompt_tokens"] - 1
+    assert body["cached_tokens"] >= (min(done, last) if stage == "prefill" else last)
     reference.check(reference.tokenize(prompt), body["completion"], 8)
 
 
@@ -897,33 +901,16 @@ def test_cancelled_without_a_stream(vps: Vps) -> None:
     vps.wait_idle()
 
 
-def test_the_finished_part_of_a_cancelled_prefill_is_kept(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(500)
-    with vps.stream(prompt, max_tokens=0, progress=True) as stream:
-        done = stream.wait_for_prefill(1)
-    vps.wait_idle()
-    body = vps.complete(prompt, max_tokens=8)
-    assert body["cached_tokens"] >= min(done, body["prompt_tokens"] - 1)
-    reference.check(reference.tokenize(prompt), body["completion"], 8)
-
-
-def test_cancelled_while_another_reads_the_same_prompt(vps: Vps, reference: Reference) -> None:
+@pytest.mark.parametrize("leaver", ["one", "two"])
+def test_a_prefill_for_two_goes_on_for_the_one_that_stays(vps: Vps, reference: Reference, leaver: str) -> None:
     prompt = new_prompt(300)
-    with vps.stream(prompt + " one", max_tokens=4, progress=True) as first:
-        first.wait_for_prefill()
-        with vps.stream(prompt + " two", progress=True) as second:
-            assert second.wait_for_event("progress")["progress"]["stage"] == "queued"
-        reference.check(reference.tokenize(prompt + " one"), first.text(), 4)
-
-
-def test_another_request_takes_over_a_cancelled_prefill(vps: Vps, reference: Reference) -> None:
-    prompt = new_prompt(300)
-    with vps.stream(prompt + " one", max_tokens=4, progress=True) as first:
-        first.wait_for_prefill()
-        with vps.stream(prompt + " two", max_tokens=4, progress=True) as second:
-            second.wait_for_event("progress")
-            first.close()
-            reference.check(reference.tokenize(prompt + " two"), second.text(), 4)
+    with vps.stream(prompt + " one", max_tokens=4, progress=True) as one:
+        one.wait_for_prefill()
+        with vps.stream(prompt + " two", max_tokens=4, progress=True) as two:
+            assert two.wait_for_event("progress")["progress"]["stage"] == "queued"
+            leaves, stays, stayer = (one, two, " two") if leaver == "one" else (two, one, " one")
+            leaves.close()
+            reference.check(reference.tokenize(prompt + stayer), stays.text(), 4)
 
 
 def test_cancelled_while_another_generates(vps: Vps, reference: Reference) -> None:
