@@ -791,25 +791,12 @@ def warn_of(config: Config) -> None:
 
 
 ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
-HELP = """\
-configuration; the first source that sets a variable wins:
-  files named like the variable in $CREDENTIALS_DIRECTORY
-  the environment
-  .env beside cm4d.py; .env.example lists all variables
-  models.toml beside cm4d.py has the models and backends
-SIGHUP reads them again.
-
-exit status:
-  0  stopped by a signal; with --check: nothing has failed
-  1  a temporary failure, such as a busy port; with --check: something has failed
-  2  wrong configuration or arguments
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
-        make_parser("cm4d", ABOUT, HELP).parse_args(arguments)
+        make_parser("cm4d", ABOUT).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 
         return check_pi(HERE, load_config, Backend)

@@ -1089,24 +1089,9 @@ def check_keys(config: Config) -> None:
         raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
 
 
-HELP = """\
-configuration; the first source that sets a variable wins:
-  files named like the variable in $CREDENTIALS_DIRECTORY
-  the environment
-  .env beside vpsd.py; .env.example lists all variables
-  models.toml beside vpsd.py has the models
-SIGHUP reads them again. A socket that systemd passes is used instead of CEREBRUM_VPS_HOST and CEREBRUM_VPS_PORT.
-
-exit status:
-  0  stopped by a signal, or the command is done; with --check: nothing has failed
-  1  a temporary failure, such as a busy port or a failed download; with --check: something has failed
-  2  wrong configuration or arguments
-"""
-
-
 def main(arguments: Sequence[str]) -> int:
     about = "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
-    parser = make_parser("vpsd", about, HELP)
+    parser = make_parser("vpsd", about)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")

@@ -165,15 +165,30 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
 # ----------------------------------------------------------------------------------------------- options
 
 
-def make_parser(daemon: str, about: str, more: str) -> argparse.ArgumentParser:
-    """A parser for the options of both daemons; `more` follows the options in the help."""
+HELP = """\
+configuration; the first source that sets a variable wins:
+  files named like the variable in $CREDENTIALS_DIRECTORY
+  the environment
+  .env beside the daemon; .env.example lists all variables
+  models.toml beside the daemon has the models, and the backends of the Pi
+SIGHUP reads them again. A socket that systemd passes to vpsd is used instead of its own.
+
+exit status:
+  0  stopped by a signal, or done; with --check: nothing has failed
+  1  a temporary failure, such as a busy port or a failed download; with --check: something has failed
+  2  wrong configuration or arguments
+"""
+
+
+def make_parser(daemon: str, about: str) -> argparse.ArgumentParser:
+    """A parser for the options of both daemons."""
     import argparse  # a daemon that serves does not need argparse
 
     parser = argparse.ArgumentParser(
         prog=f"{daemon}.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=about,
-        epilog=more,
+        epilog=HELP,
         allow_abbrev=False,
     )
     parser.add_argument("--check", action="store_true", help="check settings, files and backends, and report problems")

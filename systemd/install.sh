@@ -175,7 +175,7 @@ make_places() {
 }
 
 # The daemon cannot write them, and its start is quicker with them.
-compile() { "$PYTHON" -m compileall -q "$PREFIX"/*.py; }
+compile() { "$PYTHON" -m compileall -q "$PREFIX"/*.py "$PREFIX/cerebrum"; }
 
 # put_reload SERVICE: what Type=notify-reload does, for a systemd that does not know it.
 put_reload() {

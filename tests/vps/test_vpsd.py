@@ -1301,7 +1301,7 @@ def test_a_tuned_file_is_used(output: Path) -> None:
     )
     with Gguf(published) as old:
         parts = [Part(tensor, "q8_0" if tensor.type == "q5_0" else tensor.type) for tensor in old.tensors]
-        old.write(file, parts, {PASSPORT_KEY: passport.encode()}, threads=2)
+        old.write(file, parts, {PASSPORT_KEY: passport.encode()})
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
     with start(output) as tuned:
         assert expected.items() <= tuned.model().items()
