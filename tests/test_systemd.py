@@ -204,7 +204,7 @@ def kill_and_see_it_restart(machine: Machine, unit: str) -> None:
     machine.run(f"systemctl kill --signal=KILL {unit}.service")
     until(lambda: machine.show(unit, "MainPID") not in ("0", before[0]), f"{unit} restarts")
     until(lambda: machine.show(unit, "ActiveState") == "active", f"{unit} is ready again")
-    assert int(machine.show(unit, "NRestarts")) == before[1] + 1
+    assert int(machine.show(unit, "NRestarts")) == before[1] + 1, machine.journal(unit)[-3000:]
 
 
 def stop(machine: Machine, unit: str) -> None:
