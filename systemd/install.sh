@@ -106,6 +106,9 @@ put_unit() {
 
 remove_old_modules() {
 	local file
+	(cd "$DESTDIR$PREFIX" && find cerebrum -name '*.py') | while IFS= read -r file; do
+		[[ -e $file ]] || rm -f -- "$DESTDIR$PREFIX/$file"
+	done
 	for file in "$DESTDIR$PREFIX"/cerebrum_*.py "$DESTDIR$PREFIX/cerebrum_page.html"; do
 		[[ ${file##*/} == cerebrum_common.py ]] || rm -f -- "$file"
 	done

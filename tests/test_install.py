@@ -102,6 +102,10 @@ EVERYWHERE = {
     ],
 )
 def test_what_a_machine_gets(clone: Clone, what: str, folder: str, own: dict[str, str], units: tuple[str, ...]) -> None:
+    """Modules of an older version, in the folder `cerebrum` or beside it, go."""
+    for old in ("cerebrum/text/old.py", "cerebrum_old.py"):
+        (clone.root / folder / old).parent.mkdir(parents=True, exist_ok=True)
+        (clone.root / folder / old).touch()
     assert clone.install(what) == ""
     expected = {f"{folder}/{name}": mode for name, mode in (EVERYWHERE | own).items()}
     expected |= modules(folder, "pi" if what == "cm4" else "vps") | {f"{UNITS}/{unit}": "644" for unit in units}
