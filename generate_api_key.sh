@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files.
 #
-# Never pass a key as an argument or variable: `ps` shows both. Every draft is on the disk before a
+# No key is passed as an argument or variable, which `ps` would show. Every draft is on the disk before a
 # file is replaced, and each file is replaced in one step: a bad path, a full disk or a power cut loses no key.
 set -euo pipefail
 export LC_ALL=C # copies an .env byte for byte, whatever its encoding

@@ -270,7 +270,7 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` completes."""
-        if self._step is BodyDecoder._size and not (self._held or self._left or self._limit):
+        if self._step is BodyDecoder._size and not (self._held or self._limit):
             match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
             start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
