@@ -359,7 +359,8 @@ class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
 
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
-    before the gap, or is empty. A model that only other engines have needs no `file`.
+    before the gap, or is empty. A model that only other engines have needs no `file`. `size` is in bytes. A `size` or
+    `memory_mb` of 0 is unknown.
     """
 
     id: str
@@ -370,6 +371,7 @@ class Model:
     file: str = ""
     sha256: str = ""
     size: int = 0
+    memory_mb: int = 0
     sources: tuple[dict[str, Any], ...] = ()
     aliases: tuple[str, ...] = ()
     fim: tuple[str, ...] = ()

