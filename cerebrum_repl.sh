@@ -12,7 +12,7 @@ shopt -s lastpipe || exit 1
 # ------------------------------------------------------------------------------------ settings and state
 
 PROGRAM=${0##*/}
-URL=${CEREBRUM_URL:-http://127.0.0.1:7000}
+URL=${CEREBRUM_URL-} # empty: see find_pi
 KEY=${CEREBRUM_CM4_API_KEY:-}
 HISTORY=${XDG_STATE_HOME:-${HOME-}/.local/state}/cerebrum/repl_history
 HISTSIZE=1000
@@ -236,6 +236,19 @@ call_api() {
 	curl -qsS --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
 }
 
+# find_pi: sets URL to the Pi that Avahi finds on this network. Without one, or with more than one, to this machine. The
+# address is used, not the name: Avahi may have changed the name, and not every machine can look it up.
+find_pi() {
+	local event protocol host address port
+	local -A found
+	while IFS=';' read -r event _ protocol _ _ _ host address port _; do # a line for each of its networks
+		[[ ! $event$protocol$address$port =~ ^=IPv4[0-9.]+$ ]] || found[$host]=$address:$port
+	done < <(avahi-browse -prt _cerebrum._tcp 2>/dev/null)
+	((${#found[@]} < 2)) || complain "found ${found[*]}; --url chooses one" || true
+	((${#found[@]} == 1)) || found=([this]=127.0.0.1:7000)
+	URL=http://${found[*]}
+}
+
 # print_table PATH VIEW [CHOSEN]: VIEW and CHOSEN as for json_table.
 print_table() {
 	local reason
@@ -453,7 +466,8 @@ cmd_usage() {
 	  -m, --model ID        the model (default: the server's choice for the language)
 	  -n, --tokens N        at most N tokens, 1 to $MAX_TOKENS (default: $TOKENS)
 	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
-	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else http://127.0.0.1:7000)
+	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else the only one that Avahi finds on
+	                        this network, else http://127.0.0.1:7000)
 	  -h, --help
 
 	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if the
@@ -732,6 +746,7 @@ while (($# > 0)) && [[ $1 != - ]]; do
 	esac
 	shift 2
 done
+[[ -n $URL ]] || find_pi
 URL=${URL%/}
 
 if [[ ${1-} == - ]]; then cmd_filter; else cmd_repl; fi

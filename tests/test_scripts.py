@@ -116,6 +116,30 @@ def test_the_filter_prints_the_completion_byte_for_byte(env: dict[str, str], bac
     assert "x-api-key" not in backend.asked[0][1]
 
 
+@pytest.mark.parametrize("others", [[], ["desk.local;192.0.2.8;7001"]])
+def test_the_pi_is_found_if_it_is_the_only_one(
+    env: dict[str, str], backend: Backend, tmp_path: Path, others: list[str]
+) -> None:
+    """avahi-browse tells of each Pi on each of its networks, before and after it has an address."""
+    backend.scripts.extend([completion("x")] * (not others))
+    name = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local"
+    lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;{backend.port};"]
+    lines += [f"=;{network};IPv4;{name};pi.local;127.0.0.1;{backend.port};" for network in ("eth0", "wlan0")]
+    lines += [f'=;eth0;IPv4;{name};{other};"a=b"' for other in others]
+    script = f"#!/bin/bash\n[[ $* == '-prt _cerebrum._tcp' ]] && cat {tmp_path}/found"
+    (tmp_path / "tools/avahi-browse").write_text(script)
+    (tmp_path / "tools/avahi-browse").chmod(0o755)
+    (tmp_path / "found").write_text("\n".join(lines) + "\n")
+    del env["CEREBRUM_URL"]
+    result = run(env, b"x", "-")
+    if others:
+        assert result.returncode == 1
+        said = result.stderr.decode().splitlines()[0]
+        assert {f"127.0.0.1:{backend.port}", "192.0.2.8:7001;"} < set(said.split())
+    else:
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"x", b"")
+
+
 def test_raw_utf8_and_crlf_events_and_comments(env: dict[str, str], backend: Backend) -> None:
     crlf = b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\r\n'
     backend.scripts.append([head(), crlf, b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n', done()])
