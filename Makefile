@@ -2,11 +2,10 @@
 # default model.
 
 PYTHON = .venv/bin/python
-SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/install.sh .ci/run
+SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality editor drafts prepare parse page fleet))
 
-.PHONY: help run test test-clients test-engines test-slow lint bench fuzz clean
-.PHONY: install-cm4 install-vps uninstall-cm4 uninstall-vps
+.PHONY: help run test test-clients test-engines test-slow test-packages lint bench fuzz deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
@@ -29,7 +28,12 @@ test-engines: ## build other people's engines (about four minutes, once) and run
 test-slow: ## run the tests that take minutes, need root, or need a second model (1.1 GB)
 	@./run.sh setup test
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m "slow and not packages"
+
+test-packages: ## install, upgrade, break and remove the packages on each Debian (as root; half an hour)
+	@./run.sh setup test
+	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
+	$(PYTHON) -m pytest -m packages
 
 lint: ## run ruff, mypy --strict and shellcheck
 	@./run.sh setup test
@@ -47,19 +51,13 @@ fuzz: ## send random bytes to both daemons
 	@./run.sh setup test
 	$(PYTHON) tests/fuzz_sockets.py
 
-# DESTDIR stages the files in a folder. PREFIX is the daemon's folder.
-install-cm4: ## install the Pi's daemon as a service of this machine, or upgrade it (as root)
-	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh cm4
-
-install-vps: ## the same for the VPS's daemon
-	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh vps
-
-uninstall-cm4: ## remove the Pi's daemon and keep its configuration
-	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh uninstall-cm4
-
-uninstall-vps: ## the same for the VPS's daemon
-	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install.sh uninstall-vps
+# In a copy: debhelper cleans whatever folder it builds in, .venv too.
+deb: ## build Debian packages for the Pi, the VPS and a laptop, in the folder dist
+	@rm -rf .run/deb dist/*.deb && mkdir -p .run/deb/cerebrum dist
+	@umask 022 && cp -r debian systemd cerebrum *.py *.sh models.toml pyproject.toml .env.example LICENSE .run/deb/cerebrum
+	@cd .run/deb/cerebrum && umask 022 && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 20 ../log; exit 1; }
+	@cp .run/deb/*.deb dist && ls dist/*.deb
 
 clean: ## remove all that make built, except the models and .env
-	rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .run dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,7 +38,7 @@ ASK_SECONDS = 5.0  # for an answer from this machine
 BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
-SOCKET_UNIT = Path("/etc/systemd/system/cerebrum-backend.socket")
+SOCKET_UNITS = [Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib", "lib")]
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
 PI_MB = 64  # of memory: cm4d takes 36, its clients need more
@@ -78,7 +78,7 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 
 def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment, Any] | None:
     """The environment and the daemon's Config; None if a setting is wrong."""
-    given = dict(os.environ)
+    given, place = dict(os.environ), (folder / ".env").resolve()  # a link in the packages
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
     elif CREDENTIALS.is_dir():
@@ -87,9 +87,9 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
         environ = read_environment(given, folder)
         config = load(environ)
     except ConfigError as error:
-        report.add("FAIL", "settings", f"{error}: correct it in the environment, {folder / '.env'} or models.toml")
+        report.add("FAIL", "settings", f"{error}: correct it in the environment, {place} or models.toml")
         return None
-    report.add("ok", "settings", f"those of the environment, {folder / '.env'} and models.toml are valid")
+    report.add("ok", "settings", f"those of the environment, {place} and models.toml are valid")
     with contextlib.suppress(OSError):
         known = {*re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()), "CEREBRUM_URL"}  # the REPL's
         named = {one.key_env for one in getattr(config, "backends", ())}
@@ -217,8 +217,8 @@ def check_vps(folder: Path, load: Load) -> int:
         if (got := llama_cpp.__version__) != LLAMA_CPP:
             report.add("warn", "packages", f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}")
         check_key(report, environ, "CEREBRUM_API_KEY", "`generate_api_key.sh --write FILE` makes one")
-        if SOCKET_UNIT.exists():  # a connection there could start the daemon
-            report.add("ok", "address", f"that of systemd: `systemctl status {SOCKET_UNIT.name}` shows it")
+        if any(unit.exists() for unit in SOCKET_UNITS):  # a connection there could start the daemon
+            report.add("ok", "address", f"that of systemd: `systemctl status {SOCKET_UNITS[0].name}` shows it")
         else:
             check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
         check_state(report, config.engine.state_dir)

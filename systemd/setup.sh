@@ -1,0 +1,257 @@
+#!/usr/bin/env bash
+# /usr/bin/cerebrum-cm4 and /usr/bin/cerebrum-backend of the Debian packages. Each step is skipped when it is done, so
+# every command can be repeated, and completes what was interrupted.
+set -euo pipefail
+umask 022
+
+NAME=${0##*/}
+LIB=/usr/lib/$NAME
+OLD=/opt/${NAME/%cm4/pi} # of an installation by hand
+SETTINGS=/etc/$NAME/env # what .env is for an installation by hand
+DROP_INS=/etc/systemd/system
+LISTEN=$DROP_INS/$NAME.socket.d/listen.conf
+MEMORY=$DROP_INS/$NAME.service.d/memory.conf
+KEY=/etc/credstore/CEREBRUM_API_KEY
+STATE=/var/lib/cerebrum
+PLACE=/var/lib/cerebrum-backend # llama.cpp and the models
+VENV=/opt/cerebrum-backend/venv # in the package: $PLACE/llama-VERSION
+if [[ $NAME == cerebrum-cm4 ]]; then
+	RUN=(/usr/bin/python3 -s -S "$LIB/cm4d.py")
+else
+	RUN=(env CEREBRUM_STATE_DIR="$STATE" "$VENV/bin/python" -s "$LIB/vpsd.py")
+fi
+
+usage() {
+	if [[ $NAME == cerebrum-cm4 ]]; then
+		cat <<-END
+		Usage: cerebrum-cm4 setup [URL]     connect this Pi with its backend, and start
+		       cerebrum-cm4 --check         find what keeps the daemon from working
+
+		setup asks for the line that "cerebrum-backend setup" printed, or for the backend's URL and its key, and does not
+		show what is typed. With a URL it reads the key alone. An empty answer keeps what is set. Nothing is changed unless
+		the backend answers and takes the key.
+		END
+	else
+		cat <<-END
+		Usage: cerebrum-backend setup [--listen ADDRESS[:PORT]] [--model ID]
+		                                    make a key, build llama.cpp, fetch and tune a model, and start
+		       cerebrum-backend COMMAND     fetch, tune, memory or --check: vpsd's own commands; each has --help
+
+		setup listens on Tailscale's address if none is given, asks for a model if none is here, and prints the line for
+		the Pi. Repeat it to change an answer, and after a change of models.
+		END
+	fi
+	echo "Settings are in $SETTINGS, models in /etc/$NAME/models.toml; $LIB/.env.example lists all settings."
+}
+
+die() {
+	printf '%s: %s\n' "$NAME" "$*" >&2
+	exit 1
+}
+
+# as_daemon COMMAND...: without root's rights, in a folder that the daemon's user may enter.
+as_daemon() { (cd / && exec runuser -u cerebrum -- "$@"); }
+
+# setting NAME: prints its value.
+setting() {
+	local name="^[[:space:]]*(export[[:space:]]+)?$1="
+	[[ ! -e $SETTINGS ]] || sed -nE "s/${name}[\"']?([^\"']*)[\"']?[[:space:]]*\$/\2/p" "$SETTINGS" | tail -n 1
+}
+
+# put_settings: from standard input, in one step.
+put_settings() {
+	install -m 600 -o cerebrum -g cerebrum /dev/stdin "$SETTINGS.part"
+	mv -f -- "$SETTINGS.part" "$SETTINGS"
+}
+
+# ask PROMPT [-s]: prints the line that was typed, or the first of standard input. -s: what is typed is not shown.
+ask() {
+	local line
+	[[ ! -t 0 ]] || printf '%s: ' "$1" >&2
+	IFS= read -r "${@:2}" line || true
+	[[ ! -t 0 || $# == 1 ]] || echo >&2
+	printf '%s\n' "$line"
+}
+
+# start restart | try-restart: if the daemon does not come up, tells the last thing that it said.
+start() {
+	systemctl daemon-reload
+	if ! systemctl "$1" "$NAME.service" || [[ $(systemctl show --value -p ActiveState "$NAME") == activating ]]; then
+		die "the daemon does not come up: $(journalctl -n 1 -o cat _SYSTEMD_UNIT="$NAME.service")"
+	fi
+}
+
+setup_cm4() {
+	local url key='' question
+	[[ $# -lt 2 && ${1-} != -* ]] || { usage >&2; exit 2; }
+	DRAFT=$(mktemp -d) # the keys that are tried, as systemd would pass them
+	trap 'rm -rf -- "$DRAFT"' EXIT
+	cp -t "$DRAFT" -- /etc/credstore/CEREBRUM_* 2>/dev/null || true
+	url=${1-}
+	if [[ -z $url ]]; then
+		question=$(setting CEREBRUM_VPS_URL)
+		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${question:+ (Enter: $question)}" -s)"
+		url=${url:-$question}
+	fi
+	[[ $url =~ ^https?://[^/[:space:]]+/?$ ]] || die "expected a URL like http://100.64.0.1:9000, got '$url'"
+	[[ ! -s $DRAFT/${KEY##*/} ]] && question='key, not shown' || question='key, not shown (Enter: the present one)'
+	key=${key:-$(ask "$question" -s)}
+	[[ -z $key ]] || "$LIB/generate_api_key.sh" --set "$DRAFT/${KEY##*/}" <<<"$key" >/dev/null
+	CREDENTIALS_DIRECTORY=$DRAFT CEREBRUM_VPS_URL=$url "${RUN[@]}" --check || die "nothing was changed"
+	install -d -m 700 "${KEY%/*}"
+	[[ ! -s $DRAFT/${KEY##*/} ]] || "$LIB/generate_api_key.sh" --set "$KEY" <"$DRAFT/${KEY##*/}" >/dev/null
+	{ sed '/^CEREBRUM_VPS_URL=/d' "$SETTINGS" 2>/dev/null || true; echo "CEREBRUM_VPS_URL=$url"; } | put_settings
+	start restart
+	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser. Editors use the same address."
+}
+
+# have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python.
+have_llama() { "$VENV/bin/python" -c 'import llama_cpp' 2>/dev/null; }
+
+# build: what cerebrum-llama.service runs. The folder with the version is complete when llama_cpp can be imported.
+build() {
+	! have_llama || return 0
+	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/cache"
+	as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
+	as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}"
+	systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
+	find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
+}
+
+build_with_clock() {
+	systemctl start cerebrum-llama &
+	SECONDS=0
+	while kill -0 $! 2>/dev/null; do
+		[[ ! -t 2 ]] || printf '\r\e[Kbuilding llama.cpp, four minutes on two cores ... %d s ' "$SECONDS" >&2
+		sleep 1
+	done
+	wait $! || die "llama.cpp was not built; the next try is in 5 minutes:
+		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
+}
+
+# put_listen ADDRESS[:PORT]: an empty one stays what it was, and is at first that of old settings, or Tailscale's.
+put_listen() {
+	local address=$1 old
+	old=$(cat "$LISTEN" 2>/dev/null) || true
+	[[ -n $address || -z $old ]] || return 0
+	address=${address:-$(setting CEREBRUM_VPS_HOST)}
+	address=${address:-$(tailscale ip -4 2>/dev/null | head -n 1)} || true
+	[[ -n $address ]] || { echo "listening on 127.0.0.1 port 9000: there is no Tailscale, and no --listen"; return 0; }
+	[[ $address =~ ^([0-9.]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?$ ]] || die "expected an IP address, got '$address'"
+	[[ -n ${BASH_REMATCH[2]} ]] || address+=:$(setting CEREBRUM_VPS_PORT | grep . || echo 9000)
+	install -D -m 644 /dev/stdin "$LISTEN" <<-END
+	# From "cerebrum-backend setup", which changes it only if an address is given.
+	[Socket]
+	ListenStream=
+	ListenStream=$address
+	END
+	systemctl daemon-reload
+	[[ $old == "$(cat "$LISTEN")" ]] || ! systemctl is-active --quiet "$NAME.socket" || systemctl restart "$NAME.socket"
+}
+
+# put_memory: a limit that fits the models. A person's own is not touched.
+put_memory() {
+	local memory
+	[[ ! -e $MEMORY ]] || grep -q '^# From "vpsd.py memory"' "$MEMORY" || return 0
+	memory=$("${RUN[@]}" memory)
+	install -D -m 644 /dev/stdin "$MEMORY" <<-END
+	# From "vpsd.py memory", at each setup. Write another limit with: systemctl edit $NAME
+	$(sed 1d <<<"$memory")
+	[Service]
+	MemoryMax=${memory%%$'\n'*}M
+	END
+}
+
+# models MARK: the ids that "fetch --list" marks: + is here, * is recommended.
+models() { as_daemon "${RUN[@]}" fetch --list | sed -n "s/^[$1] \([^ ]*\).*/\1/p"; }
+
+setup_backend() {
+	local listen='' wanted='' model key
+	while (($# > 0)); do
+		case $1 in
+			--listen) listen=${2-} ;;
+			--model) wanted=${2-} ;;
+			*) usage >&2; exit 2 ;;
+		esac
+		[[ -n ${2-} ]] || die "expected a value after $1"
+		shift 2
+	done
+	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/models"
+	install -d -o cerebrum -g cerebrum -m 700 "$STATE"
+	install -d -m 700 "${KEY%/*}"
+	[[ -s $KEY || -n $(setting CEREBRUM_API_KEY) ]] || "$LIB/generate_api_key.sh" --write "$KEY" >/dev/null
+	put_listen "$listen"
+	build_with_clock
+	if [[ -z $wanted && -z $(models +) ]]; then
+		as_daemon "${RUN[@]}" fetch --list
+		model=$(models '*')
+		wanted=$(ask "which model (Enter: $model)")
+		wanted=${wanted:-$model}
+	fi
+	for model in $wanted $(models +); do # those that are here are checked, and tuned if they were not
+		as_daemon "${RUN[@]}" fetch "$model" </dev/null
+	done
+	[[ -e $SETTINGS ]] || echo "# $LIB/.env.example lists all settings" | put_settings
+	put_memory
+	start restart
+	"${RUN[@]}" --check || true
+	[[ -s $KEY ]] && key=$(<"$KEY") || key=$(setting CEREBRUM_API_KEY)
+	printf '\nOn the Pi, run "sudo cerebrum-cm4 setup" and paste this line:\n\nhttp://%s %s\n' \
+		"$(sed -n 's/^ListenStream=//p' "$LISTEN" 2>/dev/null | grep . || echo 127.0.0.1:9000)" "${key%%,*}"
+}
+
+# take_over: what an installation by hand, or by the installer of older versions, has in /opt. The daemon that runs goes on
+# until it is restarted. The settings come last, so that an interrupted take-over is repeated.
+take_over() {
+	local file
+	for file in "$DROP_INS/$NAME".{service,socket,service.d/reload.conf}; do
+		[[ ! -e $file ]] || mv -f -- "$file" "$OLD"
+	done
+	if [[ $NAME == cerebrum-cm4 ]]; then
+		install -d -o cerebrum -g adm -m 2750 /var/log/cerebrum
+		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
+	else
+		install -d "$PLACE/models"
+		find "$OLD/models" -maxdepth 1 -type f -exec mv -f -t "$PLACE/models" {} + 2>/dev/null || true
+		file=$("$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
+		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
+		chown -R cerebrum: "$PLACE"
+		(SETTINGS=$OLD/.env put_listen '') || true
+	fi
+	{
+		[[ ! -e $OLD/.env ]] || sed "s|$OLD/models\$|$PLACE/models|; s|$OLD/logs/|/var/log/cerebrum/|" "$OLD/.env"
+		file=$OLD/models.toml # its own, if a person has changed it
+		if [[ -e $file ]] && ! { cat "$OLD/.installed" 2>/dev/null || true; sha256sum "$LIB/models.toml"; } |
+			grep "^$(sha256sum <"$file" | cut -c -64)" >/dev/null; then
+			install -m 644 "$file" "/etc/$NAME/models.mine.toml"
+			echo "CEREBRUM_MODELS_FILE=/etc/$NAME/models.mine.toml"
+		fi
+	} | put_settings
+	echo "$NAME has taken over $OLD, which is no longer used; what is left there can go"
+}
+
+# configure: what the package does at each installation and upgrade. A daemon that is stopped stays so.
+configure() {
+	[[ -d /run/systemd/system ]] || return 0
+	[[ -e $SETTINGS || ! -e ${OLD}/${RUN[-1]##*/} ]] || take_over
+	if [[ ! -e $SETTINGS ]]; then
+		echo "to set it up:  sudo $NAME setup"
+	elif [[ $NAME == cerebrum-cm4 ]] || have_llama; then
+		start try-restart
+	else
+		systemctl start --no-block cerebrum-llama
+		echo "llama.cpp is built in the background; until it is ready, the daemon that runs serves"
+	fi
+}
+
+case ${1---help} in
+	-h | --help) usage; exit ;;
+	fetch | tune) RUN=(as_daemon "${RUN[@]}") ;;
+esac
+((EUID == 0)) || die "expected to run as root, got user $(id -un); please run:  sudo $NAME $*"
+case $NAME-$1 in
+	*-setup) "setup_${NAME#cerebrum-}" "${@:2}" ;;
+	*-configure | cerebrum-backend-build) "$1" ;;
+	*) "${RUN[@]}" "$@" ;;
+esac

@@ -1,0 +1,816 @@
+"""docs/deploy.md to the letter, on a booted Debian: the packages, their setup, and the units under a real systemd.
+
+One container plays the machine with the clone, the VPS, the Pi and Tailscale: the page's own command blocks are run
+in it, in their order. The tests then stop, kill, hang, misconfigure, upgrade and remove the daemons. Other containers
+have an installation by hand. The tests with the mark `packages` use an older Debian, or take long. `scp`, `sudo` and
+`tailscale` are stand-ins of a line each.
+
+Slow (minutes) and for root only. Each Debian with llama.cpp's wheel is made once, in .run; a container boots under an
+overlay, which is gone afterwards. Only making it needs a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from harness import KEY as KEY_OF_A_DAEMON
+from harness import MODELS, ROOT, daemon, program, wait_until
+
+from cerebrum_common import VERSION
+
+# What the page takes for granted and what its steps install. The container has no network.
+PACKAGES = (
+    "avahi-daemon avahi-utils build-essential ca-certificates cmake curl dbus debhelper dh-python g++ help2man "
+    "iproute2 libnss-mdns make python3 python3-psutil python3-venv systemd-sysv"
+)
+SUITE = "trixie"
+MODEL = "qwen_1_5b"  # the one that setup recommends
+DEADLINE_S = 600.0  # setup tunes the model, which a busy machine does in minutes
+until = partial(wait_until, seconds=DEADLINE_S)
+BUILD_SECONDS = 1800.0  # llama.cpp takes 4 minutes on two idle cores
+NEEDED = ("debootstrap", "git", "systemd-nspawn", "nsenter")
+NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe")
+# What IPAddressDeny= needs: BPF, and cgroups of version 2 even on a host that has both.
+BPF = ("--capability=CAP_BPF", "--system-call-filter=bpf")
+UNIFIED = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
+DAEMONS = ("cerebrum-backend", "cerebrum-cm4")
+BACKEND = "http://100.64.0.1:9000"
+KEY = "/etc/credstore/CEREBRUM_API_KEY"
+SETTINGS = "/etc/cerebrum-backend/env", "/etc/cerebrum-cm4/env"
+CATALOG = "/etc/cerebrum-backend/models.toml"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root"),
+    pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="needs " + ", ".join(NEEDED)),
+]
+
+
+def blocks(step: str) -> list[str]:
+    """The commands of a step of docs/deploy.md: its ```sh blocks, by a word of its heading."""
+    text = (ROOT / "docs/deploy.md").read_text()
+    (section,) = re.findall(rf"^###? [^\n]*{step}.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+
+class Machine:
+    """A booted container. `run` runs a shell command in it, as root in its home."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.leader = str(until(lambda: inits_of(process.pid), "systemd-nspawn starts init")[0])
+        self.enter = ["nsenter", "--target", self.leader, "--all", "--wdns=/root", "/bin/bash"]
+
+    def run(self, command: str, check: bool = True, stdin: str = "") -> str:
+        environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        inside = [*self.enter, "-ec", "cd /root\n" + command]
+        result = subprocess.run(
+            inside, env=environ, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def fails(self, command: str, stdin: str = "") -> str:
+        """What it says."""
+        said = self.run(f"if ({command}) 2>&1; then echo DONE; fi", stdin=stdin)
+        assert not said.endswith("DONE"), said
+        return said
+
+    def follow(self, step: str) -> list[str]:
+        """Run the blocks of a step where the page says to run them; what each printed."""
+        place = "cd cerebrum\n" if step in ("Make the packages", "By hand") else ""
+        return [self.run(place + block) for block in blocks(step)]
+
+    def show(self, unit: str, key: str) -> str:
+        return self.run(f"systemctl show --value --property={key} {unit}")
+
+    def is_in(self, unit: str, **expected: str) -> bool:
+        """Whether the unit has these properties, read at one time."""
+        names = ",".join(expected)
+        return set(self.run(f"systemctl show --property={names} {unit}").splitlines()) == {
+            f"{name}={value}" for name, value in expected.items()
+        }
+
+    def journal(self, unit: str) -> str:
+        return self.run(f"journalctl --no-pager --output=cat --unit={unit}")
+
+    def status(self, url: str, *options: str) -> str:
+        """The status of a response, or 000 and curl's exit status."""
+        return self.run(
+            f"curl -s -o /dev/null -w '%{{http_code}}' {' '.join(options)} {url} || echo \" $?\"", check=False
+        )
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def inits_of(pid: int) -> list[int]:
+    """The children that run systemd. Another one only prepares the container, and ends soon."""
+    return [child for child in children_of(pid) if command_name(child) == "systemd"]
+
+
+def command_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has ended
+        return ""
+
+
+def make_debian(suite: str) -> Path:
+    """A Debian that was never booted, and in /wheels what pip needs. Only this needs a network."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        requirements = tomllib.load(file)["project"]["dependencies"]
+    recipe, debian = "\n".join([PACKAGES, *requirements]), ROOT / ".run" / suite
+    complete = debian / "complete"
+    if complete.exists() and complete.read_text() == recipe:
+        return debian
+    shutil.rmtree(debian, ignore_errors=True)
+    debian.mkdir(parents=True)
+    include = "--include=" + PACKAGES.replace(" ", ",")
+    run = ["debootstrap", "--variant=minbase", include, suite, str(debian)]
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+    run = [*NSPAWN, f"--directory={debian}", "--bind-ro=/etc/ssl/certs"]
+    run += [f"--setenv={name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
+    if suite == SUITE:  # an older one has an older libc than this machine, perhaps
+        for wheel in Path.home().glob(".cache/pip/wheels/**/llama_cpp_python-*-none-*.whl"):  # any Python's
+            run += [f"--bind-ro={wheel.parent}:/built", "--setenv=PIP_FIND_LINKS=/built"]
+            break
+    build = """
+        python3 -m venv /tmp/venv
+        /tmp/venv/bin/pip wheel --quiet --wheel-dir=/wheels "$@"
+        rm -r /tmp/venv
+        printf '[global]\\nno-index = true\\nfind-links = /wheels\\n' >/etc/pip.conf"""
+    build_in = [*run, "/bin/bash", "-ec", build, "bash", *requirements]
+    subprocess.run(build_in, check=True, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS)
+    complete.write_text(recipe)
+    return debian
+
+
+STAND_INS = """
+echo pi >/etc/hostname; hostname pi
+ip address add 100.64.0.1/32 dev lo
+printf '#!/bin/sh\\necho 100.64.0.1\\n' >/usr/bin/tailscale
+printf '#!/bin/sh\\nexec "$@"\\n' >/usr/bin/sudo
+printf '#!/bin/sh\\nexec cp "$1" "/root/${2#*:}"\\n' >/usr/bin/scp
+chmod +x /usr/bin/tailscale /usr/bin/sudo /usr/bin/scp"""
+
+
+@contextlib.contextmanager
+def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
+    """A machine with the clone, and with a web server of its own that has the models."""
+    debian = make_debian(suite)
+    subprocess.run(
+        [sys.executable, ROOT / "vpsd.py", "fetch", "--no-tune", MODEL], check=True, stdout=subprocess.DEVNULL
+    )
+    command = [*NSPAWN, *BPF, "--boot", "--volatile=overlay", "--private-network", f"--machine={name}-{os.getpid()}"]
+    command += [f"--directory={debian}", f"--bind-ro={MODELS}:/srv"]
+    environ = {**os.environ, **UNIFIED}
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        machine = Machine(process)
+        until(lambda: "running" in machine.run("systemctl is-system-running", check=False), "the machine boots")
+        machine.run(STAND_INS)
+        machine.run("systemd-run --quiet python3 -m http.server --directory=/srv 8000")
+        files = subprocess.run(
+            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+        )
+        tar = subprocess.run(
+            ["tar", "c", "--null", "-T-"], cwd=ROOT, input=files.stdout, check=True, stdout=subprocess.PIPE
+        )
+        subprocess.run([*machine.enter, "-c", "mkdir cerebrum; tar x -C cerebrum"], input=tar.stdout, check=True)
+        yield machine
+    finally:
+        # The overlay goes too, so nothing needs a clean shutdown. Everything in there dies with its init.
+        for pid in children_of(process.pid) or [process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait(DEADLINE_S)
+
+
+def deploy(machine: Machine) -> tuple[str, str, str]:
+    """All steps of the page up to a completion. What setup of the VPS, setup of the Pi and curl said."""
+    machine.follow("Make the packages")
+    install, setup = blocks("Install the VPS")[0].splitlines()
+    machine.run(install)
+    machine.run(f"sed -i.whole 's|https://huggingface.co/.*/|http://127.0.0.1:8000/|' {CATALOG}")
+    on_the_vps = machine.run(setup, stdin="\n")  # the recommended model
+    machine.run(f"mv {CATALOG}.whole {CATALOG}")
+    machine.run(f"echo CEREBRUM_MAX_CPU_PERCENT=100 >>{SETTINGS[0]}")  # whatever else this machine does
+    machine.run("systemctl restart cerebrum-backend")
+    commands, ask = blocks("Install the Pi")
+    install, setup = commands.splitlines()
+    machine.run(install)
+    machine.run(f"mv {KEY} {KEY}.vps")
+    on_the_pi = machine.run(setup, stdin=on_the_vps.splitlines()[-1] + "\n")
+    machine.run(f"cmp {KEY} {KEY}.vps; rm {KEY}.vps")
+    until(lambda: health(machine)[0] == 200, "the Pi sees the VPS")
+    machine.run("apt install ./cerebrum/dist/cerebrum-tools_*.deb")
+    return on_the_vps, on_the_pi, machine.run(ask)
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[tuple[Machine, tuple[str, str, str]]]:
+    with booted("cerebrum") as machine:
+        yield machine, deploy(machine)
+
+
+@pytest.fixture(scope="module")
+def cerebrum(deployed: tuple[Machine, object]) -> Machine:
+    """The machine after all steps of the page."""
+    return deployed[0]
+
+
+def health(machine: Machine) -> tuple[int, dict[str, object]]:
+    body, status = machine.run("curl -s -w '\\n%{http_code}' http://127.0.0.1:7000/health").rsplit("\n", 1)
+    return int(status), json.loads(body)
+
+
+def kill_and_see_it_restart(machine: Machine, unit: str) -> None:
+    before = machine.show(unit, "MainPID"), int(machine.show(unit, "NRestarts"))
+    machine.run(f"systemctl kill --signal=KILL {unit}.service")
+    until(lambda: machine.show(unit, "MainPID") not in ("0", before[0]), f"{unit} restarts")
+    until(lambda: machine.show(unit, "ActiveState") == "active", f"{unit} is ready again")
+    assert int(machine.show(unit, "NRestarts")) == before[1] + 1, machine.journal(unit)[-3000:]
+
+
+def stop(machine: Machine, unit: str) -> None:
+    sockets = f"{unit}.socket" if unit == "cerebrum-backend" else ""
+    machine.run(f"systemctl stop {sockets} {unit}.service")
+    assert machine.is_in(unit, Result="success", ExecMainCode="1", ExecMainStatus="0")
+
+
+def pids(machine: Machine) -> list[str]:
+    return [machine.show(unit, "MainPID") for unit in DAEMONS]
+
+
+# ---------------------------------------------------------------------------------------- the page's steps
+
+
+def test_the_steps(deployed: tuple[Machine, tuple[str, str, str]]) -> None:
+    machine, (on_the_vps, on_the_pi, answer) = deployed
+    offered = re.findall(r"^([*+ ]) (\w+) ", on_the_vps, re.M)
+    assert [name for mark, name in offered if mark == "*"] == [MODEL]
+    assert on_the_vps.splitlines()[-1].startswith(BACKEND + " ")
+    for said in (on_the_vps, on_the_pi):
+        assert re.search("^ok ", said, re.M)
+        assert "FAIL" not in said
+    *tokens, done = map(json.loads, re.findall(r"data: (\{.*\})", answer))
+    assert tokens
+    assert all("token" in event for event in tokens)
+    assert (done["done"], done["language"], done["model"]) == (True, "rust", MODEL)
+    assert (
+        machine.run("ls -d /usr/lib/cerebrum-cm4/cerebrum/vps /usr/lib/cerebrum-backend/cerebrum/pi", check=False) == ""
+    )
+
+
+def test_the_units_are_well_formed_and_locked_down(cerebrum: Machine) -> None:
+    units = cerebrum.run("ls /lib/systemd/system/cerebrum-*")
+    assert units.count("cerebrum-") == 4
+    assert cerebrum.run(f"systemd-analyze verify {' '.join(units.split())} 2>&1") == ""
+    for unit in DAEMONS:
+        cerebrum.run(f"systemd-analyze security --threshold=11 {unit}.service")
+
+
+def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
+    """By Avahi, on a network of two ends."""
+    cerebrum.run("""
+        ip link add near type veth peer name far
+        ip address add 192.168.77.1/24 dev near; ip link set near up; ip link set far up
+        systemctl restart avahi-daemon""")
+    until(
+        lambda: "192.168.77.1;7000" in cerebrum.run("avahi-browse -prt _cerebrum._tcp", check=False),
+        "the Pi is announced",
+    )
+    said = cerebrum.run("cerebrum", stdin=":temp 0\n:tokens 16\ndef fibonacci(n):\n:model\n")
+    assert "return" in said
+    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +1\.5B .*python javascript typescript rust c cpp go$", said, re.M)
+    assert cerebrum.run("curl -s http://pi.local:7000/").startswith("<!doctype html>")
+    cerebrum.run("ip link delete near")
+
+
+def test_what_setup_decided(cerebrum: Machine) -> None:
+    assert cerebrum.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
+    assert 2 << 30 < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < 6 << 30  # one small model
+    units = "cerebrum-backend.service cerebrum-backend.socket cerebrum-cm4.service"
+    assert cerebrum.run(f"systemctl is-enabled {units}").split() == ["enabled"] * 3
+
+
+def everything_set(machine: Machine) -> str:
+    files = f"{KEY} /etc/cerebrum-*/* /etc/systemd/system/cerebrum-*.d/* /var/lib/cerebrum-backend/models/*.gguf"
+    return machine.run(f"sha256sum {files}; stat -c '%n %a %U' {files}")
+
+
+def test_setup_again_changes_nothing(cerebrum: Machine) -> None:
+    """Also where no person answers."""
+    before = everything_set(cerebrum)
+    said = cerebrum.run("cerebrum-backend setup </dev/null")
+    assert said.splitlines()[-1].split()[0] == BACKEND
+    cerebrum.run("cerebrum-cm4 setup </dev/null")
+    assert everything_set(cerebrum) == before
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        ("http://127.0.0.1:1 key-of-another", "FAIL  backend   vps (127.0.0.1:1): "),
+        (f"{BACKEND} key-of-another", "our key"),
+        ("ftp://100.64.0.1", "expected a URL like http://100.64.0.1:9000, got 'ftp://100.64.0.1'"),
+    ],
+)
+def test_setup_without_a_backend_changes_nothing(cerebrum: Machine, typed: str, reason: str) -> None:
+    before, running = everything_set(cerebrum), pids(cerebrum)
+    said = cerebrum.fails("cerebrum-cm4 setup", stdin=typed)
+    assert reason in said
+    assert "key-of-another" not in said
+    assert (everything_set(cerebrum), pids(cerebrum)) == (before, running)
+
+
+def test_setup_is_roots(cerebrum: Machine) -> None:
+    said = cerebrum.fails("setpriv --reuid=nobody --clear-groups cerebrum-cm4 setup")
+    assert said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
+    assert cerebrum.run("setpriv --reuid=nobody --clear-groups cerebrum-backend --help").startswith("Usage: ")
+
+
+# ---------------------------------------------------------------------------------------------- secrets
+
+
+def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
+    modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)}")
+    assert modes == "600 root\n600 cerebrum\n600 cerebrum"
+    everywhere = "/proc/[0-9]*/cmdline /proc/[0-9]*/environ /var/log/cerebrum/* /etc/systemd/system/cerebrum*"
+    assert cerebrum.run(f"grep -raFlf {KEY} {everywhere} || (($? == 1))") == ""
+    assert cerebrum.run(f"journalctl --no-pager | grep -cFf {KEY}", check=False) == "0"
+    assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1  # it was found nowhere, but is not empty
+
+
+def test_the_log_is_for_adm(cerebrum: Machine) -> None:
+    modes = cerebrum.run("stat -c '%a %U %G' /var/log/cerebrum /var/log/cerebrum/cerebrum.log")
+    assert modes == "2750 cerebrum adm\n640 cerebrum adm"
+    as_somebody = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
+    assert "Permission denied" in cerebrum.run(f"{as_somebody} cat /var/log/cerebrum/cerebrum.log 2>&1", check=False)
+    of_adm = "setpriv --reuid=nobody --regid=nogroup --groups=adm"
+    assert "listening on http://0.0.0.0:7000" in cerebrum.run(f"{of_adm} cat /var/log/cerebrum/cerebrum.log")
+
+
+def test_the_backend_has_no_network(cerebrum: Machine) -> None:
+    interfaces = cerebrum.run(f"cat /proc/{cerebrum.show('cerebrum-backend', 'MainPID')}/net/dev").splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
+
+
+def test_strangers_do_not_reach_the_backend(cerebrum: Machine) -> None:
+    cerebrum.run("ip address add 203.0.113.7/32 dev lo")
+    assert cerebrum.status(f"{BACKEND}/health", "--interface 100.64.0.1") == "200"
+    assert cerebrum.status(f"{BACKEND}/health", "--interface 203.0.113.7 --max-time 2") == "000 28"
+    cerebrum.run("ip address delete 203.0.113.7/32 dev lo")
+
+
+# --------------------------------------------------------------------------------------- crashes and restarts
+
+
+def test_both_survive_a_kill(cerebrum: Machine) -> None:
+    code = r"printf 'def fibonacci(n):\n    if n < 2:\n' | CEREBRUM_URL=http://127.0.0.1:7000 cerebrum -n 16 -t 0 -"
+    said = cerebrum.run(code)
+    assert "return" in said
+    for unit in DAEMONS:
+        kill_and_see_it_restart(cerebrum, unit)
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS again")
+    assert cerebrum.run(code) == said
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
+    drop_in = f"/run/systemd/system/{unit}.service.d/watchdog.conf"
+    cerebrum.run(f"mkdir -p {os.path.dirname(drop_in)}; printf '[Service]\\nWatchdogSec=2\\n' >{drop_in}")
+    cerebrum.run(
+        f"systemctl daemon-reload; systemctl restart {unit}.service; systemctl kill --signal=STOP {unit}.service"
+    )
+    until(lambda: cerebrum.is_in(unit, NRestarts="1", ActiveState="active"), f"{unit} restarts")
+    assert f"{unit}.service: Failed with result 'watchdog'." in cerebrum.journal(unit)
+    cerebrum.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart {unit}.service")
+
+
+def test_a_restart_of_the_backend_refuses_no_connection(cerebrum: Machine) -> None:
+    """A connection that was there before may hear that the daemon stops. A new one waits."""
+    said = cerebrum.run(f"""
+        systemctl restart --no-block cerebrum-backend.service
+        for number in $(seq 50); do
+            curl -s -o /dev/null -w '%{{http_code}}\n' --max-time 60 {BACKEND}/health || true
+        done
+        systemctl restart cerebrum-backend.service""")
+    statuses = said.split()
+    assert len(statuses) == 50
+    assert set(statuses) <= {"200", "503"}
+    assert statuses[-1] == "200"
+
+
+def test_a_connection_starts_the_backend(cerebrum: Machine) -> None:
+    cerebrum.run("systemctl stop cerebrum-backend.service 2>/dev/null; systemctl is-active cerebrum-backend.socket")
+    assert cerebrum.status(f"{BACKEND}/health") == "200"
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
+    before = pids(cerebrum), cerebrum.journal(unit).count(" - reloaded")
+    cerebrum.run(f"systemctl reload {unit}.service")
+    assert (pids(cerebrum), cerebrum.show(unit, "ActiveState")) == (before[0], "active")
+    assert cerebrum.journal(unit).count("reloaded") == before[1] + 1
+
+
+def test_the_pi_alone(cerebrum: Machine) -> None:
+    stop(cerebrum, "cerebrum-backend")
+    cerebrum.run("systemctl restart cerebrum-cm4")  # comes back when READY=1 has been sent
+    status, body = health(cerebrum)
+    assert (status, body["vps_available"]) == (503, False)
+    stop(cerebrum, "cerebrum-cm4")
+    assert "PermissionError" not in cerebrum.journal("cerebrum-cm4")
+    cerebrum.run("systemctl start cerebrum-backend cerebrum-cm4")
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS again")
+
+
+# ----------------------------------------------------------------------------------------- configuration
+
+UNITS = [
+    ("cerebrum-cm4", SETTINGS[1], "CEREBRUM_CM4_PORT", "http://127.0.0.1:7000/"),
+    ("cerebrum-backend", SETTINGS[0], "CEREBRUM_VPS_PORT", f"{BACKEND}/health"),
+]
+
+
+@pytest.mark.parametrize(("unit", "env", "name", "url"), UNITS)
+def test_a_wrong_variable_is_tried_again_ever_more_slowly(
+    cerebrum: Machine, unit: str, env: str, name: str, url: str
+) -> None:
+    """Until it is mended. A client that waits meanwhile makes the tries no quicker."""
+    cerebrum.run(f"systemctl stop {unit}.service; cp -p {env} {env}.good; echo {name}=seven >>{env}")
+    cerebrum.run(f"systemctl start {unit}.service", check=False)
+    cerebrum.run(f"curl -s --max-time 600 {url} >/dev/null 2>&1 &")
+    waiting = {"SubState": "auto-restart", "ExecMainStatus": "2"}
+    until(lambda: cerebrum.is_in(unit, NRestarts="1", **waiting), f"{unit} is tried again")
+    first = cerebrum.show(unit, "RestartUSecNext")
+    until(lambda: cerebrum.is_in(unit, NRestarts="3", **waiting), f"{unit} is tried again and again")
+    later = cerebrum.show(unit, "RestartUSecNext")
+    assert 2.0 < seconds(first) < seconds(later) < 60.0
+    assert f"{name}: expected a number from 0 to 65535, got 'seven'" in cerebrum.journal(unit)
+    cerebrum.run(f"mv {env}.good {env}")
+    until(lambda: cerebrum.show(unit, "ActiveState") == "active", f"{unit} comes up by itself")
+    assert cerebrum.status(url) == "200"
+
+
+def seconds(text: str) -> float:
+    """Of systemd's `1min 2.5s` or `987ms`."""
+    units = {"min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(min|ms|us|s)", text))
+
+
+def test_the_pi_waits_for_an_address_that_is_not_up_yet(cerebrum: Machine) -> None:
+    """As at boot, before the LAN is up."""
+    env, unit = SETTINGS[1], "cerebrum-cm4"
+    cerebrum.run(f"systemctl stop {unit}; cp -p {env} {env}.good; echo CEREBRUM_CM4_HOST=100.64.0.2 >>{env}")
+    cerebrum.run(f"systemctl start --no-block {unit}")
+    until(lambda: int(cerebrum.show(unit, "NRestarts")) >= 2, f"{unit} is tried again and again")
+    until(lambda: cerebrum.is_in(unit, SubState="auto-restart", ExecMainStatus="1"), "it exits with 1")
+    cerebrum.run("ip address add 100.64.0.2/32 dev lo")
+    until(lambda: cerebrum.show(unit, "ActiveState") == "active", f"{unit} is up with its address")
+    cerebrum.run(f"ip address delete 100.64.0.2/32 dev lo; mv {env}.good {env}; systemctl restart {unit}")
+
+
+def test_the_backend_listens_before_its_address_is_up(cerebrum: Machine) -> None:
+    """As at boot, before Tailscale is up."""
+    listen = "/etc/systemd/system/cerebrum-backend.socket.d/listen.conf"
+    cerebrum.run(f"cp {listen} /root; echo ListenStream=100.64.0.3:9000 >>{listen}; systemctl daemon-reload")
+    cerebrum.run("systemctl restart cerebrum-backend.socket")
+    assert cerebrum.status("http://100.64.0.3:9000/health").startswith("000 ")
+    cerebrum.run("ip address add 100.64.0.3/32 dev lo")
+    assert cerebrum.status("http://100.64.0.3:9000/health") == "200"
+    cerebrum.run(f"mv /root/listen.conf {listen}; systemctl daemon-reload; ip address delete 100.64.0.3/32 dev lo")
+    cerebrum.run("systemctl restart cerebrum-backend.socket")
+
+
+# --------------------------------------------------------------------------------- upgrade and removal
+
+
+def newer(machine: Machine, version: str, change: str = "true") -> None:
+    """Make packages of another version from a changed clone, and copy them as the page says."""
+    build = blocks("Make the packages")[0].partition("\n")[2]  # without apt-get, which would start with what is broken
+    machine.run(f"cd cerebrum; sed -i '1s/(.*)/({version})/' debian/changelog; {change}\n{build}")
+
+
+def test_the_upgrade(cerebrum: Machine) -> None:
+    """No connection is refused by the backend, and no stream is lost."""
+    before, kept = pids(cerebrum), everything_set(cerebrum)
+    newer(cerebrum, "1.1.1")
+    requests = f"for number in $(seq 200); do curl -s -o /dev/null --max-time 60 {BACKEND}/health || echo refused; done"
+    cerebrum.run(f"({requests}) >/tmp/refused 2>&1 & ({STREAM}) >/tmp/stream 2>&1 &")
+    until(lambda: "data:" in cerebrum.run("cat /tmp/stream"), "the stream begins")
+    cerebrum.follow("Upgrade")
+    assert not set(before) & set(pids(cerebrum))
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS after the upgrade")
+    assert cerebrum.run("cat /tmp/refused") == ""
+    assert '"done": true' in cerebrum.run("cat /tmp/stream").splitlines()[-1]
+    assert everything_set(cerebrum) == kept
+
+
+STREAM = """curl -sN http://127.0.0.1:7000/v1/complete/stream -H 'Content-Type: application/json' \\
+    -d '{"prompt": "# The numbers from one to one hundred, in words:", "language": "python", "max_tokens": 60}' |
+    grep ."""
+
+
+def test_a_daemon_that_is_stopped_stays_so(cerebrum: Machine) -> None:
+    stop(cerebrum, "cerebrum-cm4")
+    cerebrum.run("apt install --reinstall ./cerebrum-cm4.deb")
+    assert cerebrum.show("cerebrum-cm4", "ActiveState") == "inactive"
+    cerebrum.run("systemctl start cerebrum-cm4")
+
+
+def test_an_upgrade_that_does_not_come_up_fails_and_says_why(cerebrum: Machine) -> None:
+    newer(
+        cerebrum, "1.1.2", "cp cerebrum_common.py whole; echo 'raise SystemExit(\"cm4d: broken\")' >>cerebrum_common.py"
+    )
+    said = cerebrum.fails("apt install ./cerebrum-cm4.deb")
+    assert "\ncerebrum-cm4: the daemon does not come up: cm4d: broken\n" in said
+    newer(cerebrum, "1.1.3", "mv whole cerebrum_common.py")
+    cerebrum.run("apt install ./cerebrum-cm4.deb")
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
+
+
+# A wheel of the same library that says another version.
+OTHER_WHEEL = r"""
+import pathlib, zipfile
+(old,) = pathlib.Path("/wheels").glob("llama_cpp_python-0.3.36-*.whl")
+with zipfile.ZipFile(old) as source, zipfile.ZipFile(str(old).replace("0.3.36", "0.3.99"), "w") as target:
+    for name in source.namelist():
+        data = source.read(name)
+        if name.endswith("/METADATA"):
+            data = data.replace(b"Version: 0.3.36", b"Version: 0.3.99")
+        target.writestr(name.replace("0.3.36", "0.3.99"), data)
+"""
+
+
+def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) -> None:
+    """At first it cannot be built."""
+    newer(cerebrum, "1.1.4", "sed -i s/==0.3.36/==0.3.99/ pyproject.toml")
+    before = cerebrum.show("cerebrum-backend", "MainPID")
+    assert "llama.cpp is built in the background" in cerebrum.run("apt install ./cerebrum-backend.deb")
+    until(lambda: cerebrum.is_in("cerebrum-llama", SubState="auto-restart", Result="exit-code"), "pip finds no package")
+    assert cerebrum.show("cerebrum-backend", "MainPID") == before
+    assert cerebrum.status(f"{BACKEND}/health") == "200"
+    cerebrum.run("python3", stdin=OTHER_WHEEL)
+    cerebrum.run("systemctl start cerebrum-llama")
+    assert cerebrum.show("cerebrum-backend", "MainPID") != before
+    until(lambda: cerebrum.show("cerebrum-backend", "ActiveState") == "active", "the daemon is up")
+    assert cerebrum.run("ls /var/lib/cerebrum-backend").split() == ["cache", "llama-0.3.99", "models"]
+    newer(cerebrum, "1.1.5", "sed -i s/==0.3.99/==0.3.36/ pyproject.toml")
+    cerebrum.run("apt install ./cerebrum-backend.deb")
+    until(lambda: "llama-0.3.99" not in cerebrum.run("ls /var/lib/cerebrum-backend"), "the older one is back")
+    until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
+
+
+def test_a_limit_of_memory_that_a_person_has_set_stays(cerebrum: Machine) -> None:
+    drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
+    cerebrum.run(
+        f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}; cerebrum-backend setup </dev/null"
+    )
+    assert cerebrum.show("cerebrum-backend", "MemoryMax") == str(5 << 30)
+    cerebrum.run(f"mv /root/memory.conf {drop_in}; systemctl daemon-reload")
+
+
+def test_a_new_address_is_taken_at_once(cerebrum: Machine) -> None:
+    cerebrum.run("cerebrum-backend setup --listen 127.0.0.1:9001 </dev/null")
+    assert cerebrum.status("http://127.0.0.1:9001/health") == "200"
+    assert cerebrum.status(f"{BACKEND}/health").startswith("000 ")
+    cerebrum.run("cerebrum-backend setup --listen 100.64.0.1 </dev/null")
+    assert cerebrum.status(f"{BACKEND}/health") == "200"
+    said = cerebrum.fails("cerebrum-backend setup --listen vps")
+    assert said == "cerebrum-backend: expected an IP address, got 'vps'"
+
+
+LEFT = r"find / -xdev \( -path /proc -o -path /root -o -path /tmp \) -prune -o -iname '*cerebrum*' -print | sort"
+
+
+def test_remove_and_purge(cerebrum: Machine) -> None:
+    kept = f"{KEY} {' '.join(SETTINGS)} /var/lib/cerebrum /var/log/cerebrum/cerebrum.log"
+    before = cerebrum.run(f"stat -c '%n %i' {kept}")
+    cerebrum.run("apt remove -y cerebrum-backend cerebrum-cm4 cerebrum-tools")
+    assert cerebrum.run(f"stat -c '%n %i' {kept}") == before
+    assert cerebrum.run("systemctl list-units --no-legend 'cerebrum*'") == ""
+    said = cerebrum.run("apt purge -y cerebrum-backend")
+    assert "\ncerebrum-backend: the models stay in /var/lib/cerebrum-backend/models" in said
+    assert cerebrum.run(f"ls {KEY}") == KEY  # the Pi's, too
+    cerebrum.run("apt purge -y cerebrum-cm4")
+    assert cerebrum.run("grep ^cerebrum: /etc/passwd", check=False) == ""
+    assert cerebrum.run(LEFT).split() == ["/var/lib/cerebrum-backend"]
+    assert cerebrum.run("ls -A /etc/credstore; ls /var/lib/cerebrum-backend") == "models"
+    assert "qwen2.5-coder-1.5b" in cerebrum.run("ls /var/lib/cerebrum-backend/models")
+
+
+# What the README said before there was an installer. Empty files stand for the modules of that time.
+OLDEST = """
+cd cerebrum
+python3 -m venv /opt/cerebrum-backend/venv
+/opt/cerebrum-backend/venv/bin/pip install --quiet llama-cpp-python psutil
+useradd --system --user-group --shell /usr/sbin/nologin cerebrum
+install -d /opt/cerebrum-pi /opt/cerebrum-backend/models
+for place in /opt/cerebrum-backend /opt/cerebrum-pi; do
+    cp -r cm4d.py vpsd.py cerebrum_common.py cerebrum tests/by_hand/models.toml $place
+    touch $place/cerebrum_code.py $place/cerebrum_engine.py $place/cerebrum_page.html
+done
+cp tests/by_hand/*.service /etc/systemd/system/
+./generate_api_key.sh --write /opt/cerebrum-backend/.env
+cat >>/opt/cerebrum-backend/.env <<'END'
+CEREBRUM_VPS_HOST=100.64.0.1
+CEREBRUM_MODELS_DIR=/opt/cerebrum-backend/models
+CEREBRUM_MAX_CPU_PERCENT=100
+# mine
+END
+grep CEREBRUM_API_KEY /opt/cerebrum-backend/.env | ./generate_api_key.sh --set /opt/cerebrum-pi/.env
+printf 'CEREBRUM_VPS_URL=http://100.64.0.1:9000\\n# mine\\n' >>/opt/cerebrum-pi/.env
+chown cerebrum: /opt/cerebrum-*/.env
+systemctl daemon-reload
+systemctl enable --quiet --now cerebrum-backend cerebrum-cm4
+echo '# mine' >>/opt/cerebrum-backend/models.toml"""
+
+
+@pytest.mark.parametrize("way", ["the page's", "the oldest"])
+def test_an_installation_by_hand_is_taken_over(way: str) -> None:
+    """Nothing is fetched or built again, and what a person has changed counts."""
+    with booted("by-hand") as machine:
+        if way == "the oldest":
+            machine.run(OLDEST)
+        else:
+            on_the_vps, on_the_pi = blocks("By hand")
+            machine.run("echo 100.64.0.1 vps >>/etc/hosts; cd cerebrum\n" + on_the_vps)
+            place = "/etc/systemd/system/cerebrum-backend.socket.d"
+            machine.run(
+                f"mkdir {place}; printf '[Socket]\\nListenStream=\\nListenStream=100.64.0.1:9000' >{place}/listen.conf"
+            )
+            machine.run("echo CEREBRUM_MAX_CPU_PERCENT=100 >/opt/cerebrum-backend/.env; chown cerebrum: /opt/*/.env")
+            machine.run(
+                f"cp {KEY} key; cd cerebrum\n" + on_the_pi.replace("useradd", "true"), stdin=machine.run(f"cat {KEY}")
+            )
+            machine.run(f"cmp {KEY} key; systemctl enable --quiet --now cerebrum-backend cerebrum-cm4")
+        machine.run("cp /srv/qwen2.5-coder-1.5b*.gguf /opt/cerebrum-backend/models")
+        until(lambda: health(machine)[0] == 200, "the Pi sees the VPS")
+        stamp = machine.run("stat -c %i /opt/cerebrum-backend/venv/lib/python3*/site-packages/llama_cpp/__init__.py")
+        keys = machine.run(f"cat {KEY} /opt/cerebrum-backend/.env | grep -E '^[^C]{{43}}$|API_KEY' || true")
+
+        machine.follow("Make the packages")
+        said = machine.follow("Upgrade")
+        assert [text.count("has taken over /opt/cerebrum-") for text in said] == [1, 1]
+        until(lambda: health(machine)[0] == 200, "the Pi sees the VPS after the upgrade")
+        completion = machine.run("printf 'def fibonacci(n):\\n' | ./cerebrum/cerebrum_repl.sh -n 16 -t 0 -")
+        assert "return" in completion
+        assert machine.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
+        units = machine.run(
+            "systemctl show -P FragmentPath cerebrum-backend.socket cerebrum-backend cerebrum-cm4"
+        ).split()
+        assert {path.rpartition("/")[0].removeprefix("/usr") for path in units} == {"/lib/systemd/system"}
+        assert (
+            machine.run("systemctl is-enabled cerebrum-backend.socket cerebrum-backend cerebrum-cm4").split()
+            == ["enabled"] * 3
+        )
+        llama = machine.run(
+            "stat -c %i /var/lib/cerebrum-backend/llama-*/lib/python3*/site-packages/llama_cpp/__init__.py"
+        )
+        assert llama == stamp
+        assert machine.run(f"cat {KEY} {SETTINGS[0]} | grep -E '^[^C]{{43}}$|API_KEY' || true") == keys
+        own = machine.run("grep -l '^# mine' /etc/cerebrum-*/* 2>/dev/null", check=False).split()
+        kept = ["backend/env", "backend/models.mine.toml", "cm4/env"] if way == "the oldest" else []
+        assert own == [f"/etc/cerebrum-{file}" for file in kept]
+        machine.run("rm -r /opt/cerebrum-pi /opt/cerebrum-backend; systemctl restart cerebrum-backend cerebrum-cm4")
+        until(lambda: health(machine)[0] == 200, "the Pi sees the VPS without the folders in /opt")
+        machine.run("cerebrum-cm4 setup </dev/null")
+
+
+# ------------------------------------------------------------------------------------------------ the packages
+
+
+@pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
+def test_the_packages_are_reproducible_and_lintian_is_silent() -> None:
+    def built(umask: str) -> dict[str, bytes]:
+        make = f"umask {umask}; make deb PYTHON=none"
+        subprocess.run(["/bin/bash", "-ec", make], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return {file.name: file.read_bytes() for file in (ROOT / "dist").iterdir()}
+
+    packages = built("022")
+    version = re.escape(VERSION)
+    assert [re.sub(version, "V", name) for name in sorted(packages)] == [
+        f"cerebrum-{name}_V_all.deb" for name in ("backend", "cm4", "tools")
+    ]
+    assert built("077") == packages
+    checked = subprocess.run(["lintian", *packages], cwd=ROOT / "dist", check=False, capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------ at length
+
+
+@pytest.fixture(scope="module")
+def older() -> Iterator[tuple[Machine, tuple[str, str, str]]]:
+    with booted("older", "bookworm") as machine:
+        yield machine, deploy(machine)
+
+
+@pytest.mark.packages
+def test_an_older_debian(older: tuple[Machine, tuple[str, str, str]]) -> None:
+    """systemd 252 and Python 3.11."""
+    test_the_steps(older)
+    test_what_setup_decided(older[0])
+    for unit in DAEMONS:
+        test_a_reload_keeps_the_process(older[0], unit)
+    test_the_upgrade(older[0])
+
+
+VERSIONS = ("1.1.7", "1.1.8")
+
+
+@pytest.fixture(scope="module")
+def versions(older: tuple[Machine, object]) -> Machine:
+    """The machine with the packages of two versions, each in a folder of its name."""
+    machine = older[0]
+    for version in VERSIONS:
+        newer(machine, version)
+        machine.run(f"mkdir {version}; mv cerebrum-*.deb {version}")
+    return machine
+
+
+def install(version: str) -> str:
+    return f"apt install -y --allow-downgrades ./{version}/cerebrum-backend.deb ./{version}/cerebrum-cm4.deb"
+
+
+@pytest.mark.packages
+def test_twenty_upgrades_and_downgrades_lose_no_stream(versions: Machine) -> None:
+    """Of two clients that ask again and again. One line is written for each stream that has begun: its last event."""
+    client = f"while [ ! -e /tmp/enough ]; do {STREAM} | grep ^data | tail -n 1 >>/tmp/streams; done"
+    for _ in range(2):
+        versions.run(f"({client}) >/dev/null 2>&1 &")
+    for number in range(20):
+        versions.run(install(VERSIONS[number % 2]))
+    versions.run("touch /tmp/enough")
+    until(lambda: not versions.run("pgrep curl", check=False), "the last streams end")
+    ends = versions.run("cat /tmp/streams").splitlines()
+    assert len(ends) > 20
+    assert [end for end in ends if '"done": true' not in end] == []
+
+
+@pytest.mark.packages
+def test_a_killed_dpkg_is_healed(versions: Machine) -> None:
+    """At ten places of an upgrade, by the time that a whole one takes."""
+    before = time.monotonic()
+    versions.run(install(VERSIONS[0]))
+    whole = time.monotonic() - before
+    for number in range(10):
+        version = VERSIONS[(number + 1) % 2]
+        files = f"{version}/cerebrum-backend.deb {version}/cerebrum-cm4.deb"
+        versions.run(f"timeout -s KILL {whole * (number + 0.5) / 10:.2f} dpkg -i {files}", check=False)
+        versions.run(f"dpkg --configure -a; {install(version)}")
+        got = versions.run("dpkg-query -W -f '${Version} ${Status}\\n' cerebrum-backend cerebrum-cm4")
+        assert got.splitlines() == [f"{version} install ok installed"] * 2
+        until(lambda: health(versions)[0] == 200, "the Pi sees the VPS")
+
+
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+
+
+@pytest.mark.packages
+@pytest.mark.skipif(not shutil.which("qemu-aarch64-static"), reason="needs qemu-user-static")
+def test_the_pi_on_arm64(tmp_path: Path) -> None:
+    if not (BINFMT / "register").exists():
+        subprocess.run(["mount", "-t", "binfmt_misc", "none", str(BINFMT)], check=True)
+    if not (BINFMT / "qemu-aarch64").exists():
+        (BINFMT / "register").write_bytes(Path("/usr/lib/binfmt.d/qemu-aarch64.conf").read_bytes())
+    debian = ROOT / ".run/arm64"
+    if not (debian / "complete").exists():
+        shutil.rmtree(debian, ignore_errors=True)
+        include = "--include=python3,systemd-standalone-sysusers"
+        run = ["debootstrap", "--arch=arm64", "--variant=minbase", include, SUITE, str(debian)]
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        (debian / "complete").touch()
+    subprocess.run(["make", "deb"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with daemon("vpsd", tmp_path) as vps:
+        command = f"""
+            dpkg -i /dist/cerebrum-cm4_*.deb
+            exec env CEREBRUM_VPS_URL=http://127.0.0.1:{vps.port} CEREBRUM_CM4_PORT=0 \\
+                CEREBRUM_API_KEY={KEY_OF_A_DAEMON} /usr/bin/python3 -s -S /usr/lib/cerebrum-cm4/cm4d.py"""
+        nspawn = [*NSPAWN, "--volatile=overlay", f"--directory={debian}", f"--bind-ro={ROOT}/dist:/dist"]
+        with program("cm4d", [*nspawn, "/bin/sh", "-ec", command], tmp_path, {**os.environ}) as pi:
+            url = f"http://127.0.0.1:{pi.port}/v1/complete"
+            asked = {"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 8}
+            head = {"Content-Type": "application/json"}
+            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode(), head)) as answer:
+                assert json.load(answer)["total_tokens"] > 0
+        shown = subprocess.run([*nspawn, "uname", "-m"], check=True, capture_output=True, text=True)
+        assert shown.stdout.strip() == "aarch64"
