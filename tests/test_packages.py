@@ -579,6 +579,14 @@ def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) 
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 
+def test_llama_cpp_is_built_anew_for_another_python(cerebrum: Machine) -> None:
+    """After an upgrade of Debian: the environment's Python finds no packages."""
+    cerebrum.run("cd /var/lib/cerebrum-backend/llama-0.3.36/lib; mv python3* python2")
+    cerebrum.run("systemctl restart cerebrum-backend", check=False)
+    until(lambda: cerebrum.show("cerebrum-backend", "ActiveState") == "active", "llama.cpp is built, the daemon is up")
+    assert cerebrum.run("ls /var/lib/cerebrum-backend/llama-0.3.36/lib").startswith("python3.")
+
+
 def test_a_limit_of_memory_that_a_person_has_set_stays(cerebrum: Machine) -> None:
     drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     cerebrum.run(
