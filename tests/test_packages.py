@@ -41,7 +41,7 @@ SUITE = "trixie"
 MODEL = "qwen_1_5b"  # the one that setup recommends
 DEADLINE_S = 600.0  # setup tunes the model, which a busy machine does in minutes
 until = partial(wait_until, seconds=DEADLINE_S)
-BUILD_SECONDS = 1800.0  # llama.cpp takes 4 minutes on two idle cores
+BUILD_SECONDS = 3600.0  # llama.cpp takes 4 minutes on two idle cores
 NEEDED = ("debootstrap", "git", "systemd-nspawn", "nsenter")
 NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe")
 # What IPAddressDeny= needs: BPF, and cgroups of version 2 even on a host that has both.
