@@ -525,7 +525,7 @@ def test_the_upgrade(cerebrum: Machine) -> None:
 
 
 STREAM = """curl -sN http://127.0.0.1:7000/v1/complete/stream -H 'Content-Type: application/json' \\
-    -d '{"prompt": "# The numbers from one to one hundred, in words:", "language": "python", "max_tokens": 60}' |
+    -d '{"prompt": "# The numbers from one to one hundred, in words:", "language": "python", "max_tokens": 20}' |
     grep ."""
 
 
