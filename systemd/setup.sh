@@ -44,10 +44,7 @@ usage() {
 	echo "Settings are in $SETTINGS, models in /etc/$NAME/models.toml; $LIB/.env.example lists all settings."
 }
 
-die() {
-	printf '%s: %s\n' "$NAME" "$*" >&2
-	exit 1
-}
+die() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 1; }
 
 # as_daemon COMMAND...: without root's rights, in a folder that the daemon's user may enter.
 as_daemon() { (cd / && exec runuser -u cerebrum -- "$@"); }
@@ -93,20 +90,21 @@ setup_cm4() {
 		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${question:+ (Enter: $question)}" -s)"
 		url=${url:-$question}
 	fi
-	[[ $url =~ ^https?://[^/[:space:]]+/?$ ]] || die "expected a URL like http://100.64.0.1:9000, got '$url'"
+	[[ $url =~ ^https?://[^/[:space:]]+/?$ ]] || die "expected a URL like http://100.64.0.1:9000, got something else"
 	[[ ! -s $DRAFT/${KEY##*/} ]] && question='key, not shown' || question='key, not shown (Enter: the present one)'
 	key=${key:-$(ask "$question" -s)}
 	[[ -z $key ]] || "$LIB/generate_api_key.sh" --set "$DRAFT/${KEY##*/}" <<<"$key" >/dev/null
 	CREDENTIALS_DIRECTORY=$DRAFT CEREBRUM_VPS_URL=$url "${RUN[@]}" --check || die "nothing was changed"
 	install -d -m 700 "${KEY%/*}"
-	[[ ! -s $DRAFT/${KEY##*/} ]] || "$LIB/generate_api_key.sh" --set "$KEY" <"$DRAFT/${KEY##*/}" >/dev/null
-	{ sed '/^CEREBRUM_VPS_URL=/d' "$SETTINGS" 2>/dev/null || true; echo "CEREBRUM_VPS_URL=$url"; } | put_settings
+	# On a machine that is also the backend, an old key behind the new one stays.
+	[[ -z $key || ,$(cat "$KEY" 2>/dev/null), == ",$key,"* ]] || "$LIB/generate_api_key.sh" --set "$KEY" <<<"$key" >/dev/null
+	{ grep -v '^CEREBRUM_VPS_URL=' "$SETTINGS" 2>/dev/null || true; echo "CEREBRUM_VPS_URL=$url"; } | put_settings
 	start restart
 	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser. Editors use the same address."
 }
 
 # have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python.
-have_llama() { "$VENV/bin/python" -c 'import llama_cpp' 2>/dev/null; }
+have_llama() { as_daemon "$VENV/bin/python" -c 'import llama_cpp' 2>/dev/null; }
 
 # build: what cerebrum-llama.service runs. The folder with the version is complete when llama_cpp can be imported.
 build() {
@@ -154,7 +152,7 @@ put_listen() {
 put_memory() {
 	local memory
 	[[ ! -e $MEMORY ]] || grep -q '^# From "vpsd.py memory"' "$MEMORY" || return 0
-	memory=$("${RUN[@]}" memory)
+	memory=$(as_daemon "${RUN[@]}" memory)
 	install -D -m 644 /dev/stdin "$MEMORY" <<-END
 	# From "vpsd.py memory", at each setup. Write another limit with: systemctl edit $NAME
 	$(sed 1d <<<"$memory")
@@ -213,7 +211,7 @@ take_over() {
 		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
 	else
 		install -d "$PLACE/models"
-		find "$OLD/models" -maxdepth 1 -type f -exec mv -f -t "$PLACE/models" {} + 2>/dev/null || true
+		[[ ! -d $OLD/models ]] || find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
 		file=$("$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
 		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
 		chown -R cerebrum: "$PLACE"
@@ -235,10 +233,12 @@ take_over() {
 configure() {
 	[[ -d /run/systemd/system ]] || return 0
 	[[ -e $SETTINGS || ! -e ${OLD}/${RUN[-1]##*/} ]] || take_over
+	systemctl daemon-reload
 	if [[ ! -e $SETTINGS ]]; then
 		echo "to set it up:  sudo $NAME setup"
 	elif [[ $NAME == cerebrum-cm4 ]] || have_llama; then
 		start try-restart
+		systemctl is-active --quiet "$NAME" || echo "$NAME is stopped; to start it:  sudo systemctl start $NAME"
 	else
 		systemctl start --no-block cerebrum-llama
 		echo "llama.cpp is built in the background; until it is ready, the daemon that runs serves"
@@ -247,7 +247,7 @@ configure() {
 
 case ${1---help} in
 	-h | --help) usage; exit ;;
-	fetch | tune) RUN=(as_daemon "${RUN[@]}") ;;
+	fetch | tune | memory) RUN=(as_daemon "${RUN[@]}") ;;
 esac
 ((EUID == 0)) || die "expected to run as root, got user $(id -un); please run:  sudo $NAME $*"
 case $NAME-$1 in
