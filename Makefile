@@ -54,8 +54,8 @@ fuzz: ## send random bytes to both daemons
 # In a copy: debhelper cleans whatever folder it builds in, .venv too.
 deb: ## build Debian packages for the Pi, the VPS and a laptop, in the folder dist
 	@rm -rf .run/deb dist/*.deb && mkdir -p .run/deb/cerebrum dist
-	@umask 022 && cp -r debian systemd cerebrum *.py *.sh models.toml pyproject.toml .env.example LICENSE .run/deb/cerebrum
-	@cd .run/deb/cerebrum && umask 022 && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 20 ../log; exit 1; }
+	@umask 022 && cp -r debian systemd cerebrum *.py *.sh models.toml pyproject.toml .env.example LICENSE .run/deb/cerebrum && \
+		cd .run/deb/cerebrum && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 20 ../log; exit 1; }
 	@cp .run/deb/*.deb dist && ls dist/*.deb
 
 clean: ## remove all that make built, except the models and .env

@@ -302,12 +302,12 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
     """List the models that fit; or download one, print its path, and tune it unless this machine already has a usable
     tuned file. A failed tuning is no failure of the command, since the model also works untuned."""
-    for name in config.key_names:
-        os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     if options.list:
         room_mb = psutil.virtual_memory().total / MB - config.min_free_mb
         print(*offers(config.models, config.models_dir, room_mb), sep="\n")
         return
+    for name in config.key_names:
+        os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     model = listed_model(options.model, config)
     path = fetch(model, config.models_dir)
     print(path, flush=True)

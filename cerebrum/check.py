@@ -38,7 +38,7 @@ ASK_SECONDS = 5.0  # for an answer from this machine
 BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
-SOCKET_UNITS = [Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib", "lib")]
+SOCKET_UNITS = [Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib")]
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
 PI_MB = 64  # of memory: cm4d takes 36, its clients need more
@@ -217,8 +217,8 @@ def check_vps(folder: Path, load: Load) -> int:
         if (got := llama_cpp.__version__) != LLAMA_CPP:
             report.add("warn", "packages", f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}")
         check_key(report, environ, "CEREBRUM_API_KEY", "`generate_api_key.sh --write FILE` makes one")
-        if any(unit.exists() for unit in SOCKET_UNITS):  # a connection there could start the daemon
-            report.add("ok", "address", f"that of systemd: `systemctl status {SOCKET_UNITS[0].name}` shows it")
+        if unit := next(filter(Path.exists, SOCKET_UNITS), None):  # a connection there could start the daemon
+            report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
         else:
             check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
         check_state(report, config.engine.state_dir)

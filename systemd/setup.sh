@@ -46,7 +46,7 @@ usage() {
 
 die() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 1; }
 
-# as_daemon COMMAND...: without root's rights, in a folder that the daemon's user may enter.
+# as_daemon COMMAND...: runs a command as the daemon's user, in a folder that this user may enter.
 as_daemon() { (cd / && exec runuser -u cerebrum -- "$@"); }
 
 # setting NAME: prints its value.
@@ -70,7 +70,7 @@ ask() {
 	printf '%s\n' "$line"
 }
 
-# start restart | try-restart: if the daemon does not come up, tells the last thing that it said.
+# start restart|try-restart: restarts the daemon. If it does not come up, shows the last line of its log.
 start() {
 	systemctl daemon-reload
 	if ! systemctl "$1" "$NAME.service" || [[ $(systemctl show --value -p ActiveState "$NAME") == activating ]]; then
@@ -79,20 +79,20 @@ start() {
 }
 
 setup_cm4() {
-	local url key='' question
+	local url=${1-} key='' old prompt
 	[[ $# -lt 2 && ${1-} != -* ]] || { usage >&2; exit 2; }
 	DRAFT=$(mktemp -d) # the keys that are tried, as systemd would pass them
 	trap 'rm -rf -- "$DRAFT"' EXIT
 	cp -t "$DRAFT" -- /etc/credstore/CEREBRUM_* 2>/dev/null || true
-	url=${1-}
 	if [[ -z $url ]]; then
-		question=$(setting CEREBRUM_VPS_URL)
-		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${question:+ (Enter: $question)}" -s)"
-		url=${url:-$question}
+		old=$(setting CEREBRUM_VPS_URL)
+		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${old:+ (Enter: $old)}" -s)"
+		url=${url:-$old}
 	fi
 	[[ $url =~ ^https?://[^/[:space:]]+/?$ ]] || die "expected a URL like http://100.64.0.1:9000, got something else"
-	[[ ! -s $DRAFT/${KEY##*/} ]] && question='key, not shown' || question='key, not shown (Enter: the present one)'
-	key=${key:-$(ask "$question" -s)}
+	prompt='key, not shown'
+	[[ ! -s $DRAFT/${KEY##*/} ]] || prompt+=' (Enter: the present one)'
+	key=${key:-$(ask "$prompt" -s)}
 	[[ -z $key ]] || "$LIB/generate_api_key.sh" --set "$DRAFT/${KEY##*/}" <<<"$key" >/dev/null
 	CREDENTIALS_DIRECTORY=$DRAFT CEREBRUM_VPS_URL=$url "${RUN[@]}" --check || die "nothing was changed"
 	install -d -m 700 "${KEY%/*}"
@@ -128,7 +128,7 @@ build_with_clock() {
 		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 }
 
-# put_listen ADDRESS[:PORT]: an empty one stays what it was, and is at first that of old settings, or Tailscale's.
+# put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes .env's or Tailscale's.
 put_listen() {
 	local address=$1 old
 	old=$(cat "$LISTEN" 2>/dev/null) || true
@@ -144,8 +144,8 @@ put_listen() {
 	ListenStream=
 	ListenStream=$address
 	END
-	systemctl daemon-reload
-	[[ $old == "$(cat "$LISTEN")" ]] || ! systemctl is-active --quiet "$NAME.socket" || systemctl restart "$NAME.socket"
+	[[ $old == "$(cat "$LISTEN")" ]] || ! systemctl is-active --quiet "$NAME.socket" ||
+		{ systemctl daemon-reload; systemctl restart "$NAME.socket"; }
 }
 
 # put_memory: a limit that fits the models. A person's own is not touched.
@@ -233,13 +233,13 @@ take_over() {
 configure() {
 	[[ -d /run/systemd/system ]] || return 0
 	[[ -e $SETTINGS || ! -e ${OLD}/${RUN[-1]##*/} ]] || take_over
-	systemctl daemon-reload
 	if [[ ! -e $SETTINGS ]]; then
 		echo "to set it up:  sudo $NAME setup"
 	elif [[ $NAME == cerebrum-cm4 ]] || have_llama; then
 		start try-restart
 		systemctl is-active --quiet "$NAME" || echo "$NAME is stopped; to start it:  sudo systemctl start $NAME"
 	else
+		systemctl daemon-reload # the daemon is restarted with the new unit
 		systemctl start --no-block cerebrum-llama
 		echo "llama.cpp is built in the background; until it is ready, the daemon that runs serves"
 	fi

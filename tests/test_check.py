@@ -215,7 +215,7 @@ def test_systemd_and_another_llama_cpp(
     monkeypatch.setattr(cerebrum_check, "SOCKET_UNITS", [tmp_path / "none", tmp_path / "catalog.toml"])
     monkeypatch.setattr(llama_cpp, "__version__", "0.0.1")
     environment = given(tmp_path, CEREBRUM_VPS_PORT=str(vps.port))
-    assert_found(check("vpsd", environment, "address"), "ok address systemctl status none")
+    assert_found(check("vpsd", environment, "address"), "ok address catalog.toml")
     wanted = f"warn packages llama-cpp-python=={cerebrum_check.LLAMA_CPP} 0.0.1"
     assert_found(check("vpsd", environment, "packages"), wanted)
 
