@@ -654,6 +654,7 @@ systemctl enable --quiet --now cerebrum-backend cerebrum-cm4
 echo '# mine' >>/opt/cerebrum-backend/models.toml"""
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("way", ["the page's", "the oldest"])
 def test_an_installation_by_hand_is_taken_over(way: str) -> None:
     """Nothing is fetched or built again, and what a person has changed counts."""
