@@ -7,8 +7,9 @@ In: the text that a model writes, in any pieces. Out: the part that the client g
     >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
     ('    return n\\n', 'block')
 
-The stages of an `Ending` ask a `Scanner` where a string, a comment, a bracket or a block is open. For a language
-without a row, the suffix, the definitions around the cursor or two blank lines decide where the text ends.
+The model's own end is always believed. A text that goes on is followed with a `Scanner`, which knows where a string, a
+comment or a bracket is open, and ends with the block that was asked for (`LineBlock`, `BracketBlock`) or where the
+suffix follows (`Gap`). In a language without a row, two blank lines end the text.
 
 No text is refused, however odd, and the cost of a text is at most its length times a constant. The module is pure: no
 socket, no clock, no environment. Standard library only.
@@ -16,15 +17,13 @@ socket, no clock, no environment. Standard library only.
 
 from __future__ import annotations
 
-import copy
 import re
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate, islice, takewhile
+from itertools import takewhile
 
 from cerebrum.text.languages import BY_NAME, GENERIC, LANGUAGES, Language
-from cerebrum.text.scanner import COMPOUND, FENCE, PAIRS, RAW_ELEMENTS, TRIPLE_QUOTES, Scanner, after_blank
+from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, TRIPLE_QUOTES, Scanner, after_blank
 
 # --------------------------------------------------------------------------------------------------------- stop strings
 
@@ -101,23 +100,6 @@ def borders(text: str) -> list[int]:
 # on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
-REST_CHARS = 64  # compared of the cursor's line after the cursor
-MEET_CHARS = 400  # compared of the suffix
-MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines that begin like the suffix
-SURE_WEIGHT = 6  # least number of agreeing characters, white space not counted
-CLOSERS_CHARS = 1000  # of the suffix, searched for closing brackets
-# How far to look for the suffix once the infill could end, in characters without white space; one limit per case:
-# usually; brackets or indentation do not fit the suffix; the rest of the cursor's line is written; it is missing.
-AHEAD_CHARS, FAR_AHEAD_CHARS, REST_AHEAD_CHARS, LOST_AHEAD_CHARS = 80, 90, 12, 80
-PROSE_AHEAD_CHARS = 400  # after a paragraph
-LABEL = re.compile(r"(?:case\b|default\b|\w+:(?!:))")  # may be less indented than the block around it
-CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
-REPEATED_LINES = 6  # a model that writes the same line this often in a row is starting over ...
-REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
-REPEATED_COPIES = 3  # the same for a block of two or more lines
-PERIOD_LINES = 24  # the longest such block
-PERIOD_CHARS = 160  # a line that ends with this much of one short pattern never ends
-LINE_CHARS = 500  # the part of a line, after its indentation, that comparisons use
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 FUNCTION = re.compile(r"(?:async\s+)?def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
@@ -128,11 +110,31 @@ CONTROL = re.compile(
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
-CALL = re.compile(rf"(?<!\w)(\w{{1,{NAME_CHARS}}})\(")
+CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
+GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
+CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
+REPEATED_LINES = 8  # a model that writes the same line this often in a row is starting over ...
+REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
+REPEATED_COPIES = 4  # the same for a block of two or more lines
+PERIOD_LINES = 24  # the longest such block
+PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
+LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
+MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines like the suffix's first ones
+MEET_LINES = 6  # compared at most of the suffix
+MEET_CHARS = 7  # compared at least of the suffix, if it has that many
+REST_WEIGHT = 3  # letters and digits in the rest of the cursor's line
+END_WEIGHT = 6  # letters and digits in one line at the text's end
+CLOSERS_CHARS = 400  # of the suffix, searched for closing brackets
+# How far an infill that could have ended goes on to meet the suffix, in characters without white space ...
+AHEAD_CHARS = 400  # ... usually
+LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to the gap
+REST_AHEAD_CHARS = 80  # ... after a line that lacks the rest of the cursor's line
+WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line instead
 # A comment line that announces examples or tests, and the words of an instruction that asks for them.
 EXTRAS = re.compile(
     r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
@@ -207,12 +209,6 @@ def columns_of(line: str) -> int:
     return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
 
 
-def indent_step(prompt: str) -> int:
-    """The columns of one level of indentation."""
-    widths = (columns_of(line) for line in prompt[-GUESS_CHARS:].split("\n")[1:] if line.strip())
-    return min((width for width in widths if width > 1), default=4)
-
-
 def due_columns(prompt: str, column: int, opened: int | None) -> int:
     """The final indentation of a line typed up to `column`: that of the line above, or whole levels more.
 
@@ -221,12 +217,26 @@ def due_columns(prompt: str, column: int, opened: int | None) -> int:
     above = columns_of(prompt.rstrip().rpartition("\n")[2]) if opened is None else opened
     if opened is None and column <= above:
         return above
-    step = 8 if prompt[prompt.rfind("\n") + 1 :].startswith("\t") else indent_step(prompt)
+    widths = (columns_of(line) for line in prompt[-GUESS_CHARS:].split("\n")[1:] if line.strip())
+    tabs = prompt[prompt.rfind("\n") + 1 :].startswith("\t")
+    step = 8 if tabs else min((width for width in widths if width > 1), default=4)
     return above + max(1, -((above - column) // step)) * step
 
 
-class Lines(Stage):
-    """A stage for code, which decides where a line begins (`outside`) and where it ends (`ended`)."""
+def is_announced(language: Language, prompt: str) -> bool:
+    """Whether the line right above the cursor's is a comment or a decorator: what it announces is asked for."""
+    above, _, line = prompt.rpartition("\n")
+    above = above.rpartition("\n")[2].strip()
+    starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
+    ends = language.block_comment[1] if language.block_comment else None
+    return not line.strip() and bool(above) and (above.startswith(starts) or bool(ends and above.endswith(ends)))
+
+
+class Block(Stage):
+    """Lines up to the end of a block, and of the helpers: functions below it that it calls and nothing else defines.
+
+    A subclass decides where a line begins (`outside`) and where it ends (`ended`).
+    """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -235,15 +245,13 @@ class Lines(Stage):
         self.line = compared(prompt[prompt.rfind("\n") + 1 :])
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
-        self.dropped = 0  # 1 if the line end at `mark` is not part of the completion
-        # A fence ends the code, except in Markdown, or in a text of unknown language that may be Markdown.
-        markdown = scanner.language is GENERIC and "```" in prompt
-        self.fences = not (markdown or scanner.language is LANGUAGES["markdown"])
+        self.fences = scanner.language is not LANGUAGES["markdown"]  # a fence ends the code
         self.ticks = 0  # backticks in a row: a fence is no code in any language
-
-    def is_boundary(self) -> bool:
-        """Whether the line end just read ends a line of code, not one of a string or comment."""
-        return not self.scanner.closer
+        function = scanner.language.function
+        header = rf"(?:(?:async|export|local|pub|static|suspend)\s+)*{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
+        self.helper = re.compile(header) if function else None
+        self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
+        self.called, self.defined = set[str](), set[str]()  # functions
 
     def outside(self, word: str) -> str | None:
         """The reason to end before the line that begins with `word`; "" for none; None while that is undecided."""
@@ -253,10 +261,16 @@ class Lines(Stage):
         """The reason to end with this line, or None."""
         raise NotImplementedError
 
+    def is_boundary(self) -> bool:
+        """Whether the line end just read ends a line of code, not one of a string or comment."""
+        return not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines)
+
     def step(self, char: str) -> None:
         self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
         self.text.append(char)
         self.scanner.step(char)
+        if self.helper and not self.scanner.closer:
+            self.code.append(char)
         reason: str | None = None
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
@@ -265,7 +279,9 @@ class Lines(Stage):
             if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
             if not reason:
-                self.mark = len(self.text) - self.dropped if line else self.mark
+                self.mark = len(self.text) if line else self.mark
+                if self.helper:
+                    self._note_calls(self.helper)
                 reason = self.ended(line)
         else:
             if char == "\n":
@@ -280,6 +296,26 @@ class Lines(Stage):
         if reason:
             self.end(reason, self.mark)
 
+    def _note_calls(self, helper: re.Pattern[str]) -> None:
+        """Read the calls and definitions in the code of a line."""
+        line = "".join(self.code)
+        self.code.clear()
+        called = set(CALL.findall(line)) - self.defined
+        if called and self.unread:
+            self.defined.update(helper.findall(self.unread))
+            self.unread = ""
+        self.defined.update(helper.findall(line))
+        self.called |= called
+        self.called -= self.defined
+
+    def helps(self, word: str) -> str | None:
+        """`outside` for the line after a whole function: "" if it defines a missing one."""
+        if not self.helper or not self.called:
+            return "block"
+        if match := self.helper.match(word):
+            return "" if match[1] in self.called else "block"
+        return None if re.fullmatch(r"[\w ]{1,200}", word) else "block"
+
 
 def continues(word: str) -> str | None:
     """`outside` for the line after a block that may have an `else`: "" for such a clause, None while it may be one."""
@@ -289,114 +325,121 @@ def continues(word: str) -> str | None:
     return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
 
 
-class Block(Lines):
-    """Lines up to the end of a block, and of the helpers: functions below it that it calls and nothing else defines."""
-
-    def __init__(self, scanner: Scanner, prompt: str) -> None:
-        super().__init__(scanner, prompt)
-        function = scanner.language.function
-        self.header = f"{function} "
-        self.defines = re.compile(rf"{function} (\w{{1,{NAME_CHARS}}})\(") if function else None
-        self.unread, self.read = prompt, 0  # the prompt, until `missing` reads it; how far `missing` has read the text
-        self.known: set[str] = set()  # functions that are called or defined
-        self.undefined: list[str] = []  # functions that are only called, sorted
-
-    def missing(self) -> list[str]:
-        """The functions, sorted by name, that the text up to `mark` calls and neither prompt nor text defines."""
-        if self.defines and self.read < self.mark:
-            lines, self.read = self.cut(self.read, self.mark), self.mark
-            written, self.unread = self.unread + lines, ""
-            for name in self.defines.findall(written):
-                self.known.add(name)
-                place = bisect_left(self.undefined, name)
-                if self.undefined[place : place + 1] == [name]:
-                    del self.undefined[place]
-            called = set(CALL.findall(lines)) - self.known
-            self.known |= called
-            for name in called:
-                insort(self.undefined, name)
-        return self.undefined
-
-    def helps(self, word: str) -> str | None:
-        """`outside` for the line after a whole function: "" if it defines a missing one."""
-        missing, header = self.missing(), self.header
-        if not missing or not word.startswith(header):
-            return None if missing and header.startswith(word) else "block"
-        name, bracket, _ = word[len(header) :].partition("(")
-        place = bisect_left(missing, name)
-        first = missing[place] if place < len(missing) else ""
-        if bracket:
-            return "" if first == name else "block"
-        return None if first.startswith(name) else "block"
-
-
-class IndentedBlock(Block):
-    """Python: ends before the first statement outside the requested block.
+class LineBlock(Block):
+    """Blocks by indentation: ends before the first line outside the requested block.
 
     That block is the outermost function open at the cursor (a class is completed method by method). Without one, it is
-    the outermost other block; without any, the first definition that the model writes. A statement begun outside all
-    blocks ends at a blank line. If only white space precedes the cursor in its line, the indentation of the first line
-    written shows which blocks are open.
+    the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
+    decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line, in SQL after
+    a semicolon. If only white space precedes the cursor in its line, the indentation of the first line written shows
+    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
+        language = scanner.language
         self.base: int | None = None  # lines indented no deeper are outside; -1: none is; None: not known yet
+        self.level = 0  # indentation of the line that begins
+        self.top = 0  # if none is: the statement's indentation
         self.clauses = False  # an `else` or the like may go on with the block
         self.statement = False  # the block is a statement outside all blocks
-        self.blank = False  # the last line was blank
+        self.blank = self.over = False  # the last line was blank; the last one that was not ends a statement
+        self.closed = False  # a closing line has been written
+        self.member = False  # only the next member of a class is asked for ...
+        self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
+        last = prompt.rstrip().rpartition("\n")[2]
+        self.open_ended = bool(language.blocks != "lines" and language.imports.match(last)) or last.startswith("#!")
+        self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
+        self.closing = re.compile(rf"(?:{language.closing})" if not language.colons and language.closing else r"(?!)")
+        self.inside = re.compile(language.inside.removeprefix("|") or r"(?!)")
         head = scanner.head.strip()
-        if head or scanner.fresh or (scanner.language.plain_scalars and scanner.scalar is not None):
-            blocks = scanner.enclosing(scanner.level(head)) if head else scanner.blocks
-            self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks)
-            self.statement = self.base == -1
+        if language.colons and (head or scanner.fresh):
+            blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
+            self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks, bool(head))
 
-    def _choose(self, blocks: list[tuple[int, str]]) -> None:
+    def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
+        scanner, language = self.scanner, self.scanner.language
         functions = [block for block in blocks if FUNCTION.match(block[1])]
-        others = [block for block in blocks if not self.scanner.language.containers.match(block[1])]
+        others = [block for block in blocks if not language.containers.match(block[1])]
         # A prompt from the middle of a file may lack the header of its outermost block.
-        margin = self.scanner.indent if self.scanner.margin is None else self.scanner.margin
-        self.base, header = (functions or others or blocks[-1:] or [(min(margin, self.scanner.indent) - 1, "def")])[0]
-        self.clauses = not (DEFINITION.match(header) or self.scanner.language.plain_scalars)
-        self.statement = self.scanner.language.plain_scalars and self.base == -1
-
-    def is_boundary(self) -> bool:
-        return self.scanner.starting
+        margin = scanner.indent if scanner.margin is None else scanner.margin
+        nothing = (min(margin, scanner.indent) - 1, "def")
+        self.base, header = (functions or others or blocks[-1:] or [nothing])[0]
+        self.top = scanner.indent
+        if self.announced and not functions and not others and not typed:
+            self.base, self.member = scanner.indent, True
+        self.clauses = language.colons and not DEFINITION.match(header)
+        self.statement = self.base == -1 and (typed or not language.colons) and not self.open_ended
 
     def ended(self, line: str) -> str | None:
         blocks, self.blank = self.scanner.blocks, not line
-        if self.base == -1 and blocks and DEFINITION.match(blocks[0][1]):
+        language = self.scanner.language
+        if line:
+            markdown = language is LANGUAGES["markdown"]
+            self.over = not line.endswith(":") if markdown else line.endswith(";")
+            self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
+        if self.base == -1 and language.colons and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
-        apart = self.statement and self.base == -1 and self.blank and not self.scanner.closer
-        return "block" if apart and self.mark else None
+        return "block" if self.closed else None
 
     def outside(self, word: str) -> str | None:
-        scanner = self.scanner
+        scanner, language = self.scanner, self.scanner.language
         if scanner.in_comment and (self.base is None or not self.blank):
             return ""  # a comment right below code belongs to it
+        if any(opener != word and opener.startswith(word) for opener, _ in scanner.comments):
+            return None
         if self.base is None:
-            self._choose(scanner.enclosing(scanner.indent))
+            self._choose(scanner.enclosing(scanner.indent), False)
         assert self.base is not None
-        if scanner.language.plain_scalars:
-            if word in ("-", "--"):
-                return None
-            if word.startswith("---") and not scanner.indent:
-                return "block" if self.mark else ""
-        level = scanner.level(word)
-        if level > self.base or word[0] in PAIRS:
-            return ""
+        if language.items and word in ("-", "--"):
+            return None
+        if language.items and word.startswith("---") and not scanner.indent:
+            return "block" if self.mark else ""
+        if word[-1] != "\n":
+            self.level = scanner.level(word)
+        level = self.level
+        if self.mark and any(word.upper().startswith(start[: len(word)]) for start in language.sections):
+            return "block" if word.upper().startswith(language.sections) else None
+        if level > self.base:
+            self.deep = self.begun
+            return self._goes_on(word) if self.statement and level <= self.top else ""
         if level < self.base:
             return "block"
-        return continues(word) if self.clauses else self.helps(word)
+        if self.member and not self.deep and (not self.begun or not self.blank):
+            return ""
+        if language.colons:
+            return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
+        return self._closes(word)
+
+    def _closes(self, word: str) -> str | None:
+        """`outside` for a line at the block's own indentation, which may close the block or continue it."""
+        if word[0] not in PAIRS and re.fullmatch(r"[\w<]{1,20}", word):
+            return None
+        if word[0] in PAIRS or self.closing.match(word):
+            self.closed = True
+            return ""
+        unfinished = self.scanner.language.blocks == "statements" and not self.over
+        return "" if unfinished or self.inside.match(word) else "block"
+
+    def _goes_on(self, word: str) -> str | None:
+        """`outside` for a line of a statement outside all blocks."""
+        language = self.scanner.language
+        if not self.mark or not (self.over if language.blocks == "statements" else self.blank):
+            return ""
+        if language is LANGUAGES["markdown"] and not self.over:
+            return ""  # a colon announces what follows
+        if word[0] not in PAIRS and re.fullmatch(r"[\w<]{1,20}", word):
+            return None
+        return "" if word[0] in PAIRS or self.closing.match(word) or self.inside.match(word) else "block"
 
 
-class BracedBlock(Block):
-    """Blocks in braces, between keywords or tags: ends after the line that closes the block that was asked for.
+class BracketBlock(Block):
+    """Blocks in braces: ends after the line that closes the block that was asked for.
 
     That block is the outermost open block that is not a container: a function with everything in it. Without one, it is
-    the statement or signature in progress; then the innermost class, impl or namespace; then the first function or
-    class that the model writes. Closing brackets on their own lines after the block belong to it. In a script a blank
-    line ends code outside all blocks; in SQL a semicolon does.
+    the statement or signature in progress, or what a comment or decorator above the cursor announces; then the
+    innermost class, impl or namespace; then the first function or class that the model writes. Closing brackets on
+    their own lines after the block belong to it.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -404,473 +447,363 @@ class BracedBlock(Block):
         self.base: int | None = None  # the block has ended at this depth of brackets; None: it has not begun
         self.statement = False  # the block is a statement or signature in progress
         self.clauses = False  # an `else` or the like may go on with the block
+        self.call = False  # the block is an argument of a call, whose result may be used on the next line
+        self.decorator = False  # the block is an argument of a decorator
         self.closed = False  # the block has ended, but the next line may still belong to it
-        braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket[0] == "{"]
-        language = scanner.language
-        if language.blocks == "statements":  # CASE in a query is an expression
-            braces = [depth for depth in braces if not scanner.stack[depth].header.lower().endswith("case")]
+        language, head = scanner.language, scanner.head.strip()
+        braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(scanner.stack[depth].header)]
-        self.scripted = language.blocks in ("words", "tags")  # a blank line ends code outside all blocks
-        self.ends = (";",) if language.blocks == "statements" else ("}", ";")  # of a statement
+        imported = bool(head) and language.imports.match(head.rpartition("\n")[2]) is not None
+        self.directive = (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith("\\\n")
+        begun = bool(head) and not imported and not (braces and scanner.is_over)
+        announced = is_announced(language, prompt) and bool(braces or language.defines.search(prompt))
         if language.blocks == "brackets" and scanner.stack:
             self.base = len(scanner.stack) - 1
         elif things:
             self._open(things[0])
-        elif language.blocks == "statements" and not braces:
-            self.statement, self.base = True, 0
-            scanner.last = scanner.last if scanner.head.strip() or scanner.stack else ""
-        elif language.blocks != "tags" and (
-            (scanner.head.strip() and not (braces and scanner.is_over)) or scanner.in_parens
-        ):
+        elif begun or announced or self.directive or scanner.in_parens:
             self.statement, self.base = True, braces[-1] + 1 if braces else 0
+            self.clauses = bool(CONTROL.search(head))
+            if announced and not head.startswith(("@", "#[", "[")):
+                scanner.last = ""
         elif braces:
             self._open(braces[-1])
 
     def _open(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
         stack = self.scanner.stack
-        self.clauses = not self.scanner.language.words and bool(CONTROL.search(stack[depth][1]))
-        while depth and stack[depth - 1][0] in "([":
+        header = stack[depth].header
+        self.clauses = bool(CONTROL.search(header))
+        while depth and stack[depth - 1].kind in "([":
             depth -= 1
-        self.base = depth
+            self.call = True
+        self.base, self.decorator = depth, self.call and header.lstrip().startswith("@")
 
     def step(self, char: str) -> None:
         before = len(self.scanner.stack)
         super().step(char)
         stack, language = self.scanner.stack, self.scanner.language
-        if (
-            self.base is None
-            and before == 0
-            and len(stack) == 1
-            and (stack[0].kind == "{" or language.blocks == "brackets")
-        ):
+        if self.base is None and before == 0 and len(stack) == 1:
             header = stack[0].header
-            if language.definition.search(header) and (language.words or not CONTROL.search(header)):
+            brackets = language.blocks == "brackets"
+            if brackets or (stack[0].kind == "{" and self._defines(header)):
                 self._open(0)
+
+    def _defines(self, header: str) -> bool:
+        return self.scanner.language.definition.search(header) is not None and not CONTROL.search(header)
 
     def ended(self, line: str) -> str | None:
         scanner = self.scanner
-        if self.base is None:
-            return "block" if self.scripted and not line and self.mark and not scanner.stack else None
-        if len(scanner.stack) > self.base:
+        if self.base is None or len(scanner.stack) > self.base:
             return None
-        if self.statement and scanner.last not in self.ends:
+        if self.directive:
+            return "block"
+        if self.decorator and line.endswith(")"):
+            self.decorator, self.statement, scanner.last = False, True, ""
+            return None
+        if line.startswith(("@", "#[")):
+            return None
+        if self.statement and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
             return "block" if not line and self.mark else None
-        if not self.statement and scanner.last in tuple(",=(&|+?.:") and scanner.language.blocks in ("braces", "words"):
+        if not self.statement and scanner.last in tuple(",=(&|+?.:") and scanner.language.blocks == "braces":
             return None
         self.closed = True
-        goes_on = self.statement and scanner.language.line_ends  # perhaps, by a call on the next line
-        return None if scanner.stack or self.clauses or goes_on or self.missing() else "block"
+        may_go_on = (self.statement or self.call) and scanner.language.line_ends and scanner.last != ";"
+        return None if scanner.stack or self.clauses or may_go_on or self.called else "block"
 
     def outside(self, word: str) -> str | None:
         if not self.closed:
             return ""
-        words = self.scanner.language.words
-        if words and (self.scanner.stack or self.base) and words.may_close(word):
-            self.closed = not words.is_closing(word)
-            return "" if words.is_closing(word) else None
-        call = word[0] == "." and self.statement and self.scanner.language.line_ends
-        reason = "" if word[0] in PAIRS or call else continues(word) if self.clauses else self.helps(word)
+        goes_on = word[0] in GOES_ON and (self.statement or self.call) and self.scanner.language.line_ends
+        reason = (
+            ""
+            if word[0] in PAIRS or word[0] == "{" or goes_on
+            else continues(word)
+            if self.clauses
+            else self.helps(word)
+        )
         self.closed = reason != ""
         return reason
 
 
-class Paragraph(Lines):
-    """Languages without blocks: ends at a blank line, and before a line that begins a new section.
-
-    In Markdown, a blank line does not end the text if the line before it ends with a colon.
-    """
-
-    def __init__(self, scanner: Scanner, prompt: str) -> None:
-        super().__init__(scanner, prompt)
-        self.announced = False
-
-    def is_boundary(self) -> bool:
-        scanner = self.scanner
-        return not (scanner.closer or scanner.stack or scanner.last == "\\")
-
-    def ended(self, line: str) -> str | None:
-        if line:
-            self.announced = line.endswith(":") and self.scanner.language is LANGUAGES["markdown"]
-        return "block" if not line and self.mark and not self.announced else None
-
-    def outside(self, word: str) -> str | None:
-        sections, word = self.scanner.language.sections, word.upper()
-        if not self.mark or not any(word.startswith(start[: len(word)]) for start in sections):
-            return ""
-        return "block" if word.startswith(sections) else None
+def squeezed(line: str) -> str:
+    """A line without its white space."""
+    return "".join(line.split())
 
 
 class Meeting:
-    """Finds the place where a text begins to agree with the suffix: a Knuth-Morris-Pratt search for the suffix's start.
+    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines.
 
-    Blank lines and the white space within lines do not count, but a line end and the indentation after it do. Text and
-    suffix have met for `sure` when they agree in a whole line, or in most of a line and in more characters than any
-    match in the prompt or the rest of the suffix: in code, many lines begin alike.
+    As many lines are compared as are found nowhere else around the cursor. White space within lines and blank lines do
+    not count, but indentation does.
     """
 
     def __init__(self, prompt: str, suffix: str) -> None:
-        self.goal, self.borders, self.weights = "", list[int](), [0]
-        first = suffix.partition("\n")[0]
-        self.blanks = len(first) - len(first.lstrip()) if first.strip() else 0
-        self._restart()
-        for char in suffix[:MEET_CHARS]:
-            self.step(char, 0)
-        self.goal = self.read
-        self.borders = borders(self.goal)
-        self.weights += accumulate(not char.isspace() for char in self.goal)  # of each prefix of the goal
-        self.line = (self.goal + "\n").find("\n", 1)  # the size of a match with the whole first line
-        # A match of fewer characters than this may be the start of something else.
-        self.least = min(3, self.line) if self.goal[:1].isalnum() or self.blanks else 1
-        self.common = max(self.borders, default=0)
-        self._restart()
-        for char in prompt[-MEET_CHARS_BEFORE:]:
-            self.step(char, 0)
-            self.common = max(self.common, self.size)
-        self._restart()
-        line = prompt[prompt.rfind("\n") + 1 :]
-        for char in "" if line.strip() else f"\n{line}":
-            self.step(char, 0)
+        first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
+        self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
+        # A word behind more than one blank begins a line of its own, whose indentation may be half typed.
+        self.half = bool(first) and self.blanks > 1 and re.match(r"\s*[\w@\"']", rest) is not None
+        self.whole = bool(rest.strip()) and (not first or self.half)  # whole lines are missing, line ends included
+        self.rest = "" if self.whole else squeezed(rest)[:LINE_CHARS]
+        self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
+        self.goal = [(0, self.rest)] if self.rest else []
+        self.goal += [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in self.below]
+        self.sure = self._choose(prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1])
+        # The line so far, its indentation, and where its characters are, white space not counted.
+        self.line, self.indent = squeezed(first)[:LINE_CHARS], columns_of(first)
+        self.places = [-1] * len(self.line)
+        self.edge = 0  # where the text would be cut if the suffix began with this line
+        self.found: list[tuple[int, int]] = []  # (number of lines of the goal above, where their first begins)
 
-    def _restart(self) -> None:
-        self.read = ""  # the characters that count, until there is a goal
-        # The position of each character that counts; None: the suffix cannot start there.
-        self.places: list[int | None] = []
-        self.space: int | None = None  # where the white space at the end began
-        self.indent = ""  # the line end in that white space, and the characters after it
-        self.size = 0  # characters of the goal's start that the text ends with
-        self.best = (0, 0)  # the largest weight of a match that came to its end, and where that match began
-        self.first: int | None = None  # where the first match of `least` began
+    def _choose(self, above: list[str]) -> bool:
+        """Limit the goal to the lines that are found nowhere else; return whether there are such lines."""
+        goal = self.goal
+        around = [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in above if line.strip()] + goal[1:]
+        for size in range(1, min(MEET_LINES, len(goal)) + 1):
+            self.goal, places = goal[:size], range(len(around) - size + 1)
+            whole = size == len(goal) and not (self.rest and size == 1)
+            if (whole or sum(len(text) for _, text in self.goal) >= MEET_CHARS) and not any(
+                around[at : at + size] == self.goal for at in places
+            ):
+                return True
+        return False
 
-    @property
-    def place(self) -> int | None:
-        """Where the match at the text's end began."""
-        return self.places[len(self.places) - self.size] if self.size else None
+    def weight(self, size: int) -> int:
+        """The letters and digits in the first lines of the goal."""
+        return sum(map(str.isalnum, "".join(text for _, text in self.goal[:size])))
 
-    @property
-    def weight(self) -> int:
-        """How many characters match, white space not counted."""
-        return self.weights[self.size]
+    def step(self, char: str, position: int, text: list[str]) -> int | None:
+        """Read a character; if the whole goal stands there now, where it begins."""
+        if not char.isspace():
+            if len(self.line) < LINE_CHARS:
+                self.line += char
+                self.places.append(position)
+        elif char != "\n":
+            self.indent = self.indent if self.line else after_blank(self.indent, char)
+        else:
+            if self.line:
+                matches = [(0, self.edge), *self.found]
+                self.found = [
+                    (size + 1, at) for size, edge in matches if (at := self._match(size, edge, text)) is not None
+                ]
+            if self.line or self.whole:
+                self.edge = position + self.whole
+            self.line, self.indent, self.places = "", 0, []
+            if self.found and self.found[-1][0] == len(self.goal):
+                return self.found[-1][1]
+        return None
 
-    @property
-    def sure(self) -> bool:
-        place, weight, size = self.place, self.weight, self.size
-        if place is None or weight < SURE_WEIGHT:
-            return False
-        most = 4 * weight >= 3 * self.weights[min(self.line, len(self.goal))]  # of the first line
-        return size >= self.line or (place > 0 and most and size > min(self.common, len(self.goal) - 1))
+    def _line(self, number: int) -> tuple[int, str]:
+        """(indentation, text) of a line of the goal; behind its last line one that no line equals."""
+        return self.goal[number] if number < len(self.goal) else (0, "\n")
 
-    def longest(self, default: int) -> tuple[int, int]:
-        """(weight of the best match, where it began), or (0, `default`)."""
-        if self.place is not None and self.size >= self.least and self.weight >= self.best[0]:
-            return self.weight, self.place
-        return self.best if self.best[0] else (0, default)
+    def _match(self, size: int, edge: int, text: list[str]) -> int | None:
+        """Where a match begins that goes on with this line; None if this line differs from line `size` of the goal."""
+        columns, goal = self._line(size)
+        if not size and (self.rest or self.half or (self.whole and len(self.goal) > 1 and self.line != goal)):
+            fits = self.line.endswith(goal) and not (self.half and self.indent < columns)
+            return self._place(len(goal), text) if fits else None
+        return edge if self.line == goal and self.indent == columns and (size or self.places[0] >= 0) else None
 
-    def step(self, char: str, position: int) -> None:
-        if char.isspace():
-            self.space = position if self.space is None else self.space
-            self.indent = char if char == "\n" else self.indent and (self.indent + char)[:LINE_CHARS]
-            return
-        start: int | None = position
-        if self.space is not None:
-            start = max(self.space, position - self.blanks) if self.goal else position
-            for white in self.indent:
-                self._advance(white, self.space)
-            if self.indent and len(self.indent) <= self.blanks:
-                start = None
-        self._advance(char, start)
-        self.space, self.indent = None, ""
+    def _place(self, size: int, text: list[str]) -> int | None:
+        """Where the last characters of the line begin, with the white space that the suffix has before them."""
+        place, blanks = self.places[-size], self.blanks
+        while blanks and place > 0 and text[place - 1] in " \t":
+            place, blanks = place - 1, blanks - 1
+        return place if place >= 0 else None
 
-    def _advance(self, char: str, place: int | None) -> None:
-        if not self.goal:
-            self.read += char
-            return
-        self.places.append(place)
-        size = self.size
-        while size and (size == len(self.goal) or self.goal[size] != char):
-            start = self.places[len(self.places) - 1 - size]
-            if start is not None and size >= self.least and self.weights[size] > self.best[0]:
-                self.best = self.weights[size], start
-            size = self.borders[size - 1]
-        self.size = size + (self.goal[size] == char)
-        if self.first is None and self.size >= self.least:
-            self.first = self.place
+    def held(self, text: list[str]) -> int:
+        """Text from here on may turn out to be the suffix."""
+        matches = [(0, self.edge), *self.found] if self.goal else []
+        places = [len(text)]
+        for size, edge in matches:
+            columns, goal = self._line(size)
+            if not self.line or (self.indent == columns and goal.startswith(self.line)):
+                places.append(edge)
+        first = self.goal[0][1] if self.goal and (self.rest or self.whole) else ""
+        most = min(len(first), len(self.line))
+        if size := next((size for size in range(most, 0, -1) if self.line.endswith(first[:size])), 0):
+            place = self._place(size, text)
+            places += [] if place is None else [place]
+        elif self.blanks and self.rest:
+            blank = len(text) - len("".join(text[-self.blanks :]).rstrip(" \t")) if text else 0
+            places.append(len(text) - min(self.blanks, blank))
+        return min(places)
+
+    def at_end(self, text: list[str]) -> int | None:
+        """Where the suffix begins, if the text ends in its first lines."""
+        for size, edge in [*reversed(self.found), (0, self.edge)] if self.goal else []:
+            lines, place = size, edge
+            if self.line:
+                at = self._match(size, edge, text)
+                begun = bool(size) and self._line(size)[1].startswith(self.line)
+                lines, place = size + (at is not None or begun), edge if at is None else at
+            elif not size:
+                continue
+            closes = self.rest[:1] in tuple("\"'`)]}") or (self.rest.isalnum() and len(self.rest) < 3)
+            sure = lines > 1 or self.weight(1) >= END_WEIGHT or (self.rest and not closes)
+            if lines > size - bool(not self.line) and sure:
+                return place
+        return None
 
 
-class Gap(Lines):
-    """An infill: ends where the text meets the suffix or, if they do not meet soon, where the suffix could follow.
+class Gap(Stage):
+    """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
 
-    The suffix could follow the first line whose brackets and indentation fit the suffix. If the suffix's first line is
-    not deeper than a header at the cursor or a header just written, the body is missing, and the infill continues to
-    the end of that block. If the suffix begins within the cursor's line, with `rest`, it could follow where the text
-    closes the bracket or string that `rest` closes, or at the line's end; the text is cut where most of `rest` stands.
+    The suffix could follow the first line whose brackets and indentation fit it, the text before a bracket that only
+    the suffix closes, and a line above one that is indented less than cursor and suffix. What the model writes after
+    such a place waits: it is sent if the model soon meets the suffix, or ends by itself where the suffix fits. How soon
+    depends on what has been written. About half of the gaps of several lines go on for more than 80 characters after a
+    line that could have ended them, so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
-        super().__init__(scanner, prompt)
-        rest, _, after = suffix.partition("\n")
-        self.inline = bool(self.line)  # there is code before the cursor in its line
-        self.whole = prompt[-1:] in ("", "\n") and bool(rest.strip())  # whole lines are missing, line ends included
-        self.dropped = int(not self.whole)
-        self.rest = "" if self.whole else rest.rstrip()[:REST_CHARS]
-        self.meeting = Meeting(prompt, suffix)
-        self.after = Meeting(prompt, f"\n{after}") if self.rest else None  # for a text that goes past `rest`
-        below = next((line for line in (suffix if self.whole else after).split("\n") if line.strip()), "")
-        self.below, self.below_indent = below.strip()[:1], columns_of(below) if below else -1
-        words, tags = scanner.language.words, scanner.language.blocks == "tags"
-        if (words and words.is_closing(re.split(r"\W", below.strip())[0])) or (tags and below.strip().startswith("</")):
-            self.below = "}"
-        self.level = indent_step(prompt)  # columns by which a body is deeper than its header
-        self.closers = self._count_closers(suffix)  # brackets that must be open where the suffix follows
-        self.depth, self.unmatched, self.literal = len(scanner.stack), scanner.unmatched, bool(scanner.closer)
-        self.indent = scanner.indent if self.inline else None  # of the gap's first statement
-        self.line_indent = scanner.indent  # of the line so far
-        self.limit: int | None = None  # Python, a body is missing: lines indented no deeper are outside
-        self.floor: int | None = None  # others, a body is missing: a line that gets below this depth is outside
-        self.target: int | None = None  # others: the gap ends with the first line that returns to this depth
-        self.header = ""  # of the block that the infill must leave
-        self.left = False  # the target is reached, but the next line may still belong to the block
-        self.enough: int | None = None  # the gap could end here, and will unless the suffix follows soon
-        self.fits = False  # at `enough`, brackets and indentation fit the suffix
-        self.ahead = 0  # how many more characters to look for the suffix
-        self.bound = 0  # lines indented less than this are outside, once there is `enough`
-        self.blank = False  # the last line was blank
-        self.prose = scanner.language is LANGUAGES["markdown"]  # a single line is not a complete unit
-        if scanner.opened is not None:
-            self._open_body(scanner.opened)
-        elif not self.rest and scanner.language.blocks == "braces" and not LABEL.match(below.strip()):
-            self._miss_closers(scanner.indent if self.inline else columns_of(prompt.rstrip().rpartition("\n")[2]))
-        # Whether `rest` closes a string or bracket from before the cursor: a model that closes it has reached `rest`.
-        then = copy.copy(scanner)
-        then.stack = scanner.stack.copy()
-        self.closes = any(self._leaves(then, char) for char in self.rest)
-        self.rest_depth = max(self.depth, len(then.stack))
-        self.rest_weight = sum(not char.isspace() for char in self.rest)
-        # A rest that begins with more than one blank is a line of its own, whose indentation is half typed.
-        start = self.rest.lstrip()[:1]
-        self.apart = self.meeting.blanks > 1 and (start.isalnum() or start in ("_", "@", '"', "'"))
-        self.unplaced = False  # `enough` has to move into the indentation that comes next
-        self.weight = 0  # of the part of the suffix that stands at `enough`, within a line
-
-    def _leaves(self, scanner: Scanner, char: str) -> bool:
-        """Whether a character closes the string or a bracket that the cursor was in."""
-        scanner.step(char)
-        if self.literal:
-            return not scanner.closer
-        return len(scanner.stack) < self.depth or scanner.unmatched > self.unmatched
+        super().__init__()
+        self.scanner, self.meeting = scanner, Meeting(prompt, suffix)
+        first, below = prompt[prompt.rfind("\n") + 1 :], self.meeting.below[:1]
+        start = columns_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
+        self.below = columns_of(below[0]) if below else start * bool(self.meeting.rest)
+        self.bound, self.limit = min(start, self.below), max(start, self.below)
+        if scanner.opened is not None and self.below <= scanner.opened:  # the body of a header is missing
+            header = scanner.head.strip() or (scanner.blocks[-1][1] if scanner.blocks else "")
+            self.bound = scanner.opened + (DEFINITION.match(header) is not None)
+        self.literal = bool(scanner.closer)
+        # Blocks that begin at this indentation are closed where the suffix follows.
+        self.outer = self.below + (bool(below) and below[0].lstrip()[0] in PAIRS)
+        blocks = [(one.indent, depth) for depth, one in enumerate(scanner.stack, 1) if one.kind == "{"]
+        inner = [depth for indent, depth in blocks if indent < self.below]
+        closed = [depth for indent, depth in blocks if self.below == indent < self.outer]
+        self.floor = max(inner[-1:] + closed[:1], default=0)  # brackets that must stay open
+        # Brackets of the innermost block that must be open there.
+        self.parens, count = 0 if self.literal else self._count_closers(suffix), self._count_parens()
+        if count and self.parens:
+            self.floor = len(scanner.stack) - count + min(count, self.parens)
+        if scanner.stack and self.meeting.rest.startswith("}"):
+            self.floor, self.outer = len(scanner.stack), max(self.outer, scanner.stack[-1].indent + 1)
+        self.unmatched, self.depth = scanner.unmatched, len(scanner.stack)
+        self.started = bool(first.strip())  # the line has characters other than white space
+        self.indent = scanner.indent  # of the line
+        self.mark = 0  # the end of the last line that is not blank
+        self.lines = 0  # that are not blank
+        self.enough: int | None = None  # the infill could end here ...
+        self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
+        self.ahead = AHEAD_CHARS  # still to come after that
 
     def _count_closers(self, suffix: str) -> int:
         """How many brackets of the innermost block the suffix closes without opening them."""
-        scanner, closers = Scanner(self.scanner.language), 0
+        scanner = Scanner(self.scanner.language)
         for char in suffix[:CLOSERS_CHARS]:
             before = scanner.unmatched
             scanner.step(char)
-            if scanner.unmatched_blocks:
-                break
-            closers += scanner.unmatched - before
-        return closers
+            if char == "}" and not scanner.by_lines and scanner.unmatched > before:
+                return before
+        return scanner.unmatched
 
-    def _count_open(self) -> int:
-        """How many brackets of the innermost block are open; more than the suffix closes need not be counted."""
-        scanner = self.scanner
-        if scanner.language.indented:
-            return len(scanner.stack)
-        enclosing = takewhile(lambda bracket: bracket[0][-1] != "{", reversed(scanner.stack))
-        return sum(1 for _ in islice(enclosing, self.closers + 1))
-
-    def _miss_closers(self, indent: int) -> None:
-        """If the suffix is outside blocks around the cursor, wait for the ends of those blocks. `indent` is that of the
-        innermost block's lines: a namespace whose lines are not indented may continue."""
-        stack = self.scanner.stack
-        if self.below_indent < 0 or self.below in PAIRS:
-            return
-        for depth in range(len(stack) - 1, -1, -1):
-            if stack[depth].kind == "{":
-                if self.below_indent <= stack[depth].indent < indent:
-                    self.target, self.header = depth, stack[depth].header
-                indent = stack[depth].indent
-
-    @property
-    def defines(self) -> bool:
-        """Whether the block to leave is a definition: the code after a definition is seldom missing, too."""
-        language = self.scanner.language
-        if language.indented:
-            return DEFINITION.match(self.header) is not None
-        if language.definition.pattern == "" or (not language.words and CONTROL.search(self.header)):
-            return False
-        return language.definition.search(self.header) is not None
-
-    def _open_body(self, indent: int) -> None:
-        """If the suffix lacks the body of a header with this indentation, wait for the body's end."""
-        if self.below_indent > indent:
-            return
-        scanner, stack = self.scanner, self.scanner.stack
-        if scanner.language.indented:
-            self.limit, self.header = indent, scanner.head.strip() or scanner.blocks[-1][1]
-            return
-        depth = len(stack)
-        if scanner.language.blocks != "brackets":  # the cursor may be in brackets of the header
-            depth = max((depth for depth, bracket in enumerate(stack, 1) if bracket.kind == "{"), default=depth)
-            self.header = stack[depth - 1].header
-        if self.below in PAIRS and self.below_indent == indent:
-            self.floor = depth
-        else:
-            self.target = depth - 1
-
-    def is_boundary(self) -> bool:
-        continued = self.scanner.last == "\\" and self.scanner.language.heredoc is not None
-        return self.literal or not (self.scanner.closer or continued)
-
-    def outside(self, word: str) -> str | None:
-        scanner = self.scanner
-        level = scanner.level(word)
-        if self.limit is not None and self.enough is None and level <= self.limit and not scanner.stack:
-            if self.defines and (not self.limit or self.indent == self.limit):
-                return "block"  # at the left margin, or the infill began with this definition
-            if (reason := "block" if self.defines or level < self.limit else continues(word)) != "block":
-                return reason
-            self.enough, self.ahead = self.mark, AHEAD_CHARS
-        elif self.left:
-            if (reason := continues(word)) is None:
-                return None
-            self.left = False
-            if reason == "":
-                self.enough, self.fits = None, False
-            else:
-                self.target = None
-        calls = scanner.language.blocks == "braces" and scanner.language.line_comment  # CSS has selectors with a dot
-        if word == "." and calls and self.mark == self.enough:
-            self.enough, self.fits = None, False  # the line above continues
-        if len(word) == 1:
-            self.line_indent = scanner.indent
-            if self.floor is not None and len(scanner.stack) < self.floor:
-                return "block"
-            if self.indent is None and not scanner.in_comment:
-                self.indent = scanner.indent
-            if self.fits and self.mark == self.enough:
-                if self.blank and not self.prose:
-                    return "block"
-                if scanner.indent > self.below_indent:
-                    self.ahead = FAR_AHEAD_CHARS  # the text is in a block that it has to leave before the suffix
-        if self.floor is not None and (words := scanner.language.words):
-            first = re.split(r"\W", word)[0]
-            if words.is_closing(first) and first != word:
-                return "block" if len(scanner.stack) < self.floor else ""
-            if words.may_close(word):
-                return None
-        if self.floor is not None and scanner.language.blocks == "tags" and word[:2] in ("<", "</"):
-            if ">" not in word:
-                return None
-            return "block" if len(scanner.stack) < self.floor else ""
-        if self.enough is not None and (len(scanner.stack) < self.depth or scanner.indent < self.bound):
-            if self.meeting.weight:
-                return None
-            self.mark = self.enough
-            return "block"
-        return ""
-
-    def ended(self, line: str) -> str | None:
-        scanner, self.blank = self.scanner, not line
-        if self.target is not None:
-            if len(scanner.stack) > self.target or self.left:
-                return None
-            if self.defines or self.inline:
-                return "block"
-            self.left, self.fits, self.enough, self.ahead = True, True, self.mark, AHEAD_CHARS
-            self.bound = min(self.below_indent, self.line_indent)
-            return None
-        if self.prose and not self.inline:
-            if self.blank and self.mark and self.enough is None:
-                self.enough, self.ahead = self.mark, PROSE_AHEAD_CHARS
-            return None
-        if not self.fits and self.indent is not None and line and line[0] != "@":
-            self._ended(self.indent)
-        return "block" if self.fits and self.inline else None
-
-    def _ended(self, indent: int) -> None:
-        """The first line of the infill has ended, or another line that the suffix may follow."""
-        opened, below, enclosed = self.scanner.opened, self.below_indent, self._count_open()
-        if self.limit is not None or self.floor is not None:
-            if self.enough is None:
-                self.bound = min(indent, below)
-            return
-        if self.enough is None and opened is not None and below <= opened:
-            self._open_body(opened)
-        elif enclosed <= self.closers:
-            deepest = self.line_indent if opened is None else opened + self.level
-            self.fits = enclosed == self.closers and below <= deepest and (opened is None or opened < below)
-            if self.fits:
-                self.enough, self.ahead = self.mark, AHEAD_CHARS
-            elif self.enough is None:
-                self.enough, self.ahead = self.mark, FAR_AHEAD_CHARS
-            self.bound = min(indent, below)
+    def _count_parens(self) -> int:
+        """How many brackets are open in the innermost block."""
+        return sum(1 for _ in takewhile(lambda bracket: bracket.kind != "{", reversed(self.scanner.stack)))
 
     def step(self, char: str) -> None:
-        position, before = len(self.text), self.safe
-        self.meeting.step(char, position)
-        if self.after:
-            self.after.step(char, position)
-            self._in_line(char)
-        else:
-            super().step(char)
-        place = self.meeting.place
-        if self._is_met(place) or (self.enough is not None and place == self.enough and self._is_all()):
-            self.safe = before
-            self.end("stop", place or 0)
-        elif not self.reason:
-            self._hold(before)
-            if self.enough is not None:
-                self.ahead -= not char.isspace()
-                lost = self.ahead < 0 and self.meeting.weight < SURE_WEIGHT
-                if lost or (self.after and self.after.sure):
-                    self.end("block", self.enough)
-
-    def _is_met(self, place: int | None) -> bool:
-        """Whether the suffix surely begins at `place`. If whole lines are missing, a match in the middle of a line or
-        at another indentation must cover the suffix's whole first line."""
-        meeting = self.meeting
-        if place is None or not meeting.sure:
-            return False
-        at_line = place == 0 or self.text[place - 1] == "\n"
-        return not self.whole or at_line or meeting.size >= meeting.line
-
-    def _is_all(self) -> bool:
-        """Whether the text ends with the whole suffix."""
-        return self.meeting.size == len(self.meeting.goal)
-
-    def _hold(self, before: int) -> None:
-        """Hold back text in which the suffix may turn out to begin."""
-        meeting = self.meeting
-        first = meeting.first if self.rest and self.enough is None else None
-        places = (self.safe, self.enough, meeting.place, meeting.space, first)
-        self.safe = max(before, min(place for place in places if place is not None))
-
-    def _in_line(self, char: str) -> None:
-        """Read a character, if the suffix continues the cursor's line."""
-        scanner, meeting, position = self.scanner, self.meeting, len(self.text)
+        position, meeting = len(self.text), self.meeting
         self.text.append(char)
-        self.safe = position + 1
-        if self.enough is not None and self.text[-2:] == ["\n", "\n"]:  # few gaps continue after a blank line
-            self.ahead = min(self.ahead, REST_AHEAD_CHARS)
-        if self.unplaced and self.enough is not None and not char.isspace():
-            self.enough, self.unplaced = max(self.enough, position - meeting.blanks), False
-        if self._leaves(scanner, char) and self.closes:
-            found = (meeting.weight, meeting.place) if meeting.place is not None else meeting.longest(position)
-        elif char == "\n" and len(scanner.stack) <= self.rest_depth and self.is_boundary():
-            found = meeting.longest(position)
+        self.scanner.step(char)
+        if (place := meeting.step(char, position, self.text)) is not None:
+            if meeting.sure:
+                self.end("stop", place)
+                return
+            self._could_end(place)
+        if char == "\n":
+            if self.started:
+                self.mark, self.lines, self.started = position + meeting.whole, self.lines + 1, False
+                if meeting.rest:
+                    self._end_line()
+                elif self._fits() or position > 4 * AHEAD_CHARS:
+                    self._could_end(self.mark)
+            elif meeting.rest and self.enough is not None:
+                self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)  # few gaps within a line continue after a blank one
+        elif not char.isspace():
+            self._read(char, position)
+            self.started, self.ahead = True, self.ahead - (self.enough is not None)
+        if self.ahead < 0 and self.enough is not None:
+            self.end("block", self.enough)
         else:
-            return
-        if self.enough is None or found[0] >= self.rest_weight > self.weight:
-            self.weight, self.enough = found
-            self.unplaced = self.apart and char == "\n" and not self.weight
-            self.ahead = REST_AHEAD_CHARS if self.weight >= self.rest_weight else LOST_AHEAD_CHARS
+            place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
+            self.safe = max(self.safe, place)
+
+    def _end_line(self) -> None:
+        """A line has ended, with or without the rest of the cursor's line."""
+        written = next((place for size, place in self.meeting.found if size == 1), None)
+        if written is not None and (self.left is not None or self.meeting.weight(1) >= REST_WEIGHT):
+            self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
+        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+            self._could_end(self.mark)
+            self.ahead = min(self.ahead, REST_AHEAD_CHARS)
+
+    def _could_end(self, place: int) -> None:
+        self.enough = place if self.enough is None else self.enough
+
+    def _read(self, char: str, position: int) -> None:
+        """Note whether a character leaves the surroundings of the cursor."""
+        scanner = self.scanner
+        before = self.indent
+        if not self.started and not scanner.closer:
+            self.indent = scanner.indent
+        if self.literal:
+            if not scanner.closer and char in self.meeting.rest:
+                self._leave(position)
+        elif char in PAIRS and not scanner.closer and self._has_left():
+            self._leave(position if self.started or self.meeting.rest else self.mark)
+        elif not (self.started or scanner.closer or scanner.in_parens) and self.lines:
+            if scanner.indent < self.bound:
+                self._leave(self.mark)
+            elif scanner.by_lines and scanner.indent <= self.limit < before:
+                self._could_end(self.mark)  # behind a block
+
+    def _leave(self, place: int) -> None:
+        if self.left is None:
+            self.left = place
+            self._could_end(place)
+            self.ahead = min(self.ahead, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
+
+    def _has_left(self) -> bool:
+        """Whether the text has closed a bracket or a string that the suffix closes."""
+        if self.literal:
+            return not self.scanner.closer and bool(self.meeting.rest)
+        return len(self.scanner.stack) < self.floor or self.scanner.unmatched > self.unmatched
+
+    def _fits(self) -> bool:
+        """Whether the suffix could follow the line that has ended."""
+        scanner, opened = self.scanner, self.scanner.opened
+        if self.literal or scanner.closer:
+            return self.literal and bool(scanner.closer)
+        blocks = [bracket.indent for bracket in scanner.stack[-8:] if bracket.kind == "{"]
+        if self._has_left() or self._count_parens() != self.parens or (blocks and blocks[-1] >= self.outer):
+            return False
+        if scanner.by_lines and self.indent > self.limit:
+            return False
+        return self.below <= self.indent or scanner.in_parens if opened is None else opened < self.below
+
+    def _may_follow(self) -> bool:
+        """Whether the suffix could follow the end of the text."""
+        scanner, opened = self.scanner, self.scanner.opened
+        if scanner.closer or (self._has_left() and not self.literal):
+            return bool(scanner.closer)
+        if self.meeting.rest:
+            return self.text[-1:] != ["\n"]
+        if self.meeting.half or self.literal or not scanner.language.colons or scanner.in_parens:
+            return True
+        return self.bound <= self.indent >= self.below if opened is None else opened < self.below
 
     def flush(self, whole: bool) -> str:
-        if whole and self.meeting.place is not None and self.meeting.size >= self.meeting.line:
-            return self.cut(self.sent, max(self.meeting.place, self.sent))
-        if not whole or (self.rest and self.weight >= self.rest_weight):
-            return self.cut(self.sent, self.enough)
-        return self.cut(self.sent) + "\n" * (self.whole and self.text[-1:] != ["\n"] and bool(self.cut(0).strip()))
+        place = self.meeting.at_end(self.text)
+        if place is None and not whole:
+            place = self.enough
+        elif place is None and not self._may_follow():
+            place = self.enough if self.left is None else self.left
+        if place is not None:
+            return self.cut(self.sent, max(place, self.sent))
+        newline = self.meeting.whole and not self.cut(0).rstrip(" \t").endswith("\n") and bool(self.cut(0).strip())
+        return self.cut(self.sent) + "\n" * newline
 
 
 class Blanks(Stage):
@@ -920,7 +853,7 @@ class Indent(Stage):
 
 
 class Repeat(Stage):
-    """The last stage: ends a text that repeats the same line or block of lines.
+    """The last stage: ends a text that repeats the same line or block of lines, indentation included.
 
     Two copies go out. Later ones wait: enough copies end the text after the second copy; a differing line frees them.
     """
@@ -941,15 +874,16 @@ class Repeat(Stage):
                 tail = "".join(self.line[-PERIOD_CHARS:])
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
-        elif line := "".join(self.line).strip():
+        elif (line := "".join(self.line).rstrip()) or self.line:
             self.line.clear()
-            self._ended(line, position)
+            if line:
+                self._ended(line, position)
         if self.hold is None and not self.reason:
             self.safe = position
 
     def _ended(self, line: str, position: int) -> None:
         lines, runs = self.lines, self.runs
-        lines.append((line, line.endswith(",") or not any(map(str.isalnum, line))))
+        lines.append((line, LIGHT.fullmatch(line) is not None))
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
             runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
@@ -973,7 +907,7 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language, self.scanner = language, Scanner(language) if language else None
-        self.state = "before"  # before the block, "inside" it, or in a "skipped" block of shell commands
+        self.state = "before"  # the block, "inside" it, in a "skipped" block of shell commands, or "thinking"
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts
         self.line = ""  # the block's line so far, without its indentation
@@ -991,7 +925,11 @@ class Fences(Stage):
             self._inside(char)
             return
         self.text.append(char)
-        if char == "\n" and self.state == "skipped":
+        if char == ">" and self.cut(-len("</think>")) == "</think>":
+            self.state, self.text, self.mark, self.begun = "before", [], 0, False
+        elif self.state == "thinking" or (char == ">" and self.cut(0).strip() == "<think>"):
+            self.state = "thinking"
+        elif char == "\n" and self.state == "skipped":
             self.state = "before" if self.cut(0).strip() == self.fence else "skipped"
             self.text, self.mark = [], 0
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
@@ -1011,15 +949,14 @@ class Fences(Stage):
             self.state, self.safe = "inside", self.mark
             self.line = "" if line.endswith("\n") else compared(line)
             if self.scanner:
-                for char in self.text:
-                    self.scanner.step(char)
+                self.scanner.feed(self.cut(0))
 
     def _is_code(self, line: str) -> bool:
         language = self.language
         if not language or not line or PROSE.fullmatch(line):
             return False
         starts = (*language.comment_starts, "@", "#include", "#define", *(language.block_comment or ())[:1])
-        known = language.imports.match(line) or (not language.plain_scalars and language.defines.match(line))
+        known = language.imports.match(line) or (not language.items and language.defines.match(line))
         return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
 
     def _inside(self, char: str) -> None:
@@ -1055,7 +992,7 @@ class Fences(Stage):
 
     def flush(self, whole: bool) -> str:
         closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.rstrip())
-        return "" if closed else super().flush(whole)
+        return "" if closed or self.state == "thinking" else super().flush(whole)
 
 
 def wants_extras(asked: Sequence[str]) -> bool:
@@ -1098,36 +1035,35 @@ class Extras(Stage):
         return bool(comment) and self.defined and self.in_code and comment.startswith(self.line[: len(comment)])
 
 
-def closes_docstring(prompt: str, quotes: str) -> bool:
-    """Whether the prompt's last triple quotes close a docstring and code follows, although they seem to open one."""
-    place = prompt.rfind(quotes)
-    before, behind = prompt[:place].rstrip(), prompt[place + len(quotes) :].partition("\n")[0]
-    return bool(before) and not behind.strip() and before[-1] != ":" and CODE.search(prompt, place) is not None
+def starts_in_docstring(prompt: str, quotes: str) -> bool:
+    """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
+    place = prompt.find(quotes)
+    before, (behind, _, below) = (
+        re.sub(r"\b[a-zA-Z]{0,2}$", "", prompt[:place]).rstrip(),
+        prompt[place + len(quotes) :].partition("\n"),
+    )
+    code = below.partition(quotes)[0]
+    return bool(before) and not behind.strip() and before[-1] not in ":=([{,\\" and CODE.search(f"\n{code}") is not None
 
 
-def scan(language: Language, prompt: str) -> tuple[Scanner, str]:
-    """A scanner at the prompt's end, and the part of the prompt that it has read. If the prompt ends in an embedded
-    language, only that part is read: a script or a style in HTML, the HTML around PHP, the code in a Markdown fence.
-
-    >>> scan(LANGUAGES["html"], "<p>a</p><script>let b")[1]
-    'let b'
-    """
-    if language is LANGUAGES["php"]:
-        closed, opened = prompt.rfind("?>"), prompt.rfind("<?")
-        if closed < opened or (closed < 0 and not prompt.lstrip().startswith("<")):
-            prompt = prompt[max(0, prompt.find("<?")) :]
-            return Scanner(language, prompt), prompt
-        language, prompt = LANGUAGES["html"], prompt[closed + 2 if closed >= 0 else 0 :]
-    scanner, inner = Scanner(language, prompt), ""
-    if scanner.closer and scanner.opener in RAW_ELEMENTS:
-        tag = prompt[: len(prompt) - scanner.since].rpartition("<")[2]
-        inner = "json" if "json" in tag else {"script": "javascript", "style": "css"}.get(scanner.opener, "")
-    elif scanner.closer and scanner.opener == "<<":
-        inner = BY_NAME.get(re.split(r"[\s{,]", scanner.info.lower())[0], "")
-    if inner:
-        prompt = prompt[len(prompt) - scanner.since :]
-        return Scanner(LANGUAGES[inner], prompt), prompt
-    return scanner, prompt
+def scan(language: Language, prompt: str) -> Scanner:
+    """A scanner at the prompt's end. In a Markdown fence of a known language it is one of that language."""
+    if language is LANGUAGES["markdown"]:
+        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
+        scanner = Scanner(language, prompt)
+        if scanner.closer and last and (inner := BY_NAME.get(last[1].lower())):
+            return Scanner(LANGUAGES[inner], prompt[last.end() :])
+        return scanner
+    for quotes in TRIPLE_QUOTES if language.colons else ():
+        if quotes in prompt and starts_in_docstring(prompt, quotes):
+            prompt = quotes + prompt
+            break
+    if language is LANGUAGES["php"] and prompt.lstrip().startswith("<") and not prompt.lstrip().startswith("<?"):
+        prompt = f"?>{prompt}"
+    scanner = Scanner(language, prompt)
+    if scanner.closer == "<?":
+        return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
+    return scanner
 
 
 class Ending:
@@ -1163,13 +1099,10 @@ class Ending:
             if syntax and not extras and (syntax.function or syntax.blocks == "braces"):
                 self.stages.append(Extras(syntax))
         elif known := syntax or self._guess(prompt, suffix if gap else ""):
-            scanner, prompt = scan(known, prompt)
-            known = scanner.language
-            if known.indented and scanner.closer in TRIPLE_QUOTES and closes_docstring(prompt, scanner.closer):
-                scanner = Scanner(known, scanner.closer + prompt)  # the prompt begins inside a docstring
+            scanner = scan(known, prompt)
             if scanner.starting and scanner.indent:
                 self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
-            block = {"indent": IndentedBlock, "lines": Paragraph}.get(known.blocks, BracedBlock)
+            block = LineBlock if scanner.by_lines else BracketBlock
             self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
         else:
             self.stages.append(Blanks())

@@ -23,70 +23,44 @@ from dataclasses import dataclass, field, replace
 
 NOTHING = re.compile(r"(?!)")
 ANYTHING = re.compile(r"")
+_C_STRINGS = (('"', '"'), ("'", "'"))
 AT_LEAST_A_CLASS = re.compile(r"\b(?:class|impl|trait)\b|\(")
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """Keywords that open and close blocks. Each has a pattern, searched in the statement's code before the word: a
-    match means that the word is a keyword, not a name, a method or a modifier."""
-
-    opens: Mapping[str, re.Pattern[str]]
-    closes: Mapping[str, re.Pattern[str]]
-    not_before: str = ""  # a word directly before one of these characters is part of a name
-    loops: frozenset[str] = frozenset()  # words whose block may begin with a `do` on the same line
-    any_case: bool = False
-    wide: frozenset[str] = frozenset()  # opening words whose pattern searches the whole statement
-    resumed: frozenset[str] = frozenset()  # words after a closing word: the block stays open (END IF)
-    no_block: frozenset[str] = frozenset()  # words after an opening word: no block opens (BEGIN TRANSACTION)
-
-    def is_closing(self, word: str) -> bool:
-        """Whether a word at the start of a line closes a block."""
-        return (word.lower() if self.any_case else word) in self.closes
-
-    def may_close(self, text: str) -> bool:
-        """Whether a line that starts with `text` may turn out to close a block."""
-        return any(close.startswith(text.lower() if self.any_case else text) for close in self.closes)
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
-    `blocks` names the limits of a block: "braces"; "indent", indentation; "words", keywords and braces; "statements",
-    keywords, braces and semicolons; "tags", elements; "brackets", braces and square brackets, where the innermost pair
-    is completed; "lines", blank lines.
+    `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where the innermost pair is
+    completed; "indent", indentation; "words", indentation and a closing line; "statements", the same and semicolons;
+    "lines", blank lines.
     """
 
-    line_comment: str  # "" if there is none
-    block_comment: tuple[str, str] | None
-    strings: tuple[tuple[str, str], ...]  # (opening, closing)
-    multiline: frozenset[str]  # openings of strings that may contain a line end
-    blocks: str
     imports: re.Pattern[str] = NOTHING  # matches at a line that imports
     defines: re.Pattern[str] = NOTHING  # matches at a line that defines a name: the last group that took part
     containers: re.Pattern[str] = NOTHING  # matches the header of a block whose members are completed one at a time
     definition: re.Pattern[str] = AT_LEAST_A_CLASS  # matches the header of a block that is a completion by itself
+    line_comment: str = "//"  # "" if there is none
+    block_comment: tuple[str, str] | None = ("/*", "*/")
+    strings: tuple[tuple[str, str], ...] = _C_STRINGS  # (opening, closing)
+    multiline: frozenset[str] = frozenset()  # openings of strings that may contain a line end
+    blocks: str = "braces"
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     raw: frozenset[str] = frozenset()  # openings of strings without escapes
     ambiguous: str = ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
-    no_comment: str = ""  # begins like a comment but is not one
     comment_after: str = ""  # characters that may precede a comment in its line, "" for any
     tight_quotes: bool = False  # a quote right after a word opens a string, a quote after a backslash does not
-    doubled: frozenset[str] = frozenset()  # openings of strings in which a doubled quote is one quote
     holes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by opening: marks that start code in a string
     heredoc: re.Pattern[str] | None = None  # after << in code: group 2 is the line that ends the text below
-    dollars: bool = False  # $name$ opens a string that ends with the same $name$
-    words: Words | None = None
+    colons: bool = False  # a colon at its end makes a line a header (Python)
+    items: bool = False  # a line that begins with a dash is inside the line above, even at equal indentation (YAML)
     brackets: str = "([{"  # opening brackets that need a closing partner
-    plain_scalars: bool = False  # quotes and brackets count only where a value begins (YAML)
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     nested_comments: bool = False  # a block comment may contain another
     alternative: bool = False  # a colon after `if (...)` opens a block that `endif;` closes (PHP)
     commands: bool = False  # lines of code begin with verbs, as instructions do
-    loose: bool = False  # calls need no parentheses, so a name and a space may precede a regex (Ruby)
     inside: str = ""  # starts of unindented lines that still belong to a definition
     closing: str = r"\}"  # start of the line that ends a definition
     close: str = "}"  # closes a block when only its header is sent
@@ -111,7 +85,11 @@ class Language:
         return "{0} {2} {1}".format(*self.block_comment, text)
 
 
-_C_STRINGS = (('"', '"'), ("'", "'"))
+def _lines(pattern: str) -> re.Pattern[str]:
+    """A pattern whose ^ and $ match at each line."""
+    return re.compile(pattern, re.M)
+
+
 _IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
 _CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
 _C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
@@ -135,33 +113,25 @@ _JS_DEFINES = (
     r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
     rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
 )
+_RUST_RAW = tuple((f'r{marks}"', f'"{marks}') for marks in ("", "#", "##", "###"))
 _RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
 _JS = Language(
-    "//",
-    ("/*", "*/"),
-    (*_C_STRINGS, ("`", "`")),
-    frozenset("`"),
-    "braces",
-    re.compile(
-        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()",
-        re.M,
+    _lines(
+        r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()"
     ),
     re.compile(_JS_DEFINES, re.M),
-    re.compile(
+    _lines(
         r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
-        r"|^\s*(?:describe|context|suite)\s*\(",
-        re.M,
+        r"|^\s*(?:describe|context|suite)\s*\("
     ),
+    strings=(*_C_STRINGS, ("`", "`")),
+    multiline=frozenset("`"),
     function="function",
     ambiguous="/",
     holes={"`": ("${",)},
+    line_ends=True,
 )
 _C = Language(
-    "//",
-    ("/*", "*/"),
-    _C_STRINGS,
-    frozenset(),
-    "braces",
     re.compile(
         r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
     ),
@@ -171,42 +141,38 @@ _C = Language(
 )
 LANGUAGES: dict[str, Language] = {
     "python": Language(
-        "#",
-        None,
-        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
-        frozenset({'"""', "'''"}),
-        "indent",
-        re.compile(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)", re.M),
-        re.compile(
+        _lines(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)"),
+        _lines(
             r"^(?:[ \t]{0,200}(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|type[ \t]+(\w+)"
-            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))",
-            re.M,
+            r"|(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=))"
         ),
         re.compile(r"class\b"),
+        line_comment="#",
+        block_comment=None,
+        strings=(('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        multiline=frozenset({'"""', "'''"}),
+        blocks="indent",
         function="def",
+        colons=True,
         endings=(".py", ".pyi", ".pyw"),
         names=("py", "python3"),
     ),
     "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"), names=("js", "jsx", "node")),
     "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"), names=("ts", "tsx", "deno", "bun")),
     "rust": Language(
-        "//",
-        ("/*", "*/"),
-        (('r##"', '"##'), ('r#"', '"#'), ('r"', '"'), ('"', '"')),
-        frozenset(('r##"', 'r#"', 'r"', '"')),
-        "braces",
-        re.compile(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)", re.M),
-        re.compile(
+        _lines(rf"^{_RUST_VISIBLE}(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)"),
+        _lines(
             rf"^[ \t]{{0,200}}{_RUST_VISIBLE}"
             r"(?:(?:async|unsafe|const|default|extern(?:[ \t]+\"[^\"\n]{0,20}\")?)[ \t]+){0,4}"
             r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
-            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))",
-            re.M,
+            r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))"
         ),
-        re.compile(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b", re.M),
+        _lines(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b"),
+        strings=(*_RUST_RAW, ('"', '"')),
+        multiline=frozenset(('"', *(opening for opening, _ in _RUST_RAW))),
         function="fn",
         nested_comments=True,
-        raw=frozenset(('r##"', 'r#"', 'r"')),
+        raw=frozenset(opening for opening, _ in _RUST_RAW),
         ambiguous="'",
         endings=(".rs",),
         names=("rs",),
@@ -221,16 +187,14 @@ LANGUAGES: dict[str, Language] = {
         names=("c++", "cc"),
     ),
     "go": Language(
-        "//",
-        ("/*", "*/"),
-        (*_C_STRINGS, ("`", "`")),
-        frozenset("`"),
-        "braces",
-        re.compile(r"^(?:import\b|package[ \t])", re.M),
-        re.compile(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))", re.M),
-        NOTHING,  # Go's methods stand on their own
+        _lines(r"^(?:import\b|package[ \t])"),
+        _lines(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))"),
+        NOTHING,
+        strings=(*_C_STRINGS, ("`", "`")),
+        multiline=frozenset("`"),  # Go's methods stand on their own
         function="func",
         raw=frozenset("`"),
+        line_ends=True,
         endings=(".go",),
         names=("golang",),
     ),
@@ -249,7 +213,7 @@ _CONSTANT = rf"[ \t]{{0,200}}{_NO_STATEMENT}{_TOKENS}([A-Z][A-Z0-9_]{{1,80}})[ \
 
 def _types(keywords: str) -> re.Pattern[str]:
     """A pattern for a block's header that begins with modifiers and one of these keywords."""
-    return re.compile(rf"^\s*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b", re.M)
+    return _lines(rf"^\s*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b")
 
 
 def _also(keywords: str) -> re.Pattern[str]:
@@ -270,68 +234,48 @@ _SWIFT_MODIFIERS = (
 )
 _PHP_TYPES = "class|interface|trait|enum|namespace"
 _PHP_MODIFIERS = r"(?:(?:abstract|final|readonly|public|protected|private|static)[ \t]+){0,5}"
-_LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "==", "===", "===="))
-# A word is a keyword at the start of a statement, or where a Ruby expression begins. A quote stands for a literal.
-_RUBY_START = re.compile(r"(?:(?m:^)|[=(\[{,|&!<>;+]|[?:]\s|(?<!\w)(?:then|do|else|and|or|not|in|begin))\s*$")
-_RUBY_WORD = re.compile(r"(?<![.:\w@$])$")
-_SHELL_START = re.compile(
-    r"(?:(?m:^)|[;&|!]|(?<!=)\(|(?<!\$)\{|(?<![\w-])(?:then|do|else|elif|if|while|until|time))\s*$"
-)
-_SHELL_END = re.compile(r"(?:(?m:^)|[;&|(){}])\s*$")
+_LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "=="))
 _HEREDOC = re.compile(r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1")
 LANGUAGES |= {
     "java": Language(
-        "//",
-        ("/*", "*/"),
-        (('"""', '"""'), *_C_STRINGS),
-        frozenset({'"""'}),
-        "braces",
-        re.compile(r"^(?:import|package)[ \t]", re.M),
-        re.compile(
+        _lines(r"^(?:import|package)[ \t]"),
+        _lines(
             rf"^(?:[ \t]{{0,200}}(?:[\w@]{{1,40}}(?:\([^()\n]{{0,80}}\))?[ \t]+){{0,6}}(?:{_JAVA_TYPES})[ \t]+(\w+)"
-            rf"|{_METHOD}|{_CONSTANT})",
-            re.M,
+            rf"|{_METHOD}|{_CONSTANT})"
         ),
         _types(_JAVA_TYPES),
         _also(_JAVA_TYPES),
+        strings=(('"""', '"""'), *_C_STRINGS),
+        multiline=frozenset({'"""'}),
         endings=(".java",),
     ),
     "csharp": Language(
-        "//",
-        ("/*", "*/"),
-        (('"""', '"""'), ('$@"', '"'), ('@$"', '"'), ('@"', '"'), ('$"', '"'), *_C_STRINGS),
-        frozenset({'"""', '$@"', '@$"', '@"'}),
-        "braces",
-        re.compile(r"^(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|^namespace[ \t][\w. \t]{1,200};", re.M),
-        re.compile(
+        _lines(r"^(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|^namespace[ \t][\w. \t]{1,200};"),
+        _lines(
             rf"^(?:[ \t]{{0,200}}(?:\w{{1,40}}[ \t]+){{0,6}}(?:{_CSHARP_TYPES}|delegate[ \t]+\w+)[ \t]+([\w.]+)"
-            rf"|{_METHOD}|{_CONSTANT}|[ \t]{{1,200}}{_TOKENS}(\w{{1,80}})[ \t]*(?:\{{[ \t]*(?:get|set|init)\b|=>))",
-            re.M,
+            rf"|{_METHOD}|{_CONSTANT}|[ \t]{{1,200}}{_TOKENS}(\w{{1,80}})[ \t]*(?:\{{[ \t]*(?:get|set|init)\b|=>))"
         ),
         _types(_CSHARP_TYPES),
         _also(_CSHARP_TYPES),
-        raw=frozenset({'"""', '$@"', '@$"', '@"'}),
-        doubled=frozenset({'$@"', '@$"', '@"'}),
+        strings=(('""""', '""""'), ('"""', '"""'), ('$@"', '"'), ('@$"', '"'), ('@"', '"'), ('$"', '"'), *_C_STRINGS),
+        multiline=frozenset({'""""', '"""', '$@"', '@$"', '@"'}),
+        raw=frozenset({'""""', '"""', '$@"', '@$"', '@"'}),
         directives=True,
         holes={'$"': ("{",), '$@"': ("{",), '@$"': ("{",)},
         endings=(".cs", ".csx"),
         names=("c#", "cs"),
     ),
     "kotlin": Language(
-        "//",
-        ("/*", "*/"),
-        (('"""', '"""'), *_C_STRINGS),
-        frozenset({'"""'}),
-        "braces",
-        re.compile(r"^(?:import|package)[ \t]", re.M),
-        re.compile(
+        _lines(r"^(?:import|package)[ \t]"),
+        _lines(
             rf"^(?:[ \t]{{0,200}}{_KOTLIN_MODIFIERS}(?:(?:{_KOTLIN_TYPES}|typealias)[ \t]+(\w+)"
             r"|fun[ \t]+(?:<[^<>\n]{0,80}>[ \t]+)?(?:[\w<>?*]{1,60}\.){0,3}(\w+)[ \t]*\()"
-            rf"|{_KOTLIN_MODIFIERS}va[lr][ \t]+(\w+))",
-            re.M,
+            rf"|{_KOTLIN_MODIFIERS}va[lr][ \t]+(\w+))"
         ),
         _types(_KOTLIN_TYPES),
         _also(_KOTLIN_TYPES),
+        strings=(('"""', '"""'), *_C_STRINGS),
+        multiline=frozenset({'"""'}),
         function="fun",
         raw=frozenset({'"""'}),
         holes={'"': ("${",), '"""': ("${",)},
@@ -341,20 +285,16 @@ LANGUAGES |= {
         names=("kt",),
     ),
     "swift": Language(
-        "//",
-        ("/*", "*/"),
-        (('##"""', '"""##'), ('#"""', '"""#'), ('"""', '"""'), ('##"', '"##'), ('#"', '"#'), ('"', '"')),
-        frozenset({'##"""', '#"""', '"""'}),
-        "braces",
-        re.compile(r"^(?:@testable[ \t]+)?import[ \t]", re.M),
-        re.compile(
+        _lines(r"^(?:@testable[ \t]+)?import[ \t]"),
+        _lines(
             rf"^(?:[ \t]{{0,200}}{_SWIFT_MODIFIERS}(?:(?:{_SWIFT_TYPES}|typealias)[ \t]+(?!func\b|var\b|let\b)([\w.]+)"
             r"|(?:class[ \t]+)?func[ \t]+(\w+)|(init)[?!]?[ \t]*[(<])"
-            rf"|{_SWIFT_MODIFIERS}(?:let|var)[ \t]+(\w+))",
-            re.M,
+            rf"|{_SWIFT_MODIFIERS}(?:let|var)[ \t]+(\w+))"
         ),
         _types(_SWIFT_TYPES),
         _also(_SWIFT_TYPES),
+        strings=(('##"""', '"""##'), ('#"""', '"""#'), ('"""', '"""'), ('##"', '"##'), ('#"', '"#'), ('"', '"')),
+        multiline=frozenset({'##"""', '#"""', '"""'}),
         function="func",
         raw=frozenset({'##"""', '#"""', '##"', '#"'}),
         holes={'"': ("\\(",), '"""': ("\\(",), '#"': ("\\#(",), '#"""': ("\\#(",)},
@@ -363,149 +303,109 @@ LANGUAGES |= {
         endings=(".swift",),
     ),
     "php": Language(
-        "//",
-        ("/*", "*/"),
-        (*_C_STRINGS, ("`", "`")),
-        frozenset("\"'`"),
-        "braces",
-        re.compile(r"^(?:<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b)", re.M),
-        re.compile(
+        _lines(r"^(?:<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b)"),
+        _lines(
             rf"^[ \t]{{0,200}}{_PHP_MODIFIERS}(?:(?:class|interface|trait|enum|function)[ \t]+&?(\w+)"
-            r"|const[ \t]+(?:\w+[ \t]+)?(\w+)[ \t]*=)",
-            re.M,
+            r"|const[ \t]+(?:\w+[ \t]+)?(\w+)[ \t]*=)"
         ),
         _types(_PHP_TYPES),
         _also(_PHP_TYPES),
+        strings=(*_C_STRINGS, ("`", "`")),
+        multiline=frozenset("\"'`"),
         function="function",
-        other_comments=(("#", "\n"), ("?>", "<?")),  # text outside <?php and ?> is not code
-        no_comment="#[",
+        other_comments=(("# ", "\n"), ("?>", "<?")),  # #[ is no comment, text outside <?php and ?> is not code
         holes={'"': ("{$",), "`": ("{$",)},
         heredoc=re.compile(r"<[ \t]*(['\"]?)([A-Za-z_]\w{0,80})\1"),
         alternative=True,
         endings=(".php", ".phtml"),
     ),
     "css": Language(
-        "",
-        ("/*", "*/"),
-        _C_STRINGS,
-        frozenset(),
-        "braces",
-        re.compile(r"^@(?:import|charset|use|forward|namespace)\b", re.M),
-        re.compile(
+        _lines(r"^@(?:import|charset|use|forward|namespace)\b"),
+        _lines(
             r"^[ \t]{0,200}(?:[.#]([\w-]{1,80})[^\n{};]{0,200}\{|@mixin[ \t]+([\w-]+)"
-            r"|(--[\w-]{1,80}|\$[\w-]{1,80})[ \t]*:)",
-            re.M,
+            r"|(--[\w-]{1,80}|\$[\w-]{1,80})[ \t]*:)"
         ),
         re.compile(r"^\s*@(?:media|supports|layer|container|scope)\b"),
         ANYTHING,
+        line_comment="",
         tight_quotes=True,
         endings=(".css", ".scss", ".less"),
         names=("scss", "less"),
     ),
     "json": Language(
-        "//",  # JSON has no comments, but its relatives do
-        ("/*", "*/"),
-        _C_STRINGS,
-        frozenset(),
-        "brackets",
+        blocks="brackets",
         definition=ANYTHING,
         endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
         names=("jsonc", "json5"),
     ),
     "ruby": Language(
-        "#",
-        ("=begin", "=end"),
-        (*_C_STRINGS, ("`", "`")),
-        frozenset("\"'`"),
-        "words",
-        re.compile(r"^(?:require|require_relative|load|include|using)\b", re.M),
-        re.compile(
+        _lines(r"^(?:require|require_relative|load|include|using)\b"),
+        _lines(
             r"^(?:[ \t]{0,200}(?:(?:private|public|protected|module_function)[ \t]+)?def[ \t]+(?:\w+\.)?(\w+[?!=]?)"
-            r"|[ \t]{0,200}(?:class|module)[ \t]+(?:\w+::){0,4}(\w+)|[ \t]{0,200}([A-Z]\w*)[ \t]*=(?![=~]))",
-            re.M,
+            r"|[ \t]{0,200}(?:class|module)[ \t]+(?:\w+::){0,4}(\w+)|[ \t]{0,200}([A-Z]\w*)[ \t]*=(?![=~]))"
         ),
-        re.compile(r"(?:^|\s)(?:class|module)$|^\s*(?:\w+\.)?(?:describe|context|feature|namespace)\b"),
-        re.compile(r"\b(?:def|class|module)$"),
+        re.compile(r"(?:class|module)\b|(?:\w+\.)?(?:describe|context|feature|namespace)\b"),
+        line_comment="#",
+        block_comment=("=begin", "=end"),
+        strings=(*_C_STRINGS, ("`", "`")),
+        blocks="words",
         function="def",
-        ambiguous="/",
         holes={'"': ("#{",), "`": ("#{",)},
         heredoc=re.compile(r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1"),
-        words=Words(
-            opens=dict.fromkeys(("def", "class", "module", "begin", "case", "do"), _RUBY_WORD)
-            | dict.fromkeys(("if", "unless", "while", "until", "for"), _RUBY_START),
-            closes={"end": _RUBY_WORD},
-            not_before=":?",
-            loops=frozenset({"while", "until", "for"}),
-        ),
+        brackets="",
         inside=r"|(?:rescue|ensure|else|elsif|when|in)\b",
         closing=r"end\b",
         close="end",
-        loose=True,
         endings=(".rb", ".rake", ".gemspec", ".ru"),
         filenames=("rakefile", "gemfile"),
         names=("rb",),
     ),
     "lua": Language(
-        "--",
-        ("--[[", "]]"),
-        (*_LUA_LEVELS, *_C_STRINGS),
-        frozenset(opening for opening, _ in _LUA_LEVELS),
-        "words",
-        re.compile(r"^(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b", re.M),
-        re.compile(
+        _lines(r"^(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b"),
+        _lines(
             r"^(?:[ \t]{0,200}(?:local[ \t]+)?function[ \t]+(?:\w{1,80}[.:]){0,4}(\w+)"
-            r"|(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b|local[ \t]+(\w+)[ \t]*=(?!=))",
-            re.M,
+            r"|(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b|local[ \t]+(\w+)[ \t]*=(?!=))"
         ),
-        definition=re.compile(r"\bfunction$"),
+        line_comment="--",
+        block_comment=("--[[", "]]"),
+        strings=(*_LUA_LEVELS, *_C_STRINGS),
+        multiline=frozenset(opening for opening, _ in _LUA_LEVELS),
+        blocks="words",
         function="function",
+        brackets="",
         raw=frozenset(opening for opening, _ in _LUA_LEVELS),
         other_comments=tuple((f"--{opening}", closing) for opening, closing in _LUA_LEVELS[1:]),
         tight_quotes=True,
-        words=Words(
-            opens=dict.fromkeys(("function", "if", "do", "repeat"), ANYTHING),
-            closes=dict.fromkeys(("end", "until"), ANYTHING),
-        ),
         inside=r"|(?:else|elseif)\b",
         closing=r"(?:end|until)\b",
         close="end",
         endings=(".lua",),
     ),
     "shell": Language(
-        "#",
-        None,
-        (("$'", "'"), *_C_STRINGS),
-        frozenset({"$'", '"', "'"}),
-        "words",
-        re.compile(r"^(?:source|\.|set)[ \t]+[^\s]", re.M),
-        re.compile(
+        _lines(r"^(?:source|\.|set)[ \t]+[^\s]"),
+        _lines(
             r"^[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\)"
-            r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=)",
-            re.M,
+            r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=)"
         ),
-        definition=re.compile(r"\(\s*\)\s*$|^\s*function\b"),
+        line_comment="#",
+        block_comment=None,
+        strings=(("$'", "'"), *_C_STRINGS),
+        multiline=frozenset({"$'", '"', "'"}),
+        blocks="words",
+        brackets="",
         raw=frozenset("'"),
         comment_after=" \t;&|()",
         tight_quotes=True,
         holes={'"': ("$(", "${")},
         heredoc=_HEREDOC,
-        words=Words(
-            opens=dict.fromkeys(("if", "case", "do"), _SHELL_START),
-            closes=dict.fromkeys(("fi", "esac", "done"), _SHELL_END),
-            not_before="=-./:+,%@",
-        ),
         inside=r"|(?:else|elif|then|do)\b",
+        closing=r"\}|(?:fi|done|esac)\b",
         commands=True,
         endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
         names=("bash", "sh", "zsh", "ksh", "dash"),
     ),
     "sql": Language(
-        "--",
-        ("/*", "*/"),
-        (*_C_STRINGS, ("`", "`")),
-        frozenset("\"'`"),
-        "statements",
         re.compile(r"^(?:use|set|\\connect|\\i|attach)\b", re.M | re.I),
         re.compile(
             r"^[ \t]{0,200}create[ \t]+(?:or[ \t]+replace[ \t]+)?"
@@ -515,24 +415,15 @@ LANGUAGES |= {
             r"(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+)",
             re.M | re.I,
         ),
+        line_comment="--",
+        strings=(*_C_STRINGS, ("`", "`")),
+        multiline=frozenset("\"'`"),
+        blocks="statements",
         raw=frozenset("\"'`"),
         tight_quotes=True,
-        dollars=True,
-        words=Words(
-            opens={"begin": re.compile(r"(?<![.\w])$"), "case": re.compile(r"(?i)(?<!\bend )(?<![.\w])$")}
-            | dict.fromkeys(
-                ("is", "as"),  # the declarations of a procedure
-                re.compile(r"(?is)\A\s*create\b.*?\b(?:procedure|function|package|trigger)\b"),
-            ),
-            closes={"end": re.compile(r"(?<![.\w])$")},
-            any_case=True,
-            wide=frozenset({"is", "as"}),
-            resumed=frozenset({"if", "loop", "while", "repeat", "for"}),
-            no_block=frozenset(
-                {"transaction", "tran", "work", "isolation", "read", "deferred", "immediate", "exclusive", "concurrent"}
-            ),
-        ),
-        closing=r"(?i:end)\b|\);",
+        brackets="(",
+        inside=r"|(?i:begin|else|when|exception|from)\b",
+        closing=r"(?i:end)\b|\)|\$",
         close="",
         nested_comments=True,
         commands=True,
@@ -540,44 +431,39 @@ LANGUAGES |= {
         names=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": Language(
-        "",
-        ("<!--", "-->"),
-        _C_STRINGS,
-        frozenset("\"'"),
-        "tags",
+        line_comment="",
+        block_comment=("<!--", "-->"),
+        strings=(),
+        blocks="words",
         containers=ANYTHING,
-        definition=ANYTHING,
-        raw=frozenset("\"'"),
-        tight_quotes=True,
+        brackets="",
         closing=r"</",
         close="",
         endings=(".html", ".htm", ".xhtml"),
         names=("htm", "xhtml"),
     ),
     "yaml": Language(
-        "#",
-        None,
-        _C_STRINGS,
-        frozenset("\"'"),
-        "indent",
-        defines=re.compile(r"^([\w.-]{1,80}):(?:[ \t]|\r?$)", re.M),
+        line_comment="#",
+        block_comment=None,
+        strings=(),
+        blocks="indent",
+        defines=_lines(r"^([\w.-]{1,80}):(?:[ \t]|\r?$)"),
         containers=ANYTHING,
-        raw=frozenset("'"),
         comment_after=" \t",
-        brackets="[{",
-        plain_scalars=True,
+        brackets="",
+        items=True,
         commands=True,
         close="",
         endings=(".yaml", ".yml"),
         names=("yml",),
     ),
     "toml": Language(
-        "#",
-        None,
-        (('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
-        frozenset({'"""', "'''"}),
-        "lines",
-        defines=re.compile(r"^\[{1,2}([^\]\n]{1,120})\]", re.M),
+        line_comment="#",
+        block_comment=None,
+        strings=(('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
+        multiline=frozenset({'"""', "'''"}),
+        blocks="lines",
+        defines=_lines(r"^\[{1,2}([^\]\n]{1,120})\]"),
         raw=frozenset({"'''", "'"}),
         sections=("[",),
         brackets="[{",
@@ -586,12 +472,13 @@ LANGUAGES |= {
         filenames=("pipfile",),
     ),
     "markdown": Language(
-        "",
-        ("<!--", "-->"),
-        (),
-        frozenset(),
-        "lines",
-        defines=re.compile(r"^#{1,6}[ \t]+([^\r\n]{1,200})\r?$", re.M),
+        line_comment="",
+        block_comment=("<!--", "-->"),
+        strings=(("```", "```"), ("~~~", "~~~")),
+        multiline=frozenset(("```", "~~~")),
+        blocks="lines",
+        defines=_lines(r"^#{1,6}[ \t]+([^\r\n]{1,200})\r?$"),
+        raw=frozenset(("```", "~~~")),
         sections=("#",),
         brackets="",
         close="",
@@ -599,16 +486,14 @@ LANGUAGES |= {
         names=("md",),
     ),
     "dockerfile": Language(
-        "#",
-        None,
-        _C_STRINGS,
-        frozenset(),
-        "lines",
         re.compile(r"^(?:FROM|ARG)[ \t]", re.M | re.I),
         re.compile(r"^(?:FROM[ \t]+\S{1,200}[ \t]+AS[ \t]+([\w.-]+)|(?:ARG|ENV)[ \t]+(\w+))", re.M | re.I),
+        line_comment="#",
+        block_comment=None,
+        strings=(),
+        blocks="lines",
         comment_after="\n",
         brackets="",
-        tight_quotes=True,
         heredoc=_HEREDOC,
         sections=("FROM ",),
         close="",

@@ -543,7 +543,9 @@ class Fit:
         if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
         signature = self.source.signature(definition).rstrip()
-        if signature.endswith((":", "{")) or (self.source.language.words and self.source.has_block(definition)):
+        if signature.endswith((":", "{")) or (
+            self.source.language.blocks == "words" and self.source.has_block(definition)
+        ):
             outline = self.source.outline(definition)
             yield from (outline, outline[:1])
 

@@ -93,6 +93,15 @@ class TextAssembler:
         return self.cutter.flush(whole)
 
 
+def ending_of(request: CompletionRequest) -> Ending:
+    """Where a request's completion ends. Reading a prompt of 14,000 characters takes some milliseconds."""
+    turns = request.messages or ()
+    prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
+    extras = wants_extras([content for role, content in turns if role == "user"])
+    where = request.mode, request.language, prompt, request.suffix, request.stop_at
+    return Ending(*where, extras=extras, indent=request.indent)
+
+
 # -------------------------------------------------------------------------------------------- IO: worker
 
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
@@ -115,6 +124,7 @@ class Job:
     ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.prompt: list[int] = []
+        self.ending: Ending | None = None  # where the completion ends, once the job is prepared
         self.max_tokens = request.max_tokens
         self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
@@ -145,21 +155,10 @@ class Run:
     """A job in its slot: its state between decodes, and the counters for the result."""
 
     def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
-        request, turns = job.request, job.request.messages or ()
+        assert job.ending, "the job was prepared"
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
-        prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
-        asked = [content for role, content in turns if role == "user"]
-        ending = Ending(
-            request.mode,
-            request.language,
-            prompt,
-            request.suffix,
-            request.stop_at,
-            extras=wants_extras(asked),
-            indent=request.indent,
-        )
-        self.text = TextAssembler(request.stop, ending)
-        self.sampler = Sampler(request)
+        self.text = TextAssembler(job.request.stop, job.ending)
+        self.sampler = Sampler(job.request)
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
@@ -242,8 +241,9 @@ class Worker(threading.Thread):
     # -- called by any other thread
 
     def prepare(self, job: Job) -> Job:
-        """Wait until the model is loaded, then tokenize the job's prompt. HttpError 400 with the counts if the prompt
-        does not fit into the context. A megabyte of text takes a second, so an event loop must use a thread."""
+        """Wait until the model is loaded, then tokenize the job's prompt and read it for the completion's end.
+        HttpError 400 with the counts if the prompt does not fit into the context. A megabyte of text takes a second, so
+        an event loop must use a thread."""
         self.ready.result()
         assert self.llama
         job.prompt, job.heal = self.llama.encode(job.request)
@@ -255,6 +255,7 @@ class Worker(threading.Thread):
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
         job.max_tokens = min(job.request.max_tokens, n_ctx - count)
+        job.ending = ending_of(job.request)
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:

@@ -410,7 +410,7 @@ def f():
 «    y = x
 »    return y
 ‖    return y
-=== python block: the line's rest
+=== python stop: the line's rest
 def f(a«, b):»
     return a
 ‖
@@ -431,7 +431,7 @@ def f():
         return 1
 ‖
         return 1
-=== python block: a body
+=== python end: a body
 def f(x):
 «    if x:
         y()
@@ -443,7 +443,7 @@ def h():
 
 def g():
     pass
-=== python block: a definition between two
+=== python end: a definition between two
 a = 1
 
 «def f():
@@ -466,7 +466,7 @@ x = 1
 z = 3
 ‖
 z = 3
-=== python block: indentation again
+=== python stop: indentation again
 def f():
     x = 1
     «    return x»
@@ -475,7 +475,7 @@ f()
 ‖
 
 f()
-=== javascript block: a block
+=== javascript stop: a block
 function f(x) {
 «  if (x) {
     g();
@@ -486,7 +486,7 @@ f();
 ‖}
 
 f();
-=== javascript block: a block to close
+=== javascript stop: a block to close
 function f(x) {
 «  if (x) {
     g();
@@ -514,10 +514,34 @@ int f(int x) {
     }
     return 0;
 }
-=== go stop: an argument
+=== go end: an argument
 fmt.Println(«f(x), "a)"»)
 }
 ‖)
+=== python block: the rest of the last line, which the text writes itself
+def f(a, b):
+    «retu»rn a
+
+# Test the function
+print(f(3, 5))
+‖rn a
+=== python block: a paragraph below a line without its rest
+def f(a):
+    r«eturn a»
+
+    return [x + 1 for x in sorted(a)]
+‖for x in a]
+=== python stop: a line of a dictionary
+names = {
+    'one': 1,
+«    'eight': 8,»
+    'nine': 9
+}
+print(names)
+‖
+    'nine': 9
+}
+show(names)
 === python stop: several lines up to the rest of a line
 def f(xs):
     total = su«m(xs)
@@ -567,7 +591,7 @@ self.assertEqual(c, 3)
 »self.assertEqual(dd, 4)
 ‖self.assertEqual(dd, 4)
 self.assertEqual(ee, 5)
-=== python block: brackets that the suffix closes
+=== python end: brackets that the suffix closes
 «x = make(
 »    3,
     4,
@@ -576,7 +600,7 @@ self.assertEqual(ee, 5)
 y = another_one(1, 2, 3, 4)
 ‖    99,
 )
-=== python block: a header that the suffix is the body of
+=== python end: a header that the suffix is the body of
 def f(xs):
 «    n = 0
     for x in xs:»
@@ -591,16 +615,7 @@ valu«e = compute()»
 other = compute_more()
 another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
 ‖ if elsewhere() else None
-=== python block: indentation half typed before a line that does not come
-def f(x):
-    if x:
-        a = «g(x)
-    »    b = other(2)
-        c = another(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
-        d = the_last_one(4)
-‖    return a + 1
-    return 2
-=== python block: the line below the rest
+=== python end: the line below the rest
 valu«e = compute()»
 if next_line(value):
     pass
@@ -666,7 +681,7 @@ sub f {
 ‖scalar(@_);
     return $total / $count;
 }
-=== none block: the line's rest
+=== none stop: the line's rest
 local x = f(a«, b)»
 return x
 ‖
@@ -705,13 +720,254 @@ Then run it.
 ```
 
 Then run it.
-=== none stop: a fence is none where there are none
-x = 1
-«y = 2»
-```
-That is it.
+=== cpp block: a constructor with an initializer list
+A::A(int x)
+«    : a{x},
+      b(x)
+{
+    c = x;
+}
+»
+int f() {
+=== cpp block: an initializer in braces last
+A::A(int x)«
+    : a(x), b{x}
+{
+    c = x;
+}
+»
+int f() {
+=== javascript block: a chain of calls
+fetch(u)
+  .then(r => {
+«    g(r);
+  })
+  .catch(e => {
+    h(e);
+  });
+»
+f();
+=== php block: foreach with a colon
+<?php
+foreach ($xs as $x):
+«    echo $x;
+endforeach;
+»
+echo 1;
+=== rust block: a raw string with three marks
+fn f() {
+«    let a = r###"}"##"###;
+}
+»
+fn g() {
+=== javascript block: a regex after a condition
+function f(x) {
+«  if (x) /}/.test(x);
+  return 1;
+}
+»
+f();
+=== javascript block: if and else without braces
+if (x)
+«  y();
+else z();
+»
+f();
+=== typescript block: a decorator's class
+@Component({
+«  selector: 'a',
+})
+export class A {
+  x = 1;
+}
+»
+function f() {
+=== python block: an async helper
+async def main():
+«    await f(1)
+
+async def f(x):
+    return x
+»
+async def g():
+    pass
+=== go block: a package
+package main
+«
+import "fmt"
+
+func main() {
+	fmt.Println(1)
+}
+»
+func f() {
+=== javascript block: an import without a semicolon
+import a from "a"
+«
+function f() {
+  return a;
+}
+»
+f();
+=== kotlin block: a package without a semicolon
+package a
+«
+import b.C
+
+fun f() {
+    C()
+}
+»
+fun g() {
+=== shell end: a shebang
+#!/bin/bash
+«
+set -e
+
+f() {
+    echo 1
+}
+
+f
+»
+=== python block: a window that starts in a docstring
+    Returns x.
+    """
+    return x
+
+def g(x):
+«    """Doc."""
+    return x
+»
+def h():
+=== python block: a window that starts in a docstring and ends in one
+    Returns x.
+    """
+    y = 1
+    return x
+
+def g(x):
+    """
+«    Doc.
+
+    More.
+    """
+    return x
+»
+def h():
+=== python stop: an if with else in a gap
+if level:
+«    a()
+else:
+    b()»
+
+c()
 ‖
-z = 3
+c()
+=== javascript stop: the rest of a function
+function f(items) {
+  let sum = 0;
+  sum += total(items){«
+    x();
+  }
+»  return sum;
+}
+‖  return sum;
+}
+=== java block: a member after a comment
+class A {
+    /** The sum. */
+«    int sum() {
+        return 1;
+    }
+»
+    int g() { return 2; }
+}
+=== python block: a member after a decorator
+class A:
+    x = 1
+
+    @property
+«    def f(self):
+        return 1
+»
+    def g(self):
+        return 2
+=== python block: a member after a comment
+class A:
+    x = 1
+
+    # the sum
+«    def f(self):
+        return 1
+»
+    def g(self):
+        return 2
+=== rust block: a function after a doc comment
+impl A {
+    fn a() {}
+
+    /// The sum.
+«    fn sum(&self) -> i32 {
+        1
+    }
+»
+    fn g() {}
+}
+=== typescript block: a member after a comment
+class A {
+  // The sum.
+«  sum() {
+    return 1;
+  }
+»
+  g() {}
+}
+=== kotlin block: a function after a doc comment
+class A {
+    /** The sum. */
+«    fun sum(): Int {
+        return 1
+    }
+»
+    fun g() {}
+}
+=== python block: a docstring that names a function
+def f():
+    «"""Like resume()."""
+    return 1
+»
+def resume():
+    pass
+=== c block: a macro over lines
+#define M(a) \
+«    do { a; } while (0)
+»
+int f() {
+=== c block: a brace in both branches
+int f() {
+#ifdef A
+    if (a) {
+#else
+    if (b) {
+#endif
+«        c();
+    }
+    return 1;
+}
+»
+int g() {
+=== javascript block: no semicolons
+const x =« f(1)
+»const y = 2
+=== shell block: a bracket in a regex
+f() {
+    if [[ $x =~ ^[{]$ ]]; then
+«        echo 1
+    fi
+}
+»
+g() {
 === none stop: indentation in tabs
 all: x
 	«make y»
@@ -789,6 +1045,23 @@ Then:
 More
 === end: prose alone
 «I cannot do that.»
+=== end: code in the thoughts before it
+<think>
+Like this:
+```python
+x = 2
+```
+</think>
+```python
+«x = 1
+»```
+=== end: thoughts whose start is in the prompt
+Perhaps:
+x = 2
+</think>
+```python
+«x = 1
+»
 === end: cut off
 ```python
 «x = 1
@@ -832,6 +1105,10 @@ REPEAT = [
     ("numbers", "".join(f"    {n}: {n * n},\n" for n in range(99)), ""),
     ("four alike", "f.readline()\n" * 4 + "g()\n", ""),
     ("blank lines", "x = 1\n\n\n\n\n\n\n\n\ny = 2\n", ""),
+    ("nested closers", "".join(f"{' ' * n}</div>\n" for n in range(24, 0, -2)), ""),
+    ("equal closers", "</div>\n" * 9, ""),
+    ("six equal calls", "f.readline()\n" * 6 + "g()\n", ""),
+    ("a long string", 's = "' + "=" * 200 + '"\n', ""),
     ("a ruler", "# " + "-" * 100 + "\n", ""),
 ]
 
@@ -881,7 +1158,8 @@ def check_case(case: str) -> None:
     more, infill, suffix = more.partition("‖")
     expected = kept.lstrip(" ") if "again" in name else kept
     known = None if language == "none" else language
-    check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, reason))
+    why = None if reason == "end" else reason
+    check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, why))
 
 
 @pytest.mark.parametrize("case", cases(CASES), ids=title)
@@ -920,7 +1198,7 @@ def test_repeat(case: tuple[str, str, str]) -> None:
 def test_one_line_without_end() -> None:
     text, reason = run(Ending("complete", "python", "x = [", "", "auto"), list("0, " * 300))
     assert reason == "repeat"
-    assert len(text) < 200
+    assert len(text) <= 400
 
 
 @pytest.mark.parametrize("language", ["python", "cobol", "", None])

@@ -304,9 +304,8 @@ COMMENTS = {
 BLOCKS = {
     "braces": ["javascript", "typescript", "rust", "c", "cpp", "go", "java", "csharp", "kotlin", "swift", "php", "css"],
     "indent": ["python", "yaml"],
-    "words": ["ruby", "lua", "shell"],
+    "words": ["ruby", "lua", "shell", "html"],
     "statements": ["sql"],
-    "tags": ["html"],
     "brackets": ["json"],
     "lines": ["toml", "markdown", "dockerfile"],
 }

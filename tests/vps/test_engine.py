@@ -968,14 +968,14 @@ def test_a_worker_writes_the_tokens_of_the_model(worker: vps_worker.Worker) -> N
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(
     worker: vps_worker.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = vps_worker.Ending
+    real = vps_worker.Sampler
 
-    def ending(mode: str, language: str | None, prompt: str, *rest: Any, **more: Any) -> Ending:
-        if prompt == "bad":
-            raise RecursionError("of the scanner")
-        return real(mode, language, prompt, *rest, **more)
+    def sampler(request: llama.CompletionRequest) -> vps_worker.Sampler:
+        if request.prompt == "bad":
+            raise RecursionError("of the sampler")
+        return real(request)
 
-    monkeypatch.setattr(vps_worker, "Ending", ending)
+    monkeypatch.setattr(vps_worker, "Sampler", sampler)
     model: Any = worker.llama
     model.hold = threading.Event()
     beside = ask(worker, "x", max_tokens=3)
