@@ -314,7 +314,9 @@ class Block(Stage):
             return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
-        return None if re.fullmatch(r"[\w ]{1,200}", word) else "block"
+        begun = word.partition(f"{self.scanner.language.function} ")[2]  # the start of the function's name
+        may_help = re.fullmatch(r"[\w ]{1,200}", word) and any(name.startswith(begun) for name in self.called)
+        return None if may_help else "block"
 
 
 def continues(word: str) -> str | None:
@@ -1003,8 +1005,8 @@ def wants_extras(asked: Sequence[str]) -> bool:
 class Extras(Stage):
     """An answer's code: ends before examples or tests that nobody asked for.
 
-    A comment at the left margin announces them, below a definition. This stage saves 6.7 % of the tokens of the 0.5B
-    model's answers to 66 instructions made of HumanEval, and no right answer becomes a wrong one.
+    A comment at the left margin announces them, below a definition. This stage saves 5.3 % of the tokens of the 0.5B
+    model's answers to 24 instructions made of HumanEval, and no right answer becomes a wrong one.
     """
 
     def __init__(self, language: Language) -> None:
