@@ -349,7 +349,7 @@ STREAMS = {
         *map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5
     ),
     "a gap that meets its suffix": stream(
-        text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=2,
+        text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=3,
         asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
     ),
     "a stop string over two events": stream(
