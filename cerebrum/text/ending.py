@@ -9,7 +9,7 @@ In: the text that a model writes, in any pieces. Out: the part that the client g
 
 The model's own end is always believed. A text that goes on is followed with a `Scanner`, which knows where a string, a
 comment or a bracket is open, and ends with the block that was asked for (`LineBlock`, `BracketBlock`) or where the
-suffix follows (`Gap`). In a language without a row, two blank lines end the text.
+suffix follows (`Gap`). A completion in an unknown language that cannot be guessed ends at two blank lines.
 
 No text is refused, however odd, and the cost of a text is at most its length times a constant. The module is pure: no
 socket, no clock, no environment. Standard library only.
@@ -126,7 +126,7 @@ PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never
 LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines like the suffix's first ones
 MEET_LINES = 6  # compared at most of the suffix
-MEET_CHARS = 7  # compared at least of the suffix, if it has that many
+MEET_CHARS = 7  # the compared lines have at least this many, unless the suffix has fewer
 REST_WEIGHT = 3  # letters and digits in the rest of the cursor's line
 END_WEIGHT = 6  # letters and digits in one line at the text's end
 CLOSERS_CHARS = 400  # of the suffix, searched for closing brackets
@@ -248,7 +248,7 @@ class Block(Stage):
         self.fences = scanner.language is not LANGUAGES["markdown"]  # a fence ends the code
         self.ticks = 0  # backticks in a row: a fence is no code in any language
         function = scanner.language.function
-        header = rf"(?:(?:async|export|local|pub|static|suspend)\s+)*{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
+        header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
         self.helper = re.compile(header) if function else None
         self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
         self.called, self.defined = set[str](), set[str]()  # functions
@@ -261,10 +261,6 @@ class Block(Stage):
         """The reason to end with this line, or None."""
         raise NotImplementedError
 
-    def is_boundary(self) -> bool:
-        """Whether the line end just read ends a line of code, not one of a string or comment."""
-        return not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines)
-
     def step(self, char: str) -> None:
         self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
         self.text.append(char)
@@ -274,7 +270,7 @@ class Block(Stage):
         reason: str | None = None
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
-        elif char == "\n" and self.is_boundary():
+        elif char == "\n" and not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines):
             line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
             if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
@@ -314,7 +310,7 @@ class Block(Stage):
             return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
-        begun = word.partition(f"{self.scanner.language.function} ")[2]  # the start of the function's name
+        begun = word.partition(f"{self.scanner.language.function} ")[2].lstrip()  # the start of the function's name
         may_help = re.fullmatch(r"[\w ]{1,200}", word) and any(name.startswith(begun) for name in self.called)
         return None if may_help else "block"
 
@@ -342,7 +338,7 @@ class LineBlock(Block):
         language = scanner.language
         self.base: int | None = None  # lines indented no deeper are outside; -1: none is; None: not known yet
         self.level = 0  # indentation of the line that begins
-        self.top = 0  # if none is: the statement's indentation
+        self.top = 0  # with `base` -1: the indentation of the statement being completed
         self.clauses = False  # an `else` or the like may go on with the block
         self.statement = False  # the block is a statement outside all blocks
         self.blank = self.over = False  # the last line was blank; the last one that was not ends a statement
@@ -456,7 +452,7 @@ class BracketBlock(Block):
         braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(scanner.stack[depth].header)]
         imported = bool(head) and language.imports.match(head.rpartition("\n")[2]) is not None
-        self.directive = (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith("\\\n")
+        self.directive = (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(("\\\n", "\\\r\n"))
         begun = bool(head) and not imported and not (braces and scanner.is_over)
         announced = is_announced(language, prompt) and bool(braces or language.defines.search(prompt))
         if language.blocks == "brackets" and scanner.stack:
@@ -533,6 +529,11 @@ def squeezed(line: str) -> str:
     return "".join(line.split())
 
 
+def line_end(text: list[str], whole: bool) -> int:
+    """Where the last line of a text ends, which a line end has just completed; `whole`: behind that line end."""
+    return len(text) if whole else len(text) - 1 - (text[-2:-1] == ["\r"])
+
+
 class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines.
 
@@ -543,7 +544,7 @@ class Meeting:
     def __init__(self, prompt: str, suffix: str) -> None:
         first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
         self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
-        # A word behind more than one blank begins a line of its own, whose indentation may be half typed.
+        # A word behind more than one blank may begin a line of its own, whose indentation is half typed.
         self.half = bool(first) and self.blanks > 1 and re.match(r"\s*[\w@\"']", rest) is not None
         self.whole = bool(rest.strip()) and (not first or self.half)  # whole lines are missing, line ends included
         self.rest = "" if self.whole else squeezed(rest)[:LINE_CHARS]
@@ -589,7 +590,7 @@ class Meeting:
                     (size + 1, at) for size, edge in matches if (at := self._match(size, edge, text)) is not None
                 ]
             if self.line or self.whole:
-                self.edge = position + self.whole
+                self.edge = line_end(text, self.whole)
             self.line, self.indent, self.places = "", 0, []
             if self.found and self.found[-1][0] == len(self.goal):
                 return self.found[-1][1]
@@ -623,9 +624,11 @@ class Meeting:
             if not self.line or (self.indent == columns and goal.startswith(self.line)):
                 places.append(edge)
         first = self.goal[0][1] if self.goal and (self.rest or self.whole) else ""
-        most = min(len(first), len(self.line))
-        if size := next((size for size in range(most, 0, -1) if self.line.endswith(first[:size])), 0):
-            place = self._place(size, text)
+        at = max(0, len(self.line) - len(first)) if first else -1
+        while at >= 0 and not first.startswith(self.line[at:]):
+            at = self.line.find(first[0], at + 1)
+        if 0 <= at < len(self.line):
+            place = self._place(len(self.line) - at, text)
             places += [] if place is None else [place]
         elif self.blanks and self.rest:
             blank = len(text) - len("".join(text[-self.blanks :]).rstrip(" \t")) if text else 0
@@ -689,7 +692,11 @@ class Gap(Stage):
         self.lines = 0  # that are not blank
         self.enough: int | None = None  # the infill could end here ...
         self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
-        self.ahead = AHEAD_CHARS  # still to come after that
+        self.ahead = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
+        # The text is in a block that ends before the suffix, so all of it belongs to the gap.
+        self.inner = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
+        self.inner = self.inner or (scanner.by_lines and self.started and self.indent > self.below)
+        self.inner = self.inner and not self.meeting.rest
 
     def _count_closers(self, suffix: str) -> int:
         """How many brackets of the innermost block the suffix closes without opening them."""
@@ -716,19 +723,19 @@ class Gap(Stage):
             self._could_end(place)
         if char == "\n":
             if self.started:
-                self.mark, self.lines, self.started = position + meeting.whole, self.lines + 1, False
+                self.mark, self.lines, self.started = line_end(self.text, meeting.whole), self.lines + 1, False
                 if meeting.rest:
                     self._end_line()
-                elif self._fits() or position > 4 * AHEAD_CHARS:
+                elif self._fits():
                     self._could_end(self.mark)
             elif meeting.rest and self.enough is not None:
                 self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)  # few gaps within a line continue after a blank one
         elif not char.isspace():
             self._read(char, position)
-            self.started, self.ahead = True, self.ahead - (self.enough is not None)
+            self.started, self.ahead = True, self.ahead - (self.enough is not None and not self.inner)
         if self.ahead < 0 and self.enough is not None:
             self.end("block", self.enough)
-        else:
+        elif char != "\r":  # which may be part of a line end that the suffix has
             place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
             self.safe = max(self.safe, place)
 
@@ -737,12 +744,16 @@ class Gap(Stage):
         written = next((place for size, place in self.meeting.found if size == 1), None)
         if written is not None and (self.left is not None or self.meeting.weight(1) >= REST_WEIGHT):
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
-        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer and not self._must_close():
             self._could_end(self.mark)
             self.ahead = min(self.ahead, REST_AHEAD_CHARS)
 
+    def _must_close(self) -> bool:
+        """Whether the rest of the cursor's line begins with the bracket that closes what the cursor is in."""
+        return bool(self.scanner.stack) and self.meeting.rest[0] in PAIRS
+
     def _could_end(self, place: int) -> None:
-        self.enough = place if self.enough is None else self.enough
+        self.enough = place if self.enough is None or self.inner else self.enough
 
     def _read(self, char: str, position: int) -> None:
         """Note whether a character leaves the surroundings of the cursor."""
@@ -755,7 +766,11 @@ class Gap(Stage):
                 self._leave(position)
         elif char in PAIRS and not scanner.closer and self._has_left():
             self._leave(position if self.started or self.meeting.rest else self.mark)
-        elif not (self.started or scanner.closer or scanner.in_parens) and self.lines:
+        elif not (self.started or scanner.closer or scanner.in_parens):
+            if scanner.by_lines and not self.meeting.rest and (self.inner or not self.lines):
+                self.inner = scanner.indent > self.below
+            if not self.lines:
+                return
             if scanner.indent < self.bound:
                 self._leave(self.mark)
             elif scanner.by_lines and scanner.indent <= self.limit < before:
@@ -765,12 +780,11 @@ class Gap(Stage):
         if self.left is None:
             self.left = place
             self._could_end(place)
+            self.inner = False
             self.ahead = min(self.ahead, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
 
     def _has_left(self) -> bool:
-        """Whether the text has closed a bracket or a string that the suffix closes."""
-        if self.literal:
-            return not self.scanner.closer and bool(self.meeting.rest)
+        """Whether the text has closed a bracket that the suffix closes."""
         return len(self.scanner.stack) < self.floor or self.scanner.unmatched > self.unmatched
 
     def _fits(self) -> bool:
@@ -804,7 +818,12 @@ class Gap(Stage):
             place = self.enough if self.left is None else self.left
         if place is not None:
             return self.cut(self.sent, max(place, self.sent))
-        newline = self.meeting.whole and not self.cut(0).rstrip(" \t").endswith("\n") and bool(self.cut(0).strip())
+        newline = (
+            self.meeting.whole
+            and not self.meeting.half
+            and not self.cut(0).rstrip(" \t").endswith("\n")
+            and bool(self.cut(0).strip())
+        )
         return self.cut(self.sent) + "\n" * newline
 
 
@@ -929,7 +948,8 @@ class Fences(Stage):
         self.text.append(char)
         if char == ">" and self.cut(-len("</think>")) == "</think>":
             self.state, self.text, self.mark, self.begun = "before", [], 0, False
-        elif self.state == "thinking" or (char == ">" and self.cut(0).strip() == "<think>"):
+            self.safe = self.sent = 0
+        elif self.state == "thinking" or (char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"):
             self.state = "thinking"
         elif char == "\n" and self.state == "skipped":
             self.state = "before" if self.cut(0).strip() == self.fence else "skipped"
@@ -1040,10 +1060,8 @@ class Extras(Stage):
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
     place = prompt.find(quotes)
-    before, (behind, _, below) = (
-        re.sub(r"\b[a-zA-Z]{0,2}$", "", prompt[:place]).rstrip(),
-        prompt[place + len(quotes) :].partition("\n"),
-    )
+    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", prompt[:place]).rstrip()
+    behind, _, below = prompt[place + len(quotes) :].partition("\n")
     code = below.partition(quotes)[0]
     return bool(before) and not behind.strip() and before[-1] not in ":=([{,\\" and CODE.search(f"\n{code}") is not None
 

@@ -189,9 +189,8 @@ LANGUAGES: dict[str, Language] = {
     "go": Language(
         _lines(r"^(?:import\b|package[ \t])"),
         _lines(r"^(?:func[ \t]+(?:\([^)\n]{0,120}\)[ \t]*)?(\w+)|(?:type|var|const)[ \t]+(\w+))"),
-        NOTHING,
-        strings=(*_C_STRINGS, ("`", "`")),
-        multiline=frozenset("`"),  # Go's methods stand on their own
+        strings=(*_C_STRINGS, ("`", "`")),  # no containers: Go's methods stand on their own
+        multiline=frozenset("`"),
         function="func",
         raw=frozenset("`"),
         line_ends=True,
@@ -505,8 +504,8 @@ LANGUAGES |= {
 }
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
-# For an unknown language, unless the text looks like a known one. A copy, because callers compare it by identity.
-GENERIC = replace(_C)
+# For an unknown language, unless the text looks like a known one.
+GENERIC = _C
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}

@@ -18,6 +18,7 @@ from cerebrum.text.languages import Language
 WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
+MAX_BRANCHES = 20  # nested #if whose brackets are remembered
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -201,7 +202,7 @@ class Literals:
         if not comment:
             self.last = '"'
         elif self.opener == "#" and self.language.directives and (directive := DIRECTIVE.match(self.line)):
-            if directive[1] == "if":
+            if directive[1] == "if" and len(self.branches) < MAX_BRANCHES:
                 self.branches.append(self.stack.copy())
             elif self.branches:  # each branch starts with the brackets that the first one has found
                 last = self.branches.pop()
@@ -235,7 +236,7 @@ class Scanner(Literals):
         self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
         self.by_lines = language.blocks not in ("braces", "brackets")
         self.code_run = run_of("".join(sorted(self.opener_ends | set("()[]{}\n;:<"))))
-        self.raw, self.marks = "", list[int]()  # the line so far, if it may announce a text below; the places after <<
+        self.raw, self.marks = "", list[int]()  # the line behind its first <<; the places behind each <<
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
         # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
@@ -251,7 +252,11 @@ class Scanner(Literals):
     @property
     def is_over(self) -> bool:
         """Whether the statement has ended with its line, in a language without semicolons."""
-        return self.language.line_ends and self.starting and self.last not in tuple(",=(&|+?.:<*/-")
+        head = self.head.strip()
+        header = head.endswith("else") or (
+            self.condition and head == self.condition.strip()
+        )  # its statement is missing
+        return self.language.line_ends and self.starting and not header and self.last not in tuple(",=(&|+?.:<*/-")
 
     @property
     def opened(self) -> int | None:
@@ -291,7 +296,7 @@ class Scanner(Literals):
                 place += 1
                 continue
             self.tail = (self.tail + run[0])[-TAIL_CHARS:]
-            if self.language.heredoc:
+            if self.marks:
                 self.raw += run[0]
             self.since += len(run[0])
             place = run.end()
@@ -301,7 +306,8 @@ class Scanner(Literals):
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
         if self.language.heredoc:
-            self.raw = "" if char == "\n" and not self.marks else (self.raw + char)[-LINE_CHARS:]
+            if self.marks and len(self.raw) < LINE_CHARS:
+                self.raw += char
             if char == "<" == self.tail[-2:-1] and not self.closer and "((" not in self.head:
                 self.marks.append(len(self.raw))
         if char in self.opener_ends and (pair := self._opening()):

@@ -542,6 +542,66 @@ print(names)
     'nine': 9
 }
 show(names)
+=== python end: entries between brackets that the editor has closed
+config = {«
+    'entry number 0': compute_the_value_of(0),
+    'entry number 1': compute_the_value_of(1),
+    'entry number 2': compute_the_value_of(2),
+    'entry number 3': compute_the_value_of(3),
+    'entry number 4': compute_the_value_of(4),
+    'entry number 5': compute_the_value_of(5),
+    'entry number 6': compute_the_value_of(6),
+    'entry number 7': compute_the_value_of(7),
+    'entry number 8': compute_the_value_of(8),
+    'entry number 9': compute_the_value_of(9),
+    'entry number 10': compute_the_value_of(10),
+    'entry number 11': compute_the_value_of(11),
+»‖}
+
+print(config)
+=== javascript end: a long body before its bracket
+function f(a) {
+«  const value0 = computeTheNextValue(0);
+  const value1 = computeTheNextValue(1);
+  const value2 = computeTheNextValue(2);
+  const value3 = computeTheNextValue(3);
+  const value4 = computeTheNextValue(4);
+  const value5 = computeTheNextValue(5);
+  const value6 = computeTheNextValue(6);
+  const value7 = computeTheNextValue(7);
+  const value8 = computeTheNextValue(8);
+  const value9 = computeTheNextValue(9);
+  const value10 = computeTheNextValue(10);
+  const value11 = computeTheNextValue(11);
+  const value12 = computeTheNextValue(12);
+  const value13 = computeTheNextValue(13);
+»‖}
+
+function g() {
+=== python end: a long rest of a function
+def f(a):
+    «value0 = compute_the_next_value(0)
+    value1 = compute_the_next_value(1)
+    value2 = compute_the_next_value(2)
+    value3 = compute_the_next_value(3)
+    value4 = compute_the_next_value(4)
+    value5 = compute_the_next_value(5)
+    value6 = compute_the_next_value(6)
+    value7 = compute_the_next_value(7)
+    value8 = compute_the_next_value(8)
+    value9 = compute_the_next_value(9)
+    value10 = compute_the_next_value(10)
+    value11 = compute_the_next_value(11)
+    value12 = compute_the_next_value(12)
+    value13 = compute_the_next_value(13)
+»‖
+
+def g():
+    pass
+=== go end: the type in aligned columns
+type A struct {
+	Na«me»‖     string
+}
 === python stop: several lines up to the rest of a line
 def f(xs):
     total = su«m(xs)
@@ -782,6 +842,19 @@ export class A {
 }
 »
 function f() {
+=== javascript block: an else whose statement is on the next line
+if (x)
+«  y();
+else
+  z();
+»
+f();
+=== javascript block: an if in a loop, without braces
+for (const a of b)
+«  if (a)
+    f(a);
+»
+g();
 === python block: an async helper
 async def main():
 «    await f(1)
@@ -1140,6 +1213,28 @@ def check(
             pieces.append(rest[:size])
             rest = rest[size:]
         assert run(Ending(mode, language, prompt, suffix, "auto"), pieces) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "suffix", "sent", "reason"),
+    [
+        ("def f():\r\n    x = 1\r\n", "    y = 2\r\n    return x\r\n", "\r\n    return x\r\n", "    y = 2", "stop"),
+        ("x = 1\r\n", "y = 2\r\nreturn x\r\n", "return x\r\n", "y = 2\r\n", "stop"),
+    ],
+)
+def test_line_ends_of_windows(prompt: str, text: str, suffix: str, sent: str, reason: str) -> None:
+    check("infill", "python", prompt, suffix, text, (sent, reason))
+
+
+@pytest.mark.parametrize("size", [1, 3, 999])
+def test_thoughts_that_the_answer_was_begun_with(size: int) -> None:
+    ending, text = Ending("instruct", "python", "<think>\nhm", None, "auto"), " x</think>\n```python\nabcdef = 1\n```\n"
+    assert run(ending, [text[at : at + size] for at in range(0, len(text), size)]) == ("abcdef = 1\n", "stop")
+
+
+def test_a_text_below_a_long_line() -> None:
+    text = f"    echo {' '.join(map(str, range(200)))}; cat <<EOF\n}}\nEOF\n}}\n"
+    check("complete", "shell", "f() {\n", "", f"{text}\ng() {{\n", (text, "block"))
 
 
 def cases(texts: str) -> list[str]:

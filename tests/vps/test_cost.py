@@ -32,7 +32,7 @@ UNITS = [
     "a, ", "  a\n", "    \n", "\n\n \n", "# a\n", "// a\n", "#  ", "//  ", "# Example usage:\n", "if ", "else if ",
     "else ", "def ", "def f(", "def f(x):\n  g(x)\n", "function ", "function f(){", "fn f(", "class ", "impl<",
     "x=", "x = 1\n", "import a\n", "import (\n", "from a ", "typedef ", "template<", "a::", "::", "${", "`${", 'R"',
-    'R"a(', 'r#"', "please ", "x" * 300 + "\n", "return 1\n\n",
+    'R"a(', 'r#"', "please ", "x" * 300 + "\n", "return 1\n\n", "async ", "#if a {\n",
 ]  # fmt: skip
 MORE_UNITS = [  # of languages beside the first seven
     "end ", "end\n", "do |x| ", "%w[", "#{", "<<A", "<<A\n", "A\n", "<?php ", "?>", "if (a): ", "endif; ", "case a in ",
@@ -75,6 +75,7 @@ def begin(language: str, text: str) -> None:
     """A prompt, a suffix or the beginning of an answer, before the model has written anything."""
     for mode in MODES:
         Ending(mode, language, text, text, "auto")
+    feed(Ending("complete", language, f"{text}\ndef f(x):\n", None, "auto"), "    return g(x)\n")  # is g in the prompt?
 
 
 def end(language: str, text: str) -> None:
