@@ -18,7 +18,7 @@ from cerebrum.text.languages import Language
 WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
-MAX_BRANCHES = 20  # nested #if whose brackets are remembered
+MAX_BRANCHES = 20  # nested #if with a copy of the open brackets each; a deeper one uses the last copy
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -202,8 +202,9 @@ class Literals:
         if not comment:
             self.last = '"'
         elif self.opener == "#" and self.language.directives and (directive := DIRECTIVE.match(self.line)):
-            if directive[1] == "if" and len(self.branches) < MAX_BRANCHES:
-                self.branches.append(self.stack.copy())
+            if directive[1] == "if":
+                deep = len(self.branches) >= MAX_BRANCHES
+                self.branches.append(self.branches[-1] if deep else self.stack.copy())
             elif self.branches:  # each branch starts with the brackets that the first one has found
                 last = self.branches.pop()
                 if directive[1] == "el":
@@ -253,10 +254,9 @@ class Scanner(Literals):
     def is_over(self) -> bool:
         """Whether the statement has ended with its line, in a language without semicolons."""
         head = self.head.strip()
-        header = head.endswith("else") or (
-            self.condition and head == self.condition.strip()
-        )  # its statement is missing
-        return self.language.line_ends and self.starting and not header and self.last not in tuple(",=(&|+?.:<*/-")
+        if head.endswith("else") or (self.condition and head == self.condition.strip()):
+            return False  # the statement of an if, a loop or an else is missing
+        return self.language.line_ends and self.starting and self.last not in tuple(",=(&|+?.:<*/-")
 
     @property
     def opened(self) -> int | None:
@@ -297,7 +297,7 @@ class Scanner(Literals):
                 continue
             self.tail = (self.tail + run[0])[-TAIL_CHARS:]
             if self.marks:
-                self.raw += run[0]
+                self.raw = (self.raw + run[0])[:LINE_CHARS]
             self.since += len(run[0])
             place = run.end()
 
@@ -306,8 +306,8 @@ class Scanner(Literals):
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
         if self.language.heredoc:
-            if self.marks and len(self.raw) < LINE_CHARS:
-                self.raw += char
+            if self.marks:
+                self.raw = (self.raw + char)[:LINE_CHARS]
             if char == "<" == self.tail[-2:-1] and not self.closer and "((" not in self.head:
                 self.marks.append(len(self.raw))
         if char in self.opener_ends and (pair := self._opening()):

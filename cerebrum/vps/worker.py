@@ -94,7 +94,7 @@ class TextAssembler:
 
 
 def ending_of(request: CompletionRequest) -> Ending:
-    """Where a request's completion ends. Reading a prompt of 14,000 characters takes some milliseconds."""
+    """Where a request's completion ends. Reads the whole prompt, so it is not for the worker's thread."""
     turns = request.messages or ()
     prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
     extras = wants_extras([content for role, content in turns if role == "user"])
