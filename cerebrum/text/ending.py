@@ -134,7 +134,7 @@ CLOSERS_CHARS = 400  # of the suffix, searched for closing brackets
 AHEAD_CHARS = 400  # ... usually
 LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to the gap
 REST_AHEAD_CHARS = 80  # ... after a line that lacks the rest of the cursor's line
-WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line instead
+WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line or comment outside the block
 # A comment line that announces examples or tests, and the words of an instruction that asks for them.
 EXTRAS = re.compile(
     r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
@@ -667,12 +667,19 @@ class Gap(Stage):
         super().__init__()
         self.scanner, self.meeting = scanner, Meeting(prompt, suffix)
         first, below = prompt[prompt.rfind("\n") + 1 :], self.meeting.below[:1]
-        start = columns_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
-        self.below = columns_of(below[0]) if below else start * bool(self.meeting.rest)
+        above = first if first.strip() else prompt.rstrip().rpartition("\n")[2]
+        # Lines of a block comment are indented by one space more than the code.
+        start, *after = (columns_of(line) - line.lstrip().startswith("*") for line in (above, *below))
+        self.below = after[0] if after else start * bool(self.meeting.rest)
+        if self.meeting.half:
+            self.below = max(self.below, start)
         self.bound, self.limit = min(start, self.below), max(start, self.below)
         if scanner.opened is not None and self.below <= scanner.opened:  # the body of a header is missing
             header = scanner.head.strip() or (scanner.blocks[-1][1] if scanner.blocks else "")
             self.bound = scanner.opened + (DEFINITION.match(header) is not None)
+        # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
+        self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
+        self.blank = False  # the last line was blank
         self.literal = bool(scanner.closer)
         # Blocks that begin at this indentation are closed where the suffix follows.
         self.outer = self.below + (bool(below) and below[0].lstrip()[0] in PAIRS)
@@ -714,15 +721,16 @@ class Gap(Stage):
         return sum(1 for _ in takewhile(lambda bracket: bracket.kind != "{", reversed(self.scanner.stack)))
 
     def step(self, char: str) -> None:
-        position, meeting = len(self.text), self.meeting
+        position, meeting, scanner = len(self.text), self.meeting, self.scanner
         self.text.append(char)
-        self.scanner.step(char)
+        scanner.step(char)
         if (place := meeting.step(char, position, self.text)) is not None:
             if meeting.sure:
                 self.end("stop", place)
                 return
             self._could_end(place)
         if char == "\n":
+            self.blank = not self.started
             if self.started:
                 self.mark, self.lines, self.started = line_end(self.text, meeting.whole), self.lines + 1, False
                 if meeting.rest:
@@ -734,16 +742,20 @@ class Gap(Stage):
         elif not char.isspace():
             self._read(char, position)
             self.started, self.ahead = True, self.ahead - (self.enough is not None and not self.inner)
+            if meeting.line == "```" and scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]:
+                self.end("stop", self.mark if self.left is None else self.left)
+                return
         if self.ahead < 0 and self.enough is not None:
-            self.end("block", self.enough)
-        elif char != "\r":  # which may be part of a line end that the suffix has
+            self.end("block", self._indented(self.enough))
+        elif char not in "\r`":  # which may be part of a line end that the suffix has, or of a fence
             place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
             self.safe = max(self.safe, place)
 
     def _end_line(self) -> None:
         """A line has ended, with or without the rest of the cursor's line."""
         written = next((place for size, place in self.meeting.found if size == 1), None)
-        if written is not None and (self.left is not None or self.meeting.weight(1) >= REST_WEIGHT):
+        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight(1) >= REST_WEIGHT
+        if written is not None and sure:
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
         elif len(self.scanner.stack) <= self.depth and not self.scanner.closer and not self._must_close():
             self._could_end(self.mark)
@@ -753,27 +765,36 @@ class Gap(Stage):
         """Whether the rest of the cursor's line begins with the bracket that closes what the cursor is in."""
         return bool(self.scanner.stack) and self.meeting.rest[0] in PAIRS
 
+    def _indented(self, place: int) -> int:
+        """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
+        lacking = (self.below - self.meeting.blanks) * self.meeting.half
+        return place + sum(1 for _ in takewhile(" ".__eq__, self.text[place : place + max(0, lacking)]))
+
     def _could_end(self, place: int) -> None:
         self.enough = place if self.enough is None or self.inner else self.enough
 
     def _read(self, char: str, position: int) -> None:
         """Note whether a character leaves the surroundings of the cursor."""
         scanner = self.scanner
-        before = self.indent
-        if not self.started and not scanner.closer:
+        before, inside = self.indent, bool(scanner.closer and scanner.since)
+        if not self.started and not inside:
             self.indent = scanner.indent
         if self.literal:
             if not scanner.closer and char in self.meeting.rest:
                 self._leave(position)
         elif char in PAIRS and not scanner.closer and self._has_left():
             self._leave(position if self.started or self.meeting.rest else self.mark)
-        elif not (self.started or scanner.closer or scanner.in_parens):
+        elif not (self.started or inside or scanner.in_parens):
             if scanner.by_lines and not self.meeting.rest and (self.inner or not self.lines):
                 self.inner = scanner.indent > self.below
+            if self.blank and self.final and self.enough is not None and scanner.indent <= self.below:
+                self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)
             if not self.lines:
                 return
             if scanner.indent < self.bound:
                 self._leave(self.mark)
+                if char in {start[0] for start in scanner.language.comment_starts}:
+                    self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)  # usually the first of some examples
             elif scanner.by_lines and scanner.indent <= self.limit < before:
                 self._could_end(self.mark)  # behind a block
 
@@ -817,6 +838,8 @@ class Gap(Stage):
             place = self.enough
         elif place is None and not self._may_follow():
             place = self.enough if self.left is None else self.left
+        if place is not None and place == self.enough:
+            place = self._indented(place)
         if place is not None:
             return self.cut(self.sent, max(place, self.sent))
         text = self.cut(0).rstrip(" \t")

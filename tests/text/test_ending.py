@@ -681,6 +681,85 @@ if next_line(value):
     pass
 ‖ if elsewhere() else None
 if next_line(value):
+=== python block: a blank line at the end of the cursor's block
+def add(a, b):
+    return «a + b»
+
+print(add(5, 3))
+print(add(7, 0))
+‖
+
+
+print(add(1, 2))
+=== python end: a blank line inside the cursor's block
+def f(a):
+    x = «a + 1
+
+    y = compute_another_value(x)
+    return y»‖
+
+print(f(1))
+=== python block: a comment outside the block of the gap
+def f(text):
+    text = text.strip()
+«    return text == text[::-1]
+»
+# Test the function
+print(f(""))
+‖    return True
+=== python stop: a fence below a gap
+def f(xs):
+    evens = «[x for x in xs if x % 2 == 0]
+    return evens»
+```
+
+This solution keeps the even numbers.
+‖
+    return [min(evens)]
+=== javascript stop: a fence below a gap
+function f(a) {
+  const b = «g(a);
+  return b;»
+```
+This solution
+‖
+  return c;
+}
+=== python stop: a fence below examples in a gap
+def f(xs):
+    ys = []
+«    return xs
+»
+print(f(1))
+```
+‖    return ys
+=== python end: a fence in a docstring in a gap
+def f():
+«    """Doc.
+
+    ```
+    f()
+    ```
+    """
+    return 1
+»‖
+def g():
+    pass
+=== python block: a short rest, and other lines below it
+env['CONTENT_LENGTH'«] »= ''
+env['SCRIPT_FILENAME'] = self.path
+env['REMOTE_ADDR'] = self.client_address[0]
+‖=''
+env['SCRIPT_NAME'] = ''
+=== python block: the last line before indentation that is half typed
+def f(arr, k):
+    arr.s«ort()
+ »   return arr
+
+# Test cases
+print(f([1, 2], 1))
+‖   ans = arr[-k:]
+    return ans
 === python stop: an import like the next
 import sys
 «import os»
