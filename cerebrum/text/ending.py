@@ -118,7 +118,7 @@ PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
-REPEATED_LINES = 8  # a model that writes the same line this often in a row is starting over ...
+REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
 REPEATED_COPIES = 4  # the same for a block of two or more lines
 PERIOD_LINES = 24  # the longest such block
@@ -134,7 +134,8 @@ CLOSERS_CHARS = 400  # of the suffix, searched for closing brackets
 AHEAD_CHARS = 400  # ... usually
 LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to the gap
 REST_AHEAD_CHARS = 80  # ... after a line that lacks the rest of the cursor's line
-WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line or comment outside the block
+OUTSIDE_AHEAD_CHARS = 40  # ... below a blank line or at a comment outside the cursor's block
+WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line instead
 # A comment line that announces examples or tests, and the words of an instruction that asks for them.
 EXTRAS = re.compile(
     r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
@@ -658,7 +659,7 @@ class Gap(Stage):
     The suffix could follow the first line whose brackets and indentation fit it, the text before a bracket that
     only the suffix closes, and a line above one that is indented less than cursor and suffix. What the model writes
     after such a place waits: it is sent if the model soon meets the suffix, or ends by itself where the suffix
-    fits. How soon depends on what has been written (`AHEAD_CHARS` and the three below it). Many gaps of several
+    fits. How soon depends on what has been written (`AHEAD_CHARS` and the four below it). Many gaps of several
     lines go on after a line that could have ended them, so waiting is worth its tokens. A client in a hurry sets
     `predict_ms`.
     """
@@ -788,13 +789,13 @@ class Gap(Stage):
             if scanner.by_lines and not self.meeting.rest and (self.inner or not self.lines):
                 self.inner = scanner.indent > self.below
             if self.blank and self.final and self.enough is not None and scanner.indent <= self.below:
-                self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)
+                self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)
             if not self.lines:
                 return
             if scanner.indent < self.bound:
                 self._leave(self.mark)
-                if char in {start[0] for start in scanner.language.comment_starts}:
-                    self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)  # usually the first of some examples
+                if scanner.by_lines and char in {start[0] for start in scanner.language.comment_starts}:
+                    self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)  # usually the first of some examples
             elif scanner.by_lines and scanner.indent <= self.limit < before:
                 self._could_end(self.mark)  # behind a block
 

@@ -687,6 +687,7 @@ def add(a, b):
 
 print(add(5, 3))
 print(add(7, 0))
+print(add(-1, 1))
 ‖
 
 
@@ -706,6 +707,7 @@ def f(text):
 »
 # Test the function
 print(f(""))
+print(f("abcba"))
 ‖    return True
 === python stop: a fence below a gap
 def f(xs):
@@ -757,7 +759,8 @@ def f(arr, k):
  »   return arr
 
 # Test cases
-print(f([1, 2], 1))
+print(f([1, 2, 3], 1))
+print(f([4, 5, 6], 2))
 ‖   ans = arr[-k:]
     return ans
 === python stop: an import like the next
@@ -1250,7 +1253,7 @@ EXTRAS = [
 
 # (title, what the model writes, what is sent of it; "" for all)
 REPEAT = [
-    ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 9, "x = 1\nself.a = a\nself.a = a\n"),
+    ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 13, "x = 1\nself.a = a\nself.a = a\n"),
     ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
     ("closing braces", "    }\n" * 9, ""),
     ("a table", "    [0, 0, 0],\n" * 12, ""),
@@ -1259,7 +1262,7 @@ REPEAT = [
     ("blank lines", "x = 1\n\n\n\n\n\n\n\n\ny = 2\n", ""),
     ("nested closers", "".join(f"{' ' * n}</div>\n" for n in range(24, 0, -2)), ""),
     ("equal closers", "</div>\n" * 9, ""),
-    ("six equal calls", "f.readline()\n" * 6 + "g()\n", ""),
+    ("eleven equal calls", "f.readline()\n" * 11 + "g()\n", ""),
     ("a long string", 's = "' + "=" * 200 + '"\n', ""),
     ("a ruler", "# " + "-" * 100 + "\n", ""),
 ]
@@ -1391,7 +1394,7 @@ UNKNOWN = [
     ("blank lines first", "a\n", "\n\n\nb\n\n\nc", ("\n\n\nb\n", "block")),
     ("within a line", "a = ", "b\n\n\nc", ("b\n", "block")),
     ("a fence", "# Title\n", "```\nx\n```\n", ("```\nx\n```\n", None)),
-    ("repetition", "a\n", "self.a = a\n" * 9, ("self.a = a\n" * 2, "repeat")),
+    ("repetition", "a\n", "self.a = a\n" * 13, ("self.a = a\n" * 2, "repeat")),
 ]
 
 
