@@ -706,7 +706,7 @@ class Engine:
             parts = await asyncio.to_thread(self._estimate, model, path, settings)
         await self._make_room(model, parts)
         tally, begun = self.tallies[model.id], time.monotonic()
-        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned, tally)
+        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned, tally, model.fim, model.suffix_first)
         worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
 

@@ -279,7 +279,7 @@ class Backend:
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
-        self.fim = {model.id: model.fim for model in catalog} if config.infill == "fim" else {}
+        self.fim = {model.id: model for model in catalog if model.fim} if config.infill == "fim" else {}
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
@@ -447,9 +447,10 @@ class Backend:
             ):
                 yield pairs
             return
-        api, fim = self.api, self.fim.get(job.model, ())
+        api, marked = self.api, self.fim.get(job.model)
+        fim, first = (marked.fim, marked.suffix_first) if marked else ((), False)
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, job.sent.room))
+        body = dialect.write(Wanted(asked, model, fim, first, job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,

@@ -533,6 +533,7 @@ class Wanted:
     fields: Mapping[str, Any]
     model: str  # the backend's name for the model
     fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
+    suffix_first: bool = False  # their order
     room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
@@ -575,7 +576,8 @@ def write_text_completion(wanted: Wanted) -> dict[str, Any]:
     if not wanted.fim:
         return members | {"prompt": files + fields["prompt"], "suffix": fields["suffix"]}
     before, after, middle = wanted.fim
-    return members | {"prompt": f"{files}{before}{fields['prompt']}{after}{fields['suffix']}{middle}"}
+    parts = [before + fields["prompt"], after + fields["suffix"]]
+    return members | {"prompt": files + "".join(parts[:: -1 if wanted.suffix_first else 1]) + middle}
 
 
 def write_chat(wanted: Wanted) -> dict[str, Any]:

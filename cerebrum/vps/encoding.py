@@ -35,17 +35,23 @@ import numpy as np
 import numpy.typing as npt
 
 from cerebrum.vps.gguf import Gguf, Part, Tensor, ggml
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, TunedFile, estimate_bytes
+from cerebrum.vps.llama import (
+    MAX_CHUNK,
+    MAX_DRAFT,
+    MB,
+    Llama,
+    ModelError,
+    Settings,
+    Slot,
+    TunedFile,
+    cpus,
+    estimate_bytes,
+)
 
 # ------------------------------------------------------------------------------------------- the passport
 
 PASSPORT_KEY = "cerebrum.passport"
 PASSPORT_FORMAT = 1
-
-
-def cpus() -> int:
-    """The number of hardware threads that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def cpu_info(*names: str) -> list[str]:

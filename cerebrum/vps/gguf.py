@@ -28,7 +28,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ModelError, Shape, keep_log, llama
+from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, keep_log, llama
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -147,6 +147,8 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_val_u32": (ctypes.c_uint32, (_VOID, _LONG)),
     "gguf_get_val_str": (_TEXT, (_VOID, _LONG)),
     "gguf_get_arr_n": (_SIZE, (_VOID, _LONG)),
+    "gguf_get_arr_type": (_INT, (_VOID, _LONG)),
+    "gguf_get_arr_data": (ctypes.POINTER(ctypes.c_uint32), (_VOID, _LONG)),
     "gguf_get_n_tensors": (_LONG, (_VOID,)),
     "gguf_get_tensor_name": (_TEXT, (_VOID, _LONG)),
     "gguf_get_tensor_type": (_INT, (_VOID, _LONG)),
@@ -169,7 +171,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), (_INT,)),
     "ggml_quantize_chunk": (_SIZE, (_INT, _VOID, _VOID, _LONG, _LONG, _LONG, _VOID)),
 }
-GGUF_UINT32, GGUF_STRING, GGUF_ARRAY = 4, 8, 9  # enum gguf_type
+GGUF_UINT32, GGUF_INT32, GGUF_STRING, GGUF_ARRAY = 4, 5, 8, 9  # enum gguf_type
 
 
 class Ggml:
@@ -297,6 +299,15 @@ class Gguf:
         place = self._place(key, GGUF_UINT32)
         return int(self.lib.gguf_get_val_u32(self.handle, place)) if place >= 0 else default
 
+    def layered(self, key: str, layers: int, default: int) -> list[int]:
+        """A number for each layer: the header has one for all, or an array."""
+        place = self._place(key, GGUF_ARRAY)
+        if place < 0 or self.lib.gguf_get_arr_type(self.handle, place) not in (GGUF_UINT32, GGUF_INT32):
+            return [self.number(key, default)] * layers
+        count = int(self.lib.gguf_get_arr_n(self.handle, place))
+        values = self.lib.gguf_get_arr_data(self.handle, place)
+        return [int(values[layer]) if layer < count else default for layer in range(layers)]
+
     def text(self, key: str) -> str:
         """The value of a text key, "" if there is none."""
         place = self._place(key, GGUF_STRING)
@@ -313,22 +324,40 @@ class Gguf:
     def shape(self) -> Shape:
         """ModelError if a dimension is missing or impossible."""
         arch = self.architecture
-        heads, layers = self.number(f"{arch}.attention.head_count", 1), self.number(f"{arch}.block_count", 0)
-        kv_heads = self.number(f"{arch}.attention.head_count_kv", heads)
-        width = self.number(f"{arch}.embedding_length", 0)
-        if min(heads, layers, width) < 1:
+        layers, width = self.number(f"{arch}.block_count", 0), self.number(f"{arch}.embedding_length", 0)
+        state = self._state(arch, width)
+        heads = max(self.layered(f"{arch}.attention.head_count", layers, 0 if state else 1), default=0)
+        if min(layers, width) < 1 or not (heads or state):
             raise ModelError("expected at least one layer, head and embedding dimension in the header")
+        kv_heads = self.layered(f"{arch}.attention.head_count_kv", layers, heads)
+        if every := self.number(f"{arch}.full_attention_interval", 0):  # only every so many layers attend
+            kv_heads = [count * ((layer + 1) % every == 0) for layer, count in enumerate(kv_heads)]
+        # Where some layers attend, the others are recurrent; where all do, all may be both.
+        recurrent = kv_heads.count(0) or layers
+        copies = 1 + ROLLBACK * (arch in ROLLING_BACK)
         tokens = self._place("tokenizer.ggml.tokens", GGUF_ARRAY)
-        k_width = self.number(f"{arch}.attention.key_length", width // heads)
-        v_width = self.number(f"{arch}.attention.value_length", width // heads)
+        k_width = self.number(f"{arch}.attention.key_length", width // max(1, heads))
+        v_width = self.number(f"{arch}.attention.value_length", width // max(1, heads))
+        experts = self.number(f"{arch}.expert_used_count", 0) * self.number(f"{arch}.expert_feed_forward_length", 0)
         return Shape(
             layers=layers,
-            kv_width=kv_heads * (k_width + v_width),
-            heads=heads,
+            kv_width=sum(kv_heads) * (k_width + v_width),
+            heads=max(1, heads),
             embedding=width,
-            feed_forward=self.number(f"{arch}.feed_forward_length", 4 * width),
+            feed_forward=max(experts, *self.layered(f"{arch}.feed_forward_length", layers, 0)) or 4 * width,
             vocabulary=int(self.lib.gguf_get_arr_n(self.handle, tokens)) if tokens >= 0 else 0,
+            state=recurrent * state * copies,
         )
+
+    def _state(self, arch: str, width: int) -> int:
+        """Bytes of one layer's recurrent state (`llama_hparams::n_embd_r` and `n_embd_s` of llama.cpp, in floats)."""
+        if cached := self.number(f"{arch}.shortconv.l_cache", 0):
+            return 4 * width * (cached - 1)
+        if size := self.number(f"{arch}.wkv.head_size", 0):
+            return 4 * width * (2 + size)
+        names = "conv_kernel", "inner_size", "group_count", "state_size"
+        kernel, inner, groups, size = (self.number(f"{arch}.ssm.{name}", 0) for name in names)
+        return 4 * (max(0, kernel - 1) * (inner + 2 * groups * size) + size * inner)
 
     @property
     def tensors(self) -> list[Tensor]:

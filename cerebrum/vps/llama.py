@@ -39,9 +39,14 @@ MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 FLASH_ATTENTION = (llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 
 
+def cpus() -> int:
+    """The number of hardware threads that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def usable_cores() -> int:
-    """Number of physical cores among the CPUs that this process may use. A second thread on a core only makes llama.cpp
-    wait."""
+    """Number of physical cores among the CPUs that this process may use. A second thread on a core usually only makes
+    llama.cpp wait."""
     cpus = os.sched_getaffinity(0)
     siblings = set()
     for cpu in cpus:
@@ -105,7 +110,7 @@ class CompletionRequest:
     predict_ms: int = 0  # a completion with a line end stops this long after its first token; 0: no limit
     temperature: float = 0.4
     top_p: float = 0.95
-    seed: int | None = None  # the same seed gives the same text, at a temperature above 0
+    seed: int | None = None  # of the random numbers, at a temperature above 0
     heal: bool = False
     progress: bool = False
 
@@ -124,11 +129,12 @@ class Shape:
     """The dimensions in a GGUF's header that decide how much memory the model needs."""
 
     layers: int
-    kv_width: int  # elements of K and V of one token in one layer
+    kv_width: int  # elements of K and V of one token in all layers
     heads: int
     embedding: int
     feed_forward: int
     vocabulary: int
+    state: int = 0  # bytes of one sequence's recurrent states, with those that can be gone back to
 
 
 def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:
@@ -139,13 +145,15 @@ def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str
     per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
     return {
         "weights": file_size,
-        "kv": int(cells * shape.layers * shape.kv_width * element),
+        "kv": int(cells * shape.kv_width * element) + settings.sequences * shape.state,
         "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
     }
 
 
 MAX_CHUNK = 512  # n_batch
 MAX_DRAFT = 63
+ROLLBACK = 4  # drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between:
+ROLLING_BACK = ("qwen35", "qwen35moe", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe")
 # ------------------------------------------------------------------------------------------ policy: text
 
 # The word before the cursor, with the preceding character that tokenizers merge into it; or the white space before the
@@ -184,6 +192,14 @@ def start_library() -> None:
     llama.llama_backend_init()
 
 
+# Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and CodeGemma's next file.
+END_MARK = re.compile(
+    r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
+)
+FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name; and before a repository's
+REPOSITORY_MARKS = ("<|repo_name|>", "<repo_name>", "<reponame>")
+APART = "\x01"  # SentencePiece knows it as a byte
+REPOSITORY = "project\n"
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
@@ -198,13 +214,32 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
+    limit = min(len(a), len(b))
+    start = 0
+    while start < limit and a[start : start + 64] == b[start : start + 64]:
+        start += 64
+    start = min(start, limit)
+    while start < limit and a[start] == b[start]:
+        start += 1
+    return start
+
+
 class Llama:
     """One model and its context: the ctypes calls and nothing else.
 
     Only its worker's thread uses it. Exceptions: `encode` and `tokenize` read the vocabulary, `abort` sets a byte.
     """
 
-    def __init__(self, path: Path, settings: Settings, progress: Callable[[float], bool]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        progress: Callable[[float], bool],
+        fim: Sequence[str] = (),
+        suffix_first: bool = False,
+    ) -> None:
         callback = llama.llama_progress_callback(lambda done, _data: progress(done))
         params = llama.llama_model_default_params()
         params.progress_callback = callback
@@ -217,9 +252,18 @@ class Llama:
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
-        self.pieces: dict[int, bytes] = {}  # a cache for `piece`
+        self.pieces, self.ends = dict[int, bytes](), dict[int, bool]()  # caches for `piece` and `is_end`
+        spaces = self.metadata("add_space_prefix", "tokenizer.ggml") != "false"
+        self.dummy_space = spaces and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_SPM
+        # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
+        names = ("pre", "suf", "mid")
+        self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
+        self.suffix_first = suffix_first
+        if min(self.fim) < 0 and fim:
+            self.fim = [self.mark(name) if name else -1 for name in fim]
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
+        self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
         # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
         # library's strlen has a matching signature, and its result for a string of at most one byte is 1 if the byte is
         # set.
@@ -239,7 +283,12 @@ class Llama:
         params.n_threads = params.n_threads_batch = settings.threads
         params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-        params.kv_unified = True  # lets sequences share a micro-batch, and a prefix without copying it
+        # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
+        # the size of all sequences together.
+        original = int(self.metadata("rope.scaling.original_context_length") or 0)
+        self.unified = not self.n_ctx <= original < params.n_ctx
+        params.kv_unified = self.unified
+        params.n_rs_seq = ROLLBACK
         params.no_perf = True
         params.abort_callback = self._strlen
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
@@ -248,6 +297,18 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = llama.llama_get_memory(self.context)
+        # A recurrent state cannot be cut like a KV cache: only so many tokens can be taken back, right after they were
+        # decoded.
+        self.recurrent = any(getattr(llama, f"llama_model_is_{kind}")(self.model) for kind in ("recurrent", "hybrid"))
+        self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
+
+    def metadata(self, key: str, group: str = "") -> str:
+        """A value of the model's header, below the architecture's name or `group`; "" if there is none."""
+        buffer = ctypes.create_string_buffer(256)
+        llama.llama_model_meta_val_str(self.model, b"general.architecture", buffer, len(buffer))
+        name = b"%b.%b" % (group.encode() or buffer.value, key.encode())
+        found = llama.llama_model_meta_val_str(self.model, name, buffer, len(buffer)) >= 0
+        return buffer.value.decode() if found else ""
 
     def close(self) -> None:
         with self.vocab_lock:
@@ -256,6 +317,9 @@ class Llama:
         if self.context:
             llama.llama_free(self.context)
         llama.llama_model_free(self.model)
+
+    def use_threads(self, count: int) -> None:
+        llama.llama_set_n_threads(self.context, count, count)
 
     def abort(self) -> None:
         """Make a running `decode` end soon. Called by any thread."""
@@ -302,13 +366,25 @@ class Llama:
         """Number of tokens in the slot's KV cells. After an abort they include the decode's finished micro-batches."""
         return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
-    def trim(self, slot: Slot, length: int) -> None:
-        """Drop the slot's KV cells from position `length` on."""
-        llama.llama_memory_seq_rm(self.memory, slot.id, length, -1)
+    def trim(self, slot: Slot, length: int) -> bool:
+        """Drop the slot's cells from position `length` on. False if what is left cannot be continued: a recurrent state
+        has gone further, or a sliding window lacks cells."""
+        done = bool(llama.llama_memory_seq_rm(self.memory, slot.id, length, -1))
+        first = int(llama.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
+        return done and 0 <= first <= max(0, length - self.window)
+
+    def reusable(self, tokens: list[int], prompt: list[int]) -> int:
+        """How many first tokens of a prompt a sequence of these tokens saves. The prompt's last token is computed in
+        any case, for the logits after it."""
+        common = min(common_prefix(tokens, prompt), len(prompt) - 1)
+        return common if not self.recurrent or common == len(tokens) else 0
 
     def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
         """Let the empty `target` share the first cells of `source`."""
-        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+        if self.unified:
+            llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+        else:
+            self.restore(target, self.save(source))
 
     def save(self, slot: Slot) -> bytes:
         """The slot's KV state, for `restore`."""
@@ -334,7 +410,12 @@ class Llama:
         return self.pieces[token]
 
     def is_end(self, token: int) -> bool:
-        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+        """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
+        if token not in self.ends:
+            text = (llama.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
+            kinds = llama.llama_vocab_is_eog(self.vocab, token), llama.llama_vocab_is_control(self.vocab, token)
+            self.ends[token] = any(kinds) or END_MARK.fullmatch(text) is not None
+        return self.ends[token]
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
@@ -345,69 +426,103 @@ class Llama:
         count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
         return list(tokens[: max(0, count)])
 
-    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes]:
-        """A request's prompt as tokens (plain, fill-in-the-middle or chat), and the end of its text that is left out
-        for healing. Users' input is always text, never control tokens. HttpError 400 if a suffix is given and the
-        model has no fill-in-the-middle tokens."""
+    def tokenize_part(self, text: str) -> list[int]:
+        """A text that follows other tokens. SentencePiece would put a space before it, so it is tokenized behind a
+        character that merges with nothing."""
+        if not self.dummy_space:
+            return self.tokenize(text, False)
+        return self.tokenize(APART + text, False)[len(self.tokenize(APART, False)) :]
+
+    def mark(self, name: str) -> int:
+        """The token that is written so, -1 if there is none."""
+        tokens = self.tokenize(name.strip(), False, special=True)
+        return tokens[0] if len(tokens) == 1 else -1
+
+    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
+        """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
+        healing, and the number of tokens up to the cursor. Users' input is always text, never control tokens.
+        HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
             if request.messages:
-                return self._encode_chat(request.messages), b""
+                return self._encode_chat(request.messages), b"", 0
             prompt = request.prompt or ""
             if request.heal and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
                 start = heal_from(prompt)
-                if tokens := self._encode_text(request, prompt[:start]):
-                    return tokens, prompt[start:].encode()
-            return self._encode_text(request, prompt), b""
+                tokens, before = self._encode_text(request, prompt[:start])
+                if tokens:
+                    return tokens, prompt[start:].encode(), before
+            tokens, before = self._encode_text(request, prompt)
+            return tokens, b"", before
 
-    def _encode_text(self, request: CompletionRequest, prompt: str) -> list[int]:
+    def _encode_text(self, request: CompletionRequest, prompt: str) -> tuple[list[int], int]:
+        """(tokens, how many of them precede the cursor)."""
+        files = self._encode_files(request)
         if request.suffix is None:
-            files = self._encode_files(request)
-            if not files:
-                return self.tokenize(prompt, True)
-            return [*self.tokenize("", True), *files, *self.tokenize(prompt, False)]
-        before, after, middle = (
-            int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in ("pre", "suf", "mid")
-        )
-        if min(before, after, middle) < 0:
+            start = self.tokenize("", True) if files else []
+            tokens = [*start, *files, *self.tokenize_part(prompt)] if files else self.tokenize(prompt, True)
+            return tokens, len(tokens)
+        before, after, middle = self.fim
+        if min(before, after) < 0:
             raise HttpError(
                 "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
             )
-        start, files = self.tokenize("", True), self._encode_files(request)
-        text, suffix = self.tokenize(prompt, False), self.tokenize(request.suffix, False)
-        return [*start, *files, before, *text, after, *suffix, middle]
+        start, end = [*self.tokenize("", True), *files], [middle] * (middle >= 0)
+        text, suffix = [before, *self.tokenize_part(prompt)], [after, *self.tokenize_part(request.suffix)]
+        parts = (suffix, text) if self.suffix_first else (text, suffix)
+        tokens = [*start, *parts[0], *parts[1], *end]
+        return tokens, len(tokens) - len(end) - len(suffix) * (not self.suffix_first)
 
     def _encode_files(self, request: CompletionRequest) -> list[int]:
         """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
-        request's own file. A model without the mark gets the texts alone."""
-        mark, name = int(llama.llama_vocab_fim_sep(self.vocab)), request.filename
+        request's own file. A model without the mark gets the texts alone, one with a repository's mark a name first."""
+        mark, repository = (max(map(self.mark, names)) for names in (FILE_MARKS, REPOSITORY_MARKS))
+        name = request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
             files.append(name)
         marks = [mark] if mark >= 0 else []
-        return [token for file in files for token in (*marks, *self.tokenize(file.rstrip("\n") + "\n", False))]
+        first = [repository, *self.tokenize_part(REPOSITORY)] if request.extra and min(mark, repository) >= 0 else []
+        texts = [self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
+        return [*first, *(token for text in texts for token in (*marks, *text))]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Apply the chat template to placeholders, then replace these by the messages: the template's own text may
         contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
-        that message."""
+        that message. A base model, which has no template, goes on with the messages as a text."""
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
-        turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, (role, _) in enumerate(messages)]
-        chat = (llama.llama_chat_message * len(turns))(*turns)
-        template = llama.llama_model_chat_template(self.model, None)
-        buffer = ctypes.create_string_buffer(4096 + 128 * len(messages))
+        template: bytes = llama.llama_model_chat_template(self.model, None) or b""
+        if not template and self.mark("<|im_start|>") < 0:
+            return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
+        shown = self._apply(template, [role for role, _ in messages])
+        if any(b"\x01%d\x02" % n not in shown for n in range(len(messages))):  # the template drops a role
+            merged: list[tuple[str, str]] = []
+            for role, text in [(role if role == "assistant" else "user", text) for role, text in messages]:
+                same = merged and merged[-1][0] == role
+                merged[-1:] = [(role, f"{merged[-1][1]}\n\n{text}")] if same else [*merged[-1:], (role, text)]
+            messages, shown = merged, self._apply(template, [role for role, _ in merged])
+        tokens: list[int] = []
+        for number, (_, content) in enumerate(messages):
+            glue, found, shown = shown.partition(b"\x01%d\x02" % number)
+            tokens += self.tokenize(glue, number == 0, special=True)
+            tokens += self.tokenize_part(content) if found else []
+        think = b"<think>\n\n</think>\n\n" * (b"</think>" in template and not begun.lstrip().startswith("<think>"))
+        return tokens + self.tokenize(shown + think, False, special=True) + self.tokenize_part(begun)
+
+    def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
+        """The chat template's text for messages of these roles, with numbered placeholders as contents."""
+        turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
+        chat, buffer = (
+            (llama.llama_chat_message * len(turns))(*turns),
+            ctypes.create_string_buffer(4096 + 128 * len(turns)),
+        )
         for name in (template, b"chatml"):
-            size = llama.llama_chat_apply_template(name, chat, len(messages), True, buffer, len(buffer))
+            size = llama.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
             if size >= 0:
                 break
-        rest, tokens = buffer.raw[:size], []
-        for number, (_, content) in enumerate(messages):
-            glue, found, rest = rest.partition(b"\x01%d\x02" % number)
-            tokens += self.tokenize(glue, number == 0, special=True)
-            tokens += self.tokenize(content, False) if found else []
-        return tokens + self.tokenize(rest, False, special=True) + self.tokenize(begun, False)
+        return buffer.raw[:size]
 
 
 class Sampler:
@@ -415,13 +530,11 @@ class Sampler:
     temperature and the seed.
 
     Drafts do not change the choice: each position is sampled in turn, with one random number per token. But the size of
-    a batch changes how logits are rounded. A request with a seed must give the same text again (`exact`), so it gets no
-    drafts and shares no decode, and the prompt's last token is decoded alone whether or not the rest is cached.
+    a batch changes how logits are rounded, so the same seed gives the same text only where the batches are the same.
     """
 
     def __init__(self, request: CompletionRequest) -> None:
         self.greedy = request.temperature == 0
-        self.exact = request.seed is not None and not self.greedy
         self.chain = None
         if self.greedy:
             return

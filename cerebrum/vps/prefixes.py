@@ -10,23 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.llama import write_atomically
+from cerebrum.vps.llama import common_prefix, write_atomically
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
-    limit = min(len(a), len(b))
-    start = 0
-    while start < limit and a[start : start + 64] == b[start : start + 64]:
-        start += 64
-    start = min(start, limit)
-    while start < limit and a[start] == b[start]:
-        start += 1
-    return start
 
 
 @dataclass(slots=True)
@@ -42,17 +30,20 @@ class Parked:
 
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker."""
+    """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker.
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.size = budget, 0
+    A `whole` sequence cannot be cut, so its beginnings are kept beside it, and serve only prompts that go on with it.
+    """
+
+    def __init__(self, budget: int, whole: bool = False) -> None:
+        self.budget, self.size, self.whole = budget, 0, whole
         self.entries: OrderedDict[int, Parked] = OrderedDict()
         self._next = 0
 
     def covers(self, tokens: list[int]) -> bool:
-        """Whether an entry begins with `tokens`. If so, the entry counts as just used."""
+        """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just used."""
         for key, entry in self.entries.items():
-            if len(entry.tokens) >= len(tokens) and entry.tokens[: len(tokens)] == tokens:
+            if entry.tokens == tokens or (not self.whole and entry.tokens[: len(tokens)] == tokens):
                 self.entries.move_to_end(key)
                 return True
         return False
@@ -62,7 +53,7 @@ class PrefixStore:
         if entry.size > self.budget:
             return
         for key, old in list(self.entries.items()):
-            if entry.tokens[: len(old.tokens)] == old.tokens:
+            if entry.tokens == old.tokens or (not self.whole and entry.tokens[: len(old.tokens)] == old.tokens):
                 self._drop(key)
         self.entries[self._next] = entry
         self._next += 1
@@ -74,11 +65,11 @@ class PrefixStore:
         self.size -= self.entries.pop(key).size
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
-        """The entry with the longest common prefix with `prompt`, and the length of that prefix."""
+        """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
         best, length = None, 0
         for key, entry in self.entries.items():
             common = common_prefix(entry.tokens, prompt)
-            if common > length:
+            if common > length and (not self.whole or common == len(entry.tokens) < len(prompt)):
                 best, length = key, common
         if best is None:
             return None, 0

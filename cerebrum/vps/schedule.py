@@ -19,8 +19,9 @@ from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, ModelError, Slot, writ
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
-CALIBRATION_SECONDS = 0.4  # spent on each size; at least one decode
+CALIBRATION_SECONDS = 0.4  # spent on each size; at least two decodes
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
+FEW_TOKENS = 4
 LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
 DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
@@ -39,14 +40,19 @@ class Costs:
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.sizes = sorted(table)
-        self.seconds = [table[size] for size in self.sizes]
+        # More tokens never take less time: a point above a later one was measured while the machine was busy.
+        self.seconds = [min(table[later] for later in self.sizes[place:]) for place in range(len(self.sizes))]
         self.slowdown = 1.0
+        self.disturbed = False  # a decode took far less than its calibrated time
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Adjust the slowdown: a decode of `tokens` took `seconds`."""
         if tokens >= LEARN_FROM_TOKENS:
             seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
             self.slowdown += LEARNING_RATE * (seen - self.slowdown)
+        # Chunks have one row of logits, and take less than in a calibration; a stream's few tokens have all.
+        few = tokens in self.sizes and tokens <= FEW_TOKENS
+        self.disturbed = self.disturbed or self.slowdown <= DISTURBED or (few and seconds < DISTURBED * self(tokens))
 
     def __call__(self, tokens: int) -> float:
         if len(self.sizes) == 1:
@@ -54,6 +60,11 @@ class Costs:
         right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
         (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
         return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    @property
+    def work(self) -> float:
+        """Seconds for a short completion: 128 tokens read, 32 written."""
+        return 2 * self(64) + 32 * self(1)
 
     def beside(self, others: int, tokens: int) -> float:
         """One sequence's share, in seconds, of a decode of its `tokens` and one token of each of `others`. Every
@@ -167,15 +178,16 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
     Another model may decode between two measurements.
     """
     table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
-    spent = dict.fromkeys(CALIBRATION_SIZES, 0.0)
+    spent, counts = dict.fromkeys(CALIBRATION_SIZES, 0.0), dict.fromkeys(CALIBRATION_SIZES, 0)
     warm, slot = False, Slot(0)  # the first decode after a load takes twice as long and is not counted
-    while min(spent.values()) < CALIBRATION_SECONDS:
+    tokens = [7919 * place % model.n_vocab for place in range(max(CALIBRATION_SIZES))]  # of many experts
+    while missing := [size for size in CALIBRATION_SIZES if spent[size] < CALIBRATION_SECONDS or counts[size] < 2]:
         if give_up():
             return {}
-        size = min(spent, key=lambda size: spent[size])
+        size = min(missing, key=lambda size: spent[size])
         with baton:
             begin = time.perf_counter()
-            code = model.decode([(slot, [1] * size, size)])
+            code = model.decode([(slot, tokens[:size], size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
         if code == ABORTED:  # aborted by a stop, or by the late cancellation of a job
@@ -187,4 +199,5 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
             continue
         table[size] = min(table[size], seconds)
         spent[size] += seconds
+        counts[size] += 1
     return table

@@ -36,7 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ from cerebrum.vps.llama import (
     _log_tail,
     begun_answer,
     check_digest,
+    common_prefix,
+    cpus,
     fingerprint,
 )
 from cerebrum.vps.prefixes import (
@@ -66,11 +68,10 @@ from cerebrum.vps.prefixes import (
     STORE_SECONDS,
     Parked,
     PrefixStore,
-    common_prefix,
     load_parked,
     save_parked,
 )
-from cerebrum.vps.schedule import DISTURBED, Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
@@ -126,6 +127,7 @@ class Job:
         self.prompt: list[int] = []
         self.ending: Ending | None = None  # where the completion ends, once the job is prepared
         self.max_tokens = request.max_tokens
+        self.before = 0  # tokens of the prompt up to the cursor
         self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
@@ -157,6 +159,8 @@ class Run:
     def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
         assert job.ending, "the job was prepared"
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
+        self.prompt = job.prompt  # and what has been generated, if its cells were lost
+        self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
         self.text = TextAssembler(job.request.stop, job.ending)
         self.sampler = Sampler(job.request)
         self.drafter: Drafter | None = None
@@ -216,8 +220,11 @@ class Worker(threading.Thread):
         baton: Baton | None = None,
         tuned: TunedFile | None = None,
         tally: ModelTally | None = None,
+        fim: Sequence[str] = (),
+        suffix_first: bool = False,
     ) -> None:
         super().__init__(name=f"worker-{name}", daemon=True)
+        self.fim = fim, suffix_first
         self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
         self.encoding = "published"
         self.baton = baton or Baton()
@@ -237,6 +244,7 @@ class Worker(threading.Thread):
         self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
         self._closed = False
         self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
+        self._end = self._farewell  # of a running request
 
     # -- called by any other thread
 
@@ -246,7 +254,7 @@ class Worker(threading.Thread):
         an event loop must use a thread."""
         self.ready.result()
         assert self.llama
-        job.prompt, job.heal = self.llama.encode(job.request)
+        job.prompt, job.heal, job.before = self.llama.encode(job.request)
         count, n_ctx = len(job.prompt), self.llama.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -334,7 +342,7 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("model %s: the worker failed; the next request loads the model again", self.model)
             self.stopping = True
-            self._farewell = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+            self._end = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
 
     def _load_failure(self, error: Exception) -> HttpError:
         if self.stopping:
@@ -352,8 +360,9 @@ class Worker(threading.Thread):
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
         key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
+        self.store.whole = self.llama.recurrent
         self.acceptance = Acceptance()
-        self.costs = load_costs(self.llama, self.calibration, self.baton, self._beat)
+        self.costs = self._choose_threads(self.llama)
         for entry in load_parked(self.kv_dir, self.key, self.store.budget):
             self._beat()
             self.store.add(entry)
@@ -374,7 +383,7 @@ class Worker(threading.Thread):
         if tuned := self.tuned:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, self._beat)
-                model = Llama(tuned.path, tuned.settings, progress)
+                model = Llama(tuned.path, tuned.settings, progress, *self.fim)
             except (ModelError, OSError) as error:
                 if self.stopping:
                     raise
@@ -383,7 +392,20 @@ class Worker(threading.Thread):
                 self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
                 return model
         check_digest(self.path, self.sha256, self.settings.state_dir, self._beat)
-        return Llama(self.path, self.settings, progress)
+        return Llama(self.path, self.settings, progress, *self.fim)
+
+    def _choose_threads(self, model: Llama) -> Costs:
+        """The costs with a thread for each core, or for each CPU if that is faster here."""
+        settings, found = self.settings, dict[int, Costs]()
+        most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
+        for count in sorted({settings.threads, most}, reverse=True):
+            self.settings = replace(settings, threads=count)
+            model.use_threads(count)
+            found[count] = load_costs(model, self.calibration, self.baton, self._beat)
+        best = min(found, key=lambda count: found[count].work)
+        self.settings = replace(settings, threads=best)
+        model.use_threads(best)
+        return found[best]
 
     @property
     def calibration(self) -> Path:
@@ -400,7 +422,7 @@ class Worker(threading.Thread):
         self.baton.note(self, None)
         for run in [slot.run for slot in self.slots if slot.run]:
             with self._logged("ending a request"):
-                self._fail(run, self._farewell)
+                self._fail(run, self._end)
         for job in [*self.waiting, *self._drain()]:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
@@ -447,11 +469,8 @@ class Worker(threading.Thread):
         for run in runs:
             with self._blamed_on(run):
                 works.append(self._next_work(run, runs))
-        shared = [work for work in works if not work.run.sampler.exact]
-        groups = group_by_cost([len(work.tokens) for work in shared], self.costs)
-        steps = [[shared[i] for i in group] for group in groups]
-        for step in steps + [[work] for work in works if work.run.sampler.exact]:
-            members = [work for work in step if work.run.slot.run is work.run]
+        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
+            members = [works[i] for i in group if works[i].run.slot.run is works[i].run]
             if members and not self.stopping:
                 self._step(members)
 
@@ -483,7 +502,7 @@ class Worker(threading.Thread):
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
         assert self.llama
         busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
-        if self.costs.slowdown > DISTURBED or busy:
+        if not self.costs.disturbed or busy:
             return
         for slot in self.slots:
             self._park(slot)
@@ -499,11 +518,12 @@ class Worker(threading.Thread):
                 self._release(slot.run, CANCELLED)
 
     def _start_waiting(self) -> None:
+        assert self.llama
         for job in list(self.waiting):
             free = [slot for slot in self.slots if not slot.run]
             if not free:
                 return
-            if self._prefix_is_coming(job.prompt):
+            if not self.llama.recurrent and self._prefix_is_coming(job.prompt):
                 continue
             self.waiting.remove(job)
             try:
@@ -520,7 +540,7 @@ class Worker(threading.Thread):
         have = max(common_prefix(slot.tokens, prompt) for slot in self.slots)
         have = max(have, self.store.best(prompt)[1])
         return any(
-            min(common_prefix(run.job.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
             for run in leaders
         )
 
@@ -529,8 +549,11 @@ class Worker(threading.Thread):
         assert self.llama
         prompt = job.prompt
         entry, stored = self.store.best(prompt)
-        nearest = max(self.slots, key=lambda slot: common_prefix(slot.tokens, prompt))
-        live = common_prefix(nearest.tokens, prompt)
+        # A running recurrent state goes on and cannot be shared.
+        near = free if self.llama.recurrent else self.slots
+        live, nearest = max(
+            ((self.llama.reusable(slot.tokens, prompt), slot) for slot in near), key=lambda pair: pair[0]
+        )
         source = entry if entry and stored > live else nearest
         guide = source.tokens[:]
         from_store = stored > live and stored >= MIN_PREFIX
@@ -544,16 +567,17 @@ class Worker(threading.Thread):
         if entry and from_store:
             if self.llama.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
-        elif not in_place:
+        elif not in_place and live:
             self.llama.copy_prefix(nearest, slot, live)
-            slot.tokens = prompt[:live]
-        # The prompt's last token is computed in any case, for the logits after it.
-        cached = min(common_prefix(slot.tokens, prompt), len(prompt) - 1)
-        self.llama.trim(slot, cached)
-        slot.tokens = prompt[:cached]
+            slot.tokens = nearest.tokens[:]
+        self._cut(slot, self.llama.reusable(slot.tokens, prompt))
+        cached = len(slot.tokens)
         job.progress("prefill", cached, len(prompt))
         self.tally.cached_tokens += cached
         slot.run = Run(job, slot, cached, guide)
+        if self.llama.recurrent and self.store.budget:
+            # A later prompt has this one's beginning, or all of it; its last token may be another one.
+            slot.run.marks = [mark for mark in (job.before - 1, len(prompt) - 1) if mark >= MIN_PREFIX]
 
     def _park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
@@ -566,18 +590,23 @@ class Worker(threading.Thread):
             self.store.add(Parked(slot.tokens[:], self.llama.save(slot)))
 
     def _forget(self, slot: Slot) -> None:
+        self._cut(slot, 0)
+
+    def _cut(self, slot: Slot, length: int) -> None:
+        """Drop the slot's tokens from `length` on, or all if the rest could not be continued."""
         assert self.llama
-        self.llama.trim(slot, 0)
-        slot.tokens = []
+        if not self.llama.trim(slot, length):
+            length = 0
+            self.llama.trim(slot, 0)
+        del slot.tokens[length:]
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
-        prompt, slot = run.job.prompt, run.slot
+        prompt, slot = run.prompt, run.slot
         if run.pending is None:
-            missing = len(prompt) - len(slot.tokens)
-            reading = [len(other.job.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
-            whole = missing - (run.sampler.exact and missing > 1)
-            size = chunk_size(whole, reading, self._pace(own=len(reading) < len(runs)), self.costs)
-            end = len(slot.tokens) + size
+            stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
+            reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
+            pace = self._pace(own=len(reading) < len(runs))
+            end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
@@ -593,21 +622,19 @@ class Worker(threading.Thread):
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
         """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
-        if run.sampler.exact:
-            return 0
-        streams = sum(not (other is run or other.prefilling or other.sampler.exact) for other in runs)
+        streams = sum(not (other is run or other.prefilling) for other in runs)
         return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
     def _draft(self, run: Run, pace: float | None) -> list[int]:
         assert self.llama
         assert run.drafter
         room = min(
-            MAX_DRAFT,
+            self.llama.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.llama.n_ctx - len(run.slot.tokens) - 2,
             MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
         )
-        if not self.settings.draft or run.sampler.exact or run.heal or room <= 0:
+        if not self.settings.draft or run.heal or room <= 0:
             return []
         if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
             return []
@@ -654,16 +681,21 @@ class Worker(threading.Thread):
         """Handle a decode that was aborted or that llama.cpp could not do."""
         assert self.llama
         for work in works:
-            slot = work.run.slot
-            if work.run.prefilling:  # the tokens read before the abort stay useful as a prefix
+            run, slot = work.run, work.run.slot
+            tokens = slot.tokens[:]
+            if self.llama.recurrent:  # nobody knows how far the state has gone
+                self._forget(slot)
+            elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded again.
                 read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
                 self.tally.prompt_tokens += max(0, read)
-            self.llama.trim(slot, len(slot.tokens))
+            self._cut(slot, len(slot.tokens))
+            if run.pending is not None and len(slot.tokens) < len(tokens):  # read again what has been written
+                run.prompt, run.pending = [*tokens, run.pending], None
             if code != ABORTED:
                 log.error("llama_decode answered %d", code)
-                self._fail(work.run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+                self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
     @contextlib.contextmanager
     def _blamed_on(self, run: Run) -> Iterator[None]:
@@ -679,8 +711,10 @@ class Worker(threading.Thread):
         run, slot = work.run, work.run.slot
         slot.tokens += work.tokens
         self.tally.prompt_tokens += len(work.tokens)
-        run.job.progress("prefill", len(slot.tokens), len(run.job.prompt))
-        if len(slot.tokens) < len(run.job.prompt):
+        run.job.progress("prefill", len(slot.tokens), len(run.prompt))
+        if len(slot.tokens) in run.marks:
+            self._store(slot)
+        if len(slot.tokens) < len(run.prompt):
             return
         if not work.outputs:
             self._finish(run, "length")
@@ -690,7 +724,7 @@ class Worker(threading.Thread):
         ended = self._emit(run, run.pending)
         self._flush(run)
         if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
-            run.drafter = Drafter(run.job.prompt, run.guide, common_prefix(run.guide, run.job.prompt))
+            run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:

@@ -101,7 +101,7 @@ def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
     shape = read_shape(path)
-    assert shape == Shape(layers=24, kv_width=256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
+    assert shape == Shape(layers=24, kv_width=24 * 256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
 
 
 SIZES = {"block_count": 24, "embedding_length": 896, "attention__head_count": 14}
@@ -126,7 +126,7 @@ def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> N
 
 def test_tensors() -> None:
     with Gguf(MODEL) as file:
-        assert file.shape == Shape(24, 256, 14, 896, 4864, 151_936)
+        assert file.shape == Shape(24, 24 * 256, 14, 896, 4864, 151_936)
         tensors = {tensor.name: tensor for tensor in file.tensors}
     assert len(tensors) == 291
     down = tensors["blk.5.ffn_down.weight"]

@@ -1,0 +1,261 @@
+"""Other families than Qwen's, as tiny random models: whatever was asked before, the text is that of a greedy loop."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import queue
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from harness import PATIENCE
+
+from cerebrum.vps.gguf import Gguf
+from cerebrum.vps.llama import CompletionRequest, Llama, Settings, Slot, estimate_bytes, llama, start_library
+from cerebrum.vps.worker import Job, Worker
+from cerebrum_common import HttpError
+
+TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
+WORDS = ("def", "return", "self", "for", "in", "x", "y", "(", ")", ":", "=", "+", "\n", "\n\n", "1", "the", "print")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    start_library()
+    folder = tmp_path_factory.mktemp("families")
+    for name, family in (families.FAMILIES | families.MARKED).items():
+        families.make(folder / f"{name}.gguf", family)
+    return folder
+
+
+class Bare:
+    """A greedy loop over llama.cpp: nothing cached, nothing drafted."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = Llama(path, Settings(threads=1, n_ctx=512, sequences=1, micro_batch=64), lambda _: True)
+
+    def texts(self, prompt: list[int], count: int) -> tuple[bytes, bool]:
+        """(the greedy text of up to `count` tokens, whether it is certain: no two logits were nearly equal)."""
+        model, slot, text, sure = self.model, Slot(0), b"", True
+        model.trim(slot, 0)
+        tokens = prompt
+        for _ in range(count):
+            assert model.decode([(slot, tokens, 1)]) == 0
+            slot.tokens += tokens
+            logits = model.logits(len(tokens) - 1)
+            first, second = sorted(logits.tolist())[:-3:-1]
+            sure = sure and first - second > TIE
+            token = int(logits.argmax())
+            if model.is_end(token):
+                break
+            text, tokens = text + model.piece(token), [token]
+        return text, sure
+
+
+def ask(worker: Worker, request: CompletionRequest) -> tuple[Job, queue.SimpleQueue[Any]]:
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    job = worker.prepare(Job(request, events.put))
+    worker.submit(job)
+    return job, events
+
+
+def result(events: queue.SimpleQueue[Any]) -> str:
+    text = ""
+    while True:
+        for event in events.get(timeout=PATIENCE):
+            if isinstance(event, HttpError):
+                raise event
+            text += event.get("token", "")
+            if event.get("done"):
+                return text
+
+
+def edit(draw: random.Random, text: str) -> str:
+    """A text as a user might have changed it."""
+    place = draw.choice((len(text), len(text), draw.randrange(len(text) + 1)))
+    kept = text[place:] if draw.random() < 0.8 else ""
+    return (
+        text[: max(0, place - draw.choice((0, 0, 1, 9)))] + " ".join(draw.choices(WORDS, k=draw.randint(0, 9))) + kept
+    )
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, models: Path, tmp_path: Path) -> None:
+    path, draw = models / f"{family}.gguf", random.Random(f"{family} {seed}")
+    bare, compared = Bare(path), 0
+    settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=64, state_dir=tmp_path)
+
+    def workers() -> Iterator[Worker]:
+        while True:
+            worker = Worker("tiny", path, settings)
+            worker.start()
+            worker.ready.result(PATIENCE)
+            yield worker
+            worker.stop()
+            worker.ended.result(PATIENCE)
+
+    turns = workers()
+    worker = next(turns)
+    texts = ["def f(x):\n    return x\n" * 3]
+    for _ in range(40):
+        if draw.random() < 0.1:
+            worker = next(turns)
+        asked = []
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            text = edit(draw, draw.choice(texts))[-300:] or "x"
+            texts = [*texts[-5:], text]
+            suffix = edit(draw, text[:40]) if draw.random() < 0.4 else None
+            request = CompletionRequest(
+                text, suffix=suffix, stop_at="none", max_tokens=draw.randint(1, 24), temperature=0
+            )
+            asked.append((request, *ask(worker, request)))
+        for request, job, events in asked:
+            if draw.random() < 0.2:
+                worker.cancel(job)
+                continue
+            got = result(events)
+            expected, sure = bare.texts(job.prompt, job.max_tokens)
+            if sure:
+                assert got == codecs.getincrementaldecoder("utf-8")("replace").decode(expected)
+                compared += 1
+            if draw.random() < 0.5:
+                texts.append(request.prompt + got)
+    worker.stop()
+    worker.ended.result(PATIENCE)
+    bare.model.close()
+    assert compared > 20
+
+
+# ------------------------------------------------------------------------------------------------ marks and ends
+
+
+@contextlib.contextmanager
+def opened(path: Path, **fim: Any) -> Iterator[Llama]:
+    model = Llama(path, Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16), lambda _: True, **fim)
+    yield model
+    model.close()
+
+
+def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
+    """The tokens as text, marks by their names."""
+    names = [(model.piece(token), llama.llama_vocab_get_text(model.vocab, token)) for token in tokens]
+    return b"".join(name if name.decode() in marks or not piece else piece for piece, name in names).decode()
+
+
+@pytest.mark.parametrize(
+    ("family", "ends", "goes_on"),
+    [
+        ("starcoder", ["<|endoftext|>", "<file_sep>", "<fim_prefix>"], ["def"]),
+        ("codegemma", ["<eos>", "<|file_separator|>"], ["def"]),
+        ("codellama", ["\u2581<EOT>", "\u2581<PRE>", "</s>"], ["\u2581def", "<0x0A>"]),
+        ("gpt-oss", ["<|return|>"], ["<|channel|>", "<|message|>"]),
+        ("thinking", ["<|im_end|>", "<|file_sep|>"], ["<think>", "</think>"]),
+    ],
+)
+def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list[str], models: Path) -> None:
+    tokens = families.vocabulary(families.MARKED[family])[0]
+    with opened(models / f"{family}.gguf") as model:
+        assert [name for name in ends + goes_on if model.is_end(tokens.index(name))] == ends
+
+
+GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
+
+
+@pytest.mark.parametrize(
+    ("family", "fim", "first", "text"),
+    [
+        ("qwen", (), False, "<|fim_prefix|>def f(x):\n  <|fim_suffix|>  return x\n<|fim_middle|>"),
+        ("starcoder", (), False, "<fim_prefix>def f(x):\n  <fim_suffix>  return x\n<fim_middle>"),
+        ("starcoder", (), True, "<fim_suffix>  return x\n<fim_prefix>def f(x):\n  <fim_middle>"),
+        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), True, "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  "),
+        (
+            "codellama",
+            (),
+            False,
+            "<s>\u2581<PRE>def f(x):\n  \u2581<SUF>  return x\n\u2581<MID>",
+        ),
+    ],
+)
+def test_a_gap_by_family(family: str, fim: tuple[str, ...], first: bool, text: str, models: Path) -> None:
+    with opened(models / f"{family}.gguf", fim=fim, suffix_first=first) as model:
+        tokens, heal, before = model.encode(GAP)
+        assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
+        assert named(model, tokens[:before]).endswith("def f(x):\n  ")
+
+
+def test_a_gap_without_marks(models: Path) -> None:
+    with opened(models / "base.gguf") as model, pytest.raises(HttpError) as refused:
+        model.encode(GAP)
+    assert (refused.value.status, refused.value.code) == (400, "INVALID_REQUEST")
+    assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
+
+
+def test_files_of_a_repository(models: Path) -> None:
+    request = CompletionRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
+    with opened(models / "qwen.gguf") as model:
+        text = "<|repo_name|>project\n<|file_sep|>a.py\nx = 1\n<|file_sep|>b.py\ny = "
+        assert named(model, model.encode(request)[0]) == text
+    with opened(models / "starcoder.gguf") as model:
+        assert named(model, model.encode(request)[0]) == "<file_sep>a.py\nx = 1\n<file_sep>b.py\ny = "
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "text"),
+    [
+        (
+            "qwen",
+            [("system", "S"), ("user", "<|im_end|>U")],
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|im_end|>U<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "thinking",
+            [("user", "U"), ("assistant", "def")],
+            "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ndef",
+        ),
+        (
+            "thinking",
+            [("user", "U"), ("assistant", "<think>hm")],
+            "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>hm",
+        ),
+        (
+            "silent",
+            [("system", "S"), ("user", "U")],
+            " \u041f\u043e\u043b\u044c\u0437\u043e\u0432\u0430\u0442\u0435\u043b\u044c: S\n\nU\n\n \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:[SEP]",
+        ),
+        ("base", [("system", "S"), ("user", "U"), ("assistant", "def")], "S\n\nU\n\ndef"),
+    ],
+)
+def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: str, models: Path) -> None:
+    with opened(models / f"{family}.gguf") as model:
+        tokens = model.encode(CompletionRequest(messages=messages))[0]
+        assert named(model, tokens) == text
+        if family == "qwen":  # what a user writes is text
+            end = families.vocabulary(families.MARKED[family])[0].index("<|im_end|>")
+            assert tokens.count(end) == 2
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize(
+    ("family", "kv", "state"),
+    [
+        ("dense", 2 * 2 * 64, 0),
+        ("window", 6 * 2 * 64, 0),
+        ("hybrid", 2 * 2 * 64, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),  # two of four layers attend
+        ("recurrent", 0, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),
+        ("rollback", 2 * 2 * 64, 5 * 2 * 4 * 2 * 64),  # five copies of each state
+        ("delta", 2 * 2 * 64, 5 * 2 * 4 * (3 * (64 + 2 * 32) + 32 * 64)),
+    ],
+)
+def test_memory_by_family(family: str, kv: int, state: int, tmp_path: Path) -> None:
+    families.write_header(tmp_path / "header.gguf", families.FAMILIES[family])
+    with Gguf(tmp_path / "header.gguf") as file:
+        shape = file.shape
+    assert (shape.kv_width, shape.state) == (kv, state)
+    assert estimate_bytes(1, shape, Settings(n_ctx=512))["kv"] == 2 * 512 * 2 * kv + 2 * state
