@@ -61,7 +61,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
-from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, offers
+from cerebrum.vps.fetch import Bar, FetchError, choose, digest_with_bar, fetch, offers
 from cerebrum.vps.gguf import read_shape
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
@@ -186,6 +186,7 @@ FIELDS = {
     "predict_ms": Field(int, 0, 600_000, 0),  # ends a completion that takes longer and has a line end; 0: no limit
     "indent": Field(int, 0, 1000, 0),  # characters; the completion ends before a line that is indented less
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
+    "special": Field(bool, default=False),  # the names of control tokens in `prompt` are these tokens
     "progress": Field(bool, default=False),
     "session": Field(str, 1, 200),
 }
@@ -302,12 +303,17 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
     """List the models that fit; or download one, print its path, and tune it unless this machine already has a usable
     tuned file. A failed tuning is no failure of the command, since the model also works untuned."""
+    room_mb = psutil.virtual_memory().total / MB - config.min_free_mb
     if options.list:
-        room_mb = psutil.virtual_memory().total / MB - config.min_free_mb
         print(*offers(config.models, config.models_dir, room_mb), sep="\n")
         return
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
+    if options.for_this_machine:
+        _, best = choose(config.models, config.models_dir, room_mb)
+        if not best:
+            raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
+        options.model = best.id
     model = listed_model(options.model, config)
     path = fetch(model, config.models_dir)
     print(path, flush=True)
@@ -1101,6 +1107,7 @@ def main(arguments: Sequence[str]) -> int:
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
     fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
     fetching.add_argument("--list", action="store_true", help="only list the models that fit this machine; + is here")
+    fetching.add_argument("--for-this-machine", action="store_true", help="the one that --list marks with *")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")

@@ -36,7 +36,7 @@ QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture's header. `values` are added below its name; `marks` are control tokens, the first one its end."""
+    """An architecture's header. `values` are added below its name; `marks` are control tokens, the first is its end."""
 
     architecture: str
     values: dict[str, Any] = field(default_factory=dict)

@@ -146,7 +146,7 @@ class Job:
 # ------------------------------------------------------------------------------------------- prompts
 
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
-PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms")
+PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms", "special")
 MARGIN_TOKENS = 8  # of n_ctx, never used
 PLAUSIBLE = 4  # another engine's token count is accepted if it is within this factor of our estimate
 REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just measured

@@ -116,16 +116,16 @@ def read_sampling(
         "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
         "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
-        "stop": read_stops(members.get("stop", [])),
+        "stop": read_stops(members.get("stop", []), NEXT_EDIT.search(str(members.get("prompt"))) is not None),
     }
 
 
-def read_stops(value: Any) -> list[str]:
-    """`stop` as a list, without the names of special tokens, which our text never contains."""
+def read_stops(value: Any, special: bool = False) -> list[str]:
+    """`stop` as a list, without the names of special tokens, which our text contains only if it is about them."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise wrong("stop", "a string, or an array of strings", value)
-    stops = [stop for stop in stops if stop and not SPECIAL.fullmatch(stop)]
+    stops = [stop for stop in stops if stop and (special or not SPECIAL.fullmatch(stop))]
     return list(read_fields({"stop": stops}, {"stop": Field(list, 0, MAX_STOPS)})["stop"])
 
 
@@ -189,6 +189,12 @@ SPECIAL = re.compile(
     r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
     r"|<\[fim-[a-z]+\]>|<(?:EOT|PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>"
     r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
+)
+
+# Layouts of models that predict the next edit (Sweep, Zed's Zeta): their marks are the model's, and the client cuts the
+# answer itself.
+NEXT_EDIT = re.compile(
+    r"<\|file_sep\|>(?:original|current|updated)/|<\|(?:marker_\d+|(?:editable|cursor)_region_\w+|user_cursor\w*)\|>"
 )
 
 
@@ -262,7 +268,9 @@ def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> 
 
 
 def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
-    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens."""
+    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
+    if not suffix and NEXT_EDIT.search(prompt):
+        return "completion", fields | {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True}
     split = None if suffix else split_fim(prompt)
     if not split:
         return ask_text(fields, prompt, suffix, infill)

@@ -675,6 +675,9 @@ def prepare_text(
 ) -> Prepared:
     """The text around the cursor, after the texts of other files if there are any."""
     language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
+    if fields.get("special"):  # a layout of the model's own, of which nothing may be left out
+        size = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
+        return Prepared({"mode": mode, "prompt": prompt}, size, weigh(prompt), prompt)
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     above, cut = render_extra(extra), False
     room -= weigh(above)

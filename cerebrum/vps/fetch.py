@@ -88,11 +88,16 @@ def fetch(model: Model, folder: Path) -> Path:
     return target
 
 
-def offers(models: Sequence[Model], folder: Path, room_mb: float) -> list[str]:
-    """The models that fit into `room_mb` of memory and can be fetched or are here, one a line. `+` marks those that are
-    here, `*` the one for a new machine: the first of those that serve most languages."""
+def choose(models: Sequence[Model], folder: Path, room_mb: float) -> tuple[list[Model], Model | None]:
+    """The models that fit into `room_mb` of memory and can be fetched or are here, and the one for a new machine: the
+    first of those that serve most languages."""
     fitting = [one for one in models if one.memory_mb <= room_mb and (one.sources or (folder / one.file).is_file())]
-    best = max(fitting, key=lambda one: len(one.languages), default=None)
+    return fitting, max(fitting, key=lambda one: len(one.languages), default=None)
+
+
+def offers(models: Sequence[Model], folder: Path, room_mb: float) -> list[str]:
+    """What can be chosen, one model a line. `+` marks those that are here, `*` the one for a new machine."""
+    fitting, best = choose(models, folder, room_mb)
     lines = []
     for one in fitting:
         mark = "+" if (folder / one.file).is_file() else "*" if one is best else " "

@@ -112,6 +112,7 @@ class CompletionRequest:
     top_p: float = 0.95
     seed: int | None = None  # of the random numbers, at a temperature above 0
     heal: bool = False
+    special: bool = False  # the names of control tokens in the prompt are these tokens
     progress: bool = False
 
 
@@ -440,7 +441,8 @@ class Llama:
 
     def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
         """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
-        healing, and the number of tokens up to the cursor. Users' input is always text, never control tokens.
+        healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless
+        the request is `special`.
         HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
@@ -448,6 +450,8 @@ class Llama:
             if request.messages:
                 return self._encode_chat(request.messages), b"", 0
             prompt = request.prompt or ""
+            if request.special:
+                return self.tokenize(prompt, True, special=True), b"", 0
             if request.heal and llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_BPE:
                 start = heal_from(prompt)
                 tokens, before = self._encode_text(request, prompt[:start])

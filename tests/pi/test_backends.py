@@ -838,3 +838,19 @@ def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:
     marks = {model.id: model.fim for model in load_catalog(ROOT / "models.toml").models}
     assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == FIM
     assert marks["codellama_7b"] == ("<PRE> ", " <SUF>", " <MID>")
+
+
+def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) -> None:
+    lines = (ROOT / "models.toml").read_text().splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("# [[models]]"))
+    end = next(place for place, line in enumerate(lines) if line.startswith("# Preferred models"))
+    lines[start:end] = [line.removeprefix("# ") for line in lines[start:end] if not line.startswith("# With")]
+    (tmp_path / "models.toml").write_text("\n".join(line for line in lines if line != "#"))
+    models = {model.id: model for model in load_catalog(tmp_path / "models.toml").models}
+    assert [models[id].memory_mb for id in ("qwen_3b", "qwen_14b", "qwen3_30b")] == [2900, 11_500, 20_500]
+    assert all(model.sources for model in models.values())
+
+
+def test_a_gap_for_a_model_that_reads_the_suffix_first() -> None:
+    wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), suffix_first=True)
+    assert OPENAI_TEXT.write(wanted)["prompt"] == f"[SUFFIX]after[PREFIX]{ASKED['prompt']}"

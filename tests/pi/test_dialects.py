@@ -20,6 +20,7 @@ from cerebrum.pi.dialects import (
     Dialect,
     Reply,
     Split,
+    read_text_completion,
     split_fim,
     timings,
     write_error,
@@ -643,3 +644,24 @@ def test_models_and_props() -> None:
         "chat_template": "",
         "build_info": "cerebrum",
     }
+
+
+SWEEP = (
+    "<|file_sep|>a.py\nx = 1\n<|file_sep|>original/a.py\ny\n<|file_sep|>current/a.py\nyz\n<|file_sep|>updated/a.py\n"
+)
+ZETA = "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n<|user_cursor|><|marker_2|><[fim-middle]>"
+
+
+@pytest.mark.parametrize("prompt", [SWEEP, ZETA])
+def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
+    stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
+    asked = read_text_completion({"prompt": prompt, "stop": stops, "max_tokens": 512})
+    fields = {name: asked.fields[name] for name in ("prompt", "mode", "stop_at", "special", "stop")}
+    assert fields == {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True, "stop": stops}
+    assert "suffix" not in asked.fields
+
+
+def test_a_text_about_marks_is_no_prompt_for_the_next_edit() -> None:
+    asked = read_text_completion({"prompt": "# the mark <|file_sep|> separates files\n", "stop": "<|file_sep|>"})
+    assert "special" not in asked.fields
+    assert asked.fields["stop"] == []

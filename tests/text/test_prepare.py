@@ -401,3 +401,10 @@ def test_the_ratio_does_not_flap() -> None:
         ratio.learn("a", 3240 + n % 3 * 20, 1000)
         seen.append(ratio.get("a"))
     assert sum(one != other for one, other in itertools.pairwise(seen)) <= 2
+
+
+def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
+    prompt = "<|file_sep|>original/a.py\n" + "x = 1\n" * 5000
+    result = prepare({"prompt": prompt, "language": "python", "special": True}, "complete", 100, 3.0)
+    assert result.body == {"mode": "complete", "prompt": prompt}
+    assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}

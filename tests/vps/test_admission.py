@@ -81,6 +81,7 @@ def test_request_defaults() -> None:
         "stop_at": "auto",
         "indent": 0,
         "heal": False,
+        "special": False,
         "progress": False,
         "session": None,
         "extra": [],

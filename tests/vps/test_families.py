@@ -7,6 +7,7 @@ import contextlib
 import queue
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list
         assert [name for name in ends + goes_on if model.is_end(tokens.index(name))] == ends
 
 
+YANDEX = " \u041f\u043e\u043b\u044c\u0437\u043e\u0432\u0430\u0442\u0435\u043b\u044c: S\n\nU\n\n \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:[SEP]"
 GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
 
 
@@ -204,6 +206,16 @@ def test_files_of_a_repository(models: Path) -> None:
         assert named(model, model.encode(request)[0]) == "<file_sep>a.py\nx = 1\n<file_sep>b.py\ny = "
 
 
+def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
+    text = "<|file_sep|>original/a.py\nx<|file_sep|>updated/a.py\n"
+    mark = families.vocabulary(families.MARKED["qwen"])[0].index("<|file_sep|>")
+    with opened(models / "qwen.gguf") as model:
+        asked = CompletionRequest(text, special=True, heal=True)
+        assert named(model, model.encode(asked)[0]) == text
+        assert model.encode(asked)[0].count(mark) == 2
+        assert mark not in model.encode(replace(asked, special=False))[0]
+
+
 @pytest.mark.parametrize(
     ("family", "messages", "text"),
     [
@@ -222,11 +234,7 @@ def test_files_of_a_repository(models: Path) -> None:
             [("user", "U"), ("assistant", "<think>hm")],
             "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>hm",
         ),
-        (
-            "silent",
-            [("system", "S"), ("user", "U")],
-            " \u041f\u043e\u043b\u044c\u0437\u043e\u0432\u0430\u0442\u0435\u043b\u044c: S\n\nU\n\n \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:[SEP]",
-        ),
+        ("silent", [("system", "S"), ("user", "U")], YANDEX),
         ("base", [("system", "S"), ("user", "U"), ("assistant", "def")], "S\n\nU\n\ndef"),
     ],
 )

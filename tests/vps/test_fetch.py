@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import sys
 import threading
 import zipfile
@@ -330,3 +331,31 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
         ["large", "7B"], ["*", "both"], ["+", "other"], ["+", "away"]
     ]  # fmt: skip
     assert offers(models, tmp_path, -1.0) == []
+
+
+def test_fetch_for_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry(name: str, memory_mb: int) -> str:
+        return f"""[[models]]
+            id = "{name}"
+            name = "M"
+            languages = ["go"]
+            parameters = "1B"
+            quantization = "Q4"
+            file = "{name}.gguf"
+            memory_mb = {memory_mb}
+            """
+
+    catalog = tmp_path / "models.toml"
+    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
+    monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
+    for name in ("huge", "small", "last"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
+    catalog.write_text(entry("huge", 10**9) + entry("small", 1) + entry("last", 1))
+    assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'small.gguf'}\n"
+    catalog.write_text(entry("huge", 10**9))
+    assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"vpsd fetch: expected a model for \d+ MB of memory in models.toml, got none\n", error)
