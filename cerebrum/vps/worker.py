@@ -601,6 +601,7 @@ class Worker(threading.Thread):
         del slot.tokens[length:]
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
+        assert self.llama
         prompt, slot = run.prompt, run.slot
         if run.pending is None:
             stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
@@ -610,7 +611,9 @@ class Worker(threading.Thread):
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        draft = self._draft(run, self._pace(own=len(runs) > 1))
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        alone = len(runs) == 1 or not self.llama.recurrent
+        draft = self._draft(run, self._pace(own=len(runs) > 1)) if alone else []
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _pace(self, own: bool) -> float | None:
