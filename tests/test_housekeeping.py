@@ -38,7 +38,7 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
 
     def __init__(self, name: str, *rest: Any) -> None:
-        self.model, (*_, self.tuned, self.tally) = name, rest
+        self.model, (*_, self.tuned, self.tally, _, _) = name, rest
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.due = float("inf")

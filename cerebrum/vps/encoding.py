@@ -321,7 +321,8 @@ def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> flo
 
 
 def back_to(model: Llama, slot: Slot, length: int) -> None:
-    model.trim(slot, length)
+    if not model.trim(slot, length):
+        raise ModelError("expected a model whose state can be cut, got a recurrent one")
     del slot.tokens[length:]
 
 

@@ -487,6 +487,8 @@ class Worker(threading.Thread):
     def _wait(self) -> Job | None:
         """The next job, or None for a mere wake-up. Idle sequences are stored only after STORE_SECONDS of quiet,
         because storing 3,500 tokens takes a fifth of a second and no request should wait for the storing."""
+        if self.stopping:  # its wake-up may have been taken out of the inbox with others
+            return None
         with contextlib.suppress(queue.Empty):
             return self.inbox.get(timeout=STORE_SECONDS)
         for slot in self.slots:

@@ -15,8 +15,18 @@ import families
 import pytest
 from harness import PATIENCE
 
+from cerebrum.vps import encoding, schedule
 from cerebrum.vps.gguf import Gguf
-from cerebrum.vps.llama import CompletionRequest, Llama, Settings, Slot, estimate_bytes, llama, start_library
+from cerebrum.vps.llama import (
+    CompletionRequest,
+    Llama,
+    ModelError,
+    Settings,
+    Slot,
+    estimate_bytes,
+    llama,
+    start_library,
+)
 from cerebrum.vps.worker import Job, Worker
 from cerebrum_common import HttpError
 
@@ -84,9 +94,25 @@ def edit(draw: random.Random, text: str) -> str:
     )
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "CALIBRATION_SECONDS", 0.02)
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.parametrize("seed", range(2))
-def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, models: Path, tmp_path: Path) -> None:
+def test_the_text_is_that_of_a_greedy_loop(family: str, models: Path, tmp_path: Path) -> None:
+    check_greedy(family, 0, 20, models, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_the_text_is_that_of_a_greedy_loop_in_long_runs(family: str, seed: int, models: Path, tmp_path: Path) -> None:
+    check_greedy(family, seed, 60, models, tmp_path)
+
+
+def check_greedy(family: str, seed: int, rounds: int, models: Path, tmp_path: Path) -> None:
+    """Ask for completions as an editor might, with edits, cancels and restarts, and compare each text."""
     path, draw = models / f"{family}.gguf", random.Random(f"{family} {seed}")
     bare, compared = Bare(path), 0
     settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=64, state_dir=tmp_path)
@@ -103,7 +129,7 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, models: Path,
     turns = workers()
     worker = next(turns)
     texts = ["def f(x):\n    return x\n" * 3]
-    for _ in range(40):
+    for _ in range(rounds):
         if draw.random() < 0.1:
             worker = next(turns)
         asked = []
@@ -129,7 +155,7 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, models: Path,
     worker.stop()
     worker.ended.result(PATIENCE)
     bare.model.close()
-    assert compared > 20
+    assert compared > rounds // 2
 
 
 # ------------------------------------------------------------------------------------------------ marks and ends
@@ -164,7 +190,11 @@ def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list
         assert [name for name in ends + goes_on if model.is_end(tokens.index(name))] == ends
 
 
-YANDEX = " \u041f\u043e\u043b\u044c\u0437\u043e\u0432\u0430\u0442\u0435\u043b\u044c: S\n\nU\n\n \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:[SEP]"
+USER, ASSISTANT = (
+    "\u041f\u043e\u043b\u044c\u0437\u043e\u0432\u0430\u0442\u0435\u043b\u044c",
+    "\u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442",
+)
+YANDEX = f" {USER}: S\n\nU\n\n {ASSISTANT}:[SEP]"
 GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
 
 
@@ -188,6 +218,21 @@ def test_a_gap_by_family(family: str, fim: tuple[str, ...], first: bool, text: s
         tokens, heal, before = model.encode(GAP)
         assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
         assert named(model, tokens[:before]).endswith("def f(x):\n  ")
+
+
+def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
+    for family, sequences, unified in (("longrope", 2, False), ("longrope", 1, True), ("dense", 2, True)):
+        settings = Settings(threads=1, n_ctx=512, sequences=sequences, micro_batch=16)
+        model = Llama(models / f"{family}.gguf", settings, lambda _: True)
+        assert model.unified is unified
+        model.close()
+
+
+def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
+    with opened(models / "hybrid.gguf") as model:
+        encoding.decode(model, slot := Slot(0), [1, 2, 3], 1)
+        with pytest.raises(ModelError, match="expected a model whose state can be cut"):
+            encoding.back_to(model, slot, 2)
 
 
 def test_a_gap_without_marks(models: Path) -> None:
