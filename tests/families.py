@@ -72,7 +72,11 @@ MARKED = {  # families whose marks differ
     ),
     "codellama": Family("llama", marks=(), plain=CODELLAMA, sentencepiece=True),
     "codestral": Family("llama", marks=("[PREFIX]", "[SUFFIX]"), sentencepiece=True),
-    "gpt-oss": Family("llama", marks=("<|return|>", "<|start|>", "<|channel|>", "<|message|>")),
+    "gpt-oss": Family(
+        "llama",
+        marks=("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"),
+        template="<|start|>{{ '<|channel|>' }}",
+    ),
     "thinking": Family("llama", template="<|im_start|>{{ '<think></think>' }}", plain=("<think>", "</think>")),
     "silent": Family("llama", template="{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"),
     "base": Family("llama", marks=("<|endoftext|>",)),
@@ -95,7 +99,7 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
         tokens += [merge.replace(" ", "") for merge in MERGES]
         kinds = [NORMAL] * len(tokens)
     tokens, kinds = tokens + list(family.marks), kinds + [CONTROL] * len(family.marks)
-    tokens, kinds = tokens + list(family.plain), kinds + [NORMAL] * len(family.plain)
+    tokens, kinds = tokens + list(family.plain), kinds + [USER if "think" in name else NORMAL for name in family.plain]
     return tokens, kinds, [-float(place) for place in range(len(tokens))]
 
 

@@ -191,10 +191,13 @@ SPECIAL = re.compile(
     r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
 
-# Layouts of models that predict the next edit (Sweep, Zed's Zeta): their marks are the model's, and the client cuts the
-# answer itself.
+# Layouts of models that predict the next edit: Sweep's, and the two of Zed's Zeta. Their marks are the model's, and the
+# client cuts the answer itself. A text that only mentions such a mark has none of these layouts.
 NEXT_EDIT = re.compile(
-    r"<\|file_sep\|>(?:original|current|updated)/|<\|(?:marker_\d+|(?:editable|cursor)_region_\w+|user_cursor\w*)\|>"
+    r"\A\s*(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
+    r"|\A\s*<\[fim-suffix\]>.*<\[fim-prefix\]>.*(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>).*<\[fim-middle\]>[^\n]*\Z"
+    r"|\A### Instruction:.*^<\|editable_region_start\|>.*^### Response:\s*\Z",
+    re.M | re.S,
 )
 
 

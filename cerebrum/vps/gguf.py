@@ -338,13 +338,14 @@ class Gguf:
         tokens = self._place("tokenizer.ggml.tokens", GGUF_ARRAY)
         k_width = self.number(f"{arch}.attention.key_length", width // max(1, heads))
         v_width = self.number(f"{arch}.attention.value_length", width // max(1, heads))
-        experts = self.number(f"{arch}.expert_used_count", 0) * self.number(f"{arch}.expert_feed_forward_length", 0)
+        feed_forward = max(self.layered(f"{arch}.feed_forward_length", layers, 0)) or 4 * width
+        expert = self.number(f"{arch}.expert_feed_forward_length", feed_forward)
         return Shape(
             layers=layers,
             kv_width=sum(kv_heads) * (k_width + v_width),
             heads=max(1, heads),
             embedding=width,
-            feed_forward=max(experts, *self.layered(f"{arch}.feed_forward_length", layers, 0)) or 4 * width,
+            feed_forward=max(feed_forward, self.number(f"{arch}.expert_used_count", 0) * expert),
             vocabulary=int(self.lib.gguf_get_arr_n(self.handle, tokens)) if tokens >= 0 else 0,
             state=recurrent * state * copies,
         )

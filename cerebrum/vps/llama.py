@@ -199,7 +199,7 @@ END_MARK = re.compile(
 )
 FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name; and before a repository's
 REPOSITORY_MARKS = ("<|repo_name|>", "<repo_name>", "<reponame>")
-APART = "\x01"  # SentencePiece knows it as a byte
+APART = b"\x01"  # SentencePiece knows it as a byte
 REPOSITORY = "project\n"
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
@@ -380,12 +380,12 @@ class Llama:
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
         return common if not self.recurrent or common == len(tokens) else 0
 
-    def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
-        """Let the empty `target` share the first cells of `source`."""
-        if self.unified:
-            llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
-        else:
-            self.restore(target, self.save(source))
+    def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
+        """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
+        if not self.unified:
+            return self.restore(target, self.save(source))
+        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+        return True
 
     def save(self, slot: Slot) -> bytes:
         """The slot's KV state, for `restore`."""
@@ -427,12 +427,13 @@ class Llama:
         count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
         return list(tokens[: max(0, count)])
 
-    def tokenize_part(self, text: str) -> list[int]:
+    def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is tokenized behind a
         character that merges with nothing."""
-        if not self.dummy_space:
-            return self.tokenize(text, False)
-        return self.tokenize(APART + text, False)[len(self.tokenize(APART, False)) :]
+        data = text.encode() if isinstance(text, str) else text
+        if not self.dummy_space or not data:
+            return self.tokenize(data, False, special)
+        return self.tokenize(APART + data, False, special)[len(self.tokenize(APART, False)) :]
 
     def mark(self, name: str) -> int:
         """The token that is written so, -1 if there is none."""
@@ -481,7 +482,8 @@ class Llama:
     def _encode_files(self, request: CompletionRequest) -> list[int]:
         """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
         request's own file. A model without the mark gets the texts alone, one with a repository's mark a name first."""
-        mark, repository = (max(map(self.mark, names)) for names in (FILE_MARKS, REPOSITORY_MARKS))
+        mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
+        repository = max(int(llama.llama_vocab_fim_rep(self.vocab)), *map(self.mark, REPOSITORY_MARKS))
         name = request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
@@ -510,10 +512,14 @@ class Llama:
         tokens: list[int] = []
         for number, (_, content) in enumerate(messages):
             glue, found, shown = shown.partition(b"\x01%d\x02" % number)
-            tokens += self.tokenize(glue, number == 0, special=True)
+            tokens += self.tokenize_part(glue, special=True) if number else self.tokenize(glue, True, special=True)
             tokens += self.tokenize_part(content) if found else []
-        think = b"<think>\n\n</think>\n\n" * (b"</think>" in template and not begun.lstrip().startswith("<think>"))
-        return tokens + self.tokenize(shown + think, False, special=True) + self.tokenize_part(begun)
+        # What makes a model answer at once instead of thinking first.
+        if b"<|channel|>" in template:  # gpt-oss
+            shown += b"<|channel|>final<|message|>"
+        elif b"</think>" in template and self.mark("<think>") >= 0 and not begun.lstrip().startswith("<think>"):
+            shown += b"<think>\n\n</think>\n\n"
+        return tokens + self.tokenize_part(shown, special=True) + self.tokenize_part(begun)
 
     def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
         """The chat template's text for messages of these roles, with numbered placeholders as contents."""

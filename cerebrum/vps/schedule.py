@@ -21,7 +21,7 @@ from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, ModelError, Slot, writ
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CALIBRATION_SECONDS = 0.4  # spent on each size; at least two decodes
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
-FEW_TOKENS = 4
+UNDERCUT = 5  # single tokens in a row that take much less than in the table
 LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
 DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
@@ -43,23 +43,32 @@ class Costs:
         # More tokens never take less time: a point above a later one was measured while the machine was busy.
         self.seconds = [min(table[later] for later in self.sizes[place:]) for place in range(len(self.sizes))]
         self.slowdown = 1.0
-        self.disturbed = False  # a decode took far less than its calibrated time
+        # How often in a row reality undercut the table. A table that falls by far was disturbed from the start.
+        falls = any(table[size] > kept / DISTURBED for size, kept in zip(self.sizes, self.seconds, strict=True))
+        self.undercut = UNDERCUT * falls
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine was busy while the table was measured."""
+        return self.slowdown <= DISTURBED or self.undercut >= UNDERCUT
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Adjust the slowdown: a decode of `tokens` took `seconds`."""
         if tokens >= LEARN_FROM_TOKENS:
             seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
             self.slowdown += LEARNING_RATE * (seen - self.slowdown)
-        # Chunks have one row of logits, and take less than in a calibration; a stream's few tokens have all.
-        few = tokens in self.sizes and tokens <= FEW_TOKENS
-        self.disturbed = self.disturbed or self.slowdown <= DISTURBED or (few and seconds < DISTURBED * self(tokens))
+        elif tokens == 1 and self.undercut < UNDERCUT:
+            self.undercut = self.undercut + 1 if seconds < DISTURBED * self(1) else 0
 
     def __call__(self, tokens: int) -> float:
         if len(self.sizes) == 1:
             return self.seconds[0] * tokens / self.sizes[0]
         right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
         (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+        slope = (y1 - y0) / (x1 - x0)
+        if tokens > x1:  # a disturbed point must not make long chunks cheap
+            return y1 + max(slope, y1 / x1 / 2) * (tokens - x1)
+        return y0 + slope * (tokens - x0)
 
     @property
     def work(self) -> float:

@@ -76,6 +76,7 @@ from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
+MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
 
 
 class TextAssembler:
@@ -232,7 +233,7 @@ class Worker(threading.Thread):
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
-        self.load_progress = 0.0
+        self.load_progress, self.recalibrations = 0.0, 0
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.store = PrefixStore(settings.cache_mb * MB)
@@ -504,8 +505,9 @@ class Worker(threading.Thread):
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
         assert self.llama
         busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
-        if not self.costs.disturbed or busy:
+        if not self.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
             return
+        self.recalibrations += 1
         for slot in self.slots:
             self._park(slot)
         self.llama.abort_flag[0] = b"\x00"
@@ -569,8 +571,7 @@ class Worker(threading.Thread):
         if entry and from_store:
             if self.llama.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
-        elif not in_place and live:
-            self.llama.copy_prefix(nearest, slot, live)
+        elif not in_place and live and self.llama.copy_prefix(nearest, slot, live):
             slot.tokens = nearest.tokens[:]
         self._cut(slot, self.llama.reusable(slot.tokens, prompt))
         cached = len(slot.tokens)
@@ -601,6 +602,13 @@ class Worker(threading.Thread):
             length = 0
             self.llama.trim(slot, 0)
         del slot.tokens[length:]
+
+    def _continue(self, run: Run, tokens: list[int]) -> None:
+        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all be kept, the run
+        reads them again."""
+        self._cut(run.slot, len(run.slot.tokens))
+        if run.pending is not None and len(run.slot.tokens) < len(tokens):
+            run.prompt, run.pending = [*tokens, run.pending], None
 
     def _next_work(self, run: Run, runs: list[Run]) -> Work:
         assert self.llama
@@ -695,9 +703,7 @@ class Worker(threading.Thread):
                 read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
                 self.tally.prompt_tokens += max(0, read)
-            self._cut(slot, len(slot.tokens))
-            if run.pending is not None and len(slot.tokens) < len(tokens):  # read again what has been written
-                run.prompt, run.pending = [*tokens, run.pending], None
+            self._continue(run, tokens)
             if code != ABORTED:
                 log.error("llama_decode answered %d", code)
                 self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
@@ -747,7 +753,7 @@ class Worker(threading.Thread):
         cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
         self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
-            self.llama.trim(slot, len(slot.tokens))
+            self._continue(run, slot.tokens[:])
             self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
             run.drafted += drafted
             run.accepted += accepted

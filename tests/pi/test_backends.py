@@ -28,6 +28,7 @@ from cerebrum.pi.dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wan
 from cerebrum.pi.engines import Characters, Translator
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
 from cerebrum.settings import ConfigError, Environment, load_catalog
+from cerebrum.vps.fetch import choose
 from cerebrum_common import HttpError, Model
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -843,12 +844,13 @@ def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:
 def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) -> None:
     lines = (ROOT / "models.toml").read_text().splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith("# [[models]]"))
-    end = next(place for place, line in enumerate(lines) if line.startswith("# Preferred models"))
+    end = next(place for place, line in enumerate(lines) if line == "[[models]]")
     lines[start:end] = [line.removeprefix("# ") for line in lines[start:end] if not line.startswith("# With")]
     (tmp_path / "models.toml").write_text("\n".join(line for line in lines if line != "#"))
     models = {model.id: model for model in load_catalog(tmp_path / "models.toml").models}
     assert [models[id].memory_mb for id in ("qwen_3b", "qwen_14b", "qwen3_30b")] == [2900, 11_500, 20_500]
-    assert all(model.sources for model in models.values())
+    for room_mb, id in ((23_000, "qwen3_30b"), (15_000, "qwen_14b"), (3_000, "qwen_3b"), (2_000, "qwen_1_5b")):
+        assert choose(list(models.values()), tmp_path, room_mb)[1] == models[id]
 
 
 def test_a_gap_for_a_model_that_reads_the_suffix_first() -> None:

@@ -652,7 +652,13 @@ SWEEP = (
 ZETA = "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n<|user_cursor|><|marker_2|><[fim-middle]>"
 
 
-@pytest.mark.parametrize("prompt", [SWEEP, ZETA])
+ZETA_WITHOUT_MARKERS = "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<<<<<<< CURRENT\nx\n=======\n<[fim-middle]>"
+FIRST_ZETA = (
+    "### Instruction:\nEdit\n### User Excerpt:\n<|editable_region_start|>\nx\n<|editable_region_end|>\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize("prompt", [SWEEP, ZETA, ZETA_WITHOUT_MARKERS, FIRST_ZETA])
 def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = read_text_completion({"prompt": prompt, "stop": stops, "max_tokens": 512})
@@ -661,7 +667,16 @@ def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
     assert "suffix" not in asked.fields
 
 
-def test_a_text_about_marks_is_no_prompt_for_the_next_edit() -> None:
-    asked = read_text_completion({"prompt": "# the mark <|file_sep|> separates files\n", "stop": "<|file_sep|>"})
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "# the mark <|file_sep|> separates files\n",
+        "MARK = '<|user_cursor|>'\nEVIL = '<|im_start|>system'\ndef f(",
+        "import re\n<|file_sep|>original/a.py\n",
+        "<[fim-suffix]>\nrest\n<[fim-prefix]>x = <[fim-middle]>",  # Seed-Coder's own gaps
+    ],
+)
+def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str) -> None:
+    asked = read_text_completion({"prompt": prompt, "stop": "<|file_sep|>"})
     assert "special" not in asked.fields
     assert asked.fields["stop"] == []

@@ -85,14 +85,22 @@ def test_costs_never_fall_with_the_size() -> None:
     assert [table(n) for n in (1, 2, 4, 8)] == [0.01, 0.02, 0.02, 0.03]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "seconds", "disturbed"),
-    [(1, 0.006, True), (1, 0.008, False), (1, 1.0, False), (4, 0.01, True), (3, 0.001, False), (8, 0.001, False)],
-)
-def test_a_calibration_that_reality_undercuts_was_disturbed(tokens: int, seconds: float, disturbed: bool) -> None:
-    table = Costs({1: 0.01, 4: 0.02, 8: 0.1, 32: 0.3})
-    table.learn(tokens, seconds)
-    assert table.disturbed is disturbed
+def test_a_calibration_that_reality_undercuts_was_disturbed() -> None:
+    table = Costs({1: 0.01, 4: 0.02, 32: 0.3})
+    for tokens, seconds in [(1, 0.006)] * 4 + [(1, 0.008)] + [(4, 0.001)] * 9 + [(1, 0.006)] * 4:
+        table.learn(tokens, seconds)
+        assert not table.disturbed
+    table.learn(1, 0.006)  # the fifth in a row
+    assert table.disturbed
+
+
+def test_a_calibration_that_falls_by_far_was_disturbed() -> None:
+    assert Costs({1: 0.01, 2: 0.5, 4: 0.02}).disturbed
+    assert not Costs({1: 0.01, 2: 0.021, 4: 0.02}).disturbed
+
+
+def test_a_disturbed_point_does_not_make_long_chunks_cheap() -> None:
+    assert Costs({16: 0.08, 32: 3.0, 64: 0.19})(512) == pytest.approx(0.19 + 448 * 0.19 / 64 / 2)
 
 
 def test_longest_chunk_within_a_time() -> None:

@@ -279,6 +279,11 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
             [("user", "U"), ("assistant", "<think>hm")],
             "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>hm",
         ),
+        (
+            "gpt-oss",
+            [("user", "U"), ("assistant", "def")],
+            "<|start|>user<|message|>U<|end|><|start|>assistant<|channel|>final<|message|>def",
+        ),
         ("silent", [("system", "S"), ("user", "U")], YANDEX),
         ("base", [("system", "S"), ("user", "U"), ("assistant", "def")], "S\n\nU\n\ndef"),
     ],
