@@ -197,10 +197,8 @@ def start_library() -> None:
 END_MARK = re.compile(
     r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
 )
-FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name; and before a repository's
-REPOSITORY_MARKS = ("<|repo_name|>", "<repo_name>", "<reponame>")
+FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = b"\x01"  # SentencePiece knows it as a byte
-REPOSITORY = "project\n"
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
@@ -481,17 +479,16 @@ class Llama:
 
     def _encode_files(self, request: CompletionRequest) -> list[int]:
         """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
-        request's own file. A model without the mark gets the texts alone, one with a repository's mark a name first."""
+        request's own file. A model without the mark gets the texts alone. The mark before a repository's name is not
+        used: with it, Qwen2.5-Coder completed the gaps beside other files worse."""
         mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
-        repository = max(int(llama.llama_vocab_fim_rep(self.vocab)), *map(self.mark, REPOSITORY_MARKS))
         name = request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
             files.append(name)
         marks = [mark] if mark >= 0 else []
-        first = [repository, *self.tokenize_part(REPOSITORY)] if request.extra and min(mark, repository) >= 0 else []
         texts = [self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
-        return [*first, *(token for text in texts for token in (*marks, *text))]
+        return [token for text in texts for token in (*marks, *text)]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Apply the chat template to placeholders, then replace these by the messages: the template's own text may

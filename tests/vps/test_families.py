@@ -241,10 +241,10 @@ def test_a_gap_without_marks(models: Path) -> None:
     assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
 
 
-def test_files_of_a_repository(models: Path) -> None:
+def test_other_files(models: Path) -> None:
     request = CompletionRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
     with opened(models / "qwen.gguf") as model:
-        text = "<|repo_name|>project\n<|file_sep|>a.py\nx = 1\n<|file_sep|>b.py\ny = "
+        text = "<|file_sep|>a.py\nx = 1\n<|file_sep|>b.py\ny = "
         assert named(model, model.encode(request)[0]) == text
     with opened(models / "starcoder.gguf") as model:
         assert named(model, model.encode(request)[0]) == "<file_sep>a.py\nx = 1\n<file_sep>b.py\ny = "
