@@ -46,8 +46,7 @@ class Family:
     plain: Sequence[str] = ()  # marks that the file takes for text
     sentencepiece: bool = False
     template: str = ""
-    tokenizer: dict[str, Any] = field(default_factory=dict)  # below "tokenizer.ggml."
-    context: int = 4096
+    tokenizer: dict[str, bool] = field(default_factory=dict)  # below "tokenizer.ggml."
 
 
 FAMILIES = {
@@ -106,20 +105,19 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
 def write_header(path: Path, family: Family) -> None:
     tokens, kinds, scores = vocabulary(family)
     writer = gguf.GGUFWriter(path, family.architecture)
-    embedding = EMBEDDING
     numbers: dict[str, Any] = {
         "vocab_size": len(tokens),
-        "context_length": family.context,
-        "embedding_length": embedding,
+        "context_length": 4096,
+        "embedding_length": EMBEDDING,
         "block_count": family.layers,
         "feed_forward_length": FEED_FORWARD,
         "attention.head_count": HEADS if isinstance(family.kv_heads, int) else [HEADS] * family.layers,
         "attention.head_count_kv": family.kv_heads if isinstance(family.kv_heads, int) else list(family.kv_heads),
         "attention.layer_norm_rms_epsilon": 1e-5,
         "attention.layer_norm_epsilon": 1e-5,
-        "attention.key_length": embedding // HEADS,
-        "attention.value_length": embedding // HEADS,
-        "rope.dimension_count": embedding // HEADS,
+        "attention.key_length": EMBEDDING // HEADS,
+        "attention.value_length": EMBEDDING // HEADS,
+        "rope.dimension_count": EMBEDDING // HEADS,
         "rope.dimension_sections": [8, 8, 8, 8],
         **family.values,
     }
@@ -140,10 +138,7 @@ def write_header(path: Path, family: Family) -> None:
     writer.add_token_scores(scores)
     writer.add_eos_token_id(tokens.index(family.marks[0]) if family.marks else 2)
     for name, value in family.tokenizer.items():
-        if isinstance(value, bool):
-            writer.add_bool(f"tokenizer.ggml.{name}", value)
-        else:
-            writer.add_uint32(f"tokenizer.ggml.{name}", tokens.index(value) if isinstance(value, str) else value)
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

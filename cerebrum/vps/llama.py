@@ -260,6 +260,7 @@ class Llama:
         self.suffix_first = suffix_first
         if min(self.fim) < 0 and fim:
             self.fim = [self.mark(name) if name else -1 for name in fim]
+        self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
@@ -298,7 +299,8 @@ class Llama:
         self.memory = llama.llama_get_memory(self.context)
         # A recurrent state cannot be cut like a KV cache: only so many tokens can be taken back, right after they were
         # decoded.
-        self.recurrent = any(getattr(llama, f"llama_model_is_{kind}")(self.model) for kind in ("recurrent", "hybrid"))
+        is_recurrent, is_hybrid = llama.llama_model_is_recurrent, llama.llama_model_is_hybrid
+        self.recurrent = bool(is_recurrent(self.model) or is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def metadata(self, key: str, group: str = "") -> str:
@@ -440,9 +442,8 @@ class Llama:
 
     def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
         """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
-        healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless
-        the request is `special`.
-        HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
+        healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless the
+        request is `special`. HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
         with self.vocab_lock:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
@@ -481,8 +482,7 @@ class Llama:
         """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
         request's own file. A model without the mark gets the texts alone. The mark before a repository's name is not
         used: with it, Qwen2.5-Coder completed the gaps beside other files worse."""
-        mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
-        name = request.filename
+        mark, name = self.file_mark, request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
             files.append(name)

@@ -32,11 +32,12 @@ class Parked:
 class PrefixStore:
     """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker.
 
-    A `whole` sequence cannot be cut, so its beginnings are kept beside it, and serve only prompts that go on with it.
+    With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only prompts that go on
+    with it.
     """
 
-    def __init__(self, budget: int, whole: bool = False) -> None:
-        self.budget, self.size, self.whole = budget, 0, whole
+    def __init__(self, budget: int) -> None:
+        self.budget, self.size, self.whole = budget, 0, False
         self.entries: OrderedDict[int, Parked] = OrderedDict()
         self._next = 0
 
