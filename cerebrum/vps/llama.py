@@ -437,6 +437,8 @@ class Llama:
 
     def mark(self, name: str) -> int:
         """The token that is written so, -1 if there is none."""
+        if llama.llama_vocab_type(self.vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
+            return -1  # a sample of `tune`, where llama.cpp would end the process
         tokens = self.tokenize(name.strip(), False, special=True)
         return tokens[0] if len(tokens) == 1 else -1
 

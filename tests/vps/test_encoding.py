@@ -19,6 +19,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import llama_cpp
 import numpy as np
 import pytest
@@ -597,6 +598,15 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"):
         backend.tune_model(config.models[-1], config, sys.stdout)
     assert list(loads) == []
+
+
+def test_llama_cpp_measures_samples(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("READ_SECONDS", "DECODE_SECONDS"):
+        monkeypatch.setattr(encoding, name, 1e-9)
+    start_library()
+    model = families.make(tmp_path / "dense.gguf", families.FAMILIES["dense"])
+    tune(model, "abc", settings, ROOM, quiet)
+    assert find_tuned(model, settings)[0]
 
 
 @pytest.mark.slow
