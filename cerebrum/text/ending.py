@@ -392,13 +392,9 @@ class LineBlock(Block):
         assert self.base is not None
         if language.items and word in ("-", "--"):
             return None
-        if language.items and word.startswith("---") and not scanner.indent:
-            return "block" if self.mark else ""
         if word[-1] != "\n":
             self.level = scanner.level(word)
         level = self.level
-        if self.mark and any(word.upper().startswith(start[: len(word)]) for start in language.sections):
-            return "block" if word.upper().startswith(language.sections) else None
         if level > self.base:
             self.deep = self.begun
             return self._goes_on(word) if self.statement and level <= self.top else ""

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 # ------------------------------------------------------------------------------------------------------------ languages
 
@@ -50,21 +50,16 @@ class Language:
     ambiguous: str = ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
-    comment_after: str = ""  # characters that may precede a comment in its line, "" for any
-    tight_quotes: bool = False  # a quote right after a word opens a string, a quote after a backslash does not
-    holes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by opening: marks that start code in a string
-    heredoc: re.Pattern[str] | None = None  # after << in code: group 2 is the line that ends the text below
     colons: bool = False  # a colon at its end makes a line a header (Python)
+    here_document: str = ""  # <<NAME: a text follows below, up to a line with the name; what may precede the name
     items: bool = False  # a line that begins with a dash is inside the line above, even at equal indentation (YAML)
     brackets: str = "([{"  # opening brackets that need a closing partner
     line_ends: bool = False  # a statement ends with its line, without a semicolon
-    nested_comments: bool = False  # a block comment may contain another
     alternative: bool = False  # a colon after `if (...)` opens a block that `endif;` closes (PHP)
     commands: bool = False  # lines of code begin with verbs, as instructions do
     inside: str = ""  # starts of unindented lines that still belong to a definition
     closing: str = r"\}"  # start of the line that ends a definition
     close: str = "}"  # closes a block when only its header is sent
-    sections: tuple[str, ...] = ()  # "lines": starts of lines that begin a new section, in upper case
     endings: tuple[str, ...] = ()  # of file names, in lower case
     filenames: tuple[str, ...] = ()  # whole file names, in lower case
     names: tuple[str, ...] = ()  # aliases, in fences, modelines and shebang lines
@@ -128,7 +123,6 @@ _JS = Language(
     multiline=frozenset("`"),
     function="function",
     ambiguous="/",
-    holes={"`": ("${",)},
     line_ends=True,
 )
 _C = Language(
@@ -171,7 +165,6 @@ LANGUAGES: dict[str, Language] = {
         strings=(*_RUST_RAW, ('"', '"')),
         multiline=frozenset(('"', *(opening for opening, _ in _RUST_RAW))),
         function="fn",
-        nested_comments=True,
         raw=frozenset(opening for opening, _ in _RUST_RAW),
         ambiguous="'",
         endings=(".rs",),
@@ -234,7 +227,6 @@ _SWIFT_MODIFIERS = (
 _PHP_TYPES = "class|interface|trait|enum|namespace"
 _PHP_MODIFIERS = r"(?:(?:abstract|final|readonly|public|protected|private|static)[ \t]+){0,5}"
 _LUA_LEVELS = tuple((f"[{level}[", f"]{level}]") for level in ("", "=", "=="))
-_HEREDOC = re.compile(r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1")
 LANGUAGES |= {
     "java": Language(
         _lines(r"^(?:import|package)[ \t]"),
@@ -260,7 +252,6 @@ LANGUAGES |= {
         multiline=frozenset({'""""', '"""', '$@"', '@$"', '@"'}),
         raw=frozenset({'""""', '"""', '$@"', '@$"', '@"'}),
         directives=True,
-        holes={'$"': ("{",), '$@"': ("{",), '@$"': ("{",)},
         endings=(".cs", ".csx"),
         names=("c#", "cs"),
     ),
@@ -277,9 +268,7 @@ LANGUAGES |= {
         multiline=frozenset({'"""'}),
         function="fun",
         raw=frozenset({'"""'}),
-        holes={'"': ("${",), '"""': ("${",)},
         line_ends=True,
-        nested_comments=True,
         endings=(".kt", ".kts"),
         names=("kt",),
     ),
@@ -296,9 +285,7 @@ LANGUAGES |= {
         multiline=frozenset({'##"""', '#"""', '"""'}),
         function="func",
         raw=frozenset({'##"""', '#"""', '##"', '#"'}),
-        holes={'"': ("\\(",), '"""': ("\\(",), '#"': ("\\#(",), '#"""': ("\\#(",)},
         line_ends=True,
-        nested_comments=True,
         endings=(".swift",),
     ),
     "php": Language(
@@ -313,8 +300,6 @@ LANGUAGES |= {
         multiline=frozenset("\"'`"),
         function="function",
         other_comments=(("# ", "\n"), ("?>", "<?")),  # #[ is no comment, text outside <?php and ?> is not code
-        holes={'"': ("{$",), "`": ("{$",)},
-        heredoc=re.compile(r"<[ \t]*(['\"]?)([A-Za-z_]\w{0,80})\1"),
         alternative=True,
         endings=(".php", ".phtml"),
     ),
@@ -327,7 +312,6 @@ LANGUAGES |= {
         re.compile(r"^\s*@(?:media|supports|layer|container|scope)\b"),
         ANYTHING,
         line_comment="",
-        tight_quotes=True,
         endings=(".css", ".scss", ".less"),
         names=("scss", "less"),
     ),
@@ -349,9 +333,8 @@ LANGUAGES |= {
         strings=(*_C_STRINGS, ("`", "`")),
         blocks="words",
         function="def",
-        holes={'"': ("#{",), "`": ("#{",)},
-        heredoc=re.compile(r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1"),
         brackets="",
+        here_document="[~-]?",
         inside=r"|(?:rescue|ensure|else|elsif|when|in)\b",
         closing=r"end\b",
         close="end",
@@ -374,7 +357,6 @@ LANGUAGES |= {
         brackets="",
         raw=frozenset(opening for opening, _ in _LUA_LEVELS),
         other_comments=tuple((f"--{opening}", closing) for opening, closing in _LUA_LEVELS[1:]),
-        tight_quotes=True,
         inside=r"|(?:else|elseif)\b",
         closing=r"(?:end|until)\b",
         close="end",
@@ -393,10 +375,7 @@ LANGUAGES |= {
         blocks="words",
         brackets="",
         raw=frozenset("'"),
-        comment_after=" \t;&|()",
-        tight_quotes=True,
-        holes={'"': ("$(", "${")},
-        heredoc=_HEREDOC,
+        here_document=r"-?[ \t]*\\?",
         inside=r"|(?:else|elif|then|do)\b",
         closing=r"\}|(?:fi|done|esac)\b",
         commands=True,
@@ -419,12 +398,10 @@ LANGUAGES |= {
         multiline=frozenset("\"'`"),
         blocks="statements",
         raw=frozenset("\"'`"),
-        tight_quotes=True,
         brackets="(",
         inside=r"|(?i:begin|else|when|exception|from)\b",
         closing=r"(?i:end)\b|\)|\$",
         close="",
-        nested_comments=True,
         commands=True,
         endings=(".sql",),
         names=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
@@ -448,7 +425,6 @@ LANGUAGES |= {
         blocks="indent",
         defines=_lines(r"^([\w.-]{1,80}):(?:[ \t]|\r?$)"),
         containers=ANYTHING,
-        comment_after=" \t",
         brackets="",
         items=True,
         commands=True,
@@ -464,7 +440,6 @@ LANGUAGES |= {
         blocks="lines",
         defines=_lines(r"^\[{1,2}([^\]\n]{1,120})\]"),
         raw=frozenset({"'''", "'"}),
-        sections=("[",),
         brackets="[{",
         close="",
         endings=(".toml",),
@@ -478,7 +453,6 @@ LANGUAGES |= {
         blocks="lines",
         defines=_lines(r"^#{1,6}[ \t]+([^\r\n]{1,200})\r?$"),
         raw=frozenset(("```", "~~~")),
-        sections=("#",),
         brackets="",
         close="",
         endings=(".md", ".markdown", ".mdx"),
@@ -491,10 +465,7 @@ LANGUAGES |= {
         block_comment=None,
         strings=(),
         blocks="lines",
-        comment_after="\n",
         brackets="",
-        heredoc=_HEREDOC,
-        sections=("FROM ",),
         close="",
         commands=True,
         endings=(".dockerfile",),

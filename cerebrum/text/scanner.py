@@ -30,17 +30,13 @@ QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
-QUOTES = ("'", '"')
 # PHP: `if (...):` up to `endif;`.
 ALTERNATIVE = re.compile(r"^(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*$", re.M)
 ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
-# Swift, Kotlin: the parameters after a closure's brace.
-PARAMETERS = re.compile(r"[ \t]*[\w(][\w \t(),:<>?.\[\]]{0,200}(?:\bin|->)[ \t]*\n?$")
+ITEM = re.compile(r"-(?:\s|$)")  # of YAML
+NAME = r"(['\"`]?)([A-Z_]\w{0,80})\1(?!\w)"  # of a text below
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
 DIRECTIVE = re.compile(r"[ \t]*(if|el|endif)")
-# YAML: a key with a tag or an anchor, whose value follows below; an item.
-TAGGED = re.compile(r":(?:[ \t]+[&!]\S+)+$")
-ITEM = re.compile(r"-(?:\s|$)")
 
 
 class Bracket(NamedTuple):
@@ -49,7 +45,6 @@ class Bracket(NamedTuple):
     kind: str
     header: str  # of {: the statement before it
     indent: int  # of its line
-    literal: tuple[str, str] | None = None  # (opener, closer) of the string that continues after the bracket
     condition: bool = False  # a statement may follow its end
 
 
@@ -78,10 +73,9 @@ class Literals:
         self.run = run_of("\n")
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
-        self.since = self.nested = self.escaped_at = 0  # open comments inside it; `since` of the last escaped character
+        self.since = self.escaped_at = 0  # `since` of the last escaped character
         self.escaped = self.in_class = False  # after a backslash; in a [] of a regex
-        self.line = ""  # of a comment or a text below <<NAME: the line so far
-        self.terminators: list[str] = []  # the lines that end the texts below this line
+        self.line = ""  # of a comment: the line so far
         self.tail = ""  # the last characters of the text
         # The statement so far: its code, its last character and the one before.
         self.head, self.last, self.previous = "", "", ""
@@ -100,13 +94,13 @@ class Literals:
 
     def _enter(self, opener: str, closer: str) -> None:
         """Enter a literal or a comment after the last character."""
-        self.opener, self.closer, self.since, self.escaped_at, self.nested = opener, closer, 0, 0, 0
+        self.opener, self.closer, self.since, self.escaped_at = opener, closer, 0, 0
         self.escaped = self.in_class = self.starting = False
         self.line, self.run = "", self._run()
 
     def _run(self) -> re.Pattern[str]:
         """A pattern for a run of characters that only continue the literal."""
-        return run_of("\n\\[]*/>" + self.closer[-1:] + "".join(self._holes()))
+        return run_of("\n\\[]*/>" + self.closer[-1:])
 
     def _opening(self) -> tuple[str, str] | None:
         """(opener, closer) completed by the last character, in code or by extending a shorter opener (" to \"\"\")."""
@@ -125,11 +119,6 @@ class Literals:
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if opener == "#" and language.directives:
             return self.starting
-        if opener == "#" and language.comment_after:
-            return self.starting or (before in language.comment_after and before != "")
-        if opener in QUOTES and language.tight_quotes:
-            in_expansion = bool(self.stack) and self.stack[-1].kind == "${" and self.stack[-1].literal is not None
-            return before != "\\" and not (opener == "'" and in_expansion)  # "${x:-it's}"
         if opener == "'" and (before.isalnum() or before == "_"):
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
@@ -141,31 +130,16 @@ class Literals:
             return self.last != '"' and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
         return opener not in ("```", "~~~") or not self.head.strip("`~")
 
-    def _holes(self) -> tuple[str, ...]:
-        return self.language.holes.get(self.opener, ())
-
-    def _hole(self) -> str:
-        """The mark that starts code inside this string, if the last character completes the mark; else ""."""
-        for start in self._holes():
-            behind_escape = self.escaped and start[0] != "\\"
-            if self.tail.endswith(start) and not behind_escape and self.since - self.escaped_at >= len(start):
-                return start
-        return ""
-
     def _in_literal(self, char: str) -> None:
         language, comment = self.language, self.in_comment
         if self.opener == "<<":
-            self._in_text_below(char)
+            self._in_here_document(char)
             return
         if self.since == 2 and self.opener == "'" in language.ambiguous and char != "'" and self.tail[-2] != "\\":
             self.closer = ""  # a lifetime
             self._in_code(char)
             return
-        if start := self._hole():
-            kind = "$(" if "(" in start else "${"  # not {, which is a block
-            self.stack.append(Bracket(kind, "", self.indent, (self.opener, self.closer)))
-            self.closer, self.escaped = "", False
-        elif self.escaped:
+        if self.escaped:
             self.escaped, self.escaped_at = False, self.since
         elif char == "\\" and self.opener not in language.raw and (not comment or language.directives):
             self.escaped = True
@@ -174,8 +148,6 @@ class Literals:
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
             self.run = self._run()
-        elif language.nested_comments and self.opener == "/*" and self.since >= 2 and self.tail.endswith("/*"):
-            self.nested, self.tail = self.nested + 1, ""
         elif char == self.closer[-1] and self._is_closed():
             self._leave(char, comment)
         elif char == "\n" and not comment and self.opener not in language.multiline:
@@ -187,6 +159,19 @@ class Literals:
         if self.closer:
             self.line = (self.line + char)[:LINE_CHARS]
 
+    def _in_here_document(self, char: str) -> None:
+        if char != "\n":
+            self.line = (self.line + char)[:LINE_CHARS]
+            return
+        line, self.line = self.line, ""
+        if self.closer == "<":
+            name = re.match(self.language.here_document + NAME, line)
+            self.closer = name[2] if name else ""
+        elif line.strip() == self.closer:
+            self.closer = ""
+        if not self.closer:
+            self._in_code(char)
+
     def _is_closed(self) -> bool:
         size = len(self.closer)
         reached = self.since >= size and self.since - self.escaped_at >= size and not self.in_class
@@ -194,9 +179,6 @@ class Literals:
 
     def _leave(self, char: str, comment: bool) -> None:
         """The literal or comment ends with this character."""
-        if self.nested:
-            self.nested, self.tail = self.nested - 1, ""
-            return
         if self.since > len(self.closer):  # one more quote makes a triple quote only after an empty string
             self.tail = ""
         if not comment:
@@ -214,20 +196,6 @@ class Literals:
         if char == "\n":
             self._in_code(char)
 
-    def _in_text_below(self, char: str) -> None:
-        """Read a character of a text that a line with the closer ends, below <<NAME."""
-        if char != "\n":
-            self.line = (self.line + char)[:LINE_CHARS]
-            return
-        line, self.line = self.line.strip(), ""
-        rest = line[len(self.closer) :]
-        if line.startswith(self.closer) and not re.match(r"\w", rest) and (not rest or self.language.alternative):
-            self.closer = self.terminators.pop(0) if self.terminators else ""
-            if not self.closer:
-                self.starting, self.indent, self.last = True, 0, '"'
-                for behind in f"{rest}\n":
-                    self._in_code(behind)
-
 
 class Scanner(Literals):
     """Follows source code one character at a time: its strings, comments, brackets, statements and blocks."""
@@ -237,7 +205,6 @@ class Scanner(Literals):
         self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
         self.by_lines = language.blocks not in ("braces", "brackets")
         self.code_run = run_of("".join(sorted(self.opener_ends | set("()[]{}\n;:<"))))
-        self.raw, self.marks = "", list[int]()  # the line behind its first <<; the places behind each <<
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
         # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
@@ -263,10 +230,7 @@ class Scanner(Literals):
         """The indentation of the header just before this point, if it opened a block that has no body yet."""
         if not self.by_lines:
             openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
-            opened = self.stack and (
-                self.last in openings or (self.stack[-1].kind == "{" and PARAMETERS.match(self.head))
-            )
-            return self.stack[-1].indent if opened else None
+            return self.stack[-1].indent if self.stack and self.last in openings else None
         if self.language.indented and self.head.strip():
             return self.indent if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip()) else None
         return self.blocks[-1][0] if self.fresh else None
@@ -296,8 +260,6 @@ class Scanner(Literals):
                 place += 1
                 continue
             self.tail = (self.tail + run[0])[-TAIL_CHARS:]
-            if self.marks:
-                self.raw = (self.raw + run[0])[:LINE_CHARS]
             self.since += len(run[0])
             place = run.end()
 
@@ -305,12 +267,9 @@ class Scanner(Literals):
         """Read a character."""
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
-        if self.language.heredoc:
-            if self.marks:
-                self.raw = (self.raw + char)[:LINE_CHARS]
-            if char == "<" == self.tail[-2:-1] and not self.closer and "((" not in self.head:
-                self.marks.append(len(self.raw))
-        if char in self.opener_ends and (pair := self._opening()):
+        if self.language.here_document and not self.closer and self.tail.endswith("<<") and "((" not in self.head:
+            self._enter("<<", "<")  # first the rest of the line
+        elif char in self.opener_ends and (pair := self._opening()):
             begun = pair[0][:-1]
             if not self.closer and pair in self.comments and begun and self.head.endswith(begun):
                 self.head, self.last = self.head[: -len(begun)], self.previous  # not code
@@ -328,7 +287,7 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.brackets or (self.stack and self.by_lines and char in "(){}"):  # in a string's code
+        if char in self.brackets:
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
         elif char == ":" and self.language.alternative and ALTERNATIVE.search(self.head):
@@ -379,10 +338,7 @@ class Scanner(Literals):
             return
         bracket = self.stack[depth]
         del self.stack[depth:]
-        if bracket.literal:
-            self.opener, self.closer = bracket.literal
-            self.since, self.escaped_at, self.line, self.run = 9, 0, "", self._run()
-        elif char != "}" or bracket.kind == "({":
+        if char != "}" or bracket.kind == "({":
             self._add(char)
             self.condition = self.head if bracket.condition else ""
         elif self.in_parens:
@@ -403,19 +359,12 @@ class Scanner(Literals):
             self.last = self.last.strip("\\")
         else:
             self._line_of_block()
-        if self.marks:
-            found = (self.language.heredoc.match(self.raw, mark) for mark in self.marks if self.language.heredoc)
-            self.terminators = [match[2] for match in found if match]
-            self.marks, self.raw = [], ""
-            if self.terminators:
-                self._enter("<<", self.terminators.pop(0))
 
     def _line_of_block(self) -> None:
         """By lines: a statement has ended."""
         head = self.head.strip()
         if head and head.lower() != "r":  # not a comment or a docstring, which may have the prefix r
-            level, indented = self.level(head), self.language.indented
-            header = self.last == ":" or (self.language.items and TAGGED.search(head) is not None)
+            level, header, indented = self.level(head), self.last == ":", self.language.indented
             self.blocks, self.fresh = self.enclosing(level), header and indented
             self.blocks += [(level, head)] * (header or not indented)
             self.margin = min(self.indent, self.indent if self.margin is None else self.margin)

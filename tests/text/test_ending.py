@@ -1314,11 +1314,6 @@ def test_thoughts_that_the_answer_was_begun_with(size: int) -> None:
     assert run(ending, [text[at : at + size] for at in range(0, len(text), size)]) == ("abcdef = 1\n", "stop")
 
 
-def test_a_text_below_a_long_line() -> None:
-    text = f"    echo {' '.join(map(str, range(200)))}; cat <<EOF\n}}\nEOF\n}}\n"
-    check("complete", "shell", "f() {\n", "", f"{text}\ng() {{\n", (text, "block"))
-
-
 def cases(texts: str) -> list[str]:
     return texts.removeprefix("\n=== ").removesuffix("\n").split("\n=== ")
 
