@@ -129,7 +129,7 @@ MEET_LINES = 6  # compared at most of the suffix
 MEET_CHARS = 7  # the compared lines have at least this many, unless the suffix has fewer
 REST_WEIGHT = 3  # letters and digits in the rest of the cursor's line
 END_WEIGHT = 6  # letters and digits in one line at the text's end
-CLOSERS_CHARS = 400  # of the suffix, searched for closing brackets
+CLOSERS_CHARS = 4000  # of the suffix, searched for closing brackets
 # How far an infill that could have ended goes on to meet the suffix, in characters without white space ...
 AHEAD_CHARS = 400  # ... usually
 LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to the gap
@@ -652,8 +652,9 @@ class Meeting:
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
 
-    The suffix could follow the first line whose brackets and indentation fit it, the text before a bracket that
-    only the suffix closes, and a line above one that is indented less than cursor and suffix. What the model writes
+    The suffix could follow the first line that is not indented less than it and opens no block, the text before a
+    bracket that nothing in the text above or in the gap has opened, and a line above one that is indented less than
+    cursor and suffix. What the model writes
     after such a place waits: it is sent if the model soon meets the suffix, or ends by itself where the suffix
     fits. How soon depends on what has been written (`AHEAD_CHARS` and the four below it). Many gaps of several
     lines go on after a line that could have ended them, so waiting is worth its tokens. A client in a hurry sets
@@ -671,26 +672,13 @@ class Gap(Stage):
         if self.meeting.half:
             self.below = max(self.below, start)
         self.bound, self.limit = min(start, self.below), max(start, self.below)
-        if scanner.opened is not None and self.below <= scanner.opened:  # the body of a header is missing
-            header = scanner.head.strip() or (scanner.blocks[-1][1] if scanner.blocks else "")
-            self.bound = scanner.opened + (DEFINITION.match(header) is not None)
         # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
         self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
         self.blank = False  # the last line was blank
         self.literal = bool(scanner.closer)
-        # Blocks that begin at this indentation are closed where the suffix follows.
-        self.outer = self.below + (bool(below) and below[0].lstrip()[0] in PAIRS)
-        blocks = [(one.indent, depth) for depth, one in enumerate(scanner.stack, 1) if one.kind == "{"]
-        inner = [depth for indent, depth in blocks if indent < self.below]
-        closed = [depth for indent, depth in blocks if self.below == indent < self.outer]
-        self.floor = max(inner[-1:] + closed[:1], default=0)  # brackets that must stay open
-        # Brackets of the innermost block that must be open there.
-        self.parens, count = 0 if self.literal else self._count_closers(suffix), self._count_parens()
-        if count and self.parens:
-            self.floor = len(scanner.stack) - count + min(count, self.parens)
-        if scanner.stack and self.meeting.rest.startswith("}"):
-            self.floor, self.outer = len(scanner.stack), max(self.outer, scanner.stack[-1].indent + 1)
         self.unmatched, self.depth = scanner.unmatched, len(scanner.stack)
+        closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
+        self.floor = min(self.depth, closers)  # brackets that the suffix closes
         self.started = bool(first.strip())  # the line has characters other than white space
         self.indent = scanner.indent  # of the line
         self.mark = 0  # the end of the last line that is not blank
@@ -702,20 +690,6 @@ class Gap(Stage):
         self.inner = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
         self.inner = self.inner or (scanner.by_lines and self.started and self.indent > self.below)
         self.inner = self.inner and not self.meeting.rest
-
-    def _count_closers(self, suffix: str) -> int:
-        """How many brackets of the innermost block the suffix closes without opening them."""
-        scanner = Scanner(self.scanner.language)
-        for char in suffix[:CLOSERS_CHARS]:
-            before = scanner.unmatched
-            scanner.step(char)
-            if char == "}" and not scanner.by_lines and scanner.unmatched > before:
-                return before
-        return scanner.unmatched
-
-    def _count_parens(self) -> int:
-        """How many brackets are open in the innermost block."""
-        return sum(1 for _ in takewhile(lambda bracket: bracket.kind != "{", reversed(self.scanner.stack)))
 
     def step(self, char: str) -> None:
         position, meeting, scanner = len(self.text), self.meeting, self.scanner
@@ -754,13 +728,11 @@ class Gap(Stage):
         sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight(1) >= REST_WEIGHT
         if written is not None and sure:
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
-        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer and not self._must_close():
+        elif self.meeting.rest[0] in PAIRS and self.scanner.stack:
+            return  # the rest closes what the cursor is in
+        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer:
             self._could_end(self.mark)
             self.ahead = min(self.ahead, REST_AHEAD_CHARS)
-
-    def _must_close(self) -> bool:
-        """Whether the rest of the cursor's line begins with the bracket that closes what the cursor is in."""
-        return bool(self.scanner.stack) and self.meeting.rest[0] in PAIRS
 
     def _indented(self, place: int) -> int:
         """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
@@ -773,27 +745,20 @@ class Gap(Stage):
     def _read(self, char: str, position: int) -> None:
         """Note whether a character leaves the surroundings of the cursor."""
         scanner = self.scanner
-        before, inside = self.indent, bool(scanner.closer and scanner.since)
+        inside = bool(scanner.closer and scanner.since)
         if not self.started and not inside:
             self.indent = scanner.indent
-        if self.literal:
-            if not scanner.closer and char in self.meeting.rest:
-                self._leave(position)
-        elif char in PAIRS and not scanner.closer and self._has_left():
+        if char in PAIRS and not scanner.closer and self._has_left():
             self._leave(position if self.started or self.meeting.rest else self.mark)
         elif not (self.started or inside or scanner.in_parens):
             if scanner.by_lines and not self.meeting.rest and (self.inner or not self.lines):
                 self.inner = scanner.indent > self.below
             if self.blank and self.final and self.enough is not None and scanner.indent <= self.below:
                 self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)
-            if not self.lines:
-                return
-            if scanner.indent < self.bound:
+            if self.lines and scanner.indent < self.bound:
                 self._leave(self.mark)
                 if scanner.by_lines and char in {start[0] for start in scanner.language.comment_starts}:
                     self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)  # usually the first of some examples
-            elif scanner.by_lines and scanner.indent <= self.limit < before:
-                self._could_end(self.mark)  # behind a block
 
     def _leave(self, place: int) -> None:
         if self.left is None:
@@ -803,38 +768,24 @@ class Gap(Stage):
             self.ahead = min(self.ahead, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
 
     def _has_left(self) -> bool:
-        """Whether the text has closed a bracket that the suffix closes."""
+        """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
         return len(self.scanner.stack) < self.floor or self.scanner.unmatched > self.unmatched
 
     def _fits(self) -> bool:
         """Whether the suffix could follow the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
-        if self.literal or scanner.closer:
+        if scanner.closer or self._has_left() or (scanner.by_lines and self.indent > self.limit):
             return self.literal and bool(scanner.closer)
-        blocks = [bracket.indent for bracket in scanner.stack[-8:] if bracket.kind == "{"]
-        if self._has_left() or self._count_parens() != self.parens or (blocks and blocks[-1] >= self.outer):
-            return False
-        if scanner.by_lines and self.indent > self.limit:
+        if len(scanner.stack) > self.depth:
             return False
         return self.below <= self.indent or scanner.in_parens if opened is None else opened < self.below
-
-    def _may_follow(self) -> bool:
-        """Whether the suffix could follow the end of the text."""
-        scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer or (self._has_left() and not self.literal):
-            return bool(scanner.closer)
-        if self.meeting.rest:
-            return self.text[-1:] != ["\n"]
-        if self.meeting.half or self.literal or not scanner.language.colons or scanner.in_parens:
-            return True
-        return self.bound <= self.indent >= self.below if opened is None else opened < self.below
 
     def flush(self, whole: bool) -> str:
         place = self.meeting.at_end(self.text)
         if place is None and not whole:
             place = self.enough
-        elif place is None and not self._may_follow():
-            place = self.enough if self.left is None else self.left
+        elif place is None and self._has_left():
+            place = self.left
         if place is not None and place == self.enough:
             place = self._indented(place)
         if place is not None:

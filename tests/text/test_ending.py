@@ -431,29 +431,6 @@ def f():
         return 1
 ‖
         return 1
-=== python end: a body
-def f(x):
-«    if x:
-        y()
-    return x»
-
-
-def h():
-‖
-
-def g():
-    pass
-=== python end: a definition between two
-a = 1
-
-«def f():
-    x = 1
-    return x»
-
-def g():
-‖
-
-b = 2
 === python stop: the suffix at once
 def f():
 «»    return the_value_of(x)
@@ -651,36 +628,11 @@ self.assertEqual(c, 3)
 »self.assertEqual(dd, 4)
 ‖self.assertEqual(dd, 4)
 self.assertEqual(ee, 5)
-=== python end: brackets that the suffix closes
-«x = make(
-»    3,
-    4,
-    5,
-    6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30)
-y = another_one(1, 2, 3, 4)
-‖    99,
-)
-=== python end: a header that the suffix is the body of
-def f(xs):
-«    n = 0
-    for x in xs:»
-        n -= another_function(x)
-        print("something else than the suffix", n)
-        print("and more of it", x)
-    return n + 1
-‖
-        n += x
 === python block: the lost rest of a line
 valu«e = compute()»
 other = compute_more()
 another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
 ‖ if elsewhere() else None
-=== python end: the line below the rest
-valu«e = compute()»
-if next_line(value):
-    pass
-‖ if elsewhere() else None
-if next_line(value):
 === python block: a blank line at the end of the cursor's block
 def add(a, b):
     return «a + b»
