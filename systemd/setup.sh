@@ -112,7 +112,7 @@ build() {
 	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/cache"
 	as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
 	as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}"
+		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
 	systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
 	find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import gguf
 import numpy as np
 from harness import ROOT
 
-from cerebrum.vps.gguf import Gguf, Part, ggml  # harness has set the path to it
+from cerebrum.vps.gguf import Gguf, Source, ggml  # harness has set the path to it
 from cerebrum.vps.llama import llama, start_library
 
 assert ROOT
@@ -146,18 +147,18 @@ def write_header(path: Path, family: Family) -> None:
 
 def fill(tensor: int, name: str, seed: int) -> None:
     """Give a tensor its values: the same for the same name and seed."""
-    lib = ggml().lib
+    lib = ggml()
     lib.ggml_nelements.restype, lib.ggml_nelements.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
     lib.ggml_backend_tensor_set.restype = None
     lib.ggml_backend_tensor_set.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-    kind = ggml().names[ctypes.c_int.from_address(tensor).value]
+    kind = gguf.GGMLQuantizationType(ctypes.c_int.from_address(tensor).value)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     values = np.random.default_rng(list(digest)).normal(0, 0.3, lib.ggml_nelements(tensor)).astype(np.float32)
     if "ssm_a" in name:
         values = -np.abs(values)  # a state decays
     elif "norm" in name:
         values = 1 + values / 3
-    data = values if kind == "f32" else values.astype(np.float16)
+    data = values if kind == gguf.GGMLQuantizationType.F32 else values.astype(np.float16)
     lib.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
 
 
@@ -165,7 +166,7 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     """Write the model's file."""
     header = path.with_suffix(".header")
     write_header(header, family)
-    lib = ggml().lib
+    lib = ggml()
     lib.ggml_get_name.restype, lib.ggml_get_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
 
     @llama.llama_model_set_tensor_data_t  # type: ignore[untyped-decorator]
@@ -180,11 +181,49 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     header.unlink()
     if family.template:  # which the library does not save
         plain = path.rename(path.with_suffix(".plain"))
-        with Gguf(plain) as file:
-            file.write(
-                path, [Part(one, one.type) for one in file.tensors], {"tokenizer.chat_template": family.template}
-            )
+        Source(plain).write(path, {}, {"tokenizer.chat_template": family.template})
         plain.unlink()
+    return path
+
+
+QUANTIZED_VOCABULARY, QUANTIZED_WIDTH, QUANTIZED_FEED = 2048, 256, 512
+HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None), "Q8_0": slice(2)}  # where blocks have fp16
+
+
+def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")) -> Path:
+    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without a type for the
+    output matrix the embedding serves as one."""
+    writer = gguf.GGUFWriter(path, "qwen2")
+    numbers = {
+        "block_count": layers,
+        "embedding_length": QUANTIZED_WIDTH,
+        "attention.head_count": 4,
+        "feed_forward_length": QUANTIZED_FEED,
+    }
+    for name, value in numbers.items():
+        writer.add_uint32(f"qwen2.{name}", value)
+    writer.add_token_list([f"t{i}" for i in range(QUANTIZED_VOCABULARY)])
+    matrices = [("token_embd.weight", "Q6_K", (QUANTIZED_VOCABULARY, QUANTIZED_WIDTH))]
+    matrices += [("output.weight", output, (QUANTIZED_VOCABULARY, QUANTIZED_WIDTH))] if output else []
+    for i in range(layers):
+        matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (QUANTIZED_WIDTH, QUANTIZED_WIDTH)))
+        matrices.append((f"blk.{i}.ffn_down.weight", types[i % len(types)], (QUANTIZED_WIDTH, QUANTIZED_FEED)))
+        matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, QUANTIZED_WIDTH, QUANTIZED_WIDTH)))
+    rng = np.random.default_rng(1)
+    for name, kind, shape in matrices:
+        number = gguf.GGMLQuantizationType[kind]
+        if kind == "F16":
+            writer.add_tensor(name, rng.normal(0, 0.05, shape).astype(np.float16))
+            continue
+        size, width = gguf.GGML_QUANT_SIZES[number]
+        blocks = rng.integers(0, 256, (math.prod(shape) // size, width), np.uint8)
+        halves = blocks[:, HALVES[kind]]
+        halves[:] = np.full((len(blocks), halves.shape[1] // 2), 0.001, "<f2").view(np.uint8)
+        writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 

@@ -75,15 +75,14 @@ class Translator:
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
-        from cerebrum.text.ending import Cutter, Ending, wants_extras
+        from cerebrum.text.ending import Cutter, Ending
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        extras = wants_extras([turn["content"] for turn in turns if turn["role"] == "user"])
         above, indent = "" if turns else given[0], asked.get("indent", 0)
         where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
-        ending = Ending(*where, extras=extras, indent=indent)
+        ending = Ending(*where, indent)
         self.read_event = dialect.read_event
         self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
         self.characters = Characters()

@@ -115,7 +115,6 @@ CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # c
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
-FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
@@ -136,18 +135,6 @@ LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to 
 REST_AHEAD_CHARS = 80  # ... after a line that lacks the rest of the cursor's line
 OUTSIDE_AHEAD_CHARS = 40  # ... below a blank line or at a comment outside the cursor's block
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line instead
-# A comment line that announces examples or tests, and the words of an instruction that asks for them.
-EXTRAS = re.compile(
-    r"(?<![#/])[#/]+[ \t]*(?:some |an? |the )?"
-    r"(?:example|sample|usage|demo|driver|test|unit test|testing)s?"
-    r"(?: (?:cases?|code|examples?|function|functions|program|usage|the (?:code|function|functions|class|program)))*"
-    r"[:. \t\r]*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-WANTS_EXTRAS = re.compile(
-    r"\b(?:call|demo|demonstrate|driver|examples?|main|print|program|run|samples?|script|show|test\w*|usage)\b",
-    re.IGNORECASE,
-)
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
@@ -985,45 +972,6 @@ class Fences(Stage):
         return "" if closed or self.state == "thinking" else super().flush(whole)
 
 
-def wants_extras(asked: Sequence[str]) -> bool:
-    """Whether instructions ask for examples or tests, or are about code that already has some."""
-    return any(WANTS_EXTRAS.search(FENCED.sub("", text)) or EXTRAS.search(text) for text in asked)
-
-
-class Extras(Stage):
-    """An answer's code: ends before examples or tests that nobody asked for.
-
-    A comment at the left margin announces them, below a definition.
-    """
-
-    def __init__(self, language: Language) -> None:
-        super().__init__()
-        self.language, self.scanner = language, Scanner(language)
-        self.line = ""
-        self.mark = 0  # the end of the last line that is not blank
-        self.defined = False  # a definition was found
-        self.in_code = True  # the line does not start inside a string or comment
-
-    def step(self, char: str) -> None:
-        self.text.append(char)
-        if len(self.line) < LINE_CHARS or char == "\n":
-            self.line += char
-        self.scanner.step(char)
-        if char == "\n":
-            if self._may_announce() and EXTRAS.match(self.line):
-                self.end("block", self.mark)
-                return
-            self.defined = self.defined or bool(self.language.defines.match(self.line))
-            self.mark = len(self.text) if self.line.strip() else self.mark
-            self.line, self.in_code = "", not self.scanner.closer
-        if self.line.strip() and not self._may_announce():
-            self.safe = len(self.text)
-
-    def _may_announce(self) -> bool:
-        comment = self.language.line_comment
-        return bool(comment) and self.defined and self.in_code and comment.startswith(self.line[: len(comment)])
-
-
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
     place = prompt.find(quotes)
@@ -1059,7 +1007,7 @@ class Ending:
     The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix or a
     fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
     the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
-    With `extras`, examples and tests are part of the answer. An `indent` above 0 ends the completion before a line
+    An `indent` above 0 ends the completion before a line
     that is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before
     two blank lines if its prompt defines nothing.
     """
@@ -1071,7 +1019,6 @@ class Ending:
         prompt: str,
         suffix: str | None,
         stop_at: str,
-        extras: bool = False,
         indent: int = 0,
     ) -> None:
         syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
@@ -1081,17 +1028,14 @@ class Ending:
         self.column = self.due = 0  # the cursor's, if only indentation precedes it; the column that its line needs
         if stop_at == "none":
             return
-        if mode == "instruct":
-            # In a language without calls, a comment about tests belongs to the next part.
-            if syntax and not extras and (syntax.function or syntax.blocks == "braces"):
-                self.stages.append(Extras(syntax))
-        elif known := syntax or self._guess(prompt, suffix if gap else ""):
+        known = syntax or self._guess(prompt, suffix if gap else "")
+        if mode != "instruct" and known:
             scanner = scan(known, prompt)
             if scanner.starting and scanner.indent:
                 self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
             block = LineBlock if scanner.by_lines else BracketBlock
             self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
-        else:
+        elif mode != "instruct":
             self.stages.append(Blanks())
         if indent > 0:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))

@@ -8,7 +8,7 @@ Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). T
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
 The *passport* is JSON in the tuned file's header: the source, machine and settings of the file. `find_tuned` refuses a
-file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and no tensors.
+file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and one layer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import platform
 import shutil
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.gguf import Gguf, Part, Tensor, ggml
+from cerebrum.vps.gguf import Gguf, Source, Tensor
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -158,20 +158,15 @@ MAX_DIVERGENCE = 0.02
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
-# A recipe has the new type of each type that it changes: a type that stores the same weights, exactly or with scales
-# rounded to fp16 (see gguf.py), or else Q8_0. The steps of Q8_0 are 1/127 of a block's largest weight, so this rounding
-# changes less than the rounding in other kernels. The ternary types and the 1-bit and 4-bit float types are left alone.
-TO_Q8_0 = {
-    **dict.fromkeys(("q4_0", "q5_0", "q4_1", "q5_1", "q2_K", "q3_K", "q6_K"), "q8_0"),
-    **dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "q8_0"),
-}
-FAITHFUL = TO_Q8_0 | {"q4_K": "q4_1", "q5_K": "q5_1"}
-LOSSY = "q4_0"
-FAST = dict.fromkeys((FAITHFUL.keys() | {"q8_0", "f16", "bf16"}) - {LOSSY}, LOSSY)  # only with --fast
+# A recipe has the new type of each type that it changes. Q4_1 stores the same weights as Q4_K, with scales rounded to
+# fp16. The steps of Q8_0 are 1/127 of a block's largest weight, which changes less than the rounding in kernels.
+TO_Q8_0 = {"Q5_0": "Q8_0", "Q6_K": "Q8_0"}
+FAITHFUL = TO_Q8_0 | {"Q4_K": "Q4_1"}
+LOSSY = "Q4_0"
+FAST = dict.fromkeys(("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"), LOSSY)  # only with --fast
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """A file's speed: seconds per token of a prompt, and seconds of one decode by its number of tokens."""
 
     read: float
@@ -181,11 +176,6 @@ class Timing:
     def work(self) -> float:
         """Seconds for the work of READ_TOKENS and DECODES."""
         return READ_TOKENS * self.read + sum(count * self.decode[size] for size, count in DECODES.items())
-
-    def best(self, other: Timing) -> Timing:
-        return Timing(
-            min(self.read, other.read), {size: min(self.decode[size], other.decode[size]) for size in DECODES}
-        )
 
 
 Types = Mapping[str, str]  # of the tensors that change: new type by name
@@ -209,7 +199,7 @@ def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
 def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
     """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole model."""
     types: dict[int, list[str]] = defaultdict(list)
-    for tensor in sorted(tensors, key=lambda tensor: tensor.kind):
+    for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
     alike = sorted(range(layers), key=lambda layer: (types[layer], layer))
@@ -219,12 +209,10 @@ def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
 
 def grown(tensors: Sequence[Tensor], types: Types) -> int:
     """Bytes that the changes add to the file."""
-    changed = (tensor for tensor in tensors if tensor.name in types)
-    return sum(ggml().data_size(types[tensor.name], tensor.weights) - tensor.size for tensor in changed)
+    return sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in tensors if tensor.name in types)
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
+class Agreement(NamedTuple):
     """How well the predictions of two files agree: mean Kullback-Leibler divergence in nats, and the share of positions
     at which both have the same likeliest token."""
 
@@ -239,50 +227,40 @@ class Outcome:
 
     published: Timing
     tuned: Timing | None  # None: nothing here is faster than the published file with the usual settings
-    changes: Sequence[tuple[str, int, str, str]]  # kind of tensor, how many, type before and after
+    passport: Passport
     settings: tuple[Settings, Settings]  # before and after
     file_bytes: tuple[int, int]
     memory_bytes: tuple[int, int]  # estimated
     agreement: Agreement | None
-    fast: bool
 
     def table(self) -> str:
-        before, after = self.settings
         old, new = self.published, self.tuned or self.published
-        decodes = [(f"a decode of {n} token{'s' * (n > 1)}, ms", old.decode[n], new.decode[n]) for n in DECODES]
-        rows = [
-            ("tensors", "published", "here", ""),
-            *((f"{kind} ({count})", was.upper(), now.upper(), "") for kind, count, was, now in self.changes),
-            ("", "", "", ""),
-            ("", "published", "here", ""),
-            row("reading a prompt, tokens/s", old.read, new.read, lambda seconds: f"{1 / seconds:.0f}"),
-            *(row(*times, lambda seconds: f"{1e3 * seconds:.1f}") for times in decodes),
-            row(f"{READ_TOKENS} tokens read, 128 written, s", old.work, new.work, lambda seconds: f"{seconds:.2f}"),
-            ("size of the file, MB", *(f"{size / MB:.0f}" for size in self.file_bytes), ""),
-            ("memory (estimate), MB", *(f"{size / MB:.0f}" for size in self.memory_bytes), ""),
-            ("micro-batch", str(before.micro_batch), str(after.micro_batch), ""),
-            ("flash attention", *("on" if used.uses_flash_attention else "off" for used in self.settings), ""),
-            ("threads", str(before.threads), str(after.threads), ""),
-        ]
-        width = max(len(name) for name, *_ in rows)
-        lines = [f"{cpu_name()}, {after.threads} threads", ""]
-        lines += ["  ".join((r[0].ljust(width), *(cell.rjust(10) for cell in r[1:3]), *r[3:])).rstrip() for r in rows]
+        times = [("a token of a prompt, ms", old.read, new.read)]
+        times += [(f"a decode of {n} token{'s' * (n > 1)}, ms", old.decode[n], new.decode[n]) for n in DECODES]
+        times += [(f"{READ_TOKENS} tokens read, 128 written, ms", old.work, new.work)]
+        rows: list[tuple[str, ...]] = [("", "published", "here", "")]
+        rows += [(name, f"{1e3 * was:.1f}", f"{1e3 * now:.1f}", f"{was / now:.2f} x") for name, was, now in times]
+        for name, values in (
+            ("size of the file, MB", [f"{size / MB:.0f}" for size in self.file_bytes]),
+            ("memory (estimate), MB", [f"{size / MB:.0f}" for size in self.memory_bytes]),
+            ("micro-batch", [str(used.micro_batch) for used in self.settings]),
+            ("flash attention", ["on" if used.uses_flash_attention else "off" for used in self.settings]),
+            ("threads", [str(used.threads) for used in self.settings]),
+        ):
+            rows.append((name, *values, ""))
+        lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
+        lines += [f"{name:32}{was:>10}{now:>12}  {gain}".rstrip() for name, was, now, gain in rows]
         lines.append("")
-        if self.agreement:
+        if same := self.agreement:
             lines.append(
-                f"agreement with the published file on {self.agreement.positions} tokens of code: "
-                f"mean KLD {self.agreement.divergence:.4f}, same likeliest token {self.agreement.same_top:.1%}"
+                f"agreement with the published file on {same.positions} tokens of code: "
+                f"mean KLD {same.divergence:.4f}, same likeliest token {same.same_top:.1%}"
             )
-        if self.fast:
+        if self.passport.fast:
             lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
         if not self.tuned:
             lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
         return "\n".join(lines)
-
-
-def row(title: str, old: float, new: float, show: Callable[[float], str]) -> tuple[str, str, str, str]:
-    """A row with two times in seconds, and how many times as fast the new one is."""
-    return title, show(old), show(new), f"{old / new:.2f} x"
 
 
 # ------------------------------------------------------------------------------------------ IO: measuring
@@ -378,14 +356,16 @@ Progress = Callable[[str, int, int], None]  # label, done, total
 
 def compare(variants: Mapping[Any, Variant], read: int, step: Callable[[], None]) -> dict[Any, Timing]:
     """The best times of each variant, measured in turns, so that a slow minute affects all of them alike."""
-    found: dict[Any, Timing] = {}
+    found: dict[Any, list[Timing]] = {name: [] for name in variants}
     for turn in range(TURNS):
         for name in list(variants)[:: -1 if turn % 2 else 1]:
             with opened(*variants[name]) as model:
-                timing = measure(model, read)
-            found[name] = found[name].best(timing) if name in found else timing
+                found[name].append(measure(model, read))
             step()
-    return found
+    return {
+        name: Timing(min(t.read for t in all_), {size: min(t.decode[size] for t in all_) for size in DECODES})
+        for name, all_ in found.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- IO: tune
@@ -399,17 +379,20 @@ class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
     def __init__(
-        self, file: Gguf, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Progress
+        self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Progress
     ) -> None:
-        self.file, self.sha256, self.settings, self.folder = file, sha256, settings, folder
+        self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
         self.room, self.report = room, report
-        self.shape, self.tensors = file.shape, file.tensors
+        with Gguf(path) as file:
+            self.shape, self.architecture = file.shape, file.architecture
+        self.source = Source(path)
+        self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first one changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors, self.shape.layers)
-        self.size = file.path.stat().st_size
+        self.size = path.stat().st_size
         self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
             self.knobs.append(replace(settings, threads=cpus()))
@@ -433,24 +416,12 @@ class Tuner:
     def sample(self, types: Types, layers: Sequence[int]) -> Path:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
-        parts = []
-        vocabulary = min(SAMPLE_VOCABULARY, self.shape.vocabulary)
-        for tensor in self.tensors:
-            name, dimensions = tensor.name, tensor.dimensions
-            if tensor.layer is not None:
-                if tensor.layer not in layers:
-                    continue
-                name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
-            elif self.shape.vocabulary in dimensions:
-                dimensions = tuple(vocabulary if size == self.shape.vocabulary else size for size in dimensions)
-            parts.append(Part(tensor, types.get(tensor.name, tensor.type), name, dimensions))
-        arch = self.file.architecture
         values: dict[str, str | int] = {
-            f"{arch}.block_count": len(layers),
-            f"{arch}.vocab_size": vocabulary,
+            f"{self.architecture}.block_count": len(layers),
+            f"{self.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.shape.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
         }
-        self.file.write(path, parts, values, without="tokenizer.")
+        self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
         return path
 
     def fits(self, types: Types, settings: Settings) -> bool:
@@ -481,7 +452,7 @@ class Tuner:
     def passport(self, types: Types, settings: Settings) -> Passport:
         output = output_name(self.tensors)
         changes = {
-            (tensor.type.upper() + " (output)" * (tensor.name == output), types[tensor.name].upper())
+            (tensor.type + " (output)" * (tensor.name == output), types[tensor.name])
             for tensor in self.tensors
             if tensor.name in types
         }
@@ -508,15 +479,12 @@ class Tuner:
             raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
         path, size = self.folder / "tuned", self.size
         if types:
-            size = self.file.write(
-                path,
-                [Part(tensor, types.get(tensor.name, tensor.type)) for tensor in self.tensors],
-                {PASSPORT_KEY: self.passport(types, settings).encode()},
-                report=lambda done, total: self.report("writing", done, total),
-            )
-        variants = {"published": (self.file.path, self.settings)}
+            values = {PASSPORT_KEY: self.passport(types, settings).encode()}
+            self.source.write(path, types, values, report=lambda done, total: self.report("writing", done, total))
+            size = path.stat().st_size
+        variants = {"published": (self.path, self.settings)}
         if types or settings != self.settings:
-            variants["tuned"] = (path if types else self.file.path, settings)
+            variants["tuned"] = (path if types else self.path, settings)
         found = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
@@ -526,32 +494,21 @@ class Tuner:
         if better and types:
             code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
-            most = math.inf if LOSSY in types.values() else MAX_DIVERGENCE
-            better = same.divergence <= most  # False for NaN
+            better = same.divergence <= (math.inf if LOSSY in types.values() else MAX_DIVERGENCE)  # False for NaN
         if not better:
             types, settings, size, same = {}, self.settings, self.size, None
         passport = self.passport(types, settings)
         if not types:
-            self.file.write(path, [], {PASSPORT_KEY: passport.encode()}, without="tokenizer.")
+            self.source.write(path, {}, {PASSPORT_KEY: passport.encode()}, [0], 0)
         return Outcome(
             published=found["published"],
             tuned=found["tuned"] if better else None,
-            changes=self.changes(types),
+            passport=passport,
             settings=(self.settings, settings),
             file_bytes=(self.size, size),
             memory_bytes=(self.memory(self.size, self.settings), self.memory(size, settings)),
             agreement=same,
-            fast=passport.fast,
         ), path
-
-    def changes(self, types: Types) -> list[tuple[str, int, str, str]]:
-        """A row for each kind of matrix and each of its types."""
-        counts = Counter(
-            (tensor.kind, tensor.type, types.get(tensor.name, tensor.type))
-            for tensor in self.tensors
-            if tensor.is_matrix
-        )
-        return [(kind, count, old, new) for (kind, old, new), count in sorted(counts.items())]
 
 
 def tune(
@@ -571,8 +528,8 @@ def tune(
     outcome before the file is used. After a TuneError, ModelError or OSError nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
-    with alone_in(target.parent) as folder, Gguf(published) as file:
-        outcome, path = Tuner(file, sha256, settings, folder, room, fast, report).run()
+    with alone_in(target.parent) as folder:
+        outcome, path = Tuner(published, sha256, settings, folder, room, fast, report).run()
         accept(outcome)
         if not dry_run:
             with path.open("rb") as written:

@@ -1,26 +1,24 @@
-"""GGUF: read the header of a model file, convert its weights to other types, and write them to a new file.
+"""GGUF: what the header of a model file says, and copies of the file with weights in other types.
 
-    from cerebrum.vps.gguf import Gguf, Part
+    from cerebrum.vps.gguf import Gguf, Source
     with Gguf(Path("model.gguf")) as file:
-        parts = [Part(tensor, {"q5_0": "q8_0"}.get(tensor.type, tensor.type)) for tensor in file.tensors]
-        file.write(Path("new.gguf"), parts)
+        print(file.shape)
+    Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
 
-llama.cpp reads and writes the headers. Where a type can hold another type's weights exactly (`EXACT`), this module
-transcodes them: llama.cpp's quantizer uses floats and chooses new scales. Type names are ggml's: `q4_K`, `q8_0`.
-
-Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
+The daemon reads a few values of headers, by llama.cpp's own reader. Only `tune` copies files, by PyPI's gguf. Types go
+by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT),
+and docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,120 +26,20 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, keep_log, llama
+from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, keep_log
 
-Bytes = npt.NDArray[np.uint8]
-
-
-# ------------------------------------------------------------------------------------ policy: transcoding
-
-# A block holds 32 weights, a super-block 256. "d" is a scale and "m" a minimum, both fp16, at the block's beginning.
-# Weights j and j + 16 of a block share a byte: j in its low half, j + 16 in its high half.
-
-
-def q5_0_to_q8_0(blocks: Bytes) -> Bytes:
-    """Exact: d · (q - 16) keeps d, and q - 16 fits into an int8. Q5_0 has d, the fifth bits of its 32 numbers, their
-    nibbles; Q8_0 has d, then 32 int8."""
-    high = np.unpackbits(blocks[:, 2:6], axis=-1, bitorder="little")
-    low = np.concatenate((blocks[:, 6:] & 15, blocks[:, 6:] >> 4), axis=-1)
-    return np.concatenate((blocks[:, :2], (low | high << np.uint8(4)) - np.uint8(16)), axis=-1)
-
-
-def k_scales(blocks: Bytes) -> Bytes:
-    """Scale and minimum of each of a super-block's 8 blocks, as Q4_1 and Q5_1 store them: (n, 8, 4) bytes of two fp16.
-
-    Q4_K and Q5_K store two fp16, and 8 scales and 8 minima of 6 bits in 12 bytes (`get_scale_min_k4` in ggml-quants.c).
-    """
-    first, middle, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scale = np.concatenate((first & 63, last & 15 | first >> 6 << 4), axis=-1)
-    least = np.concatenate((middle & 63, last >> 4 | middle >> 6 << 4), axis=-1)
-    scales = finite(scales_of(blocks).astype(np.float32) * scale)
-    minima = finite(scales_of(blocks, 2).astype(np.float32) * -least.astype(np.float32))
-    return np.stack((scales, minima), axis=-1).view(np.uint8)
-
-
-def k_nibbles(packed: Bytes) -> Bytes:
-    """A super-block's 4-bit numbers as Q4_1 and Q5_1 pack them, (n, 8, 16) bytes.
-
-    Byte l of the g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half.
-    """
-    pairs = packed.reshape(-1, 4, 32)
-    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
-    joined: Bytes = values[..., :16] | values[..., 16:] << np.uint8(4)
-    return joined
-
-
-def q4_k_to_q4_1(blocks: Bytes) -> Bytes:
-    """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q."""
-    return np.concatenate((k_scales(blocks), k_nibbles(blocks[:, 16:])), axis=-1)
-
-
-def q5_k_to_q5_1(blocks: Bytes) -> Bytes:
-    """Exact but for rounding, like Q4_K. Bit b of byte l of the fifth bits belongs to weight l of block b."""
-    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    high = np.packbits(fifth, axis=-1, bitorder="little")
-    return np.concatenate((k_scales(blocks), high, k_nibbles(blocks[:, 48:])), axis=-1)
-
-
-def scales_of(blocks: Bytes, offset: int = 0) -> npt.NDArray[np.float16]:
-    """The fp16 at `offset` of each block, shape (n, 1)."""
-    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
-
-
-def finite(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """Round scales to fp16. ModelError if a scale is beyond the range of fp16. Real models have no such scale."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = scales.astype("<f2")
-    if not np.isfinite(rounded).all():
-        raise ModelError("a scale of the weights is beyond the range of fp16")
-    return rounded
-
-
-EXACT: Mapping[tuple[str, str], Callable[[Bytes], Bytes]] = {
-    ("q5_0", "q8_0"): q5_0_to_q8_0,
-    ("q4_K", "q4_1"): q4_k_to_q4_1,
-    ("q5_K", "q5_1"): q5_k_to_q5_1,
-}
-
-
-def transcode(data: Bytes, source: str, target: str) -> Bytes:
-    """Convert whole rows from one type's blocks to another's."""
-    if source == target:
-        return data
-    if exact := EXACT.get((source, target)):
-        return exact(data.reshape(-1, ggml().type_size(source))).reshape(-1)
-    return ggml().quantize(ggml().dequantize(data, source), target)
-
-
-# ---------------------------------------------------------------------------------------------- IO: ggml
-
-
-class _GgufParams(ctypes.Structure):  # struct gguf_init_params
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-class _GgmlParams(ctypes.Structure):  # struct ggml_init_params
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.c_void_p),
-    )
-
+# ------------------------------------------------------------------------------------------ IO: headers
 
 _VOID, _INT, _LONG, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
+
+
+class _Params(ctypes.Structure):  # struct gguf_init_params
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", _VOID))
+
+
 _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-    "gguf_init_from_file": (_VOID, (_TEXT, _GgufParams)),
-    "gguf_init_empty": (_VOID, ()),
+    "gguf_init_from_file": (_VOID, (_TEXT, _Params)),
     "gguf_free": (None, (_VOID,)),
-    "gguf_get_data_offset": (_SIZE, (_VOID,)),
     "gguf_find_key": (_LONG, (_VOID, _TEXT)),
     "gguf_get_kv_type": (_INT, (_VOID, _LONG)),
     "gguf_get_val_u32": (ctypes.c_uint32, (_VOID, _LONG)),
@@ -149,129 +47,19 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_arr_n": (_SIZE, (_VOID, _LONG)),
     "gguf_get_arr_type": (_INT, (_VOID, _LONG)),
     "gguf_get_arr_data": (ctypes.POINTER(ctypes.c_uint32), (_VOID, _LONG)),
-    "gguf_get_n_tensors": (_LONG, (_VOID,)),
-    "gguf_get_tensor_name": (_TEXT, (_VOID, _LONG)),
-    "gguf_get_tensor_type": (_INT, (_VOID, _LONG)),
-    "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_tensor_ne": (ctypes.POINTER(ctypes.c_int64), (_VOID, _LONG)),
-    "gguf_set_kv": (None, (_VOID, _VOID)),
-    "gguf_set_val_str": (None, (_VOID, _TEXT, _TEXT)),
-    "gguf_set_val_u32": (None, (_VOID, _TEXT, ctypes.c_uint32)),
-    "gguf_add_tensor": (None, (_VOID, _VOID)),
-    "gguf_get_n_kv": (_LONG, (_VOID,)),
-    "gguf_get_key": (_TEXT, (_VOID, _LONG)),
-    "gguf_remove_key": (_LONG, (_VOID, _TEXT)),
-    "gguf_get_meta_size": (_SIZE, (_VOID,)),
-    "gguf_get_meta_data": (None, (_VOID, _VOID)),
-    "ggml_free": (None, (_VOID,)),
-    "ggml_init": (_VOID, (_GgmlParams,)),
-    "ggml_tensor_overhead": (_SIZE, ()),
-    "ggml_new_tensor": (_VOID, (_VOID, _INT, _INT, ctypes.POINTER(ctypes.c_int64))),
-    "ggml_set_name": (_VOID, (_VOID, _TEXT)),
-    "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), (_INT,)),
-    "ggml_quantize_chunk": (_SIZE, (_INT, _VOID, _VOID, _LONG, _LONG, _LONG, _VOID)),
 }
 GGUF_UINT32, GGUF_INT32, GGUF_STRING, GGUF_ARRAY = 4, 5, 8, 9  # enum gguf_type
 
 
-class Ggml:
-    """The functions of ggml's base library that llama-cpp-python does not declare. Types go by their names in ggml."""
-
-    def __init__(self) -> None:
-        self.lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-        self.lib.ggml_log_set(keep_log, None)  # for this copy too: the wheel has the library under several names
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(self.lib, name)
-            function.restype, function.argtypes = result, arguments
-        self.names: dict[int, str] = {}  # by number in enum ggml_type, which has gaps
-        self.traits: dict[str, _TypeTraits] = {}
-        for number in range(llama.GGML_TYPE_COUNT):
-            traits = self.lib.ggml_get_type_traits(number).contents
-            if traits.type_name:
-                self.names[number] = traits.type_name.decode()
-                self.traits[self.names[number]] = traits
-        self.numbers = {name: number for number, name in self.names.items()}
-
-    def type_size(self, name: str) -> int:
-        """Bytes of a block."""
-        return int(self.traits[name].type_size)
-
-    def data_size(self, name: str, weights: int) -> int:
-        """Bytes that `weights` weights take, a multiple of the type's block."""
-        return weights // int(self.traits[name].blck_size) * self.type_size(name)
-
-    def dequantize(self, data: Bytes, name: str) -> npt.NDArray[np.float32]:
-        data = np.ascontiguousarray(data)
-        floats = np.empty(data.size // self.type_size(name) * self.traits[name].blck_size, np.float32)
-        self.traits[name].to_float(data.ctypes.data, floats.ctypes.data, floats.size)
-        return floats
-
-    def quantize(self, floats: npt.NDArray[np.float32], name: str) -> Bytes:
-        data = np.empty(self.data_size(name, floats.size), np.uint8)
-        self.lib.ggml_quantize_chunk(self.numbers[name], floats.ctypes.data, data.ctypes.data, 0, 1, floats.size, None)
-        return data
-
-
 @functools.cache
-def ggml() -> Ggml:
-    return Ggml()
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor in a GGUF file. `dimensions` always has 4 entries, the first of which is the length of a row; `offset`
-    counts bytes from the file's beginning."""
-
-    name: str
-    type: str
-    dimensions: tuple[int, ...]
-    offset: int
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.dimensions)
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return ggml().data_size(self.type, self.weights)
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.dimensions[1] > 1 and self.name.endswith(".weight")
-
-    @property
-    def layer(self) -> int | None:
-        first, _, rest = self.name.partition(".")
-        number = rest.partition(".")[0]
-        return int(number) if first == "blk" and number.isdecimal() else None
-
-    @property
-    def kind(self) -> str:
-        """The name without the layer: `ffn_down`, `token_embd`."""
-        return self.name.removesuffix(".weight").removeprefix(f"blk.{self.layer}.")
-
-
-ALIGNMENT = 32  # bytes; of tensors in a file that sets no other alignment
-PIECE_WEIGHTS = 1 << 20  # transcoded at once, by one thread
-
-
-class Part:
-    """A tensor of a new file: one of the old file's, in another type, under another name, or only its first rows."""
-
-    def __init__(self, tensor: Tensor, new_type: str, name: str = "", dimensions: tuple[int, ...] = ()) -> None:
-        self.tensor, self.type, self.name = tensor, new_type, name or tensor.name
-        self.dimensions = dimensions or tensor.dimensions
-        self.weights = math.prod(self.dimensions)
-
-    def read(self, source: int, start: int) -> Bytes:
-        """Up to PIECE_WEIGHTS weights from `start` on, in the new type. ModelError if the file is cut short."""
-        count, old = min(PIECE_WEIGHTS, self.weights - start), self.tensor.type
-        size = ggml().data_size(old, count)
-        data = os.pread(source, size, self.tensor.offset + ggml().data_size(old, start))
-        if len(data) != size:
-            raise ModelError("the file is cut short")
-        return transcode(np.frombuffer(data, np.uint8), old, self.type)
+def ggml() -> Any:
+    """ggml's base library, with the functions that llama-cpp-python does not declare."""
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_log_set(keep_log, None)  # for this copy too: the wheel has the library under several names
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 class Gguf:
@@ -279,8 +67,8 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         path.open("rb").close()  # an OSError says more than the library
-        self.path, self.lib = path, ggml().lib
-        self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+        self.lib = ggml()
+        self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _Params(True, None))
         if not self.handle:
             raise ModelError("not a readable GGUF file")
 
@@ -360,92 +148,157 @@ class Gguf:
         kernel, inner, groups, size = (self.number(f"{arch}.ssm.{name}", 0) for name in names)
         return 4 * (max(0, kernel - 1) * (inner + 2 * groups * size) + size * inner)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        lib, handle, start = self.lib, self.handle, int(self.lib.gguf_get_data_offset(self.handle))
-        return [
-            Tensor(
-                name=lib.gguf_get_tensor_name(handle, i).decode("utf-8", "replace"),
-                type=ggml().names[lib.gguf_get_tensor_type(handle, i)],
-                dimensions=tuple(lib.gguf_get_tensor_ne(handle, i)[:4]),
-                offset=start + int(lib.gguf_get_tensor_offset(handle, i)),
-            )
-            for i in range(lib.gguf_get_n_tensors(handle))
-        ]
-
-    def write(
-        self,
-        path: Path,
-        parts: Sequence[Part],
-        values: Mapping[str, str | int] | None = None,
-        without: str = "",
-        report: Callable[[int, int], None] = lambda _done, _total: None,
-    ) -> int:
-        """Write a file of these parts, and return its size.
-
-        The header has `values` and this file's pairs, except those whose keys begin with `without`.
-        `report(done, total)` counts bytes. OSError if the disk is full: the space is reserved before the first byte is
-        written.
-        """
-        header, offsets = self._header(parts, values or {}, without)
-        sizes = [ggml().data_size(part.type, part.weights) for part in parts]
-        total = max([len(header), *(offset + size for offset, size in zip(offsets, sizes, strict=True))])
-        total += -total % ALIGNMENT
-        with self.path.open("rb") as source, path.open("wb") as output, ThreadPoolExecutor() as pool:
-            os.posix_fallocate(output.fileno(), 0, total)
-            write_whole(output.fileno(), header, 0)
-
-            def write_piece(part: Part, offset: int, start: int) -> int:
-                data = part.read(source.fileno(), start)
-                write_whole(output.fileno(), data.tobytes(), offset + ggml().data_size(part.type, start))
-                return data.size
-
-            pieces = [
-                (part, offset, start)
-                for part, offset in zip(parts, offsets, strict=True)
-                for start in range(0, part.weights, PIECE_WEIGHTS)
-            ]
-            done = 0
-            for written in pool.map(write_piece, *zip(*pieces, strict=True)):
-                done += written
-                report(done, total)
-            report(total, total)
-        return total
-
-    def _header(self, parts: Sequence[Part], values: Mapping[str, str | int], without: str) -> tuple[bytes, list[int]]:
-        """The header of a file of these parts, and the offset of each part in the file."""
-        lib = self.lib
-        handle = ctypes.c_void_p(lib.gguf_init_empty())
-        context = ctypes.c_void_p(lib.ggml_init(_GgmlParams((len(parts) + 1) * lib.ggml_tensor_overhead(), None, True)))
-        try:
-            lib.gguf_set_kv(handle, self.handle)
-            for key in [lib.gguf_get_key(handle, i) for i in range(lib.gguf_get_n_kv(handle))]:
-                # Drop this file's alignment, which may be another one: the new file always has the default.
-                if key == b"general.alignment" or (without and key.startswith(without.encode())):
-                    lib.gguf_remove_key(handle, key)
-            for name, value in values.items():
-                if isinstance(value, str):
-                    lib.gguf_set_val_str(handle, name.encode(), value.encode())
-                else:
-                    lib.gguf_set_val_u32(handle, name.encode(), value)
-            for part in parts:
-                dimensions = (ctypes.c_int64 * 4)(*part.dimensions)
-                described = lib.ggml_new_tensor(context, ggml().numbers[part.type], 4, dimensions)
-                lib.gguf_add_tensor(handle, lib.ggml_set_name(described, part.name.encode()))
-            header = ctypes.create_string_buffer(lib.gguf_get_meta_size(handle))
-            lib.gguf_get_meta_data(handle, header)
-            return bytes(header), [len(header) + int(lib.gguf_get_tensor_offset(handle, i)) for i in range(len(parts))]
-        finally:
-            lib.gguf_free(handle)
-            lib.ggml_free(context)
-
-
-def write_whole(file: int, data: bytes, offset: int) -> None:
-    if os.pwrite(file, data, offset) != len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
 
 def read_shape(path: Path) -> Shape:
     """The dimensions in a GGUF's header. ModelError if the file is not a GGUF."""
     with Gguf(path) as file:
         return file.shape
+
+
+# ------------------------------------------------------------------------------------------- IO: copies
+
+PIECE_WEIGHTS = 1 << 22  # transcoded at once, by one thread
+Rows = npt.NDArray[Any]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
+
+
+@functools.cache
+def pypi() -> Any:
+    """PyPI's gguf. ModelError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("expected PyPI's gguf, which is not installed: pip install gguf") from None
+    return gguf
+
+
+def q4_k_to_q4_1(rows: Rows) -> Rows:
+    """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q. A quantizer would
+    choose another scale. ModelError if a scale is beyond the range of fp16, as in no real model.
+
+    A super-block of Q4_K has two fp16, 8 scales and 8 minima of 6 bits, and 128 bytes of 4-bit numbers: byte l of the
+    g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half. A block of
+    Q4_1 has two fp16 and 16 bytes: weights j and j + 16 share byte j.
+    """
+    blocks = rows.reshape(-1, 144)
+    factors = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
+    steps, least = pypi().quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+    with np.errstate(over="ignore"):
+        scales = np.stack((factors[:, :1] * steps, -factors[:, 1:] * least), axis=-1).astype("<f2")
+    if not np.isfinite(scales).all():
+        raise ModelError("a scale of the weights is beyond the range of fp16")
+    pairs = blocks[:, 16:].reshape(-1, 4, 32)
+    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    packed = values[..., :16] | values[..., 16:] << np.uint8(4)
+    return np.concatenate((scales.view(np.uint8), packed), axis=-1).reshape(len(rows), -1)
+
+
+def transcode(rows: Rows, old: str, new: str) -> Rows:
+    """Convert rows from one type to another."""
+    if (old, new) == ("Q4_K", "Q4_1"):
+        return q4_k_to_q4_1(rows)
+    kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+    converted: Rows = quants.quantize(quants.dequantize(rows, kinds[old]), kinds[new])
+    return converted
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in a file."""
+
+    name: str
+    type: str
+    data: Rows  # with all dimensions, those of the tensor in reverse
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.data.ndim > 1 and self.name.endswith(".weight")
+
+    @property
+    def layer(self) -> int | None:
+        first, _, rest = self.name.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if first == "blk" and number.isdecimal() else None
+
+    def shape(self, new: str) -> tuple[int, ...]:
+        """The shape of `data` in another type."""
+        kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+        if new == self.type:
+            return self.data.shape
+        blocks = self.data.dtype == np.uint8
+        weights = quants.quant_shape_from_byte_shape(self.data.shape, kinds[self.type]) if blocks else self.data.shape
+        shape: tuple[int, ...] = quants.quant_shape_to_byte_shape(weights, kinds[new])
+        return shape
+
+    def size(self, new: str) -> int:
+        """Bytes in another type."""
+        return self.data.nbytes if new == self.type else math.prod(self.shape(new))
+
+    def convert(self, new: str) -> Rows:
+        """`data` in another type. By pieces, because floats take up to eight times as much memory."""
+        rows = self.data.reshape(-1, self.data.shape[-1])
+        step = max(1, PIECE_WEIGHTS // rows.shape[1])
+        with ThreadPoolExecutor() as pool:
+            pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
+            new_rows = list(pool.map(lambda piece: transcode(piece, self.type, new), pieces))
+        return np.concatenate(new_rows).reshape(self.shape(new))
+
+
+class Source:
+    """A model file to copy. ModelError if it is not a whole GGUF."""
+
+    def __init__(self, path: Path) -> None:
+        class Reader(pypi().GGUFReader):  # type: ignore[misc]
+            """Reads the file through a plain array, which is three times as fast as a memmap."""
+
+            data = property(lambda self: self._data, lambda self, mapped: setattr(self, "_data", np.asarray(mapped)))
+
+        try:
+            self.reader = Reader(path)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError):
+            raise ModelError("the file is damaged or cut short") from None
+        self.tensors = [Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors]
+
+    def write(
+        self,
+        path: Path,
+        types: Mapping[str, str],
+        values: Mapping[str, str | int] | None = None,
+        layers: Sequence[int] = (),
+        rows: int = 0,
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        """Write a copy in which some tensors have other `types` and the header has these values.
+
+        With `layers`, it has only these layers, no tokenizer, and `rows` rows of the matrices outside the layers.
+        `report(done, total)` counts tensors.
+        """
+        kinds, values = pypi().GGUFValueType, values or {}
+        writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
+        left_out = ("GGUF.", "general.architecture", "general.alignment", *(["tokenizer."] if layers else []))
+        for name, field in self.reader.fields.items():
+            kind, item = field.types[0], field.types[-1]
+            empty = kind == kinds.ARRAY and not field.data  # gguf does not write it
+            if not (empty or name.startswith(left_out) or name in values):
+                writer.add_key_value(name, field.contents(), kind, item if kind == kinds.ARRAY else None)
+        for name, value in values.items():
+            writer.add_key_value(name, value, kinds.STRING if isinstance(value, str) else kinds.UINT32)
+        parts = []
+        for tensor in self.tensors:
+            name, kind = tensor.name, types.get(tensor.name, tensor.type)
+            if layers and tensor.layer is None and tensor.is_matrix:
+                tensor = replace(tensor, data=tensor.data[:rows])
+            elif layers and tensor.layer is not None:
+                if tensor.layer not in layers:
+                    continue
+                name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
+            raw = pypi().GGMLQuantizationType[kind]
+            dtype = tensor.data.dtype if kind == tensor.type else np.dtype(np.uint8)
+            writer.add_tensor_info(name, tensor.shape(kind), dtype, tensor.size(kind), raw)
+            parts.append((tensor, kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, (tensor, kind) in enumerate(parts, 1):
+            writer.write_tensor_data(tensor.data if kind == tensor.type else tensor.convert(kind))
+            report(done, len(parts))
+        writer.close()

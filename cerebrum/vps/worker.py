@@ -43,7 +43,7 @@ from typing import Any
 import llama_cpp
 
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
-from cerebrum.text.ending import Cutter, Ending, wants_extras
+from cerebrum.text.ending import Cutter, Ending
 from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
 from cerebrum.vps.llama import (
     ABORTED,
@@ -99,9 +99,8 @@ def ending_of(request: CompletionRequest) -> Ending:
     """Where a request's completion ends. Reads the whole prompt, so it is not for the worker's thread."""
     turns = request.messages or ()
     prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
-    extras = wants_extras([content for role, content in turns if role == "user"])
     where = request.mode, request.language, prompt, request.suffix, request.stop_at
-    return Ending(*where, extras=extras, indent=request.indent)
+    return Ending(*where, request.indent)
 
 
 # -------------------------------------------------------------------------------------------- IO: worker

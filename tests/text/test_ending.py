@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerebrum.text import ending
-from cerebrum.text.ending import Ending, StopStrings, wants_extras
+from cerebrum.text.ending import Ending, StopStrings
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -1186,24 +1186,6 @@ BEGUN = [
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
 ]
 
-# (title, language, instruction, answer in a fence, how many characters of it are sent; None for all)
-F_PY, F_GO = "def f(x):\n    return x\n", "func F() int {\n\treturn 1\n}\n"
-EXTRAS = [
-    ("examples", "python", "Double it", F_PY + "\n\n# Example usage:\nprint(f(1))\n", len(F_PY)),
-    ("tests", "python", "", F_PY + "\n# Test cases\nassert f(1) == 1\n", len(F_PY)),
-    ("of Go", "go", "Double it", F_GO + "\n// Example usage\nfunc main() {\n}\n", len(F_GO)),
-    ("are wanted", "python", "Double it and test it", F_PY + "\n# Test cases\nassert f(1) == 1\n", None),
-    ("a program", "python", "Write a program", F_PY + "\n# Example usage:\nprint(f(1))\n", None),
-    ("nothing defined yet", "python", "Double it", "# Example of a dict\nd = {}\n" + F_PY, None),
-    ("the code has some", "python", "Double it\n```\n# Tests\nf()\n```", F_PY + "\n# Tests\nassert f(1) == 1\n", None),
-    ("code that is called so", "python", "Write f", F_PY + "\n# Driver for the lights\n" + F_PY, None),
-    ("another comment", "python", "Double it", F_PY + "\n# The same for lists\n" + F_PY, None),
-    ("a test of something", "python", "Double it", F_PY + "\n# Tests whether x is odd\n" + F_PY, None),
-    ("inside a function", "python", "Double it", F_PY + "    # Example\n    # Test cases\n", None),
-    ("inside a string", "python", "Double it", F_PY + "s = '''\n# Example usage\n'''\n", None),
-]
-
-# (title, what the model writes, what is sent of it; "" for all)
 REPEAT = [
     ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 13, "x = 1\nself.a = a\nself.a = a\n"),
     ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
@@ -1303,14 +1285,6 @@ def test_chat(case: str) -> None:
 def test_a_begun_answer(case: tuple[str, str, str, tuple[str, str | None]]) -> None:
     _, begun, text, expected = case
     check("instruct", "python", begun, "", text, expected)
-
-
-@pytest.mark.parametrize("case", EXTRAS, ids=title)
-def test_extras(case: tuple[str, str, str, str, int | None]) -> None:
-    _, language, asked, answer, size = case
-    expected = (answer, "stop") if size is None else (answer[:size], "block")
-    for pieces in ([f"{answer}```\n"], list(f"{answer}```\n")):
-        assert run(Ending("instruct", language, "```\n", "", "auto", wants_extras([asked])), pieces) == expected
 
 
 @pytest.mark.parametrize("case", REPEAT, ids=title)
@@ -1420,7 +1394,7 @@ PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""',
 def test_any_split(
     mode: str, language: str | None, prompt: list[str], suffix: list[str], pieces: list[str], indent: int
 ) -> None:
-    args = (mode, language, "".join(prompt), "".join(suffix), "auto", False, indent)
+    args = (mode, language, "".join(prompt), "".join(suffix), "auto", indent)
     text = "".join(pieces)
     whole = run(Ending(*args), [text])
     assert run(Ending(*args), pieces) == whole

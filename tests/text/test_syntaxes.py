@@ -963,22 +963,6 @@ def test_an_instruction_about_each_language(language: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "answer", "size"),
-    [
-        ("yaml", "build:\n  x: 1\n# Tests\ntest:\n  x: 1\n", None),
-        ("shell", "NAME=a\n# Usage\necho $NAME\n", None),
-        ("toml", "[a]\nx = 1\n# Example\n[b]\n", None),
-        ("markdown", "# A\n\n# Example\n\nb\n", None),
-        ("ruby", "def f\n  1\nend\n# Example usage\nputs f\n", 14),
-        ("java", "class A {\n}\n// Example usage\nnew A();\n", 12),
-    ],
-)
-def test_examples_that_nobody_asked_for(language: str, answer: str, size: int | None) -> None:
-    expected = (answer[:size], "block") if size else (answer, "stop")
-    check("instruct", language, "```\n", "", f"{answer}```\n", expected)
-
-
-@pytest.mark.parametrize(
     ("language", "prompt", "mode"),
     [
         ("markdown", "Write a README for a shop", "instruct"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cerebrum.text.ending import Ending, StopStrings, wants_extras
+from cerebrum.text.ending import Ending, StopStrings
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 
@@ -61,7 +61,6 @@ def feed(ending: Ending, text: str, piece: int = 3) -> None:
 
 def ask(language: str, text: str) -> None:
     split_instruction(text, LANGUAGES[language])
-    wants_extras([text])
     for fields in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
         assert detect_mode({"language": language, **fields}) in MODES
 

@@ -2,83 +2,70 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
+import sys
 from pathlib import Path
+from typing import Any
 
+import families
 import numpy as np
+import numpy.typing as npt
 import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
-from cerebrum.vps.gguf import EXACT, PIECE_WEIGHTS, Bytes, Gguf, Part, ggml, read_shape, transcode
+from cerebrum.vps import gguf as gguf_module
+from cerebrum.vps.gguf import Gguf, Source, Tensor, q4_k_to_q4_1, read_shape, transcode
 from cerebrum.vps.llama import ModelError, Shape
 
 MODEL = FILES["qwen_0_5b"]
 
 # ------------------------------------------------------------------------------------------- transcoding
 
-HALVES = {"q5_0": [0], "q4_K": [0, 2], "q5_K": [0, 2]}  # offsets of fp16
 
-
-def random_blocks(name: str, count: int, seed: int) -> Bytes:
-    """Blocks of any bits, but with scales as models have them."""
+def random_blocks(count: int, seed: int) -> npt.NDArray[np.uint8]:
+    """Super-blocks of Q4_K of any bits, but with scales as models have them."""
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (count, ggml().type_size(name)), np.uint8)
-    for offset in HALVES[name]:
-        scales = (rng.uniform(0.0005, 0.02, (count, 1)) * rng.choice([-1, 1], (count, 1))).astype("<f2")
-        blocks[:, offset : offset + 2] = scales.view(np.uint8)
-    return blocks.reshape(-1)
+    blocks = rng.integers(0, 256, (count, 144), np.uint8)
+    scales = (rng.uniform(0.0005, 0.02, (count, 2)) * rng.choice([-1, 1], (count, 2))).astype("<f2")
+    blocks[:, :4] = scales.view(np.uint8)
+    return blocks
 
 
-def test_q8_0_says_exactly_what_q5_0_says() -> None:
-    data = random_blocks("q5_0", 4096, 1)
-    new = transcode(data, "q5_0", "q8_0")
-    assert np.array_equal(ggml().dequantize(new, "q8_0"), ggml().dequantize(data, "q5_0"))
+def weights(rows: npt.NDArray[Any], kind: str) -> npt.NDArray[np.float32]:
+    return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(-1, 32)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("source", "target", "largest"), [("q4_K", "q4_1", 15), ("q5_K", "q5_1", 31)])
-def test_only_the_scales_are_rounded(source: str, target: str, largest: int) -> None:
-    data = random_blocks(source, 1024, 2)
-    expected = ggml().dequantize(data, source).reshape(-1, 32)
-    got = ggml().dequantize(transcode(data, source, target), target).reshape(-1, 32)
+def test_only_the_scales_are_rounded() -> None:
+    data = random_blocks(1024, 2)
+    expected, got = weights(data, "Q4_K"), weights(transcode(data, "Q4_K", "Q4_1"), "Q4_1")
     # fp16 has 11 bits, so a scale is off by at most 2^-12 of itself, and the minimum likewise.
-    step = 2.0**-11 * (np.abs(expected).max(axis=1) + np.ptp(expected, axis=1) * largest / (largest - 1))
+    step = 2.0**-11 * (np.abs(expected).max(axis=1) + np.ptp(expected, axis=1) * 15 / 14)
     assert (np.abs(got - expected).max(axis=1) <= 2 * step).all()
     assert not np.array_equal(got, expected)  # otherwise the bound tests nothing
-    exact = random_blocks(source, 64, 3)
-    ones = np.full((64, 1), 2.0**-8, "<f2").view(np.uint8)
-    for offset in HALVES[source]:
-        exact.reshape(64, -1)[:, offset : offset + 2] = ones
-    new = transcode(exact, source, target)  # with a power of two there is nothing to round
-    assert np.array_equal(ggml().dequantize(new, target), ggml().dequantize(exact, source))
+    exact = random_blocks(64, 3)
+    exact[:, :4] = np.full((64, 2), 2.0**-8, "<f2").view(np.uint8)
+    new = transcode(exact, "Q4_K", "Q4_1")  # with a power of two there is nothing to round
+    assert np.array_equal(weights(new, "Q4_1"), weights(exact, "Q4_K"))
 
 
-@pytest.mark.parametrize("source", ["q4_K", "q5_K"])
-def test_a_scale_that_fp16_cannot_hold_is_refused(source: str) -> None:
-    blocks = random_blocks(source, 8, 4).reshape(8, -1)
+def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
+    blocks = random_blocks(8, 4)
     blocks[:, :2] = np.full((8, 1), 60_000, "<f2").view(np.uint8)
-    (target,) = [target for name, target in EXACT if name == source]
     with pytest.raises(ModelError, match="a scale of the weights is beyond the range of fp16"):
-        transcode(blocks.reshape(-1), source, target)
+        transcode(blocks, "Q4_K", "Q4_1")
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["q6_K", "q3_K", "q2_K", "q4_0", "q4_1", "q5_1", "q4_K", "q5_K", "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s"],
-)
+@pytest.mark.parametrize("source", ["Q5_0", "Q6_K"])
 def test_other_types_become_q8_0_through_floats(source: str) -> None:
-    floats = np.random.default_rng(5).normal(0, 0.05, 16 * 256).astype(np.float32)
-    data = ggml().quantize(floats, source)
-    expected = ggml().dequantize(data, source).reshape(-1, 32)
-    got = ggml().dequantize(transcode(data, source, "q8_0"), "q8_0").reshape(-1, 32)
+    kind = GGMLQuantizationType[source]
+    data = np.random.default_rng(5).integers(0, 256, (16, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    half = slice(0, 2) if source == "Q5_0" else slice(-2, None)
+    data[:, half] = np.full((16, 1), 0.01, "<f2").view(np.uint8)
+    expected, got = weights(data, source), weights(transcode(data, source, "Q8_0"), "Q8_0")
     step = np.abs(expected).max(axis=1, keepdims=True) / 127
     assert (np.abs(got - expected) <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
-
-
-def test_the_same_type_stays_as_it_is() -> None:
-    data = random_blocks("q4_K", 8, 6)
-    assert transcode(data, "q4_K", "q4_K") is data
 
 
 # ------------------------------------------------------------------------------------------------ header
@@ -124,94 +111,74 @@ def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> N
         read_shape(tmp_path / "m.gguf")
 
 
-def test_tensors() -> None:
-    with Gguf(MODEL) as file:
-        assert file.shape == Shape(24, 24 * 256, 14, 896, 4864, 151_936)
-        tensors = {tensor.name: tensor for tensor in file.tensors}
-    assert len(tensors) == 291
-    down = tensors["blk.5.ffn_down.weight"]
-    assert (down.type, down.dimensions, down.weights) == ("q4_K", (4864, 896, 1, 1), 4864 * 896)
-    assert (down.size, down.layer, down.kind, down.is_matrix) == (4864 * 896 // 256 * 144, 5, "ffn_down", True)
-    norm = tensors["output_norm.weight"]
-    assert (norm.type, norm.layer, norm.kind, norm.is_matrix) == ("f32", None, "output_norm", False)
-    assert max(tensor.offset + tensor.size for tensor in tensors.values()) == MODEL.stat().st_size
+# ------------------------------------------------------------------------------------------------ copies
 
 
-# ------------------------------------------------------------------------------------------------ writing
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source(families.write_quantized(tmp_path_factory.mktemp("source") / "m.gguf"))
 
 
-def test_parts_in_other_types_by_other_names_and_of_fewer_rows(tmp_path: Path) -> None:
+def test_tensors(source: Source) -> None:
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    down, bias = tensors["blk.6.ffn_down.weight"], Tensor("blk.0.x.bias", "F32", np.zeros((2, 2), np.float32))
+    assert (down.type, down.shape("Q4_K"), down.shape("Q4_1")) == ("Q4_K", (256, 2 * 144), (256, 320))
+    assert (down.size("Q4_K"), down.size("Q4_1"), down.layer, down.is_matrix) == (256 * 288, 256 * 320, 6, True)
+    assert (bias.layer, bias.is_matrix, tensors["output.weight"].layer) == (0, False, None)
+
+
+def test_some_layers_in_other_types_and_fewer_rows(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_module, "PIECE_WEIGHTS", 256 * 100)  # so that there are tensors of several pieces
     told: list[tuple[int, int]] = []
-    with Gguf(MODEL) as file:
-        tensors = {tensor.name: tensor for tensor in file.tensors}
-        rows = (896, 1500, 1, 1)
-        parts = [
-            Part(tensors["token_embd.weight"], "q8_0", dimensions=rows),
-            Part(tensors["blk.3.ffn_down.weight"], "q4_1", "blk.0.ffn_down.weight"),
-        ]
-        values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 1, "tokenizer.ggml.model": "no_vocab"}
-        file.write(tmp_path / "a", parts, values, "tokenizer.", lambda done, total: told.append((done, total)))
-    assert PIECE_WEIGHTS < 1500 * 896  # so that there are tensors of one piece and of several
-    with Gguf(tmp_path / "a") as copy:
-        assert (copy.text("a.text"), copy.text("tokenizer.ggml.model"), copy.text("b")) == ("first", "no_vocab", "")
-        assert (copy.shape.layers, copy.shape.vocabulary) == (1, 0)
-        embedding, down = copy.tensors
-    assert (embedding.name, embedding.type, embedding.dimensions) == ("token_embd.weight", "q8_0", rows)
-    assert (down.name, down.type) == ("blk.0.ffn_down.weight", "q4_1")
-    total = (tmp_path / "a").stat().st_size
-    done = [done for done, _ in told]
-    assert {all_ for _, all_ in told} == {total}
-    assert done == sorted(done)
-    assert done[-2:] == [embedding.size + down.size, total]
-    with (tmp_path / "a").open("rb") as new, MODEL.open("rb") as old:
-        for tensor, name in ((embedding, "token_embd.weight"), (down, "blk.3.ffn_down.weight")):
-            data = np.frombuffer(os.pread(old.fileno(), tensors[name].size, tensors[name].offset), np.uint8)
-            expected = transcode(data, tensors[name].type, tensor.type)[: tensor.size]
-            assert os.pread(new.fileno(), tensor.size, tensor.offset) == expected.tobytes()
+    values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2, "tokenizer.ggml.model": "no_vocab"}
+    types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
+    path = tmp_path / "a"
+    source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
+    with Gguf(path) as header:
+        assert [header.text(key) for key in ("a.text", "tokenizer.ggml.model", "b")] == ["first", "no_vocab", ""]
+        assert (header.shape.layers, header.shape.vocabulary, header.shape.feed_forward) == (2, 0, 512)
+    copy = {tensor.name: tensor for tensor in Source(path).tensors}
+    old = {tensor.name: tensor for tensor in source.tensors}
+    assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
+    assert {tensor.layer for tensor in copy.values()} == {None, 0, 1}
+    output, down = copy["output.weight"], copy["blk.0.ffn_down.weight"]
+    assert (output.type, output.data.shape) == ("Q8_0", (1500, 256 // 32 * 34))
+    assert np.array_equal(output.data, transcode(old["output.weight"].data[:1500], "Q6_K", "Q8_0"))
+    assert down.type == "Q4_1"
+    assert np.array_equal(down.data, q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data))
+    for name in ("ffn_down", "ffn_up_exps"):
+        same, before = copy[f"blk.1.{name}.weight"], old[f"blk.5.{name}.weight"]
+        assert same.type == before.type
+        assert np.array_equal(same.data, before.data)
 
 
 def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> None:
-    with Gguf(MODEL) as file:
-        parts = [Part(tensor, tensor.type) for tensor in file.tensors if tensor.layer == 0]
-        file.write(tmp_path / "aligned", parts, {"general.alignment": 4096, "a.text": "old"}, "tokenizer.")
-    data = (tmp_path / "aligned").read_bytes()
-    start = data.index(b"general.alignment") + len(b"general.alignment") + 4
-    assert data[start : start + 4] == struct.pack("<I", 4096)
-    plain = tmp_path / "plain"
-    plain.write_bytes(data[:start] + struct.pack("<I", 32) + data[start + 4 :])  # as this file is in fact aligned
-    with Gguf(plain) as file:
-        file.write(tmp_path / "new", [Part(tensor, tensor.type) for tensor in file.tensors], {"a.text": "new"})
+    writer = GGUFWriter(tmp_path / "old", "llama")
+    writer.add_custom_alignment(4096)
+    writer.add_tensor("one.weight", np.arange(8, dtype=np.float32))
+    writer.add_tensor("two.weight", np.arange(9, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Source(tmp_path / "old").write(tmp_path / "new", {}, {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
-    with Gguf(tmp_path / "new") as copy, Gguf(plain) as file:
-        assert copy.text("a.text") == "new"
-        assert [(t.name, t.dimensions, t.type) for t in copy.tensors] == [(p.name, p.dimensions, p.type) for p in parts]
-        old, new = file.tensors[5], copy.tensors[5]
-    assert (
-        data[old.offset : old.offset + old.size] == (tmp_path / "new").read_bytes()[new.offset : new.offset + new.size]
-    )
+    assert [tensor.data.tolist() for tensor in Source(tmp_path / "new").tensors] == [[*range(8)], [*range(9)]]
 
 
 def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
-    with MODEL.open("rb") as file:
-        (tmp_path / "cut").write_bytes(file.read(20_000_000))
-    with Gguf(tmp_path / "cut") as cut:
-        parts = [Part(tensor, tensor.type) for tensor in cut.tensors if tensor.layer == 20]
-        with pytest.raises(ModelError, match="the file is cut short"):
-            cut.write(tmp_path / "new", parts)
+    path = families.write_quantized(tmp_path / "m.gguf", layers=1)
+    for size in (path.stat().st_size - 100, 1000, 30):
+        os.truncate(path, size)
+        with pytest.raises(ModelError, match="the file is damaged or cut short"):
+            Source(path)
 
 
-def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_file: int, _offset: int, _length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with Gguf(MODEL) as file, pytest.raises(OSError, match="No space left on device"):
-        file.write(tmp_path / "new", [Part(file.tensors[0], file.tensors[0].type)])
-    assert (tmp_path / "new").read_bytes() == b""
-
-
-def test_a_write_that_ends_early_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:7], offset))
-    with Gguf(MODEL) as file, pytest.raises(OSError, match="No space left on device"):
-        file.write(tmp_path / "new", [Part(file.tensors[0], file.tensors[0].type)])
+def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    gguf_module.pypi.cache_clear()
+    with pytest.raises(ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"):
+        Source(MODEL)
+    assert read_shape(MODEL).layers == 24

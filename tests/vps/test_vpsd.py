@@ -54,7 +54,7 @@ from cerebrum.settings import load_catalog
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
 from cerebrum.vps.encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
-from cerebrum.vps.gguf import Gguf, Part
+from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import llama
 from cerebrum_common import VERSION
 
@@ -1287,9 +1287,9 @@ def test_a_tuned_file_is_used(output: Path) -> None:
         flash_attention=False,
         types={"Q5_0": "Q8_0"},
     )
-    with Gguf(published) as old:
-        parts = [Part(tensor, "q8_0" if tensor.type == "q5_0" else tensor.type) for tensor in old.tensors]
-        old.write(file, parts, {PASSPORT_KEY: passport.encode()})
+    source = Source(published)
+    types = {tensor.name: "Q8_0" for tensor in source.tensors if tensor.type == "Q5_0"}
+    source.write(file, types, {PASSPORT_KEY: passport.encode()})
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
     with start(output) as tuned:
         assert expected.items() <= tuned.model().items()
