@@ -119,6 +119,8 @@ class Literals:
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if opener == "#" and language.directives:
             return self.starting
+        if opener == "#":  # not $#, ${#x} or a part of a URL
+            return not before or not (before.isalnum() or before in "_${/")
         if opener == "'" and (before.isalnum() or before == "_"):
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
