@@ -774,7 +774,7 @@ class Engine:
         """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
         instances = self.instances.values()
         used = metrics.resident_bytes() - self.bare_bytes
-        untouched = max(0, sum(instance.estimate + instance.worker.store.size for instance in instances) - used)
+        untouched = max(0, sum(instance.estimate + instance.worker.stored_bytes for instance in instances) - used)
         available: int = psutil.virtual_memory().available
         beside_reserve = available / MB - self.config.min_free_mb
         return min(beside_reserve, cgroup_left_bytes() / MB) - untouched / MB
@@ -943,7 +943,7 @@ async def models(engine: Engine, _request: Request) -> Response:
             "encoding": used.encoding if used else "published",
         }
         if worker and instance:
-            entry["memory_mb"] = round((worker.memory_bytes + worker.store.size) / MB, 1)
+            entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
             entry["last_used"] = instance.last_used_at.isoformat(timespec="microseconds")
         entries.append(entry)
     return Response({"models": entries})
@@ -1001,8 +1001,8 @@ METRICS: Table = {
         Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
-                   lambda one: one.memory_bytes + one.store.size),
-        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", lambda one: one.store.size),
+                   lambda one: one.memory_bytes + one.stored_bytes),
+        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", lambda one: one.stored_bytes),
         of_workers("llamacpp:requests_processing", "Completions that the model works on.", running),
         Metric("llamacpp:requests_deferred", "Completions that wait for the model.",
                lambda vps: {(id,): waiting(vps, id) for id in vps.tallies}, labels=("model",)),

@@ -44,7 +44,7 @@ class ScriptedWorker:
         self.due = float("inf")
         self.stopping = False
         self.load_progress = 0.0
-        self.llama, self.store = SimpleNamespace(n_ctx=4096), SimpleNamespace(size=0)
+        self.llama, self.stored_bytes = SimpleNamespace(n_ctx=4096), 0
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.fails: Exception | None = None

@@ -1,4 +1,4 @@
-"""Keeps computed sequences in memory and on disk, and finds the longest prefix shared with a new prompt."""
+"""Keeps computed sequences in a context, in memory and on disk, and finds the longest prefix of a new prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.llama import common_prefix, write_atomically
+from cerebrum.vps.llama import Llama, Slot, common_prefix, write_atomically
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
@@ -36,8 +36,8 @@ class PrefixStore:
     with it.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.size, self.whole = budget, 0, False
+    def __init__(self, budget: int, whole: bool = False) -> None:
+        self.budget, self.size, self.whole = budget, 0, whole
         self.entries: OrderedDict[int, Parked] = OrderedDict()
         self._next = 0
 
@@ -76,6 +76,60 @@ class PrefixStore:
             return None, 0
         self.entries.move_to_end(best)
         return self.entries[best], length
+
+
+class Sequences:
+    """The sequences of a model: in the slots of its context, running or idle, and in the store. Owned by one worker."""
+
+    def __init__(self, model: Llama, count: int, budget: int) -> None:
+        self.model, self.store = model, PrefixStore(budget, model.recurrent)
+        self.slots = [Slot(i) for i in range(count)]
+
+    def place(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
+        """One of the free slots, with the longest known prefix of the prompt, and the sequence that has this prefix."""
+        entry, stored = self.store.best(prompt)
+        # A running recurrent state goes on and cannot be shared.
+        near = free if self.model.recurrent else self.slots
+        live, nearest = max(
+            ((self.model.reusable(slot.tokens, prompt), slot) for slot in near), key=lambda pair: pair[0]
+        )
+        source = entry if entry and stored > live else nearest
+        guide = source.tokens[:]
+        from_store = stored > live and stored >= MIN_PREFIX
+        in_place = nearest in free and not from_store
+        slot = nearest if in_place else min(free, key=lambda slot: slot.used)
+        for other in free:
+            if other is not slot or not in_place:
+                self.park(other)
+            elif len(slot.tokens) > 2 * live:  # trimming the slot would lose more tokens than it keeps
+                self.keep(slot)
+        if entry and from_store:
+            if self.model.restore(slot, entry.state):
+                slot.tokens = entry.tokens[:]
+        elif not in_place and live and self.model.copy_prefix(nearest, slot, live):
+            slot.tokens = nearest.tokens[:]
+        self.cut(slot, self.model.reusable(slot.tokens, prompt))
+        return slot, guide
+
+    def keep(self, slot: Slot) -> None:
+        """Copy the slot's sequence to the store."""
+        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
+            self.store.add(Parked(slot.tokens[:], self.model.save(slot)))
+
+    def park(self, slot: Slot) -> None:
+        """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
+        self.keep(slot)
+        self.forget(slot)
+
+    def forget(self, slot: Slot) -> None:
+        self.cut(slot, 0)
+
+    def cut(self, slot: Slot, length: int) -> None:
+        """Drop the slot's tokens from `length` on, or all if the rest could not be continued."""
+        if not self.model.trim(slot, length):
+            length = 0
+            self.model.trim(slot, 0)
+        del slot.tokens[length:]
 
 
 KV_MAGIC = b"cerebrum-kv-4\n"

@@ -63,14 +63,7 @@ from cerebrum.vps.llama import (
     cpus,
     fingerprint,
 )
-from cerebrum.vps.prefixes import (
-    MIN_PREFIX,
-    STORE_SECONDS,
-    Parked,
-    PrefixStore,
-    load_parked,
-    save_parked,
-)
+from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum_common import HttpError, log, request_id_var
 
@@ -204,6 +197,280 @@ class Work:
     outputs: int
 
 
+class Decoder:
+    """What the next `llama_decode` computes for each running sequence, and what becomes of its result.
+
+    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that should take so long.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        sequences: Sequences,
+        costs: Costs,
+        baton: Baton,
+        tally: ModelTally,
+        stop: Callable[[float], bool],
+        drafting: bool,
+    ) -> None:
+        self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
+        self.stop, self.drafting, self.acceptance = stop, drafting, Acceptance()
+        self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
+
+    def is_coming(self, prompt: list[int]) -> bool:
+        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
+        if self.model.recurrent:
+            return False  # a state cannot be shared
+        leaders = [slot.run for slot in self.sequences.slots if slot.run and slot.run.prefilling]
+        have = max(common_prefix(slot.tokens, prompt) for slot in self.sequences.slots)
+        have = max(have, self.sequences.store.best(prompt)[1])
+        return any(
+            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            for run in leaders
+        )
+
+    def start(self, job: Job, free: list[Slot]) -> None:
+        """Give the job a slot; what the slot lacks of its prompt is prefilled."""
+        slot, guide = self.sequences.place(job.prompt, free)
+        cached = len(slot.tokens)
+        job.progress("prefill", cached, len(job.prompt))
+        self.tally.cached_tokens += cached
+        slot.run = Run(job, slot, cached, guide)
+        if self.model.recurrent and self.sequences.store.budget:
+            # A later prompt has this one's beginning, or all of it; its last token may be another one.
+            slot.run.marks = [mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX]
+
+    def turn(self, runs: list[Run]) -> None:
+        """Collect the next work of every run, and decode the works in the cheapest grouping."""
+        works: list[Work] = []
+        for run in runs:
+            with self._blamed_on(run):
+                works.append(self.next_work(run, runs))
+        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
+            if members := [works[i] for i in group if works[i].run.slot.run is works[i].run]:
+                self._step(members)
+
+    def next_work(self, run: Run, runs: list[Run]) -> Work:
+        prompt, slot = run.prompt, run.slot
+        if run.pending is None:
+            stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
+            reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
+            pace = self._pace(own=len(reading) < len(runs))
+            end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
+            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
+            return Work(run, prompt[len(slot.tokens) : end], outputs)
+        run.beside = self._beside(run, runs)
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        alone = len(runs) == 1 or not self.model.recurrent
+        draft = self._draft(run, self._pace(own=len(runs) > 1)) if alone else []
+        return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _pace(self, own: bool) -> float | None:
+        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
+        paces = [self.costs(1)] * own
+        if (other := self.baton.fastest_other(self)) is not None:
+            paces.append(other)
+        return min(paces, default=None)
+
+    def _beside(self, run: Run, runs: list[Run]) -> int:
+        """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
+        streams = sum(not (other is run or other.prefilling) for other in runs)
+        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
+
+    def _draft(self, run: Run, pace: float | None) -> list[int]:
+        assert run.drafter
+        room = min(
+            self.model.max_draft,
+            run.job.max_tokens - run.generated - 1,
+            self.model.n_ctx - len(run.slot.tokens) - 2,
+            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
+        )
+        if not self.drafting or run.heal or room <= 0:
+            return []
+        if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
+            return []
+        tokens = run.drafter.propose(room)
+        if not tokens:
+            return []
+        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.streak)
+        return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
+
+    def _step(self, works: list[Work]) -> None:
+        """Run one llama_decode and handle its result for each sequence."""
+        self.model.abort_flag[0] = b"\x00"
+        try:
+            self.running = [work.run for work in works]
+            if all(run.job.cancelled for run in self.running):
+                return
+            size = sum(len(work.tokens) for work in works)
+            with self.baton:
+                if self.stop(self.costs(size)):
+                    return
+                begin = time.perf_counter()
+                code = self.model.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
+                seconds = time.perf_counter() - begin
+        finally:
+            self.running = []
+        if code:
+            self._after_failure(works, code)
+            return
+        self.costs.learn(size, seconds)
+        self.tally.decodes += 1
+        self.tally.decoded_sequences += len(works)
+        base = 0
+        for work in works:
+            with self._blamed_on(work.run):
+                if work.run.prefilling:
+                    self._after_prefill(work, base)
+                else:
+                    self._after_decode(work, base)
+            base += len(work.tokens)
+        for work in works:
+            self._flush(work.run)
+
+    def _after_failure(self, works: list[Work], code: int) -> None:
+        """Handle a decode that was aborted or that llama.cpp could not do."""
+        for work in works:
+            run, slot = work.run, work.run.slot
+            tokens = slot.tokens[:]
+            if self.model.recurrent:  # nobody knows how far the state has gone
+                self.sequences.forget(slot)
+            elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
+                # The prompt's last token is left out: its logits are missing, so it must be decoded again.
+                read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
+                slot.tokens += work.tokens[: max(0, read)]
+                self.tally.prompt_tokens += max(0, read)
+            self._continue(run, tokens)
+            if code != ABORTED:
+                log.error("llama_decode answered %d", code)
+                self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+
+    def _continue(self, run: Run, tokens: list[int]) -> None:
+        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all be kept, the run
+        reads them again."""
+        self.sequences.cut(run.slot, len(run.slot.tokens))
+        if run.pending is not None and len(run.slot.tokens) < len(tokens):
+            run.prompt, run.pending = [*tokens, run.pending], None
+
+    @contextlib.contextmanager
+    def _blamed_on(self, run: Run) -> Iterator[None]:
+        """An exception in the work for one request ends that request alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("request %s", run.job.request_id)
+            self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+            self.sequences.forget(run.slot)  # its tokens and its cells may no longer agree
+
+    def _after_prefill(self, work: Work, base: int) -> None:
+        run, slot = work.run, work.run.slot
+        slot.tokens += work.tokens
+        self.tally.prompt_tokens += len(work.tokens)
+        run.job.progress("prefill", len(slot.tokens), len(run.prompt))
+        if len(slot.tokens) in run.marks:
+            self.sequences.keep(slot)
+        if len(slot.tokens) < len(run.prompt):
+            return
+        if not work.outputs:
+            self._finish(run, "length")
+            return
+        run.job.progress("decode", 0, run.job.max_tokens)
+        run.pending = self._sample(run, base + len(work.tokens) - 1)
+        ended = self._emit(run, run.pending)
+        self._flush(run)
+        if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
+            run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
+            run.drafter.advance(run.pending)
+
+    def _after_decode(self, work: Work, base: int) -> None:
+        """Accept drafted tokens as long as each equals the model's own choice at its position."""
+        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
+        before, streak = run.generated, run.drafter.streak if run.drafter else 0
+        accepted = 0
+        for i, token in enumerate(work.tokens):
+            slot.tokens.append(token)
+            run.pending = self._sample(run, base + i)
+            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
+                break
+            accepted += 1
+        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
+        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
+        if drafted:
+            self._continue(run, slot.tokens[:])
+            self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
+            run.drafted += drafted
+            run.accepted += accepted
+            self.tally.drafts += 1
+            self.tally.draft_tokens += drafted
+            self.tally.accepted_tokens += accepted
+
+    def _sample(self, run: Run, index: int) -> int:
+        if run.heal:
+            self.model.restrict(index, run.heal)
+        return run.sampler.sample(self.model, index)
+
+    def _emit(self, run: Run, token: int) -> bool:
+        """Account for one sampled token; True if the completion ends with it."""
+        run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
+        if self.model.is_end(token):
+            self._finish(run, "stop")
+            return True
+        piece = self.model.piece(token)
+        known = min(len(piece), len(run.heal))
+        run.heal, piece = run.heal[known:], piece[known:]
+        counts = bool(piece) or not known  # a token that only repeats the healed text does not count
+        run.generated += counts
+        self.tally.tokens += counts
+        if run.drafter:
+            run.drafter.advance(token)
+        text, reason = run.text.feed(piece)
+        if text:
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        full = len(run.slot.tokens) + 1 >= self.model.n_ctx
+        run.has_line = run.has_line or b"\n" in piece
+        limit = run.job.request.predict_ms
+        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
+        if not reason and (run.generated >= run.job.max_tokens or full or late):
+            reason = "length"
+            self._finish(run, reason)
+        elif reason:
+            self._finish(run, reason, flush=False)
+        return reason is not None
+
+    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
+        if flush and (text := run.text.flush(reason == "stop")):
+            run.outbox.append({"token": text, "total_tokens": run.generated})
+        run.outbox.append(run.result(reason))
+        self.release(run, reason)
+
+    def fail(self, run: Run, error: HttpError) -> None:
+        if run.slot.run is not run:
+            return  # the run has had its last event
+        run.outbox.append(error)
+        self.release(run, error.code)
+
+    def release(self, run: Run, reason: str) -> None:
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
+        run.slot.run = None
+        tally = self.tally
+        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
+        if run.first_token:
+            tally.token_seconds += run.last_token - run.first_token
+            tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
+        tally.end(reason)
+        run.slot.used = time.monotonic()
+        run.sampler.close()
+        self._flush(run)
+
+    def _flush(self, run: Run) -> None:
+        """Deliver the events in the outbox."""
+        if run.outbox:
+            events, run.outbox = run.outbox, []
+            run.job.deliver(events)
+
+
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
@@ -235,11 +502,9 @@ class Worker(threading.Thread):
         self.load_progress, self.recalibrations = 0.0, 0
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
-        self.store = PrefixStore(settings.cache_mb * MB)
-        self.slots = [Slot(i) for i in range(settings.sequences)]
+        self.decoder: Decoder | None = None  # once the model is loaded
         self.waiting: list[Job] = []
         self.tally = tally or ModelTally()
-        self.running: list[Run] = []  # sequences in the current llama_decode; written by the thread, read by all
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
         self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
         self._closed = False
@@ -247,6 +512,15 @@ class Worker(threading.Thread):
         self._end = self._farewell  # of a running request
 
     # -- called by any other thread
+
+    @property
+    def slots(self) -> list[Slot]:
+        return decoder.sequences.slots if (decoder := self.decoder) else []
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory of the parked sequences."""
+        return decoder.sequences.store.size if (decoder := self.decoder) else 0
 
     def prepare(self, job: Job) -> Job:
         """Wait until the model is loaded, then tokenize the job's prompt and read it for the completion's end.
@@ -289,9 +563,10 @@ class Worker(threading.Thread):
         """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
         self.inbox.put(None)
-        running = self.running
-        if self.llama and running and all(run.job.cancelled for run in running):
-            self.llama.abort()
+        decoder = self.decoder
+        running = decoder.running if decoder else []
+        if decoder and running and all(run.job.cancelled for run in running):
+            decoder.model.abort()
 
     def wake(self) -> None:
         """Call this when the client of a paused job has read on."""
@@ -306,18 +581,18 @@ class Worker(threading.Thread):
 
     # -- the thread
 
-    def _beat(self) -> bool:
-        """Note progress for the watchdog. Returns whether to stop."""
-        self.due = time.monotonic() + STEP_SECONDS
+    def _beat(self, seconds: float = 0.0) -> bool:
+        """Note progress for the watchdog; the next step may take `seconds`. Returns whether to stop."""
+        self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * seconds)
         return self.stopping
 
     def run(self) -> None:
         try:
             self.due = time.monotonic() + STEP_SECONDS
             failure = self._load_logged()
-            if failure is None:
+            if failure is None and self.decoder:
                 self.ready.set_result(None)
-                self._serve()
+                self._serve(self.decoder)
             self._close()
             if failure is not None:  # only now that the model's memory is free
                 self.ready.set_exception(failure)
@@ -335,10 +610,10 @@ class Worker(threading.Thread):
             return self._load_failure(error)
         return None
 
-    def _serve(self) -> None:
+    def _serve(self, decoder: Decoder) -> None:
         try:
             while not self._beat():
-                self._turn()
+                self._turn(decoder)
         except Exception:
             log.exception("model %s: the worker failed; the next request loads the model again", self.model)
             self.stopping = True
@@ -360,17 +635,19 @@ class Worker(threading.Thread):
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
         key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
-        self.store.whole = self.llama.recurrent
-        self.acceptance = Acceptance()
-        self.costs = self._choose_threads(self.llama)
-        for entry in load_parked(self.kv_dir, self.key, self.store.budget):
+        costs = self._choose_threads(self.llama)
+        sequences = Sequences(self.llama, settings.sequences, settings.cache_mb * MB)
+        for entry in load_parked(self.kv_dir, self.key, sequences.store.budget):
             self._beat()
-            self.store.add(entry)
-        self.memory_bytes = max(0, resident_bytes() - before - self.store.size)
+            sequences.store.add(entry)
+        self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
+        self.decoder = Decoder(
+            self.llama, sequences, costs, self.baton, self.tally, self._beat, drafting=settings.draft
+        )
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model, self.encoding, self.memory_bytes // MB, *(self.costs(n) * 1e3 for n in (1, 2, 16)),
-            len(self.store.entries),
+            self.model, self.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
+            len(sequences.store.entries),
         )  # fmt: skip
 
     def _open(self) -> Llama:
@@ -419,22 +696,24 @@ class Worker(threading.Thread):
         """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
         with self._door:
             self._closed = True
-        self.baton.note(self, None)
-        for run in [slot.run for slot in self.slots if slot.run]:
+        self.baton.note(self.decoder, None)
+        for slot in self.slots:
             with self._logged("ending a request"):
-                self._fail(run, self._end)
+                if slot.run and self.decoder:
+                    self.decoder.fail(slot.run, self._end)
         for job in [*self.waiting, *self._drain()]:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
         if not self.llama:
             return
-        if self.ready.done():  # else the slots hold nothing yet
+        if self.decoder:
             with self._logged("saving parked sequences"):
                 for slot in self.slots:
                     self._beat()
-                    self._park(slot)
-                save_parked(self.kv_dir, self.key, list(self.store.entries.values()), self._beat)
-        self.store = PrefixStore(0)
+                    self.decoder.sequences.park(slot)
+                entries = list(self.decoder.sequences.store.entries.values())
+                save_parked(self.kv_dir, self.key, entries, self._beat)
+        self.decoder = None
         with self._logged("freeing the model"):
             self.llama.close()
 
@@ -455,36 +734,29 @@ class Worker(threading.Thread):
         """The running sequences whose clients keep up."""
         return [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
 
-    def _turn(self) -> None:
-        """Start new jobs, collect the next work of every sequence, and decode the works in the cheapest grouping."""
-        self._take()
+    def _turn(self, decoder: Decoder) -> None:
+        """Start new jobs, and decode what the running ones need next."""
+        self._take(decoder)
         runs = self._runs()
-        self.baton.note(self, self.costs(1) if runs else None)
-        if not runs:
-            self._recalibrate()
-            if job := self._wait():
-                self.waiting.append(job)
+        self.baton.note(decoder, decoder.costs(1) if runs else None)
+        if runs:
+            decoder.turn(runs)
             return
-        works: list[Work] = []
-        for run in runs:
-            with self._blamed_on(run):
-                works.append(self._next_work(run, runs))
-        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
-            members = [works[i] for i in group if works[i].run.slot.run is works[i].run]
-            if members and not self.stopping:
-                self._step(members)
+        self._recalibrate(decoder)
+        if job := self._wait(decoder.sequences):
+            self.waiting.append(job)
 
-    def _take(self) -> None:
+    def _take(self, decoder: Decoder) -> None:
         """Start the jobs in the inbox until the inbox is empty. More jobs may arrive while a sequence is parked, which
         takes milliseconds."""
         while True:
             self.waiting += self._drain()
-            self._drop_cancelled()
-            self._start_waiting()
+            self._drop_cancelled(decoder)
+            self._start_waiting(decoder)
             if self.inbox.empty():
                 return
 
-    def _wait(self) -> Job | None:
+    def _wait(self, sequences: Sequences) -> Job | None:
         """The next job, or None for a mere wake-up. Idle sequences are stored only after STORE_SECONDS of quiet,
         because storing 3,500 tokens takes a fifth of a second and no request should wait for the storing."""
         if self.stopping:  # its wake-up may have been taken out of the inbox with others
@@ -493,337 +765,44 @@ class Worker(threading.Thread):
             return self.inbox.get(timeout=STORE_SECONDS)
         for slot in self.slots:
             if self.inbox.empty() and not slot.run:
-                self._store(slot)
+                sequences.keep(slot)
         self.due = math.inf
         try:
             return self.inbox.get()
         finally:
             self.due = time.monotonic() + STEP_SECONDS
 
-    def _recalibrate(self) -> None:
+    def _recalibrate(self, decoder: Decoder) -> None:
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
-        assert self.llama
-        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(self) is not None
-        if not self.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
+        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) is not None
+        if not decoder.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
             return
         self.recalibrations += 1
         for slot in self.slots:
-            self._park(slot)
-        self.llama.abort_flag[0] = b"\x00"
-        table = calibrate(self.llama, self.calibration, self.baton, lambda: self._beat() or not self.inbox.empty())
+            decoder.sequences.park(slot)
+        decoder.model.abort_flag[0] = b"\x00"
+        table = calibrate(decoder.model, self.calibration, self.baton, lambda: self._beat() or not self.inbox.empty())
         if table:
-            self.costs = Costs(table)
+            decoder.costs = Costs(table)
 
-    def _drop_cancelled(self) -> None:
+    def _drop_cancelled(self, decoder: Decoder) -> None:
         self.waiting = [job for job in self.waiting if not job.cancelled]
         for slot in self.slots:
             if slot.run and slot.run.job.cancelled:
-                self._release(slot.run, CANCELLED)
+                decoder.release(slot.run, CANCELLED)
 
-    def _start_waiting(self) -> None:
-        assert self.llama
+    def _start_waiting(self, decoder: Decoder) -> None:
         for job in list(self.waiting):
             free = [slot for slot in self.slots if not slot.run]
             if not free:
                 return
-            if not self.llama.recurrent and self._prefix_is_coming(job.prompt):
+            if decoder.is_coming(job.prompt):
                 continue
             self.waiting.remove(job)
             try:
-                self._start(job, free)
+                decoder.start(job, free)
             except Exception:
                 log.exception("request %s could not be started", job.request_id)
                 for slot in free:  # any of them may be half prepared
-                    self._forget(slot)
+                    decoder.sequences.forget(slot)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
-
-    def _prefix_is_coming(self, prompt: list[int]) -> bool:
-        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
-        leaders = [slot.run for slot in self.slots if slot.run and slot.run.prefilling]
-        have = max(common_prefix(slot.tokens, prompt) for slot in self.slots)
-        have = max(have, self.store.best(prompt)[1])
-        return any(
-            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
-            for run in leaders
-        )
-
-    def _start(self, job: Job, free: list[Slot]) -> None:
-        """Give the job a slot with the longest known prefix of its prompt; the rest of the prompt is prefilled."""
-        assert self.llama
-        prompt = job.prompt
-        entry, stored = self.store.best(prompt)
-        # A running recurrent state goes on and cannot be shared.
-        near = free if self.llama.recurrent else self.slots
-        live, nearest = max(
-            ((self.llama.reusable(slot.tokens, prompt), slot) for slot in near), key=lambda pair: pair[0]
-        )
-        source = entry if entry and stored > live else nearest
-        guide = source.tokens[:]
-        from_store = stored > live and stored >= MIN_PREFIX
-        in_place = nearest in free and not from_store
-        slot = nearest if in_place else min(free, key=lambda slot: slot.used)
-        for other in free:
-            if other is not slot or not in_place:
-                self._park(other)
-            elif len(slot.tokens) > 2 * live:  # trimming the slot would lose more tokens than it keeps
-                self._store(slot)
-        if entry and from_store:
-            if self.llama.restore(slot, entry.state):
-                slot.tokens = entry.tokens[:]
-        elif not in_place and live and self.llama.copy_prefix(nearest, slot, live):
-            slot.tokens = nearest.tokens[:]
-        self._cut(slot, self.llama.reusable(slot.tokens, prompt))
-        cached = len(slot.tokens)
-        job.progress("prefill", cached, len(prompt))
-        self.tally.cached_tokens += cached
-        slot.run = Run(job, slot, cached, guide)
-        if self.llama.recurrent and self.store.budget:
-            # A later prompt has this one's beginning, or all of it; its last token may be another one.
-            slot.run.marks = [mark for mark in (job.before - 1, len(prompt) - 1) if mark >= MIN_PREFIX]
-
-    def _park(self, slot: Slot) -> None:
-        """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
-        self._store(slot)
-        self._forget(slot)
-
-    def _store(self, slot: Slot) -> None:
-        assert self.llama
-        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
-            self.store.add(Parked(slot.tokens[:], self.llama.save(slot)))
-
-    def _forget(self, slot: Slot) -> None:
-        self._cut(slot, 0)
-
-    def _cut(self, slot: Slot, length: int) -> None:
-        """Drop the slot's tokens from `length` on, or all if the rest could not be continued."""
-        assert self.llama
-        if not self.llama.trim(slot, length):
-            length = 0
-            self.llama.trim(slot, 0)
-        del slot.tokens[length:]
-
-    def _continue(self, run: Run, tokens: list[int]) -> None:
-        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all be kept, the run
-        reads them again."""
-        self._cut(run.slot, len(run.slot.tokens))
-        if run.pending is not None and len(run.slot.tokens) < len(tokens):
-            run.prompt, run.pending = [*tokens, run.pending], None
-
-    def _next_work(self, run: Run, runs: list[Run]) -> Work:
-        assert self.llama
-        prompt, slot = run.prompt, run.slot
-        if run.pending is None:
-            stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
-            reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
-            pace = self._pace(own=len(reading) < len(runs))
-            end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
-            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
-            return Work(run, prompt[len(slot.tokens) : end], outputs)
-        run.beside = self._beside(run, runs)
-        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
-        alone = len(runs) == 1 or not self.llama.recurrent
-        draft = self._draft(run, self._pace(own=len(runs) > 1)) if alone else []
-        return Work(run, [run.pending, *draft], 1 + len(draft))
-
-    def _pace(self, own: bool) -> float | None:
-        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
-        paces = [self.costs(1)] * own
-        if (other := self.baton.fastest_other(self)) is not None:
-            paces.append(other)
-        return min(paces, default=None)
-
-    def _beside(self, run: Run, runs: list[Run]) -> int:
-        """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
-        streams = sum(not (other is run or other.prefilling) for other in runs)
-        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
-
-    def _draft(self, run: Run, pace: float | None) -> list[int]:
-        assert self.llama
-        assert run.drafter
-        room = min(
-            self.llama.max_draft,
-            run.job.max_tokens - run.generated - 1,
-            self.llama.n_ctx - len(run.slot.tokens) - 2,
-            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
-        )
-        if not self.settings.draft or run.heal or room <= 0:
-            return []
-        if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
-            return []
-        tokens = run.drafter.propose(room)
-        if not tokens:
-            return []
-        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.streak)
-        return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
-
-    def _step(self, works: list[Work]) -> None:
-        """Run one llama_decode and handle its result for each sequence."""
-        assert self.llama
-        self.llama.abort_flag[0] = b"\x00"
-        try:
-            self.running = [work.run for work in works]
-            if self.stopping or all(run.job.cancelled for run in self.running):
-                return
-            with self.baton:
-                size = sum(len(work.tokens) for work in works)
-                self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * self.costs(size))
-                begin = time.perf_counter()
-                code = self.llama.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
-                seconds = time.perf_counter() - begin
-        finally:
-            self.running = []
-        if code:
-            self._after_failure(works, code)
-            return
-        self.costs.learn(size, seconds)
-        self.tally.decodes += 1
-        self.tally.decoded_sequences += len(works)
-        base = 0
-        for work in works:
-            with self._blamed_on(work.run):
-                if work.run.prefilling:
-                    self._after_prefill(work, base)
-                else:
-                    self._after_decode(work, base)
-            base += len(work.tokens)
-        for work in works:
-            self._flush(work.run)
-
-    def _after_failure(self, works: list[Work], code: int) -> None:
-        """Handle a decode that was aborted or that llama.cpp could not do."""
-        assert self.llama
-        for work in works:
-            run, slot = work.run, work.run.slot
-            tokens = slot.tokens[:]
-            if self.llama.recurrent:  # nobody knows how far the state has gone
-                self._forget(slot)
-            elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
-                # The prompt's last token is left out: its logits are missing, so it must be decoded again.
-                read = min(self.llama.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
-                slot.tokens += work.tokens[: max(0, read)]
-                self.tally.prompt_tokens += max(0, read)
-            self._continue(run, tokens)
-            if code != ABORTED:
-                log.error("llama_decode answered %d", code)
-                self._fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
-
-    @contextlib.contextmanager
-    def _blamed_on(self, run: Run) -> Iterator[None]:
-        """An exception in the work for one request ends that request alone."""
-        try:
-            yield
-        except Exception:
-            log.exception("request %s", run.job.request_id)
-            self._fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-            self._forget(run.slot)  # its tokens and its cells may no longer agree
-
-    def _after_prefill(self, work: Work, base: int) -> None:
-        run, slot = work.run, work.run.slot
-        slot.tokens += work.tokens
-        self.tally.prompt_tokens += len(work.tokens)
-        run.job.progress("prefill", len(slot.tokens), len(run.prompt))
-        if len(slot.tokens) in run.marks:
-            self._store(slot)
-        if len(slot.tokens) < len(run.prompt):
-            return
-        if not work.outputs:
-            self._finish(run, "length")
-            return
-        run.job.progress("decode", 0, run.job.max_tokens)
-        run.pending = self._sample(run, base + len(work.tokens) - 1)
-        ended = self._emit(run, run.pending)
-        self._flush(run)
-        if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
-            run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
-            run.drafter.advance(run.pending)
-
-    def _after_decode(self, work: Work, base: int) -> None:
-        """Accept drafted tokens as long as each equals the model's own choice at its position."""
-        assert self.llama
-        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
-        before, streak = run.generated, run.drafter.streak if run.drafter else 0
-        accepted = 0
-        for i, token in enumerate(work.tokens):
-            slot.tokens.append(token)
-            run.pending = self._sample(run, base + i)
-            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
-                break
-            accepted += 1
-        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
-        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
-        if drafted:
-            self._continue(run, slot.tokens[:])
-            self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
-            run.drafted += drafted
-            run.accepted += accepted
-            self.tally.drafts += 1
-            self.tally.draft_tokens += drafted
-            self.tally.accepted_tokens += accepted
-
-    def _sample(self, run: Run, index: int) -> int:
-        assert self.llama
-        if run.heal:
-            self.llama.restrict(index, run.heal)
-        return run.sampler.sample(self.llama, index)
-
-    def _emit(self, run: Run, token: int) -> bool:
-        """Account for one sampled token; True if the completion ends with it."""
-        assert self.llama
-        run.last_token = time.monotonic()
-        if not run.generated:
-            run.first_token = run.last_token
-        if self.llama.is_end(token):
-            self._finish(run, "stop")
-            return True
-        piece = self.llama.piece(token)
-        known = min(len(piece), len(run.heal))
-        run.heal, piece = run.heal[known:], piece[known:]
-        counts = bool(piece) or not known  # a token that only repeats the healed text does not count
-        run.generated += counts
-        self.tally.tokens += counts
-        if run.drafter:
-            run.drafter.advance(token)
-        text, reason = run.text.feed(piece)
-        if text:
-            run.outbox.append({"token": text, "total_tokens": run.generated})
-        full = len(run.slot.tokens) + 1 >= self.llama.n_ctx
-        run.has_line = run.has_line or b"\n" in piece
-        limit = run.job.request.predict_ms
-        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
-        if not reason and (run.generated >= run.job.max_tokens or full or late):
-            reason = "length"
-            self._finish(run, reason)
-        elif reason:
-            self._finish(run, reason, flush=False)
-        return reason is not None
-
-    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
-        if flush and (text := run.text.flush(reason == "stop")):
-            run.outbox.append({"token": text, "total_tokens": run.generated})
-        run.outbox.append(run.result(reason))
-        self._release(run, reason)
-
-    def _fail(self, run: Run, error: HttpError) -> None:
-        if run.slot.run is not run:
-            return  # the run has had its last event
-        run.outbox.append(error)
-        self._release(run, error.code)
-
-    def _release(self, run: Run, reason: str) -> None:
-        """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
-        run.slot.run = None
-        tally = self.tally
-        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
-        if run.first_token:
-            tally.token_seconds += run.last_token - run.first_token
-            tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
-        tally.end(reason)
-        run.slot.used = time.monotonic()
-        run.sampler.close()
-        self._flush(run)
-
-    def _flush(self, run: Run) -> None:
-        """Deliver the events in the outbox."""
-        if run.outbox:
-            events, run.outbox = run.outbox, []
-            run.job.deliver(events)

@@ -1020,7 +1020,7 @@ def test_a_worker_is_due_only_while_it_works(worker: vps_worker.Worker, monkeypa
         due, now = worker.due, time.monotonic()
         worker.llama.hold.set()
         asked.outcome()
-        allowed = max(step_seconds, slowest * worker.costs(len(prompt)))
+        allowed = max(step_seconds, slowest * worker.decoder.costs(len(prompt)))
         assert began + allowed <= due <= now + allowed
         wait_until(lambda: worker.due == math.inf, "the worker rests")
 
@@ -1084,12 +1084,13 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.W
     other: Any = object()
     job = Ask("x" * 4000).job
     worker.prepare(job)
-    run = vps_worker.Run(job, llama.Slot(0), 0, [])
-    assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
+    run, decoder = vps_worker.Run(job, llama.Slot(0), 0, []), worker.decoder
+    assert decoder
+    assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
-    assert len(worker._next_work(run, [run]).tokens) == share_size(worker.costs, 0.01) < MAX_CHUNK
+    assert len(decoder.next_work(run, [run]).tokens) == share_size(decoder.costs, 0.01) < MAX_CHUNK
     worker.baton.note(other, None)
-    assert len(worker._next_work(run, [run]).tokens) == MAX_CHUNK
+    assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
 
 
 @pytest.mark.skipif(not FILES["qwen_0_5b"].exists(), reason="the 0.5B is missing: python3 vpsd.py fetch")
