@@ -65,7 +65,7 @@ from cerebrum.vps.fetch import Bar, FetchError, choose, digest_with_bar, fetch, 
 from cerebrum.vps.gguf import read_shape
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
-from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, ModelTally, Worker
+from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Loader, ModelTally, Worker
 from cerebrum_common import (
     SSE_COMMENT,
     VERSION,
@@ -662,8 +662,8 @@ class Engine:
                 raise error
         instance.completions.add(completion)
         while not instance.ready.done():
-            if instance.worker.load_progress > told:
-                told = instance.worker.load_progress
+            if instance.worker.loader.done > told:
+                told = instance.worker.loader.done
                 completion.job.progress("loading", round(100 * told), 100)
             await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
         instance.ready.result()
@@ -712,7 +712,8 @@ class Engine:
             parts = await asyncio.to_thread(self._estimate, model, path, settings)
         await self._make_room(model, parts)
         tally, begun = self.tallies[model.id], time.monotonic()
-        worker = Worker(model.id, path, settings, model.sha256, self.baton, tuned, tally, model.fim, model.suffix_first)
+        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.suffix_first)
+        worker = Worker(loader, self.baton, tally)
         worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)
 
@@ -933,7 +934,7 @@ async def models(engine: Engine, _request: Request) -> Response:
     for model, found in zip(listed, tuned, strict=True):
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker or found
+        used = worker.loader if worker else found
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,

@@ -26,6 +26,7 @@ from harness import FILES, PATIENCE, ROOT, until
 import vpsd
 from cerebrum.settings import Environment
 from cerebrum.vps.llama import MB, Settings, TunedFile
+from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
 from vpsd import Completion, Engine, EventStream, Headroom, load_config
 
@@ -37,13 +38,12 @@ class ScriptedWorker:
 
     made: list[ScriptedWorker]
 
-    def __init__(self, name: str, *rest: Any) -> None:
-        self.model, (*_, self.tuned, self.tally, _, _) = name, rest
+    def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
+        self.loader, self.model, self.tuned, self.tally = loader, loader.model, loader.tuned, tally
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.due = float("inf")
         self.stopping = False
-        self.load_progress = 0.0
         self.llama, self.stored_bytes = SimpleNamespace(n_ctx=4096), 0
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []

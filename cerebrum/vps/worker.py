@@ -2,9 +2,9 @@
 
     import pathlib, queue
     from cerebrum.vps.llama import CompletionRequest, Settings, start_library
-    from cerebrum.vps.worker import Job, Worker
+    from cerebrum.vps.worker import Job, Loader, Worker
     start_library()
-    worker = Worker("qwen", pathlib.Path("model.gguf"), Settings())
+    worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
     worker.submit(worker.prepare(Job(CompletionRequest("def fibonacci(n):", language="python"), events.put)))
@@ -471,6 +471,74 @@ class Decoder:
             run.job.deliver(events)
 
 
+class Loader:
+    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        settings: Settings,
+        sha256: str = "",
+        tuned: TunedFile | None = None,
+        fim: Sequence[str] = (),
+        suffix_first: bool = False,
+    ) -> None:
+        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
+        self.fim = fim, suffix_first
+        self.encoding, self.key = "published", ""  # of the caches on disk
+        self.done = 0.0  # the share of the file that has been read
+
+    def open(self, beat: Callable[[], bool]) -> Llama:
+        """Load the tuned file, or the published one if there is no tuned file or loading it fails. `beat` is called now
+        and then, and returns whether to give up."""
+
+        def progress(done: float) -> bool:
+            self.done = done
+            return not beat()
+
+        model = None
+        if tuned := self.tuned:
+            try:
+                check_digest(self.path, tuned.source, self.settings.state_dir, beat)
+                model = Llama(tuned.path, tuned.settings, progress, *self.fim)
+            except (ModelError, OSError) as error:
+                if beat():
+                    raise
+                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
+            else:
+                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
+        if not model:
+            check_digest(self.path, self.sha256, self.settings.state_dir, beat)
+            model = Llama(self.path, self.settings, progress, *self.fim)
+        settings = self.settings
+        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
+        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
+        self.key = hashlib.sha256(key.encode()).hexdigest()
+        return model
+
+    def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
+        """The costs with a thread for each core, or for each CPU if that is faster here."""
+        settings, found = self.settings, dict[int, Costs]()
+        most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
+        for count in sorted({settings.threads, most}, reverse=True):
+            self.settings = replace(settings, threads=count)
+            model.use_threads(count)
+            found[count] = load_costs(model, self.calibration, baton, beat)
+        best = min(found, key=lambda count: found[count].work)
+        self.settings = replace(settings, threads=best)
+        model.use_threads(best)
+        return found[best]
+
+    @property
+    def calibration(self) -> Path:
+        return self.settings.state_dir / "calibration" / f"{self.key[:32]}-{self.settings.threads}.json"
+
+    @property
+    def kv_dir(self) -> Path:
+        return self.settings.state_dir / "kv" / self.model
+
+
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
@@ -480,26 +548,18 @@ class Worker(threading.Thread):
 
     def __init__(
         self,
-        name: str,
-        path: Path,
-        settings: Settings,
-        sha256: str = "",
+        loader: Loader,
         baton: Baton | None = None,
-        tuned: TunedFile | None = None,
         tally: ModelTally | None = None,
-        fim: Sequence[str] = (),
-        suffix_first: bool = False,
     ) -> None:
-        super().__init__(name=f"worker-{name}", daemon=True)
-        self.fim = fim, suffix_first
-        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
-        self.encoding = "published"
+        super().__init__(name=f"worker-{loader.model}", daemon=True)
+        self.loader, self.model = loader, loader.model
         self.baton = baton or Baton()
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
-        self.load_progress, self.recalibrations = 0.0, 0
+        self.recalibrations = 0
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
@@ -508,7 +568,7 @@ class Worker(threading.Thread):
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
         self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
         self._closed = False
-        self._farewell = HttpError("SHUTTING_DOWN", f"model {name} is being unloaded; try again")
+        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model} is being unloaded; try again")
         self._end = self._farewell  # of a running request
 
     # -- called by any other thread
@@ -589,7 +649,11 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             self.due = time.monotonic() + STEP_SECONDS
-            failure = self._load_logged()
+            failure = None
+            try:
+                self._load()
+            except Exception as error:
+                failure = self._load_failure(error)
             if failure is None and self.decoder:
                 self.ready.set_result(None)
                 self._serve(self.decoder)
@@ -602,14 +666,6 @@ class Worker(threading.Thread):
                 self.ready.set_exception(self._farewell)
             self.ended.set_result(None)
 
-    def _load_logged(self) -> HttpError | None:
-        """Load the model; return the error if loading fails."""
-        try:
-            self._load()
-        except Exception as error:
-            return self._load_failure(error)
-        return None
-
     def _serve(self, decoder: Decoder) -> None:
         try:
             while not self._beat():
@@ -620,77 +676,31 @@ class Worker(threading.Thread):
             self._end = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
 
     def _load_failure(self, error: Exception) -> HttpError:
+        """The error of a load that failed."""
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
         if isinstance(error, ModelError):
             log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
-            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
+            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.loader.path.name}): {error}")
         log.error("model %s: loading failed", self.model, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def _load(self) -> None:
         before = resident_bytes()
-        self.llama = self._open()
-        settings = self.settings
-        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {self.llama.n_ctx} {params}"
-        self.key = hashlib.sha256(key.encode()).hexdigest()
-        costs = self._choose_threads(self.llama)
+        loader, settings = self.loader, self.loader.settings
+        self.llama = loader.open(self._beat)
+        costs = loader.choose_threads(self.llama, self.baton, self._beat)
         sequences = Sequences(self.llama, settings.sequences, settings.cache_mb * MB)
-        for entry in load_parked(self.kv_dir, self.key, sequences.store.budget):
+        for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
             self._beat()
             sequences.store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
-        self.decoder = Decoder(
-            self.llama, sequences, costs, self.baton, self.tally, self._beat, drafting=settings.draft
-        )
+        self.decoder = Decoder(self.llama, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model, self.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
+            self.model, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
-
-    def _open(self) -> Llama:
-        """Load the tuned file, or the published one if there is no tuned file or loading it fails."""
-
-        def progress(done: float) -> bool:
-            self.load_progress = done
-            return not self._beat()
-
-        if tuned := self.tuned:
-            try:
-                check_digest(self.path, tuned.source, self.settings.state_dir, self._beat)
-                model = Llama(tuned.path, tuned.settings, progress, *self.fim)
-            except (ModelError, OSError) as error:
-                if self.stopping:
-                    raise
-                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
-            else:
-                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
-                return model
-        check_digest(self.path, self.sha256, self.settings.state_dir, self._beat)
-        return Llama(self.path, self.settings, progress, *self.fim)
-
-    def _choose_threads(self, model: Llama) -> Costs:
-        """The costs with a thread for each core, or for each CPU if that is faster here."""
-        settings, found = self.settings, dict[int, Costs]()
-        most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
-        for count in sorted({settings.threads, most}, reverse=True):
-            self.settings = replace(settings, threads=count)
-            model.use_threads(count)
-            found[count] = load_costs(model, self.calibration, self.baton, self._beat)
-        best = min(found, key=lambda count: found[count].work)
-        self.settings = replace(settings, threads=best)
-        model.use_threads(best)
-        return found[best]
-
-    @property
-    def calibration(self) -> Path:
-        return self.settings.state_dir / "calibration" / f"{self.key[:32]}-{self.settings.threads}.json"
-
-    @property
-    def kv_dir(self) -> Path:
-        return self.settings.state_dir / "kv" / self.model
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
@@ -712,7 +722,7 @@ class Worker(threading.Thread):
                     self._beat()
                     self.decoder.sequences.park(slot)
                 entries = list(self.decoder.sequences.store.entries.values())
-                save_parked(self.kv_dir, self.key, entries, self._beat)
+                save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
         self.decoder = None
         with self._logged("freeing the model"):
             self.llama.close()
@@ -781,7 +791,9 @@ class Worker(threading.Thread):
         for slot in self.slots:
             decoder.sequences.park(slot)
         decoder.model.abort_flag[0] = b"\x00"
-        table = calibrate(decoder.model, self.calibration, self.baton, lambda: self._beat() or not self.inbox.empty())
+        table = calibrate(
+            decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or not self.inbox.empty()
+        )
         if table:
             decoder.costs = Costs(table)
 

@@ -901,7 +901,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vps_work
     monkeypatch.setattr(vps_worker, "Llama", ScriptedLlama)
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
     monkeypatch.setattr(vps_worker, "calibrate", lambda *_: {})
-    with running(vps_worker.Worker("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path))) as worker:
+    with running(
+        vps_worker.Worker(vps_worker.Loader("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path)))
+    ) as worker:
         yield worker
 
 
@@ -946,11 +948,11 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     monkeypatch.setattr(vps_worker, "calibrate", lambda *_: {})
     settings = llama.Settings(state_dir=tmp_path / "state")
     tuned = llama.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
-    with running(vps_worker.Worker("m", tmp_path / "m.gguf", settings, tuned=tuned)) as worker:
+    with running(vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
-    assert (worker.path.name, worker.settings.micro_batch) == loaded[-1]
-    assert worker.encoding == ("published" if warning else "tuned: Q4_K to Q4_1")
+    assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
+    assert worker.loader.encoding == ("published" if warning else "tuned: Q4_K to Q4_1")
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert told == ([f"model m: the published file is used, not the tuned one: {warning}"] if warning else [])
 
@@ -969,8 +971,8 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch:
         ("tuned", replace(settings, micro_batch=128)),
         ("tuned", replace(settings, flash_attention=True)),
     ):
-        with running(vps_worker.Worker("m", tmp_path / name, used)) as worker:
-            keys.add((worker.key, worker.calibration))
+        with running(vps_worker.Worker(vps_worker.Loader("m", tmp_path / name, used))) as worker:
+            keys.add((worker.loader.key, worker.loader.calibration))
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == 4
 
 
@@ -1072,7 +1074,7 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(vps_worker, "Llama", vanished)
     (tmp_path / "m.gguf").write_bytes(b"weights")
-    worker = vps_worker.Worker("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path))
+    worker = vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error = worker.ready.exception(PATIENCE)
     assert isinstance(error, HttpError)

@@ -27,7 +27,7 @@ from cerebrum.vps.llama import (
     llama,
     start_library,
 )
-from cerebrum.vps.worker import Job, Worker
+from cerebrum.vps.worker import Job, Loader, Worker
 from cerebrum_common import HttpError
 
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -118,7 +118,7 @@ def check_greedy(family: str, seed: int, rounds: int, models: Path, tmp_path: Pa
 
     def workers() -> Iterator[Worker]:
         while True:
-            worker = Worker("tiny", path, settings)
+            worker = Worker(Loader("tiny", path, settings))
             worker.start()
             worker.ready.result(PATIENCE)
             yield worker
