@@ -249,7 +249,7 @@ class Outcome:
         ):
             rows.append((name, *values, ""))
         lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
-        lines += [f"{name:32}{was:>10}{now:>12}  {gain}".rstrip() for name, was, now, gain in rows]
+        lines += [f"{name:34}{was:>10}{now:>12}  {gain}".rstrip() for name, was, now, gain in rows]
         lines.append("")
         if same := self.agreement:
             lines.append(
