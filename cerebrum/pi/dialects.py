@@ -109,14 +109,15 @@ def read_sampling(
     """The fields of our API that every request has. `temperature` and `limit` (tokens) are the defaults."""
     limits = (read.get(name) for name in ("max_completion_tokens", "max_tokens", "n_predict"))
     limit = next((given for given in limits if given is not None), limit)
-    top_p, seed = read["top_p"], read["seed"]
+    top_p, seed, prompt = read["top_p"], read["seed"], members.get("prompt")
+    prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
         "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
         "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
-        "stop": read_stops(members.get("stop", []), NEXT_EDIT.search(str(members.get("prompt"))) is not None),
+        "stop": read_stops(members.get("stop", []), isinstance(prompt, str) and bool(NEXT_EDIT.search(prompt))),
     }
 
 

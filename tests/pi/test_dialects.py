@@ -659,9 +659,11 @@ FIRST_ZETA = (
 
 
 @pytest.mark.parametrize("prompt", [SWEEP, ZETA, ZETA_WITHOUT_MARKERS, FIRST_ZETA])
-def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
+@pytest.mark.parametrize("in_array", [False, True])
+def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str, in_array: bool) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
-    asked = read_text_completion({"prompt": prompt, "stop": stops, "max_tokens": 512})
+    given = [prompt] if in_array else prompt
+    asked = read_text_completion({"prompt": given, "stop": stops, "max_tokens": 512})
     fields = {name: asked.fields[name] for name in ("prompt", "mode", "stop_at", "special", "stop")}
     assert fields == {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True, "stop": stops}
     assert "suffix" not in asked.fields
