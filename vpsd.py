@@ -373,7 +373,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     def report(label: str, done: int, total: int) -> None:
         nonlocal bar
         if bar.label != f"{model.id}: {label}":
-            bar = Bar(f"{model.id}: {label}", total, steps=label != "writing")
+            bar = Bar(f"{model.id}: {label}", total, steps=True)
         bar.show(done, last=done >= total)
 
     llama.start_library()

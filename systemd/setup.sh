@@ -103,14 +103,14 @@ setup_cm4() {
 	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser. Editors use the same address."
 }
 
-# have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python.
-have_llama() { as_daemon "$VENV/bin/python" -c 'import llama_cpp' 2>/dev/null; }
+# have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python, with what `tune` needs.
+have_llama() { as_daemon "$VENV/bin/python" -c "import llama_cpp${1-, gguf}" 2>/dev/null; }
 
-# build: what cerebrum-llama.service runs. The folder with the version is complete when llama_cpp can be imported.
+# build: what cerebrum-llama.service runs. The folder with the version is complete when its packages can be imported.
 build() {
 	! have_llama || return 0
 	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/cache"
-	as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
+	have_llama '' || as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
 	as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
 		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
 	systemctl try-restart "$NAME.service" # until now, the daemon has used the old version

@@ -34,7 +34,6 @@ CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 ALTERNATIVE = re.compile(r"^(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*$", re.M)
 ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
 ITEM = re.compile(r"-(?:\s|$)")  # of YAML
-NAME = r"(['\"`]?)([A-Z_]\w{0,80})\1(?!\w)"  # of a text below
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
 DIRECTIVE = re.compile(r"[ \t]*(if|el|endif)")
 
@@ -75,7 +74,8 @@ class Literals:
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
         self.escaped = self.in_class = False  # after a backslash; in a [] of a regex
-        self.line = ""  # of a comment: the line so far
+        self.line = ""  # of a comment or a here-document: the line so far
+        self.terminators: list[str] = []  # the lines that end the here-documents below this line
         self.tail = ""  # the last characters of the text
         # The statement so far: its code, its last character and the one before.
         self.head, self.last, self.previous = "", "", ""
@@ -121,6 +121,8 @@ class Literals:
             return self.starting
         if opener == "#":  # not $#, ${#x} or a part of a URL
             return not before or not (before.isalnum() or before in "_${/")
+        if opener in ("'", '"') and before == "\\":
+            return False
         if opener == "'" and (before.isalnum() or before == "_"):
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
@@ -161,16 +163,21 @@ class Literals:
         if self.closer:
             self.line = (self.line + char)[:LINE_CHARS]
 
+    def _begins_here_document(self) -> bool:
+        """Whether the last character follows <<, which is no shift in arithmetic and no <<<."""
+        begins = self.tail[-3:-1] == "<<" and self.tail[-4:-3] != "<" and self.tail[-1] not in "<\n"
+        return begins and "((" not in self.head
+
     def _in_here_document(self, char: str) -> None:
         if char != "\n":
             self.line = (self.line + char)[:LINE_CHARS]
             return
         line, self.line = self.line, ""
         if self.closer == "<":
-            name = re.match(self.language.here_document + NAME, line)
-            self.closer = name[2] if name else ""
+            self.terminators = [name[2] for name in re.finditer(f"<<{self.language.here_document}", f"<<{line}")]
         elif line.strip() == self.closer:
-            self.closer = ""
+            del self.terminators[0]
+        self.closer = self.terminators[0] if self.terminators else ""
         if not self.closer:
             self._in_code(char)
 
@@ -249,7 +256,7 @@ class Scanner(Literals):
         """Read a text. Runs of characters that only continue a statement or a literal are read at once."""
         place = 0
         while place < len(text):
-            if not self.closer and not self.starting and (run := self.code_run.match(text, place)):
+            if not self.closer and not self.starting and self.last != "<" and (run := self.code_run.match(text, place)):
                 self._add(run[0])
                 code = self.last + "".join(run[0].split())
                 self.previous, self.last = code[-2:-1] if len(code) > 1 else self.previous, code[-1:]
@@ -269,8 +276,9 @@ class Scanner(Literals):
         """Read a character."""
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
-        if self.language.here_document and not self.closer and self.tail.endswith("<<") and "((" not in self.head:
+        if self.language.here_document and not self.closer and self._begins_here_document():
             self._enter("<<", "<")  # first the rest of the line
+            self.line = char
         elif char in self.opener_ends and (pair := self._opening()):
             begun = pair[0][:-1]
             if not self.closer and pair in self.comments and begun and self.head.endswith(begun):

@@ -8,7 +8,7 @@ Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). T
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
 The *passport* is JSON in the tuned file's header: the source, machine and settings of the file. `find_tuned` refuses a
-file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and one layer.
+file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and no layers.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
     output, types = output_name(tensors), {}
     for tensor in tensors:
         used = FAITHFUL if recipe is FAST and tensor.name == output else recipe
-        if tensor.is_matrix and tensor.type in used and (tensor.layer is not None or tensor.name == output):
+        multiplied = tensor.is_matrix and (tensor.layer is not None or tensor.name == output)
+        if multiplied and tensor.type in used and tensor.can_be(used[tensor.type]):
             types[tensor.name] = used[tensor.type]
     return types
 
@@ -499,7 +500,7 @@ class Tuner:
             types, settings, size, same = {}, self.settings, self.size, None
         passport = self.passport(types, settings)
         if not types:
-            self.source.write(path, {}, {PASSPORT_KEY: passport.encode()}, [0], 0)
+            self.source.write(path, {}, {PASSPORT_KEY: passport.encode()}, [])
         return Outcome(
             published=found["published"],
             tuned=found["tuned"] if better else None,

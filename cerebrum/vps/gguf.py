@@ -13,6 +13,7 @@ and docs/gguf.md of ggml.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import math
 import os
@@ -157,7 +158,7 @@ def read_shape(path: Path) -> Shape:
 
 # ------------------------------------------------------------------------------------------- IO: copies
 
-PIECE_WEIGHTS = 1 << 22  # transcoded at once, by one thread
+PIECE_BYTES = 1 << 22  # or weights, of a type without blocks: transcoded at once, by one thread
 Rows = npt.NDArray[Any]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
 
 
@@ -229,6 +230,13 @@ class Tensor:
         shape: tuple[int, ...] = quants.quant_shape_to_byte_shape(weights, kinds[new])
         return shape
 
+    def can_be(self, new: str) -> bool:
+        """Whether its rows are whole blocks of another type."""
+        try:
+            return bool(self.shape(new))
+        except ValueError:
+            return False
+
     def size(self, new: str) -> int:
         """Bytes in another type."""
         return self.data.nbytes if new == self.type else math.prod(self.shape(new))
@@ -236,7 +244,7 @@ class Tensor:
     def convert(self, new: str) -> Rows:
         """`data` in another type. By pieces, because floats take up to eight times as much memory."""
         rows = self.data.reshape(-1, self.data.shape[-1])
-        step = max(1, PIECE_WEIGHTS // rows.shape[1])
+        step = max(1, PIECE_BYTES // rows.shape[1])
         with ThreadPoolExecutor() as pool:
             pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
             new_rows = list(pool.map(lambda piece: transcode(piece, self.type, new), pieces))
@@ -257,37 +265,42 @@ class Source:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
         self.tensors = [Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors]
+        self.vocabulary = next((len(one.data) for one in self.tensors if one.name == "token_embd.weight"), 0)
 
     def write(
         self,
         path: Path,
         types: Mapping[str, str],
         values: Mapping[str, str | int] | None = None,
-        layers: Sequence[int] = (),
-        rows: int = 0,
+        layers: Sequence[int] | None = None,
+        vocabulary: int = 0,
         report: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Write a copy in which some tensors have other `types` and the header has these values.
 
-        With `layers`, it has only these layers, no tokenizer, and `rows` rows of the matrices outside the layers.
-        `report(done, total)` counts tensors.
+        With `layers`, it has only these layers, a smaller `vocabulary`, and no tokenizer. `report(done, total)` counts
+        tensors. ModelError if the header cannot be copied.
         """
         kinds, values = pypi().GGUFValueType, values or {}
         writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
-        left_out = ("GGUF.", "general.architecture", "general.alignment", *(["tokenizer."] if layers else []))
+        left_out = ("GGUF.", "general.architecture", "general.alignment", *([] if layers is None else ["tokenizer."]))
         for name, field in self.reader.fields.items():
             kind, item = field.types[0], field.types[-1]
             empty = kind == kinds.ARRAY and not field.data  # gguf does not write it
-            if not (empty or name.startswith(left_out) or name in values):
+            if empty or name.startswith(left_out) or name in values:
+                continue
+            try:
                 writer.add_key_value(name, field.contents(), kind, item if kind == kinds.ARRAY else None)
+            except UnicodeDecodeError:
+                raise ModelError(f"expected text in UTF-8 in the header, got other bytes in {name}") from None
         for name, value in values.items():
             writer.add_key_value(name, value, kinds.STRING if isinstance(value, str) else kinds.UINT32)
         parts = []
         for tensor in self.tensors:
             name, kind = tensor.name, types.get(tensor.name, tensor.type)
-            if layers and tensor.layer is None and tensor.is_matrix:
-                tensor = replace(tensor, data=tensor.data[:rows])
-            elif layers and tensor.layer is not None:
+            if layers is not None and tensor.layer is None and len(tensor.data) == self.vocabulary:
+                tensor = replace(tensor, data=tensor.data[:vocabulary])
+            elif layers is not None and tensor.layer is not None:
                 if tensor.layer not in layers:
                     continue
                 name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
@@ -299,6 +312,10 @@ class Source:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, (tensor, kind) in enumerate(parts, 1):
-            writer.write_tensor_data(tensor.data if kind == tensor.type else tensor.convert(kind))
+            data = tensor.data if kind == tensor.type else tensor.convert(kind)
+            try:
+                writer.write_tensor_data(data)
+            except OSError as error:  # numpy's has no number
+                raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC)) from None
             report(done, len(parts))
         writer.close()

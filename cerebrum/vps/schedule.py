@@ -124,7 +124,7 @@ class Baton:
     """A lock shared by the workers of one process: only its holder computes.
 
     llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
-    one decode; the workers that wait get the baton in the order of asking. `active` maps each worker with running
+    one decode; the workers that wait get the baton in the order of asking. `active` maps each decoder with running
     sequences to its seconds per token.
     """
 

@@ -300,7 +300,7 @@ class Decoder:
         self.model.abort_flag[0] = b"\x00"
         try:
             self.running = [work.run for work in works]
-            if all(run.job.cancelled for run in self.running):
+            if self.stop(0.0) or all(run.job.cancelled for run in self.running):
                 return
             size = sum(len(work.tokens) for work in works)
             with self.baton:
@@ -511,15 +511,14 @@ class Loader:
         if not model:
             check_digest(self.path, self.sha256, self.settings.state_dir, beat)
             model = Llama(self.path, self.settings, progress, *self.fim)
-        settings = self.settings
-        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
-        self.key = hashlib.sha256(key.encode()).hexdigest()
         return model
 
     def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
         """The costs with a thread for each core, or for each CPU if that is faster here."""
         settings, found = self.settings, dict[int, Costs]()
+        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
+        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
+        self.key = hashlib.sha256(key.encode()).hexdigest()
         most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
         for count in sorted({settings.threads, most}, reverse=True):
             self.settings = replace(settings, threads=count)

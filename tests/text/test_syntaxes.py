@@ -366,6 +366,10 @@ def f
     don't "
   SQL
   run(sql)
+  out << <<~EOS
+    end
+  don't
+  EOS
 end
 »
 f
@@ -443,6 +447,14 @@ EOF
     cat <<-'END' | sed 's/a/b/'
 	}
 	END
+    diff <(cat << eof) <(cat <<b) # it's
+}
+eof
+don't
+b
+    read -r a <<< "x
+}"
+    echo It\'s \" ${x//\'/}
     echo $((1 << 2)) ${#1} "$#" # it's }
 }
 »

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -130,7 +131,7 @@ def test_tensors(source: Source) -> None:
 def test_some_layers_in_other_types_and_fewer_rows(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_module, "PIECE_WEIGHTS", 256 * 100)  # so that there are tensors of several pieces
+    monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # so that there are tensors of several pieces
     told: list[tuple[int, int]] = []
     values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2, "tokenizer.ggml.model": "no_vocab"}
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
@@ -166,6 +167,29 @@ def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> 
     Source(tmp_path / "old").write(tmp_path / "new", {}, {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
     assert [tensor.data.tolist() for tensor in Source(tmp_path / "new").tensors] == [[*range(8)], [*range(9)]]
+
+
+def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "old", "gpt2")
+    for name, shape in (("token_embd.weight", (10, 32)), ("position_embd.weight", (20, 32)), ("output.bias", (10,))):
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Source(tmp_path / "old").write(tmp_path / "new", {}, None, [], 4)
+    assert [tensor.data.shape for tensor in Source(tmp_path / "new").tensors] == [(4, 32), (20, 32), (4,)]
+
+
+def test_rows_that_are_not_whole_blocks() -> None:
+    tensor = Tensor("blk.0.x.weight", "F16", np.zeros((4, 48), np.float16))
+    assert (tensor.can_be("Q4_0"), tensor.can_be("F16")) == (False, True)
+
+
+def test_a_full_disk_has_a_number(source: Source) -> None:
+    with pytest.raises(OSError, match="No space left on device") as error:
+        source.write(Path("/dev/full"), {}, None, [0], 64)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
