@@ -639,13 +639,12 @@ class Meeting:
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
 
-    The suffix could follow the first line that is not indented less than it and opens no block, the text before a
-    bracket that nothing in the text above or in the gap has opened, and a line above one that is indented less than
-    cursor and suffix. What the model writes
-    after such a place waits: it is sent if the model soon meets the suffix, or ends by itself where the suffix
-    fits. How soon depends on what has been written (`AHEAD_CHARS` and the four below it). Many gaps of several
-    lines go on after a line that could have ended them, so waiting is worth its tokens. A client in a hurry sets
-    `predict_ms`.
+    The suffix could follow the first line that leaves no bracket or header open and is not indented less than the
+    suffix, the text before a bracket that only the suffix closes, and a line above one that is indented less than
+    cursor and suffix. What the model writes after such a place waits: it is sent if the model soon meets the suffix,
+    or ends by itself. How soon depends on what has been written (`AHEAD_CHARS` and the four below it). Many gaps of
+    several lines go on after a line that could have ended them, so waiting is worth its tokens. A client in a hurry
+    sets `predict_ms`.
     """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -1028,15 +1027,15 @@ class Ending:
         self.column = self.due = 0  # the cursor's, if only indentation precedes it; the column that its line needs
         if stop_at == "none":
             return
-        known = syntax or self._guess(prompt, suffix if gap else "")
-        if mode != "instruct" and known:
-            scanner = scan(known, prompt)
-            if scanner.starting and scanner.indent:
-                self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
-            block = LineBlock if scanner.by_lines else BracketBlock
-            self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
-        elif mode != "instruct":
-            self.stages.append(Blanks())
+        if mode != "instruct":
+            if known := syntax or self._guess(prompt, suffix if gap else ""):
+                scanner = scan(known, prompt)
+                if scanner.starting and scanner.indent:
+                    self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
+                block = LineBlock if scanner.by_lines else BracketBlock
+                self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
+            else:
+                self.stages.append(Blanks())
         if indent > 0:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())

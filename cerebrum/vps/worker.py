@@ -514,7 +514,7 @@ class Loader:
         return model
 
     def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
-        """The costs with a thread for each core, or for each CPU if that is faster here."""
+        """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
         settings, found = self.settings, dict[int, Costs]()
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
         key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
@@ -686,9 +686,10 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         before = resident_bytes()
-        loader, settings = self.loader, self.loader.settings
+        loader = self.loader
         self.llama = loader.open(self._beat)
         costs = loader.choose_threads(self.llama, self.baton, self._beat)
+        settings = loader.settings
         sequences = Sequences(self.llama, settings.sequences, settings.cache_mb * MB)
         for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
             self._beat()
