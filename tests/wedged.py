@@ -30,7 +30,7 @@ class Wedged(llama.Llama):
 
     def decode(self, parts: Any) -> int:
         worker = threading.current_thread()
-        if isinstance(worker, vps_worker.Worker) and worker.running:
+        if isinstance(worker, vps_worker.Worker) and worker.decoder is not None and worker.decoder.running:
             self.left -= 1
             if self.left < 0 and os.environ["THEN"] == "fail":
                 return -3
