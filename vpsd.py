@@ -65,6 +65,7 @@ from cerebrum.vps.fetch import Bar, FetchError, choose, digest_with_bar, fetch, 
 from cerebrum.vps.gguf import read_shape
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
+from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Loader, ModelTally, Worker
 from cerebrum_common import (
     SSE_COMMENT,
@@ -405,7 +406,7 @@ class Completion:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
     def __init__(
-        self, model: str, session: str | None, request: llama.CompletionRequest, notes: dict[str, Any] | None = None
+        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
     ) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = model, session
@@ -599,7 +600,7 @@ class Engine:
         others = [instance for instance in self.instances.values() if instance.model.id != model]
         may_free = any(other.idle or other.worker.stopping for other in others)
         check_headroom(self.headroom(), self.config, memory=not may_free)
-        completion = Completion(model, session, llama.CompletionRequest(**request), notes)
+        completion = Completion(model, session, CompletionRequest(**request), notes)
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(fields))
         self.completions[completion] = None
@@ -613,7 +614,7 @@ class Engine:
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
         self.model(fields["model"])
-        request = llama.CompletionRequest(fields["text"], max_tokens=0)
+        request = CompletionRequest(fields["text"], max_tokens=0)
         completion = Completion(fields["model"], None, request)
         try:
             worker = (await self._loaded(completion)).worker

@@ -23,7 +23,8 @@ import numpy as np
 from harness import ROOT
 
 from cerebrum.vps.gguf import Gguf, Source, ggml  # harness has set the path to it
-from cerebrum.vps.llama import llama, start_library
+from cerebrum.vps.llama import start_library
+from cerebrum.vps.vocabulary import llama
 
 assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens

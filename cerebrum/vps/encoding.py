@@ -330,7 +330,7 @@ def measure(model: Llama, read: int) -> Timing:
 def log_probabilities(model: Llama, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
     """Log probabilities of the next token after each of the first `count` tokens except the first AGREEMENT_SKIP:
     float32[vocabulary]."""
-    tokens, slot = model.tokenize(text, True)[:count], Slot(0)
+    tokens, slot = model.vocabulary.tokenize(text, True)[:count], Slot(0)
     back_to(model, slot, 0)
     for start in range(0, len(tokens), OUTPUTS):
         chunk = tokens[start : start + OUTPUTS]

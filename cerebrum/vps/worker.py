@@ -1,7 +1,8 @@
 """A thread that owns one loaded model, schedules completions, drafts tokens and keeps prefixes. To try without HTTP:
 
     import pathlib, queue
-    from cerebrum.vps.llama import CompletionRequest, Settings, start_library
+    from cerebrum.vps.llama import Settings, start_library
+    from cerebrum.vps.vocabulary import CompletionRequest
     from cerebrum.vps.worker import Job, Loader, Worker
     start_library()
     worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
@@ -49,7 +50,6 @@ from cerebrum.vps.llama import (
     ABORTED,
     MAX_DRAFT,
     MB,
-    CompletionRequest,
     Llama,
     ModelError,
     Sampler,
@@ -57,7 +57,6 @@ from cerebrum.vps.llama import (
     Slot,
     TunedFile,
     _log_tail,
-    begun_answer,
     check_digest,
     common_prefix,
     cpus,
@@ -65,6 +64,7 @@ from cerebrum.vps.llama import (
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
@@ -214,7 +214,7 @@ class Decoder:
         drafting: bool,
     ) -> None:
         self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
-        self.stop, self.drafting, self.acceptance = stop, drafting, Acceptance()
+        self.stop, self.drafting, self.acceptance, self.words = stop, drafting, Acceptance(), model.vocabulary
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
 
     def is_coming(self, prompt: list[int]) -> bool:
@@ -414,10 +414,10 @@ class Decoder:
         run.last_token = time.monotonic()
         if not run.generated:
             run.first_token = run.last_token
-        if self.model.is_end(token):
+        if self.words.is_end(token):
             self._finish(run, "stop")
             return True
-        piece = self.model.piece(token)
+        piece = self.words.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
         counts = bool(piece) or not known  # a token that only repeats the healed text does not count
@@ -587,7 +587,7 @@ class Worker(threading.Thread):
         an event loop must use a thread."""
         self.ready.result()
         assert self.llama
-        job.prompt, job.heal, job.before = self.llama.encode(job.request)
+        job.prompt, job.heal, job.before = self.llama.vocabulary.encode(job.request)
         count, n_ctx = len(job.prompt), self.llama.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -600,13 +600,14 @@ class Worker(threading.Thread):
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
-        """`Llama.tokenize`, once the model is loaded."""
+        """`Vocabulary.tokenize`, once the model is loaded."""
         self.ready.result()
         assert self.llama
-        with self.llama.vocab_lock:
-            if self.llama.closed:
+        words = self.llama.vocabulary
+        with words.lock:
+            if words.closed:
                 raise self._farewell
-            return self.llama.tokenize(text, first, special)
+            return words.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
         """Hand over a prepared job; its events begin to arrive."""

@@ -18,8 +18,8 @@ from servers import FILES, rewrite
 
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
-from cerebrum.vps.llama import llama
 from cerebrum.vps.schedule import Costs
+from cerebrum.vps.vocabulary import llama
 
 SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
 CHANGES: dict[str, Callable[[str], str]] = {

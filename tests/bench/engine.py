@@ -329,7 +329,7 @@ class Loop:
     def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
         """The lead in logits of the first greedy token that `text` does not have; None if it has all of them."""
         chat = isinstance(prompt, Question)
-        todo = self.llama.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
+        todo = self.llama.vocabulary.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
         slot, done = llama.Slot(0), b""
         self.llama.trim(slot, 0)
         for _ in range(most):
@@ -339,7 +339,7 @@ class Loop:
                 slot.tokens += part
             second, first = np.partition(self.llama.logits(-1), -2)[-2:]
             todo = [self.llama.greedy(-1)]
-            done += self.llama.piece(todo[0])
+            done += self.llama.vocabulary.piece(todo[0])
             if not text.encode().startswith(done):
                 return round(float(first - second), 3)
             if self.llama.is_end(todo[0]):

@@ -100,7 +100,7 @@ class Server:
                 text = event.get("token") or event.get("content") or ""
                 result.text += text
                 count = event["total_tokens"] if self.model and text else count + len(event.get("tokens", ()))
-                if text:
+                if text or (result.done and not result.marks):  # a model may end at once
                     result.marks.append((now, count))
         return result
 

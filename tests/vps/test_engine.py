@@ -30,7 +30,7 @@ from cerebrum.text.ending import Ending
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, CompletionRequest, Shape, estimate_bytes, heal_from
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, Shape, estimate_bytes
 from cerebrum.vps.prefixes import (
     KV_MAGIC,
     Parked,
@@ -42,6 +42,7 @@ from cerebrum.vps.prefixes import (
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, share_size
+from cerebrum.vps.vocabulary import CompletionRequest, heal_from
 from cerebrum.vps.worker import Job, TextAssembler
 from cerebrum_common import HttpError
 
@@ -810,6 +811,7 @@ class ScriptedLlama:
     """Stands for a model. It writes the letters a, b, c, …, and fails in the call that `fails` names."""
 
     def __init__(self, *_: Any) -> None:
+        self.vocabulary = self
         self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
         self.abort_flag = [b"\x00"]
         self.closed = False
@@ -988,7 +990,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
 ) -> None:
     real = vps_worker.Sampler
 
-    def sampler(request: llama.CompletionRequest) -> vps_worker.Sampler:
+    def sampler(request: CompletionRequest) -> vps_worker.Sampler:
         if request.prompt == "bad":
             raise RecursionError("of the sampler")
         return real(request)
@@ -1100,7 +1102,7 @@ def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixtur
     assert vps_worker.__doc__
     lines = vps_worker.__doc__.split("\n\n    ")[1].split("\n\n")[0]
     script = "\n".join(line.removeprefix("    ") for line in lines.split("\n"))
-    assert len(script.split("\n")) == 11
+    assert len(script.split("\n")) == 12
     names: dict[str, Any] = {}
     exec(script.replace("model.gguf", str(FILES["qwen_0_5b"])), names)
     names["worker"].stop()

@@ -18,15 +18,14 @@ from harness import PATIENCE
 from cerebrum.vps import encoding, schedule
 from cerebrum.vps.gguf import Gguf
 from cerebrum.vps.llama import (
-    CompletionRequest,
     Llama,
     ModelError,
     Settings,
     Slot,
     estimate_bytes,
-    llama,
     start_library,
 )
+from cerebrum.vps.vocabulary import CompletionRequest, llama
 from cerebrum.vps.worker import Job, Loader, Worker
 from cerebrum_common import HttpError
 
@@ -61,9 +60,9 @@ class Bare:
             first, second = sorted(logits.tolist())[:-3:-1]
             sure = sure and first - second > TIE
             token = int(logits.argmax())
-            if model.is_end(token):
+            if model.vocabulary.is_end(token):
                 break
-            text, tokens = text + model.piece(token), [token]
+            text, tokens = text + model.vocabulary.piece(token), [token]
         return text, sure
 
 
@@ -169,7 +168,9 @@ def opened(path: Path, **fim: Any) -> Iterator[Llama]:
 
 def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
     """The tokens as text, marks by their names."""
-    names = [(model.piece(token), llama.llama_vocab_get_text(model.vocab, token)) for token in tokens]
+    names = [
+        (model.vocabulary.piece(token), llama.llama_vocab_get_text(model.vocabulary.vocab, token)) for token in tokens
+    ]
     return b"".join(name if name.decode() in marks or not piece else piece for piece, name in names).decode()
 
 
@@ -186,7 +187,7 @@ def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
 def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list[str], models: Path) -> None:
     tokens = families.vocabulary(families.MARKED[family])[0]
     with opened(models / f"{family}.gguf") as model:
-        assert [name for name in ends + goes_on if model.is_end(tokens.index(name))] == ends
+        assert [name for name in ends + goes_on if model.vocabulary.is_end(tokens.index(name))] == ends
 
 
 USER, ASSISTANT = (
@@ -214,7 +215,7 @@ GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
 )
 def test_a_gap_by_family(family: str, fim: tuple[str, ...], first: bool, text: str, models: Path) -> None:
     with opened(models / f"{family}.gguf", fim=fim, suffix_first=first) as model:
-        tokens, heal, before = model.encode(GAP)
+        tokens, heal, before = model.vocabulary.encode(GAP)
         assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
         assert named(model, tokens[:before]).endswith("def f(x):\n  ")
 
@@ -236,7 +237,7 @@ def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
 
 def test_a_gap_without_marks(models: Path) -> None:
     with opened(models / "base.gguf") as model, pytest.raises(HttpError) as refused:
-        model.encode(GAP)
+        model.vocabulary.encode(GAP)
     assert (refused.value.status, refused.value.code) == (400, "INVALID_REQUEST")
     assert str(refused.value) == "suffix: expected a model with fill-in-the-middle tokens, got one without"
 
@@ -245,9 +246,9 @@ def test_other_files(models: Path) -> None:
     request = CompletionRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
     with opened(models / "qwen.gguf") as model:
         text = "<|file_sep|>a.py\nx = 1\n<|file_sep|>b.py\ny = "
-        assert named(model, model.encode(request)[0]) == text
+        assert named(model, model.vocabulary.encode(request)[0]) == text
     with opened(models / "starcoder.gguf") as model:
-        assert named(model, model.encode(request)[0]) == "<file_sep>a.py\nx = 1\n<file_sep>b.py\ny = "
+        assert named(model, model.vocabulary.encode(request)[0]) == "<file_sep>a.py\nx = 1\n<file_sep>b.py\ny = "
 
 
 def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
@@ -255,9 +256,9 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
     mark = families.vocabulary(families.MARKED["qwen"])[0].index("<|file_sep|>")
     with opened(models / "qwen.gguf") as model:
         asked = CompletionRequest(text, special=True, heal=True)
-        assert named(model, model.encode(asked)[0]) == text
-        assert model.encode(asked)[0].count(mark) == 2
-        assert mark not in model.encode(replace(asked, special=False))[0]
+        assert named(model, model.vocabulary.encode(asked)[0]) == text
+        assert model.vocabulary.encode(asked)[0].count(mark) == 2
+        assert mark not in model.vocabulary.encode(replace(asked, special=False))[0]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
 )
 def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: str, models: Path) -> None:
     with opened(models / f"{family}.gguf") as model:
-        tokens = model.encode(CompletionRequest(messages=messages))[0]
+        tokens = model.vocabulary.encode(CompletionRequest(messages=messages))[0]
         assert named(model, tokens) == text
         if family == "qwen":  # what a user writes is text
             end = families.vocabulary(families.MARKED[family])[0].index("<|im_end|>")

@@ -55,7 +55,7 @@ from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
 from cerebrum.vps.encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import llama
+from cerebrum.vps.vocabulary import llama
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"

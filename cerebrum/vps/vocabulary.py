@@ -1,0 +1,253 @@
+"""A model's tokens, and what a request's prompt is in them: plain text, the text around a gap, or a chat.
+
+A `Vocabulary` only reads the model. So other threads may use it too, while they hold its lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# llama.cpp's threads meet at a barrier hundreds of times for each token, and by default they spin there for
+# milliseconds. If another program occupies a core, the spinning keeps the thread that everyone waits for from running,
+# and a token can take ten times as long. A much lower value makes the threads sleep too often on a quiet machine.
+# libgomp reads the variable once, when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import llama_cpp.llama_cpp as _llama
+
+from cerebrum_common import HttpError
+
+llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
+# ---------------------------------------------------------------------------------------------------- policy
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One completion as a caller requests it. The caller has checked the ranges.
+
+    The caller gives either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text. A `suffix`
+    makes the request fill-in-the-middle. With `heal` the prompt's last token may be unfinished. `extra` has the name
+    and text of other files.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[tuple[str, str]] | None = None
+    suffix: str | None = None
+    filename: str = ""
+    extra: Sequence[tuple[str, str]] = ()
+    language: str | None = None
+    mode: str = "complete"  # or infill, instruct
+    stop_at: str = "auto"  # or none
+    indent: int = 0  # characters; the completion ends before a line that is indented less
+    stop: Sequence[str] = ()
+    max_tokens: int = 512  # 0 only reads the prompt into the cache
+    predict_ms: int = 0  # a completion with a line end stops this long after its first token; 0: no limit
+    temperature: float = 0.4
+    top_p: float = 0.95
+    seed: int | None = None  # of the random numbers, at a temperature above 0
+    heal: bool = False
+    special: bool = False  # the names of control tokens in the prompt are these tokens
+    progress: bool = False
+
+
+def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
+    """The text of the last message if it is the assistant's, else empty. The model continues this text."""
+    role, content = messages[-1]
+    return content if role == "assistant" else ""
+
+
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space before the
+# cursor. Long words and scripts without spaces are left alone, because every healed token costs a decode.
+UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
+
+
+def heal_from(prompt: str) -> int:
+    """The start of the text that the model writes again in tokens of its own choice ("token healing").
+
+    A model seldom writes `ort` after the tokens of `imp`, because in its training text ` import` is one token.
+    """
+    match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
+    return match.start() if match else len(prompt)
+
+
+# Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and CodeGemma's next file.
+END_MARK = re.compile(
+    r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
+)
+FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
+APART = b"\x01"  # SentencePiece knows it as a byte
+
+
+# --------------------------------------------------------------------------------------- IO: llama.cpp
+
+
+class Vocabulary:
+    """The tokens of one loaded model, given by its llama_model pointer.
+
+    `fim` names the marks of a gap if the file names none, `suffix_first` is their order.
+    """
+
+    def __init__(self, model: Any, fim: Sequence[str] = (), suffix_first: bool = False) -> None:
+        self.model, self.vocab = model, llama.llama_model_get_vocab(model)
+        self.size = int(llama.llama_vocab_n_tokens(self.vocab))
+        self.pieces, self.ends = dict[int, bytes](), dict[int, bool]()  # caches for `piece` and `is_end`
+        # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
+        self.lock, self.closed = threading.Lock(), False
+        self.kind = llama.llama_vocab_type(self.vocab)
+        spaces = self.metadata("add_space_prefix", "tokenizer.ggml") != "false"
+        self.dummy_space = spaces and self.kind == llama.LLAMA_VOCAB_TYPE_SPM
+        # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
+        names = ("pre", "suf", "mid")
+        self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
+        self.suffix_first = suffix_first
+        if min(self.fim) < 0 and fim:
+            self.fim = [self.mark(name) if name else -1 for name in fim]
+        self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
+
+    def metadata(self, key: str, group: str = "") -> str:
+        """A value of the model's header, below the architecture's name or `group`; "" if there is none."""
+        buffer = ctypes.create_string_buffer(256)
+        llama.llama_model_meta_val_str(self.model, b"general.architecture", buffer, len(buffer))
+        name = b"%b.%b" % (group.encode() or buffer.value, key.encode())
+        found = llama.llama_model_meta_val_str(self.model, name, buffer, len(buffer)) >= 0
+        return buffer.value.decode() if found else ""
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes. Control tokens have none."""
+        if token not in self.pieces:
+            buffer = ctypes.create_string_buffer(256)
+            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
+            if size < 0:
+                buffer = ctypes.create_string_buffer(-size)
+                size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
+            self.pieces[token] = buffer.raw[:size]
+        return self.pieces[token]
+
+    def is_end(self, token: int) -> bool:
+        """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
+        if token not in self.ends:
+            text = (llama.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
+            kinds = llama.llama_vocab_is_eog(self.vocab, token), llama.llama_vocab_is_control(self.vocab, token)
+            self.ends[token] = any(kinds) or END_MARK.fullmatch(text) is not None
+        return self.ends[token]
+
+    def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
+        """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
+        the names of control tokens in the text become those tokens."""
+        data = text.encode() if isinstance(text, str) else text
+        room = len(data) + 8
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
+        return list(tokens[: max(0, count)])
+
+    def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
+        """A text that follows other tokens. SentencePiece would put a space before it, so it is tokenized behind a
+        character that merges with nothing."""
+        data = text.encode() if isinstance(text, str) else text
+        if not self.dummy_space or not data:
+            return self.tokenize(data, False, special)
+        return self.tokenize(APART + data, False, special)[len(self.tokenize(APART, False)) :]
+
+    def mark(self, name: str) -> int:
+        """The token that is written so, -1 if there is none."""
+        if self.kind == llama.LLAMA_VOCAB_TYPE_NONE:
+            return -1  # a sample of `tune`, where llama.cpp would end the process
+        tokens = self.tokenize(name.strip(), False, special=True)
+        return tokens[0] if len(tokens) == 1 else -1
+
+    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
+        """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
+        healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless the
+        request is `special`. HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
+        with self.lock:
+            if self.closed:
+                raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
+            if request.messages:
+                return self._encode_chat(request.messages), b"", 0
+            prompt = request.prompt or ""
+            if request.special:
+                return self.tokenize(prompt, True, special=True), b"", 0
+            if request.heal and self.kind == llama.LLAMA_VOCAB_TYPE_BPE:
+                start = heal_from(prompt)
+                tokens, before = self._encode_text(request, prompt[:start])
+                if tokens:
+                    return tokens, prompt[start:].encode(), before
+            tokens, before = self._encode_text(request, prompt)
+            return tokens, b"", before
+
+    def _encode_text(self, request: CompletionRequest, prompt: str) -> tuple[list[int], int]:
+        """(tokens, how many of them precede the cursor)."""
+        files = self._encode_files(request)
+        if request.suffix is None:
+            start = self.tokenize("", True) if files else []
+            tokens = [*start, *files, *self.tokenize_part(prompt)] if files else self.tokenize(prompt, True)
+            return tokens, len(tokens)
+        before, after, middle = self.fim
+        if min(before, after) < 0:
+            raise HttpError(
+                "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
+            )
+        start, end = [*self.tokenize("", True), *files], [middle] * (middle >= 0)
+        text, suffix = [before, *self.tokenize_part(prompt)], [after, *self.tokenize_part(request.suffix)]
+        parts = (suffix, text) if self.suffix_first else (text, suffix)
+        tokens = [*start, *parts[0], *parts[1], *end]
+        return tokens, len(tokens) - len(end) - len(suffix) * (not self.suffix_first)
+
+    def _encode_files(self, request: CompletionRequest) -> list[int]:
+        """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
+        request's own file. A model without the mark gets the texts alone. The mark before a repository's name is not
+        used: with it, Qwen2.5-Coder completed the gaps beside other files worse."""
+        mark, name = self.file_mark, request.filename
+        files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
+        if name and mark >= 0 and (files or request.suffix is not None):
+            files.append(name)
+        marks = [mark] if mark >= 0 else []
+        texts = [self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
+        return [token for text in texts for token in (*marks, *text)]
+
+    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Apply the chat template to placeholders, then replace these by the messages: the template's own text may
+        contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
+        that message. A base model, which has no template, goes on with the messages as a text."""
+        begun = begun_answer(messages)
+        messages = messages[: len(messages) - bool(begun)]
+        template: bytes = llama.llama_model_chat_template(self.model, None) or b""
+        if not template and self.mark("<|im_start|>") < 0:
+            return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
+        shown = self._apply(template, [role for role, _ in messages])
+        if any(b"\x01%d\x02" % n not in shown for n in range(len(messages))):  # the template drops a role
+            merged: list[tuple[str, str]] = []
+            for role, text in [(role if role == "assistant" else "user", text) for role, text in messages]:
+                same = merged and merged[-1][0] == role
+                merged[-1:] = [(role, f"{merged[-1][1]}\n\n{text}")] if same else [*merged[-1:], (role, text)]
+            messages, shown = merged, self._apply(template, [role for role, _ in merged])
+        tokens: list[int] = []
+        for number, (_, content) in enumerate(messages):
+            glue, found, shown = shown.partition(b"\x01%d\x02" % number)
+            tokens += self.tokenize_part(glue, special=True) if number else self.tokenize(glue, True, special=True)
+            tokens += self.tokenize_part(content) if found else []
+        # What makes a model answer at once instead of thinking first.
+        if b"<|channel|>" in template:  # gpt-oss
+            shown += b"<|channel|>final<|message|>"
+        elif b"</think>" in template and self.mark("<think>") >= 0 and not begun.lstrip().startswith("<think>"):
+            shown += b"<think>\n\n</think>\n\n"
+        return tokens + self.tokenize_part(shown, special=True) + self.tokenize_part(begun)
+
+    def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
+        """The chat template's text for messages of these roles, with numbered placeholders as contents."""
+        turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
+        chat, buffer = (
+            (llama.llama_chat_message * len(turns))(*turns),
+            ctypes.create_string_buffer(4096 + 128 * len(turns)),
+        )
+        for name in (template, b"chatml"):
+            size = llama.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
+            if size >= 0:
+                break
+        return buffer.raw[:size]
