@@ -359,8 +359,8 @@ class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
 
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
-    before the gap, or is empty; with `suffix_first` the suffix precedes the prefix. A model that only other engines
-    have needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown.
+    before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
+    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown.
     """
 
     id: str
@@ -375,7 +375,7 @@ class Model:
     sources: tuple[dict[str, Any], ...] = ()
     aliases: tuple[str, ...] = ()
     fim: tuple[str, ...] = ()
-    suffix_first: bool = False
+    fim_layout: str = "psm"
 
 
 def served_languages(models: Iterable[Model]) -> list[str]:

@@ -713,7 +713,7 @@ class Engine:
             parts = await asyncio.to_thread(self._estimate, model, path, settings)
         await self._make_room(model, parts)
         tally, begun = self.tallies[model.id], time.monotonic()
-        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.suffix_first)
+        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
         worker = Worker(loader, self.baton, tally)
         worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
         ready = asyncio.wrap_future(worker.ready)

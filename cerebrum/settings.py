@@ -167,7 +167,7 @@ MODEL = {
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),
-    "suffix_first": Field(bool, default=False),
+    "fim_layout": Field(str, default="psm", choices=("psm", "spm", "spmv2")),
 }
 
 

@@ -181,9 +181,10 @@ class Prompts:
 
     def __init__(self, is_engine: bool) -> None:
         self.ratio = Ratio()
+        self.layouts: dict[str, str] = {}  # of a gap's prompt, by model
         self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._is_engine = is_engine
-        self._read: list[tuple[str, str, str]] = []  # client, model, and a text before a cursor
+        self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
     def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
         """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
@@ -195,7 +196,8 @@ class Prompts:
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
             budget = min(int(budget / SPARE), limits.most)
-        prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job))
+        layout = self.layouts.get(job.model, "psm")
+        prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job), layout)
         tokens = prepared.weight / limits.ratio + TEMPLATE_TOKENS[fields["mode"]]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
@@ -257,10 +259,10 @@ class Backend:
     """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its counts."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: vpsd
-        self.breaker = Breaker(random.random)
         self.prompts = Prompts(is_engine=self.api is not None)
+        self._configure(config, catalog, Upstream(config))
+        self.breaker = Breaker(random.random)
         self.active: list[Job] = []  # jobs that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens = 0  # generated so far
@@ -280,6 +282,8 @@ class Backend:
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
         self.fim = {model.id: model for model in catalog if model.fim} if config.infill == "fim" else {}
+        ours = catalog if self.api is None else self.fim.values() if config.api == "openai" else ()
+        self.prompts.layouts = {model.id: model.fim_layout for model in ours}
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
@@ -448,9 +452,9 @@ class Backend:
                 yield pairs
             return
         api, marked = self.api, self.fim.get(job.model)
-        fim, first = (marked.fim, marked.suffix_first) if marked else ((), False)
+        fim, layout = (marked.fim, marked.fim_layout) if marked else ((), "psm")
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, first, job.sent.room))
+        body = dialect.write(Wanted(asked, model, fim, layout, job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,

@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
 
 # ----------------------------------------------------------------------------------------- what is asked
@@ -545,7 +546,7 @@ class Wanted:
     fields: Mapping[str, Any]
     model: str  # the backend's name for the model
     fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
-    suffix_first: bool = False  # their order
+    layout: str = "psm"  # their order, see `arrange_gap`
     room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
@@ -587,9 +588,8 @@ def write_text_completion(wanted: Wanted) -> dict[str, Any]:
         return members | {"prompt": files + fields["prompt"]}
     if not wanted.fim:
         return members | {"prompt": files + fields["prompt"], "suffix": fields["suffix"]}
-    before, after, middle = wanted.fim
-    parts = [before + fields["prompt"], after + fields["suffix"]]
-    return members | {"prompt": files + "".join(parts[:: -1 if wanted.suffix_first else 1]) + middle}
+    parts = arrange_gap(wanted.layout, wanted.fim, fields["prompt"], fields["suffix"])
+    return members | {"prompt": "".join([files, *parts])}
 
 
 def write_chat(wanted: Wanted) -> dict[str, Any]:

@@ -433,7 +433,8 @@ def _outside(indent: int, indented: bool, more: str) -> re.Pattern[str]:
 
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
-SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: it follows the prefix, so each keystroke prefills it again
+SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
+SPARE_STEPS = 16  # the room that a short file leaves for the suffix shrinks only now and then while one types
 SUFFIX_FRESH = 4  # the suffix gets a fourth of the weight that may be prefilled anew
 MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
@@ -452,7 +453,7 @@ class Prepared:
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: dict[str, Any]  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
-    above: str = ""  # all of its text before the cursor
+    above: str = ""  # its text up to the cursor, in the order in which the backend reads it
     cut: bool = False  # the text was cut to limit the prefill; otherwise there would be room for more
 
 
@@ -625,6 +626,7 @@ def prepare(
     ratio: float,
     max_fresh: int | None = None,
     cached: Sequence[str] = (),
+    layout: str = "psm",
 ) -> Prepared:
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
@@ -633,7 +635,7 @@ def prepare(
     "definitions", "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
 
     `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled; the longest start
-    that the prompt shares with one of them does not count.
+    that the prompt shares with one of them does not count. `layout` is that of the model's gaps, see `arrange_gap`.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     if mode == "chat":
@@ -642,7 +644,7 @@ def prepare(
         prepared = prepare_instruction(fields, room)
     else:
         fresh_room = None if max_fresh is None else max(int((max_fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
-        prepared = prepare_text(fields, mode, room, fresh_room, cached)
+        prepared = prepare_text(fields, mode, room, fresh_room, cached, layout)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
     return prepared
@@ -671,7 +673,7 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
 
 
 def prepare_text(
-    fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str]
+    fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str], layout: str
 ) -> Prepared:
     """The text around the cursor, after the texts of other files if there are any."""
     language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
@@ -681,26 +683,42 @@ def prepare_text(
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     above, cut = render_extra(extra), False
     room -= weigh(above)
-    spare = room - weigh(prompt[: 3 * room])
+    step = max(1, room // SPARE_STEPS)
+    spare = (room - weigh(prompt[: 3 * room])) // step * step
     after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
     sent, kept = fit(prompt, language, room - weigh(after))
+    first = after if layout != "psm" else ""  # what the backend reads before the prefix
     if fresh_room is not None:
-        read = max((common_length(above + sent, text) for text in cached), default=0)
-        fresh = weigh((above + sent)[read:])
-        cut = fresh > fresh_room - fresh_room // SUFFIX_FRESH
+        for_after = fresh_room // SUFFIX_FRESH
+        read = max((common_length(above + first + sent, text) for text in cached), default=0)
+        fresh = weigh((above + first + sent)[read:])
+        cut = fresh > fresh_room - (0 if first else for_after)
         if cut:
+            known = bool(first) and read >= len(above + first)
             extra = extra if read >= len(above) else []
-            above = render_extra(extra)
-            sent, kept = fit(prompt, language, fresh_room - fresh_room // SUFFIX_FRESH)
+            above, first = render_extra(extra), first if known else fit_start(first, for_after)
+            sent, kept = fit(prompt, language, fresh_room - (0 if known else for_after))
             fresh = weigh(sent)
-        after = fit_start(after, fresh_room - fresh)
+        after = first or fit_start(after, fresh_room - fresh)
     if len(after) < len(suffix):
         kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
     body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
     body |= {"suffix": after} if mode == "infill" else {}
     body |= {"extra": extra} if extra else {}
     kept = {"characters": len(sent) + len(after), "of": len(prompt) + len(suffix), **kept}
-    return Prepared(body, kept, weigh(above + sent + after), above + sent, cut)
+    return Prepared(body, kept, weigh(above + sent + after), above + first + sent, cut)
+
+
+def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
+    """The marks of a gap (before the prefix, before the suffix, last) and its texts, in the order of the layout.
+
+    The layouts are those of Bavarian et al., "Efficient Training of Language Models to Fill in the Middle" (2022). In
+    "spmv2" the prefix's own mark has no text: for the model, the prefix is the beginning of the middle. The prompt then
+    ends with the text before the cursor, so each key that is typed there only adds to the prompt.
+    """
+    before, after, middle = marks
+    parts = {"psm": [before, prefix, after, suffix, middle], "spm": [after, suffix, before, prefix, middle]}
+    return parts.get(layout, [before, after, suffix, middle, prefix])
 
 
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:

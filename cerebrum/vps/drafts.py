@@ -64,6 +64,15 @@ class Acceptance:
                 for key in table:
                     table[key] *= FORGET
 
+    def choose(self, drafter: Drafter, room: int, greedy: bool, costs: Costs, others: int) -> list[int]:
+        """The draft to check now, of at most `room` tokens, while each of `others` decodes one token. Empty if drafting
+        does not pay here."""
+        if self.credit <= 0 and drafter.streak < STREAKS[-1]:
+            return []
+        tokens = drafter.propose(room)
+        probability = self.probability(greedy, drafter.streak) if tokens else 0.0
+        return tokens[: draft_length(probability, len(tokens), costs, others)]
+
 
 def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) -> int:
     """The draft length with the most expected tokens per second; 0 if drafting does not pay.

@@ -170,7 +170,7 @@ class Llama:
         settings: Settings,
         progress: Callable[[float], bool],
         fim: Sequence[str] = (),
-        suffix_first: bool = False,
+        layout: str = "psm",
     ) -> None:
         callback = llama.llama_progress_callback(lambda done, _data: progress(done))
         params = llama.llama_model_default_params()
@@ -181,7 +181,7 @@ class Llama:
         self.model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
-        self.vocabulary = Vocabulary(self.model, fim, suffix_first)
+        self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = self.vocabulary.size
         self.logits_row = ctypes.c_float * self.n_vocab
         trained = int(llama.llama_model_n_ctx_train(self.model))

@@ -111,6 +111,17 @@ class Sequences:
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide
 
+    def is_coming(self, prompt: list[int]) -> bool:
+        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
+        if self.model.recurrent:
+            return False  # a state cannot be shared
+        have = max(self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots))
+        return any(
+            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            for run in (slot.run for slot in self.slots)
+            if run and run.prefilling
+        )
+
     def keep(self, slot: Slot) -> None:
         """Copy the slot's sequence to the store."""
         if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):

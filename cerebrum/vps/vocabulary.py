@@ -5,11 +5,12 @@ A `Vocabulary` only reads the model. So other threads may use it too, while they
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import llama_cpp.llama_cpp as _llama
 
+from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import HttpError
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
@@ -90,10 +92,10 @@ APART = b"\x01"  # SentencePiece knows it as a byte
 class Vocabulary:
     """The tokens of one loaded model, given by its llama_model pointer.
 
-    `fim` names the marks of a gap if the file names none, `suffix_first` is their order.
+    `fim` names the marks of a gap if the file names none, `layout` is their order, see `arrange_gap`.
     """
 
-    def __init__(self, model: Any, fim: Sequence[str] = (), suffix_first: bool = False) -> None:
+    def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
         self.model, self.vocab = model, llama.llama_model_get_vocab(model)
         self.size = int(llama.llama_vocab_n_tokens(self.vocab))
         self.pieces, self.ends = dict[int, bytes](), dict[int, bool]()  # caches for `piece` and `is_end`
@@ -105,10 +107,18 @@ class Vocabulary:
         # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
         names = ("pre", "suf", "mid")
         self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
-        self.suffix_first = suffix_first
+        self.layout = layout
         if min(self.fim) < 0 and fim:
             self.fim = [self.mark(name) if name else -1 for name in fim]
         self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Vocabulary]:
+        """The model is not freed meanwhile. HttpError 503 if it has been."""
+        with self.lock:
+            if self.closed:
+                raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
+            yield self
 
     def metadata(self, key: str, group: str = "") -> str:
         """A value of the model's header, below the architecture's name or `group`; "" if there is none."""
@@ -165,9 +175,7 @@ class Vocabulary:
         """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
         healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless the
         request is `special`. HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
-        with self.lock:
-            if self.closed:
-                raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
+        with self.in_use():
             if request.messages:
                 return self._encode_chat(request.messages), b"", 0
             prompt = request.prompt or ""
@@ -193,11 +201,12 @@ class Vocabulary:
             raise HttpError(
                 "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
             )
-        start, end = [*self.tokenize("", True), *files], [middle] * (middle >= 0)
-        text, suffix = [before, *self.tokenize_part(prompt)], [after, *self.tokenize_part(request.suffix)]
-        parts = (suffix, text) if self.suffix_first else (text, suffix)
-        tokens = [*start, *parts[0], *parts[1], *end]
-        return tokens, len(tokens) - len(end) - len(suffix) * (not self.suffix_first)
+        tokens, cursor = [*self.tokenize("", True), *files], 0
+        marks, text = [[before], [after], [middle] * (middle >= 0)], self.tokenize_part(prompt)
+        for part in arrange_gap(self.layout, marks, text, self.tokenize_part(request.suffix)):
+            tokens += part
+            cursor = len(tokens) if part is text else cursor
+        return tokens, cursor
 
     def _encode_files(self, request: CompletionRequest) -> list[int]:
         """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the

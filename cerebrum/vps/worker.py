@@ -45,7 +45,7 @@ import llama_cpp
 
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Cutter, Ending
-from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
+from cerebrum.vps.drafts import Acceptance, Drafter
 from cerebrum.vps.llama import (
     ABORTED,
     MAX_DRAFT,
@@ -126,6 +126,20 @@ class Job:
         self.started = self.submitted = time.monotonic()
         self.request_id = request_id_var.get()
 
+    def prepare(self, model: Llama) -> None:
+        """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts if the prompt does
+        not fit into the context."""
+        self.prompt, self.heal, self.before = model.vocabulary.encode(self.request)
+        count, n_ctx = len(self.prompt), model.n_ctx
+        if not 0 < count < n_ctx:
+            raise HttpError(
+                "INVALID_REQUEST",
+                f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
+                extra={"prompt_tokens": count, "n_ctx": n_ctx},
+            )
+        self.max_tokens = min(self.request.max_tokens, n_ctx - count)
+        self.ending = ending_of(self.request)
+
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
             self.deliver([{"progress": {"stage": stage, "done": done, "total": total}}])
@@ -167,6 +181,18 @@ class Run:
     @property
     def prefilling(self) -> bool:
         return self.pending is None
+
+    def sample(self, model: Llama, index: int) -> int:
+        """The next token, by the logits at batch position `index`."""
+        if self.heal:
+            model.restrict(index, self.heal)
+        return self.sampler.sample(model, index)
+
+    def flush(self) -> None:
+        """Deliver the events in the outbox."""
+        if self.outbox:
+            events, self.outbox = self.outbox, []
+            self.job.deliver(events)
 
     def result(self, reason: str) -> Event:
         """The done event."""
@@ -216,18 +242,6 @@ class Decoder:
         self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
         self.stop, self.drafting, self.acceptance, self.words = stop, drafting, Acceptance(), model.vocabulary
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
-
-    def is_coming(self, prompt: list[int]) -> bool:
-        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
-        if self.model.recurrent:
-            return False  # a state cannot be shared
-        leaders = [slot.run for slot in self.sequences.slots if slot.run and slot.run.prefilling]
-        have = max(common_prefix(slot.tokens, prompt) for slot in self.sequences.slots)
-        have = max(have, self.sequences.store.best(prompt)[1])
-        return any(
-            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
-            for run in leaders
-        )
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -287,13 +301,7 @@ class Decoder:
         )
         if not self.drafting or run.heal or room <= 0:
             return []
-        if self.acceptance.credit <= 0 and run.drafter.streak < STREAKS[-1]:
-            return []
-        tokens = run.drafter.propose(room)
-        if not tokens:
-            return []
-        probability = self.acceptance.probability(run.sampler.greedy, run.drafter.streak)
-        return tokens[: draft_length(probability, len(tokens), self.costs, run.beside)]
+        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, run.beside)
 
     def _step(self, works: list[Work]) -> None:
         """Run one llama_decode and handle its result for each sequence."""
@@ -326,7 +334,7 @@ class Decoder:
                     self._after_decode(work, base)
             base += len(work.tokens)
         for work in works:
-            self._flush(work.run)
+            work.run.flush()
 
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
@@ -375,9 +383,9 @@ class Decoder:
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.max_tokens)
-        run.pending = self._sample(run, base + len(work.tokens) - 1)
+        run.pending = run.sample(self.model, base + len(work.tokens) - 1)
         ended = self._emit(run, run.pending)
-        self._flush(run)
+        run.flush()
         if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
             run.drafter.advance(run.pending)
@@ -389,7 +397,7 @@ class Decoder:
         accepted = 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
-            run.pending = self._sample(run, base + i)
+            run.pending = run.sample(self.model, base + i)
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
@@ -403,11 +411,6 @@ class Decoder:
             self.tally.drafts += 1
             self.tally.draft_tokens += drafted
             self.tally.accepted_tokens += accepted
-
-    def _sample(self, run: Run, index: int) -> int:
-        if run.heal:
-            self.model.restrict(index, run.heal)
-        return run.sampler.sample(self.model, index)
 
     def _emit(self, run: Run, token: int) -> bool:
         """Account for one sampled token; True if the completion ends with it."""
@@ -432,11 +435,9 @@ class Decoder:
         run.has_line = run.has_line or b"\n" in piece
         limit = run.job.request.predict_ms
         late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
-        if not reason and (run.generated >= run.job.max_tokens or full or late):
-            reason = "length"
-            self._finish(run, reason)
-        elif reason:
-            self._finish(run, reason, flush=False)
+        cut = not reason and (run.generated >= run.job.max_tokens or full or late)
+        if reason := "length" if cut else reason:
+            self._finish(run, reason, flush=cut)
         return reason is not None
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
@@ -462,13 +463,7 @@ class Decoder:
         tally.end(reason)
         run.slot.used = time.monotonic()
         run.sampler.close()
-        self._flush(run)
-
-    def _flush(self, run: Run) -> None:
-        """Deliver the events in the outbox."""
-        if run.outbox:
-            events, run.outbox = run.outbox, []
-            run.job.deliver(events)
+        run.flush()
 
 
 class Loader:
@@ -482,10 +477,10 @@ class Loader:
         sha256: str = "",
         tuned: TunedFile | None = None,
         fim: Sequence[str] = (),
-        suffix_first: bool = False,
+        layout: str = "psm",
     ) -> None:
         self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
-        self.fim = fim, suffix_first
+        self.fim = fim, layout
         self.encoding, self.key = "published", ""  # of the caches on disk
         self.done = 0.0  # the share of the file that has been read
 
@@ -512,6 +507,14 @@ class Loader:
             check_digest(self.path, self.sha256, self.settings.state_dir, beat)
             model = Llama(self.path, self.settings, progress, *self.fim)
         return model
+
+    def failure(self, error: Exception) -> HttpError:
+        """Log why loading failed, and return the error for the clients."""
+        if isinstance(error, ModelError):
+            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
+            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
+        log.error("model %s: loading failed", self.model, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
         """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
@@ -545,12 +548,7 @@ class Worker(threading.Thread):
     `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
     """
 
-    def __init__(
-        self,
-        loader: Loader,
-        baton: Baton | None = None,
-        tally: ModelTally | None = None,
-    ) -> None:
+    def __init__(self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None) -> None:
         super().__init__(name=f"worker-{loader.model}", daemon=True)
         self.loader, self.model = loader, loader.model
         self.baton = baton or Baton()
@@ -582,31 +580,18 @@ class Worker(threading.Thread):
         return decoder.sequences.store.size if (decoder := self.decoder) else 0
 
     def prepare(self, job: Job) -> Job:
-        """Wait until the model is loaded, then tokenize the job's prompt and read it for the completion's end.
-        HttpError 400 with the counts if the prompt does not fit into the context. A megabyte of text takes a second, so
-        an event loop must use a thread."""
+        """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event loop must use a
+        thread."""
         self.ready.result()
         assert self.llama
-        job.prompt, job.heal, job.before = self.llama.vocabulary.encode(job.request)
-        count, n_ctx = len(job.prompt), self.llama.n_ctx
-        if not 0 < count < n_ctx:
-            raise HttpError(
-                "INVALID_REQUEST",
-                f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
-                extra={"prompt_tokens": count, "n_ctx": n_ctx},
-            )
-        job.max_tokens = min(job.request.max_tokens, n_ctx - count)
-        job.ending = ending_of(job.request)
+        job.prepare(self.llama)
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
         """`Vocabulary.tokenize`, once the model is loaded."""
         self.ready.result()
         assert self.llama
-        words = self.llama.vocabulary
-        with words.lock:
-            if words.closed:
-                raise self._farewell
+        with self.llama.vocabulary.in_use() as words:
             return words.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
@@ -653,7 +638,8 @@ class Worker(threading.Thread):
             try:
                 self._load()
             except Exception as error:
-                failure = self._load_failure(error)
+                given_up = HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
+                failure = given_up if self.stopping else self.loader.failure(error)
             if failure is None and self.decoder:
                 self.ready.set_result(None)
                 self._serve(self.decoder)
@@ -674,16 +660,6 @@ class Worker(threading.Thread):
             log.exception("model %s: the worker failed; the next request loads the model again", self.model)
             self.stopping = True
             self._end = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
-
-    def _load_failure(self, error: Exception) -> HttpError:
-        """The error of a load that failed."""
-        if self.stopping:
-            return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
-        if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
-            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.loader.path.name}): {error}")
-        log.error("model %s: loading failed", self.model, exc_info=error)
-        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
 
     def _load(self) -> None:
         before = resident_bytes()
@@ -741,14 +717,11 @@ class Worker(threading.Thread):
                 if job := self.inbox.get_nowait():
                     yield job
 
-    def _runs(self) -> list[Run]:
-        """The running sequences whose clients keep up."""
-        return [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
-
     def _turn(self, decoder: Decoder) -> None:
         """Start new jobs, and decode what the running ones need next."""
         self._take(decoder)
-        runs = self._runs()
+        # Without those whose clients do not keep up.
+        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
         self.baton.note(decoder, decoder.costs(1) if runs else None)
         if runs:
             decoder.turn(runs)
@@ -809,7 +782,7 @@ class Worker(threading.Thread):
             free = [slot for slot in self.slots if not slot.run]
             if not free:
                 return
-            if decoder.is_coming(job.prompt):
+            if decoder.sequences.is_coming(job.prompt):
                 continue
             self.waiting.remove(job)
             try:

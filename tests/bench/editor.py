@@ -9,6 +9,9 @@ Prints one line of JSON:
                   with text that came before the next key; `after_pause_ms`: from the last key before a pause to its
                   answer; `errors`: answers other than 200
     type_through  milliseconds of an answer that is the rest of the last completion
+    keys          milliseconds to one token after each key of a line that nobody could predict, typed between 120 lines
+                  and 60 lines: with llama.vim's limit for the prompt (500 ms), and without a limit. `computed`: prompt
+                  tokens read for a key, median
     replaced      milliseconds from a newer infill of the file until vpsd has stopped to compute the older one, whose
                   prompt it was reading
 """
@@ -40,6 +43,7 @@ LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
 ROUNDS = 20
+KEY_LINES = 3
 FILE = "textwrap.py"
 
 
@@ -52,6 +56,8 @@ class Infill:
     before: str
     after: str
     more: dict[str, Any] = field(default_factory=dict)
+    lines_before: int = LINES_BEFORE
+    lines_after: int = LINES_AFTER
     status: int = 0
     answer: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -60,8 +66,8 @@ class Infill:
         self.began = time.perf_counter()
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         lines = self.before.splitlines(keepends=True)
-        body = {"input_prefix": "".join(lines[-LINES_BEFORE:-1]), "prompt": lines[-1] if lines else ""}
-        body |= {"input_suffix": "".join(self.after.splitlines(keepends=True)[:LINES_AFTER]), "n_predict": 64}
+        body = {"input_prefix": "".join(lines[-self.lines_before : -1]), "prompt": lines[-1] if lines else ""}
+        body |= {"input_suffix": "".join(self.after.splitlines(keepends=True)[: self.lines_after]), "n_predict": 64}
         body |= {"t_max_predict_ms": 1000, "cache_prompt": True, "temperature": 0, "model": self.model, **self.more}
         self.connection.request("POST", "/infill", json.dumps(body), {"User-Agent": "llama.vim"})
         self.thread = threading.Thread(target=self._read)
@@ -135,6 +141,25 @@ def type_through(port: int, model: str) -> dict[str, Any]:
     return {"answers": len(times), "p50_ms": round(statistics.median(times), 2), "worst_ms": round(max(times), 2)}
 
 
+def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
+    lines = (Path(sysconfig.get_path("stdlib")) / FILE).read_text().splitlines(keepends=True)
+    before, after = "".join(lines[80:200]), "".join(lines[200:260])
+    generator, times, computed = random.Random(limit_ms), [], []
+    for _ in range(KEY_LINES):
+        words = ["".join(generator.choices("abcdefghiklmnoprstuvw", k=generator.randint(3, 9))) for _ in range(5)]
+        line = "        {} = self.{}({}[{}:], {})\n".format(*words)
+        for typed in range(8, len(line)):
+            more = {"n_predict": 1, "t_max_prompt_ms": limit_ms}
+            asked = Infill(port, model, before + line[:typed], after, more, lines_before=121, lines_after=60).result()
+            times.append(1000 * asked.seconds)
+            computed.append(asked.answer["timings"]["prompt_n"])
+        before += line
+    times.sort()
+    places = {"p50_ms": len(times) // 2, "p90_ms": len(times) * 9 // 10, "worst_ms": len(times) - 1}
+    found = {name: round(times[place], 1) for name, place in places.items()}
+    return {"keys": len(times), **found, "computed": statistics.median(computed)}
+
+
 def replaced(port: int, model: str, vps: Daemon) -> dict[str, Any]:
     file = {"filename": "a.py"}
     server, times = psutil.Process(vps.process.pid), []
@@ -180,6 +205,7 @@ def main() -> None:
         Infill(pi.port, options.model, "x", "").result()  # loads the model
         result = {
             "type_through": type_through(pi.port, options.model),
+            "keys": {str(limit): keys(pi.port, options.model, limit) for limit in (500, 0)},
             "replaced": replaced(pi.port, options.model, vps),
         }
         result["typing"] = typing(pi.port, options.model, pi, options.seconds, options.keys)

@@ -854,5 +854,5 @@ def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) ->
 
 
 def test_a_gap_for_a_model_that_reads_the_suffix_first() -> None:
-    wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), suffix_first=True)
+    wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), layout="spm")
     assert OPENAI_TEXT.write(wanted)["prompt"] == f"[SUFFIX]after[PREFIX]{ASKED['prompt']}"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cerebrum.text import prompt
-from cerebrum.text.prompt import Prepared, Ratio, detect_mode, prepare, weigh
+from cerebrum.text.prompt import Prepared, Ratio, arrange_gap, common_length, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
@@ -369,6 +369,55 @@ def test_any_cut_of_real_files_fits() -> None:
         assert result.weight <= (budget - 16) * 3
         assert result.body["prompt"].endswith(text[start:stop].rpartition("\n")[2][-40:])
         assert text[stop:].startswith(result.body["suffix"])
+
+
+MARKS = ("<pre>", "<suf>", "<mid>")
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"), [("psm", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>"), ("spmv2", "<pre><suf>b<mid>a")]
+)
+def test_the_layouts_of_a_gap(layout: str, text: str) -> None:
+    assert "".join(arrange_gap(layout, MARKS, "a", "b")) == text
+
+
+@pytest.mark.parametrize("lines", [60, 240, 1200])
+def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
+    """Whether the file is short, just fits or is long: what is read for all keys together is little more than what is
+    read once."""
+    file = PYTHON_FILE.splitlines(keepends=True)
+    above, below = "".join(file[:lines]), "".join(file[lines : lines + 400])
+    read, before = 0, ""
+    for end in range(200):
+        fields = {"prompt": above + PYTHON_FILE[:end], "suffix": below, "language": "python"}
+        text = prepare(fields, "infill", 3000, 3.0, None, (), "spmv2").above
+        assert text.startswith(below[:100])
+        assert text.endswith(fields["prompt"][-100:])
+        read += len(text) - common_length(text, before)
+        before = text
+    assert read < 2.1 * len(before)
+
+
+def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
+    """A new file: a quarter of the time is the suffix's. A file whose suffix has been read: all of the time is for the
+    text above. A file that has been read up to the cursor: nothing is left out."""
+    fields = {"prompt": PYTHON_FILE[:8000], "suffix": PYTHON_FILE[8000:9000], "language": "python"}
+
+    def sent(*cached: str) -> tuple[int, int, bool]:
+        result = prepare(fields, "infill", 6000, 3.0, 416, cached, "spmv2")
+        assert result.above == result.body["suffix"] + result.body["prompt"]
+        return weigh(result.body["prompt"]), weigh(result.body["suffix"]), result.cut
+
+    whole = fields["suffix"] + fields["prompt"]
+    new, suffix, cut = sent()
+    assert cut
+    assert 600 < new <= 900
+    assert 200 < suffix <= 300
+    prompt, suffix, cut = sent(fields["suffix"] + "another text")
+    assert cut
+    assert new < prompt <= 1200
+    assert suffix == weigh(fields["suffix"])
+    assert sent(whole[:-200]) == (weigh(fields["prompt"]), weigh(fields["suffix"]), False)
 
 
 # ----------------------------------------------------------------------------------------------- ratio

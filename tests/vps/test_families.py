@@ -199,22 +199,23 @@ GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
 
 
 @pytest.mark.parametrize(
-    ("family", "fim", "first", "text"),
+    ("family", "fim", "layout", "text"),
     [
-        ("qwen", (), False, "<|fim_prefix|>def f(x):\n  <|fim_suffix|>  return x\n<|fim_middle|>"),
-        ("starcoder", (), False, "<fim_prefix>def f(x):\n  <fim_suffix>  return x\n<fim_middle>"),
-        ("starcoder", (), True, "<fim_suffix>  return x\n<fim_prefix>def f(x):\n  <fim_middle>"),
-        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), True, "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  "),
+        ("qwen", (), "psm", "<|fim_prefix|>def f(x):\n  <|fim_suffix|>  return x\n<|fim_middle|>"),
+        ("qwen", (), "spmv2", "<|fim_prefix|><|fim_suffix|>  return x\n<|fim_middle|>def f(x):\n  "),
+        ("starcoder", (), "psm", "<fim_prefix>def f(x):\n  <fim_suffix>  return x\n<fim_middle>"),
+        ("starcoder", (), "spm", "<fim_suffix>  return x\n<fim_prefix>def f(x):\n  <fim_middle>"),
+        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), "spm", "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  "),
         (
             "codellama",
             (),
-            False,
+            "psm",
             "<s>\u2581<PRE>def f(x):\n  \u2581<SUF>  return x\n\u2581<MID>",
         ),
     ],
 )
-def test_a_gap_by_family(family: str, fim: tuple[str, ...], first: bool, text: str, models: Path) -> None:
-    with opened(models / f"{family}.gguf", fim=fim, suffix_first=first) as model:
+def test_a_gap_by_family(family: str, fim: tuple[str, ...], layout: str, text: str, models: Path) -> None:
+    with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
         tokens, heal, before = model.vocabulary.encode(GAP)
         assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
         assert named(model, tokens[:before]).endswith("def f(x):\n  ")

@@ -546,24 +546,24 @@ def test_a_begun_answer_is_continued(vps: Vps, reference: Reference) -> None:
 
 AREA = "def area_of_circle(r):\n    return 3 * r * r"
 BESIDE = [{"filename": "area.py", "text": AREA}, {"text": "X = 1\n"}]
-INFILL = {"prompt": "from area import area_of_", "suffix": "\n", "filename": "main.py", "extra": BESIDE}
+INFILL = {"prompt": "from area import area", "suffix": "\n", "filename": "main.py", "extra": BESIDE}
 # A request, the text that the model gets for it, and the beginning of the completion.
 LAYOUTS = {
     "infill": (
-        {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"},
-        "<|fim_prefix|>def add(a, b):\n    return <|fim_suffix|>\n\nprint(add(1, 2))\n<|fim_middle|>",
-        "a + b",
+        {"prompt": "def add(a, b):\n    return", "suffix": "\n\nprint(add(1, 2))\n"},
+        "<|fim_prefix|><|fim_suffix|>\n\nprint(add(1, 2))\n<|fim_middle|>def add(a, b):\n    return",
+        " a + b",
     ),
     "a file's name": (
         {"prompt": "x = ", "suffix": "\n", "filename": "a.py"},
-        "<|file_sep|>a.py\n<|fim_prefix|>x = <|fim_suffix|>\n<|fim_middle|>",
+        "<|file_sep|>a.py\n<|fim_prefix|><|fim_suffix|>\n<|fim_middle|>x = ",
         "",
     ),
     "other files": (
         INFILL,
         f"<|file_sep|>area.py\n{AREA}\n<|file_sep|>\nX = 1\n<|file_sep|>main.py\n"
-        "<|fim_prefix|>from area import area_of_<|fim_suffix|>\n<|fim_middle|>",
-        "circle",
+        "<|fim_prefix|><|fim_suffix|>\n<|fim_middle|>from area import area",
+        "_of_circle",
     ),
     "a file before a plain prompt": (
         {"prompt": "from area import area_of_", "extra": BESIDE[:1]},
