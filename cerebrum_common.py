@@ -354,6 +354,9 @@ class Route:
 # ----------------------------------------------------------------------------------------------- models
 
 
+FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.

@@ -376,7 +376,7 @@ class Gateway:
         limits = Limits(backend.n_ctx(job.model), backend.prompts.ratio.get(job.model))
         for is_last in (False, True):
             try:
-                asked, job.sent = backend.prompts.prepare(job, limits)
+                asked, job.sent = backend.prompts.prepare(job, limits, backend.layout(job.model))
                 async with backend.ask(job, asked) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":

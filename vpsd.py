@@ -943,6 +943,7 @@ async def models(engine: Engine, _request: Request) -> Response:
             "available": worker is not None or engine.is_available(model),
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
             "encoding": used.encoding if used else "published",
+            "fim_layout": model.fim_layout,
         }
         if worker and instance:
             entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)

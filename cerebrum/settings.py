@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebrum_common import Field, HttpError, Model, log, read_fields
+from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, read_fields
 
 
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
@@ -167,7 +167,7 @@ MODEL = {
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),
-    "fim_layout": Field(str, default="psm", choices=("psm", "spm", "spmv2")),
+    "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
 
 

@@ -21,11 +21,17 @@ from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
-from cerebrum_common import Field, HttpError, Model, log, printable
+from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
 
-TOLD = {"n_ctx": LENGTH, "loaded": Field(bool), "encoding": Field(str, 1, 100), "memory_mb": Field(float, 0, 10**9)}
+TOLD = {
+    "n_ctx": LENGTH,
+    "loaded": Field(bool),
+    "encoding": Field(str, 1, 100),
+    "memory_mb": Field(float, 0, 10**9),
+    "fim_layout": Field(str, choices=FIM_LAYOUTS),
+}
 
 
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -91,7 +97,7 @@ class Sent:
     kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text was sent, for the client
     weight: int = 0  # of the prompt, for the ratio
     room: int = 0  # tokens left in the context for the answer
-    above: str = ""  # the text before the cursor
+    above: str = ""  # its text up to the cursor, as the backend reads it
     cut: bool = False  # shortened to what can be read within the client's time limit
 
 
@@ -164,6 +170,7 @@ def prompt_budget(n_ctx: int, max_tokens: int) -> int:
 
 MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
+MAX_CACHED_EACH = 4  # of one client and model
 SAME_BEGINNING = 200  # characters
 
 
@@ -181,12 +188,11 @@ class Prompts:
 
     def __init__(self, is_engine: bool) -> None:
         self.ratio = Ratio()
-        self.layouts: dict[str, str] = {}  # of a gap's prompt, by model
         self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def prepare(self, job: Job, limits: Limits) -> tuple[dict[str, Any], Sent]:
+    def prepare(self, job: Job, limits: Limits, layout: str) -> tuple[dict[str, Any], Sent]:
         """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
         fields, n_ctx = job.fields, limits.n_ctx
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
@@ -196,7 +202,6 @@ class Prompts:
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
             budget = min(int(budget / SPARE), limits.most)
-        layout = self.layouts.get(job.model, "psm")
         prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job), layout)
         tokens = prepared.weight / limits.ratio + TEMPLATE_TOKENS[fields["mode"]]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
@@ -246,10 +251,12 @@ class Prompts:
             speed = read / seconds
             self.speed[job.model] = self.speed.get(job.model, speed) * 0.75 + speed * 0.25
         if job.kind in ("infill", "completion"):
-            # Texts with the same beginning come from the same file: keep only the newest.
+            # Texts with the same beginning come from the same file: keep only the newest. With the suffix first, each
+            # place in a file is a text of its own, so each client keeps few.
             mine, beginning = (job.client, job.model), job.sent.above[:SAME_BEGINNING]
-            others = [one for one in self._read if one[:2] != mine or not one[2].startswith(beginning)]
-            self._read = [*others, (*mine, job.sent.above)][-MAX_CACHED:]
+            known = [one for one in self._read if one[:2] == mine and not one[2].startswith(beginning)]
+            others = [one for one in self._read if one[:2] != mine]
+            self._read = [*others, *known[1 - MAX_CACHED_EACH :], (*mine, job.sent.above)][-MAX_CACHED:]
 
 
 # ------------------------------------------------------------------------------------------- the backend
@@ -259,10 +266,10 @@ class Backend:
     """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its counts."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self.api = APIS.get(config.api)  # None: vpsd
-        self.prompts = Prompts(is_engine=self.api is not None)
         self._configure(config, catalog, Upstream(config))
+        self.api = APIS.get(config.api)  # None: vpsd
         self.breaker = Breaker(random.random)
+        self.prompts = Prompts(is_engine=self.api is not None)
         self.active: list[Job] = []  # jobs that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens = 0  # generated so far
@@ -282,8 +289,6 @@ class Backend:
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
         self.fim = {model.id: model for model in catalog if model.fim} if config.infill == "fim" else {}
-        ours = catalog if self.api is None else self.fim.values() if config.api == "openai" else ()
-        self.prompts.layouts = {model.id: model.fim_layout for model in ours}
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
@@ -338,6 +343,13 @@ class Backend:
     def n_ctx(self, model: str) -> int:
         told = (self.models or {}).get(model)
         return int(told["n_ctx"]) if told else self.config.n_ctx or DEFAULT_N_CTX
+
+    def layout(self, model: str) -> str:
+        """How a gap's prompt is laid out for a model, see `arrange_gap`. With "spmv2", a prompt ends in the middle of a
+        line; other engines would not heal its last token."""
+        if self.api is None:
+            return str((self.models or {}).get(model, {}).get("fim_layout", "psm"))
+        return "spm" if model in self.fim and self.fim[model].fim_layout == "spm" else "psm"
 
     # Probing.
 
@@ -452,9 +464,9 @@ class Backend:
                 yield pairs
             return
         api, marked = self.api, self.fim.get(job.model)
-        fim, layout = (marked.fim, marked.fim_layout) if marked else ((), "psm")
+        fim = marked.fim if marked else ()
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, layout, job.sent.room))
+        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.sent.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,

@@ -442,6 +442,7 @@ MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # vpsd takes a hundred messages
 MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
+ADDED = re.compile(r"\A[)\]}>\"'`;:,]+(?=\r?\n|\Z)")
 NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
 WORDS = re.compile(r"[^\W\d]\w{2,}")
 
@@ -683,30 +684,31 @@ def prepare_text(
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     above, cut = render_extra(extra), False
     room -= weigh(above)
-    step = max(1, room // SPARE_STEPS)
-    spare = (room - weigh(prompt[: 3 * room])) // step * step
-    after = fit_start(suffix, max(room // SUFFIX_SHARE, spare)) if mode == "infill" else ""
+    step, spare = max(1, room // SPARE_STEPS), room - weigh(prompt[: 3 * room])
+    after = suffix if mode == "infill" else ""
+    if not fits(after, spare):
+        after = fit_start(after, max(room // SUFFIX_SHARE, spare // step * step))
     sent, kept = fit(prompt, language, room - weigh(after))
-    first = after if layout != "psm" else ""  # what the backend reads before the prefix
+    last = layout == "psm"  # the backend reads the suffix last
     if fresh_room is not None:
-        for_after = fresh_room // SUFFIX_FRESH
-        read = max((common_length(above + first + sent, text) for text in cached), default=0)
-        fresh = weigh((above + first + sent)[read:])
-        cut = fresh > fresh_room - (0 if first else for_after)
+        start = above + read_first(after, layout)
+        read = max((common_length(start + sent, text) for text in cached), default=0)
+        fresh, for_after = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH
+        cut = fresh > fresh_room - for_after * last
         if cut:
-            known = bool(first) and read >= len(above + first)
+            known = not last and read >= len(start)
             extra = extra if read >= len(above) else []
-            above, first = render_extra(extra), first if known else fit_start(first, for_after)
-            sent, kept = fit(prompt, language, fresh_room - (0 if known else for_after))
+            above, after = render_extra(extra), after if last or known else fit_start(after, for_after)
+            sent, kept = fit(prompt, language, fresh_room - for_after * (not known))
             fresh = weigh(sent)
-        after = first or fit_start(after, fresh_room - fresh)
+        after = fit_start(after, fresh_room - fresh) if last else after
     if len(after) < len(suffix):
         kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
     body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
     body |= {"suffix": after} if mode == "infill" else {}
     body |= {"extra": extra} if extra else {}
     kept = {"characters": len(sent) + len(after), "of": len(prompt) + len(suffix), **kept}
-    return Prepared(body, kept, weigh(above + sent + after), above + first + sent, cut)
+    return Prepared(body, kept, weigh(above + sent + after), above + read_first(after, layout) + sent, cut)
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
@@ -719,6 +721,18 @@ def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> 
     before, after, middle = marks
     parts = {"psm": [before, prefix, after, suffix, middle], "spm": [after, suffix, before, prefix, middle]}
     return parts.get(layout, [before, after, suffix, middle, prefix])
+
+
+def steady_suffix(suffix: str) -> str:
+    """A suffix without the brackets and quotes that end the cursor's line. Editors add them while one types, and with
+    the suffix first, whatever changes it makes the model read everything again. The model writes them itself, and the
+    completion ends there."""
+    return ADDED.sub("", suffix, count=1)
+
+
+def read_first(suffix: str, layout: str) -> str:
+    """What of the suffix a backend reads before the prefix."""
+    return {"spm": suffix, "spmv2": steady_suffix(suffix)}.get(layout, "")
 
 
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:

@@ -7,22 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# llama.cpp's threads meet at a barrier hundreds of times for each token, and by default they spin there for
-# milliseconds. If another program occupies a core, the spinning keeps the thread that everyone waits for from running,
-# and a token can take ten times as long. A much lower value makes the threads sleep too often on a quiet machine.
-# libgomp reads the variable once, when it is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 import llama_cpp.llama_cpp as _llama
 
-from cerebrum.text.prompt import arrange_gap
+from cerebrum.text.prompt import arrange_gap, steady_suffix
 from cerebrum_common import HttpError
 
 llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
@@ -64,9 +57,10 @@ def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
     return content if role == "assistant" else ""
 
 
-# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space before the
-# cursor. Long words and scripts without spaces are left alone, because every healed token costs a decode.
-UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z")
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space, the sign
+# or the underscores before the cursor. Long words and scripts without spaces are left alone, because every healed token
+# costs a decode.
+UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z|[!-/:-@\[-^`{-~]\Z|_{1,24}\Z")
 
 
 def heal_from(prompt: str) -> int:
@@ -107,7 +101,7 @@ class Vocabulary:
         # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
         names = ("pre", "suf", "mid")
         self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
-        self.layout = layout
+        self.layout = layout if layout != "spmv2" or self.fim[2] >= 0 else "psm"
         if min(self.fim) < 0 and fim:
             self.fim = [self.mark(name) if name else -1 for name in fim]
         self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
@@ -203,7 +197,8 @@ class Vocabulary:
             )
         tokens, cursor = [*self.tokenize("", True), *files], 0
         marks, text = [[before], [after], [middle] * (middle >= 0)], self.tokenize_part(prompt)
-        for part in arrange_gap(self.layout, marks, text, self.tokenize_part(request.suffix)):
+        suffix = steady_suffix(request.suffix) if self.layout == "spmv2" else request.suffix
+        for part in arrange_gap(self.layout, marks, text, self.tokenize_part(suffix)):
             tokens += part
             cursor = len(tokens) if part is text else cursor
         return tokens, cursor

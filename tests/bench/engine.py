@@ -342,7 +342,7 @@ class Loop:
             done += self.llama.vocabulary.piece(todo[0])
             if not text.encode().startswith(done):
                 return round(float(first - second), 3)
-            if self.llama.is_end(todo[0]):
+            if self.llama.vocabulary.is_end(todo[0]):
                 break
         return None
 

@@ -27,7 +27,7 @@ from servers import FILES, prose, vpsd
 def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
     from cerebrum.vps.llama import np, start_library
-    from cerebrum.vps.vocabulary import llama  # this sets how long llama.cpp's threads spin
+    from cerebrum.vps.vocabulary import llama  # the package sets how long llama.cpp's threads spin
 
     start_library()
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())

@@ -12,6 +12,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -836,9 +837,9 @@ async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
 
 
 def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:
-    marks = {model.id: model.fim for model in load_catalog(ROOT / "models.toml").models}
-    assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == FIM
-    assert marks["codellama_7b"] == ("<PRE> ", " <SUF>", " <MID>")
+    marks = {model.id: (model.fim, model.fim_layout) for model in load_catalog(ROOT / "models.toml").models}
+    assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == (FIM, "spmv2")
+    assert marks["codellama_7b"] == (("<PRE> ", " <SUF>", " <MID>"), "psm")
 
 
 def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) -> None:
@@ -856,3 +857,13 @@ def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) ->
 def test_a_gap_for_a_model_that_reads_the_suffix_first() -> None:
     wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), layout="spm")
     assert OPENAI_TEXT.write(wanted)["prompt"] == f"[SUFFIX]after[PREFIX]{ASKED['prompt']}"
+
+
+@pytest.mark.parametrize(("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")])
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str) -> None:
+    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        fleet = pi.gateway.fleet
+        model = replace(fleet.first.fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout)
+        fleet.first.fim["qwen_0_5b"] = model
+        await pi.complete(prompt="a", suffix="b", language="python")
+        assert backend.completions[0]["prompt"] == written

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from harness import Reply, until
-from scripted import CHUNKED, GOOD, HANG, Backend, Pi, chunk, error, event, pi_for, token
+from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import sharing, upstream
@@ -577,6 +577,34 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
         assert (whole["max_tokens"], len(whole["prompt"]) > 5000) == (0, True)
         assert after["prompt"] == whole["prompt"] + "y", "what has been read before was left out"
         assert len(after["suffix"]) < 1000
+
+
+SUFFIX_FIRST = answer(200, {"models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096, "fim_layout": "spmv2"}]})
+
+
+async def test_a_suffix_that_is_read_first_stays_whole_while_one_types():
+    async with Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend, pi_for(backend.port) as pi:
+        pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
+        await infill(pi, **{**IN_TIME, "input_suffix": f"\n{AFTER}"})
+        await until(lambda: len(backend.completions) == 2 and pi.gateway.fleet.first.warming is None)
+        await infill(pi, **{**IN_TIME, "prompt": "xy(", "input_suffix": f")\n{AFTER}"})
+        await infill(pi, **{**IN_TIME, "prompt": "xy(", "input_suffix": f"other\n{AFTER}"})
+        cut, whole, typed, changed = backend.completions[:4]
+        assert len(cut["suffix"]) < 600 < 1000 < len(whole["suffix"])
+        assert typed["prompt"] == whole["prompt"] + "y("
+        assert typed["suffix"] == ")" + whole["suffix"], "a bracket that the editor adds does not count"
+        assert len(changed["prompt"]) + len(changed["suffix"]) < 2000, "all has to be read again"
+
+
+async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
+    async with Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend, pi_for(backend.port) as pi:
+        prompts = pi.gateway.fleet.first.prompts
+        await infill(pi, input_suffix="mine = 1\n")
+        prompts._read = [("10.0.0.9", *entry[1:]) for entry in prompts._read]
+        for place in range(20):
+            await infill(pi, input_suffix=f"place = {place}\n")
+        assert [entry[0] for entry in prompts._read] == ["10.0.0.9", *["127.0.0.1"] * 4]
+        assert prompts._read[-1][2].startswith("place = 19\n")
 
 
 @pytest.mark.parametrize("chunks", [3, 16])
