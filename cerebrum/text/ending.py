@@ -522,10 +522,11 @@ class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines.
 
     As many lines are compared as are found nowhere else around the cursor. White space within lines and blank lines do
-    not count, but indentation does.
+    not count, but indentation does. Nor do remarks count that a model adds to a line; `remark` begins one.
     """
 
-    def __init__(self, prompt: str, suffix: str) -> None:
+    def __init__(self, prompt: str, suffix: str, remark: str = "") -> None:
+        self.remark = remark
         first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
         self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
         # A word behind more than one blank may begin a line of its own, whose indentation is half typed.
@@ -590,7 +591,8 @@ class Meeting:
         if not size and (self.rest or self.half or (self.whole and len(self.goal) > 1 and self.line != goal)):
             fits = self.line.endswith(goal) and not (self.half and self.indent < columns)
             return self._place(len(goal), text) if fits else None
-        return edge if self.line == goal and self.indent == columns and (size or self.places[0] >= 0) else None
+        same = self.line == goal or (self.remark and self.line.startswith(goal + self.remark))
+        return edge if same and self.indent == columns and (size or self.places[0] >= 0) else None
 
     def _place(self, size: int, text: list[str]) -> int | None:
         """Where the last characters of the line begin, with the white space that the suffix has before them."""
@@ -649,7 +651,7 @@ class Gap(Stage):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
-        self.scanner, self.meeting = scanner, Meeting(prompt, suffix)
+        self.scanner, self.meeting = scanner, Meeting(prompt, suffix, scanner.language.line_comment)
         first, below = prompt[prompt.rfind("\n") + 1 :], self.meeting.below[:1]
         above = first if first.strip() else prompt.rstrip().rpartition("\n")[2]
         # Lines of a block comment are indented by one space more than the code.

@@ -1242,6 +1242,19 @@ def test_line_ends_of_windows(prompt: str, text: str, suffix: str, sent: str, re
     check("infill", "python", prompt, suffix, text, (sent, reason))
 
 
+@pytest.mark.parametrize(
+    ("line", "sent", "reason"),
+    [
+        ("print(add(1, 2))  # Output: 3\n", "a + b", "stop"),
+        ("print(add(1, 2)) # 3\nmore()\n", "a + b", "stop"),
+        ("print(add(1, 2)) + 1\n", "a + b\n\n\nprint(add(1, 2)) + 1\n", None),
+    ],
+)
+def test_a_remark_does_not_hide_the_suffix(line: str, sent: str, reason: str | None) -> None:
+    prompt, suffix = "def add(a, b):\n    return ", "\n\n\nprint(add(1, 2))\n"
+    check("infill", "python", prompt, suffix, f"a + b\n\n\n{line}", (sent, reason))
+
+
 @pytest.mark.parametrize("size", [1, 3, 999])
 def test_thoughts_that_the_answer_was_begun_with(size: int) -> None:
     ending, text = Ending("instruct", "python", "<think>\nhm", None, "auto"), " x</think>\n```python\nabcdef = 1\n```\n"

@@ -354,13 +354,15 @@ def test_models(vps: Vps) -> None:
     models = {model["id"]: model for model in vps.get("/v1/models")["models"]}
     assert list(models) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
     small = models[SMALL]
-    assert list(small) == ["id", "loaded", "path", "available", "n_ctx", "encoding", "memory_mb", "last_used"]
+    described = ["id", "loaded", "path", "available", "n_ctx", "encoding", "fim_layout"]
+    assert list(small) == [*described, "memory_mb", "last_used"]
     assert small["encoding"] == "published"
     assert (small["loaded"], small["available"], small["path"], small["n_ctx"]) == (True, True, str(FILES[SMALL]), 2048)
     others_mb = vps.process.rss_kb() / 1024 - small["memory_mb"]
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
-    assert list(models["codellama_7b"]) == ["id", "loaded", "path", "available", "n_ctx", "encoding"]
+    assert list(models["codellama_7b"]) == described
+    assert [model["fim_layout"] for model in models.values()] == ["spmv2", "psm", "spmv2", "spmv2"]
     assert models["codellama_7b"]["loaded"] is False
 
 
