@@ -27,7 +27,8 @@ MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decod
 DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
 PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read …
 PAUSE_TOKENS = 6  # … or the time of this many of its own tokens, if that is longer
-PREFILL_SECONDS = 4.0  # longest chunk when no stream is running: progress is reported after each, short ones are slow
+# Longest chunk when no stream is running. Progress is reported after each chunk, but short chunks are read slower.
+PREFILL_SECONDS = 4.0
 
 
 class Costs:

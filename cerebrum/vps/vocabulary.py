@@ -101,9 +101,10 @@ class Vocabulary:
         # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
         names = ("pre", "suf", "mid")
         self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
-        self.layout = layout if layout != "spmv2" or self.fim[2] >= 0 else "psm"
         if min(self.fim) < 0 and fim:
             self.fim = [self.mark(name) if name else -1 for name in fim]
+        # Without a last mark, nothing would part the suffix from the prefix behind it.
+        self.layout = layout if layout != "spmv2" or self.fim[2] >= 0 else "psm"
         self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
 
     @contextlib.contextmanager

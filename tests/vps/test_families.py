@@ -203,6 +203,8 @@ GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
     [
         ("qwen", (), "psm", "<|fim_prefix|>def f(x):\n  <|fim_suffix|>  return x\n<|fim_middle|>"),
         ("qwen", (), "spmv2", "<|fim_prefix|><|fim_suffix|>  return x\n<|fim_middle|>def f(x):\n  "),
+        ("codestral", ("[PREFIX]", "[SUFFIX]", "<s>"), "spmv2", "<s>[PREFIX][SUFFIX]  return x\n<s>def f(x):\n  "),
+        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), "spmv2", "<s>[PREFIX]def f(x):\n  [SUFFIX]  return x\n"),
         ("starcoder", (), "psm", "<fim_prefix>def f(x):\n  <fim_suffix>  return x\n<fim_middle>"),
         ("starcoder", (), "spm", "<fim_suffix>  return x\n<fim_prefix>def f(x):\n  <fim_middle>"),
         ("codestral", ("[PREFIX]", "[SUFFIX]", ""), "spm", "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  "),

@@ -583,6 +583,17 @@ def test_what_the_model_reads(vps: Vps, reference: Reference, fields: dict[str, 
     reference.check(tokens, body["completion"], 8)
 
 
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [
+        ({"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}, "a + b"),
+        (INFILL | {"prompt": "from area import area_of_"}, "circle"),
+    ],
+)
+def test_a_gap_behind_a_blank_or_an_underscore(vps: Vps, fields: dict[str, Any], start: str) -> None:
+    assert vps.complete(**fields, heal=True, max_tokens=8)["completion"].startswith(start)
+
+
 def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
     extra = [{"filename": "a.py", "text": new_prompt()}]
     assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= 2
