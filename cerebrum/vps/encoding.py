@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from cerebrum.vps.llama import (
 
 PASSPORT_KEY = "cerebrum.passport"
 PASSPORT_FORMAT = 1
+CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
 def cpu_info(*names: str) -> list[str]:
@@ -87,9 +88,6 @@ class Passport:
     types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
     fast: bool = False  # made by --fast: the weights differ slightly
     format: int = PASSPORT_FORMAT
-
-    def encode(self) -> str:
-        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def encoding(self) -> str:
@@ -138,12 +136,7 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     for name, here in expected.items():
         if (made_for := getattr(passport, name)) != here:
             return None, f"made for {name} {made_for}, here it is {here}"
-    used = replace(
-        settings,
-        threads=passport.threads,
-        micro_batch=passport.micro_batch,
-        flash_attention=passport.flash_attention,
-    )
+    used = replace(settings, **{name: getattr(passport, name) for name in CHOSEN})
     return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
 
 
@@ -181,18 +174,20 @@ class Timing(NamedTuple):
 Types = Mapping[str, str]  # of the tensors that change: new type by name
 
 
-def output_name(tensors: Sequence[Tensor]) -> str:
-    """The name of the matrix that gives the logits."""
-    return next((tensor.name for tensor in tensors if tensor.name == "output.weight"), "token_embd.weight")
+def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """The matrices that are multiplied, and which of them gives the logits."""
+    matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
+    output = matrices.get("output.weight") or matrices.get("token_embd.weight")
+    return [tensor for tensor in matrices.values() if tensor.layer is not None or tensor is output], output
 
 
 def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
-    """Apply a recipe to the matrices that are multiplied. The one that gives the logits never becomes LOSSY."""
-    output, types = output_name(tensors), {}
-    for tensor in tensors:
-        used = FAITHFUL if recipe is FAST and tensor.name == output else recipe
-        multiplied = tensor.is_matrix and (tensor.layer is not None or tensor.name == output)
-        if multiplied and tensor.type in used and tensor.can_be(used[tensor.type]):
+    """Apply a recipe. The matrix that gives the logits never becomes LOSSY."""
+    matrices, output = multiplied(tensors)
+    types = {}
+    for tensor in matrices:
+        used = FAITHFUL if recipe is FAST and tensor is output else recipe
+        if tensor.type in used and tensor.can_be(used[tensor.type]):
             types[tensor.name] = used[tensor.type]
     return types
 
@@ -208,11 +203,6 @@ def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
     return sorted(alike[(2 * i + 1) * layers // (2 * count)] for i in range(count))
 
 
-def grown(tensors: Sequence[Tensor], types: Types) -> int:
-    """Bytes that the changes add to the file."""
-    return sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in tensors if tensor.name in types)
-
-
 class Agreement(NamedTuple):
     """How well the predictions of two files agree: mean Kullback-Leibler divergence in nats, and the share of positions
     at which both have the same likeliest token."""
@@ -222,35 +212,41 @@ class Agreement(NamedTuple):
     positions: int
 
 
+class Form(NamedTuple):
+    """A file with the settings to run it: its speed, the file's bytes, and the bytes of memory that it takes."""
+
+    timing: Timing
+    settings: Settings
+    file: int
+    memory: int  # estimated
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The result of `tune`, and its summary in words."""
 
-    published: Timing
-    tuned: Timing | None  # None: nothing here is faster than the published file with the usual settings
+    published: Form  # with the usual settings
+    tuned: Form | None  # None: nothing here is faster
     passport: Passport
-    settings: tuple[Settings, Settings]  # before and after
-    file_bytes: tuple[int, int]
-    memory_bytes: tuple[int, int]  # estimated
-    agreement: Agreement | None
+    agreement: Agreement | None  # None: the weights are the published ones
 
     def table(self) -> str:
         old, new = self.published, self.tuned or self.published
-        times = [("a token of a prompt, ms", old.read, new.read)]
-        times += [(f"a decode of {n} token{'s' * (n > 1)}, ms", old.decode[n], new.decode[n]) for n in DECODES]
-        times += [(f"{READ_TOKENS} tokens read, 128 written, ms", old.work, new.work)]
-        rows: list[tuple[str, ...]] = [("", "published", "here", "")]
-        rows += [(name, f"{1e3 * was:.1f}", f"{1e3 * now:.1f}", f"{was / now:.2f} x") for name, was, now in times]
-        for name, values in (
-            ("size of the file, MB", [f"{size / MB:.0f}" for size in self.file_bytes]),
-            ("memory (estimate), MB", [f"{size / MB:.0f}" for size in self.memory_bytes]),
-            ("micro-batch", [str(used.micro_batch) for used in self.settings]),
-            ("flash attention", ["on" if used.uses_flash_attention else "off" for used in self.settings]),
-            ("threads", [str(used.threads) for used in self.settings]),
-        ):
-            rows.append((name, *values, ""))
-        lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
-        lines += [f"{name:34}{was:>10}{now:>12}  {gain}".rstrip() for name, was, now, gain in rows]
+        (old_times, was), (new_times, now) = (old.timing, old.settings), (new.timing, new.settings)
+        times = [("a token of a prompt, ms", old_times.read, new_times.read)]
+        for n in DECODES:
+            times.append((f"a decode of {n} token{'s' * (n > 1)}, ms", old_times.decode[n], new_times.decode[n]))
+        times.append((f"{READ_TOKENS} tokens read, 128 written, ms", old_times.work, new_times.work))
+        others = (
+            ("size of the file, MB", old.file // MB, new.file // MB),
+            ("memory (estimate), MB", old.memory // MB, new.memory // MB),
+            ("micro-batch", was.micro_batch, now.micro_batch),
+            ("flash attention", *("on" if used.uses_flash_attention else "off" for used in (was, now))),
+            ("threads", was.threads, now.threads),
+        )
+        lines = [f"{cpu_name()}; {self.passport.encoding}", "", f"{'':34}{'published':>10}{'here':>12}"]
+        lines += [f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times]
+        lines += [f"{name:34}{a:>10}{b:>12}" for name, a, b in others]
         lines.append("")
         if same := self.agreement:
             lines.append(
@@ -309,46 +305,45 @@ def measure(model: Llama, read: int) -> Timing:
     """Time this model: a prompt of `read` tokens, then decodes."""
     read = min(read, model.n_ctx - OUTPUTS)
     tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # any tokens will do
-    back_to(model, slot, 0)
+
+    def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
+        """Append these chunks for so many seconds, and at least so often, and return the shortest time."""
+        length, spent = len(slot.tokens), list[float]()
+        while len(spent) < least or sum(spent) < seconds:
+            back_to(model, slot, length)
+            spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
+        return min(spent)
+
     decode(model, slot, tokens[: max(DECODES)], max(DECODES))  # the first decode after a load is slow
     back_to(model, slot, 0)
-    reads: list[float] = []
-    while sum(reads) < READ_SECONDS:
-        back_to(model, slot, 0)
-        chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
-        reads.append(sum(decode(model, slot, chunk, 1) for chunk in chunks))
-    times: dict[int, float] = {}
+    chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
+    reading = fastest(chunks, 1, READ_SECONDS, 1)
+    times = {}
     for size in DECODES:
-        spent: list[float] = []
-        while len(spent) < MIN_DECODES or sum(spent) < DECODE_SECONDS:
-            spent.append(decode(model, slot, tokens[:size], size))
-            back_to(model, slot, len(tokens))
-        times[size] = min(spent)
-    return Timing(min(reads) / len(tokens), times)
+        times[size] = fastest([tokens[:size]], size, DECODE_SECONDS, MIN_DECODES)
+        back_to(model, slot, len(tokens))
+    return Timing(reading / len(tokens), times)
 
 
-def log_probabilities(model: Llama, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
+def log_probabilities(variant: Variant, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
     """Log probabilities of the next token after each of the first `count` tokens except the first AGREEMENT_SKIP:
     float32[vocabulary]."""
-    tokens, slot = model.vocabulary.tokenize(text, True)[:count], Slot(0)
-    back_to(model, slot, 0)
-    for start in range(0, len(tokens), OUTPUTS):
-        chunk = tokens[start : start + OUTPUTS]
-        decode(model, slot, chunk, len(chunk))
-        for i in range(len(chunk) if start >= AGREEMENT_SKIP else 0):
-            logits = model.logits(i)
-            yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
+    with opened(*variant) as model:
+        tokens, slot = model.vocabulary.tokenize(text, True)[:count], Slot(0)
+        for start in range(0, len(tokens), OUTPUTS):
+            chunk = tokens[start : start + OUTPUTS]
+            decode(model, slot, chunk, len(chunk))
+            for i in range(len(chunk) if start >= AGREEMENT_SKIP else 0):
+                logits = model.logits(i)
+                yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
 
 
 def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> Agreement:
     """Compare the predictions of two files on the first `count` tokens of a text."""
-    divergences, same = [], 0
-    with opened(*published) as model:
-        expected = list(log_probabilities(model, text, count))
-    with opened(*tuned) as model:
-        for one, other in zip(expected, log_probabilities(model, text, count), strict=True):
-            divergences.append(float((np.exp(one) * (one - other)).sum()))
-            same += int(one.argmax() == other.argmax())
+    expected, divergences, same = list(log_probabilities(published, text, count)), [], 0
+    for one, other in zip(expected, log_probabilities(tuned, text, count), strict=True):
+        divergences.append(float((np.exp(one) * (one - other)).sum()))
+        same += int(one.argmax() == other.argmax())
     return Agreement(sum(divergences) / len(divergences), same / len(divergences), len(divergences))
 
 
@@ -386,14 +381,13 @@ class Tuner:
         self.room, self.report = room, report
         with Gguf(path) as file:
             self.shape, self.architecture = file.shape, file.architecture
-        self.source = Source(path)
+        self.source, self.size = Source(path), path.stat().st_size
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first one changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors, self.shape.layers)
-        self.size = path.stat().st_size
         self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
             self.knobs.append(replace(settings, threads=cpus()))
@@ -403,12 +397,15 @@ class Tuner:
         self.done += 1
         self.report("measuring", self.done, self.steps)
 
-    def memory(self, size: int, settings: Settings) -> int:
-        return sum(estimate_bytes(size, self.shape, settings).values())
+    def memory(self, types: Types, settings: Settings) -> int:
+        """Bytes of memory that the model takes in these types."""
+        changed = (tensor for tensor in self.tensors if tensor.name in types)
+        grown = sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed)
+        return sum(estimate_bytes(self.size + grown, self.shape, settings).values())
 
     def check_room(self) -> None:
         """TuneError with the figures if the memory or the disk is too small."""
-        if (need := self.memory(self.size, self.settings)) > self.room:
+        if (need := self.memory({}, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
         need = 3 * self.size // 2  # for a tuned file of the usual types; samples take less
         if (free := shutil.disk_usage(self.folder).free) < need:
@@ -425,91 +422,78 @@ class Tuner:
         self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
         return path
 
-    def fits(self, types: Types, settings: Settings) -> bool:
-        return self.memory(self.size + grown(self.tensors, types), settings) <= self.room
-
-    def fastest(self, samples: Mapping[Any, Variant], read: int) -> Any:
-        """The key of the fastest sample, or the first key if the gain is less than MIN_GAIN. Removes the samples."""
-        found = compare(samples, read, self.step)
+    def fastest(self, samples: Sequence[Variant], read: int) -> int:
+        """The index of the fastest sample, 0 if the gain is less than MIN_GAIN. Removes the samples."""
+        found = compare(dict(enumerate(samples)), read, self.step)
         for path in self.folder.iterdir():
             path.unlink()
-        first, best = next(iter(samples)), min(samples, key=lambda key: found[key].work)
-        return best if found[best].work <= (1 - MIN_GAIN) * found[first].work else first
+        best = min(found, key=lambda index: found[index].work)
+        return best if found[best].work <= (1 - MIN_GAIN) * found[0].work else 0
 
-    def choose_types(self) -> Types:
-        fitting = [types for types in self.options if self.fits(types, self.settings)]
+    def choose(self) -> tuple[Types, Settings]:
+        """The fastest types; and micro-batch, attention and thread count for these types, in a long context."""
+        fitting = [types for types in self.options if self.memory(types, self.settings) <= self.room]
         samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
-        best: int = self.fastest(dict(enumerate(samples)), SAMPLE_READ_TOKENS)
-        return fitting[best]
-
-    def choose_settings(self, types: Types) -> Settings:
-        """The fastest micro-batch, attention and thread count for these types."""
-        # Half the layers will do: attention takes the same share of each layer, and the context is long.
-        sample = self.sample(types, self.layers[::2])
-        samples = {knob: (sample, knob) for knob in self.knobs if knob == self.settings or self.fits(types, knob)}
-        best: Settings = self.fastest(samples, CONTEXT_TOKENS)
-        return best
+        types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
+        knobs = [knob for knob in self.knobs if knob == self.settings or self.memory(types, knob) <= self.room]
+        sample = self.sample(types, self.layers[::2])  # half the layers: attention takes the same share of each layer
+        return types, knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
 
     def passport(self, types: Types, settings: Settings) -> Passport:
-        output = output_name(self.tensors)
-        changes = {
-            (tensor.type + " (output)" * (tensor.name == output), types[tensor.name])
-            for tensor in self.tensors
-            if tensor.name in types
-        }
+        matrices, output = multiplied(self.tensors)
+        changed = [tensor for tensor in matrices if tensor.name in types]
+        changes = {(tensor.type + " (output)" * (tensor is output), types[tensor.name]) for tensor in changed}
         return Passport(
             source=self.sha256,
             library=llama_cpp.__version__,
             cpu=cpu_flags(),
             cpu_name=cpu_name(),
             cpus=cpus(),
-            threads=settings.threads,
-            micro_batch=settings.micro_batch,
-            flash_attention=settings.flash_attention,
             types=dict(sorted(changes)),
             fast=LOSSY in types.values(),
+            **{name: getattr(settings, name) for name in CHOSEN},
         )
+
+    def write(self, path: Path, types: Types, settings: Settings, layers: Sequence[int] | None = None) -> None:
+        """Write a tuned file, for these settings."""
+        values = {PASSPORT_KEY: json.dumps(asdict(self.passport(types, settings)))}
+        self.source.write(path, types, values, layers, report=lambda *done: self.report("writing", *done))
 
     def run(self) -> tuple[Outcome, Path]:
         """The outcome, and the file to put in place."""
         self.check_room()
         try:
-            types = self.choose_types()
-            settings = self.choose_settings(types)
+            types, settings = self.choose()
         except ModelError as error:
             raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
-        path, size = self.folder / "tuned", self.size
-        if types:
-            values = {PASSPORT_KEY: self.passport(types, settings).encode()}
-            self.source.write(path, types, values, report=lambda done, total: self.report("writing", done, total))
-            size = path.stat().st_size
+        path = self.folder / "tuned"
         variants = {"published": (self.path, self.settings)}
-        if types or settings != self.settings:
-            variants["tuned"] = (path if types else self.path, settings)
+        if types:
+            self.write(path, types, settings)
+            variants["tuned"] = (path, settings)
+        elif settings != self.settings:
+            variants["tuned"] = (self.path, settings)
         found = compare(variants, WHOLE_READ_TOKENS, self.step)
-        if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
-            self.report("measuring", self.steps, self.steps)
+        self.report("measuring", self.steps, self.steps)  # fewer if some did not fit, or there is nothing to compare
+        forms = {
+            name: Form(found[name], used, file.stat().st_size, self.memory(types if file == path else {}, used))
+            for name, (file, used) in variants.items()
+        }
         # The settings were chosen in a long context, where they save time. In this short one they must not cost any.
         limit = found["published"].work * (1 - MIN_GAIN if types else 1)
-        better, same = "tuned" in found and found["tuned"].work <= limit, None
-        if better and types:
+        tuned, same = forms.get("tuned"), None
+        if tuned and tuned.timing.work > limit:
+            tuned = None
+        if tuned and types:
             code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
-            better = same.divergence <= (math.inf if LOSSY in types.values() else MAX_DIVERGENCE)  # False for NaN
-        if not better:
-            types, settings, size, same = {}, self.settings, self.size, None
-        passport = self.passport(types, settings)
-        if not types:
-            self.source.write(path, {}, {PASSPORT_KEY: passport.encode()}, [])
-        return Outcome(
-            published=found["published"],
-            tuned=found["tuned"] if better else None,
-            passport=passport,
-            settings=(self.settings, settings),
-            file_bytes=(self.size, size),
-            memory_bytes=(self.memory(self.size, self.settings), self.memory(size, settings)),
-            agreement=same,
-        ), path
+            if not same.divergence <= (math.inf if LOSSY in types.values() else MAX_DIVERGENCE):  # or NaN
+                tuned = same = None
+        if not tuned:
+            types, settings = {}, self.settings
+        if not types:  # a passport without weights
+            self.write(path, {}, settings, [])
+        return Outcome(forms["published"], tuned, self.passport(types, settings), same), path
 
 
 def tune(

@@ -36,6 +36,7 @@ from cerebrum.vps.encoding import (
     MIN_GAIN,
     TO_Q8_0,
     Agreement,
+    Form,
     Outcome,
     Passport,
     Timing,
@@ -74,6 +75,7 @@ class Script:
         self.costs, self.factor, self.compared = costs, factor, list[dict[Any, dict[str, int]]]()
         self.whole = whole  # the factor of whole files, if it is another
         self.sizes: list[int] = []
+        self.used: list[set[tuple[int, bool]]] = []  # by each comparison: micro-batch, flash attention
         self.divergence = 0.001  # of the tuned file
 
     def __call__(
@@ -83,6 +85,7 @@ class Script:
         step: Callable[[], None],
     ) -> dict[Any, Timing]:
         found, types = {}, {}
+        self.used.append({(used.micro_batch, used.flash_attention) for _, used in variants.values()})
         for name, (path, settings) in variants.items():
             self.sizes.append(path.stat().st_size)
             weights: dict[str, int] = {}
@@ -194,7 +197,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     made = lab.script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
     told: list[tuple[str, int, int]] = []
     outcome = lab.tune(told=lambda *step: told.append(step))
-    layers, knobs, whole = made.compared
+    layers, _, whole = made.compared
     # Two layers of either kind, with an output matrix of few tokens.
     rest, attention, output = FEED * WIDTH * 2, 4 * 3 * WIDTH**2, 1024 * WIDTH
     assert layers == {
@@ -202,11 +205,11 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
         1: {"Q8_0": attention + rest + output, "Q4_K": rest},
         2: {"Q8_0": attention + rest + output, "Q4_1": rest},
     }
-    assert {(knob.micro_batch, knob.flash_attention) for knob in knobs} == set(encoding.KNOBS)
+    assert made.used[1] == set(encoding.KNOBS)
     assert set(whole["published"]) == {"Q5_0", "Q4_K", "Q6_K"}
     assert set(whole["tuned"]) == {"Q8_0", "Q4_1"}
     assert outcome.tuned
-    assert outcome.published.work > 2 * outcome.tuned.work
+    assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     path = lab.path
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = read_passport(path)
@@ -222,7 +225,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert pairs["blk.1.ffn_down.weight"] == ("Q6_K", "Q8_0")
     assert pairs["output.weight"] == ("Q6_K", "Q8_0")
     assert pairs["token_embd.weight"] == ("Q6_K", "Q6_K")  # only looked up
-    assert outcome.file_bytes == (lab.published.stat().st_size, path.stat().st_size)
+    assert (outcome.published.file, outcome.tuned.file) == (lab.published.stat().st_size, path.stat().st_size)
     assert lab.left() == ["m.gguf"]
     steps = [(done, total) for label, done, total in told if label == "measuring"]
     assert steps[-1][0] == steps[-1][1]
@@ -323,21 +326,22 @@ def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
     lab.script(FASTER)
     changed = lambda outcome: set(outcome.passport.types.items())  # noqa: E731
     best = lab.tune(ROOM)
-    smaller = lab.tune(best.memory_bytes[1] - 10_000)
+    assert best.tuned
+    smaller = lab.tune(best.tuned.memory - 10_000)
     assert smaller.tuned
-    assert smaller.memory_bytes[1] < best.memory_bytes[1]
+    assert smaller.tuned.memory < best.tuned.memory
     assert changed(best) - changed(smaller) == {("Q4_K", "Q4_1")}
-    assert changed(lab.tune(smaller.memory_bytes[0])) == set()
+    assert changed(lab.tune(smaller.published.memory)) == set()
     with pytest.raises(TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"):
-        lab.tune(smaller.memory_bytes[0] - MB)
+        lab.tune(smaller.published.memory - MB)
 
 
 def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
     lab.monkeypatch.setattr(encoding, "cpus", lambda: 4)
     lab.script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
-    assert lab.tune().settings[1].threads == 2
+    assert lab.tune().passport.threads == 2
     free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
-    assert free.tune().settings[1].threads == 4
+    assert free.tune().passport.threads == 4
     found, _ = free.found()
     assert found.settings.threads == 4
     assert lab.found() == (None, "made for threads 4, here it is 2")
@@ -363,12 +367,9 @@ def test_the_table() -> None:
     before, after = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}), Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
     settings = Settings(threads=2)
     outcome = Outcome(
-        before,
-        after,
+        Form(before, settings, 469 * MB, 850 * MB),
+        Form(after, replace(settings, micro_batch=128), 574 * MB, 956 * MB),
         replace(Passport(**PASSPORT), cpu_name="", types={"Q5_0": "Q8_0"}),
-        (settings, replace(settings, micro_batch=128)),
-        (469 * MB, 574 * MB),
-        (850 * MB, 956 * MB),
         Agreement(0.00123, 0.984, 256),
     )
     assert outcome.table().splitlines() == [

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -1302,7 +1303,7 @@ def test_a_tuned_file_is_used(output: Path) -> None:
     )
     source = Source(published)
     types = {tensor.name: "Q8_0" for tensor in source.tensors if tensor.type == "Q5_0"}
-    source.write(file, types, {PASSPORT_KEY: passport.encode()})
+    source.write(file, types, {PASSPORT_KEY: json.dumps(asdict(passport))})
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
     with start(output) as tuned:
         assert expected.items() <= tuned.model().items()
