@@ -624,8 +624,8 @@ OTHER_PATH = "other"  # stands for every path without a route, in the request co
 
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the connections, their count by client, the number of bytes
-    of request bodies in memory, and the request counts by path and status."""
+    """Accepts connections and runs one task for each. Owns the connections, the number of bytes of request bodies in
+    memory, and the request counts by path and status."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
@@ -635,9 +635,7 @@ class Server:
         # Number of requests by path of the route and status. Every path starts with a 200 count of 0, so that the first
         # request is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
-        self.connections: dict[asyncio.Task[None], Connection] = {}
-        self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
-        self.clients: Counter[str] = Counter()  # the connections within the limit, by address
+        self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.body_bytes = 0  # of requests being read or answered
         self.stopping = False
         self.url = ""  # where the server listens
@@ -692,7 +690,8 @@ class Server:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
         assert task is not None
-        self._admit(task, connection)
+        self._admit(connection)
+        self.connections[task] = connection
         try:
             while await self._serve_one(connection):
                 pass
@@ -703,23 +702,16 @@ class Server:
             internal_error(exception)
         finally:
             del self.connections[task]
-            self.overflow.pop(task, None)
-            if not connection.over:
-                self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
             connection.transport.abort()
 
-    def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
-        self.connections[task] = connection
-        full = self.clients.total() >= MAX_CONNECTIONS
-        connection.over = full or self.clients[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
-        if not connection.over:
-            self.clients[connection.address] += 1
-            return
-        self.overflow[task] = None
-        if len(self.overflow) > MAX_OVERFLOW:
-            oldest = next(iter(self.overflow))
-            del self.overflow[oldest]
-            oldest.cancel()
+    def _admit(self, connection: Connection) -> None:
+        """Set `over` of a new connection. With too many over the limit, it takes the place of the oldest of them."""
+        within = Counter(one.address for one in self.connections.values() if not one.over)
+        full = within.total() >= MAX_CONNECTIONS
+        connection.over = full or within[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
+        over = [task for task, one in self.connections.items() if one.over and not task.cancelling()]
+        if connection.over and len(over) >= MAX_OVERFLOW:
+            over[0].cancel()
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
