@@ -254,36 +254,32 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
-    section 6.3). `feed` returns payload; `rest` holds the bytes after the end. Trailers are checked and dropped.
-    HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
-    extensions in all (None: no limit), 431 for trailers over 8 KiB. Then `before` is the payload before the fault."""
+    section 6.3). Trailers are checked and dropped. `fault` is 400 for a bad size, a missing CRLF or an over-long size
+    line, 413 over `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over 8 KiB. It is
+    kept rather than raised, because the payload before it still counts: what a client of the Pi gets must not depend on
+    how the bytes were split. Feed no more after a fault."""
 
     def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
         self.done = length == 0
         self.may_end = length is None and not chunked  # at any byte, with the connection
-        self.rest = b""
-        self.before = b""
-        self._held = b""  # an incomplete size line, line end or trailer section, never payload
+        self.fault: HttpError | None = None
+        self.rest = b""  # the bytes after the body; before its end an incomplete size line, line end or trailer section
         self._left = 0 if chunked else sys.maxsize if length is None else length  # payload until the next `_step`
         self._step = BodyDecoder._size if chunked else BodyDecoder._end  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
-        """The payload that `data` completes."""
-        if self._step is BodyDecoder._size and not (self._held or self._limit):
+        """The payload in `data`, up to the end of the body or its fault."""
+        if self._step is BodyDecoder._size and not (self.rest or self._limit):
             match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
             start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
                 return data[start:-2]
-        if self.done:
-            self.rest += data
-            return b""
         pieces: list[bytes] = []
         try:
-            self._decode(self._held + data, pieces)
-        except HttpError:
-            self.before = b"".join(pieces)
-            raise
+            self._decode(self.rest + data, pieces)
+        except HttpError as error:
+            self.fault = error
         return b"".join(pieces)
 
     def _decode(self, buffer: bytes, pieces: list[bytes]) -> None:
@@ -300,13 +296,13 @@ class BodyDecoder:
             if end is None:
                 break
             position = end
-        self._held = buffer[position:]
+        self.rest = buffer[position:]
 
     # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
 
     def _end(self, buffer: bytes, at: int) -> int | None:
-        self.done, self.rest = True, buffer[at:]
-        return len(buffer)
+        self.done = True
+        return at
 
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
@@ -477,6 +473,8 @@ class Connection:
                     if not self.buffer and not await self.fill():
                         raise ClientGone
                     sink(decoder.feed(self.take(READ_BYTES)))
+                    if decoder.fault:
+                        raise decoder.fault
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
         self.buffer[:0] = decoder.rest

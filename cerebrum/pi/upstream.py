@@ -220,27 +220,7 @@ def parse_leniently(data: bytes) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- HTTP answers
 
 
-class Body(BodyDecoder):
-    """The body of an answer. `failure` is the first fault. The fault is kept rather than raised, because the payload
-    before it still counts: the text a client gets must not depend on how the bytes were split."""
-
-    failure: BackendFailure | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """The payload in `data`, up to the end of the body or its first fault."""
-        try:
-            return super().feed(data)
-        except HttpError:
-            self.failure = BackendFailure("it sent a malformed chunk")
-            return self.before
-
-    def end(self, cut: str) -> None:
-        """The connection has ended; `cut` says how, "" for a plain close. An incomplete body is a fault."""
-        if not self.done and (cut or not self.may_end):
-            self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
-
-
-def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
+def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
     """Parse a whole response head into status and body. HttpError or BackendFailure if the head is not exact HTTP/1.x,
     or if a 200 has a Content-Encoding or another media type than `kind`."""
     first, *lines = block[:-4].split(b"\r\n")
@@ -253,7 +233,7 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
     if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
         raise BackendFailure("its answer is not of the type that was asked for")
     length, chunked = parse_framing(first[:8].decode(), headers)
-    return status, Body(0 if status in (204, 304) else length, chunked)
+    return status, BodyDecoder(0 if status in (204, 304) else length, chunked)
 
 
 # --------------------------------------------------------------------------------------------- results
@@ -524,7 +504,7 @@ class Answer:
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
-        self._body = Body(0, False)
+        self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
         self._watchdog = Watchdog(reader, transport, idle)
         self.close = self._watchdog.stop
 
@@ -532,52 +512,44 @@ class Answer:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
         cancelled call, the next call resumes at the same place."""
         while self.status < 200:
-            end = scan_head(self._ahead, self._scanned) if self._ahead else None
-            if end is None:
+            while (end := scan_head(self._ahead, self._scanned)) is None:
                 self._scanned = len(self._ahead)
                 data = await self._reader.read()
                 if not data:
                     raise BackendFailure(LATE if self._watchdog.expired else NO_ANSWER)
                 self._ahead += data
-                continue
-            self.status, self._body = parse_answer(self._ahead[:end], kind)
+            self.status, self.body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
 
-    @property
-    def ended(self) -> bool:
-        """Whether the body is complete by its framing. The connection is not reused, whatever bytes follow."""
-        return self._body.done
-
     async def read(self) -> bytes:
         """The next piece of the payload, b"" once the body is complete. BackendFailure at the first fault."""
-        body = self._body
-        while not (body.failure or body.done):
+        body = self.body
+        while not (body.fault or body.done):
             data, self._ahead = self._ahead, b""
             data = data or await self._reader.read()
             if payload := body.feed(data):
                 return payload
             if not data:
-                broken = "the connection broke" if self._reader.broken else ""
-                body.end("it stopped" if self._watchdog.expired else broken)
-                if not body.failure:
+                cut = "it stopped" if self._watchdog.expired else "the connection broke" if self._reader.broken else ""
+                if body.may_end and not cut:
                     return b""
-        if body.failure:
-            raise body.failure
+                raise BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
+        if body.fault:
+            raise BackendFailure("it sent a malformed chunk")
         return b""
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the body."""
-        pieces, size = [], 0
+        whole = bytearray()
         while piece := await self.read():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
+            whole += piece
+            if len(whole) > limit:
                 raise BackendFailure("its answer is too long")
-        if self._body.rest:
+        if self.body.rest:
             raise BackendFailure("its answer is longer than announced")
-        return b"".join(pieces)
+        return bytes(whole)
 
 
 @contextlib.contextmanager
@@ -665,7 +637,7 @@ class Upstream:
             answer.close()
             transport.abort()
             # The backend should see this client leave before the next request arrives.
-            if not answer.ended:
+            if not answer.body.done:
                 self._drop_spare()
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
@@ -770,7 +742,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None
     yield "begun", None
-    while not answer.ended and (payload := await answer.read()):
+    while not answer.body.done and (payload := await answer.read()):
         if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
             moved = now()
             yield "text", payload

@@ -33,10 +33,11 @@ from scripted import (
     token,
 )
 
+from cerebrum.http import BodyDecoder
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_loaded, read_models
-from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Body, Events, take_apart
+from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events, take_apart
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -592,29 +593,47 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
         assert classified([text[:at], text[at:]]) == expected
 
 
+class Pieces:
+    """A Reader that reads these pieces."""
+
+    broken, since = False, math.inf
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = list(pieces)
+
+    async def read(self) -> bytes:
+        return self.pieces.pop(0) if self.pieces else b""
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(
-    ("body", "data", "payload", "done", "failure"),
+    ("framing", "data", "payload", "rest", "failure"),
     [
-        (lambda: Body(3, False), b"abc", b"abc", True, ""),
-        (lambda: Body(3, False), b"ab", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(3, False), b"abcd", b"abc", True, ""),
-        (lambda: Body(None, False), b"abc", b"abc", False, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", True, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\n", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", True, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\nzz\r\n", b"ab", False, "it sent a malformed chunk"),
-        (lambda: Body(None, True), b"2\r\nab0\r\n\r\n", b"ab", False, "it sent a malformed chunk"),
+        ((3, False), b"abc", b"abc", b"", ""),
+        ((3, False), b"ab", b"ab", None, "it ended in the middle of its answer"),
+        ((3, False), b"abcd", b"abc", b"d", ""),
+        ((None, False), b"abc", b"abc", None, ""),
+        ((None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", b"", ""),
+        ((None, True), b"2\r\nab\r\n", b"ab", None, "it ended in the middle of its answer"),
+        ((None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", b"x", ""),
+        ((None, True), b"2\r\nab\r\nzz\r\n", b"ab", None, "it sent a malformed chunk"),
+        ((None, True), b"2\r\nab0\r\n\r\n", b"ab", None, "it sent a malformed chunk"),
     ],
 )
-def test_body(body: Any, data: bytes, payload: bytes, done: bool, failure: str, split: bool):
-    body, got = body(), b""
-    for piece in [data[i : i + 1] for i in range(len(data))] if split else [data]:
-        got += body.feed(piece)
-    if not body.failure:
-        body.end("")
-    assert (got, body.done, bool(body.rest)) == (payload, done, data.endswith((b"d", b"x")))
-    assert (body.failure.reason if body.failure else "") == failure
+async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | None, failure: str, split: bool):
+    pieces = [data[i : i + 1] for i in range(len(data))] if split else [data]
+    decoder = BodyDecoder(*framing)
+    for piece in pieces:
+        decoder.feed(piece)
+    assert (decoder.rest if decoder.done else None) == rest
+    answer, got = Answer(Pieces(pieces), asyncio.WriteTransport(), PATIENCE), b""  # type: ignore[arg-type]
+    answer.body = BodyDecoder(*framing)
+    for _ in range(2):  # a fault is raised again
+        with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
+            while piece := await answer.read():
+                got += piece
+    assert got == payload
+    answer.close()
 
 
 @pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
