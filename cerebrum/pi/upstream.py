@@ -111,11 +111,10 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
 
 
 class BackendFailure(HttpError):
-    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. `reason` is our wording."""
+    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. We word the `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
-        self.reason = reason
 
 
 class TooLong(HttpError):
@@ -144,29 +143,23 @@ EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
     421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
-ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+ERROR_CODE = Field(str, pattern=r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
-def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(message, code, further members) if this JSON value has the error format of our daemons, else None."""
-    if not isinstance(members, dict) or members.get("error") is not True:
-        return None
-    message, code = members.get("message"), members.get("code")
-    if not isinstance(message, str) or not isinstance(code, str) or not ERROR_CODE.fullmatch(code):
+def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | None:
+    """(code, the client's error) if this JSON object has the error format of our daemons, else None."""
+    message, code = members.get("message"), members.get("code", "")
+    if members.get("error") is not True or not isinstance(message, str) or not ERROR_CODE.accepts(code):
         return None
     message = CONTROLS.sub(" ", message)
     message = message.replace(key, "***") if key else message  # before the cut, which could leave half a key
+    message = message[:MAX_MESSAGE_CHARACTERS]
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
-    return message[:MAX_MESSAGE_CHARACTERS], code, more
-
-
-def told_error(message: str, code: str, more: Mapping[str, int]) -> HttpError:
-    """The client's error for an error that one of our own backends reports."""
     if code == "INVALID_REQUEST" and len(more) == 2:
-        return TooLong(message, more)
-    return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
+        return code, TooLong(message, more)
+    return code, HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
 
 
 def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
@@ -178,9 +171,9 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
         ours = None
     if ours is None or status < 400:
         return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
-    message, code, more = ours
+    code, error = ours
     if code in PASSED_ON:
-        return told_error(message, code, more)
+        return error
     if status in EXPLAINED:
         return Misfit(EXPLAINED[status].format(key_env or "key_env"))
     return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
@@ -191,9 +184,8 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
     error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
-        return Misfit(
-            f"VPS backend refuses our key: expected the right one in {key_env or 'a variable that key_env names'}"
-        )
+        where = key_env or "a variable that key_env names"
+        return Misfit(f"VPS backend refuses our key: expected the right one in {where}")
     if status == 404:
         return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
     if status == 429:
@@ -348,7 +340,7 @@ def read_event(event: bytes, key: str) -> Pair | None:
         ours = our_error(members, key)
         if ours is None:
             raise BackendFailure("it sent an error without message and code")
-        raise told_error(*ours)
+        raise ours[1]
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
