@@ -383,9 +383,9 @@ class Watchdog:
     """Cuts a connection that stays silent for `idle` seconds while we read from it. Each stream has one timer,
     rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
+    def __init__(self, reader: Reader, idle: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reader, self._transport, self._idle = reader, transport, idle
+        self._reader, self._idle = reader, idle
         self._end = self._loop.time() + STREAM_SECONDS
         self.expired = False
         self._timer = self._loop.call_later(idle, self._check)
@@ -395,7 +395,7 @@ class Watchdog:
         left = min(self._reader.since + self._idle, self._end) - now
         if left <= 0:
             self.expired = True
-            self._transport.abort()
+            self._reader.transport.abort()
         else:
             self._timer = self._loop.call_later(min(left, self._idle), self._check)
 
@@ -445,21 +445,22 @@ class Reader(asyncio.Protocol):
     """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses. A StreamReader
     would copy each token twice, and drop the bytes that came before a reset."""
 
+    transport: asyncio.Transport  # once connected
+
     def __init__(self) -> None:
         self.ended = self.broken = False  # no more bytes will come; the connection has failed
         self.since = math.inf  # when the current read began to wait; infinite while nobody waits
         self._bytes = b""
         self._waiter: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._bytes += data
-        if len(self._bytes) > READ_BYTES and self._transport:
-            self._transport.pause_reading()
+        if len(self._bytes) > READ_BYTES:
+            self.transport.pause_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -483,21 +484,21 @@ class Reader(asyncio.Protocol):
             await self._waiter
             self.since = math.inf
         data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
-        if len(data) == READ_BYTES and self._transport and not self.ended:
-            self._transport.resume_reading()
+        if len(data) == READ_BYTES and not self.ended:
+            self.transport.resume_reading()
         return data
 
 
 class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float) -> None:
+    def __init__(self, reader: Reader, idle: float) -> None:
         self.status = 0
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
-        self._watchdog = Watchdog(reader, transport, idle)
+        self._watchdog = Watchdog(reader, idle)
         self.close = self._watchdog.stop
 
     async def read_head(self, kind: str) -> None:
@@ -561,7 +562,6 @@ def blamed(broken: str, malformed: str = "") -> Iterator[None]:
 
 
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
-Streams = tuple[Reader, asyncio.Transport]
 
 
 class Upstream:
@@ -571,9 +571,8 @@ class Upstream:
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
         self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
-        self._spare: Streams | None = None
+        self._spare: Reader | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
 
@@ -586,48 +585,44 @@ class Upstream:
         if self._keeper:
             self._keeper.cancel()
         if self._spare:
-            self._spare[1].abort()
+            self._spare.transport.abort()
         self._spare = self._keeper = None
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
-            spare = self._spare = await self._connect()
-            try:
-                await asyncio.sleep(SPARE_SECONDS)
-            finally:
-                if self._spare is spare:
-                    self._spare = None
-                    spare[1].abort()
+            self._spare = await self._connect()
+            await asyncio.sleep(SPARE_SECONDS)
         self._keeper = None
+        self._drop_spare()
 
-    def _take_spare(self) -> Streams | None:
+    def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
         self._drop_spare()  # cancels its keeper
-        if not spare[0].ended:
+        if not spare.ended:
             poll = select.poll()
-            poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
+            poll.register(spare.transport.get_extra_info("socket"), select.POLLIN)
             if not poll.poll(0):
                 return spare
-        spare[1].abort()
+        spare.transport.abort()
         return None
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
         """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for its Watchdog."""
-        reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, transport, idle), body is not None
+        reader = (self._take_spare() if body is not None else None) or await self._connect()
+        answer, leaves_spare = Answer(reader, idle), body is not None
         try:
-            transport.write(self._encode(path, body))
+            reader.transport.write(self._encode(path, body))
             yield answer
         except BackendFailure:
             leaves_spare = False
             raise
         finally:
             answer.close()
-            transport.abort()
+            reader.transport.abort()
             # The backend should see this client leave before the next request arrives.
             if not answer.body.done:
                 self._drop_spare()
@@ -681,17 +676,14 @@ class Upstream:
             raise BackendFailure("its answer is not JSON")
         return members
 
-    async def _connect(self) -> Streams:
-        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+    async def _connect(self) -> Reader:
+        host, port, loop = self._config.endpoint.host, self._config.endpoint.port, asyncio.get_running_loop()
+        race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
-                        Reader,
-                        endpoint.host,
-                        endpoint.port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=None if self._is_address else RACE_SECONDS,
+                        Reader, host, port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except OSError as error:
                 if isinstance(loop, Loop):
@@ -701,7 +693,7 @@ class Upstream:
                 raise
         # By default the kernel buffers megabytes, even if the client has stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-        return reader, transport
+        return reader
 
     def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
         endpoint, key, method = self._config.endpoint, self._config.key, "GET" if body is None else "POST"

@@ -459,6 +459,7 @@ class Clock:
     def __init__(self) -> None:
         self.now, self.cut, self.since = 0.0, False, math.inf
         self.due, self.callback = 0.0, lambda: None
+        self.transport = self
 
     def time(self) -> float:
         return self.now
@@ -479,7 +480,7 @@ class Clock:
 def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    watchdog = upstream.Watchdog(clock, upstream.IDLE_SECONDS)  # type: ignore[arg-type]
     clock.go_to(10 * upstream.IDLE_SECONDS)
     assert not clock.cut, "nobody was reading"
     for _ in range(20):  # a comment now and then keeps a slow stream alive
@@ -494,7 +495,7 @@ def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkey
 def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    upstream.Watchdog(clock, upstream.IDLE_SECONDS)  # type: ignore[arg-type]
     while not clock.cut and clock.now < 2 * upstream.STREAM_SECONDS:
         clock.since = clock.now
         clock.go_to(clock.now + 1)
@@ -626,7 +627,7 @@ async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | Non
     for piece in pieces:
         decoder.feed(piece)
     assert (decoder.rest if decoder.done else None) == rest
-    answer, got = Answer(Pieces(pieces), asyncio.WriteTransport(), PATIENCE), b""  # type: ignore[arg-type]
+    answer, got = Answer(Pieces(pieces), PATIENCE), b""  # type: ignore[arg-type]
     answer.body = BodyDecoder(*framing)
     for _ in range(2):  # a fault is raised again
         with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
