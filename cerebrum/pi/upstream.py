@@ -567,11 +567,14 @@ EVENT_STREAM, JSON = "text/event-stream", "application/json"
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
     A POST leaves a spare connection for the next one, which saves a round trip, or three with TLS. An unused spare is
-    closed after SPARE_SECONDS."""
+    closed after SPARE_SECONDS. ConfigError if `ca_file` holds no certificates."""
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
+        try:
+            self._tls = ssl.create_default_context(cafile=config.ca_file or None) if config.endpoint.tls else None
+        except OSError as error:
+            raise ConfigError(f"ca_file: expected certificates in PEM form in {config.ca_file}, got {error}") from None
         self._spare: Reader | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
@@ -708,14 +711,6 @@ class Upstream:
             payload = json.dumps(body).encode("ascii")
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
-
-
-def make_tls(ca_file: str) -> ssl.SSLContext:
-    """A TLS context with the system's certificates, or only those of `ca_file`. ConfigError if the file has none."""
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except OSError as error:
-        raise ConfigError(f"ca_file: expected certificates in PEM form in {ca_file}, got {error}") from None
 
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
