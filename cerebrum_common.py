@@ -105,6 +105,11 @@ class Head:
         """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
         return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
 
+    @property
+    def is_preflight(self) -> bool:
+        """Whether this is a browser's CORS preflight, which never carries the key."""
+        return self.method == "OPTIONS" and {"origin", "access-control-request-method"} <= self.headers.keys()
+
 
 def _finite(text: str) -> float:
     value = float(text)

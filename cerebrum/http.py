@@ -24,7 +24,6 @@ import hmac
 import itertools
 import json
 import logging
-import os
 import re
 import socket
 import sys
@@ -367,13 +366,13 @@ class Access:
         # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
         # where a short LAN name is harmless: nobody can register a short name.
         for host in (head.host, head.authority if "." in head.authority else ""):
-            if not self._is_ours(host):
+            if host and host not in self.hosts and not is_ip_literal(host):
                 message = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
                 raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
         if "origin" in head.headers and not self.allows_origin(head):
             got = describe(head.headers["origin"])
             raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
-        if public or not self.keys or self.is_preflight(head):
+        if public or not self.keys or head.is_preflight:
             return
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
@@ -385,14 +384,6 @@ class Access:
     def allows_origin(self, head: Head) -> bool:
         origin = head.headers.get("origin", "").lower()
         return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
-
-    def is_preflight(self, head: Head) -> bool:
-        """Whether this is a browser's CORS preflight from an allowed origin. A preflight never carries the key."""
-        asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
-        return asks and "origin" in head.headers and self.allows_origin(head)
-
-    def _is_ours(self, host: str) -> bool:
-        return not host or host in self.hosts or is_ip_literal(host)
 
 
 def is_ip_literal(host: str) -> bool:
@@ -464,8 +455,8 @@ class Connection:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
 
-    async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
-        """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
+    async def read_body(self, head: Head, sink: Callable[[bytes], None] = lambda _: None) -> None:
+        """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the connection ends early."""
         decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -488,16 +479,12 @@ class Connection:
                     return
             await asyncio.get_running_loop().create_future()  # buffer full: only a write can find the client gone
 
-    def send(self, data: bytes) -> bool:
-        """Send without waiting. True if the client is behind: await `drain` before sending more."""
+    async def write(self, data: bytes) -> None:
+        """Send, waiting only if the client is behind."""
         if self.transport.is_closing():
             raise ClientGone
         self.transport.write(data)
-        return self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES
-
-    async def write(self, data: bytes) -> None:
-        """Send, waiting only if the client is behind."""
-        if self.send(data):
+        if self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
             await self.drain()
 
     async def drain(self) -> None:
@@ -584,9 +571,8 @@ class Exchange:
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             async for event in events:
-                block = render(event)
-                if block and connection.send(frame(block)):  # an empty chunk would end the body
-                    await connection.drain()
+                if block := render(event):  # an empty chunk would end the body
+                    await connection.write(frame(block))
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
 
@@ -652,7 +638,7 @@ class Server:
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
             # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.
-            with socket.socket(fileno=os.dup(one.fileno())) as twin:
+            with one.dup() as twin:
                 twin.listen(1024)
                 # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
@@ -754,7 +740,7 @@ class Server:
             if exchange.keep:
                 with contextlib.suppress(HttpError, ClientGone):  # the request has been answered already
                     exchange.keep = False
-                    await connection.read_body(head, discard)
+                    await connection.read_body(head)
                     exchange.keep = True
             return
         if head.expects:
@@ -770,7 +756,7 @@ class Server:
             self.body_bytes += len(piece)
 
         try:
-            await connection.read_body(head, hold if route.json else discard)
+            await (connection.read_body(head, hold) if route.json else connection.read_body(head))
             notes, answered = exchange.notes, self.answered
             request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
             body.clear()
@@ -804,7 +790,7 @@ class Server:
 
     async def _options(self, request: Request, allow: str) -> Response:
         headers = [("Allow", allow)]
-        if self.access.is_preflight(request.head):
+        if request.head.is_preflight:
             names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
             asked = request.head.headers.get("access-control-request-headers", "")
             names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # needed by openai-node
@@ -841,10 +827,6 @@ class Server:
             await exchange.fail(exchange.verdict)
         except Exception as exception:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
-
-
-def discard(piece: bytes) -> None:
-    """The sink for a body that is not used."""
 
 
 def check_body(head: Head, route: Route) -> None:
