@@ -48,17 +48,11 @@ class HttpError(Exception):
     """
 
     def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        close: bool = False,
-        extra: Mapping[str, Any] | None = None,
-        headers: Headers = (),
+        self, code: str, message: str, *, close: bool = False, extra: Mapping[str, Any] = {}, headers: Headers = ()
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code = STATUSES[code], message, code
-        self.close, self.extra, self.headers = close, extra or {}, headers
+        self.close, self.extra, self.headers = close, extra, headers
 
 
 def internal_error(exception: Exception) -> HttpError:
