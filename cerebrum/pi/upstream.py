@@ -379,30 +379,6 @@ MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
 
 
-class Watchdog:
-    """Cuts a connection that stays silent for `idle` seconds while we read from it. Each stream has one timer,
-    rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
-
-    def __init__(self, reader: Reader, idle: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reader, self._idle = reader, idle
-        self._end = self._loop.time() + STREAM_SECONDS
-        self.expired = False
-        self._timer = self._loop.call_later(idle, self._check)
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        left = min(self._reader.since + self._idle, self._end) - now
-        if left <= 0:
-            self.expired = True
-            self._reader.transport.abort()
-        else:
-            self._timer = self._loop.call_later(min(left, self._idle), self._check)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-
 class Loop(asyncio.SelectorEventLoop):
     """An event loop that looks up each name in a daemon thread of its own and caches the addresses. asyncio joins its
     own threads at the end, so a hanging resolver would keep the daemon from stopping."""
@@ -448,10 +424,28 @@ class Reader(asyncio.Protocol):
     transport: asyncio.Transport  # once connected
 
     def __init__(self) -> None:
-        self.ended = self.broken = False  # no more bytes will come; the connection has failed
-        self.since = math.inf  # when the current read began to wait; infinite while nobody waits
+        self.ended = self.broken = self.expired = False  # no more bytes will come; by a failure; by `watch`
+        self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self._bytes = b""
         self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, idle: float) -> None:
+        """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
+        rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
+        end = self._loop.time() + STREAM_SECONDS
+
+        def check() -> None:
+            left = min(self._since + idle, end) - self._loop.time()
+            if left <= 0:
+                self.expired = True
+                self.transport.abort()
+            else:
+                self._timer = self._loop.call_later(min(left, idle), check)
+
+        if not self.ended:  # otherwise no read waits
+            self._timer = self._loop.call_later(idle, check)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -465,6 +459,8 @@ class Reader(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended, self.broken = True, exc is not None
+        if self._timer:
+            self._timer.cancel()
         self._wake()
 
     def eof_received(self) -> None:
@@ -478,11 +474,10 @@ class Reader(asyncio.Protocol):
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
         if not self._bytes and not self.ended:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            self.since = min(self.since, loop.time())  # the wait of a cancelled read still counts
+            self._waiter = self._loop.create_future()
+            self._since = min(self._since, self._loop.time())  # the wait of a cancelled read still counts
             await self._waiter
-            self.since = math.inf
+            self._since = math.inf
         data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
         if len(data) == READ_BYTES and not self.ended:
             self.transport.resume_reading()
@@ -492,14 +487,12 @@ class Reader(asyncio.Protocol):
 class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, idle: float) -> None:
+    def __init__(self, reader: Reader) -> None:
         self.status = 0
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
-        self._watchdog = Watchdog(reader, idle)
-        self.close = self._watchdog.stop
 
     async def read_head(self, kind: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
@@ -509,7 +502,7 @@ class Answer:
                 self._scanned = len(self._ahead)
                 data = await self._reader.read()
                 if not data:
-                    raise BackendFailure(LATE if self._watchdog.expired else NO_ANSWER)
+                    raise BackendFailure(LATE if self._reader.expired else NO_ANSWER)
                 self._ahead += data
             self.status, self.body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
@@ -525,7 +518,7 @@ class Answer:
             if payload := body.feed(data):
                 return payload
             if not data:
-                cut = "it stopped" if self._watchdog.expired else "the connection broke" if self._reader.broken else ""
+                cut = "it stopped" if self._reader.expired else "the connection broke" if self._reader.broken else ""
                 if body.may_end and not cut:
                     return b""
                 raise BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
@@ -614,9 +607,10 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
-        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for its Watchdog."""
+        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`."""
         reader = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, idle), body is not None
+        answer, leaves_spare = Answer(reader), body is not None
+        reader.watch(idle)
         try:
             reader.transport.write(self._encode(path, body))
             yield answer
@@ -624,7 +618,6 @@ class Upstream:
             leaves_spare = False
             raise
         finally:
-            answer.close()
             reader.transport.abort()
             # The backend should see this client leave before the next request arrives.
             if not answer.body.done:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import math
 import socket
 import threading
 from typing import Any
@@ -454,12 +453,11 @@ async def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch:
 
 
 class Clock:
-    """The loop, the reader and the transport of a Watchdog, with a clock that is a number."""
+    """The loop and the transport of a Reader, with a clock that is a number."""
 
     def __init__(self) -> None:
-        self.now, self.cut, self.since = 0.0, False, math.inf
+        self.now, self.cut = 0.0, False
         self.due, self.callback = 0.0, lambda: None
-        self.transport = self
 
     def time(self) -> float:
         return self.now
@@ -477,27 +475,33 @@ class Clock:
         self.now = now
 
 
-def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
-    clock = Clock()
+def watched(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> upstream.Reader:
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = upstream.Watchdog(clock, upstream.IDLE_SECONDS)  # type: ignore[arg-type]
+    reader = upstream.Reader()
+    reader.transport = clock  # type: ignore[assignment]
+    reader.watch(upstream.IDLE_SECONDS)
+    return reader
+
+
+def test_a_silent_vps_is_cut_but_our_own_pauses_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    reader = watched(clock, monkeypatch)
     clock.go_to(10 * upstream.IDLE_SECONDS)
     assert not clock.cut, "nobody was reading"
     for _ in range(20):  # a comment now and then keeps a slow stream alive
-        clock.since = clock.now
+        reader._since = clock.now
         clock.go_to(clock.now + 0.9 * upstream.IDLE_SECONDS)
     assert not clock.cut
-    clock.since = clock.now
+    reader._since = clock.now
     clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
-    assert (clock.cut, watchdog.expired) == (True, True)
+    assert (clock.cut, reader.expired) == (True, True)
 
 
-def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_that_goes_on_for_ever_is_cut(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
-    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    upstream.Watchdog(clock, upstream.IDLE_SECONDS)  # type: ignore[arg-type]
+    reader = watched(clock, monkeypatch)
     while not clock.cut and clock.now < 2 * upstream.STREAM_SECONDS:
-        clock.since = clock.now
+        reader._since = clock.now
         clock.go_to(clock.now + 1)
     assert upstream.STREAM_SECONDS <= clock.now < upstream.STREAM_SECONDS + upstream.IDLE_SECONDS + 1
 
@@ -597,7 +601,7 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
 class Pieces:
     """A Reader that reads these pieces."""
 
-    broken, since = False, math.inf
+    broken = expired = False
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = list(pieces)
@@ -627,14 +631,13 @@ async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | Non
     for piece in pieces:
         decoder.feed(piece)
     assert (decoder.rest if decoder.done else None) == rest
-    answer, got = Answer(Pieces(pieces), PATIENCE), b""  # type: ignore[arg-type]
+    answer, got = Answer(Pieces(pieces)), b""  # type: ignore[arg-type]
     answer.body = BodyDecoder(*framing)
     for _ in range(2):  # a fault is raised again
         with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
             while piece := await answer.read():
                 got += piece
     assert got == payload
-    answer.close()
 
 
 @pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
