@@ -117,6 +117,23 @@ class BackendFailure(HttpError):
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
 
 
+LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
+
+
+@contextlib.contextmanager
+def blamed(reason: str) -> Iterator[None]:
+    """Turn every error of the backend or the network in this block into BackendFailure. No exception's own text reaches
+    a client."""
+    try:
+        yield
+    except BackendFailure:
+        raise
+    except TimeoutError:
+        raise BackendFailure(LATE) from None
+    except (HttpError, OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
+        raise BackendFailure(reason) from None
+
+
 class TooLong(HttpError):
     """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
 
@@ -264,6 +281,7 @@ TOKEN_EVENT = (
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN_EVENT)
+TOKENS_OR_EVENT = re.compile(rb"((?:%b)++)|(?s:(.*?)\n\n)" % TOKEN_EVENT)
 BOM = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
@@ -289,8 +307,6 @@ class Events:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
             data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
-        if not self._rest and not self._first and data.endswith(b"\n\n"):
-            return data
         begun = len(self._rest)
         self._rest += data
         end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
@@ -310,16 +326,9 @@ Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
     """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them. Raises the
     error that an error event reports, and BackendFailure for an event that is not JSON."""
-    position = 0
-    while position < len(block):
-        if match := TOKENS.match(block, position):
-            yield "text", match[0]
-            position = match.end()
-            continue
-        end = block.index(b"\n\n", position)
-        if pair := read_event(block[position:end], key):
+    for tokens, event in TOKENS_OR_EVENT.findall(block):
+        if pair := ("text", tokens) if tokens else read_event(event, key):
             yield pair
-        position = end + 2
 
 
 def data_of(event: bytes) -> bytes:
@@ -332,10 +341,8 @@ def read_event(event: bytes, key: str) -> Pair | None:
     data = data_of(event)
     if not data:
         return ("idle", None) if event.startswith(b":") else None
-    try:
+    with blamed("it sent an event that is not JSON"):
         members = parse_json(data)
-    except HttpError:
-        raise BackendFailure("it sent an event that is not JSON") from None
     if "error" in members:
         ours = our_error(members, key)
         if ours is None:
@@ -373,7 +380,6 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
-LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
@@ -426,7 +432,7 @@ class Reader(asyncio.Protocol):
     def __init__(self) -> None:
         self.ended = self.broken = self.expired = False  # no more bytes will come; by a failure; by `watch`
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
-        self._bytes = b""
+        self.unread = b""
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -452,8 +458,8 @@ class Reader(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._bytes += data
-        if len(self._bytes) > READ_BYTES:
+        self.unread += data
+        if len(self.unread) > READ_BYTES:
             self.transport.pause_reading()
         self._wake()
 
@@ -473,12 +479,12 @@ class Reader(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
-        if not self._bytes and not self.ended:
+        if not self.unread and not self.ended:
             self._waiter = self._loop.create_future()
             self._since = min(self._since, self._loop.time())  # the wait of a cancelled read still counts
             await self._waiter
             self._since = math.inf
-        data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
+        data, self.unread = self.unread[:READ_BYTES], self.unread[READ_BYTES:]
         if len(data) == READ_BYTES and not self.ended:
             self.transport.resume_reading()
         return data
@@ -538,22 +544,6 @@ class Answer:
         return bytes(whole)
 
 
-@contextlib.contextmanager
-def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """Turn every error of the backend or the network in this block into BackendFailure. No exception's own text reaches
-    a client."""
-    try:
-        yield
-    except TimeoutError:
-        raise BackendFailure(LATE) from None
-    except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
-        raise BackendFailure(broken) from None
-    except BackendFailure:
-        raise
-    except HttpError:
-        raise BackendFailure(malformed) from None
-
-
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
 
 
@@ -597,7 +587,7 @@ class Upstream:
         if spare is None:
             return None
         self._drop_spare()  # cancels its keeper
-        if not spare.ended:
+        if not spare.ended and not spare.unread:
             poll = select.poll()
             poll.register(spare.transport.get_extra_info("socket"), select.POLLIN)
             if not poll.poll(0):
@@ -628,7 +618,7 @@ class Upstream:
     async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
         HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed(NO_ANSWER, "its answer is not HTTP/1.1"):
+        with blamed("its answer is not HTTP/1.1"):
             try:
                 async with asyncio.timeout(seconds):
                     await answer.read_head(kind)
@@ -662,12 +652,10 @@ class Upstream:
         """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
         because the backend may have to load a model first."""
         async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
-            with blamed("the connection broke", "its answer is not JSON"):
+            with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     whole = await answer.read_all(limit)
-                if self._config.api == "cerebrum":
-                    return parse_json(whole)
-        members = parse_leniently(whole)
+                members = parse_json(whole) if self._config.api == "cerebrum" else parse_leniently(whole)
         if members is None:
             raise BackendFailure("its answer is not JSON")
         return members
@@ -714,7 +702,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None
     yield "begun", None
-    while not answer.body.done and (payload := await answer.read()):
+    while payload := await answer.read():
         if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
             moved = now()
             yield "text", payload

@@ -273,6 +273,17 @@ async def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: b
         assert (await pi.complete()).status == 200
 
 
+async def test_a_spare_connection_with_an_answer_that_nobody_asked_for_is_not_used():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        (writer,) = backend.waiting
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        client = pi.gateway.fleet.first.upstream
+        await until(lambda: client._spare and client._spare.unread)
+        assert (await pi.complete()).status == 200
+
+
 async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 503
