@@ -202,8 +202,6 @@ class Field:
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
         noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
-        if self.high == math.inf and self.low not in (0, -math.inf) and self.kind is not str:
-            return f"{noun} of at least {self.low:g}"
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""

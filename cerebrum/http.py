@@ -2,7 +2,7 @@
 
 Strategy
 - Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder` take bytes in
-  any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment. The first
+  any split and give a value or an `HttpError`. They never see a socket, a clock or the environment. The first
   wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
   allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
 - `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
@@ -11,9 +11,8 @@ Strategy
 - Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
   client can always tell a finished stream from a broken one.
 
-The server refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients
-that are slow or take more than their share of the connections, and pages of foreign origins. It has no TLS or HTTP/2.
-Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
+It refuses what exceeds the limits below, clients that are slow or take more than their share of the connections, and
+pages of foreign origins. No TLS, no HTTP/2; standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
 from __future__ import annotations
@@ -253,10 +252,9 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
-    section 6.3). Trailers are checked and dropped. `fault` is 400 for a bad size, a missing CRLF or an over-long size
-    line, 413 over `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over 8 KiB. It is
-    kept rather than raised, because the payload before it still counts: what a client of the Pi gets must not depend on
-    how the bytes were split. Feed no more after a fault."""
+    section 6.3). Trailers are checked and dropped. The first `fault` is 400 for a bad size, a missing CRLF or an
+    over-long size line, 413 over `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over
+    8 KiB. It is kept and not raised, because the payload before it still counts, however the bytes were split."""
 
     def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
         self.done = length == 0
@@ -534,8 +532,7 @@ class Exchange:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status not in (204, 304):
-            body = response.body
-            body = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+            body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode("ascii")
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
@@ -608,16 +605,14 @@ OTHER_PATH = "other"  # stands for every path without a route, in the request co
 
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the connections, the number of bytes of request bodies in
-    memory, and the request counts by path and status."""
+    """Runs a task for each connection. Owns the connections, the counts of requests, and the bytes of their bodies."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
-        # Number of requests by path of the route and status. Every path starts with a 200 count of 0, so that the first
-        # request is an increase.
+        # Requests by path of the route and status. Each path has a 200 count from the start: the first is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.body_bytes = 0  # of requests being read or answered
@@ -783,9 +778,8 @@ class Server:
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
-            raise HttpError(
-                "METHOD_NOT_ALLOWED", f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),)
-            )
+            message = f"expected one of {allow}, got {head.method}"
+            raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
         return methods[method], parameter
 
     async def _options(self, request: Request, allow: str) -> Response:
