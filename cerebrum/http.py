@@ -33,22 +33,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cerebrum_common import (
-    REASONS,
-    Head,
-    HttpError,
-    Request,
-    Response,
-    Route,
-    compact,
-    describe,
-    error_body,
-    error_event,
-    internal_error,
-    log,
-    request_id_var,
-    sse_block,
-)
+import cerebrum_common as common
+from cerebrum_common import Head, HttpError, Request, Response, Route, describe, internal_error, log, request_id_var
 
 # ---------------------------------------------------------------------------------------------- limits
 
@@ -338,7 +324,7 @@ class BodyDecoder:
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
     """Encode a response head. ValueError for a line end in a header, which would start another header."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    lines = [f"HTTP/1.1 {status} {common.REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
     text = "\r\n".join(lines)
     if text.count("\n") != len(headers) or text.count("\r") != len(headers):
         raise ValueError("a response header contains a line end")
@@ -543,11 +529,11 @@ class Exchange:
         """Answer with an error: a status if nothing has been sent yet, otherwise an event without a clean end."""
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = self.route and self.route.foreign_error and compact(self.route.foreign_error(error))
+        foreign = self.route and self.route.foreign_error and common.compact(self.route.foreign_error(error))
         if self.frame is None:
-            return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
+            return await self.send(Response(foreign or common.error_body(error), error.status, headers=error.headers))
         self.keep = False
-        await self.connection.write(self.frame(sse_block(foreign) if foreign else error_event(error)))
+        await self.connection.write(self.frame(common.sse_block(foreign) if foreign else common.error_event(error)))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -591,7 +577,7 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        self.server.answered[self.route.path if self.route else OTHER_PATH, status] += 1
+        self.server.answered[self.route.path if self.route else "other", status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
@@ -600,8 +586,6 @@ class Exchange:
 
 
 # --------------------------------------------------------------------------------------- connection loop
-
-OTHER_PATH = "other"  # stands for every path without a route, in the request counts
 
 
 class Server:
