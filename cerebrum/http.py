@@ -66,8 +66,7 @@ LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset c
 
 
 class ListenError(OSError):
-    """Listening failed. Unlike a wrong configuration, the cause can be temporary: an interface is not up yet at boot,
-    or a predecessor still holds the port."""
+    """Listening failed, maybe only for now: an interface is not up yet at boot, or a predecessor holds the port."""
 
 
 class ClientGone(ConnectionError):
@@ -387,8 +386,7 @@ def own_names(extra: Collection[str] = ()) -> frozenset[str]:
 
 
 class Connection:
-    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every network failure raises
-    ClientGone."""
+    """One client's socket: a buffer of unused bytes, bounded writes, a clean end. A network failure is ClientGone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -605,8 +603,7 @@ class Server:
         self._listeners: list[asyncio.Server] = []
 
     async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
-        """Listen on `sockets`, or on the address if there are none. Returns the port that was really bound. ListenError
-        if listening fails."""
+        """Listen on `sockets`, or on the address if there are none; ListenError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         try:
             for place in places:

@@ -2,8 +2,6 @@
 
 A backend is not trusted. Inexact framing is refused, and so are a vpsd's inexact JSON and a stream that ends without
 its done event. Only error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`.
-`relay` turns a vpsd's stream into pairs of (kind, value); `Gateway.complete` in cm4d.py lists the kinds. Runs of token
-events are passed on without being parsed.
 
 An `Upstream` owns its spare connection; every other connection belongs to the one request it was opened for. `Loop`
 owns the cache of resolved names. Standard library only.
@@ -122,8 +120,7 @@ LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without
 
 @contextlib.contextmanager
 def blamed(reason: str) -> Iterator[None]:
-    """Turn every error of the backend or the network in this block into BackendFailure. No exception's own text reaches
-    a client."""
+    """Turn every error of the backend or the network into BackendFailure: no exception's own text reaches a client."""
     try:
         yield
     except BackendFailure:
@@ -180,8 +177,7 @@ def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | N
 
 
 def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
-    """The client's error for a status other than 200 from one of our own backends. BackendFailure if no backend of ours
-    would answer this way."""
+    """The client's error if one of our own backends answers with this status. BackendFailure if none of ours would."""
     try:
         ours = our_error(parse_json(body), key)
     except HttpError:
@@ -641,8 +637,7 @@ class Upstream:
     async def ask(
         self, path: str, body: Mapping[str, Any] | None, kind: str, seconds: float = 0.0
     ) -> AsyncIterator[Answer]:
-        """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over
-        `seconds` (0: HEAD_SECONDS)."""
+        """Send one request and `begin` its answer. BackendFailure if that takes over `seconds` (0: HEAD_SECONDS)."""
         async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
                 raise BackendFailure(LATE)
@@ -680,17 +675,15 @@ class Upstream:
         return reader
 
     def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
-        endpoint, key, method = self._config.endpoint, self._config.key, "GET" if body is None else "POST"
+        endpoint, key = self._config.endpoint, self._config.key
+        method, payload = ("GET", b"") if body is None else ("POST", json.dumps(body).encode("ascii"))
         lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
         if key and self._config.api != "cerebrum":
             lines.append(f"Authorization: Bearer {key}")
         elif key and path != "/health":
             lines.append(f"X-API-Key: {key}")
         lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
-        payload = b""
-        if body is not None:
-            payload = json.dumps(body).encode("ascii")
-            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"] if payload else []
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
 
 
