@@ -24,7 +24,10 @@ from typing import Any
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
-# ---------------------------------------------------------------------------------------------- errors
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+log = logging.getLogger("cerebrum")
+
+# ------------------------------------------------------------------------------------------------ errors
 
 # Every error code of either daemon and its HTTP status. The first code of a status also names its reason phrase.
 STATUSES = {
@@ -71,38 +74,7 @@ def error_body(error: HttpError) -> dict[str, Any]:
     return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A parsed request head. `path` is decoded once, for routing and authentication alike.
-
-    `length` is the body's length in bytes, None without a Content-Length. `host` is the name in the Host header, "" in
-    HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
-    """
-
-    method: str
-    path: str
-    version: str
-    headers: dict[str, str]
-    host: str
-    authority: str
-    length: int | None
-    chunked: bool
-    request_id: str
-    keep_alive: bool
-
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or bool(self.length)
-
-    @property
-    def expects(self) -> bool:
-        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
-        return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
-
-    @property
-    def is_preflight(self) -> bool:
-        """Whether this is a browser's CORS preflight, which never carries the key."""
-        return self.method == "OPTIONS" and {"origin", "access-control-request-method"} <= self.headers.keys()
+# --------------------------------------------------------------------------------- pure: JSON and fields
 
 
 def _finite(text: str) -> float:
@@ -157,9 +129,6 @@ def _refuse_depth(value: Any) -> None:
     raise RecursionError
 
 
-# ------------------------------------------------------------------------------------------ pure: fields
-
-
 SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 
 
@@ -174,6 +143,13 @@ def describe(value: Any) -> str:
         return f"a string of {len(value)} characters"
     kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
     return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
+
+
+def printable(text: str) -> str:
+    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +241,41 @@ def read_objects(
     return entries
 
 
-# --------------------------------------------------------------------------------------- pure: responses
+# -------------------------------------------------------------------------------- requests and responses
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A parsed request head. `path` is decoded once, for routing and authentication alike.
+
+    `length` is the body's length in bytes, None without a Content-Length. `host` is the name in the Host header, "" in
+    HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
+    """
+
+    method: str
+    path: str
+    version: str
+    headers: dict[str, str]
+    host: str
+    authority: str
+    length: int | None
+    chunked: bool
+    request_id: str
+    keep_alive: bool
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.length)
+
+    @property
+    def expects(self) -> bool:
+        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
+        return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether this is a browser's CORS preflight, which never carries the key."""
+        return self.method == "OPTIONS" and {"origin", "access-control-request-method"} <= self.headers.keys()
 
 
 @dataclass(slots=True)
@@ -307,10 +317,6 @@ def compact(data: Any) -> bytes:
 
 
 SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
-# ----------------------------------------------------------------------------------------------- streams
-
-request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
-log = logging.getLogger("cerebrum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +354,7 @@ class Route:
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
 
 
-# ----------------------------------------------------------------------------------------------- models
-
+# ------------------------------------------------------------------------------------------------ models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 
@@ -381,13 +386,3 @@ class Model:
 def served_languages(models: Iterable[Model]) -> list[str]:
     """The languages that the models list, each once, in the order of models.toml."""
     return list(dict.fromkeys(language for model in models for language in model.languages))
-
-
-# ------------------------------------------------------------------------------------------------ text
-
-
-def printable(text: str) -> str:
-    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
