@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -397,7 +398,7 @@ class Connection:
         self.over = False  # over a connection limit: only open routes are answered
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
-        self.answered = False  # at least one request: the connection may idle longer
+        self.patience = HEAD_SECONDS  # for the next request to begin
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -418,8 +419,7 @@ class Connection:
         self.idle = not self.buffer
         try:
             if self.idle:
-                patience = OVERFLOW_SECONDS if self.over else IDLE_SECONDS if self.answered else HEAD_SECONDS
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(OVERFLOW_SECONDS if self.over else self.patience):
                     if not await self.fill():
                         return None
             self.idle = False
@@ -698,7 +698,7 @@ class Server:
             elif exchange.head and self.stopping:  # the client does not read the error
                 exchange.log(503)
             raise
-        connection.answered = True
+        connection.patience = IDLE_SECONDS
         await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 
@@ -721,24 +721,20 @@ class Server:
             return
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body, held = bytearray(), 0
+        body = io.BytesIO()  # shares its memory with the bytes that it returns
 
         def hold(piece: bytes) -> None:
-            nonlocal held
             if self.body_bytes + len(piece) > MAX_BODIES_BYTES:
                 raise malformed("too many requests are being sent; try again later", "OVERLOADED")
-            body.extend(piece)
-            held += len(piece)
-            self.body_bytes += len(piece)
+            self.body_bytes += body.write(piece)
 
         try:
             await (connection.read_body(head, hold) if route.json else connection.read_body(head))
-            notes, answered = exchange.notes, self.answered
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
-            body.clear()
+            whole, notes, answered = body.getvalue(), exchange.notes, self.answered
+            request = Request(head, whole, parameter, connection.address, exchange.end, notes, answered)
             await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
-            self.body_bytes -= held
+            self.body_bytes -= body.tell()
 
     def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""

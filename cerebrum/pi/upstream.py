@@ -278,7 +278,6 @@ TOKEN_EVENT = (
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN_EVENT)
 TOKENS_OR_EVENT = re.compile(rb"((?:%b)++)|(?s:(.*?)\n\n)" % TOKEN_EVENT)
-BOM = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
 
@@ -312,7 +311,7 @@ class Events:
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
         if block and self._first:
-            self._first, block = False, block.removeprefix(BOM)
+            self._first, block = False, block.removeprefix(b"\xef\xbb\xbf")
         return block
 
 
@@ -405,9 +404,8 @@ class Loop(asyncio.SelectorEventLoop):
         return answer
 
     def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
-        found: list[Any] | OSError
         try:
-            found = socket.getaddrinfo(*key[:2], **how)
+            found: list[Any] | OSError = socket.getaddrinfo(*key[:2], **how)
         except OSError as error:
             found = error
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
