@@ -44,11 +44,9 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An error response: a code, its status, and a message that a client may read.
-
-    `close` ends the connection after the answer, because the framing can no longer be trusted. `extra` holds further
-    members of the JSON object, `headers` further response headers.
-    """
+    """An error response: a code, its status, and a message that a client may read. `close` ends the connection after
+    the answer, because the framing can no longer be trusted. `extra` holds more members of the JSON object, `headers`
+    more response headers."""
 
     def __init__(
         self, code: str, message: str, *, close: bool = False, extra: Mapping[str, Any] = {}, headers: Headers = ()
@@ -155,10 +153,8 @@ def printable(text: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Field:
     """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
-
     The range counts the characters of a string and the items of a list. A string, or each item of a list, is one of
-    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone.
-    """
+    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone."""
 
     kind: type
     low: float = 0
@@ -184,9 +180,8 @@ class Field:
         return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else self.kind):
+        kinds = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
@@ -246,11 +241,9 @@ def read_objects(
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A parsed request head. `path` is decoded once, for routing and authentication alike.
-
-    `length` is the body's length in bytes, None without a Content-Length. `host` is the name in the Host header, "" in
-    HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
-    """
+    """A parsed request head. `path` is decoded once, for routing and authentication alike. `length` is the body's in
+    bytes, None without a Content-Length. `host` is the name in the Host header, "" in HTTP/1.0 without that header.
+    `authority` is the name in a target of absolute form."""
 
     method: str
     path: str
@@ -281,11 +274,8 @@ class Head:
 @dataclass(slots=True)
 class Response:
     """A handler's result: a `body` for JSON, or `events`, an async generator of values that `render` turns into blocks
-    of whole SSE events.
-
-    `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read after the first block of
-    `events` has arrived.
-    """
+    of whole SSE events. `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read
+    after the first block of `events` has arrived."""
 
     body: Any = None
     status: int = 200
@@ -321,11 +311,9 @@ SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`.
-
-    `address` is the client's address. `end(error)` cancels the handler from outside and answers with the error
-    instead. `notes` are added to the request's log line as `name=value`. `answered` is the count kept by `Server`.
-    """
+    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`, `address`
+    the client's address. `end(error)` cancels the handler from outside and answers with the error instead. `notes` are
+    added to the request's log line as `name=value`. `answered` is the count kept by `Server`."""
 
     head: Head
     body: bytes
@@ -362,11 +350,9 @@ FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 @dataclass(frozen=True, slots=True)
 class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
-
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
     before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
-    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown.
-    """
+    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown."""
 
     id: str
     name: str

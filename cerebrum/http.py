@@ -642,10 +642,9 @@ class Server:
                 connection.exchange.end(shutting_down())
         if busy := [task for task, connection in self.connections.items() if not connection.idle]:
             await asyncio.wait(busy, timeout=FAREWELL_SECONDS)
-        late = list(self.connections)
-        for task in late:
+        for task in self.connections:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*self.connections, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()

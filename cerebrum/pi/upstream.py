@@ -142,10 +142,7 @@ LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
 
 
 class Misfit(HttpError):
-    """A backend is up, but does not fit our configuration or is still loading: 503, not counted by its breaker."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("VPS_UNAVAILABLE", message)
+    """A backend is up, but does not fit our configuration or is still loading: not counted by its breaker."""
 
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
@@ -167,9 +164,8 @@ def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | N
     message, code = members.get("message"), members.get("code", "")
     if members.get("error") is not True or not isinstance(message, str) or not ERROR_CODE.accepts(code):
         return None
-    message = CONTROLS.sub(" ", message)
-    message = message.replace(key, "***") if key else message  # before the cut, which could leave half a key
-    message = message[:MAX_MESSAGE_CHARACTERS]
+    message = CONTROLS.sub(" ", message)  # the key goes before the cut, which could leave half of it
+    message = (message.replace(key, "***") if key else message)[:MAX_MESSAGE_CHARACTERS]
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
     if code == "INVALID_REQUEST" and len(more) == 2:
         return code, TooLong(message, more)
@@ -188,7 +184,7 @@ def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
     if code in PASSED_ON:
         return error
     if status in EXPLAINED:
-        return Misfit(EXPLAINED[status].format(key_env or "key_env"))
+        return Misfit("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env or "key_env"))
     return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
 
 
@@ -198,7 +194,7 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
         where = key_env or "a variable that key_env names"
-        return Misfit(f"VPS backend refuses our key: expected the right one in {where}")
+        return Misfit("VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {where}")
     if status == 404:
         return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
     if status == 429:
@@ -206,7 +202,7 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     if status in (400, 413, 422) and (told := read_overflow(error)) is not None:
         return TooLong(LONG_PROMPT, told)
     if status == 503 and members_of(error).get("message") == "Loading model":
-        return Misfit("VPS backend is loading its model")
+        return Misfit("VPS_UNAVAILABLE", "VPS backend is loading its model")
     if status not in range(400, 500) and status != 501:
         return BackendFailure(f"it answered {status}")
     return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
