@@ -420,7 +420,7 @@ class Reader(asyncio.Protocol):
     transport: asyncio.Transport  # once connected
 
     def __init__(self) -> None:
-        self.ended = self.broken = self.expired = False  # no more bytes will come; by a failure; by `watch`
+        self.ended = self.broken = self.expired = False  # no more bytes come; it failed; `watch` cut it
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self.unread = b""
         self._waiter: asyncio.Future[None] | None = None
@@ -430,18 +430,16 @@ class Reader(asyncio.Protocol):
     def watch(self, idle: float) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
         rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
-        end = self._loop.time() + STREAM_SECONDS
-
-        def check() -> None:
-            left = min(self._since + idle, end) - self._loop.time()
-            if left <= 0:
-                self.expired = True
-                self.transport.abort()
-            else:
-                self._timer = self._loop.call_later(min(left, idle), check)
-
         if not self.ended:  # otherwise no read waits
-            self._timer = self._loop.call_later(idle, check)
+            self._timer = self._loop.call_later(idle, self._check, idle, self._loop.time() + STREAM_SECONDS)
+
+    def _check(self, idle: float, end: float) -> None:
+        left = min(self._since + idle, end) - self._loop.time()
+        if left <= 0:
+            self.expired = True
+            self.transport.abort()
+        else:
+            self._timer = self._loop.call_later(min(left, idle), self._check, idle, end)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

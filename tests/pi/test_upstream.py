@@ -473,8 +473,8 @@ class Clock:
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Any) -> Any:
-        self.due, self.callback = self.now + delay, callback
+    def call_later(self, delay: float, callback: Any, *args: Any) -> Any:
+        self.due, self.callback = self.now + delay, lambda: callback(*args)
 
     def abort(self) -> None:
         self.cut = True
