@@ -24,7 +24,10 @@ from typing import Any
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
-# ---------------------------------------------------------------------------------------------- errors
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+log = logging.getLogger("cerebrum")
+
+# ------------------------------------------------------------------------------------------------ errors
 
 # Every error code of either daemon and its HTTP status. The first code of a status also names its reason phrase.
 STATUSES = {
@@ -41,24 +44,16 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An error response: a code, its status, and a message that a client may read.
-
-    `close` ends the connection after the answer, because the framing can no longer be trusted. `extra` holds further
-    members of the JSON object, `headers` further response headers.
-    """
+    """An error response: a code, its status, and a message that a client may read. `close` ends the connection after
+    the answer, because the framing can no longer be trusted. `extra` holds more members of the JSON object, `headers`
+    more response headers."""
 
     def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        close: bool = False,
-        extra: Mapping[str, Any] | None = None,
-        headers: Headers = (),
+        self, code: str, message: str, *, close: bool = False, extra: Mapping[str, Any] = {}, headers: Headers = ()
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code = STATUSES[code], message, code
-        self.close, self.extra, self.headers = close, extra or {}, headers
+        self.close, self.extra, self.headers = close, extra, headers
 
 
 def internal_error(exception: Exception) -> HttpError:
@@ -77,33 +72,7 @@ def error_body(error: HttpError) -> dict[str, Any]:
     return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A parsed request head. `path` is decoded once, for routing and authentication alike.
-
-    `length` is the body's length in bytes, None without a Content-Length. `host` is the name in the Host header, "" in
-    HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
-    """
-
-    method: str
-    path: str
-    version: str
-    headers: dict[str, str]
-    host: str
-    authority: str
-    length: int | None
-    chunked: bool
-    request_id: str
-    keep_alive: bool
-
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or bool(self.length)
-
-    @property
-    def expects(self) -> bool:
-        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
-        return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
+# --------------------------------------------------------------------------------- pure: JSON and fields
 
 
 def _finite(text: str) -> float:
@@ -158,9 +127,6 @@ def _refuse_depth(value: Any) -> None:
     raise RecursionError
 
 
-# ------------------------------------------------------------------------------------------ pure: fields
-
-
 SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 
 
@@ -177,13 +143,18 @@ def describe(value: Any) -> str:
     return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
 
 
+def printable(text: str) -> str:
+    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
-
     The range counts the characters of a string and the items of a list. A string, or each item of a list, is one of
-    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone.
-    """
+    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone."""
 
     kind: type
     low: float = 0
@@ -203,17 +174,14 @@ class Field:
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
         noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
-        if self.high == math.inf and self.low not in (0, -math.inf) and self.kind is not str:
-            return f"{noun} of at least {self.low:g}"
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""
         return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else self.kind):
+        kinds = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
@@ -268,17 +236,46 @@ def read_objects(
     return entries
 
 
-# --------------------------------------------------------------------------------------- pure: responses
+# -------------------------------------------------------------------------------- requests and responses
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A parsed request head. `path` is decoded once, for routing and authentication alike. `length` is the body's in
+    bytes, None without a Content-Length. `host` is the name in the Host header, "" in HTTP/1.0 without that header.
+    `authority` is the name in a target of absolute form."""
+
+    method: str
+    path: str
+    version: str
+    headers: dict[str, str]
+    host: str
+    authority: str
+    length: int | None
+    chunked: bool
+    request_id: str
+    keep_alive: bool
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.length)
+
+    @property
+    def expects(self) -> bool:
+        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
+        return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether this is a browser's CORS preflight, which never carries the key."""
+        return self.method == "OPTIONS" and {"origin", "access-control-request-method"} <= self.headers.keys()
 
 
 @dataclass(slots=True)
 class Response:
     """A handler's result: a `body` for JSON, or `events`, an async generator of values that `render` turns into blocks
-    of whole SSE events.
-
-    `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read after the first block of
-    `events` has arrived.
-    """
+    of whole SSE events. `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read
+    after the first block of `events` has arrived."""
 
     body: Any = None
     status: int = 200
@@ -310,19 +307,13 @@ def compact(data: Any) -> bytes:
 
 
 SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
-# ----------------------------------------------------------------------------------------------- streams
-
-request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
-log = logging.getLogger("cerebrum")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`.
-
-    `address` is the client's address. `end(error)` cancels the handler from outside and answers with the error
-    instead. `notes` are added to the request's log line as `name=value`. `answered` is the count kept by `Server`.
-    """
+    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`, `address`
+    the client's address. `end(error)` cancels the handler from outside and answers with the error instead. `notes` are
+    added to the request's log line as `name=value`. `answered` is the count kept by `Server`."""
 
     head: Head
     body: bytes
@@ -351,8 +342,7 @@ class Route:
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
 
 
-# ----------------------------------------------------------------------------------------------- models
-
+# ------------------------------------------------------------------------------------------------ models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 
@@ -360,11 +350,9 @@ FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 @dataclass(frozen=True, slots=True)
 class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
-
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
     before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
-    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown.
-    """
+    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown."""
 
     id: str
     name: str
@@ -384,13 +372,3 @@ class Model:
 def served_languages(models: Iterable[Model]) -> list[str]:
     """The languages that the models list, each once, in the order of models.toml."""
     return list(dict.fromkeys(language for model in models for language in model.languages))
-
-
-# ------------------------------------------------------------------------------------------------ text
-
-
-def printable(text: str) -> str:
-    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

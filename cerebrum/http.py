@@ -2,7 +2,7 @@
 
 Strategy
 - Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder` take bytes in
-  any split and return a value or raise `HttpError`. They never see a socket, a clock or the environment. The first
+  any split and give a value or an `HttpError`. They never see a socket, a clock or the environment. The first
   wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
   allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
 - `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
@@ -11,9 +11,8 @@ Strategy
 - Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
   client can always tell a finished stream from a broken one.
 
-The server refuses request targets over 8 KiB, heads over 32 KiB, bodies over 1 MiB, bodies over 16 MiB in all, clients
-that are slow or take more than their share of the connections, and pages of foreign origins. It has no TLS or HTTP/2.
-Standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
+It refuses what exceeds the limits below, clients that are slow or take more than their share of the connections, and
+pages of foreign origins. No TLS, no HTTP/2; standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import io
 import itertools
 import json
 import logging
-import os
 import re
 import socket
 import sys
@@ -35,22 +34,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cerebrum_common import (
-    REASONS,
-    Head,
-    HttpError,
-    Request,
-    Response,
-    Route,
-    compact,
-    describe,
-    error_body,
-    error_event,
-    internal_error,
-    log,
-    request_id_var,
-    sse_block,
-)
+import cerebrum_common as common
+from cerebrum_common import Head, HttpError, Request, Response, Route, describe, internal_error, log, request_id_var
 
 # ---------------------------------------------------------------------------------------------- limits
 
@@ -82,8 +67,7 @@ LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset c
 
 
 class ListenError(OSError):
-    """Listening failed. Unlike a wrong configuration, the cause can be temporary: an interface is not up yet at boot,
-    or a predecessor still holds the port."""
+    """Listening failed, maybe only for now: an interface is not up yet at boot, or a predecessor holds the port."""
 
 
 class ClientGone(ConnectionError):
@@ -254,36 +238,31 @@ CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*
 
 class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
-    section 6.3). `feed` returns payload; `rest` holds the bytes after the end. Trailers are checked and dropped.
-    HttpError 400 for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
-    extensions in all (None: no limit), 431 for trailers over 8 KiB. Then `before` is the payload before the fault."""
+    section 6.3). Trailers are checked and dropped. The first `fault` is 400 for a bad size, a missing CRLF or an
+    over-long size line, 413 over `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over
+    8 KiB. It is kept and not raised, because the payload before it still counts, however the bytes were split."""
 
     def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
         self.done = length == 0
         self.may_end = length is None and not chunked  # at any byte, with the connection
-        self.rest = b""
-        self.before = b""
-        self._held = b""  # an incomplete size line, line end or trailer section, never payload
+        self.fault: HttpError | None = None
+        self.rest = b""  # the bytes after the body; before its end an incomplete size line, line end or trailer section
         self._left = 0 if chunked else sys.maxsize if length is None else length  # payload until the next `_step`
         self._step = BodyDecoder._size if chunked else BodyDecoder._end  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
-        """The payload that `data` completes."""
-        if self._step is BodyDecoder._size and not (self._held or self._limit):
+        """The payload in `data`, up to the end of the body or its fault."""
+        if self._step is BodyDecoder._size and not (self.rest or self._limit):
             match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
             start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
                 return data[start:-2]
-        if self.done:
-            self.rest += data
-            return b""
         pieces: list[bytes] = []
         try:
-            self._decode(self._held + data, pieces)
-        except HttpError:
-            self.before = b"".join(pieces)
-            raise
+            self._decode(self.rest + data, pieces)
+        except HttpError as error:
+            self.fault = error
         return b"".join(pieces)
 
     def _decode(self, buffer: bytes, pieces: list[bytes]) -> None:
@@ -300,13 +279,13 @@ class BodyDecoder:
             if end is None:
                 break
             position = end
-        self._held = buffer[position:]
+        self.rest = buffer[position:]
 
     # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
 
     def _end(self, buffer: bytes, at: int) -> int | None:
-        self.done, self.rest = True, buffer[at:]
-        return len(buffer)
+        self.done = True
+        return at
 
     def _size(self, buffer: bytes, at: int) -> int | None:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
@@ -345,7 +324,7 @@ class BodyDecoder:
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
     """Encode a response head. ValueError for a line end in a header, which would start another header."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    lines = [f"HTTP/1.1 {status} {common.REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
     text = "\r\n".join(lines)
     if text.count("\n") != len(headers) or text.count("\r") != len(headers):
         raise ValueError("a response header contains a line end")
@@ -371,13 +350,13 @@ class Access:
         # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
         # where a short LAN name is harmless: nobody can register a short name.
         for host in (head.host, head.authority if "." in head.authority else ""):
-            if not self._is_ours(host):
+            if host and host not in self.hosts and not is_ip_literal(host):
                 message = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
                 raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
         if "origin" in head.headers and not self.allows_origin(head):
             got = describe(head.headers["origin"])
             raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
-        if public or not self.keys or self.is_preflight(head):
+        if public or not self.keys or head.is_preflight:
             return
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
@@ -389,14 +368,6 @@ class Access:
     def allows_origin(self, head: Head) -> bool:
         origin = head.headers.get("origin", "").lower()
         return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
-
-    def is_preflight(self, head: Head) -> bool:
-        """Whether this is a browser's CORS preflight from an allowed origin. A preflight never carries the key."""
-        asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
-        return asks and "origin" in head.headers and self.allows_origin(head)
-
-    def _is_ours(self, host: str) -> bool:
-        return not host or host in self.hosts or is_ip_literal(host)
 
 
 def is_ip_literal(host: str) -> bool:
@@ -416,8 +387,7 @@ def own_names(extra: Collection[str] = ()) -> frozenset[str]:
 
 
 class Connection:
-    """One client's socket: a buffer of unused bytes, bounded writes, and a clean end. Every network failure raises
-    ClientGone."""
+    """One client's socket: a buffer of unused bytes, bounded writes, a clean end. A network failure is ClientGone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -428,7 +398,7 @@ class Connection:
         self.over = False  # over a connection limit: only open routes are answered
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
-        self.answered = False  # at least one request: the connection may idle longer
+        self.patience = HEAD_SECONDS  # for the next request to begin
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -449,8 +419,7 @@ class Connection:
         self.idle = not self.buffer
         try:
             if self.idle:
-                patience = OVERFLOW_SECONDS if self.over else IDLE_SECONDS if self.answered else HEAD_SECONDS
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(OVERFLOW_SECONDS if self.over else self.patience):
                     if not await self.fill():
                         return None
             self.idle = False
@@ -468,8 +437,8 @@ class Connection:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
 
-    async def read_body(self, head: Head, sink: Callable[[bytes], None]) -> None:
-        """Pass the body to `sink` piece by piece as it arrives; ClientGone if the connection ends early."""
+    async def read_body(self, head: Head, sink: Callable[[bytes], None] = lambda _: None) -> None:
+        """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the connection ends early."""
         decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -477,6 +446,8 @@ class Connection:
                     if not self.buffer and not await self.fill():
                         raise ClientGone
                     sink(decoder.feed(self.take(READ_BYTES)))
+                    if decoder.fault:
+                        raise decoder.fault
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
         self.buffer[:0] = decoder.rest
@@ -490,16 +461,12 @@ class Connection:
                     return
             await asyncio.get_running_loop().create_future()  # buffer full: only a write can find the client gone
 
-    def send(self, data: bytes) -> bool:
-        """Send without waiting. True if the client is behind: await `drain` before sending more."""
+    async def write(self, data: bytes) -> None:
+        """Send, waiting only if the client is behind."""
         if self.transport.is_closing():
             raise ClientGone
         self.transport.write(data)
-        return self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES
-
-    async def write(self, data: bytes) -> None:
-        """Send, waiting only if the client is behind."""
-        if self.send(data):
+        if self.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
             await self.drain()
 
     async def drain(self) -> None:
@@ -549,8 +516,7 @@ class Exchange:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status not in (204, 304):
-            body = response.body
-            body = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+            body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode("ascii")
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
@@ -561,11 +527,11 @@ class Exchange:
         """Answer with an error: a status if nothing has been sent yet, otherwise an event without a clean end."""
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = self.route and self.route.foreign_error and compact(self.route.foreign_error(error))
+        foreign = self.route and self.route.foreign_error and common.compact(self.route.foreign_error(error))
         if self.frame is None:
-            return await self.send(Response(foreign or error_body(error), error.status, headers=error.headers))
+            return await self.send(Response(foreign or common.error_body(error), error.status, headers=error.headers))
         self.keep = False
-        await self.connection.write(self.frame(sse_block(foreign) if foreign else error_event(error)))
+        await self.connection.write(self.frame(common.sse_block(foreign) if foreign else common.error_event(error)))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -586,9 +552,8 @@ class Exchange:
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
             async for event in events:
-                block = render(event)
-                if block and connection.send(frame(block)):  # an empty chunk would end the body
-                    await connection.drain()
+                if block := render(event):  # an empty chunk would end the body
+                    await connection.write(frame(block))
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
 
@@ -610,7 +575,7 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        self.server.answered[self.route.path if self.route else OTHER_PATH, status] += 1
+        self.server.answered[self.route.path if self.route else "other", status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
         level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
@@ -620,32 +585,25 @@ class Exchange:
 
 # --------------------------------------------------------------------------------------- connection loop
 
-OTHER_PATH = "other"  # stands for every path without a route, in the request counts
-
 
 class Server:
-    """Accepts connections and runs one task for each. Owns the connections, their count by client, the number of bytes
-    of request bodies in memory, and the request counts by path and status."""
+    """Runs a task for each connection. Owns the connections, the counts of requests, and the bytes of their bodies."""
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
-        # Number of requests by path of the route and status. Every path starts with a 200 count of 0, so that the first
-        # request is an increase.
+        # Requests by path of the route and status. Each path has a 200 count from the start: the first is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
-        self.connections: dict[asyncio.Task[None], Connection] = {}
-        self.overflow: dict[asyncio.Task[None], None] = {}  # the connections over the limit, oldest first
-        self.clients: Counter[str] = Counter()  # the connections within the limit, by address
+        self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.body_bytes = 0  # of requests being read or answered
         self.stopping = False
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
 
     async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
-        """Listen on `sockets`, or on the address if there are none. Returns the port that was really bound. ListenError
-        if listening fails."""
+        """Listen on `sockets`, or on the address if there are none; ListenError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         try:
             for place in places:
@@ -656,7 +614,7 @@ class Server:
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
             # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.
-            with socket.socket(fileno=os.dup(one.fileno())) as twin:
+            with one.dup() as twin:
                 twin.listen(1024)
                 # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
@@ -684,15 +642,15 @@ class Server:
                 connection.exchange.end(shutting_down())
         if busy := [task for task, connection in self.connections.items() if not connection.idle]:
             await asyncio.wait(busy, timeout=FAREWELL_SECONDS)
-        late = list(self.connections)
-        for task in late:
+        for task in self.connections:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*self.connections, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
         assert task is not None
-        self._admit(task, connection)
+        self._admit(connection)
+        self.connections[task] = connection
         try:
             while await self._serve_one(connection):
                 pass
@@ -703,23 +661,16 @@ class Server:
             internal_error(exception)
         finally:
             del self.connections[task]
-            self.overflow.pop(task, None)
-            if not connection.over:
-                self.clients -= Counter([connection.address])  # the subtraction drops a client at 0
             connection.transport.abort()
 
-    def _admit(self, task: asyncio.Task[None], connection: Connection) -> None:
-        self.connections[task] = connection
-        full = self.clients.total() >= MAX_CONNECTIONS
-        connection.over = full or self.clients[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
-        if not connection.over:
-            self.clients[connection.address] += 1
-            return
-        self.overflow[task] = None
-        if len(self.overflow) > MAX_OVERFLOW:
-            oldest = next(iter(self.overflow))
-            del self.overflow[oldest]
-            oldest.cancel()
+    def _admit(self, connection: Connection) -> None:
+        """Set `over` of a new connection. With too many over the limit, it takes the place of the oldest of them."""
+        within = Counter(one.address for one in self.connections.values() if not one.over)
+        full = within.total() >= MAX_CONNECTIONS
+        connection.over = full or within[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
+        over = [task for task, one in self.connections.items() if one.over and not task.cancelling()]
+        if connection.over and len(over) >= MAX_OVERFLOW:
+            over[0].cancel()
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -746,7 +697,7 @@ class Server:
             elif exchange.head and self.stopping:  # the client does not read the error
                 exchange.log(503)
             raise
-        connection.answered = True
+        connection.patience = IDLE_SECONDS
         await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 
@@ -764,29 +715,25 @@ class Server:
             if exchange.keep:
                 with contextlib.suppress(HttpError, ClientGone):  # the request has been answered already
                     exchange.keep = False
-                    await connection.read_body(head, discard)
+                    await connection.read_body(head)
                     exchange.keep = True
             return
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body, held = bytearray(), 0
+        body = io.BytesIO()  # shares its memory with the bytes that it returns
 
         def hold(piece: bytes) -> None:
-            nonlocal held
             if self.body_bytes + len(piece) > MAX_BODIES_BYTES:
                 raise malformed("too many requests are being sent; try again later", "OVERLOADED")
-            body.extend(piece)
-            held += len(piece)
-            self.body_bytes += len(piece)
+            self.body_bytes += body.write(piece)
 
         try:
-            await connection.read_body(head, hold if route.json else discard)
-            notes, answered = exchange.notes, self.answered
-            request = Request(head, bytes(body), parameter, connection.address, exchange.end, notes, answered)
-            body.clear()
+            await (connection.read_body(head, hold) if route.json else connection.read_body(head))
+            whole, notes, answered = body.getvalue(), exchange.notes, self.answered
+            request = Request(head, whole, parameter, connection.address, exchange.end, notes, answered)
             await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
-            self.body_bytes -= held
+            self.body_bytes -= body.tell()
 
     def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
@@ -807,14 +754,13 @@ class Server:
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
-            raise HttpError(
-                "METHOD_NOT_ALLOWED", f"expected one of {allow}, got {head.method}", headers=(("Allow", allow),)
-            )
+            message = f"expected one of {allow}, got {head.method}"
+            raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
         return methods[method], parameter
 
     async def _options(self, request: Request, allow: str) -> Response:
         headers = [("Allow", allow)]
-        if self.access.is_preflight(request.head):
+        if request.head.is_preflight:
             names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
             asked = request.head.headers.get("access-control-request-headers", "")
             names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # needed by openai-node
@@ -851,10 +797,6 @@ class Server:
             await exchange.fail(exchange.verdict)
         except Exception as exception:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
-
-
-def discard(piece: bytes) -> None:
-    """The sink for a body that is not used."""
 
 
 def check_body(head: Head, route: Route) -> None:

@@ -2,8 +2,6 @@
 
 A backend is not trusted. Inexact framing is refused, and so are a vpsd's inexact JSON and a stream that ends without
 its done event. Only error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`.
-`relay` turns a vpsd's stream into pairs of (kind, value); `Gateway.complete` in cm4d.py lists the kinds. Runs of token
-events are passed on without being parsed.
 
 An `Upstream` owns its spare connection; every other connection belongs to the one request it was opened for. `Loop`
 owns the cache of resolved names. Standard library only.
@@ -111,11 +109,26 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
 
 
 class BackendFailure(HttpError):
-    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. `reason` is our wording."""
+    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. We word the `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
-        self.reason = reason
+
+
+LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
+
+
+@contextlib.contextmanager
+def blamed(reason: str) -> Iterator[None]:
+    """Turn every error of the backend or the network into BackendFailure: no exception's own text reaches a client."""
+    try:
+        yield
+    except BackendFailure:
+        raise
+    except TimeoutError:
+        raise BackendFailure(LATE) from None
+    except (HttpError, OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
+        raise BackendFailure(reason) from None
 
 
 class TooLong(HttpError):
@@ -129,10 +142,7 @@ LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
 
 
 class Misfit(HttpError):
-    """A backend is up, but does not fit our configuration or is still loading: 503, not counted by its breaker."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("VPS_UNAVAILABLE", message)
+    """A backend is up, but does not fit our configuration or is still loading: not counted by its breaker."""
 
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
@@ -144,45 +154,37 @@ EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
     421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS on the VPS",
 }
-ERROR_CODE = re.compile(r"[A-Z][A-Z_]{0,63}")
+ERROR_CODE = Field(str, pattern=r"[A-Z][A-Z_]{0,63}")
 # Characters that could act on a client's terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
-def our_error(members: Any, key: str) -> tuple[str, str, dict[str, Any]] | None:
-    """(message, code, further members) if this JSON value has the error format of our daemons, else None."""
-    if not isinstance(members, dict) or members.get("error") is not True:
+def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | None:
+    """(code, the client's error) if this JSON object has the error format of our daemons, else None."""
+    message, code = members.get("message"), members.get("code", "")
+    if members.get("error") is not True or not isinstance(message, str) or not ERROR_CODE.accepts(code):
         return None
-    message, code = members.get("message"), members.get("code")
-    if not isinstance(message, str) or not isinstance(code, str) or not ERROR_CODE.fullmatch(code):
-        return None
-    message = CONTROLS.sub(" ", message)
-    message = message.replace(key, "***") if key else message  # before the cut, which could leave half a key
+    message = CONTROLS.sub(" ", message)  # the key goes before the cut, which could leave half of it
+    message = (message.replace(key, "***") if key else message)[:MAX_MESSAGE_CHARACTERS]
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
-    return message[:MAX_MESSAGE_CHARACTERS], code, more
-
-
-def told_error(message: str, code: str, more: Mapping[str, int]) -> HttpError:
-    """The client's error for an error that one of our own backends reports."""
     if code == "INVALID_REQUEST" and len(more) == 2:
-        return TooLong(message, more)
-    return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
+        return code, TooLong(message, more)
+    return code, HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
 
 
 def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
-    """The client's error for a status other than 200 from one of our own backends. BackendFailure if no backend of ours
-    would answer this way."""
+    """The client's error if one of our own backends answers with this status. BackendFailure if none of ours would."""
     try:
         ours = our_error(parse_json(body), key)
     except HttpError:
         ours = None
     if ours is None or status < 400:
         return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
-    message, code, more = ours
+    code, error = ours
     if code in PASSED_ON:
-        return told_error(message, code, more)
+        return error
     if status in EXPLAINED:
-        return Misfit(EXPLAINED[status].format(key_env or "key_env"))
+        return Misfit("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env or "key_env"))
     return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
 
 
@@ -191,9 +193,8 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
     error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
-        return Misfit(
-            f"VPS backend refuses our key: expected the right one in {key_env or 'a variable that key_env names'}"
-        )
+        where = key_env or "a variable that key_env names"
+        return Misfit("VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {where}")
     if status == 404:
         return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
     if status == 429:
@@ -201,7 +202,7 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
     if status in (400, 413, 422) and (told := read_overflow(error)) is not None:
         return TooLong(LONG_PROMPT, told)
     if status == 503 and members_of(error).get("message") == "Loading model":
-        return Misfit("VPS backend is loading its model")
+        return Misfit("VPS_UNAVAILABLE", "VPS backend is loading its model")
     if status not in range(400, 500) and status != 501:
         return BackendFailure(f"it answered {status}")
     return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
@@ -220,27 +221,7 @@ def parse_leniently(data: bytes) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- HTTP answers
 
 
-class Body(BodyDecoder):
-    """The body of an answer. `failure` is the first fault. The fault is kept rather than raised, because the payload
-    before it still counts: the text a client gets must not depend on how the bytes were split."""
-
-    failure: BackendFailure | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """The payload in `data`, up to the end of the body or its first fault."""
-        try:
-            return super().feed(data)
-        except HttpError:
-            self.failure = BackendFailure("it sent a malformed chunk")
-            return self.before
-
-    def end(self, cut: str) -> None:
-        """The connection has ended; `cut` says how, "" for a plain close. An incomplete body is a fault."""
-        if not self.done and (cut or not self.may_end):
-            self.failure = BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
-
-
-def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
+def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
     """Parse a whole response head into status and body. HttpError or BackendFailure if the head is not exact HTTP/1.x,
     or if a 200 has a Content-Encoding or another media type than `kind`."""
     first, *lines = block[:-4].split(b"\r\n")
@@ -253,7 +234,7 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, Body]:
     if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
         raise BackendFailure("its answer is not of the type that was asked for")
     length, chunked = parse_framing(first[:8].decode(), headers)
-    return status, Body(0 if status in (204, 304) else length, chunked)
+    return status, BodyDecoder(0 if status in (204, 304) else length, chunked)
 
 
 # --------------------------------------------------------------------------------------------- results
@@ -292,7 +273,7 @@ TOKEN_EVENT = (
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
 TOKENS = re.compile(rb"(?:%b)++" % TOKEN_EVENT)
-BOM = b"\xef\xbb\xbf"
+TOKENS_OR_EVENT = re.compile(rb"((?:%b)++)|(?s:(.*?)\n\n)" % TOKEN_EVENT)
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
 
@@ -317,8 +298,6 @@ class Events:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
             data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
-        if not self._rest and not self._first and data.endswith(b"\n\n"):
-            return data
         begun = len(self._rest)
         self._rest += data
         end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
@@ -328,7 +307,7 @@ class Events:
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
         if block and self._first:
-            self._first, block = False, block.removeprefix(BOM)
+            self._first, block = False, block.removeprefix(b"\xef\xbb\xbf")
         return block
 
 
@@ -338,16 +317,9 @@ Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
     """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them. Raises the
     error that an error event reports, and BackendFailure for an event that is not JSON."""
-    position = 0
-    while position < len(block):
-        if match := TOKENS.match(block, position):
-            yield "text", match[0]
-            position = match.end()
-            continue
-        end = block.index(b"\n\n", position)
-        if pair := read_event(block[position:end], key):
+    for tokens, event in TOKENS_OR_EVENT.findall(block):
+        if pair := ("text", tokens) if tokens else read_event(event, key):
             yield pair
-        position = end + 2
 
 
 def data_of(event: bytes) -> bytes:
@@ -360,15 +332,13 @@ def read_event(event: bytes, key: str) -> Pair | None:
     data = data_of(event)
     if not data:
         return ("idle", None) if event.startswith(b":") else None
-    try:
+    with blamed("it sent an event that is not JSON"):
         members = parse_json(data)
-    except HttpError:
-        raise BackendFailure("it sent an event that is not JSON") from None
     if "error" in members:
         ours = our_error(members, key)
         if ours is None:
             raise BackendFailure("it sent an error without message and code")
-        raise told_error(*ours)
+        raise ours[1]
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
@@ -401,34 +371,9 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
-LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
-
-
-class Watchdog:
-    """Cuts a connection that stays silent for `idle` seconds while we read from it. Each stream has one timer,
-    rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
-
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float = IDLE_SECONDS) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reader, self._transport, self._idle = reader, transport, idle
-        self._end = self._loop.time() + STREAM_SECONDS
-        self.expired = False
-        self._timer = self._loop.call_later(idle, self._check)
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        left = min(self._reader.since + self._idle, self._end) - now
-        if left <= 0:
-            self.expired = True
-            self._transport.abort()
-        else:
-            self._timer = self._loop.call_later(min(left, self._idle), self._check)
-
-    def stop(self) -> None:
-        self._timer.cancel()
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -455,9 +400,8 @@ class Loop(asyncio.SelectorEventLoop):
         return answer
 
     def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
-        found: list[Any] | OSError
         try:
-            found = socket.getaddrinfo(*key[:2], **how)
+            found: list[Any] | OSError = socket.getaddrinfo(*key[:2], **how)
         except OSError as error:
             found = error
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
@@ -473,25 +417,44 @@ class Reader(asyncio.Protocol):
     """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses. A StreamReader
     would copy each token twice, and drop the bytes that came before a reset."""
 
+    transport: asyncio.Transport  # once connected
+
     def __init__(self) -> None:
-        self.ended = self.broken = False  # no more bytes will come; the connection has failed
-        self.since = math.inf  # when the current read began to wait; infinite while nobody waits
-        self._bytes = b""
+        self.ended = self.broken = self.expired = False  # no more bytes come; it failed; `watch` cut it
+        self._since = math.inf  # when the current read began to wait; infinite while nobody waits
+        self.unread = b""
         self._waiter: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, idle: float) -> None:
+        """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
+        rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
+        if not self.ended:  # otherwise no read waits
+            self._timer = self._loop.call_later(idle, self._check, idle, self._loop.time() + STREAM_SECONDS)
+
+    def _check(self, idle: float, end: float) -> None:
+        left = min(self._since + idle, end) - self._loop.time()
+        if left <= 0:
+            self.expired = True
+            self.transport.abort()
+        else:
+            self._timer = self._loop.call_later(min(left, idle), self._check, idle, end)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._bytes += data
-        if len(self._bytes) > READ_BYTES and self._transport:
-            self._transport.pause_reading()
+        self.unread += data
+        if len(self.unread) > READ_BYTES:
+            self.transport.pause_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended, self.broken = True, exc is not None
+        if self._timer:
+            self._timer.cancel()
         self._wake()
 
     def eof_received(self) -> None:
@@ -504,112 +467,86 @@ class Reader(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
-        if not self._bytes and not self.ended:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            self.since = min(self.since, loop.time())  # the wait of a cancelled read still counts
+        if not self.unread and not self.ended:
+            self._waiter = self._loop.create_future()
+            self._since = min(self._since, self._loop.time())  # the wait of a cancelled read still counts
             await self._waiter
-            self.since = math.inf
-        data, self._bytes = self._bytes[:READ_BYTES], self._bytes[READ_BYTES:]
-        if len(data) == READ_BYTES and self._transport and not self.ended:
-            self._transport.resume_reading()
+            self._since = math.inf
+        data, self.unread = self.unread[:READ_BYTES], self.unread[READ_BYTES:]
+        if len(data) == READ_BYTES and not self.ended:
+            self.transport.resume_reading()
         return data
 
 
 class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
 
-    def __init__(self, reader: Reader, transport: asyncio.WriteTransport, idle: float) -> None:
+    def __init__(self, reader: Reader) -> None:
         self.status = 0
         self._reader = reader
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
-        self._body = Body(0, False)
-        self._watchdog = Watchdog(reader, transport, idle)
-        self.close = self._watchdog.stop
+        self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
 
     async def read_head(self, kind: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
         cancelled call, the next call resumes at the same place."""
         while self.status < 200:
-            end = scan_head(self._ahead, self._scanned) if self._ahead else None
-            if end is None:
+            while (end := scan_head(self._ahead, self._scanned)) is None:
                 self._scanned = len(self._ahead)
                 data = await self._reader.read()
                 if not data:
-                    raise BackendFailure(LATE if self._watchdog.expired else NO_ANSWER)
+                    raise BackendFailure(LATE if self._reader.expired else NO_ANSWER)
                 self._ahead += data
-                continue
-            self.status, self._body = parse_answer(self._ahead[:end], kind)
+            self.status, self.body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
             if self.status == 101 or self._skipped > 8:
                 raise BackendFailure(f"it answered {self.status}")
 
-    @property
-    def ended(self) -> bool:
-        """Whether the body is complete by its framing. The connection is not reused, whatever bytes follow."""
-        return self._body.done
-
     async def read(self) -> bytes:
         """The next piece of the payload, b"" once the body is complete. BackendFailure at the first fault."""
-        body = self._body
-        while not (body.failure or body.done):
+        body = self.body
+        while not (body.fault or body.done):
             data, self._ahead = self._ahead, b""
             data = data or await self._reader.read()
             if payload := body.feed(data):
                 return payload
             if not data:
-                broken = "the connection broke" if self._reader.broken else ""
-                body.end("it stopped" if self._watchdog.expired else broken)
-                if not body.failure:
+                cut = "it stopped" if self._reader.expired else "the connection broke" if self._reader.broken else ""
+                if body.may_end and not cut:
                     return b""
-        if body.failure:
-            raise body.failure
+                raise BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
+        if body.fault:
+            raise BackendFailure("it sent a malformed chunk")
         return b""
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the body."""
-        pieces, size = [], 0
+        whole = bytearray()
         while piece := await self.read():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
+            whole += piece
+            if len(whole) > limit:
                 raise BackendFailure("its answer is too long")
-        if self._body.rest:
+        if self.body.rest:
             raise BackendFailure("its answer is longer than announced")
-        return b"".join(pieces)
-
-
-@contextlib.contextmanager
-def blamed(broken: str, malformed: str = "") -> Iterator[None]:
-    """Turn every error of the backend or the network in this block into BackendFailure. No exception's own text reaches
-    a client."""
-    try:
-        yield
-    except TimeoutError:
-        raise BackendFailure(LATE) from None
-    except (OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
-        raise BackendFailure(broken) from None
-    except BackendFailure:
-        raise
-    except HttpError:
-        raise BackendFailure(malformed) from None
+        return bytes(whole)
 
 
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
-Streams = tuple[Reader, asyncio.Transport]
 
 
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
     A POST leaves a spare connection for the next one, which saves a round trip, or three with TLS. An unused spare is
-    closed after SPARE_SECONDS."""
+    closed after SPARE_SECONDS. ConfigError if `ca_file` holds no certificates."""
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._is_address = ":" in config.endpoint.host or is_ip_literal(config.endpoint.host)
-        self._tls = make_tls(config.ca_file) if config.endpoint.tls else None
-        self._spare: Streams | None = None
+        try:
+            self._tls = ssl.create_default_context(cafile=config.ca_file or None) if config.endpoint.tls else None
+        except OSError as error:
+            raise ConfigError(f"ca_file: expected certificates in PEM form in {config.ca_file}, got {error}") from None
+        self._spare: Reader | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
 
@@ -622,50 +559,46 @@ class Upstream:
         if self._keeper:
             self._keeper.cancel()
         if self._spare:
-            self._spare[1].abort()
+            self._spare.transport.abort()
         self._spare = self._keeper = None
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
-            spare = self._spare = await self._connect()
-            try:
-                await asyncio.sleep(SPARE_SECONDS)
-            finally:
-                if self._spare is spare:
-                    self._spare = None
-                    spare[1].abort()
+            self._spare = await self._connect()
+            await asyncio.sleep(SPARE_SECONDS)
         self._keeper = None
+        self._drop_spare()
 
-    def _take_spare(self) -> Streams | None:
+    def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
         self._drop_spare()  # cancels its keeper
-        if not spare[0].ended:
+        if not spare.ended and not spare.unread:
             poll = select.poll()
-            poll.register(spare[1].get_extra_info("socket"), select.POLLIN)
+            poll.register(spare.transport.get_extra_info("socket"), select.POLLIN)
             if not poll.poll(0):
                 return spare
-        spare[1].abort()
+        spare.transport.abort()
         return None
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
-        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for its Watchdog."""
-        reader, transport = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader, transport, idle), body is not None
+        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`."""
+        reader = (self._take_spare() if body is not None else None) or await self._connect()
+        answer, leaves_spare = Answer(reader), body is not None
+        reader.watch(idle)
         try:
-            transport.write(self._encode(path, body))
+            reader.transport.write(self._encode(path, body))
             yield answer
         except BackendFailure:
             leaves_spare = False
             raise
         finally:
-            answer.close()
-            transport.abort()
+            reader.transport.abort()
             # The backend should see this client leave before the next request arrives.
-            if not answer.ended:
+            if not answer.body.done:
                 self._drop_spare()
             if leaves_spare and not self._closed and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
@@ -673,7 +606,7 @@ class Upstream:
     async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
         HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed(NO_ANSWER, "its answer is not HTTP/1.1"):
+        with blamed("its answer is not HTTP/1.1"):
             try:
                 async with asyncio.timeout(seconds):
                     await answer.read_head(kind)
@@ -696,8 +629,7 @@ class Upstream:
     async def ask(
         self, path: str, body: Mapping[str, Any] | None, kind: str, seconds: float = 0.0
     ) -> AsyncIterator[Answer]:
-        """Send one request, read the head as `begin` does, and yield the answer. BackendFailure if the head takes over
-        `seconds` (0: HEAD_SECONDS)."""
+        """Send one request and `begin` its answer. BackendFailure if that takes over `seconds` (0: HEAD_SECONDS)."""
         async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
                 raise BackendFailure(LATE)
@@ -707,27 +639,22 @@ class Upstream:
         """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
         because the backend may have to load a model first."""
         async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
-            with blamed("the connection broke", "its answer is not JSON"):
+            with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     whole = await answer.read_all(limit)
-                if self._config.api == "cerebrum":
-                    return parse_json(whole)
-        members = parse_leniently(whole)
+                members = parse_json(whole) if self._config.api == "cerebrum" else parse_leniently(whole)
         if members is None:
             raise BackendFailure("its answer is not JSON")
         return members
 
-    async def _connect(self) -> Streams:
-        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+    async def _connect(self) -> Reader:
+        host, port, loop = self._config.endpoint.host, self._config.endpoint.port, asyncio.get_running_loop()
+        race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
-                        Reader,
-                        endpoint.host,
-                        endpoint.port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=None if self._is_address else RACE_SECONDS,
+                        Reader, host, port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except OSError as error:
                 if isinstance(loop, Loop):
@@ -737,29 +664,19 @@ class Upstream:
                 raise
         # By default the kernel buffers megabytes, even if the client has stopped reading.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-        return reader, transport
+        return reader
 
     def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
-        endpoint, key, method = self._config.endpoint, self._config.key, "GET" if body is None else "POST"
+        endpoint, key = self._config.endpoint, self._config.key
+        method, payload = ("GET", b"") if body is None else ("POST", json.dumps(body).encode("ascii"))
         lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
         if key and self._config.api != "cerebrum":
             lines.append(f"Authorization: Bearer {key}")
         elif key and path != "/health":
             lines.append(f"X-API-Key: {key}")
         lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
-        payload = b""
-        if body is not None:
-            payload = json.dumps(body).encode("ascii")
-            lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"] if payload else []
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
-
-
-def make_tls(ca_file: str) -> ssl.SSLContext:
-    """A TLS context with the system's certificates, or only those of `ca_file`. ConfigError if the file has none."""
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except OSError as error:
-        raise ConfigError(f"ca_file: expected certificates in PEM form in {ca_file}, got {error}") from None
 
 
 async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
@@ -770,7 +687,7 @@ async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     moved = now()  # time of the last event that was not a comment
     done: dict[str, Any] | None = None
     yield "begun", None
-    while not answer.ended and (payload := await answer.read()):
+    while payload := await answer.read():
         if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
             moved = now()
             yield "text", payload

@@ -102,8 +102,9 @@ def test_a_bad_key_is_named_and_not_told() -> None:
 
 def test_the_file_of_certificates_is_checked_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
+    (config,) = read(ATTIC | {"url": "https://attic", "ca_file": str(tmp_path / "ca.pem")})
     with pytest.raises(ConfigError, match=r"^ca_file: expected certificates in PEM form in .*ca\.pem, got "):
-        upstream.make_tls(str(tmp_path / "ca.pem"))
+        upstream.Upstream(config)
 
 
 CATALOG = """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import math
 import socket
 import threading
 from typing import Any
@@ -33,10 +32,11 @@ from scripted import (
     token,
 )
 
+from cerebrum.http import BodyDecoder
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_loaded, read_models
-from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Body, Events, take_apart
+from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events, take_apart
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -273,6 +273,17 @@ async def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: b
         assert (await pi.complete()).status == 200
 
 
+async def test_a_spare_connection_with_an_answer_that_nobody_asked_for_is_not_used():
+    async with Backend() as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        (writer,) = backend.waiting
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        client = pi.gateway.fleet.first.upstream
+        await until(lambda: client._spare and client._spare.unread)
+        assert (await pi.complete()).status == 200
+
+
 async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 503
@@ -453,17 +464,17 @@ async def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch:
 
 
 class Clock:
-    """The loop, the reader and the transport of a Watchdog, with a clock that is a number."""
+    """The loop and the transport of a Reader, with a clock that is a number."""
 
     def __init__(self) -> None:
-        self.now, self.cut, self.since = 0.0, False, math.inf
+        self.now, self.cut = 0.0, False
         self.due, self.callback = 0.0, lambda: None
 
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Any) -> Any:
-        self.due, self.callback = self.now + delay, callback
+    def call_later(self, delay: float, callback: Any, *args: Any) -> Any:
+        self.due, self.callback = self.now + delay, lambda: callback(*args)
 
     def abort(self) -> None:
         self.cut = True
@@ -475,27 +486,33 @@ class Clock:
         self.now = now
 
 
-def test_the_watchdog_cuts_a_silent_vps_but_does_not_count_our_own_pauses(monkeypatch: pytest.MonkeyPatch):
-    clock = Clock()
+def watched(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> upstream.Reader:
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    watchdog = upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    reader = upstream.Reader()
+    reader.transport = clock  # type: ignore[assignment]
+    reader.watch(upstream.IDLE_SECONDS)
+    return reader
+
+
+def test_a_silent_vps_is_cut_but_our_own_pauses_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    reader = watched(clock, monkeypatch)
     clock.go_to(10 * upstream.IDLE_SECONDS)
     assert not clock.cut, "nobody was reading"
     for _ in range(20):  # a comment now and then keeps a slow stream alive
-        clock.since = clock.now
+        reader._since = clock.now
         clock.go_to(clock.now + 0.9 * upstream.IDLE_SECONDS)
     assert not clock.cut
-    clock.since = clock.now
+    reader._since = clock.now
     clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
-    assert (clock.cut, watchdog.expired) == (True, True)
+    assert (clock.cut, reader.expired) == (True, True)
 
 
-def test_the_watchdog_ends_what_goes_on_for_ever(monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_that_goes_on_for_ever_is_cut(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
-    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    upstream.Watchdog(clock, clock)  # type: ignore[arg-type]
+    reader = watched(clock, monkeypatch)
     while not clock.cut and clock.now < 2 * upstream.STREAM_SECONDS:
-        clock.since = clock.now
+        reader._since = clock.now
         clock.go_to(clock.now + 1)
     assert upstream.STREAM_SECONDS <= clock.now < upstream.STREAM_SECONDS + upstream.IDLE_SECONDS + 1
 
@@ -592,29 +609,46 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
         assert classified([text[:at], text[at:]]) == expected
 
 
+class Pieces:
+    """A Reader that reads these pieces."""
+
+    broken = expired = False
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = list(pieces)
+
+    async def read(self) -> bytes:
+        return self.pieces.pop(0) if self.pieces else b""
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(
-    ("body", "data", "payload", "done", "failure"),
+    ("framing", "data", "payload", "rest", "failure"),
     [
-        (lambda: Body(3, False), b"abc", b"abc", True, ""),
-        (lambda: Body(3, False), b"ab", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(3, False), b"abcd", b"abc", True, ""),
-        (lambda: Body(None, False), b"abc", b"abc", False, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", True, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\n", b"ab", False, "it ended in the middle of its answer"),
-        (lambda: Body(None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", True, ""),
-        (lambda: Body(None, True), b"2\r\nab\r\nzz\r\n", b"ab", False, "it sent a malformed chunk"),
-        (lambda: Body(None, True), b"2\r\nab0\r\n\r\n", b"ab", False, "it sent a malformed chunk"),
+        ((3, False), b"abc", b"abc", b"", ""),
+        ((3, False), b"ab", b"ab", None, "it ended in the middle of its answer"),
+        ((3, False), b"abcd", b"abc", b"d", ""),
+        ((None, False), b"abc", b"abc", None, ""),
+        ((None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", b"", ""),
+        ((None, True), b"2\r\nab\r\n", b"ab", None, "it ended in the middle of its answer"),
+        ((None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", b"x", ""),
+        ((None, True), b"2\r\nab\r\nzz\r\n", b"ab", None, "it sent a malformed chunk"),
+        ((None, True), b"2\r\nab0\r\n\r\n", b"ab", None, "it sent a malformed chunk"),
     ],
 )
-def test_body(body: Any, data: bytes, payload: bytes, done: bool, failure: str, split: bool):
-    body, got = body(), b""
-    for piece in [data[i : i + 1] for i in range(len(data))] if split else [data]:
-        got += body.feed(piece)
-    if not body.failure:
-        body.end("")
-    assert (got, body.done, bool(body.rest)) == (payload, done, data.endswith((b"d", b"x")))
-    assert (body.failure.reason if body.failure else "") == failure
+async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | None, failure: str, split: bool):
+    pieces = [data[i : i + 1] for i in range(len(data))] if split else [data]
+    decoder = BodyDecoder(*framing)
+    for piece in pieces:
+        decoder.feed(piece)
+    assert (decoder.rest if decoder.done else None) == rest
+    answer, got = Answer(Pieces(pieces)), b""  # type: ignore[arg-type]
+    answer.body = BodyDecoder(*framing)
+    for _ in range(2):  # a fault is raised again
+        with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
+            while piece := await answer.read():
+                got += piece
+    assert got == payload
 
 
 @pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
