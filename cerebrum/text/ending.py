@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import takewhile
 
-from cerebrum.text.languages import BY_NAME, GENERIC, LANGUAGES, Language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, TRIPLE_QUOTES, Scanner, after_blank
 
 # --------------------------------------------------------------------------------------------------------- stop strings
@@ -148,9 +148,13 @@ HEADERS = {name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M) for nam
 STATEMENTS = re.compile(r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M)
 
 
-def guess(text: str) -> Language | None:
-    """The syntax of a text that has the header of a definition; None if it has none."""
-    return next((LANGUAGES[name] for name, header in HEADERS.items() if header.search(text)), None)
+def guess(prompt: str, suffix: str) -> Language | None:
+    """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
+    text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
+    name = next((name for name, header in HEADERS.items() if header.search(text)), "")
+    if suffix and not name:
+        name = "python" if STATEMENTS.search(text) else "c"
+    return LANGUAGES.get(name)
 
 
 class Stage:
@@ -1030,7 +1034,7 @@ class Ending:
         if stop_at == "none":
             return
         if mode != "instruct":
-            if known := syntax or self._guess(prompt, suffix if gap else ""):
+            if known := syntax or guess(prompt, suffix if gap else ""):
                 scanner = scan(known, prompt)
                 if scanner.starting and scanner.indent:
                     self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
@@ -1041,15 +1045,6 @@ class Ending:
         if indent > 0:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())
-
-    @staticmethod
-    def _guess(prompt: str, suffix: str) -> Language | None:
-        """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
-        text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
-        found = guess(text)
-        if suffix and not found:
-            found = LANGUAGES["python"] if STATEMENTS.search(text) else GENERIC
-        return found
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""

@@ -454,8 +454,6 @@ LANGUAGES |= {
 }
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
-# For an unknown language, unless the text looks like a known one.
-GENERIC = _C
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
