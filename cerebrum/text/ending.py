@@ -1,7 +1,6 @@
 """Where a completion ends: at stop strings, and when the requested piece is complete.
 
-In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`StopStrings`,
-`Ending`).
+In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`Ending`).
 
     >>> from cerebrum.text.ending import Ending
     >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
@@ -25,78 +24,9 @@ from itertools import takewhile
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, TRIPLE_QUOTES, Scanner, after_blank
 
-# --------------------------------------------------------------------------------------------------------- stop strings
-
-
-class StopStrings:
-    """Cuts the text at the first stop string, however tokens split it, and holds back the possible start of one.
-
-    Each string has its own Knuth-Morris-Pratt search: `matched` counts the string's characters at the text's end. No
-    stop string may be empty.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.starts = {stop[0] for stop in self.stops}
-        self.borders = [borders(stop) for stop in self.stops]
-        self.matched = [0] * len(self.stops)
-        self.longest, self.size = "", 0  # the stop string with the longest match, and the match's length
-
-    @property
-    def held(self) -> str:
-        """The text held back: the start of a stop string."""
-        return self.longest[: self.size]
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """(text that may be sent, whether a stop string was found); the text ends before the stop string.
-
-        The first complete stop string counts, however tokens split the text; of two at the same place, the longer.
-        """
-        if not self.size and self.starts.isdisjoint(text):
-            return text, False  # most texts
-        for place, char in enumerate(text, self.size + 1):
-            if complete := self._step(char):
-                out, self.size = self._first(place - complete, text), 0
-                return out, True
-        size = max(self.matched, default=0)
-        out = self._first(self.size + len(text) - size, text)
-        if size:
-            self.longest = self.stops[self.matched.index(size)]
-        self.size = size
-        return out, False
-
-    def _first(self, size: int, text: str) -> str:
-        """The first `size` characters of the held text followed by `text`."""
-        return self.longest[: min(size, self.size)] + text[: max(0, size - self.size)]
-
-    def _step(self, char: str) -> int:
-        """The length of the longest stop string that `char` completes."""
-        complete = 0
-        for number, (stop, border) in enumerate(zip(self.stops, self.borders, strict=True)):
-            size = self.matched[number]
-            while size and stop[size] != char:
-                size = border[size - 1]
-            size += stop[size] == char
-            self.matched[number] = size
-            if size == len(stop):
-                complete = max(complete, size)
-        return complete
-
-
-def borders(text: str) -> list[int]:
-    """For each prefix of a text, the length of the longest shorter prefix that it ends with."""
-    found = [0] * len(text)
-    for place in range(1, len(text)):
-        size = found[place - 1]
-        while size and text[place] != text[size]:
-            size = found[size - 1]
-        found[place] = size + (text[place] == text[size])
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------ the natural end
 #
-# A completion passes through up to four stages. A stage reads one character at a time, so the outcome does not depend
+# A completion passes through up to five stages. A stage reads one character at a time, so the outcome does not depend
 # on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
@@ -191,9 +121,58 @@ class Stage:
         return self.cut(self.sent)
 
 
-def compared(line: str) -> str:
-    """The part of a line that comparisons use."""
-    return line.lstrip()[:LINE_CHARS]
+class StopStrings(Stage):
+    """Ends the text before the first stop string, and holds back the possible start of one.
+
+    The first complete stop string counts, however tokens split the text; of two at the same place, the longer. Each has
+    its own Knuth-Morris-Pratt search. No stop string may be empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        # (string, for each of its prefixes the length of the longest shorter prefix that it ends with)
+        self.stops = [(stop, [0]) for stop in stops]
+        for stop, borders in self.stops:
+            for char in stop[1:]:
+                borders.append(matched(stop, borders, borders[-1], char))
+        self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
+
+    def step(self, char: str) -> None:
+        self.text.append(char)
+        self.sizes = [matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)]
+        self.safe = len(self.text) - max(self.sizes, default=0)
+        complete = [size for (stop, _), size in zip(self.stops, self.sizes, strict=True) if size == len(stop)]
+        if complete:
+            self.end("stop", len(self.text) - max(complete))
+
+
+def matched(text: str, borders: list[int], size: int, char: str) -> int:
+    """The length of a match with the start of a text, which was `size`, after one more character."""
+    while size and text[size] != char:
+        size = borders[size - 1]
+    return size + (text[size] == char)
+
+
+class Typed(Stage):
+    """Removes the indentation already typed, which models often repeat.
+
+    The cursor is in `column`, below white space alone; the line needs indentation up to the column `due`.
+    """
+
+    def __init__(self, column: int, due: int) -> None:
+        super().__init__()
+        self.column, self.due, self.starting = column, due, True
+
+    def step(self, char: str) -> None:
+        if self.starting and char in " \t":
+            column = after_blank(self.column, char)
+            if column > self.due:
+                return
+            self.column = column
+        else:
+            self.starting = False
+        self.text.append(char)
+        self.safe = len(self.text)
 
 
 def columns_of(line: str) -> int:
@@ -234,7 +213,7 @@ class Block(Stage):
         super().__init__()
         self.scanner = scanner
         # The line so far, including the prompt's part of it, without its indentation.
-        self.line = compared(prompt[prompt.rfind("\n") + 1 :])
+        self.line = prompt.rpartition("\n")[2].lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
         self.fences = scanner.language is not LANGUAGES["markdown"]  # a fence ends the code
@@ -929,7 +908,7 @@ class Fences(Stage):
         first, self.begun = not self.begun, self.begun or bool(line.strip())
         if self.mark >= CHATTER_CHARS or (first and self._is_code(line.rstrip())):
             self.state, self.safe = "inside", self.mark
-            self.line = "" if line.endswith("\n") else compared(line)
+            self.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.scanner:
                 self.scanner.feed(self.cut(0))
 
@@ -1007,14 +986,14 @@ def scan(language: Language, prompt: str) -> Scanner:
 
 
 class Ending:
-    """Ends a completion when the requested piece is complete, however its text is split.
+    """Ends a completion at a stop string or when the requested piece is complete, however its text is split.
 
-    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix or a
-    fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
-    the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
-    An `indent` above 0 ends the completion before a line
-    that is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before
-    two blank lines if its prompt defines nothing.
+    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix, a
+    fence or one of the strings `stops` follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text
+    before the completion; in a chat, the start of the answer that the model was given. `stop_at` "none" turns off all
+    but the stop strings and the removal of a chat's fences. An `indent` above 0 ends the completion before a line that
+    is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before two
+    blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -1025,19 +1004,20 @@ class Ending:
         suffix: str | None,
         stop_at: str,
         indent: int = 0,
+        stops: Sequence[str] = (),
     ) -> None:
         syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
         suffix = suffix or ""
         gap = mode == "infill" and suffix.strip()
+        self.stops = StopStrings(stops)
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        self.column = self.due = 0  # the cursor's, if only indentation precedes it; the column that its line needs
         if stop_at == "none":
             return
         if mode != "instruct":
             if known := syntax or guess(prompt, suffix if gap else ""):
                 scanner = scan(known, prompt)
                 if scanner.starting and scanner.indent:
-                    self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
+                    self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))
                 block = LineBlock if scanner.by_lines else BracketBlock
                 self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
             else:
@@ -1048,52 +1028,21 @@ class Ending:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""
-        if self.column:
-            text = self._indented(text)
+        text, stopped = self.stops.feed(text)
         reason = None
         for stage in self.stages:
             text, why = stage.feed(text)
             if reason and not why:
                 text += stage.flush(whole=True)
             reason = why or reason
+        if stopped and not reason:
+            return text + self.flush(), stopped
         return text, reason
-
-    def _indented(self, text: str) -> str:
-        """The text without the indentation already typed, which models often repeat."""
-        kept = ""
-        for place, char in enumerate(text):
-            if char not in " \t":
-                self.column = 0
-                return kept + text[place:]
-            column = after_blank(self.column, char)
-            if column <= self.due:
-                self.column, kept = column, kept + char
-        return kept
 
     def flush(self, whole: bool = True) -> str:
         """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens did not cut it."""
         text = ""
-        for stage in self.stages:
+        for stage in (self.stops, *self.stages):
             text, why = stage.feed(text)
             text += "" if why else stage.flush(whole)
         return text
-
-
-class Cutter:
-    """Cuts a text, however split, at the first stop string or at its natural end, whichever comes first."""
-
-    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
-        self.stops, self.ending = StopStrings(stops), ending
-
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it continues)."""
-        text, stopped = self.stops.feed(text)
-        text, reason = self.ending.feed(text)
-        if stopped and not reason:
-            return text + self.ending.flush(), "stop"
-        return text, reason
-
-    def flush(self, whole: bool = True) -> str:
-        """The text still held back when generation stops: at the model's own end (`whole`) or at a limit."""
-        text, reason = self.ending.feed(self.stops.held)
-        return text if reason else text + self.ending.flush(whole)
