@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import takewhile
 
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
-from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, TRIPLE_QUOTES, Scanner, after_blank
+from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
+from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_blank
 
 # ------------------------------------------------------------------------------------------------------ the natural end
 #
@@ -199,8 +199,8 @@ def is_announced(language: Language, prompt: str) -> bool:
     above, _, line = prompt.rpartition("\n")
     above = above.rpartition("\n")[2].strip()
     starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
-    ends = language.block_comment[1] if language.block_comment else None
-    return not line.strip() and bool(above) and (above.startswith(starts) or bool(ends and above.endswith(ends)))
+    ends = (language.block_comment or ())[1:]
+    return not line.strip() and (above.startswith(starts) or above.endswith(ends))
 
 
 class Block(Stage):
@@ -220,7 +220,7 @@ class Block(Stage):
         self.ticks = 0  # backticks in a row: a fence is no code in any language
         function = scanner.language.function
         header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
-        self.helper = re.compile(header) if function else None
+        self.helper = re.compile(header) if function else NOTHING
         self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
         self.called, self.defined = set[str](), set[str]()  # functions
 
@@ -236,7 +236,7 @@ class Block(Stage):
         self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
         self.text.append(char)
         self.scanner.step(char)
-        if self.helper and not self.scanner.closer:
+        if self.scanner.language.function and not self.scanner.closer:
             self.code.append(char)
         reason: str | None = None
         if self.ticks == len("```"):
@@ -247,8 +247,7 @@ class Block(Stage):
                 reason = self.outside(f"{line}\n")
             if not reason:
                 self.mark = len(self.text) if line else self.mark
-                if self.helper:
-                    self._note_calls(self.helper)
+                self._note_calls()
                 reason = self.ended(line)
         else:
             if char == "\n":
@@ -263,21 +262,21 @@ class Block(Stage):
         if reason:
             self.end(reason, self.mark)
 
-    def _note_calls(self, helper: re.Pattern[str]) -> None:
+    def _note_calls(self) -> None:
         """Read the calls and definitions in the code of a line."""
         line = "".join(self.code)
         self.code.clear()
         called = set(CALL.findall(line)) - self.defined
         if called and self.unread:
-            self.defined.update(helper.findall(self.unread))
+            self.defined.update(self.helper.findall(self.unread))
             self.unread = ""
-        self.defined.update(helper.findall(line))
+        self.defined.update(self.helper.findall(line))
         self.called |= called
         self.called -= self.defined
 
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
-        if not self.helper or not self.called:
+        if not self.called:
             return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
@@ -344,8 +343,7 @@ class LineBlock(Block):
         blocks, self.blank = self.scanner.blocks, not line
         language = self.scanner.language
         if line:
-            markdown = language is LANGUAGES["markdown"]
-            self.over = not line.endswith(":") if markdown else line.endswith(";")
+            self.over = not line.endswith(":") if language is LANGUAGES["markdown"] else line.endswith(";")
             self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
         if self.base == -1 and language.colons and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
@@ -364,11 +362,10 @@ class LineBlock(Block):
             return None
         if word[-1] != "\n":
             self.level = scanner.level(word)
-        level = self.level
-        if level > self.base:
+        if self.level > self.base:
             self.deep = self.begun
-            return self._goes_on(word) if self.statement and level <= self.top else ""
-        if level < self.base:
+            return self._goes_on(word) if self.statement and self.level <= self.top else ""
+        if self.level < self.base:
             return "block"
         if self.member and not self.deep and (not self.begun or not self.blank):
             return ""
@@ -377,11 +374,11 @@ class LineBlock(Block):
         return self._closes(word)
 
     def _closes(self, word: str) -> str | None:
-        """`outside` for a line at the block's own indentation, which may close the block or continue it."""
+        """`outside` for a line that may close the block, continue it, or be the next thing."""
         if re.fullmatch(r"[\w<]{1,20}", word):
             return None
         if word[0] in PAIRS or self.closing.match(word):
-            self.closed = True
+            self.closed = self.level == self.base
             return ""
         unfinished = self.scanner.language.blocks == "statements" and not self.over
         return "" if unfinished or self.inside.match(word) else "block"
@@ -389,13 +386,9 @@ class LineBlock(Block):
     def _goes_on(self, word: str) -> str | None:
         """`outside` for a line of a statement outside all blocks."""
         language = self.scanner.language
-        if not self.mark or not (self.over if language.blocks == "statements" else self.blank):
-            return ""
-        if language is LANGUAGES["markdown"] and not self.over:
-            return ""  # a colon announces what follows
-        if re.fullmatch(r"[\w<]{1,20}", word):
-            return None
-        return "" if word[0] in PAIRS or self.closing.match(word) or self.inside.match(word) else "block"
+        colon = language is LANGUAGES["markdown"] and not self.over  # announces what follows
+        over = self.over if language.blocks == "statements" else self.blank and not colon
+        return self._closes(word) if self.mark and over else ""
 
 
 class BracketBlock(Block):
@@ -450,12 +443,9 @@ class BracketBlock(Block):
         stack, language = self.scanner.stack, self.scanner.language
         if self.base is None and before == 0 and len(stack) == 1:
             header = stack[0].header
-            brackets = language.blocks == "brackets"
-            if brackets or (stack[0].kind == "{" and self._defines(header)):
+            defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
+            if defines or language.blocks == "brackets":
                 self._open(0)
-
-    def _defines(self, header: str) -> bool:
-        return self.scanner.language.definition.search(header) is not None and not CONTROL.search(header)
 
     def ended(self, line: str) -> str | None:
         scanner = self.scanner
@@ -480,13 +470,10 @@ class BracketBlock(Block):
         if not self.closed:
             return ""
         goes_on = word[0] in GOES_ON and (self.statement or self.call) and self.scanner.language.line_ends
-        reason = (
-            ""
-            if word[0] in PAIRS or word[0] == "{" or goes_on
-            else continues(word)
-            if self.clauses
-            else self.helps(word)
-        )
+        if word[0] in PAIRS or word[0] == "{" or goes_on:
+            reason: str | None = ""
+        else:
+            reason = continues(word) if self.clauses else self.helps(word)
         self.closed = reason != ""
         return reason
 
@@ -519,6 +506,7 @@ class Meeting:
         self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
         self.goal = [(0, self.rest)] if self.rest else []
         self.goal += [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in self.below]
+        self.weight = sum(map(str.isalnum, self._line(0)[1]))  # letters and digits in the first line of the goal
         self.sure = self._choose(prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1])
         # The line so far, its indentation, and where its characters are, white space not counted.
         self.line, self.indent = squeezed(first)[:LINE_CHARS], columns_of(first)
@@ -533,15 +521,10 @@ class Meeting:
         for size in range(1, min(MEET_LINES, len(goal)) + 1):
             self.goal, places = goal[:size], range(len(around) - size + 1)
             whole = size == len(goal) and not (self.rest and size == 1)
-            if (whole or sum(len(text) for _, text in self.goal) >= MEET_CHARS) and not any(
-                around[at : at + size] == self.goal for at in places
-            ):
+            long = sum(len(text) for _, text in self.goal) >= MEET_CHARS
+            if (whole or long) and self.goal not in (around[at : at + size] for at in places):
                 return True
         return False
-
-    def weight(self, size: int) -> int:
-        """The letters and digits in the first lines of the goal."""
-        return sum(map(str.isalnum, "".join(text for _, text in self.goal[:size])))
 
     def step(self, char: str, position: int, text: list[str]) -> int | None:
         """Read a character; if the whole goal stands there now, where it begins."""
@@ -592,7 +575,7 @@ class Meeting:
             columns, goal = self._line(size)
             if not self.line or (self.indent == columns and goal.startswith(self.line)):
                 places.append(edge)
-        first = self.goal[0][1] if self.goal and (self.rest or self.whole) else ""
+        first = self.goal[0][1] if self.rest or self.whole else ""
         at = max(0, len(self.line) - len(first)) if first else -1
         while at >= 0 and not first.startswith(self.line[at:]):
             at = self.line.find(first[0], at + 1)
@@ -615,7 +598,7 @@ class Meeting:
             elif not size:
                 continue
             closes = self.rest[:1] in tuple("\"'`)]}") or (self.rest.isalnum() and len(self.rest) < 3)
-            sure = lines > 1 or self.weight(1) >= END_WEIGHT or (self.rest and not closes)
+            sure = lines > 1 or self.weight >= END_WEIGHT or (self.rest and not closes)
             if lines > size - bool(not self.line) and sure:
                 return place
         return None
@@ -658,9 +641,9 @@ class Gap(Stage):
         self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
         self.ahead = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
         # The text is in a block that ends before the suffix, so all of it belongs to the gap.
-        self.inner = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
-        self.inner = self.inner or (scanner.by_lines and self.started and self.indent > self.below)
-        self.inner = self.inner and not self.meeting.rest
+        closes = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
+        deeper = scanner.by_lines and self.started and self.indent > self.below
+        self.inner = not self.meeting.rest and (closes or deeper)
 
     def step(self, char: str) -> None:
         position, meeting, scanner = len(self.text), self.meeting, self.scanner
@@ -696,22 +679,21 @@ class Gap(Stage):
     def _end_line(self) -> None:
         """A line has ended, with or without the rest of the cursor's line."""
         written = next((place for size, place in self.meeting.found if size == 1), None)
-        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight(1) >= REST_WEIGHT
+        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight >= REST_WEIGHT
+        closes = self.meeting.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
         if written is not None and sure:
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
-        elif self.meeting.rest[0] in PAIRS and self.scanner.stack:
-            return  # the rest closes what the cursor is in
-        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer:
-            self._could_end(self.mark)
-            self.ahead = min(self.ahead, REST_AHEAD_CHARS)
+        elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+            self._could_end(self.mark, REST_AHEAD_CHARS)
 
     def _indented(self, place: int) -> int:
         """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
         lacking = (self.below - self.meeting.blanks) * self.meeting.half
         return place + sum(1 for _ in takewhile(" ".__eq__, self.text[place : place + max(0, lacking)]))
 
-    def _could_end(self, place: int) -> None:
+    def _could_end(self, place: int, ahead: int = AHEAD_CHARS) -> None:
         self.enough = place if self.enough is None or self.inner else self.enough
+        self.ahead = min(self.ahead, ahead)
 
     def _read(self, char: str, position: int) -> None:
         """Note whether a character leaves the surroundings of the cursor."""
@@ -734,9 +716,8 @@ class Gap(Stage):
     def _leave(self, place: int) -> None:
         if self.left is None:
             self.left = place
-            self._could_end(place)
+            self._could_end(place, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
             self.inner = False
-            self.ahead = min(self.ahead, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
 
     def _has_left(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
@@ -753,13 +734,10 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         place = self.meeting.at_end(self.text)
-        if place is None and not whole:
-            place = self.enough
-        elif place is None and self._has_left():
-            place = self.left
-        if place is not None and place == self.enough:
-            place = self._indented(place)
+        if place is None:
+            place = self.enough if not whole else self.left if self._has_left() else None
         if place is not None:
+            place = self._indented(place) if place == self.enough else place
             return self.cut(self.sent, max(place, self.sent))
         text = self.cut(0).rstrip(" \t")
         newline = self.meeting.whole and not self.meeting.half and bool(text.strip()) and not text.endswith("\n")
@@ -834,10 +812,10 @@ class Repeat(Stage):
                 tail = "".join(self.line[-PERIOD_CHARS:])
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
-        elif (line := "".join(self.line).rstrip()) or self.line:
-            self.line.clear()
-            if line:
+        else:
+            if line := "".join(self.line).rstrip():
                 self._ended(line, position)
+            self.line.clear()
         if self.hold is None and not self.reason:
             self.safe = position
 
@@ -847,10 +825,7 @@ class Repeat(Stage):
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
             runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
-        if not periods:
-            self.hold = None
-        elif self.hold is None:
-            self.hold = position
+        self.hold = (self.hold or position) if periods else None
         for period in periods:
             light = all(data for _, data in lines[-period:])
             most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
@@ -958,22 +933,16 @@ class Fences(Stage):
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
-    place = prompt.find(quotes)
-    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", prompt[:place]).rstrip()
-    behind, _, below = prompt[place + len(quotes) :].partition("\n")
+    above, _, after = prompt.partition(quotes)
+    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", above).rstrip()
+    behind, _, below = after.partition("\n")
     code = below.partition(quotes)[0]
     return bool(before) and not behind.strip() and before[-1] not in ":=([{,\\" and CODE.search(f"\n{code}") is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end. In a Markdown fence of a known language it is one of that language."""
-    if language is LANGUAGES["markdown"]:
-        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
-        scanner = Scanner(language, prompt)
-        if scanner.closer and last and (inner := BY_NAME.get(last[1].lower())):
-            return Scanner(LANGUAGES[inner], prompt[last.end() :])
-        return scanner
-    for quotes in TRIPLE_QUOTES if language.colons else ():
+    for quotes in ('"""', "'''") if language.colons else ():
         if quotes in prompt and starts_in_docstring(prompt, quotes):
             prompt = quotes + prompt
             break
@@ -982,6 +951,10 @@ def scan(language: Language, prompt: str) -> Scanner:
     scanner = Scanner(language, prompt)
     if scanner.closer == "<?":
         return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
+    if scanner.closer and language is LANGUAGES["markdown"]:
+        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
+        if last and (inner := BY_NAME.get(last[1].lower())):
+            return Scanner(LANGUAGES[inner], prompt[last.end() :])
     return scanner
 
 

@@ -21,7 +21,6 @@ MAX_BRANCHES = 20  # nested #if with a copy of the open brackets each; a deeper 
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
-TRIPLE_QUOTES = ('"""', "'''")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
