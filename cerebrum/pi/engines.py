@@ -75,16 +75,15 @@ class Translator:
 
     def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
-        from cerebrum.text.ending import Cutter, Ending
+        from cerebrum.text.ending import Ending
 
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
         above, indent = "" if turns else given[0], asked.get("indent", 0)
         where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
-        ending = Ending(*where, indent)
         self.read_event = dialect.read_event
-        self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
+        self.ending = Ending(*where, indent, [*asked.get("stop", ()), *marks])
         self.characters = Characters()
         self.most = asked.get("max_tokens") or MAX_TOKENS
         self.limit = asked.get("predict_ms", 0) / 1000  # seconds; 0: none
@@ -155,7 +154,7 @@ class Translator:
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
         if text and self.tokens == self.most:  # an event has at least one token: the engine ignores its limit
-            if rest := self.cutter.flush(whole=False):
+            if rest := self.ending.flush(whole=False):
                 yield "text", text_event(rest, self.tokens)
             yield self._done("length")
             return
@@ -164,11 +163,11 @@ class Translator:
             self.tokens += 1
             self.has_line = self.has_line or "\n" in text
             text = self.characters.feed(text)
-        text, ended = self.cutter.feed(text)
+        text, ended = self.ending.feed(text)
         if not ended and not reason and self.limit and self.has_line and now - self.began > self.limit:
-            ended, text = "length", text + self.cutter.flush(whole=False)
+            ended, text = "length", text + self.ending.flush(whole=False)
         elif reason and not ended:
-            text += self.cutter.flush(whole=reason == "stop")
+            text += self.ending.flush(whole=reason == "stop")
         if text:
             yield "text", text_event(text, self.tokens)
         self.reason = reason

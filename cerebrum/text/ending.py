@@ -1,7 +1,6 @@
 """Where a completion ends: at stop strings, and when the requested piece is complete.
 
-In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`StopStrings`,
-`Ending`).
+In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`Ending`).
 
     >>> from cerebrum.text.ending import Ending
     >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
@@ -22,81 +21,12 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import takewhile
 
-from cerebrum.text.languages import BY_NAME, GENERIC, LANGUAGES, Language
-from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, TRIPLE_QUOTES, Scanner, after_blank
-
-# --------------------------------------------------------------------------------------------------------- stop strings
-
-
-class StopStrings:
-    """Cuts the text at the first stop string, however tokens split it, and holds back the possible start of one.
-
-    Each string has its own Knuth-Morris-Pratt search: `matched` counts the string's characters at the text's end. No
-    stop string may be empty.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.starts = {stop[0] for stop in self.stops}
-        self.borders = [borders(stop) for stop in self.stops]
-        self.matched = [0] * len(self.stops)
-        self.longest, self.size = "", 0  # the stop string with the longest match, and the match's length
-
-    @property
-    def held(self) -> str:
-        """The text held back: the start of a stop string."""
-        return self.longest[: self.size]
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """(text that may be sent, whether a stop string was found); the text ends before the stop string.
-
-        The first complete stop string counts, however tokens split the text; of two at the same place, the longer.
-        """
-        if not self.size and self.starts.isdisjoint(text):
-            return text, False  # most texts
-        for place, char in enumerate(text, self.size + 1):
-            if complete := self._step(char):
-                out, self.size = self._first(place - complete, text), 0
-                return out, True
-        size = max(self.matched, default=0)
-        out = self._first(self.size + len(text) - size, text)
-        if size:
-            self.longest = self.stops[self.matched.index(size)]
-        self.size = size
-        return out, False
-
-    def _first(self, size: int, text: str) -> str:
-        """The first `size` characters of the held text followed by `text`."""
-        return self.longest[: min(size, self.size)] + text[: max(0, size - self.size)]
-
-    def _step(self, char: str) -> int:
-        """The length of the longest stop string that `char` completes."""
-        complete = 0
-        for number, (stop, border) in enumerate(zip(self.stops, self.borders, strict=True)):
-            size = self.matched[number]
-            while size and stop[size] != char:
-                size = border[size - 1]
-            size += stop[size] == char
-            self.matched[number] = size
-            if size == len(stop):
-                complete = max(complete, size)
-        return complete
-
-
-def borders(text: str) -> list[int]:
-    """For each prefix of a text, the length of the longest shorter prefix that it ends with."""
-    found = [0] * len(text)
-    for place in range(1, len(text)):
-        size = found[place - 1]
-        while size and text[place] != text[size]:
-            size = found[size - 1]
-        found[place] = size + (text[place] == text[size])
-    return found
-
+from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
+from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_blank
 
 # ------------------------------------------------------------------------------------------------------ the natural end
 #
-# A completion passes through up to four stages. A stage reads one character at a time, so the outcome does not depend
+# A completion passes through up to five stages. A stage reads one character at a time, so the outcome does not depend
 # on how tokens split the text. It decides how much of the text may go out (`safe`) and whether the completion is over
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
@@ -148,9 +78,13 @@ HEADERS = {name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M) for nam
 STATEMENTS = re.compile(r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M)
 
 
-def guess(text: str) -> Language | None:
-    """The syntax of a text that has the header of a definition; None if it has none."""
-    return next((LANGUAGES[name] for name, header in HEADERS.items() if header.search(text)), None)
+def guess(prompt: str, suffix: str) -> Language | None:
+    """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
+    text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
+    name = next((name for name, header in HEADERS.items() if header.search(text)), "")
+    if suffix and not name:
+        name = "python" if STATEMENTS.search(text) else "c"
+    return LANGUAGES.get(name)
 
 
 class Stage:
@@ -187,9 +121,58 @@ class Stage:
         return self.cut(self.sent)
 
 
-def compared(line: str) -> str:
-    """The part of a line that comparisons use."""
-    return line.lstrip()[:LINE_CHARS]
+class StopStrings(Stage):
+    """Ends the text before the first stop string, and holds back the possible start of one.
+
+    The first complete stop string counts, however tokens split the text; of two at the same place, the longer. Each has
+    its own Knuth-Morris-Pratt search. No stop string may be empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        # (string, for each of its prefixes the length of the longest shorter prefix that it ends with)
+        self.stops = [(stop, [0]) for stop in stops]
+        for stop, borders in self.stops:
+            for char in stop[1:]:
+                borders.append(matched(stop, borders, borders[-1], char))
+        self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
+
+    def step(self, char: str) -> None:
+        self.text.append(char)
+        self.sizes = [matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)]
+        self.safe = len(self.text) - max(self.sizes, default=0)
+        complete = [size for (stop, _), size in zip(self.stops, self.sizes, strict=True) if size == len(stop)]
+        if complete:
+            self.end("stop", len(self.text) - max(complete))
+
+
+def matched(text: str, borders: list[int], size: int, char: str) -> int:
+    """The length of a match with the start of a text, which was `size`, after one more character."""
+    while size and text[size] != char:
+        size = borders[size - 1]
+    return size + (text[size] == char)
+
+
+class Typed(Stage):
+    """Removes the indentation already typed, which models often repeat.
+
+    The cursor is in `column`, below white space alone; the line needs indentation up to the column `due`.
+    """
+
+    def __init__(self, column: int, due: int) -> None:
+        super().__init__()
+        self.column, self.due, self.starting = column, due, True
+
+    def step(self, char: str) -> None:
+        if self.starting and char in " \t":
+            column = after_blank(self.column, char)
+            if column > self.due:
+                return
+            self.column = column
+        else:
+            self.starting = False
+        self.text.append(char)
+        self.safe = len(self.text)
 
 
 def columns_of(line: str) -> int:
@@ -216,8 +199,8 @@ def is_announced(language: Language, prompt: str) -> bool:
     above, _, line = prompt.rpartition("\n")
     above = above.rpartition("\n")[2].strip()
     starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
-    ends = language.block_comment[1] if language.block_comment else None
-    return not line.strip() and bool(above) and (above.startswith(starts) or bool(ends and above.endswith(ends)))
+    ends = (language.block_comment or ())[1:]
+    return not line.strip() and (above.startswith(starts) or above.endswith(ends))
 
 
 class Block(Stage):
@@ -230,14 +213,14 @@ class Block(Stage):
         super().__init__()
         self.scanner = scanner
         # The line so far, including the prompt's part of it, without its indentation.
-        self.line = compared(prompt[prompt.rfind("\n") + 1 :])
+        self.line = prompt.rpartition("\n")[2].lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
         self.fences = scanner.language is not LANGUAGES["markdown"]  # a fence ends the code
         self.ticks = 0  # backticks in a row: a fence is no code in any language
         function = scanner.language.function
         header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
-        self.helper = re.compile(header) if function else None
+        self.helper = re.compile(header) if function else NOTHING
         self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
         self.called, self.defined = set[str](), set[str]()  # functions
 
@@ -253,7 +236,7 @@ class Block(Stage):
         self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
         self.text.append(char)
         self.scanner.step(char)
-        if self.helper and not self.scanner.closer:
+        if self.scanner.language.function and not self.scanner.closer:
             self.code.append(char)
         reason: str | None = None
         if self.ticks == len("```"):
@@ -264,8 +247,7 @@ class Block(Stage):
                 reason = self.outside(f"{line}\n")
             if not reason:
                 self.mark = len(self.text) if line else self.mark
-                if self.helper:
-                    self._note_calls(self.helper)
+                self._note_calls()
                 reason = self.ended(line)
         else:
             if char == "\n":
@@ -280,21 +262,21 @@ class Block(Stage):
         if reason:
             self.end(reason, self.mark)
 
-    def _note_calls(self, helper: re.Pattern[str]) -> None:
+    def _note_calls(self) -> None:
         """Read the calls and definitions in the code of a line."""
         line = "".join(self.code)
         self.code.clear()
         called = set(CALL.findall(line)) - self.defined
         if called and self.unread:
-            self.defined.update(helper.findall(self.unread))
+            self.defined.update(self.helper.findall(self.unread))
             self.unread = ""
-        self.defined.update(helper.findall(line))
+        self.defined.update(self.helper.findall(line))
         self.called |= called
         self.called -= self.defined
 
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
-        if not self.helper or not self.called:
+        if not self.called:
             return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
@@ -361,8 +343,7 @@ class LineBlock(Block):
         blocks, self.blank = self.scanner.blocks, not line
         language = self.scanner.language
         if line:
-            markdown = language is LANGUAGES["markdown"]
-            self.over = not line.endswith(":") if markdown else line.endswith(";")
+            self.over = not line.endswith(":") if language is LANGUAGES["markdown"] else line.endswith(";")
             self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
         if self.base == -1 and language.colons and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
@@ -381,11 +362,10 @@ class LineBlock(Block):
             return None
         if word[-1] != "\n":
             self.level = scanner.level(word)
-        level = self.level
-        if level > self.base:
+        if self.level > self.base:
             self.deep = self.begun
-            return self._goes_on(word) if self.statement and level <= self.top else ""
-        if level < self.base:
+            return self._goes_on(word) if self.statement and self.level <= self.top else ""
+        if self.level < self.base:
             return "block"
         if self.member and not self.deep and (not self.begun or not self.blank):
             return ""
@@ -394,11 +374,11 @@ class LineBlock(Block):
         return self._closes(word)
 
     def _closes(self, word: str) -> str | None:
-        """`outside` for a line at the block's own indentation, which may close the block or continue it."""
+        """`outside` for a line that may close the block, continue it, or be the next thing."""
         if re.fullmatch(r"[\w<]{1,20}", word):
             return None
         if word[0] in PAIRS or self.closing.match(word):
-            self.closed = True
+            self.closed = self.level == self.base
             return ""
         unfinished = self.scanner.language.blocks == "statements" and not self.over
         return "" if unfinished or self.inside.match(word) else "block"
@@ -406,13 +386,9 @@ class LineBlock(Block):
     def _goes_on(self, word: str) -> str | None:
         """`outside` for a line of a statement outside all blocks."""
         language = self.scanner.language
-        if not self.mark or not (self.over if language.blocks == "statements" else self.blank):
-            return ""
-        if language is LANGUAGES["markdown"] and not self.over:
-            return ""  # a colon announces what follows
-        if re.fullmatch(r"[\w<]{1,20}", word):
-            return None
-        return "" if word[0] in PAIRS or self.closing.match(word) or self.inside.match(word) else "block"
+        colon = language is LANGUAGES["markdown"] and not self.over  # announces what follows
+        over = self.over if language.blocks == "statements" else self.blank and not colon
+        return self._closes(word) if self.mark and over else ""
 
 
 class BracketBlock(Block):
@@ -467,12 +443,9 @@ class BracketBlock(Block):
         stack, language = self.scanner.stack, self.scanner.language
         if self.base is None and before == 0 and len(stack) == 1:
             header = stack[0].header
-            brackets = language.blocks == "brackets"
-            if brackets or (stack[0].kind == "{" and self._defines(header)):
+            defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
+            if defines or language.blocks == "brackets":
                 self._open(0)
-
-    def _defines(self, header: str) -> bool:
-        return self.scanner.language.definition.search(header) is not None and not CONTROL.search(header)
 
     def ended(self, line: str) -> str | None:
         scanner = self.scanner
@@ -497,13 +470,10 @@ class BracketBlock(Block):
         if not self.closed:
             return ""
         goes_on = word[0] in GOES_ON and (self.statement or self.call) and self.scanner.language.line_ends
-        reason = (
-            ""
-            if word[0] in PAIRS or word[0] == "{" or goes_on
-            else continues(word)
-            if self.clauses
-            else self.helps(word)
-        )
+        if word[0] in PAIRS or word[0] == "{" or goes_on:
+            reason: str | None = ""
+        else:
+            reason = continues(word) if self.clauses else self.helps(word)
         self.closed = reason != ""
         return reason
 
@@ -536,6 +506,7 @@ class Meeting:
         self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
         self.goal = [(0, self.rest)] if self.rest else []
         self.goal += [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in self.below]
+        self.weight = sum(map(str.isalnum, self._line(0)[1]))  # letters and digits in the first line of the goal
         self.sure = self._choose(prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1])
         # The line so far, its indentation, and where its characters are, white space not counted.
         self.line, self.indent = squeezed(first)[:LINE_CHARS], columns_of(first)
@@ -550,15 +521,10 @@ class Meeting:
         for size in range(1, min(MEET_LINES, len(goal)) + 1):
             self.goal, places = goal[:size], range(len(around) - size + 1)
             whole = size == len(goal) and not (self.rest and size == 1)
-            if (whole or sum(len(text) for _, text in self.goal) >= MEET_CHARS) and not any(
-                around[at : at + size] == self.goal for at in places
-            ):
+            long = sum(len(text) for _, text in self.goal) >= MEET_CHARS
+            if (whole or long) and self.goal not in (around[at : at + size] for at in places):
                 return True
         return False
-
-    def weight(self, size: int) -> int:
-        """The letters and digits in the first lines of the goal."""
-        return sum(map(str.isalnum, "".join(text for _, text in self.goal[:size])))
 
     def step(self, char: str, position: int, text: list[str]) -> int | None:
         """Read a character; if the whole goal stands there now, where it begins."""
@@ -609,7 +575,7 @@ class Meeting:
             columns, goal = self._line(size)
             if not self.line or (self.indent == columns and goal.startswith(self.line)):
                 places.append(edge)
-        first = self.goal[0][1] if self.goal and (self.rest or self.whole) else ""
+        first = self.goal[0][1] if self.rest or self.whole else ""
         at = max(0, len(self.line) - len(first)) if first else -1
         while at >= 0 and not first.startswith(self.line[at:]):
             at = self.line.find(first[0], at + 1)
@@ -632,7 +598,7 @@ class Meeting:
             elif not size:
                 continue
             closes = self.rest[:1] in tuple("\"'`)]}") or (self.rest.isalnum() and len(self.rest) < 3)
-            sure = lines > 1 or self.weight(1) >= END_WEIGHT or (self.rest and not closes)
+            sure = lines > 1 or self.weight >= END_WEIGHT or (self.rest and not closes)
             if lines > size - bool(not self.line) and sure:
                 return place
         return None
@@ -675,9 +641,9 @@ class Gap(Stage):
         self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
         self.ahead = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
         # The text is in a block that ends before the suffix, so all of it belongs to the gap.
-        self.inner = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
-        self.inner = self.inner or (scanner.by_lines and self.started and self.indent > self.below)
-        self.inner = self.inner and not self.meeting.rest
+        closes = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
+        deeper = scanner.by_lines and self.started and self.indent > self.below
+        self.inner = not self.meeting.rest and (closes or deeper)
 
     def step(self, char: str) -> None:
         position, meeting, scanner = len(self.text), self.meeting, self.scanner
@@ -713,22 +679,21 @@ class Gap(Stage):
     def _end_line(self) -> None:
         """A line has ended, with or without the rest of the cursor's line."""
         written = next((place for size, place in self.meeting.found if size == 1), None)
-        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight(1) >= REST_WEIGHT
+        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight >= REST_WEIGHT
+        closes = self.meeting.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
         if written is not None and sure:
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
-        elif self.meeting.rest[0] in PAIRS and self.scanner.stack:
-            return  # the rest closes what the cursor is in
-        elif len(self.scanner.stack) <= self.depth and not self.scanner.closer:
-            self._could_end(self.mark)
-            self.ahead = min(self.ahead, REST_AHEAD_CHARS)
+        elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+            self._could_end(self.mark, REST_AHEAD_CHARS)
 
     def _indented(self, place: int) -> int:
         """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
         lacking = (self.below - self.meeting.blanks) * self.meeting.half
         return place + sum(1 for _ in takewhile(" ".__eq__, self.text[place : place + max(0, lacking)]))
 
-    def _could_end(self, place: int) -> None:
+    def _could_end(self, place: int, ahead: int = AHEAD_CHARS) -> None:
         self.enough = place if self.enough is None or self.inner else self.enough
+        self.ahead = min(self.ahead, ahead)
 
     def _read(self, char: str, position: int) -> None:
         """Note whether a character leaves the surroundings of the cursor."""
@@ -751,9 +716,8 @@ class Gap(Stage):
     def _leave(self, place: int) -> None:
         if self.left is None:
             self.left = place
-            self._could_end(place)
+            self._could_end(place, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
             self.inner = False
-            self.ahead = min(self.ahead, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
 
     def _has_left(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
@@ -770,13 +734,10 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         place = self.meeting.at_end(self.text)
-        if place is None and not whole:
-            place = self.enough
-        elif place is None and self._has_left():
-            place = self.left
-        if place is not None and place == self.enough:
-            place = self._indented(place)
+        if place is None:
+            place = self.enough if not whole else self.left if self._has_left() else None
         if place is not None:
+            place = self._indented(place) if place == self.enough else place
             return self.cut(self.sent, max(place, self.sent))
         text = self.cut(0).rstrip(" \t")
         newline = self.meeting.whole and not self.meeting.half and bool(text.strip()) and not text.endswith("\n")
@@ -851,10 +812,10 @@ class Repeat(Stage):
                 tail = "".join(self.line[-PERIOD_CHARS:])
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
-        elif (line := "".join(self.line).rstrip()) or self.line:
-            self.line.clear()
-            if line:
+        else:
+            if line := "".join(self.line).rstrip():
                 self._ended(line, position)
+            self.line.clear()
         if self.hold is None and not self.reason:
             self.safe = position
 
@@ -864,10 +825,7 @@ class Repeat(Stage):
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
             runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
-        if not periods:
-            self.hold = None
-        elif self.hold is None:
-            self.hold = position
+        self.hold = (self.hold or position) if periods else None
         for period in periods:
             light = all(data for _, data in lines[-period:])
             most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
@@ -925,7 +883,7 @@ class Fences(Stage):
         first, self.begun = not self.begun, self.begun or bool(line.strip())
         if self.mark >= CHATTER_CHARS or (first and self._is_code(line.rstrip())):
             self.state, self.safe = "inside", self.mark
-            self.line = "" if line.endswith("\n") else compared(line)
+            self.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.scanner:
                 self.scanner.feed(self.cut(0))
 
@@ -975,22 +933,16 @@ class Fences(Stage):
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
-    place = prompt.find(quotes)
-    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", prompt[:place]).rstrip()
-    behind, _, below = prompt[place + len(quotes) :].partition("\n")
+    above, _, after = prompt.partition(quotes)
+    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", above).rstrip()
+    behind, _, below = after.partition("\n")
     code = below.partition(quotes)[0]
     return bool(before) and not behind.strip() and before[-1] not in ":=([{,\\" and CODE.search(f"\n{code}") is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end. In a Markdown fence of a known language it is one of that language."""
-    if language is LANGUAGES["markdown"]:
-        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
-        scanner = Scanner(language, prompt)
-        if scanner.closer and last and (inner := BY_NAME.get(last[1].lower())):
-            return Scanner(LANGUAGES[inner], prompt[last.end() :])
-        return scanner
-    for quotes in TRIPLE_QUOTES if language.colons else ():
+    for quotes in ('"""', "'''") if language.colons else ():
         if quotes in prompt and starts_in_docstring(prompt, quotes):
             prompt = quotes + prompt
             break
@@ -999,18 +951,22 @@ def scan(language: Language, prompt: str) -> Scanner:
     scanner = Scanner(language, prompt)
     if scanner.closer == "<?":
         return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
+    if scanner.closer and language is LANGUAGES["markdown"]:
+        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
+        if last and (inner := BY_NAME.get(last[1].lower())):
+            return Scanner(LANGUAGES[inner], prompt[last.end() :])
     return scanner
 
 
 class Ending:
-    """Ends a completion when the requested piece is complete, however its text is split.
+    """Ends a completion at a stop string or when the requested piece is complete, however its text is split.
 
-    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix or a
-    fence follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text before the completion; in a chat,
-    the start of the answer that the model was given. `stop_at` "none" turns off all but the removal of a chat's fences.
-    An `indent` above 0 ends the completion before a line
-    that is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before
-    two blank lines if its prompt defines nothing.
+    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix, a
+    fence or one of the strings `stops` follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text
+    before the completion; in a chat, the start of the answer that the model was given. `stop_at` "none" turns off all
+    but the stop strings and the removal of a chat's fences. An `indent` above 0 ends the completion before a line that
+    is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before two
+    blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -1021,19 +977,20 @@ class Ending:
         suffix: str | None,
         stop_at: str,
         indent: int = 0,
+        stops: Sequence[str] = (),
     ) -> None:
         syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
         suffix = suffix or ""
         gap = mode == "infill" and suffix.strip()
+        self.stops = StopStrings(stops)
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        self.column = self.due = 0  # the cursor's, if only indentation precedes it; the column that its line needs
         if stop_at == "none":
             return
         if mode != "instruct":
-            if known := syntax or self._guess(prompt, suffix if gap else ""):
+            if known := syntax or guess(prompt, suffix if gap else ""):
                 scanner = scan(known, prompt)
                 if scanner.starting and scanner.indent:
-                    self.column, self.due = scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)
+                    self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))
                 block = LineBlock if scanner.by_lines else BracketBlock
                 self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
             else:
@@ -1042,63 +999,23 @@ class Ending:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())
 
-    @staticmethod
-    def _guess(prompt: str, suffix: str) -> Language | None:
-        """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
-        text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
-        found = guess(text)
-        if suffix and not found:
-            found = LANGUAGES["python"] if STATEMENTS.search(text) else GENERIC
-        return found
-
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""
-        if self.column:
-            text = self._indented(text)
+        text, stopped = self.stops.feed(text)
         reason = None
         for stage in self.stages:
             text, why = stage.feed(text)
             if reason and not why:
                 text += stage.flush(whole=True)
             reason = why or reason
+        if stopped and not reason:
+            return text + self.flush(), stopped
         return text, reason
-
-    def _indented(self, text: str) -> str:
-        """The text without the indentation already typed, which models often repeat."""
-        kept = ""
-        for place, char in enumerate(text):
-            if char not in " \t":
-                self.column = 0
-                return kept + text[place:]
-            column = after_blank(self.column, char)
-            if column <= self.due:
-                self.column, kept = column, kept + char
-        return kept
 
     def flush(self, whole: bool = True) -> str:
         """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens did not cut it."""
         text = ""
-        for stage in self.stages:
+        for stage in (self.stops, *self.stages):
             text, why = stage.feed(text)
             text += "" if why else stage.flush(whole)
         return text
-
-
-class Cutter:
-    """Cuts a text, however split, at the first stop string or at its natural end, whichever comes first."""
-
-    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
-        self.stops, self.ending = StopStrings(stops), ending
-
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it continues)."""
-        text, stopped = self.stops.feed(text)
-        text, reason = self.ending.feed(text)
-        if stopped and not reason:
-            return text + self.ending.flush(), "stop"
-        return text, reason
-
-    def flush(self, whole: bool = True) -> str:
-        """The text still held back when generation stops: at the model's own end (`whole`) or at a limit."""
-        text, reason = self.ending.feed(self.stops.held)
-        return text if reason else text + self.ending.flush(whole)

@@ -88,33 +88,20 @@ def _lines(pattern: str) -> re.Pattern[str]:
 _IN_PARENS = r"(?:[^()\n]|\([^()\n]{0,80}\)){0,160}"
 _CPP_TEMPLATE = r"(?:template[ \t]*<[^\n<>]{0,160}(?:<[^\n<>]{0,80}>[^\n<>]{0,80}){0,3}>[ \t]*)?"
 _C_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|\r?$)"  # of a definition: no semicolon follows on the line
-_C_DEFINES = (
-    r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
-    r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
-    r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
-    rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
-    r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
-    r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
-    rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
-    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
-    rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
-    r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
-)
-_JS_DEFINES = (
-    r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
-    r"(?:function\b[ \t]*(?:\*[ \t]*)?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t]+)([\w$]+)"
-    r"|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
-    r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
-    r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
-    rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
-)
 _RUST_RAW = tuple((f'r{marks}"', f'"{marks}') for marks in ("", "#", "##", "###"))
 _RUST_VISIBLE = r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
 _JS = Language(
     _lines(
         r"^(?:import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\()"
     ),
-    re.compile(_JS_DEFINES, re.M),
+    _lines(
+        r"^(?=[ \t]{0,200}[\w$*#])(?:[ \t]*(?:(?:export|default|declare|abstract|async)[ \t]+){0,4}"
+        r"(?:function\b[ \t]*(?:\*[ \t]*)?|(?:class|interface|type|(?:const[ \t]+)?enum|namespace|module)[ \t]+)"
+        r"([\w$]+)|(?:(?:export|declare)[ \t]+){0,2}(?:const|let|var)[ \t]+([\w$]+)"
+        r"|[ \t]+(?:(?:public|private|protected|static|async|override|abstract|get|set)[ \t]+){0,4}[*#]?"
+        r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)[ \t]*(?:<[^\n()]{0,80}>)?"
+        rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
+    ),
     _lines(
         r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
         r"|^\s*(?:describe|context|suite)\s*\("
@@ -126,13 +113,23 @@ _JS = Language(
     line_ends=True,
 )
 _C = Language(
-    re.compile(
-        r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])", re.M
+    _lines(r"^(?:[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t])"),
+    _lines(
+        r"^(?=[ \t]{0,200}[#\w~])(?:[ \t]*#[ \t]*define[ \t]+(\w+)"
+        r"|typedef\b[^\n;{]{0,80}\{[^{}]{0,1500}\}[ \t]*(\w+)[ \t]*;"
+        r"|typedef[ \t][^\n;({]{0,160}\b(\w+)[ \t]*;|using[ \t]+(\w+)[ \t]*="
+        rf"|[ \t]*{_CPP_TEMPLATE}(?:typedef[ \t]+)?(?:struct|class|enum(?:[ \t]+class)?|union|namespace|concept)[ \t]+"
+        r"(?:[A-Z_]+[ \t]+)?(\w+)(?:[ \t]*\r?$|[ \t]*(?::[^\n;()]{0,200})?\{|[ \t]*:[^\n;{]{0,200}$)"
+        r"|[ \t]*(?!(?:return|else|new|delete|throw|case|goto|co_\w+|typedef|using)\b)"
+        rf"{_CPP_TEMPLATE}[A-Za-z_][\w:<>,*& \t\[\]]{{0,160}}[ \t*&](?:[\w<>]{{1,60}}::){{0,3}}"
+        rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+        rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_C_ARGUMENTS}"
+        r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{)"
     ),
-    re.compile(_C_DEFINES, re.M),
     re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
     directives=True,
 )
+_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines", brackets="", close="")  # no code
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         _lines(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)"),
@@ -317,7 +314,6 @@ LANGUAGES |= {
     ),
     "json": Language(
         blocks="brackets",
-        definition=ANYTHING,
         endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
         names=("jsonc", "json5"),
     ),
@@ -384,14 +380,13 @@ LANGUAGES |= {
         names=("bash", "sh", "zsh", "ksh", "dash"),
     ),
     "sql": Language(
-        re.compile(r"^(?:use|set|\\connect|\\i|attach)\b", re.M | re.I),
-        re.compile(
-            r"^[ \t]{0,200}create[ \t]+(?:or[ \t]+replace[ \t]+)?"
+        _lines(r"(?i)^(?:use|set|\\connect|\\i|attach)\b"),
+        _lines(
+            r"(?i)^[ \t]{0,200}create[ \t]+(?:or[ \t]+replace[ \t]+)?"
             r"(?:(?:temp|temporary|unique|materialized|unlogged)[ \t]+){0,2}"
             r"(?:table|view|function|procedure|trigger|index|type|schema|sequence|database)[ \t]+"
             r"(?:if[ \t]+not[ \t]+exists[ \t]+)?"
-            r"(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+)",
-            re.M | re.I,
+            r"(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+)"
         ),
         line_comment="--",
         strings=(*_C_STRINGS, ("`", "`")),
@@ -406,67 +401,51 @@ LANGUAGES |= {
         endings=(".sql",),
         names=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
-    "html": Language(
+    "html": replace(
+        _PLAIN,
         line_comment="",
         block_comment=("<!--", "-->"),
-        strings=(),
         blocks="words",
         containers=ANYTHING,
-        brackets="",
         closing=r"</",
-        close="",
         endings=(".html", ".htm", ".xhtml"),
         names=("htm", "xhtml"),
     ),
-    "yaml": Language(
-        line_comment="#",
-        block_comment=None,
-        strings=(),
+    "yaml": replace(
+        _PLAIN,
         blocks="indent",
         defines=_lines(r"^([\w.-]{1,80}):(?:[ \t]|\r?$)"),
         containers=ANYTHING,
-        brackets="",
         items=True,
         commands=True,
-        close="",
         endings=(".yaml", ".yml"),
         names=("yml",),
     ),
-    "toml": Language(
-        line_comment="#",
-        block_comment=None,
+    "toml": replace(
+        _PLAIN,
         strings=(('"""', '"""'), ("'''", "'''"), *_C_STRINGS),
         multiline=frozenset({'"""', "'''"}),
-        blocks="lines",
         defines=_lines(r"^\[{1,2}([^\]\n]{1,120})\]"),
         raw=frozenset({"'''", "'"}),
         brackets="[{",
-        close="",
         endings=(".toml",),
         filenames=("pipfile",),
     ),
-    "markdown": Language(
+    "markdown": replace(
+        _PLAIN,
         line_comment="",
         block_comment=("<!--", "-->"),
         strings=(("```", "```"), ("~~~", "~~~")),
         multiline=frozenset(("```", "~~~")),
-        blocks="lines",
         defines=_lines(r"^#{1,6}[ \t]+([^\r\n]{1,200})\r?$"),
         raw=frozenset(("```", "~~~")),
-        brackets="",
-        close="",
         endings=(".md", ".markdown", ".mdx"),
         names=("md",),
     ),
-    "dockerfile": Language(
-        re.compile(r"^(?:FROM|ARG)[ \t]", re.M | re.I),
-        re.compile(r"^(?:FROM[ \t]+\S{1,200}[ \t]+AS[ \t]+([\w.-]+)|(?:ARG|ENV)[ \t]+(\w+))", re.M | re.I),
-        line_comment="#",
-        block_comment=None,
-        strings=(),
-        blocks="lines",
-        brackets="",
-        close="",
+    "dockerfile": replace(
+        _PLAIN,
+        imports=_lines(r"(?i)^(?:FROM|ARG)[ \t]"),
+        defines=_lines(r"(?i)^(?:FROM[ \t]+\S{1,200}[ \t]+AS[ \t]+([\w.-]+)|(?:ARG|ENV)[ \t]+(\w+))"),
         commands=True,
         endings=(".dockerfile",),
         filenames=("dockerfile", "containerfile"),
@@ -475,8 +454,6 @@ LANGUAGES |= {
 }
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "markdown", "toml", "yaml"})
-# For an unknown language, unless the text looks like a known one.
-GENERIC = _C
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}

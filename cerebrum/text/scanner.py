@@ -8,7 +8,6 @@ odd, and the cost of a text is at most its length times a constant. Pure; standa
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import NamedTuple
 
 from cerebrum.text.languages import Language
@@ -22,7 +21,6 @@ MAX_BRANCHES = 20  # nested #if with a copy of the open brackets each; a deeper 
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
-TRIPLE_QUOTES = ('"""', "'''")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
@@ -36,6 +34,7 @@ ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
 ITEM = re.compile(r"-(?:\s|$)")  # of YAML
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
 DIRECTIVE = re.compile(r"[ \t]*(if|el|endif)")
+HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 
 
 class Bracket(NamedTuple):
@@ -52,10 +51,9 @@ def after_blank(column: int, blank: str) -> int:
     return column + 1 if blank == " " else column + 8 - column % 8
 
 
-@cache
-def run_of(others: str) -> re.Pattern[str]:
+def run_of(others: set[str]) -> re.Pattern[str]:
     """A pattern for a run of characters except these."""
-    return re.compile(f"[^{re.escape(others)}]{{2,}}")
+    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
 
 
 class Literals:
@@ -69,7 +67,8 @@ class Literals:
         literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        self.run = run_of("\n")
+        # What only continues a literal or a comment: no escape, bracket of a regex, ?> of PHP, or end.
+        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\[]>"))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
@@ -96,11 +95,7 @@ class Literals:
         """Enter a literal or a comment after the last character."""
         self.opener, self.closer, self.since, self.escaped_at = opener, closer, 0, 0
         self.escaped = self.in_class = self.starting = False
-        self.line, self.run = "", self._run()
-
-    def _run(self) -> re.Pattern[str]:
-        """A pattern for a run of characters that only continue the literal."""
-        return run_of("\n\\[]*/>" + self.closer[-1:])
+        self.line = ""
 
     def _opening(self) -> tuple[str, str] | None:
         """(opener, closer) completed by the last character, in code or by extending a shorter opener (" to \"\"\")."""
@@ -151,8 +146,7 @@ class Literals:
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-            self.run = self._run()
-        elif char == self.closer[-1] and self._is_closed():
+        elif self.tail.endswith(self.closer) and not self.in_class and self.since - self.escaped_at >= len(self.closer):
             self._leave(char, comment)
         elif char == "\n" and not comment and self.opener not in language.multiline:
             if not self.tail.endswith("\\z\n"):  # a Lua string continues after \z
@@ -162,11 +156,6 @@ class Literals:
             self._enter("?>", "<?")
         if self.closer:
             self.line = (self.line + char)[:LINE_CHARS]
-
-    def _begins_here_document(self) -> bool:
-        """Whether the last character follows <<, which is no shift in arithmetic and no <<<."""
-        begins = self.tail[-3:-1] == "<<" and self.tail[-4:-3] != "<" and self.tail[-1] not in "<\n"
-        return begins and "((" not in self.head
 
     def _in_here_document(self, char: str) -> None:
         if char != "\n":
@@ -180,11 +169,6 @@ class Literals:
         self.closer = self.terminators[0] if self.terminators else ""
         if not self.closer:
             self._in_code(char)
-
-    def _is_closed(self) -> bool:
-        size = len(self.closer)
-        reached = self.since >= size and self.since - self.escaped_at >= size and not self.in_class
-        return reached and self.tail.endswith(self.closer)
 
     def _leave(self, char: str, comment: bool) -> None:
         """The literal or comment ends with this character."""
@@ -213,7 +197,7 @@ class Scanner(Literals):
         super().__init__(language)
         self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
         self.by_lines = language.blocks not in ("braces", "brackets")
-        self.code_run = run_of("".join(sorted(self.opener_ends | set("()[]{}\n;:<"))))
+        self.code_run = run_of(self.opener_ends | set("()[]{}\n;:<"))
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
         # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
@@ -254,29 +238,28 @@ class Scanner(Literals):
 
     def feed(self, text: str) -> None:
         """Read a text. Runs of characters that only continue a statement or a literal are read at once."""
-        place = 0
-        while place < len(text):
-            if not self.closer and not self.starting and self.last != "<" and (run := self.code_run.match(text, place)):
+        at = 0
+        while at < len(text):
+            if not self.closer and not self.starting and self.last != "<" and (run := self.code_run.match(text, at)):
                 self._add(run[0])
                 code = self.last + "".join(run[0].split())
                 self.previous, self.last = code[-2:-1] if len(code) > 1 else self.previous, code[-1:]
-            elif (
-                self.since > OPENER_CHARS and self.closer and not self.escaped and (run := self.run.match(text, place))
-            ):
+            elif self.since > OPENER_CHARS and self.closer and not self.escaped and (run := self.run.match(text, at)):
                 self.line = (self.line + run[0])[:LINE_CHARS]
             else:
-                self.step(text[place])
-                place += 1
+                self.step(text[at])
+                at += 1
                 continue
             self.tail = (self.tail + run[0])[-TAIL_CHARS:]
             self.since += len(run[0])
-            place = run.end()
+            at = run.end()
 
     def step(self, char: str) -> None:
         """Read a character."""
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
-        if self.language.here_document and not self.closer and self._begins_here_document():
+        here = self.language.here_document and not self.closer and HERE.search(self.tail)
+        if here and "((" not in self.head:  # no shift in arithmetic
             self._enter("<<", "<")  # first the rest of the line
             self.line = char
         elif char in self.opener_ends and (pair := self._opening()):

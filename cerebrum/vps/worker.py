@@ -44,7 +44,7 @@ from typing import Any
 import llama_cpp
 
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
-from cerebrum.text.ending import Cutter, Ending
+from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Acceptance, Drafter
 from cerebrum.vps.llama import (
     ABORTED,
@@ -75,17 +75,17 @@ MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
 class TextAssembler:
     """Turns tokens' bytes into text that may be sent: whole characters, up to a stop string or the natural end."""
 
-    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
+    def __init__(self, ending: Ending) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.cutter = Cutter(stops, ending)
+        self.ending = ending
 
     def feed(self, data: bytes) -> tuple[str, str | None]:
         """The text to send now, and why the completion has ended (None: it goes on)."""
-        return self.cutter.feed(self.decoder.decode(data))
+        return self.ending.feed(self.decoder.decode(data))
 
     def flush(self, whole: bool = True) -> str:
-        """As `Cutter.flush`. The bytes of an incomplete character are dropped."""
-        return self.cutter.flush(whole)
+        """As `Ending.flush`. The bytes of an incomplete character are dropped."""
+        return self.ending.flush(whole)
 
 
 def ending_of(request: CompletionRequest) -> Ending:
@@ -93,7 +93,7 @@ def ending_of(request: CompletionRequest) -> Ending:
     turns = request.messages or ()
     prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
     where = request.mode, request.language, prompt, request.suffix, request.stop_at
-    return Ending(*where, request.indent)
+    return Ending(*where, request.indent, request.stop)
 
 
 # -------------------------------------------------------------------------------------------- IO: worker
@@ -168,7 +168,7 @@ class Run:
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
         self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
-        self.text = TextAssembler(job.request.stop, job.ending)
+        self.text = TextAssembler(job.ending)
         self.sampler = Sampler(job.request)
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded

@@ -548,7 +548,7 @@ def test_parked_files_belong_to_their_user(tmp_path: Path) -> None:
 
 
 def assembler(*stops: str) -> TextAssembler:
-    return TextAssembler(stops, Ending("complete", None, "", None, "none"))
+    return TextAssembler(Ending("complete", None, "", None, "none", stops=stops))
 
 
 @pytest.mark.parametrize("text", ["aé€😀", "äöü", "😀b"])
