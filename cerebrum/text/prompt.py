@@ -82,21 +82,18 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
     suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
+    given = f"got {len(instruction or suffix)} characters"
     if suffix and instruction:
-        raise HttpError(
-            "INVALID_REQUEST", f"instruction: expected nothing beside suffix, got {len(instruction)} characters"
-        )
+        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing beside suffix, {given}")
     if mode == "auto" and suffix.strip():
         mode = "infill"
     elif mode == "auto":
         asks = instruction or split_instruction(prompt, syntax(fields["language"]))
         mode = "instruct" if asks else "complete"
     elif suffix and mode != "infill":
-        raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, got {len(suffix)} characters")
+        raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, {given}")
     elif instruction and mode != "instruct":
-        raise HttpError(
-            "INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, got {len(instruction)} characters"
-        )
+        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, {given}")
     if mode == "infill" and fields.get("suffix") is None:
         raise HttpError("INVALID_REQUEST", "suffix: expected the text after the cursor with mode infill, got nothing")
     if mode != "infill" and not prompt and not instruction:
