@@ -21,7 +21,6 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice, takewhile
 from typing import Any
 
@@ -309,9 +308,14 @@ class Source:
         return start
 
     def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
-        """The first line in the range that is not inside the definition, judged by indentation in every language."""
-        language = self.language
-        return _outside(definition.indent, language.indented, language.inside).search(self.text, start, stop)
+        """The first line in the range that is not inside the definition, judged by indentation in every language.
+
+        Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside.
+        A closing brace is outside, and its line is the block's last.
+        """
+        inside = r"[\s#)\]}]" if self.language.indented else r"[\s#){\]]|where\b|\w+:\s*$"
+        outside = rf"^[ \t]{{0,{definition.indent}}}(?!{inside}{self.language.inside})."
+        return re.compile(outside, re.M).search(self.text, start, stop)
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
         """The definition, with the comments and decorators above it; None if it has over `limit` characters."""
@@ -413,17 +417,6 @@ class Source:
             out.append(self.text[start:end])
             opened, at = around, end
         return "".join(out)
-
-
-@lru_cache(200)
-def _outside(indent: int, indented: bool, more: str) -> re.Pattern[str]:
-    """A line outside the block of a definition with this indentation.
-
-    Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside. A
-    closing brace is outside, and its line is the block's last.
-    """
-    inside = r"[\s#)\]}]" if indented else r"[\s#){\]]|where\b|\w+:\s*$"
-    return re.compile(rf"^[ \t]{{0,{indent}}}(?!{inside}{more}).", re.M)
 
 
 # ---------------------------------------------------------------------------------------------------- fitting a prompt
