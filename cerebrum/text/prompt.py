@@ -487,14 +487,19 @@ class Fit:
 
     def select(self, room: int) -> None:
         """Take text above the window: definitions that resemble the instruction, imports, and needed definitions."""
-        text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
+        text = self.source.text
         if self.about:
             self.take(self.resembling(), room * 3 // 8)
+        found = takewhile(lambda match: match.start() < self.still, NAME.finditer(text, self.start))
+        # The window's names, the last first, and whether each is a member: `a.b` gives ("b", True), ("a", False).
+        names = list(dict.fromkeys((match[2], bool(match[1])) for match in found))[::-1]
         used = {name for name, _ in names}
         imports = list(self.source.imports(self.start))
         imports.sort(key=lambda piece: used.isdisjoint(WORDS.findall(text, piece.start, piece.end)))
         self.take(([[piece]] for piece in imports), room // 8)
-        self.take(self.needed(names), room // 4)
+        around = self.source.enclosing(self.start)
+        needed = (one for name, member in names for one in self.named(name, member, around))
+        self.take(map(self.forms, islice(needed, MAX_CANDIDATES)), room // 4)
 
     def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int) -> None:
         """For each wanted item, take the first form that fits the room."""
@@ -513,17 +518,9 @@ class Fit:
             if room < 60:
                 break
 
-    def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
-        """The forms of each definition of these names above the window.
-
-        A member of a class counts only where it is named as a member (`a.b`).
-        """
-        around = self.source.enclosing(self.start)
-        found = (one for name, member in names for one in self.named(name, member, around))
-        return map(self.forms, islice(found, MAX_CANDIDATES))
-
     def named(self, name: str, member: bool, around: tuple[Definition, ...]) -> list[Definition]:
-        """The definitions that a name means, if they are above the window and at most three."""
+        """The definitions that a name means, if they are above the window and at most three. A member of a class counts
+        only where it is named as a member (`a.b`)."""
         named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
         known = [one for one in named if member or not one.indent or one.parent in around]
         if not known or known[-1].start >= self.start or len(known) > 3:
@@ -575,12 +572,6 @@ class Fit:
         parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
         lines = len(self.source.text[self.start :].splitlines())
         return {"parts": parts, "lines": lines, "definitions": list(names)}
-
-
-def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
-    """The names that begin in a range, once each, and whether it is a member: `a.b` gives ("a", False), ("b", True)."""
-    found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
-    return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
 
 
 def fits(text: str, room: int) -> bool:
