@@ -319,27 +319,18 @@ class Source:
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
         """The definition, with the comments and decorators above it; None if it has over `limit` characters."""
-        start, body = self.lead(definition), self.signature_end(definition)
+        start, body, language = self.lead(definition), self.signature_end(definition), self.language
         stop = min(start + limit, len(self.text))
         left = self.leaves(definition, body, stop)
         if body > stop or (left is None and stop < len(self.text)):
             return None
-        if (
-            left
-            and not self.language.indented
-            and re.match(self.language.closing, self.text[left.end() - 1 : left.end() + 9])
-        ):
-            end = self.line_end(left.start())
-        else:
-            end = self._last_line(body, left.start() if left else stop)
-        return Piece(start, end, definition.chain()[:-1])
-
-    def _last_line(self, start: int, end: int) -> int:
-        """The end of the last line of code in a range: a comment after it may be about the next definition."""
-        lines = self.text[start:end].splitlines(keepends=True)
-        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.comment_starts)):
-            lines.pop()
-        return start + sum(map(len, lines))
+        around = definition.chain()[:-1]
+        if left and not language.indented and re.compile(language.closing).match(self.text, left.end() - 1):
+            return Piece(start, self.line_end(left.start()), around)
+        lines = self.text[body : left.start() if left else stop].splitlines(keepends=True)
+        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(language.comment_starts)):
+            lines.pop()  # a comment after the last line of code may be about the next definition
+        return Piece(start, body + sum(map(len, lines)), around)
 
     def outline(self, definition: Definition) -> list[Piece]:
         """A definition that is too large to send whole: its signature, its docstring, its members' signatures."""
@@ -531,10 +522,8 @@ class Fit:
         """A whole definition; then, if it has a block, its outline, and its signature and docstring alone."""
         if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
-        signature = self.source.signature(definition).rstrip()
-        if signature.endswith((":", "{")) or (
-            self.source.language.blocks == "words" and self.source.has_block(definition)
-        ):
+        signature, blocks = self.source.signature(definition).rstrip(), self.source.language.blocks
+        if signature.endswith((":", "{")) or (blocks == "words" and self.source.has_block(definition)):
             outline = self.source.outline(definition)
             yield from (outline, outline[:1])
 
