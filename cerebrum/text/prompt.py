@@ -229,6 +229,7 @@ class Piece:
     start: int
     end: int
     around: tuple[Definition, ...] = ()
+    name: str = field(default="", compare=False)  # of its definition; "" for an import
 
 
 class Source:
@@ -326,18 +327,19 @@ class Source:
             return None
         around = definition.chain()[:-1]
         if left and not language.indented and re.compile(language.closing).match(self.text, left.end() - 1):
-            return Piece(start, self.line_end(left.start()), around)
+            return Piece(start, self.line_end(left.start()), around, definition.name)
         lines = self.text[body : left.start() if left else stop].splitlines(keepends=True)
         while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(language.comment_starts)):
             lines.pop()  # a comment after the last line of code may be about the next definition
-        return Piece(start, body + sum(map(len, lines)), around)
+        return Piece(start, body + sum(map(len, lines)), around, definition.name)
 
     def outline(self, definition: Definition) -> list[Piece]:
         """A definition that is too large to send whole: its signature, its docstring, its members' signatures."""
-        body, around = self.signature_end(definition), definition.chain()
+        body, around, members = self.signature_end(definition), definition.chain(), definition.members
         docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
-        signatures = [Piece(member.start, self.signature_end(member), around) for member in definition.members]
-        return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
+        end = self.line_end(docstring.end()) if docstring else body
+        signatures = (Piece(one.start, self.signature_end(one), around, one.name) for one in members)
+        return [Piece(body, end, around, definition.name), *signatures]
 
     def has_block(self, definition: Definition) -> bool:
         """Whether a signature opens a block that must be closed."""
@@ -541,26 +543,16 @@ class Fit:
         for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
             yield self.forms(definitions[unit])
 
-    def result(self) -> str:
-        return self.source.render(self.taken, self.start) + self.source.text[self.start :]
-
     def kept(self) -> dict[str, Any]:
         """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`.
 
         `lines` counts the lines of the window.
         """
-        definitions, imports, names = self.source.definitions, False, dict[str, None]()
-        for piece in self.taken:
-            index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
-            if index < len(definitions) and definitions[index].start < piece.end:
-                names[definitions[index].name] = None
-            elif piece.around:
-                names[piece.around[-1].name] = None
-            else:
-                imports = True
+        imports = any(not piece.name for piece in self.taken)
+        names = list(dict.fromkeys(piece.name for piece in self.taken if piece.name))
         parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
         lines = len(self.source.text[self.start :].splitlines())
-        return {"parts": parts, "lines": lines, "definitions": list(names)}
+        return {"parts": parts, "lines": lines, "definitions": names}
 
 
 def fits(text: str, room: int) -> bool:
@@ -574,7 +566,8 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     source, share = Source(text, language), room
     while share > 600:
         fitted = Fit(source, share, about)
-        if weigh(result := fitted.result()) <= room:
+        result = source.render(fitted.taken, fitted.start) + text[fitted.start :]
+        if weigh(result) <= room:
             return result, fitted.kept()
         share //= 2
     return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
