@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
@@ -701,13 +701,13 @@ def read_first(suffix: str, layout: str) -> str:
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
     """The last of other files' texts that fit, in their order. The room does not depend on the file's own text: these
     texts precede it, and a prompt whose start changes must be prefilled again."""
-    taken = list[Mapping[str, str]]()
-    for entry in reversed(extra):
-        room -= weigh(render_extra([entry]))
-        if room < 0:
-            break
-        taken.append(entry)
-    return taken[::-1]
+    weights = (weigh(render_extra([entry])) for entry in reversed(extra))
+    return list(extra[len(extra) - count_fitting(weights, room) :])
+
+
+def count_fitting(weights: Iterable[int], room: int) -> int:
+    """How many of the first weights fit into the room together."""
+    return sum(1 for _ in takewhile(lambda total: total <= room, accumulate(weights)))
 
 
 def render_extra(extra: Sequence[Mapping[str, str]]) -> str:
@@ -737,14 +737,8 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
     last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
     room -= weigh(last["content"]) + MESSAGE_WEIGHT
-    taken = 1
-    while taken < min(len(turns), MAX_TURNS):
-        content = turns[-1 - taken]["content"]
-        cost = MESSAGE_WEIGHT + (weigh(content) if len(content) <= 3 * room else room + 1)
-        if cost > room:
-            break
-        room -= cost
-        taken += 1
+    earlier = (weigh(turn["content"]) + MESSAGE_WEIGHT for turn in turns[-2 : -1 - MAX_TURNS : -1])
+    taken = 1 + count_fitting(earlier, room)
     left_out = len(turns) - taken
     rounded = -(-left_out // 4) * 4
     start = rounded if 2 * (len(turns) - rounded) >= taken else left_out
