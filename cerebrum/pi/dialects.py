@@ -203,24 +203,18 @@ NEXT_EDIT = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """A prompt with fill-in-the-middle tokens, taken apart."""
-
-    prefix: str
-    suffix: str
-    filename: str = ""
-    extra: tuple[tuple[str, str], ...] = ()  # other files: (name, text)
+Files = list[dict[str, str]]  # other files: [{"filename", "text"}]
 
 
-def split_fim(prompt: str) -> Split | None:
-    """Split a prompt that a client has written with a family's tokens; None for any other prompt.
+def split_fim(prompt: str) -> tuple[str, str, str, Files] | None:
+    """(prefix, suffix, file name, other files) of a prompt that a client has written with a family's tokens; None for
+    any other prompt.
 
     Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
     the last token must end the prompt, or precede the prefix in a prompt whose usual place for the prefix is blank.
 
     >>> split_fim("<PRE> def f():\\n    return  <SUF>\\n\\nf() <MID>")
-    Split(prefix='def f():\\n    return ', suffix='\\n\\nf()', filename='', extra=())
+    ('def f():\\n    return ', '\\n\\nf()', '', [])
     """
     for before, after, middle in FIM:
         start = min(prompt.find(before), prompt.find(after))
@@ -242,23 +236,21 @@ def split_fim(prompt: str) -> Split | None:
         if before == "<PRE>":  # this family writes a space after the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
             behind = behind.removeprefix(" ")
-        filename, extra = split_files(preamble)
-        return Split(behind or prefix, suffix, filename, extra)
+        return behind or prefix, suffix, *split_files(preamble)
     return None
 
 
-def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Parse the text before the first mark: the name of the file itself, and (name, text) of other files."""
+def split_files(preamble: str) -> tuple[str, Files]:
+    """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
-    extra, filename = [("", loose)] if loose.strip() else [], ""
+    extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
     for file in files:
         name, _, text = file.partition("\n")
-        name = name[:MAX_NAME]
         if text.strip():
-            extra.append((name, text))
+            extra.append({"filename": name[:MAX_NAME], "text": text})
         else:
-            filename = name
-    return filename, tuple(extra)
+            filename = name[:MAX_NAME]
+    return filename, extra
 
 
 # ---------------------------------------------------------------------------------------- reading requests
@@ -279,9 +271,9 @@ def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -
     split = None if suffix else split_fim(prompt)
     if not split:
         return ask_text(fields, prompt, suffix, infill)
-    extra = [{"filename": name, "text": text} for name, text in split.extra]
-    names = {"filename": split.filename or fields["filename"], "extra": extra}
-    return ask_text(fields | names, split.prefix, split.suffix, infill=True)
+    prefix, suffix, filename, extra = split
+    names = {"filename": filename or fields["filename"], "extra": extra}
+    return ask_text(fields | names, prefix, suffix, infill=True)
 
 
 def read_text_completion(members: Mapping[str, Any]) -> Asked:
