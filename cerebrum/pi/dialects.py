@@ -634,22 +634,18 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's `usage`,
     llama-server's `timings`, and the numbers beside them."""
     used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
+    cached, read = timed.get("cache_n"), timed.get("prompt_n")
+    whole = cached + read if type(cached) is type(read) is int else None
     counts = {
-        "prompt_tokens": used.get("prompt_tokens"),
-        "total_tokens": used.get("completion_tokens"),
-        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", timed.get("cache_n")),
+        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
+        "total_tokens": members.get("tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))),
+        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", cached),
         "tokens_per_second": timed.get("predicted_per_second"),
         "draft_tokens": timed.get("draft_n"),
         "accepted_tokens": timed.get("draft_n_accepted"),
     }
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
-    if {"cache_n", "prompt_n", "predicted_n"} <= timed.keys() and not used:
-        cached, read = timed["cache_n"], timed["prompt_n"]
-        whole = cached + read if type(cached) is type(read) is int else None
-        counts |= {"prompt_tokens": whole, "total_tokens": timed["predicted_n"]}
-    for name, ours in (("tokens_evaluated", "prompt_tokens"), ("tokens_predicted", "total_tokens")):
-        counts[ours] = members.get(name, counts[ours])
     return {name: value for name, value in counts.items() if value is not None}
 
 
