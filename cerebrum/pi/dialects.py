@@ -420,16 +420,13 @@ class LlamaReply(Reply):
         return {"index": 0, "content": text, "stop": False, "id_slot": 0}
 
     def end(self, result: Mapping[str, Any]) -> bytes:
-        return sse(self.selected("", result))
+        return sse_block(self.whole("", result))
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
-        return compact(self.selected(text, result))
-
-    def selected(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
         answer = self.members(text, result)
         if self.asked.only is None:
-            return answer
+            return compact(answer)
         chosen: dict[str, Any] = {}
         if result.get("finish_reason") == "replaced":
             del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
@@ -440,7 +437,7 @@ class LlamaReply(Reply):
                 value = members_of(value).get(name)
             if value is not None:
                 chosen[path] = value
-        return chosen
+        return compact(chosen)
 
     def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
         fields, written = self.asked.fields, result.get("total_tokens", 0)
