@@ -590,21 +590,13 @@ def write_chat(wanted: Wanted) -> dict[str, Any]:
 
 
 def write_llama(wanted: Wanted) -> dict[str, Any]:
-    """The members of both of llama-server's own requests."""
-    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
-    return members | {"cache_prompt": True, "response_fields": LLAMA_LAST}
-
-
-def write_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /completion"""
-    return write_llama(wanted) | {"prompt": write_files(wanted.fields) + wanted.fields["prompt"]}
-
-
-def write_infill(wanted: Wanted) -> dict[str, Any]:
-    """POST /infill"""
-    fields = wanted.fields
+    """POST /completion, or POST /infill for a gap."""
+    fields, members = wanted.fields, write_sampling(wanted, "n_predict") | LLAMA_MORE
+    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+    if "suffix" not in fields:
+        return members | {"prompt": write_files(fields) + fields["prompt"]}
     gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return write_llama(wanted) | gap | {"input_extra": list(fields.get("extra", ()))}
+    return members | gap | {"input_extra": list(fields.get("extra", ()))}
 
 
 def members_of(value: Any) -> Mapping[str, Any]:
@@ -724,8 +716,8 @@ OPENAI_TEXT = Dialect(
 OPENAI_CHAT = Dialect(
     ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
 )
-COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_completion, read_llama_event)
-INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_infill, read_llama_event)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama, read_llama_event)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama, read_llama_event)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
 
 
