@@ -203,12 +203,9 @@ NEXT_EDIT = re.compile(
 )
 
 
-Files = list[dict[str, str]]  # other files: [{"filename", "text"}]
-
-
-def split_fim(prompt: str) -> tuple[str, str, str, Files] | None:
-    """(prefix, suffix, file name, other files) of a prompt that a client has written with a family's tokens; None for
-    any other prompt.
+def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
+    """(prefix, suffix, file name, [{"filename", "text"}] of other files) of a prompt that a client has written with a
+    family's tokens; None for any other prompt.
 
     Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
     the last token must end the prompt, or precede the prefix in a prompt whose usual place for the prefix is blank.
@@ -240,7 +237,7 @@ def split_fim(prompt: str) -> tuple[str, str, str, Files] | None:
     return None
 
 
-def split_files(preamble: str) -> tuple[str, Files]:
+def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
