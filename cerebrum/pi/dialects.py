@@ -439,7 +439,6 @@ class LlamaReply(Reply):
     def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
         fields, written = self.asked.fields, result.get("total_tokens", 0)
         read, cached = result.get("prompt_tokens", 0), result.get("cached_tokens", 0)
-        limited = finish_reason(result) == "length"
         return {
             "index": 0,
             "content": text,
@@ -456,7 +455,7 @@ class LlamaReply(Reply):
             },
             "has_new_line": "\n" in text,
             "truncated": bool(self.begun.get("kept")) and self.begun["kept"].get("parts") != ["all"],
-            "stop_type": "limit" if limited else "eos",
+            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
             "stopping_word": "",
             "tokens_cached": read + written,
             "timings": timings(read - cached, written, cached, result),
