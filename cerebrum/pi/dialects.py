@@ -141,24 +141,20 @@ def read_prompt(members: Mapping[str, Any]) -> str:
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """`messages` with the roles that a chat template knows, and only text as content."""
+    """`messages` with the roles that a chat template knows, and only text as content. Parts of a content are joined by
+    line ends."""
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
         if entry.get("tool_calls", []) != []:
             raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
-        content = read_content(entry.get("content", ""), f"messages[{number}].content")
+        content, where = entry.get("content", ""), f"messages[{number}].content"
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART))
+        if not isinstance(content, str):
+            raise wrong(where, "a string, or an array of text parts", content)
         messages.append({"role": ROLES[role["role"]], "content": content})
     return messages
-
-
-def read_content(value: Any, where: str) -> str:
-    """A message's text; its parts are joined by line ends."""
-    if isinstance(value, list):
-        return "\n".join(part["text"] for part in read_objects(value, where, 0, MAX_MESSAGES, PART))
-    if not isinstance(value, str):
-        raise wrong(where, "a string, or an array of text parts", value)
-    return value
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
