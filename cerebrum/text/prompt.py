@@ -544,10 +544,7 @@ class Fit:
             yield self.forms(definitions[unit])
 
     def kept(self) -> dict[str, Any]:
-        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`.
-
-        `lines` counts the lines of the window.
-        """
+        """What is kept, for a person, as in `prepare`. `lines` counts the lines of the window."""
         imports = any(not piece.name for piece in self.taken)
         names = list(dict.fromkeys(piece.name for piece in self.taken if piece.name))
         parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
