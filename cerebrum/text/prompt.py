@@ -240,7 +240,6 @@ class Source:
         self.mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
         self.definitions: list[Definition] = []
         self.by_name: dict[str, list[Definition]] = {}
-        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # the results of `enclosing`
         stack: list[Definition] = []
         for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
@@ -350,8 +349,6 @@ class Source:
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
         """The definitions around a position, outermost first."""
-        if position in self.enclosed:
-            return self.enclosed[position]
         index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
         found: list[Definition] = []
         # A line that begins here may itself be outside.
@@ -361,8 +358,7 @@ class Source:
                 break
             if self.signature_end(definition) - definition.start <= MAX_COMMENT:
                 found.append(definition)
-        self.enclosed[position] = tuple(found)
-        return self.enclosed[position]
+        return tuple(found)
 
     def imports(self, stop: int) -> Iterator[Piece]:
         """The imports before `stop`, each with all its lines."""
