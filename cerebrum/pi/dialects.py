@@ -141,24 +141,20 @@ def read_prompt(members: Mapping[str, Any]) -> str:
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """`messages` with the roles that a chat template knows, and only text as content."""
+    """`messages` with the roles that a chat template knows, and only text as content. Parts of a content are joined by
+    line ends."""
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
         if entry.get("tool_calls", []) != []:
             raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
-        content = read_content(entry.get("content", ""), f"messages[{number}].content")
+        content, where = entry.get("content", ""), f"messages[{number}].content"
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART))
+        if not isinstance(content, str):
+            raise wrong(where, "a string, or an array of text parts", content)
         messages.append({"role": ROLES[role["role"]], "content": content})
     return messages
-
-
-def read_content(value: Any, where: str) -> str:
-    """A message's text; its parts are joined by line ends."""
-    if isinstance(value, list):
-        return "\n".join(part["text"] for part in read_objects(value, where, 0, MAX_MESSAGES, PART))
-    if not isinstance(value, str):
-        raise wrong(where, "a string, or an array of text parts", value)
-    return value
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
@@ -203,24 +199,15 @@ NEXT_EDIT = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """A prompt with fill-in-the-middle tokens, taken apart."""
-
-    prefix: str
-    suffix: str
-    filename: str = ""
-    extra: tuple[tuple[str, str], ...] = ()  # other files: (name, text)
-
-
-def split_fim(prompt: str) -> Split | None:
-    """Split a prompt that a client has written with a family's tokens; None for any other prompt.
+def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
+    """(prefix, suffix, file name, [{"filename", "text"}] of other files) of a prompt that a client has written with a
+    family's tokens; None for any other prompt.
 
     Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
     the last token must end the prompt, or precede the prefix in a prompt whose usual place for the prefix is blank.
 
     >>> split_fim("<PRE> def f():\\n    return  <SUF>\\n\\nf() <MID>")
-    Split(prefix='def f():\\n    return ', suffix='\\n\\nf()', filename='', extra=())
+    ('def f():\\n    return ', '\\n\\nf()', '', [])
     """
     for before, after, middle in FIM:
         start = min(prompt.find(before), prompt.find(after))
@@ -242,23 +229,21 @@ def split_fim(prompt: str) -> Split | None:
         if before == "<PRE>":  # this family writes a space after the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
             behind = behind.removeprefix(" ")
-        filename, extra = split_files(preamble)
-        return Split(behind or prefix, suffix, filename, extra)
+        return behind or prefix, suffix, *split_files(preamble)
     return None
 
 
-def split_files(preamble: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Parse the text before the first mark: the name of the file itself, and (name, text) of other files."""
+def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
+    """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
-    extra, filename = [("", loose)] if loose.strip() else [], ""
+    extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
     for file in files:
         name, _, text = file.partition("\n")
-        name = name[:MAX_NAME]
         if text.strip():
-            extra.append((name, text))
+            extra.append({"filename": name[:MAX_NAME], "text": text})
         else:
-            filename = name
-    return filename, tuple(extra)
+            filename = name[:MAX_NAME]
+    return filename, extra
 
 
 # ---------------------------------------------------------------------------------------- reading requests
@@ -279,9 +264,9 @@ def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -
     split = None if suffix else split_fim(prompt)
     if not split:
         return ask_text(fields, prompt, suffix, infill)
-    extra = [{"filename": name, "text": text} for name, text in split.extra]
-    names = {"filename": split.filename or fields["filename"], "extra": extra}
-    return ask_text(fields | names, split.prefix, split.suffix, infill=True)
+    prefix, suffix, filename, extra = split
+    names = {"filename": filename or fields["filename"], "extra": extra}
+    return ask_text(fields | names, prefix, suffix, infill=True)
 
 
 def read_text_completion(members: Mapping[str, Any]) -> Asked:
@@ -428,16 +413,13 @@ class LlamaReply(Reply):
         return {"index": 0, "content": text, "stop": False, "id_slot": 0}
 
     def end(self, result: Mapping[str, Any]) -> bytes:
-        return sse(self.selected("", result))
+        return sse_block(self.whole("", result))
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
-        return compact(self.selected(text, result))
-
-    def selected(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
         answer = self.members(text, result)
         if self.asked.only is None:
-            return answer
+            return compact(answer)
         chosen: dict[str, Any] = {}
         if result.get("finish_reason") == "replaced":
             del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
@@ -448,12 +430,11 @@ class LlamaReply(Reply):
                 value = members_of(value).get(name)
             if value is not None:
                 chosen[path] = value
-        return chosen
+        return compact(chosen)
 
     def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
         fields, written = self.asked.fields, result.get("total_tokens", 0)
         read, cached = result.get("prompt_tokens", 0), result.get("cached_tokens", 0)
-        limited = finish_reason(result) == "length"
         return {
             "index": 0,
             "content": text,
@@ -470,7 +451,7 @@ class LlamaReply(Reply):
             },
             "has_new_line": "\n" in text,
             "truncated": bool(self.begun.get("kept")) and self.begun["kept"].get("parts") != ["all"],
-            "stop_type": "limit" if limited else "eos",
+            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
             "stopping_word": "",
             "tokens_cached": read + written,
             "timings": timings(read - cached, written, cached, result),
@@ -601,21 +582,13 @@ def write_chat(wanted: Wanted) -> dict[str, Any]:
 
 
 def write_llama(wanted: Wanted) -> dict[str, Any]:
-    """The members of both of llama-server's own requests."""
-    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
-    return members | {"cache_prompt": True, "response_fields": LLAMA_LAST}
-
-
-def write_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /completion"""
-    return write_llama(wanted) | {"prompt": write_files(wanted.fields) + wanted.fields["prompt"]}
-
-
-def write_infill(wanted: Wanted) -> dict[str, Any]:
-    """POST /infill"""
-    fields = wanted.fields
+    """POST /completion, or POST /infill for a gap."""
+    fields, members = wanted.fields, write_sampling(wanted, "n_predict") | LLAMA_MORE
+    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+    if "suffix" not in fields:
+        return members | {"prompt": write_files(fields) + fields["prompt"]}
     gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return write_llama(wanted) | gap | {"input_extra": list(fields.get("extra", ()))}
+    return members | gap | {"input_extra": list(fields.get("extra", ()))}
 
 
 def members_of(value: Any) -> Mapping[str, Any]:
@@ -642,22 +615,18 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's `usage`,
     llama-server's `timings`, and the numbers beside them."""
     used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
+    cached, read = timed.get("cache_n"), timed.get("prompt_n")
+    whole = cached + read if type(cached) is type(read) is int else None
     counts = {
-        "prompt_tokens": used.get("prompt_tokens"),
-        "total_tokens": used.get("completion_tokens"),
-        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", timed.get("cache_n")),
+        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
+        "total_tokens": members.get("tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))),
+        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", cached),
         "tokens_per_second": timed.get("predicted_per_second"),
         "draft_tokens": timed.get("draft_n"),
         "accepted_tokens": timed.get("draft_n_accepted"),
     }
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
-    if {"cache_n", "prompt_n", "predicted_n"} <= timed.keys() and not used:
-        cached, read = timed["cache_n"], timed["prompt_n"]
-        whole = cached + read if type(cached) is type(read) is int else None
-        counts |= {"prompt_tokens": whole, "total_tokens": timed["predicted_n"]}
-    for name, ours in (("tokens_evaluated", "prompt_tokens"), ("tokens_predicted", "total_tokens")):
-        counts[ours] = members.get(name, counts[ours])
     return {name: value for name, value in counts.items() if value is not None}
 
 
@@ -739,8 +708,8 @@ OPENAI_TEXT = Dialect(
 OPENAI_CHAT = Dialect(
     ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
 )
-COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_completion, read_llama_event)
-INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_infill, read_llama_event)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama, read_llama_event)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama, read_llama_event)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
 
 

@@ -251,13 +251,6 @@ def describe_operation(doc: str | None) -> dict[str, str]:
     return {"summary": text.partition(". ")[0].removesuffix("."), "description": text}
 
 
-def body_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
-    name, example = "Completion", {"prompt": "def add(a, b):", "language": "python"}
-    if route.foreign_error:
-        name, _, example = REQUESTS[dialect] if dialect else ("Text", {}, {"content": "a + b"})
-    return {"required": True, "content": {"application/json": {"schema": ref("schemas", name), "example": example}}}
-
-
 def write_openapi(
     routes: Sequence[Route], fields: Mapping[str, Field], models: Sequence[Model], passed: frozenset[str], keyed: bool
 ) -> dict[str, Any]:
@@ -265,8 +258,10 @@ def write_openapi(
     speaking = {path: dialect for dialect in dialects.DIALECTS for path in dialect.paths}
     sample = HttpError("INVALID_REQUEST", "why")
     schemas = {"Error": like(common.error_body(sample)), "ForeignError": like(dialects.write_error(sample))}
-    schemas |= {"Completion": native_request(fields, models), "Text": object_of(dialects.TOKENIZE, nullable=True)}
-    schemas |= {name: request for name, request, _ in REQUESTS.values()}
+    native = ("Completion", native_request(fields, models), {"prompt": "def add(a, b):", "language": "python"})
+    requests = {path: REQUESTS[dialect] for path, dialect in speaking.items()}
+    requests["/tokenize"] = ("Text", object_of(dialects.TOKENIZE, nullable=True), {"content": "a + b"})
+    schemas |= {name: request for name, request, _ in [native, *requests.values()]}
     keys = {"X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
     keys |= {"Bearer": {"type": "http", "scheme": "bearer"}}
     id_schema = {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"}
@@ -288,7 +283,9 @@ def write_openapi(
         if "{id}" in route.path:
             operation["parameters"] = [id_parameter]
         if route.json:
-            operation["requestBody"] = body_of(route, dialect)
+            name, _, example = requests.get(route.path, native)
+            content = {"application/json": {"schema": ref("schemas", name), "example": example}}
+            operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",

@@ -21,8 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
@@ -82,21 +81,18 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
     suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
+    given = f"got {len(instruction or suffix)} characters"
     if suffix and instruction:
-        raise HttpError(
-            "INVALID_REQUEST", f"instruction: expected nothing beside suffix, got {len(instruction)} characters"
-        )
+        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing beside suffix, {given}")
     if mode == "auto" and suffix.strip():
         mode = "infill"
     elif mode == "auto":
         asks = instruction or split_instruction(prompt, syntax(fields["language"]))
         mode = "instruct" if asks else "complete"
     elif suffix and mode != "infill":
-        raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, got {len(suffix)} characters")
+        raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, {given}")
     elif instruction and mode != "instruct":
-        raise HttpError(
-            "INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, got {len(instruction)} characters"
-        )
+        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, {given}")
     if mode == "infill" and fields.get("suffix") is None:
         raise HttpError("INVALID_REQUEST", "suffix: expected the text after the cursor with mode infill, got nothing")
     if mode != "infill" and not prompt and not instruction:
@@ -233,6 +229,7 @@ class Piece:
     start: int
     end: int
     around: tuple[Definition, ...] = ()
+    name: str = field(default="", compare=False)  # of its definition; "" for an import
 
 
 class Source:
@@ -243,7 +240,6 @@ class Source:
         self.mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
         self.definitions: list[Definition] = []
         self.by_name: dict[str, list[Definition]] = {}
-        self.enclosed: dict[int, tuple[Definition, ...]] = {}  # the results of `enclosing`
         stack: list[Definition] = []
         for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
             start, name = match.start(), match[match.lastindex or 0]
@@ -312,40 +308,37 @@ class Source:
         return start
 
     def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
-        """The first line in the range that is not inside the definition, judged by indentation in every language."""
-        language = self.language
-        return _outside(definition.indent, language.indented, language.inside).search(self.text, start, stop)
+        """The first line in the range that is not inside the definition, judged by indentation in every language.
+
+        Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside.
+        A closing brace is outside, and its line is the block's last.
+        """
+        inside = r"[\s#)\]}]" if self.language.indented else r"[\s#){\]]|where\b|\w+:\s*$"
+        outside = rf"^[ \t]{{0,{definition.indent}}}(?!{inside}{self.language.inside})."
+        return re.compile(outside, re.M).search(self.text, start, stop)
 
     def whole(self, definition: Definition, limit: int) -> Piece | None:
         """The definition, with the comments and decorators above it; None if it has over `limit` characters."""
-        start, body = self.lead(definition), self.signature_end(definition)
+        start, body, language = self.lead(definition), self.signature_end(definition), self.language
         stop = min(start + limit, len(self.text))
         left = self.leaves(definition, body, stop)
         if body > stop or (left is None and stop < len(self.text)):
             return None
-        if (
-            left
-            and not self.language.indented
-            and re.match(self.language.closing, self.text[left.end() - 1 : left.end() + 9])
-        ):
-            end = self.line_end(left.start())
-        else:
-            end = self._last_line(body, left.start() if left else stop)
-        return Piece(start, end, definition.chain()[:-1])
-
-    def _last_line(self, start: int, end: int) -> int:
-        """The end of the last line of code in a range: a comment after it may be about the next definition."""
-        lines = self.text[start:end].splitlines(keepends=True)
-        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(self.language.comment_starts)):
-            lines.pop()
-        return start + sum(map(len, lines))
+        around = definition.chain()[:-1]
+        if left and not language.indented and re.compile(language.closing).match(self.text, left.end() - 1):
+            return Piece(start, self.line_end(left.start()), around, definition.name)
+        lines = self.text[body : left.start() if left else stop].splitlines(keepends=True)
+        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(language.comment_starts)):
+            lines.pop()  # a comment after the last line of code may be about the next definition
+        return Piece(start, body + sum(map(len, lines)), around, definition.name)
 
     def outline(self, definition: Definition) -> list[Piece]:
         """A definition that is too large to send whole: its signature, its docstring, its members' signatures."""
-        body, around = self.signature_end(definition), definition.chain()
+        body, around, members = self.signature_end(definition), definition.chain(), definition.members
         docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
-        signatures = [Piece(member.start, self.signature_end(member), around) for member in definition.members]
-        return [Piece(body, self.line_end(docstring.end()) if docstring else body, around), *signatures]
+        end = self.line_end(docstring.end()) if docstring else body
+        signatures = (Piece(one.start, self.signature_end(one), around, one.name) for one in members)
+        return [Piece(body, end, around, definition.name), *signatures]
 
     def has_block(self, definition: Definition) -> bool:
         """Whether a signature opens a block that must be closed."""
@@ -356,8 +349,6 @@ class Source:
 
     def enclosing(self, position: int) -> tuple[Definition, ...]:
         """The definitions around a position, outermost first."""
-        if position in self.enclosed:
-            return self.enclosed[position]
         index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
         found: list[Definition] = []
         # A line that begins here may itself be outside.
@@ -367,8 +358,7 @@ class Source:
                 break
             if self.signature_end(definition) - definition.start <= MAX_COMMENT:
                 found.append(definition)
-        self.enclosed[position] = tuple(found)
-        return self.enclosed[position]
+        return tuple(found)
 
     def imports(self, stop: int) -> Iterator[Piece]:
         """The imports before `stop`, each with all its lines."""
@@ -416,17 +406,6 @@ class Source:
             out.append(self.text[start:end])
             opened, at = around, end
         return "".join(out)
-
-
-@lru_cache(200)
-def _outside(indent: int, indented: bool, more: str) -> re.Pattern[str]:
-    """A line outside the block of a definition with this indentation.
-
-    Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside. A
-    closing brace is outside, and its line is the block's last.
-    """
-    inside = r"[\s#)\]}]" if indented else r"[\s#){\]]|where\b|\w+:\s*$"
-    return re.compile(rf"^[ \t]{{0,{indent}}}(?!{inside}{more}).", re.M)
 
 
 # ---------------------------------------------------------------------------------------------------- fitting a prompt
@@ -497,14 +476,19 @@ class Fit:
 
     def select(self, room: int) -> None:
         """Take text above the window: definitions that resemble the instruction, imports, and needed definitions."""
-        text, names = self.source.text, names_in(self.source.text, self.start, self.still)[::-1]
+        text = self.source.text
         if self.about:
             self.take(self.resembling(), room * 3 // 8)
+        found = takewhile(lambda match: match.start() < self.still, NAME.finditer(text, self.start))
+        # The window's names, the last first, and whether each is a member: `a.b` gives ("b", True), ("a", False).
+        names = list(dict.fromkeys((match[2], bool(match[1])) for match in found))[::-1]
         used = {name for name, _ in names}
         imports = list(self.source.imports(self.start))
         imports.sort(key=lambda piece: used.isdisjoint(WORDS.findall(text, piece.start, piece.end)))
         self.take(([[piece]] for piece in imports), room // 8)
-        self.take(self.needed(names), room // 4)
+        around = self.source.enclosing(self.start)
+        needed = (one for name, member in names for one in self.named(name, member, around))
+        self.take(map(self.forms, islice(needed, MAX_CANDIDATES)), room // 4)
 
     def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int) -> None:
         """For each wanted item, take the first form that fits the room."""
@@ -523,17 +507,9 @@ class Fit:
             if room < 60:
                 break
 
-    def needed(self, names: Iterable[tuple[str, bool]]) -> Iterator[Iterable[list[Piece]]]:
-        """The forms of each definition of these names above the window.
-
-        A member of a class counts only where it is named as a member (`a.b`).
-        """
-        around = self.source.enclosing(self.start)
-        found = (one for name, member in names for one in self.named(name, member, around))
-        return map(self.forms, islice(found, MAX_CANDIDATES))
-
     def named(self, name: str, member: bool, around: tuple[Definition, ...]) -> list[Definition]:
-        """The definitions that a name means, if they are above the window and at most three."""
+        """The definitions that a name means, if they are above the window and at most three. A member of a class counts
+        only where it is named as a member (`a.b`)."""
         named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
         known = [one for one in named if member or not one.indent or one.parent in around]
         if not known or known[-1].start >= self.start or len(known) > 3:
@@ -544,10 +520,8 @@ class Fit:
         """A whole definition; then, if it has a block, its outline, and its signature and docstring alone."""
         if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
             yield [whole]
-        signature = self.source.signature(definition).rstrip()
-        if signature.endswith((":", "{")) or (
-            self.source.language.blocks == "words" and self.source.has_block(definition)
-        ):
+        signature, blocks = self.source.signature(definition).rstrip(), self.source.language.blocks
+        if signature.endswith((":", "{")) or (blocks == "words" and self.source.has_block(definition)):
             outline = self.source.outline(definition)
             yield from (outline, outline[:1])
 
@@ -565,32 +539,13 @@ class Fit:
         for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
             yield self.forms(definitions[unit])
 
-    def result(self) -> str:
-        return self.source.render(self.taken, self.start) + self.source.text[self.start :]
-
     def kept(self) -> dict[str, Any]:
-        """For a person: `{"parts": ["imports", "definitions", "window"], "lines": 158, "definitions": ["Account"]}`.
-
-        `lines` counts the lines of the window.
-        """
-        definitions, imports, names = self.source.definitions, False, dict[str, None]()
-        for piece in self.taken:
-            index = bisect_left(definitions, piece.start, key=lambda definition: definition.start)
-            if index < len(definitions) and definitions[index].start < piece.end:
-                names[definitions[index].name] = None
-            elif piece.around:
-                names[piece.around[-1].name] = None
-            else:
-                imports = True
+        """What is kept, for a person, as in `prepare`. `lines` counts the lines of the window."""
+        imports = any(not piece.name for piece in self.taken)
+        names = list(dict.fromkeys(piece.name for piece in self.taken if piece.name))
         parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
         lines = len(self.source.text[self.start :].splitlines())
-        return {"parts": parts, "lines": lines, "definitions": list(names)}
-
-
-def names_in(text: str, start: int, stop: int) -> list[tuple[str, bool]]:
-    """The names that begin in a range, once each, and whether it is a member: `a.b` gives ("a", False), ("b", True)."""
-    found = takewhile(lambda match: match.start() < stop, NAME.finditer(text, start))
-    return list(dict.fromkeys((match[2], bool(match[1])) for match in found))
+        return {"parts": parts, "lines": lines, "definitions": names}
 
 
 def fits(text: str, room: int) -> bool:
@@ -604,7 +559,8 @@ def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str,
     source, share = Source(text, language), room
     while share > 600:
         fitted = Fit(source, share, about)
-        if weigh(result := fitted.result()) <= room:
+        result = source.render(fitted.taken, fitted.start) + text[fitted.start :]
+        if weigh(result) <= room:
             return result, fitted.kept()
         share //= 2
     return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
@@ -738,13 +694,13 @@ def read_first(suffix: str, layout: str) -> str:
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
     """The last of other files' texts that fit, in their order. The room does not depend on the file's own text: these
     texts precede it, and a prompt whose start changes must be prefilled again."""
-    taken = list[Mapping[str, str]]()
-    for entry in reversed(extra):
-        room -= weigh(render_extra([entry]))
-        if room < 0:
-            break
-        taken.append(entry)
-    return taken[::-1]
+    weights = (weigh(render_extra([entry])) for entry in reversed(extra))
+    return list(extra[len(extra) - count_fitting(weights, room) :])
+
+
+def count_fitting(weights: Iterable[int], room: int) -> int:
+    """How many of the first weights fit into the room together."""
+    return sum(1 for _ in takewhile(lambda total: total <= room, accumulate(weights)))
 
 
 def render_extra(extra: Sequence[Mapping[str, str]]) -> str:
@@ -774,14 +730,8 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
     last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
     room -= weigh(last["content"]) + MESSAGE_WEIGHT
-    taken = 1
-    while taken < min(len(turns), MAX_TURNS):
-        content = turns[-1 - taken]["content"]
-        cost = MESSAGE_WEIGHT + (weigh(content) if len(content) <= 3 * room else room + 1)
-        if cost > room:
-            break
-        room -= cost
-        taken += 1
+    earlier = (weigh(turn["content"]) + MESSAGE_WEIGHT for turn in turns[-2 : -1 - MAX_TURNS : -1])
+    taken = 1 + count_fitting(earlier, room)
     left_out = len(turns) - taken
     rounded = -(-left_out // 4) * 4
     start = rounded if 2 * (len(turns) - rounded) >= taken else left_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from cerebrum.pi.dialects import (
     OPENAI_TEXT,
     Dialect,
     Reply,
-    Split,
     read_text_completion,
     split_fim,
     timings,
@@ -323,6 +323,11 @@ FAMILIES = [pytest.param(*marks, id=marks[0]) for marks in FIM]
 THREE = [pytest.param(*marks, id=marks[0]) for marks in FIM if marks[2]]
 
 
+def split(prefix: str, suffix: str, filename: str = "", extra: Sequence[tuple[str, str]] = ()) -> tuple[Any, ...]:
+    """What `split_fim` returns; `extra` has the name and the text of other files."""
+    return prefix, suffix, filename, [{"filename": name, "text": text} for name, text in extra]
+
+
 def written(before: str, after: str, middle: str, prefix: str, suffix: str) -> str:
     """A prompt as the family's clients write it, with the prefix first."""
     if before == "<PRE>":
@@ -332,23 +337,23 @@ def written(before: str, after: str, middle: str, prefix: str, suffix: str) -> s
 
 @pytest.mark.parametrize(("before", "after", "middle"), THREE)
 def test_the_suffix_may_come_first(before: str, after: str, middle: str) -> None:
-    assert split_fim(f"{after}\nb{before}a\n{middle}") == Split("a\n", "\nb")
-    assert split_fim(f"{before}{after}\nb{middle}a\n") == Split("a\n", "\nb")
-    assert split_fim(f"{before}{after}\nb{middle}") == Split("", "\nb")
+    assert split_fim(f"{after}\nb{before}a\n{middle}") == split("a\n", "\nb")
+    assert split_fim(f"{before}{after}\nb{middle}a\n") == split("a\n", "\nb")
+    assert split_fim(f"{before}{after}\nb{middle}") == split("", "\nb")
 
 
 def test_spaces_of_codellama() -> None:
-    assert split_fim("<PRE>  a  <SUF> b  <MID>") == Split(" a ", " b ")
-    assert split_fim("<PRE>a<SUF>b<MID>") == Split("a", "b")
-    assert split_fim("<PRE> <SUF>b <MID>") == Split("", "b")
-    assert split_fim("<PRE> <SUF>b <MID> a") == Split("a", "b")
-    assert split_fim("<s><PRE> a <SUF>b <MID>") == Split("a", "b")
+    assert split_fim("<PRE>  a  <SUF> b  <MID>") == split(" a ", " b ")
+    assert split_fim("<PRE>a<SUF>b<MID>") == split("a", "b")
+    assert split_fim("<PRE> <SUF>b <MID>") == split("", "b")
+    assert split_fim("<PRE> <SUF>b <MID> a") == split("a", "b")
+    assert split_fim("<s><PRE> a <SUF>b <MID>") == split("a", "b")
 
 
 def test_codestral() -> None:
-    assert split_fim("[SUFFIX]\nb[PREFIX]a") == Split("a", "\nb")
-    assert split_fim("[PREFIX]a[SUFFIX]b") == Split("a", "b")
-    assert split_fim("<s>[SUFFIX]b[PREFIX]a") == Split("a", "b")
+    assert split_fim("[SUFFIX]\nb[PREFIX]a") == split("a", "\nb")
+    assert split_fim("[PREFIX]a[SUFFIX]b") == split("a", "b")
+    assert split_fim("<s>[SUFFIX]b[PREFIX]a") == split("a", "b")
     assert split_fim("x = 1 # [SUFFIX]b[PREFIX]a") is None
 
 
@@ -375,7 +380,7 @@ def test_codestral() -> None:
     ],
 )
 def test_what_precedes_the_marks(preamble: str, filename: str, extra: tuple[tuple[str, str], ...]) -> None:
-    expected = Split("p", "s", filename, extra)
+    expected = split("p", "s", filename, extra)
     assert split_fim(f"{preamble}<|fim_prefix|>p<|fim_suffix|>s<|fim_middle|>") == expected
     assert split_fim(f"{preamble}<fim_suffix>s<fim_prefix>p<fim_middle>") == expected
 
@@ -405,9 +410,9 @@ def test_a_text_that_mentions_the_tokens_is_not_split(before: str, after: str, m
 
 def test_a_text_in_one_familys_tokens_may_mention_anothers() -> None:
     text = MENTION.format(*FIM[0])
-    assert split_fim(f"<fim_prefix>{text}<fim_suffix>b<fim_middle>") == Split(text, "b")
+    assert split_fim(f"<fim_prefix>{text}<fim_suffix>b<fim_middle>") == split(text, "b")
     text = MENTION.format(*FIM[1])
-    assert split_fim(f"<|fim_prefix|>{text}<|fim_suffix|>b<|fim_middle|>") == Split(text, "b")
+    assert split_fim(f"<|fim_prefix|>{text}<|fim_suffix|>b<|fim_middle|>") == split(text, "b")
 
 
 MARKS = re.compile("|".join(re.escape(mark) for marks in FIM for mark in marks if mark))
@@ -417,7 +422,7 @@ CODE = st.text(alphabet="ab<|>_ \n").filter(lambda text: not MARKS.search(text))
 @given(CODE, CODE)
 def test_any_text_without_marks_may_be_completed(prefix: str, suffix: str) -> None:
     for marks in FIM:
-        assert split_fim(written(*marks, prefix, suffix)) == Split(prefix, suffix)
+        assert split_fim(written(*marks, prefix, suffix)) == split(prefix, suffix)
 
 
 # ----------------------------------------------------------------------------------------------------- replies
