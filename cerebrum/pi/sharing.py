@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cerebrum.pi.backend import SAMPLED_BY, Backend, Job, notes_of
@@ -121,22 +120,15 @@ EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the 
 MAX_TO_WARM = 4  # prompts, one of each client
 
 
+@dataclass(slots=True, eq=False)
 class Shared:
-    """One completion for all clients that send the same request at the same time, and the task that computes it. It
-    keeps all pairs, so a late client gets them all, and ends when its last reader leaves."""
+    """One completion for all clients that send the same request at the same time. It keeps all pairs, so a late client
+    gets them all, and ends when its last reader leaves."""
 
-    def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
-        self.pairs, self.job, self.key = list(pairs), job, key
-        self.failure: HttpError | None = None
-        self.readers: list[Reading] = []
-        self.remembered = False  # as a prediction
-        self.task: asyncio.Task[None] | None = None
-
-    def wake(self, all_of_them: bool) -> None:
-        """Wake the readers. A reader that collects the whole text is woken only at the end."""
-        for reader in self.readers:
-            if all_of_them or reader.streams:
-                reader.woken.set()
+    job: Job  # the first reader's
+    pairs: list[Pair] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None  # computes it; None if nothing must be computed
+    failure: HttpError | None = None
 
 
 class Reading:
@@ -145,7 +137,7 @@ class Reading:
     def __init__(self, sharing: Sharing, job: Job, asked: Asked, editor: str) -> None:
         self.sharing, self.job, self.streams, self.editor = sharing, job, asked.stream, editor
         self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
-        self.shared = Shared()  # the completion that it reads, once it has joined
+        self.shared = Shared(job)  # the completion that it reads; `Sharing.join` may replace it by a running one
         self.at = 0  # pairs read
         self.skip = self.typed = 0  # characters of the text: still to be left out; typed by the client before it asked
         self.woken = asyncio.Event()
@@ -155,7 +147,8 @@ class Reading:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A replaced reading ends like a
         completion that a limit has cut, because some editors would show an error to the user."""
         try:
-            shared = self.shared = self.sharing.join(self)
+            self.sharing.join(self)
+            shared = self.shared
             while not self.replaced:
                 if self.at < len(shared.pairs):
                     kind, value = self._next(shared.pairs)
@@ -172,12 +165,12 @@ class Reading:
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.sharing.leave(self)
-            self.job.notes |= notes_of(self.shared.job or self.job)
+            self.job.notes |= notes_of(self.shared.job)
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
         self.at += 1
-        if kind == "done" and self.predicts and self.shared.job:
+        if kind == "done" and self.predicts and self.shared.task:
             self.sharing.remember(self.job.client, self.shared)
             return kind, value | ({"type_through": True} if self.typed else {})
         texts = [value]
@@ -206,7 +199,6 @@ class Sharing:
         self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
         self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended this way
         self.readings: list[Reading] = []
-        self.shared: dict[bytes, Shared] = {}  # running completions, by the digest of the request
         self.predictions = Predictions()
         self._editors: dict[str, float] = {}  # the time of each client's last infill
 
@@ -226,39 +218,44 @@ class Sharing:
             alike = [other for other in running if other.kind in ("chat", "completion")]
         return len(alike) < max(1, most - 1)
 
-    def join(self, reading: Reading) -> Shared:
-        """The completion for a reading: a running one, a new one, or a finished one if nothing must be computed."""
+    def join(self, reading: Reading) -> None:
+        """Let a reading read a running completion, or let its own one begin, unless nothing must be computed."""
         self.readings.append(reading)
-        job = reading.job
+        job, own = reading.job, reading.shared
         if job.kind == "infill":
             self._editors[job.client] = time.monotonic()
         if job.fields["max_tokens"] == 0:
             self._warm(job)
-            return Shared([("started", self.beginning(job)), ("done", {"finish_reason": "length"})])
-        if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
+            own.pairs += [("started", self.beginning(job)), ("done", {"finish_reason": "length"})]
+        elif reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             prediction, rest = found
             self.counts["type_through"] += 1
             self._replace_older(reading, ahead=True)
             model = {"model": prediction.begun["model"]}
             job.notes |= model | {"tokens": 0}
             done = model | {"finish_reason": prediction.finish_reason, "type_through": True}
-            return Shared([("started", prediction.begun), ("text", text_event(rest)), ("done", done)])
-        shared = self._typed_meanwhile(reading) or self._identical(job)
-        shared.readers.append(reading)
-        self._replace_older(reading)
-        return shared
+            own.pairs += [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
+        elif running := self._find_running(reading):
+            reading.shared = running
+            self._replace_older(reading)
+        else:
+            own.task = asyncio.create_task(self._compute(own))
+            self._replace_older(reading)
 
-    def _typed_meanwhile(self, reading: Reading) -> Shared | None:
-        """A running completion whose text begins with what the user has typed since the editor asked for it."""
+    def _find_running(self, reading: Reading) -> Shared | None:
+        """A running completion of the same request, or one whose text begins with what the user has typed since the
+        editor asked for it. Samples without a seed must differ."""
         job = reading.job
-        if not reading.predicts or job.kind != "infill":
-            return None
-        wanted = alike(job.fields)
+        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
         for other in self.readings:
             shared = other.shared
-            if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
+            if not shared.task or shared.task.done():
                 continue
-            if alike(shared.job.fields) == wanted:
+            if shared.job.fields == job.fields and not is_sample:
+                self.counts["shared"] += 1
+                return shared
+            may_continue = reading.predicts and job.kind == "infill" and other.editor == reading.editor
+            if may_continue and alike(shared.job.fields) == alike(job.fields):
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
                 if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
                     reading.skip = reading.typed = typed
@@ -266,37 +263,24 @@ class Sharing:
                     return shared
         return None
 
-    def _identical(self, job: Job) -> Shared:
-        """The running completion of the same request, or a new one. Samples without a seed must differ."""
-        key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
-        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
-        shared = None if is_sample else self.shared.get(key)
-        if shared:
-            self.counts["shared"] += 1
-        else:
-            shared = self.shared[key] = Shared(job=job, key=key)
-            shared.task = asyncio.create_task(self._compute(shared, job))
-        return shared
-
-    async def _compute(self, shared: Shared, job: Job) -> None:
+    async def _compute(self, shared: Shared) -> None:
         """Collect all pairs, and keep the error that ends them."""
         try:
-            async with contextlib.aclosing(self._start(job)) as pairs:
+            async with contextlib.aclosing(self._start(shared.job)) as pairs:
                 async for pair in pairs:
                     shared.pairs.append(pair)
-                    shared.wake(all_of_them=pair[0] == "done")
+                    self._wake(shared, at_end=pair[0] == "done")
         except HttpError as error:
             shared.failure = error
         except Exception as exception:
             shared.failure = internal_error(exception)
-        finally:
-            self._forget(shared)
-        shared.wake(all_of_them=True)
+        self._wake(shared, at_end=True)
 
-    def _forget(self, shared: Shared) -> None:
-        """Let no other reading join this completion."""
-        if self.shared.get(shared.key) is shared:
-            del self.shared[shared.key]
+    def _wake(self, shared: Shared, at_end: bool) -> None:
+        """Wake the readers. A reader that collects the whole text is woken only at the end."""
+        for reading in self.readings:
+            if reading.shared is shared and (at_end or reading.streams):
+                reading.woken.set()
 
     def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
         """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
@@ -317,30 +301,24 @@ class Sharing:
     def leave(self, reading: Reading) -> None:
         """Remove a reading that has ended or whose client has left. The last reader to leave ends the completion; until
         then, its place counts as held by a client who stays."""
-        shared = reading.shared
-        if reading in self.readings:
-            self.readings.remove(reading)
-        if reading not in shared.readers:
+        if reading not in self.readings:
             return
-        shared.readers.remove(reading)
-        if shared.readers and shared.job:
-            shared.job.client = shared.readers[0].job.client
+        self.readings.remove(reading)
+        shared = reading.shared
+        if others := [other for other in self.readings if other.shared is shared]:
+            shared.job.client = others[0].job.client
             self._moved()
         elif shared.task:
             shared.task.cancel()
-            self._forget(shared)
 
     def remember(self, client: str, shared: Shared) -> None:
         """Keep a finished completion for a client who types its text. A plain completion may be a program's, which
         relies on its limit: a text cut by the limit must not begin another answer."""
-        assert shared.job
         begun = [value for kind, value in shared.pairs if kind == "started"][-1]
         reason = shared.pairs[-1][1].get("finish_reason", "stop")
-        if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
-            return
-        shared.remembered = True
-        text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-        self.predictions.add(client, shared.job.fields, text, begun, reason)
+        if shared.job.kind != "completion" or reason != "length":
+            text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+            self.predictions.add(client, shared.job.fields, text, begun, reason)
 
 
 class Warming:
