@@ -234,11 +234,7 @@ class Gateway:
         return True
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
-        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
-        prompt is forgotten if none of its backends reads ahead."""
-        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
-            self.warming.drop(job)
-            return None
+        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now."""
         try:
             chosen = None if self.line else self.fleet.choose(job)
         except HttpError:

@@ -273,7 +273,7 @@ class Backend:
         self.active: list[Job] = []  # jobs that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens = 0  # generated so far
-        self.warming: tuple[Job, asyncio.Task[None]] | None = None
+        self.warming: tuple[Job, asyncio.Task[None]] | None = None  # the prompt that it reads ahead; `Warming` sets it
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began or ended
@@ -310,14 +310,10 @@ class Backend:
         return "" if self.available else self.trouble or BREAKER_OPEN
 
     @property
-    def warms(self) -> bool:
-        """Whether reading a prompt ahead costs nothing."""
-        return self.api is None or self.api.warms
-
-    @property
     def may_warm(self) -> bool:
-        """Whether the backend may read a prompt ahead now."""
-        return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
+        """Whether the backend may read a prompt ahead now: it is idle, and reading costs nothing."""
+        is_idle = not self.active and not self.warming and self.breaker.state == "closed"
+        return is_idle and (self.api is None or self.api.warms)
 
     @property
     def is_paid(self) -> bool:
@@ -443,11 +439,6 @@ class Backend:
         if job.place and (self.trouble or self.breaker.failures):
             job.place.ticket = self.breaker.succeeded(job.place.ticket)
             self.found("")
-
-    def reads_ahead(self, job: Job, task: asyncio.Task[None]) -> None:
-        """Record the prompt that the backend reads ahead, until this task ends."""
-        self.warming = job, task
-        task.add_done_callback(lambda _: setattr(self, "warming", None))
 
     # Completing.
 

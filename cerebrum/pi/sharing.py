@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import time
 from collections import deque
@@ -322,8 +323,8 @@ class Sharing:
 
 
 class Warming:
-    """Owns the prompts to be read into a backend's cache while the backend is idle. `choose` sets the model of a prompt
-    and returns its backend, or None; `answer` makes the backend read the prompt."""
+    """Owns the prompts to be read into a backend's cache while the backend is idle, and the tasks that read them.
+    `choose` sets the model of a prompt and returns its backend, or None; `answer` makes the backend read the prompt."""
 
     def __init__(
         self, choose: Callable[[Job], Backend | None], answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]]
@@ -334,15 +335,11 @@ class Warming:
     def add(self, job: Job) -> None:
         """Queue this prompt to be read. Reading takes no place, waits for an idle backend, and stops when this backend
         gets a request; then the prompt waits again. Only the newest prompt of each client is kept."""
-        self.drop(job)
+        self.waiting.pop(job.client, None)
         self.waiting[job.client] = job
         if len(self.waiting) > MAX_TO_WARM:
             del self.waiting[next(iter(self.waiting))]
         self.next()
-
-    def drop(self, job: Job) -> None:
-        """Forget the prompt of this job's client."""
-        self.waiting.pop(job.client, None)
 
     def next(self) -> None:
         """Start to read each prompt whose backend is idle."""
@@ -350,8 +347,8 @@ class Warming:
             if backend := self._choose(job):
                 del self.waiting[job.client]
                 task = asyncio.create_task(self._read(job, backend))
-                backend.reads_ahead(job, task)
-                task.add_done_callback(self._end)  # even if it never begins
+                backend.warming = job, task
+                task.add_done_callback(functools.partial(self._end, backend))  # even if it never begins
 
     async def _read(self, job: Job, backend: Backend) -> None:
         try:
@@ -363,7 +360,8 @@ class Warming:
         except Exception as exception:
             internal_error(exception)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
+        backend.warming = None
         if not task.cancelled():
             self.next()
 
