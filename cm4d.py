@@ -197,7 +197,7 @@ class Gateway:
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = load_page(HERE / "cerebrum/pi/page.html")
         self.reconfigured = 0
-        self.line: list[tuple[Job, asyncio.Event]] = []  # jobs that wait for a place, in order of arrival
+        self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
         self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
         self.counting = Counting(self.sharing.counts, config.models)
@@ -280,12 +280,12 @@ class Gateway:
                     if job.came.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
                     if error.code == "RATE_LIMIT" and job.kind:
-                        job.attempts.busy.append(backend)
+                        job.busy.append(backend)
                     elif error.code not in WITHOUT_MODEL or not self.fleet.has_another(backend, job):
-                        job.attempts.tried.append(backend)
+                        job.tried.append(backend)
                     # An error that a backend reports outweighs another backend's failure.
-                    if not (job.attempts.failure and isinstance(error, BackendFailure)):
-                        job.attempts.failure = error
+                    if not (job.failure and isinstance(error, BackendFailure)):
+                        job.failure = error
 
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for a place. A job of our
@@ -295,39 +295,37 @@ class Gateway:
             try:
                 if not self._assign(job) and job.kind:
                     await self._wait_in_line(job)
-                    if not job.place:
+                    if not job.backend:
                         self._assign(job)
                 break
             except HttpError:
-                if not job.attempts.busy or job.patience() < job.attempts.pause:
+                if not job.busy or job.patience() < job.pause:
                     raise
-                await asyncio.sleep(job.attempts.pause)
-                job.attempts.busy.clear()
-                job.attempts.pause = min(2 * job.attempts.pause, MAX_BUSY_SECONDS)
-        if not job.place:
+                await asyncio.sleep(job.pause)
+                job.busy.clear()
+                job.pause = min(2 * job.pause, MAX_BUSY_SECONDS)
+        if not job.backend:
             there = [backend for backend in self.fleet.backends if backend.available] or self.fleet.backends
             limit = sum(backend.limit for backend in there)
             kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
             busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
-            raise job.attempts.failure or busy
-        return job.place.backend
+            raise job.failure or busy
+        return job.backend
 
     async def _wait_in_line(self, job: Job) -> None:
         """Wait until the job has a place, no backend may be asked any more, or the job's patience runs out."""
-        waiting = job, asyncio.Event()
-        self.line.append(waiting)
+        called = self.line[job] = asyncio.Event()
         try:
             async with asyncio.timeout(job.patience()):
-                await waiting[1].wait()
+                await called.wait()
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            if job.place:
-                self._release(job, job.place.backend)
+            if job.backend:
+                self._release(job, job.backend)
             raise
         finally:
-            if waiting in self.line:
-                self.line.remove(waiting)
+            self.line.pop(job, None)
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
@@ -338,8 +336,8 @@ class Gateway:
                 if other.session == job.session and other is not job and not other.superseded:
                     other.came.reason = SUPERSEDED
                     other.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
-            for place in [other.place for other in backend.active if other.place and other.superseded]:
-                await place.gone.wait()
+            for other in [other for other in backend.active if other.superseded]:
+                await other.gone.wait()
             await self.warming.stop(backend)
             yield
         except HttpError as error:
@@ -356,14 +354,13 @@ class Gateway:
     def _call_next(self) -> None:
         """Give free places to waiting jobs: clients with the fewest running jobs first, then in order of arrival."""
         clients = [job.client for job in self.active if not job.superseded]
-        for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
+        for job in sorted(self.line, key=lambda job: clients.count(job.client)):
             try:
-                called = self._assign(waiting[0])
+                is_called = self._assign(job)
             except HttpError:
-                called = True  # `_enter` raises the error when the waiter wakes
-            if called:
-                self.line.remove(waiting)
-                waiting[1].set()
+                is_called = True  # `_enter` raises the error when the waiter wakes
+            if is_called:
+                self.line.pop(job).set()
         self.warming.next()
 
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:

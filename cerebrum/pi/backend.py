@@ -78,17 +78,6 @@ BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 SUPERSEDED = "SUPERSEDED"
 
 
-@dataclass(slots=True)
-class Attempts:
-    """The failed attempts of a job."""
-
-    tried: list[Backend] = field(default_factory=list)  # backends that failed the job
-    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
-    pause: float = BUSY_SECONDS  # before the busy backends are asked again
-    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
-    failure: HttpError | None = None  # the most informative error so far
-
-
 @dataclass(frozen=True, slots=True)
 class Sent:
     """The part of a job's prompt that was sent to a backend."""
@@ -114,15 +103,6 @@ class Came:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
-    """A place that a job holds at a backend."""
-
-    backend: Backend
-    ticket: int  # of the backend's breaker
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the job gives the place back
-
-
-@dataclass(slots=True, eq=False)
 class Job:
     """One completion: the client's request and its progress."""
 
@@ -134,8 +114,14 @@ class Job:
     client: str = ""  # the client's address, for a dialect's request
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     model: str = ""  # the id of the model chosen last
-    place: Place | None = None  # the place that it holds
-    attempts: Attempts = field(default_factory=Attempts)
+    backend: Backend | None = None  # where it holds a place
+    ticket: int = 0  # of this backend's breaker
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it gives the place back
+    tried: list[Backend] = field(default_factory=list)  # backends that failed it
+    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
+    pause: float = BUSY_SECONDS  # before the busy backends are asked again
+    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
+    failure: HttpError | None = None  # the most informative error so far
     sent: Sent = Sent()
     came: Came = field(default_factory=Came)
 
@@ -327,10 +313,7 @@ class Backend:
 
     def has_place(self, job: Job) -> bool:
         """Whether there is a place for this job, which ends the older jobs of its session."""
-        if len(self.active) < self.limit:
-            return True
-        session = job.session or None
-        return sum(other.session != session for other in self.running) < self.limit
+        return sum(other.session != (job.session or None) for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
         """Whether the backend may have a model. Without a list only vpsd may: others need their own name for it."""
@@ -421,23 +404,22 @@ class Backend:
         """Give the job a place for a completion by this model; the breaker must admit it."""
         ticket = self.breaker.admit(time.monotonic())
         assert ticket is not None
-        job.model, job.place = model, Place(self, ticket)
+        job.model, job.backend, job.ticket, job.gone = model, self, ticket, asyncio.Event()
         self.active.append(job)
         self.requests_total += 1
 
     def release(self, job: Job) -> None:
         """Take the job's place back."""
-        assert job.place
         self.active.remove(job)
-        self.breaker.left(job.place.ticket)
-        job.place.gone.set()
-        job.place = None
+        self.breaker.left(job.ticket)
+        job.gone.set()
+        job.backend = None
 
     def count(self, job: Job, tokens: int) -> None:
         """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
         self.tokens += tokens
-        if job.place and (self.trouble or self.breaker.failures):
-            job.place.ticket = self.breaker.succeeded(job.place.ticket)
+        if job.backend and (self.trouble or self.breaker.failures):
+            job.ticket = self.breaker.succeeded(job.ticket)
             self.found("")
 
     # Completing.
@@ -468,7 +450,7 @@ class Backend:
     def lost(self, job: Job, error: HttpError) -> None:
         """Record that a completion with a place has ended with this error."""
         self.requests_failed += error.code != SUPERSEDED
-        self.failed(job.place.ticket if job.place else 0, error)
+        self.failed(job.ticket, error)
 
     def failed(self, ticket: int, error: HttpError) -> None:
         """Record that a request to this backend has ended with this error."""

@@ -184,11 +184,11 @@ class Fleet:
         one that probably has the beginning of the prompt in its cache, or else the least busy one."""
         now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        passed = [*job.attempts.tried, *job.attempts.busy]
+        passed = [*job.tried, *job.busy]
         usable = [backend for backend in able if backend not in passed and backend.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
-            raise job.attempts.failure or self._nobody(options)
+            raise job.failure or self._nobody(options)
         if not self._is_fair(job, usable):
             return None
         last = self._served.get(cache_key(job))
@@ -216,9 +216,9 @@ class Fleet:
 
     def has_another(self, backend: Backend, job: Job) -> bool:
         """Whether a backend that could not load the job's model has another model for this job."""
-        job.attempts.without.append((backend, job.model))
+        job.without.append((backend, job.model))
         options = self.who_may(job.fields, bool(job.kind))
-        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
+        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
         if others:
             backend.forget(job.model)
         return bool(others)
