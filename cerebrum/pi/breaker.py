@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# ------------------------------------------------------------------------------------- policy: breaker
-
 FAILURES_TO_OPEN = 3  # consecutive
 OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles the pause
 JITTER = 0.2  # +- this share of every pause, so that several Pis do not retry in step
@@ -26,8 +24,8 @@ class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
-    number of the current state; a result with an older ticket is late and is ignored. The caller passes in `now`
-    (seconds, monotonic) and `chance` (0 to 1).
+    number of the current state; a result with an older ticket is late and is ignored. `now` is in seconds, monotonic,
+    and `chance` returns 0 to 1.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -42,8 +40,7 @@ class Breaker:
 
     def admits(self, now: float) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        if self._trial:
-            self._expire(now)
+        self._expire(now)
         return self.state == "closed" or (self.state == "half-open" and not self._trial)
 
     def admit(self, now: float) -> int | None:

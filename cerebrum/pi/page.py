@@ -19,6 +19,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from cerebrum_common import Headers
@@ -52,22 +53,16 @@ class Page:
         compressor = zlib.compressobj(9, zlib.DEFLATED, GZIP_WINDOW)
         self._compressed = compressor.compress(text) + compressor.flush()
         self.etag = f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'  # weak: the same for compressed and plain text
-        policy = [
-            "default-src 'none'",
-            f"script-src {sources(SCRIPT, text)}",
-            f"style-src {sources(STYLE, text)}",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-        ]
+        policy = (
+            f"default-src 'none'; script-src {sources(SCRIPT, text)}; style-src {sources(STYLE, text)}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+            "require-trusted-types-for 'script'"
+        )
         self._headers: Headers = (
             ("ETag", self.etag),
             ("Cache-Control", "no-cache"),  # may be kept, but must be revalidated each time
             ("Vary", "Accept-Encoding"),
-            ("Content-Security-Policy", "; ".join(policy)),
+            ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
             ("X-Frame-Options", "DENY"),
             ("Referrer-Policy", "no-referrer"),
@@ -94,21 +89,15 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._step = int(now // STEP_SECONDS)
-        self._totals = (0,) * len(SERIES)
-        self._steps = deque(([0] * len(SERIES) for _ in range(STEPS)), maxlen=STEPS)
+        self._totals = deque([(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1)  # at the end of each step
 
     def sample(self, now: float, totals: tuple[int, ...]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // STEP_SECONDS)
-        for _ in range(min(step - self._step, STEPS)):
-            self._steps.append([0] * len(SERIES))
-        self._step = step
-        present = self._steps[-1]
-        for number, (new, old) in enumerate(zip(totals, self._totals, strict=True)):
-            present[number] += new - old
-        self._totals = totals
+        self._totals.extend([self._totals[-1]] * min(step - self._step, STEPS + 1))
+        self._step, self._totals[-1] = step, totals
 
     def describe(self) -> dict[str, Any]:
         """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
-        columns = {name: [step[number] for step in self._steps] for number, name in enumerate(SERIES)}
-        return {"step_s": STEP_SECONDS, **columns}
+        steps = ([new - old for old, new in pairwise(totals)] for totals in zip(*self._totals, strict=True))
+        return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
