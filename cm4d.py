@@ -445,22 +445,18 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    return Response(events=gateway.complete(read_job(gateway, request)), render=write_event)
+    pairs = gateway.complete(read_job(gateway, request))
+    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
-def write_event(pair: Pair) -> bytes:
-    """A pair as native SSE, or b"" for a pair without an event. The first pair is "started", so the response head goes
-    out as soon as the backend answers."""
-    kind, value = pair
-    if kind == "text":
-        return bytes(value)
-    if kind == "idle":
-        return common.SSE_COMMENT
-    if kind == "progress":
-        return common.sse_event({"progress": value})
-    if kind == "done":
-        return common.sse_event({"done": True, **value})
-    return b""
+# Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once the backend answers.
+NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
+    "started": lambda _: b"",
+    "idle": lambda _: common.SSE_COMMENT,
+    "progress": lambda progress: common.sse_event({"progress": progress}),
+    "text": bytes,
+    "done": lambda result: common.sse_event({"done": True, **result}),
+}
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
@@ -576,7 +572,7 @@ async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dial
 async def dialect_stream(
     reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first block may be empty, as in `write_event`."""
+    """Blocks of whole SSE events in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     begun = False
     async with contextlib.aclosing(reading.pairs()) as pairs:
         async for kind, value in pairs:
