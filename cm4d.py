@@ -463,14 +463,22 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
     job = read_job(gateway, request, limit=MAX_COLLECTED_BYTES)
     job.fields["progress"] = False
-    text, result = io.StringIO(), {}
-    async with contextlib.aclosing(gateway.complete(job)) as pairs:
+    _, text, result = await collect(gateway.complete(job))
+    return Response({"completion": text, **result})
+
+
+async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """A completion in one piece: the value of its last pair "started", its text, and its result."""
+    begun, text, result = {}, io.StringIO(), {}
+    async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "text":
+            if kind == "started":
+                begun = value
+            elif kind == "text":
                 text.write(upstream.read_text(value))
             elif kind == "done":
                 result = value
-    return Response({"completion": text.getvalue(), **result})
+    return begun, text.getvalue(), result
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
@@ -546,27 +554,14 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         reading = Reading(gateway.sharing, job, asked, editor)
         reply_to = functools.partial(dialect.reply, asked, request.head.request_id, int(time.time()))
         if not asked.stream:
-            return await collect(reading, reply_to)
+            begun, text, result = await collect(reading.pairs())
+            whole = text if result.get("finish_reason") != "replaced" else ""
+            return Response(reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"]))
         response = Response()
         response.events = dialect_stream(reading, reply_to, response)
         return response
 
     return handle
-
-
-async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply]) -> Response:
-    """A completion in one piece, in a dialect."""
-    text, response = io.StringIO(), Response()
-    async with contextlib.aclosing(reading.pairs()) as pairs:
-        async for kind, value in pairs:
-            if kind == "started":
-                reply, response.headers = reply_to(value), kept_headers(value["kept"])
-            elif kind == "text":
-                text.write(upstream.read_text(value))
-            elif kind == "done":
-                whole = text.getvalue() if value.get("finish_reason") != "replaced" else ""
-                response.body = reply.whole(whole, value)
-    return response
 
 
 async def dialect_stream(
