@@ -200,7 +200,7 @@ class Gateway:
         self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
         self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
-        self.counting = Counting(self.sharing.counts, config.models)
+        self.counting = Counting(self.sharing, config.models)
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
@@ -652,12 +652,10 @@ METRICS = {
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda pi: len(pi.active), "requests_active"),
         Metric("cerebrum_completions_waiting", "Completions that wait for a place.", lambda pi: len(pi.line)),
-        Metric("cerebrum_shared_total", "Requests that shared a completion.",
-               lambda pi: pi.sharing.counts["shared"], "shared"),
-        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",
-               lambda pi: pi.sharing.counts["replaced"], "replaced"),
+        Metric("cerebrum_shared_total", "Requests that shared a completion.", "sharing.shared", "shared"),
+        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "sharing.replaced", "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
-               lambda pi: pi.sharing.counts["type_through"], "type_through"),
+               "sharing.type_through", "type_through"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (
@@ -763,7 +761,6 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
-    gateway.fleet.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
 from cerebrum.pi.page import History
+from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
 
@@ -17,10 +18,10 @@ NO_MODEL = "none"  # the tally of completions that got no model
 
 
 class Counting:
-    """Owns the totals of completions. `shared`: counts of `Sharing`, which serves some of them without a backend."""
+    """Owns the totals of completions. `sharing` counts those that it serves without a backend."""
 
-    def __init__(self, shared: Mapping[str, int], models: Sequence[Model]) -> None:
-        self.shared = shared
+    def __init__(self, sharing: Sharing, models: Sequence[Model]) -> None:
+        self._sharing = sharing
         self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, and tokens
         self.tallies: dict[str, Tally] = {}  # by model
         self.history = History(time.monotonic())
@@ -33,7 +34,7 @@ class Counting:
     @property
     def requests(self) -> int:
         """Completions that were asked for, computed or not."""
-        return self.started + self.shared["shared"] + self.shared["type_through"]
+        return self.started + self._sharing.shared + self._sharing.type_through
 
     def add_tokens(self, count: int) -> None:
         self.tokens += count

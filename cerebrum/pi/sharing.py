@@ -198,7 +198,7 @@ class Sharing:
         moved: Callable[[], None],
     ) -> None:
         self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
-        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended this way
+        self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.readings: list[Reading] = []
         self.predictions = Predictions()
         self._editors: dict[str, float] = {}  # the time of each client's last infill
@@ -230,7 +230,7 @@ class Sharing:
             own.pairs += [("started", self.beginning(job)), ("done", {"finish_reason": "length"})]
         elif reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             prediction, rest = found
-            self.counts["type_through"] += 1
+            self.type_through += 1
             self._replace_older(reading, ahead=True)
             model = {"model": prediction.begun["model"]}
             job.notes |= model | {"tokens": 0}
@@ -253,14 +253,14 @@ class Sharing:
             if not shared.task or shared.task.done():
                 continue
             if shared.job.fields == job.fields and not is_sample:
-                self.counts["shared"] += 1
+                self.shared += 1
                 return shared
             may_continue = reading.predicts and job.kind == "infill" and other.editor == reading.editor
             if may_continue and alike(shared.job.fields) == alike(job.fields):
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
                 if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
                     reading.skip = reading.typed = typed
-                    self.counts["type_through"] += 1
+                    self.type_through += 1
                     return shared
         return None
 
@@ -294,7 +294,7 @@ class Sharing:
             if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
                 continue
             if is_typed_on(other.job.fields, fields):
-                self.counts["replaced"] += 1
+                self.replaced += 1
                 other.replaced = True
                 self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
                 other.woken.set()
