@@ -753,7 +753,7 @@ async def serve(environ: Environment, config: Config) -> int:
         server.access = new.access
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        environ.warn_of_changes(new_environ, NEEDS_RESTART)
+        environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"))
 
     service = Service(reload, gateway.fleet.stuck)
     probing = asyncio.create_task(gateway.fleet.probe_forever())

@@ -88,11 +88,6 @@ class Fleet:
                 backend.warming[1].cancel()
         self._replaced.set()
 
-    def close(self) -> None:
-        """Close the connections kept for future requests."""
-        for backend in self.backends:
-            backend.upstream.close()
-
     # State.
 
     @property
