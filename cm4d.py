@@ -124,7 +124,6 @@ def load_config(environ: Environment) -> Config:
     )
 
 
-NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
 # ------------------------------------------------------------------------------------ policy: requests
 
 FIELDS = {
@@ -154,8 +153,7 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = common.served_languages(models)
     if fields["language"] not in languages:
-        got = describe(fields["language"])
-        raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
+        raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
         got = describe(fields["model"])
@@ -533,12 +531,11 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
-    if not having:
-        raise HttpError("VPS_UNAVAILABLE", "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
         able = [backend for backend in having if backend.breaker.admits(time.monotonic())]
         if not able:
-            raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+            lacking = BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
+            raise HttpError("VPS_UNAVAILABLE", lacking)
         tokens = await first_there(able).tokenize(model, fields)
     return Response(compact({"tokens": tokens}))
 

@@ -177,8 +177,7 @@ class Fleet:
         one that probably has the beginning of the prompt in its cache, or else the least busy one."""
         now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        passed = [*job.tried, *job.busy]
-        usable = [backend for backend in able if backend not in passed and backend.breaker.admits(now)]
+        usable = [one for one in able if one not in (*job.tried, *job.busy) and one.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
             raise job.failure or self._nobody(options)
