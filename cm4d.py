@@ -19,12 +19,9 @@ stream without a proper end: the client gets all whole events up to the fault, t
 backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
 429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
 
-Who owns what: a `Backend` owns its places, its breaker, its counts and its last known state, its `Prompts` the learned
-ratios. `Fleet` owns the backends and the probes that keep this state fresh, and decides which backend may answer.
-`Sharing` owns the state that clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway`
-the jobs that hold or await a place. A shared completion has a task of `Sharing`, and ends with its last reader.
-Everything runs on the event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
-and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
+Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
+except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
+cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
 """
 
 from __future__ import annotations
