@@ -33,7 +33,6 @@ MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Characters:
@@ -45,8 +44,8 @@ class Characters:
         self.half = ""  # the first half of a pair
 
     def feed(self, text: str) -> str:
-        if not self.half and not self.bytes.getstate()[0] and not SURROGATES.search(text):
-            return text
+        if text.isascii() and not self.half and not self.bytes.getstate()[0]:
+            return text  # as nearly always
         text, self.half = self.half + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self.half = text[:-1], text[-1]
