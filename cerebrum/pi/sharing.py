@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from cerebrum.pi.backend import SAMPLED_BY, Backend, Job, notes_of
@@ -170,19 +171,18 @@ class Reading:
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
-        self.at += 1
-        if kind == "done" and self.predicts and self.shared.task:
-            self.sharing.remember(self.job.client, self.shared)
-            return kind, value | ({"type_through": True} if self.typed else {})
-        texts = [value]
-        while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
-            texts.append(pairs[self.at][1])
-            self.at += 1
-        if kind == "text" and self.skip:
-            text = read_text(b"".join(texts))
+        texts = [text for _, text in takewhile(lambda pair: pair[0] == "text", pairs[self.at :])]
+        self.at += len(texts) or 1
+        if texts:
+            value = b"".join(texts)
+        if texts and self.skip:
+            text = read_text(value)
             rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
-            return kind, text_event(rest) if rest else b""
-        return kind, b"".join(texts) if len(texts) > 1 else value
+            value = text_event(rest) if rest else b""
+        elif kind == "done" and self.predicts and self.shared.task:
+            self.sharing.remember(self.job.client, self.shared)
+            value = value | ({"type_through": True} if self.typed else {})
+        return kind, value
 
 
 class Sharing:
@@ -286,14 +286,12 @@ class Sharing:
     def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
         """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
         continue the reading's prompt go on: an editor asks ahead for the text after a completion that it shows."""
-        fields = reading.job.fields
-        for other in list(self.readings):
+        newer = reading.job.fields
+        for other in [*self.readings]:
+            older = other.job.fields
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
-            if other is reading or other.replaced or not of_editor or other.job.fields == fields:
-                continue
-            if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
-                continue
-            if is_typed_on(other.job.fields, fields):
+            goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
+            if of_editor and not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 other.replaced = True
                 self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
