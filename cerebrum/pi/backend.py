@@ -16,7 +16,7 @@ from typing import Any
 
 from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_listed, read_props
+from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, members_of, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
@@ -40,10 +40,8 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
     {'m': {'loaded': False}}
     """
-    listed = answer.get("models")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    models: dict[str, dict[str, Any]] = {}
-    for entry in entries:
+    listed, models = answer.get("models"), dict[str, dict[str, Any]]()
+    for entry in map(members_of, listed if isinstance(listed, list) else ()):
         if isinstance(entry.get("id"), str) and entry.get("available") is not False:
             models[entry["id"]] = {name: entry[name] for name, kind in TOLD.items() if kind.accepts(entry.get(name))}
     return models
@@ -262,14 +260,13 @@ class Backend:
         self.warming: tuple[Job, asyncio.Task[None]] | None = None  # the prompt that it reads ahead; `Warming` sets it
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
-        self.probed = time.monotonic()  # when the last probe began or ended
+        self.probed = time.monotonic()  # when the last probe began
         self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
         self.response_ms: float | None = None  # of the last successful probe
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last successful probe
-        self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
@@ -351,7 +348,6 @@ class Backend:
         else:
             self.found("")
         self.probes += 1
-        self.probed = time.monotonic()
 
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
@@ -385,15 +381,13 @@ class Backend:
                     props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
             if isinstance(error, Misfit) or (self.api and self.models is None):
-                self._models_until = 0.0
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         found = find_models(self._catalog, listed)
-        strange = "" if found else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
-        if strange and strange != self._strange:
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
-        self._strange = strange
+        if not found and self.models != {}:  # once
+            strange = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
+            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         self.names = {id: name for id, (name, _) in found.items()}
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
