@@ -205,29 +205,24 @@ class Prompts:
         return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
 
     def refit(self, job: Job, error: TooLong) -> Limits:
-        """The limits for a retry after a prompt was refused as too long. Another engine's token count may be misread,
-        so it must be plausible. Without a count, the prompt becomes a quarter shorter."""
-        sent = job.sent
-        counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", sent.n_ctx)
-        estimated, most = sent.weight / self.ratio.get(job.model), sys.maxsize
-        if self._is_engine:
-            counted = counted if self._is_plausible(job, counted) else 0
-            n_ctx = min(n_ctx, sent.n_ctx)
-        if counted:
+        """The limits for a retry after a prompt was refused as too long. Without a plausible count of its tokens, the
+        prompt becomes a quarter shorter."""
+        sent, ratio = job.sent, self.ratio.get(job.model)
+        n_ctx, counted = min(sent.n_ctx, error.extra.get("n_ctx", sent.n_ctx)), error.extra.get("prompt_tokens", 0)
+        if self._is_plausible(job, counted):
             self.ratio.learn(job.model, sent.weight, counted)
-        else:
-            most = int(0.75 * estimated)
-        return Limits(n_ctx, max(REFIT * sent.weight / (counted or max(1, round(estimated))), MIN_RATIO), most)
+            return Limits(n_ctx, max(REFIT * sent.weight / counted, MIN_RATIO))
+        return Limits(n_ctx, max(REFIT * ratio, MIN_RATIO), int(0.75 * sent.weight / ratio))
 
     def _is_plausible(self, job: Job, counted: int) -> bool:
-        """Whether `counted` is a plausible number of tokens for the job's prompt."""
+        """Whether the job's prompt may have this many tokens. Another engine's count may be misread."""
         estimated = job.sent.weight / self.ratio.get(job.model)
-        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+        return counted > 0 and (not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE)
 
     def learn(self, job: Job, result: Mapping[str, Any]) -> None:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
-        if not counted or (self._is_engine and not self._is_plausible(job, counted)):
+        if not self._is_plausible(job, counted):
             return
         self.ratio.learn(job.model, job.sent.weight, counted)
         read = counted - result.get("cached_tokens", 0)
@@ -385,7 +380,7 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         found = find_models(self._catalog, listed)
-        if not found and self.models != {}:  # once
+        if not found and self.models != {}:  # logged once
             strange = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         self.names = {id: name for id, (name, _) in found.items()}
