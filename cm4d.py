@@ -219,8 +219,7 @@ class Gateway:
 
     def _assign(self, job: Job) -> bool:
         """Give the job a place; False if all are taken. Raises the HttpError of `Fleet.choose`."""
-        chosen = self.fleet.choose(job)
-        if not chosen:
+        if not (chosen := self.fleet.choose(job)):
             return False
         model, backend = chosen
         backend.take(job, model)
@@ -230,15 +229,12 @@ class Gateway:
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
         """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now."""
-        try:
-            chosen = None if self.line else self.fleet.choose(job)
-        except HttpError:
-            return None  # no backend may be asked
-        if not chosen or not chosen[1].may_warm:
-            return None
-        job.model, backend = chosen
-        self.fleet.remember_served(job, backend)
-        return backend
+        with contextlib.suppress(HttpError):  # no backend may be asked
+            if not self.line and (chosen := self.fleet.choose(job)) and chosen[1].may_warm:
+                job.model, backend = chosen
+                self.fleet.remember_served(job, backend)
+                return backend
+        return None
 
     # Completing.
 
@@ -499,13 +495,12 @@ async def models(gateway: Gateway, request: Request) -> Response:
     languages: list[dict[str, Any]] = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
-        endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
+        endings, filenames = (syntax.endings, syntax.filenames) if syntax else ((), ())
         languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
     here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
     data = [dialects.write_model(model.id, gateway.created) for model in here]
-    prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
-    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages, "prefer": prefer}
-    return Response(compact(ours | {"object": "list", "data": data}))
+    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages}
+    return Response(compact(ours | {"prefer": gateway.config.prefer, "object": "list", "data": data}))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
