@@ -54,7 +54,7 @@ import cerebrum_common as common
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
-from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
+from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
 from cerebrum.pi.fleet import Fleet, first_there
@@ -357,11 +357,10 @@ class Gateway:
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
         once more."""
-        limits = Limits(backend.n_ctx(job.model), backend.prompts.ratio.get(job.model))
-        for is_last in (False, True):
+        refused: TooLong | None = None
+        while True:
             try:
-                asked, job.sent = backend.prompts.prepare(job, limits, backend.layout(job.model))
-                async with backend.ask(job, asked) as pairs:
+                async with backend.ask(job, refused) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":
                             job.came.size += len(value)
@@ -374,14 +373,14 @@ class Gateway:
                 return
             except HttpError as error:
                 backend.refused(job, error)
-                if job.came.tokens or is_last or not isinstance(error, TooLong):
+                if job.came.tokens or refused or not isinstance(error, TooLong):
                     raise
-                limits = backend.prompts.refit(job, error)
+                refused = error
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
         model = job.model or self.fleet.route(job.fields)
-        return {"model": model, "n_ctx": job.sent.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
+        return {"model": model, "n_ctx": job.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""

@@ -20,7 +20,7 @@ from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, members_o
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
-from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
+from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Prepared, Ratio, prepare
 from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
@@ -74,18 +74,7 @@ WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another m
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 SUPERSEDED = "SUPERSEDED"
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """The part of a job's prompt that was sent to a backend."""
-
-    n_ctx: int = 0  # of the model, in tokens
-    kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text was sent, for the client
-    weight: int = 0  # of the prompt, for the ratio
-    room: int = 0  # tokens left in the context for the answer
-    above: str = ""  # its text up to the cursor, as the backend reads it
-    cut: bool = False  # shortened to what can be read within the client's time limit
+NOTHING = Prepared({}, {}, 0)
 
 
 @dataclass(slots=True)
@@ -120,7 +109,9 @@ class Job:
     pause: float = BUSY_SECONDS  # before the busy backends are asked again
     without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
     failure: HttpError | None = None  # the most informative error so far
-    sent: Sent = Sent()
+    sent: Prepared = NOTHING  # the part of its text that was sent last
+    n_ctx: int = 0  # the context in tokens that it was fitted to
+    room: int = 0  # tokens left there for the answer
     came: Came = field(default_factory=Came)
 
     @property
@@ -158,15 +149,6 @@ MAX_CACHED_EACH = 4  # of one client and model
 SAME_BEGINNING = 200  # characters
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits that a prompt must fit."""
-
-    n_ctx: int  # tokens of the context
-    ratio: float  # weight per token
-    most: int = sys.maxsize  # tokens of the prompt, after an engine refused a longer one without giving a number
-
-
 class Prompts:
     """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
 
@@ -176,26 +158,28 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def prepare(self, job: Job, limits: Limits, layout: str) -> tuple[dict[str, Any], Sent]:
-        """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
-        fields, n_ctx = job.fields, limits.n_ctx
+    def prepare(self, job: Job, n_ctx: int, layout: str, refused: TooLong | None) -> dict[str, Any]:
+        """Fit the job's prompt, or fit it again after it was refused, and return the fields of vpsd's request."""
+        fields, ratio, most = job.fields, self.ratio.get(job.model), sys.maxsize
+        if refused:
+            n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
+            ratio, most = self._refit(job, refused.extra.get("prompt_tokens", 0))
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
         # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
         # must send the same text as the request that follows.
         least = DEFAULT_TOKENS if job.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
-            budget = min(int(budget / SPARE), limits.most)
-        prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job), layout)
-        tokens = prepared.weight / limits.ratio + TEMPLATE_TOKENS[fields["mode"]]
-        room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+            budget = min(int(budget / SPARE), most)
+        job.sent = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job), layout)
+        tokens = job.sent.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
+        job.n_ctx, job.room = n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
-        sent = Sent(n_ctx, prepared.kept, prepared.weight, room, prepared.above, prepared.cut)
-        return {**passed, **prepared.body}, sent
+        return {**passed, **job.sent.body}
 
     def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
         """(the most tokens to read for this job, or None; the texts already read for its client and model)."""
@@ -204,15 +188,14 @@ class Prompts:
             return None, []
         return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
 
-    def refit(self, job: Job, error: TooLong) -> Limits:
-        """The limits for a retry after a prompt was refused as too long. Without a plausible count of its tokens, the
-        prompt becomes a quarter shorter."""
-        sent, ratio = job.sent, self.ratio.get(job.model)
-        n_ctx, counted = min(sent.n_ctx, error.extra.get("n_ctx", sent.n_ctx)), error.extra.get("prompt_tokens", 0)
+    def _refit(self, job: Job, counted: int) -> tuple[float, int]:
+        """(weight per token, the most tokens) for a retry after a backend has counted too many tokens. If the count is
+        not plausible, the prompt becomes a quarter shorter."""
+        weight, ratio = job.sent.weight, self.ratio.get(job.model)
         if self._is_plausible(job, counted):
-            self.ratio.learn(job.model, sent.weight, counted)
-            return Limits(n_ctx, max(REFIT * sent.weight / counted, MIN_RATIO))
-        return Limits(n_ctx, max(REFIT * ratio, MIN_RATIO), int(0.75 * sent.weight / ratio))
+            self.ratio.learn(job.model, weight, counted)
+            return max(REFIT * weight / counted, MIN_RATIO), sys.maxsize
+        return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
 
     def _is_plausible(self, job: Job, counted: int) -> bool:
         """Whether the job's prompt may have this many tokens. Another engine's count may be misread."""
@@ -414,9 +397,10 @@ class Backend:
     # Completing.
 
     @contextlib.asynccontextmanager
-    async def ask(self, job: Job, asked: Mapping[str, Any]) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Send a request, given in vpsd's fields, and yield its answer: ("begun", None) at the start, then the pairs
-        described in `Gateway.complete`."""
+    async def ask(self, job: Job, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
+        """Fit the job's prompt, again if it was `refused`, send it, and yield the answer: ("begun", None) at the start,
+        then the pairs described in `Gateway.complete`."""
+        asked = self.prompts.prepare(job, self.n_ctx(job.model), self.layout(job.model), refused)
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
@@ -428,7 +412,7 @@ class Backend:
         api, marked = self.api, self.fim.get(job.model)
         fim = marked.fim if marked else ()
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.sent.room))
+        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
@@ -462,7 +446,7 @@ class Backend:
             self._models_until = 0.0
             self.wake.set()
         n_ctx = error.extra.get("n_ctx", 0)
-        if isinstance(error, TooLong) and 0 < n_ctx < job.sent.n_ctx and self.models and job.model in self.models:
+        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
             self.models[job.model]["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
