@@ -14,8 +14,6 @@ from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
 
-NO_MODEL = "none"  # the tally of completions that got no model
-
 
 class Counting:
     """Owns the totals of completions. `sharing` counts those that it serves without a backend."""
@@ -56,7 +54,7 @@ class Counting:
             raise
         finally:
             job.notes |= notes_of(job)
-            tally, came = self.tallies.setdefault(job.model or NO_MODEL, Tally()), job.came
+            tally, came = self.tallies.setdefault(job.model or "none", Tally()), job.came
             tally.end(came.reason or reason)
             tally.tokens += came.tokens
             if came.first:

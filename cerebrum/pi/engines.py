@@ -9,8 +9,6 @@ piece is complete, which these engines do not do.
     >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
-
-Standard library only; cerebrum/text/ending.py is loaded only for other engines.
 """
 
 from __future__ import annotations

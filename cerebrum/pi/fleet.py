@@ -135,8 +135,7 @@ class Fleet:
             await backend.probe()
             self._probed(backend)
             delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
-            if retry := backend.breaker.retry_in(time.monotonic()):
-                delay = min(delay, retry)
+            delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()

@@ -236,11 +236,10 @@ class Sharing:
             job.notes |= model | {"tokens": 0}
             done = model | {"finish_reason": prediction.finish_reason, "type_through": True}
             own.pairs += [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
-        elif running := self._find_running(reading):
-            reading.shared = running
-            self._replace_older(reading)
         else:
-            own.task = asyncio.create_task(self._compute(own))
+            reading.shared = self._find_running(reading) or own
+            if reading.shared is own:
+                own.task = asyncio.create_task(self._compute(own))
             self._replace_older(reading)
 
     def _find_running(self, reading: Reading) -> Shared | None:
@@ -271,10 +270,8 @@ class Sharing:
                 async for pair in pairs:
                     shared.pairs.append(pair)
                     self._wake(shared, at_end=pair[0] == "done")
-        except HttpError as error:
-            shared.failure = error
-        except Exception as exception:
-            shared.failure = internal_error(exception)
+        except Exception as error:
+            shared.failure = error if isinstance(error, HttpError) else internal_error(error)
         self._wake(shared, at_end=True)
 
     def _wake(self, shared: Shared, at_end: bool) -> None:
