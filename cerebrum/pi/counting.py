@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
-from cerebrum.pi.page import History
 from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
+
+STEP_SECONDS, STEPS = 30, 60  # half an hour
+SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
+
+
+class History:
+    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
+
+    def __init__(self, now: float) -> None:
+        self._step = int(now // STEP_SECONDS)
+        self._totals = deque([(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1)  # at the end of each step
+
+    def sample(self, now: float, totals: tuple[int, ...]) -> None:
+        """Record the totals of SERIES at `now` (seconds, monotonic)."""
+        step = int(now // STEP_SECONDS)
+        self._totals.extend([self._totals[-1]] * min(step - self._step, STEPS + 1))
+        self._step, self._totals[-1] = step, totals
+
+    def describe(self) -> dict[str, Any]:
+        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
+        steps = ([new - old for old, new in pairwise(totals)] for totals in zip(*self._totals, strict=True))
+        return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
 
 
 class Counting:

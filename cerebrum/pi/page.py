@@ -1,12 +1,8 @@
-"""The Pi's web page: the response that carries it, and the three series of the last half hour that it shows.
+"""The Pi's web page, as a response.
 
     >>> page = Page(b"<style>p {}</style><script>f()</script>")
     >>> page.respond({"if-none-match": page.etag})[0]
     304
-    >>> history = History(now=0.0)
-    >>> history.sample(31.0, (2, 0, 50))
-    >>> history.describe()["requests"][-2:]
-    [0, 2]
 
 Pure: no file, no socket, no clock. Standard library only.
 """
@@ -17,10 +13,7 @@ import binascii
 import hashlib
 import re
 import zlib
-from collections import deque
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
 
 from cerebrum_common import Headers
 
@@ -78,26 +71,3 @@ class Page:
         if accepts_gzip(headers.get("accept-encoding", "")):
             return 200, self._compressed, (*self._headers, ("Content-Encoding", "gzip"))
         return 200, zlib.decompress(self._compressed, GZIP_WINDOW), self._headers
-
-
-STEP_SECONDS, STEPS = 30, 60  # half an hour
-SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
-
-
-class History:
-    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
-
-    def __init__(self, now: float) -> None:
-        self._step = int(now // STEP_SECONDS)
-        self._totals = deque([(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1)  # at the end of each step
-
-    def sample(self, now: float, totals: tuple[int, ...]) -> None:
-        """Record the totals of SERIES at `now` (seconds, monotonic)."""
-        step = int(now // STEP_SECONDS)
-        self._totals.extend([self._totals[-1]] * min(step - self._step, STEPS + 1))
-        self._step, self._totals[-1] = step, totals
-
-    def describe(self) -> dict[str, Any]:
-        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
-        steps = ([new - old for old, new in pairwise(totals)] for totals in zip(*self._totals, strict=True))
-        return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
