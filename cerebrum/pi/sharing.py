@@ -352,8 +352,6 @@ class Warming:
                     pass
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
-        except Exception as exception:
-            internal_error(exception)
 
     def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
         backend.warming = None
