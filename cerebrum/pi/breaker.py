@@ -57,8 +57,7 @@ class Breaker:
             return ticket
         self.failures = 0
         if self.state == "half-open":
-            self._change("closed")
-            self._pause = 0.0
+            self.reset()
         return self._generation
 
     def failed(self, ticket: int, now: float) -> None:
@@ -83,7 +82,7 @@ class Breaker:
             self._change("half-open")
 
     def reset(self) -> None:
-        """Another backend has replaced this one. Results of the old backend count as late."""
+        """Close it: the backend works, or another one has replaced it. Results from before count as late."""
         self.failures, self._pause = 0, 0.0
         self._change("closed")
 
