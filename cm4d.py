@@ -42,7 +42,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import io
 import math
 import re
 import time
@@ -459,16 +458,16 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
-    begun, text, result = {}, io.StringIO(), {}
+    begun, texts, result = {}, list[bytes](), {}
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
             if kind == "started":
                 begun = value
             elif kind == "text":
-                text.write(upstream.read_text(value))
+                texts.append(value)
             elif kind == "done":
                 result = value
-    return begun, text.getvalue(), result
+    return begun, upstream.read_text(b"".join(texts)), result
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
