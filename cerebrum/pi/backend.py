@@ -10,7 +10,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,16 +47,16 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return models
 
 
-def find_models(models: Sequence[Model], listed: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Match our models with a backend's list: our id -> (the backend's name, the listed fields). A listed name matches
-    a model's id, one of its aliases, or its file name, with or without folder and ending."""
+def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
+    """Match our models with a backend's list: our id -> the backend's name. A listed name matches a model's id, one of
+    its aliases, or its file name, with or without folder and ending."""
     names = {re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
         file = names.get(model.file.removesuffix(".gguf")) if model.file else None
         name = next((name for name in (model.id, *model.aliases) if name in listed), file)
         if name is not None:
-            found[model.id] = name, listed[name]
+            found[model.id] = name
     return found
 
 
@@ -362,13 +362,12 @@ class Backend:
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
-        found = find_models(self._catalog, listed)
-        if not found and self.models != {}:  # logged once
+        self.names = find_models(self._catalog, listed)
+        if not self.names and self.models != {}:  # logged once
             strange = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
-        self.names = {id: name for id, (name, _) in found.items()}
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
-        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
+        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
 
     # Places.
 
