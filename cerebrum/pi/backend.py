@@ -60,12 +60,6 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
     return found
 
 
-def read_loaded(answer: Mapping[str, Any]) -> list[str]:
-    """Parse vpsd's /health: the ids of the models in memory."""
-    loaded = answer.get("models_loaded")
-    return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
-
-
 DEFAULT_N_CTX = 4096  # until a backend reports its own
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
 BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
@@ -330,7 +324,8 @@ class Backend:
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
         if self.api is None:
-            return read_loaded(await self.upstream.get("/health", upstream.MAX_ERROR_BYTES))
+            loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get("models_loaded")
+            return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
         try:
             async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
                 pass
