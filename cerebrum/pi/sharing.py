@@ -34,15 +34,12 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
     before the other, and the lines below are the same. Two gaps of one file do not match, nor a program's two texts."""
     if older["filename"] != newer["filename"]:
         return False
-    one, other = (lines_below(fields.get("suffix") or "") for fields in (older, newer))
+    suffixes = (fields.get("suffix") or "" for fields in (older, newer))
+    # The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket.
+    one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
     if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
         return False
     return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
-
-
-def lines_below(suffix: str) -> str:
-    """The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket."""
-    return (suffix.partition("\n")[2] or suffix)[:TAIL_CHARS]
 
 
 def nearly_continues(text: str, longer: str) -> bool:
