@@ -189,7 +189,6 @@ class Gateway:
         self.config = config
         self.active: list[Job] = []  # jobs that hold a place, maybe at a backend that has left models.toml
         self.started, self.created = time.monotonic(), int(time.time())
-        self.page = load_page(HERE / "cerebrum/pi/page.html")
         self.reconfigured = 0
         self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
@@ -198,6 +197,11 @@ class Gateway:
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
+        self.page: Page | None = None  # everything else works without it
+        try:
+            self.page = Page((HERE / "cerebrum/pi/page.html").read_bytes())
+        except OSError as error:
+            log.warning("no page at /: cannot read page.html: %s", error.strerror)
 
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
@@ -690,15 +694,6 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
-
-
-def load_page(path: Path) -> Page | None:
-    """Load the page. If the file cannot be read, log a warning and return None: the daemon works without a page."""
-    try:
-        return Page(path.read_bytes())
-    except OSError as error:
-        log.warning("no page at /: cannot read %s: %s", path.name, error.strerror)
-        return None
 
 
 # ---------------------------------------------------------------------------------------------- routes
