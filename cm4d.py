@@ -6,12 +6,11 @@
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete`, an async
-generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt, sends it, and
-yields pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream`
-renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py.
-A `Reading` follows a completion for them: identical requests share one completion, an editor that types on ends its
-older infill, and text that the last completion predicted is served without a backend.
+models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete` runs every
+completion, and yields pairs of (kind, value): `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
+answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Reading` follows a completion for them:
+identical requests share one completion, an editor that types on ends its older infill, and text that the last
+completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
 in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
@@ -753,13 +752,11 @@ def warn_of(config: Config) -> None:
             log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
-ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
-
-
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
-        make_parser("cm4d", ABOUT).parse_args(arguments)
+        about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
+        make_parser("cm4d", about).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 
         return check_pi(HERE, load_config, Backend)
