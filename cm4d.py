@@ -191,7 +191,7 @@ class Gateway:
         self.reconfigured = 0
         self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
-        self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
+        self.sharing = Sharing(self.complete, self.beginning, self.warming.add)
         self.counting = Counting(self.sharing, config.models)
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)

@@ -184,17 +184,15 @@ class Reading:
 
 class Sharing:
     """Owns what requests share: the readers of each running completion, and the latest completions. `start` begins a
-    completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read ahead, and
-    `moved` is called when a place passes to another client."""
+    completion, `beginning` returns the value of its pair "started", and `warm` queues a prompt to be read ahead."""
 
     def __init__(
         self,
         start: Callable[[Job], AsyncGenerator[Pair, None]],
         beginning: Callable[[Job], dict[str, Any]],
         warm: Callable[[Job], None],
-        moved: Callable[[], None],
     ) -> None:
-        self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
+        self._start, self.beginning, self._warm = start, beginning, warm
         self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.readings: list[Reading] = []
         self.predictions = Predictions()
@@ -300,7 +298,6 @@ class Sharing:
         shared = reading.shared
         if others := [other for other in self.readings if other.shared is shared]:
             shared.job.client = others[0].job.client
-            self._moved()
         elif shared.task:
             shared.task.cancel()
 
