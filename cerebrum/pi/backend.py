@@ -68,7 +68,6 @@ WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another m
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 SUPERSEDED = "SUPERSEDED"
-NOTHING = Prepared({}, {}, 0)
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ class Job:
     pause: float = BUSY_SECONDS  # before the busy backends are asked again
     without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
     failure: HttpError | None = None  # the most informative error so far
-    sent: Prepared = NOTHING  # the part of its text that was sent last
+    sent: Prepared = field(default_factory=lambda: Prepared({}, {}, 0))  # the part of its text that was sent last
     n_ctx: int = 0  # the context in tokens that it was fitted to
     room: int = 0  # tokens left there for the answer
     came: Came = field(default_factory=Came)

@@ -63,9 +63,8 @@ class Translator:
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        above, indent = "" if turns else given[0], asked.get("indent", 0)
-        where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
-        ending = Ending(*where, indent)
+        where = asked["mode"], asked.get("language"), "" if turns else given[0], asked.get("suffix")
+        ending = Ending(*where, asked.get("stop_at", "auto"), asked.get("indent", 0))
         self.read_event = dialect.read_event
         self.cutter = Cutter([*asked.get("stop", ()), *marks], ending)
         self.characters = Characters()

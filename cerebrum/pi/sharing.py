@@ -147,15 +147,14 @@ class Reading:
         completion that a limit has cut, because some editors would show an error to the user."""
         try:
             self.sharing.join(self)
-            shared = self.shared
             while not self.replaced:
-                if self.at < len(shared.pairs):
-                    kind, value = self._next(shared.pairs)
+                if self.at < len(self.shared.pairs):
+                    kind, value = self._next(self.shared.pairs)
                     yield kind, value
                     if kind == "done":
                         return
-                elif shared.failure:
-                    raise shared.failure
+                elif self.shared.failure:
+                    raise self.shared.failure
                 else:
                     self.woken.clear()
                     await self.woken.wait()
@@ -207,12 +206,11 @@ class Sharing:
         if not job.kind or not others:
             return True
         running = [other for backend in usable for other in backend.running]
-        most = sum(backend.limit for backend in usable)
         if job.kind == "infill":
             alike = [other for other in running if other.kind == "infill" and other.client == job.client]
         else:
             alike = [other for other in running if other.kind in ("chat", "completion")]
-        return len(alike) < max(1, most - 1)
+        return len(alike) < max(1, sum(backend.limit for backend in usable) - 1)
 
     def join(self, reading: Reading) -> None:
         """Let a reading read a running completion, or let its own one begin, unless nothing must be computed."""
