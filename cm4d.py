@@ -600,20 +600,20 @@ async def activity(gateway: Gateway, request: Request) -> Response:
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
     """The members of /v1/stats."""
-    now = time.monotonic()
+    subjects, first = things(gateway), gateway.fleet.first
     return {
-        "uptime": round(now - gateway.started, 1),
-        **write_stats(METRICS, things(gateway)),
+        "uptime": round(time.monotonic() - gateway.started, 1),
+        **write_stats(METRICS, subjects),
         "vps_available": gateway.fleet.available,
-        "vps_response_time_ms": gateway.fleet.first.response_ms,
+        "vps_response_time_ms": first.response_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": gateway.fleet.first.breaker.describe(now),
-        "backends": [describe_backend(backend, now) for backend in gateway.fleet.backends],
+        "breaker": subjects["backend"][first.id]["breaker"],
+        "backends": [*subjects["backend"].values()],
     }
 
 
-def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
+def describe_backend(backend: Backend) -> dict[str, Any]:
     """A backend's entry in /v1/stats."""
     return {
         "id": backend.id,
@@ -628,7 +628,7 @@ def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
         "tokens_total": backend.tokens,
         "models": list(backend.models or ()),
         "models_loaded": backend.models_loaded,
-        "breaker": backend.breaker.describe(now),
+        "breaker": backend.breaker.describe(time.monotonic()),
     }
 
 
@@ -676,8 +676,7 @@ METRICS = {
 
 def things(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
-    now = time.monotonic()
-    backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}
+    backends = {backend.id: describe_backend(backend) for backend in gateway.fleet.backends}
     return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
 
 
