@@ -151,8 +151,7 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
-        got = describe(fields["model"])
-        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
+        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}")
     return fields | {"mode": detect_mode(fields)}
 
 

@@ -314,10 +314,9 @@ class Backend:
             if self.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self.learn_models()
             self.models_loaded = loaded
+            self.found("")
         except HttpError as error:
             self.found(error.message)
-        else:
-            self.found("")
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:

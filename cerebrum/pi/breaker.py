@@ -24,8 +24,7 @@ class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
-    number of the current state; a result with an older ticket is late and is ignored. `now` is in seconds, monotonic,
-    and `chance` returns 0 to 1.
+    number of the current state; a result with an older ticket is late and is ignored. `now` is in monotonic seconds.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -33,7 +32,7 @@ class Breaker:
         self.failures = 0  # consecutive
         self.opens = 0  # in total
         self._generation = 1
-        self._chance = chance
+        self._chance = chance  # returns 0 to 1
         self._pause = 0.0  # without jitter; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
         self._trial = False  # half-open: a trial is under way
