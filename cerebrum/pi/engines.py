@@ -193,11 +193,11 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
             if not translator.reason:
                 raise
         # Some engines omit the blank line after their last event.
-        block = events.feed(b"\n\n" if payload == b"" else payload or b"")
-        for pair in translator.feed(block, now()):
+        block, came = events.feed(b"\n\n" if payload == b"" else payload or b""), now()
+        for pair in translator.feed(block, came):
             spoke = now()
             yield pair
-        silence = now() - translator.lived
+        silence = came - translator.lived  # without the time that the client took to read
         if not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
             raise BackendFailure(upstream.LATE)
         is_late = translator.reason and (payload is None or silence >= COUNTS_SECONDS)
