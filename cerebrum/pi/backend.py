@@ -281,6 +281,8 @@ class Backend:
 
     def has_place(self, job: Job) -> bool:
         """Whether there is a place for this job, which ends the older jobs of its session."""
+        if len(self.active) < self.limit:  # as nearly always
+            return True
         return sum(other.session != (job.session or None) for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
