@@ -6,12 +6,11 @@
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete`, an async
-generator, runs every completion: it chooses a model and a backend with a free place, fits the prompt, sends it, and
-yields pairs of (kind, value) that depend neither on the client's API nor on the backend's: `/v1/complete/stream`
-renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py.
-A `Reading` follows a completion for them: identical requests share one completion, an editor that types on ends its
-older infill, and text that the last completion predicted is served without a backend.
+models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete` runs every
+completion, and yields pairs of (kind, value): `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
+answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Reading` follows a completion for them:
+identical requests share one completion, an editor that types on ends its older infill, and text that the last
+completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
 in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
@@ -19,12 +18,9 @@ stream without a proper end: the client gets all whole events up to the fault, t
 backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
 429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
 
-Who owns what: a `Backend` owns its places, its breaker, its counts and its last known state, its `Prompts` the learned
-ratios. `Fleet` owns the backends and the probes that keep this state fresh, and decides which backend may answer.
-`Sharing` owns the state that clients share, `Warming` the prompts to read ahead, `Counting` the totals, and `Gateway`
-the jobs that hold or await a place. A shared completion has a task of `Sharing`, and ends with its last reader.
-Everything runs on the event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
-and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
+Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
+except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
+cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
 """
 
 from __future__ import annotations
@@ -45,7 +41,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import io
 import math
 import re
 import time
@@ -57,7 +52,7 @@ import cerebrum_common as common
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
-from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job, Limits
+from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import Counting
 from cerebrum.pi.fleet import Fleet, first_there
@@ -100,9 +95,8 @@ class Config:
 def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable."""
     logs = HERE / "logs"
-    path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     try:
-        catalog = load_catalog(path)
+        catalog = load_catalog(Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser())
     except ValueError as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
@@ -124,7 +118,6 @@ def load_config(environ: Environment) -> Config:
     )
 
 
-NEEDS_RESTART = ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT")
 # ------------------------------------------------------------------------------------ policy: requests
 
 FIELDS = {
@@ -154,12 +147,10 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = common.served_languages(models)
     if fields["language"] not in languages:
-        got = describe(fields["language"])
-        raise HttpError("INVALID_REQUEST", f"language: expected one of {', '.join(languages)}, got {got}")
+        raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
-        got = describe(fields["model"])
-        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {got}")
+        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}")
     return fields | {"mode": detect_mode(fields)}
 
 
@@ -195,15 +186,19 @@ class Gateway:
         self.config = config
         self.active: list[Job] = []  # jobs that hold a place, maybe at a backend that has left models.toml
         self.started, self.created = time.monotonic(), int(time.time())
-        self.page = load_page(HERE / "cerebrum/pi/page.html")
         self.reconfigured = 0
-        self.line: list[tuple[Job, asyncio.Event]] = []  # jobs that wait for a place, in order of arrival
+        self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
-        self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
-        self.counting = Counting(self.sharing.counts, config.models)
+        self.sharing = Sharing(self.complete, self.beginning, self.warming.add)
+        self.counting = Counting(self.sharing, config.models)
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
+        self.page: Page | None = None  # everything else works without it
+        try:
+            self.page = Page((HERE / "cerebrum/pi/page.html").read_bytes())
+        except OSError as error:
+            log.warning("no page at /: cannot read page.html: %s", error.strerror)
 
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
@@ -224,8 +219,7 @@ class Gateway:
 
     def _assign(self, job: Job) -> bool:
         """Give the job a place; False if all are taken. Raises the HttpError of `Fleet.choose`."""
-        chosen = self.fleet.choose(job)
-        if not chosen:
+        if not (chosen := self.fleet.choose(job)):
             return False
         model, backend = chosen
         backend.take(job, model)
@@ -234,20 +228,13 @@ class Gateway:
         return True
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
-        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
-        prompt is forgotten if none of its backends reads ahead."""
-        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
-            self.warming.drop(job)
-            return None
-        try:
-            chosen = None if self.line else self.fleet.choose(job)
-        except HttpError:
-            return None  # no backend may be asked
-        if not chosen or not chosen[1].may_warm:
-            return None
-        job.model, backend = chosen
-        self.fleet.remember_served(job, backend)
-        return backend
+        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now."""
+        with contextlib.suppress(HttpError):  # no backend may be asked
+            if not self.line and (chosen := self.fleet.choose(job)) and chosen[1].may_warm:
+                job.model, backend = chosen
+                self.fleet.remember_served(job, backend)
+                return backend
+        return None
 
     # Completing.
 
@@ -284,12 +271,12 @@ class Gateway:
                     if job.came.tokens or job.superseded or not (may_fit or error.status in RETRIED):
                         raise
                     if error.code == "RATE_LIMIT" and job.kind:
-                        job.attempts.busy.append(backend)
+                        job.busy.append(backend)
                     elif error.code not in WITHOUT_MODEL or not self.fleet.has_another(backend, job):
-                        job.attempts.tried.append(backend)
+                        job.tried.append(backend)
                     # An error that a backend reports outweighs another backend's failure.
-                    if not (job.attempts.failure and isinstance(error, BackendFailure)):
-                        job.attempts.failure = error
+                    if not (job.failure and isinstance(error, BackendFailure)):
+                        job.failure = error
 
     async def _enter(self, job: Job) -> Backend:
         """Give the job a place, and return its backend. A dialect's job waits in line for a place. A job of our
@@ -299,39 +286,37 @@ class Gateway:
             try:
                 if not self._assign(job) and job.kind:
                     await self._wait_in_line(job)
-                    if not job.place:
+                    if not job.backend:
                         self._assign(job)
                 break
             except HttpError:
-                if not job.attempts.busy or job.patience() < job.attempts.pause:
+                if not job.busy or job.patience() < job.pause:
                     raise
-                await asyncio.sleep(job.attempts.pause)
-                job.attempts.busy.clear()
-                job.attempts.pause = min(2 * job.attempts.pause, MAX_BUSY_SECONDS)
-        if not job.place:
+                await asyncio.sleep(job.pause)
+                job.busy.clear()
+                job.pause = min(2 * job.pause, MAX_BUSY_SECONDS)
+        if not job.backend:
             there = [backend for backend in self.fleet.backends if backend.available] or self.fleet.backends
             limit = sum(backend.limit for backend in there)
             kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
             busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
-            raise job.attempts.failure or busy
-        return job.place.backend
+            raise job.failure or busy
+        return job.backend
 
     async def _wait_in_line(self, job: Job) -> None:
         """Wait until the job has a place, no backend may be asked any more, or the job's patience runs out."""
-        waiting = job, asyncio.Event()
-        self.line.append(waiting)
+        called = self.line[job] = asyncio.Event()
         try:
             async with asyncio.timeout(job.patience()):
-                await waiting[1].wait()
+                await called.wait()
         except TimeoutError:
             pass
         except asyncio.CancelledError:
-            if job.place:
-                self._release(job, job.place.backend)
+            if job.backend:
+                self._release(job, job.backend)
             raise
         finally:
-            if waiting in self.line:
-                self.line.remove(waiting)
+            self.line.pop(job, None)
 
     @contextlib.asynccontextmanager
     async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
@@ -342,8 +327,8 @@ class Gateway:
                 if other.session == job.session and other is not job and not other.superseded:
                     other.came.reason = SUPERSEDED
                     other.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
-            for place in [other.place for other in backend.active if other.place and other.superseded]:
-                await place.gone.wait()
+            for other in [other for other in backend.active if other.superseded]:
+                await other.gone.wait()
             await self.warming.stop(backend)
             yield
         except HttpError as error:
@@ -360,24 +345,22 @@ class Gateway:
     def _call_next(self) -> None:
         """Give free places to waiting jobs: clients with the fewest running jobs first, then in order of arrival."""
         clients = [job.client for job in self.active if not job.superseded]
-        for waiting in sorted(self.line, key=lambda waiting: clients.count(waiting[0].client)):
+        for job in sorted(self.line, key=lambda job: clients.count(job.client)):
             try:
-                called = self._assign(waiting[0])
+                is_called = self._assign(job)
             except HttpError:
-                called = True  # `_enter` raises the error when the waiter wakes
-            if called:
-                self.line.remove(waiting)
-                waiting[1].set()
+                is_called = True  # `_enter` raises the error when the waiter wakes
+            if is_called:
+                self.line.pop(job).set()
         self.warming.next()
 
     async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
         """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
         once more."""
-        limits = Limits(backend.n_ctx(job.model), backend.prompts.ratio.get(job.model))
-        for is_last in (False, True):
+        refused: TooLong | None = None
+        while True:
             try:
-                asked, job.sent = backend.prompts.prepare(job, limits, backend.layout(job.model))
-                async with backend.ask(job, asked) as pairs:
+                async with backend.ask(job, refused) as pairs:
                     async for kind, value in pairs:
                         if kind == "text":
                             job.came.size += len(value)
@@ -390,14 +373,14 @@ class Gateway:
                 return
             except HttpError as error:
                 backend.refused(job, error)
-                if job.came.tokens or is_last or not isinstance(error, TooLong):
+                if job.came.tokens or refused or not isinstance(error, TooLong):
                     raise
-                limits = backend.prompts.refit(job, error)
+                refused = error
 
     def beginning(self, job: Job) -> dict[str, Any]:
         """The value of the pair "started"."""
         model = job.model or self.fleet.route(job.fields)
-        return {"model": model, "n_ctx": job.sent.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
+        return {"model": model, "n_ctx": job.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""
@@ -452,36 +435,40 @@ def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    return Response(events=gateway.complete(read_job(gateway, request)), render=write_event)
+    pairs = gateway.complete(read_job(gateway, request))
+    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
-def write_event(pair: Pair) -> bytes:
-    """A pair as native SSE, or b"" for a pair without an event. The first pair is "started", so the response head goes
-    out as soon as the backend answers."""
-    kind, value = pair
-    if kind == "text":
-        return bytes(value)
-    if kind == "idle":
-        return common.SSE_COMMENT
-    if kind == "progress":
-        return common.sse_event({"progress": value})
-    if kind == "done":
-        return common.sse_event({"done": True, **value})
-    return b""
+# Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once the backend answers.
+NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
+    "started": lambda _: b"",
+    "idle": lambda _: common.SSE_COMMENT,
+    "progress": lambda progress: common.sse_event({"progress": progress}),
+    "text": bytes,
+    "done": lambda result: common.sse_event({"done": True, **result}),
+}
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
     job = read_job(gateway, request, limit=MAX_COLLECTED_BYTES)
     job.fields["progress"] = False
-    text, result = io.StringIO(), {}
-    async with contextlib.aclosing(gateway.complete(job)) as pairs:
+    _, text, result = await collect(gateway.complete(job))
+    return Response({"completion": text, **result})
+
+
+async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """A completion in one piece: the value of its last pair "started", its text, and its result."""
+    begun, texts, result = {}, list[bytes](), {}
+    async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "text":
-                text.write(upstream.read_text(value))
+            if kind == "started":
+                begun = value
+            elif kind == "text":
+                texts.append(value)
             elif kind == "done":
                 result = value
-    return Response({"completion": text.getvalue(), **result})
+    return begun, upstream.read_text(b"".join(texts)), result
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
@@ -507,13 +494,12 @@ async def models(gateway: Gateway, request: Request) -> Response:
     languages: list[dict[str, Any]] = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
-        endings, filenames = (list(syntax.endings), list(syntax.filenames)) if syntax else ([], [])
+        endings, filenames = (syntax.endings, syntax.filenames) if syntax else ((), ())
         languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
     here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
     data = [dialects.write_model(model.id, gateway.created) for model in here]
-    prefer = {mode: list(ids) for mode, ids in gateway.config.prefer.items()}
-    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages, "prefer": prefer}
-    return Response(compact(ours | {"object": "list", "data": data}))
+    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages}
+    return Response(compact(ours | {"prefer": gateway.config.prefer, "object": "list", "data": data}))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
@@ -536,12 +522,11 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
-    if not having:
-        raise HttpError("VPS_UNAVAILABLE", "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
         able = [backend for backend in having if backend.breaker.admits(time.monotonic())]
         if not able:
-            raise HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+            lacking = BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
+            raise HttpError("VPS_UNAVAILABLE", lacking)
         tokens = await first_there(able).tokenize(model, fields)
     return Response(compact({"tokens": tokens}))
 
@@ -557,7 +542,9 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         reading = Reading(gateway.sharing, job, asked, editor)
         reply_to = functools.partial(dialect.reply, asked, request.head.request_id, int(time.time()))
         if not asked.stream:
-            return await collect(reading, reply_to)
+            begun, text, result = await collect(reading.pairs())
+            whole = text if result.get("finish_reason") != "replaced" else ""
+            return Response(reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"]))
         response = Response()
         response.events = dialect_stream(reading, reply_to, response)
         return response
@@ -565,25 +552,10 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
     return handle
 
 
-async def collect(reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply]) -> Response:
-    """A completion in one piece, in a dialect."""
-    text, response = io.StringIO(), Response()
-    async with contextlib.aclosing(reading.pairs()) as pairs:
-        async for kind, value in pairs:
-            if kind == "started":
-                reply, response.headers = reply_to(value), kept_headers(value["kept"])
-            elif kind == "text":
-                text.write(upstream.read_text(value))
-            elif kind == "done":
-                whole = text.getvalue() if value.get("finish_reason") != "replaced" else ""
-                response.body = reply.whole(whole, value)
-    return response
-
-
 async def dialect_stream(
     reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first block may be empty, as in `write_event`."""
+    """Blocks of whole SSE events in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     begun = False
     async with contextlib.aclosing(reading.pairs()) as pairs:
         async for kind, value in pairs:
@@ -626,20 +598,20 @@ async def activity(gateway: Gateway, request: Request) -> Response:
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
     """The members of /v1/stats."""
-    now = time.monotonic()
+    subjects, first = things(gateway), gateway.fleet.first
     return {
-        "uptime": round(now - gateway.started, 1),
-        **write_stats(METRICS, things(gateway)),
+        "uptime": round(time.monotonic() - gateway.started, 1),
+        **write_stats(METRICS, subjects),
         "vps_available": gateway.fleet.available,
-        "vps_response_time_ms": gateway.fleet.first.response_ms,
+        "vps_response_time_ms": first.response_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": gateway.fleet.first.breaker.describe(now),
-        "backends": [describe_backend(backend, now) for backend in gateway.fleet.backends],
+        "breaker": subjects["backend"][first.id]["breaker"],
+        "backends": [*subjects["backend"].values()],
     }
 
 
-def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
+def describe_backend(backend: Backend) -> dict[str, Any]:
     """A backend's entry in /v1/stats."""
     return {
         "id": backend.id,
@@ -654,7 +626,7 @@ def describe_backend(backend: Backend, now: float) -> dict[str, Any]:
         "tokens_total": backend.tokens,
         "models": list(backend.models or ()),
         "models_loaded": backend.models_loaded,
-        "breaker": backend.breaker.describe(now),
+        "breaker": backend.breaker.describe(time.monotonic()),
     }
 
 
@@ -668,12 +640,10 @@ METRICS = {
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda pi: len(pi.active), "requests_active"),
         Metric("cerebrum_completions_waiting", "Completions that wait for a place.", lambda pi: len(pi.line)),
-        Metric("cerebrum_shared_total", "Requests that shared a completion.",
-               lambda pi: pi.sharing.counts["shared"], "shared"),
-        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",
-               lambda pi: pi.sharing.counts["replaced"], "replaced"),
+        Metric("cerebrum_shared_total", "Requests that shared a completion.", "sharing.shared", "shared"),
+        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "sharing.replaced", "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
-               lambda pi: pi.sharing.counts["type_through"], "type_through"),
+               "sharing.type_through", "type_through"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (
@@ -704,8 +674,7 @@ METRICS = {
 
 def things(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
-    now = time.monotonic()
-    backends = {backend.id: describe_backend(backend, now) for backend in gateway.fleet.backends}
+    backends = {backend.id: describe_backend(backend) for backend in gateway.fleet.backends}
     return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
 
 
@@ -721,15 +690,6 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
 
     config = gateway.config
     return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
-
-
-def load_page(path: Path) -> Page | None:
-    """Load the page. If the file cannot be read, log a warning and return None: the daemon works without a page."""
-    try:
-        return Page(path.read_bytes())
-    except OSError as error:
-        log.warning("no page at /: cannot read %s: %s", path.name, error.strerror)
-        return None
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -771,7 +731,7 @@ async def serve(environ: Environment, config: Config) -> int:
         server.access = new.access
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        environ.warn_of_changes(new_environ, NEEDS_RESTART)
+        environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"))
 
     service = Service(reload, gateway.fleet.stuck)
     probing = asyncio.create_task(gateway.fleet.probe_forever())
@@ -779,7 +739,6 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
-    gateway.fleet.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 
@@ -790,13 +749,11 @@ def warn_of(config: Config) -> None:
             log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
 
 
-ABOUT = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
-
-
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
     if arguments:
-        make_parser("cm4d", ABOUT).parse_args(arguments)
+        about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
+        make_parser("cm4d", about).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 
         return check_pi(HERE, load_config, Backend)

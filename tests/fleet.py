@@ -364,16 +364,12 @@ class Oracle:
         states = [
             (one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.fleet.backends
         ]
-        self.journal.faults.append(
-            f"{what}: {job.kind} {job.model} tried {[one.id for one in job.attempts.tried]} of {states}"
-        )
+        self.journal.faults.append(f"{what}: {job.kind} {job.model} tried {[one.id for one in job.tried]} of {states}")
 
     def _watch(self, job: pi_backend.Job) -> tuple[str, pi_backend.Backend] | None:
         now = time.monotonic()
         left = [
-            one
-            for one in self.gateway.fleet.backends
-            if one not in (*job.attempts.tried, *job.attempts.busy) and one.has("qwen_0_5b")
+            one for one in self.gateway.fleet.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")
         ]
         left = [one for one in left if one.breaker.admits(now)]
         usable = [one for one in left if not one.trouble] or left

@@ -280,5 +280,6 @@ async def pi_for(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await server.stop(0)
-        gateway.fleet.close()
+        for known in gateway.fleet.backends:
+            known.upstream.close()
     assert len(gateway.active) == 0, "a slot was not given back"

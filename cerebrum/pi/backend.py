@@ -10,17 +10,17 @@ import random
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, read_listed, read_props
+from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, members_of, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
-from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
+from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Prepared, Ratio, prepare
 from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, printable
 
 # --------------------------------------------------------------------------------------------- models
@@ -40,32 +40,24 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
     {'m': {'loaded': False}}
     """
-    listed = answer.get("models")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    models: dict[str, dict[str, Any]] = {}
-    for entry in entries:
+    listed, models = answer.get("models"), dict[str, dict[str, Any]]()
+    for entry in map(members_of, listed if isinstance(listed, list) else ()):
         if isinstance(entry.get("id"), str) and entry.get("available") is not False:
             models[entry["id"]] = {name: entry[name] for name, kind in TOLD.items() if kind.accepts(entry.get(name))}
     return models
 
 
-def find_models(models: Sequence[Model], listed: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Match our models with a backend's list: our id -> (the backend's name, the listed fields). A listed name matches
-    a model's id, one of its aliases, or its file name, with or without folder and ending."""
+def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
+    """Match our models with a backend's list: our id -> the backend's name. A listed name matches a model's id, one of
+    its aliases, or its file name, with or without folder and ending."""
     names = {re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
         file = names.get(model.file.removesuffix(".gguf")) if model.file else None
         name = next((name for name in (model.id, *model.aliases) if name in listed), file)
         if name is not None:
-            found[model.id] = name, listed[name]
+            found[model.id] = name
     return found
-
-
-def read_loaded(answer: Mapping[str, Any]) -> list[str]:
-    """Parse vpsd's /health: the ids of the models in memory."""
-    loaded = answer.get("models_loaded")
-    return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
 
 
 DEFAULT_N_CTX = 4096  # until a backend reports its own
@@ -76,29 +68,6 @@ WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another m
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 SUPERSEDED = "SUPERSEDED"
-
-
-@dataclass(slots=True)
-class Attempts:
-    """The failed attempts of a job."""
-
-    tried: list[Backend] = field(default_factory=list)  # backends that failed the job
-    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
-    pause: float = BUSY_SECONDS  # before the busy backends are asked again
-    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
-    failure: HttpError | None = None  # the most informative error so far
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """The part of a job's prompt that was sent to a backend."""
-
-    n_ctx: int = 0  # of the model, in tokens
-    kept: Mapping[str, Any] = field(default_factory=dict)  # how much of the text was sent, for the client
-    weight: int = 0  # of the prompt, for the ratio
-    room: int = 0  # tokens left in the context for the answer
-    above: str = ""  # its text up to the cursor, as the backend reads it
-    cut: bool = False  # shortened to what can be read within the client's time limit
 
 
 @dataclass(slots=True)
@@ -114,15 +83,6 @@ class Came:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
-    """A place that a job holds at a backend."""
-
-    backend: Backend
-    ticket: int  # of the backend's breaker
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the job gives the place back
-
-
-@dataclass(slots=True, eq=False)
 class Job:
     """One completion: the client's request and its progress."""
 
@@ -134,9 +94,17 @@ class Job:
     client: str = ""  # the client's address, for a dialect's request
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     model: str = ""  # the id of the model chosen last
-    place: Place | None = None  # the place that it holds
-    attempts: Attempts = field(default_factory=Attempts)
-    sent: Sent = Sent()
+    backend: Backend | None = None  # where it holds a place
+    ticket: int = 0  # of this backend's breaker
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it gives the place back
+    tried: list[Backend] = field(default_factory=list)  # backends that failed it
+    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
+    pause: float = BUSY_SECONDS  # before the busy backends are asked again
+    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
+    failure: HttpError | None = None  # the most informative error so far
+    sent: Prepared = field(default_factory=lambda: Prepared({}, {}, 0))  # the part of its text that was sent last
+    n_ctx: int = 0  # the context in tokens that it was fitted to
+    room: int = 0  # tokens left there for the answer
     came: Came = field(default_factory=Came)
 
     @property
@@ -174,15 +142,6 @@ MAX_CACHED_EACH = 4  # of one client and model
 SAME_BEGINNING = 200  # characters
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits that a prompt must fit."""
-
-    n_ctx: int  # tokens of the context
-    ratio: float  # weight per token
-    most: int = sys.maxsize  # tokens of the prompt, after an engine refused a longer one without giving a number
-
-
 class Prompts:
     """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
 
@@ -192,26 +151,28 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def prepare(self, job: Job, limits: Limits, layout: str) -> tuple[dict[str, Any], Sent]:
-        """(the fields of vpsd's request, with a prompt that fits; a description of the text in this prompt)."""
-        fields, n_ctx = job.fields, limits.n_ctx
+    def prepare(self, job: Job, n_ctx: int, layout: str, refused: TooLong | None) -> dict[str, Any]:
+        """Fit the job's prompt, or fit it again after it was refused, and return the fields of vpsd's request."""
+        fields, ratio, most = job.fields, self.ratio.get(job.model), sys.maxsize
+        if refused:
+            n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
+            ratio, most = self._refit(job, refused.extra.get("prompt_tokens", 0))
         longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
         # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
         # must send the same text as the request that follows.
         least = DEFAULT_TOKENS if job.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
-            budget = min(int(budget / SPARE), limits.most)
-        prepared = prepare(fields, fields["mode"], budget, limits.ratio, *self._max_fresh(job), layout)
-        tokens = prepared.weight / limits.ratio + TEMPLATE_TOKENS[fields["mode"]]
-        room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+            budget = min(int(budget / SPARE), most)
+        job.sent = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job), layout)
+        tokens = job.sent.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
+        job.n_ctx, job.room = n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if job.session:
             passed["session"] = job.session
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
-        sent = Sent(n_ctx, prepared.kept, prepared.weight, room, prepared.above, prepared.cut)
-        return {**passed, **prepared.body}, sent
+        return {**passed, **job.sent.body}
 
     def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
         """(the most tokens to read for this job, or None; the texts already read for its client and model)."""
@@ -220,30 +181,24 @@ class Prompts:
             return None, []
         return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
 
-    def refit(self, job: Job, error: TooLong) -> Limits:
-        """The limits for a retry after a prompt was refused as too long. Another engine's token count may be misread,
-        so it must be plausible. Without a count, the prompt becomes a quarter shorter."""
-        sent = job.sent
-        counted, n_ctx = error.extra.get("prompt_tokens", 0), error.extra.get("n_ctx", sent.n_ctx)
-        estimated, most = sent.weight / self.ratio.get(job.model), sys.maxsize
-        if self._is_engine:
-            counted = counted if self._is_plausible(job, counted) else 0
-            n_ctx = min(n_ctx, sent.n_ctx)
-        if counted:
-            self.ratio.learn(job.model, sent.weight, counted)
-        else:
-            most = int(0.75 * estimated)
-        return Limits(n_ctx, max(REFIT * sent.weight / (counted or max(1, round(estimated))), MIN_RATIO), most)
+    def _refit(self, job: Job, counted: int) -> tuple[float, int]:
+        """(weight per token, the most tokens) for a retry after a backend has counted too many tokens. If the count is
+        not plausible, the prompt becomes a quarter shorter."""
+        weight, ratio = job.sent.weight, self.ratio.get(job.model)
+        if self._is_plausible(job, counted):
+            self.ratio.learn(job.model, weight, counted)
+            return max(REFIT * weight / counted, MIN_RATIO), sys.maxsize
+        return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
 
     def _is_plausible(self, job: Job, counted: int) -> bool:
-        """Whether `counted` is a plausible number of tokens for the job's prompt."""
+        """Whether the job's prompt may have this many tokens. Another engine's count may be misread."""
         estimated = job.sent.weight / self.ratio.get(job.model)
-        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+        return counted > 0 and (not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE)
 
     def learn(self, job: Job, result: Mapping[str, Any]) -> None:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
-        if not counted or (self._is_engine and not self._is_plausible(job, counted)):
+        if not self._is_plausible(job, counted):
             return
         self.ratio.learn(job.model, job.sent.weight, counted)
         read = counted - result.get("cached_tokens", 0)
@@ -273,17 +228,16 @@ class Backend:
         self.active: list[Job] = []  # jobs that hold a place
         self.requests_total = self.requests_failed = 0
         self.tokens = 0  # generated so far
-        self.warming: tuple[Job, asyncio.Task[None]] | None = None
+        self.warming: tuple[Job, asyncio.Task[None]] | None = None  # the prompt that it reads ahead; `Warming` sets it
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
-        self.probed = time.monotonic()  # when the last probe began or ended
+        self.probed = time.monotonic()  # when the last probe began
         self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
         self.response_ms: float | None = None  # of the last successful probe
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last successful probe
-        self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
@@ -310,14 +264,10 @@ class Backend:
         return "" if self.available else self.trouble or BREAKER_OPEN
 
     @property
-    def warms(self) -> bool:
-        """Whether reading a prompt ahead costs nothing."""
-        return self.api is None or self.api.warms
-
-    @property
     def may_warm(self) -> bool:
-        """Whether the backend may read a prompt ahead now."""
-        return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
+        """Whether the backend may read a prompt ahead now: it is idle, and reading costs nothing."""
+        is_idle = not self.active and not self.warming and self.breaker.state == "closed"
+        return is_idle and (self.api is None or self.api.warms)
 
     @property
     def is_paid(self) -> bool:
@@ -331,10 +281,9 @@ class Backend:
 
     def has_place(self, job: Job) -> bool:
         """Whether there is a place for this job, which ends the older jobs of its session."""
-        if len(self.active) < self.limit:
+        if len(self.active) < self.limit:  # as nearly always
             return True
-        session = job.session or None
-        return sum(other.session != session for other in self.running) < self.limit
+        return sum(other.session != (job.session or None) for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
         """Whether the backend may have a model. Without a list only vpsd may: others need their own name for it."""
@@ -367,17 +316,16 @@ class Backend:
             if self.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self.learn_models()
             self.models_loaded = loaded
+            self.found("")
         except HttpError as error:
             self.found(error.message)
-        else:
-            self.found("")
         self.probes += 1
-        self.probed = time.monotonic()
 
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
         if self.api is None:
-            return read_loaded(await self.upstream.get("/health", upstream.MAX_ERROR_BYTES))
+            loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get("models_loaded")
+            return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
         try:
             async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
                 pass
@@ -406,18 +354,15 @@ class Backend:
                     props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
             if isinstance(error, Misfit) or (self.api and self.models is None):
-                self._models_until = 0.0
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
-        found = find_models(self._catalog, listed)
-        strange = "" if found else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
-        if strange and strange != self._strange:
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
-        self._strange = strange
-        self.names = {id: name for id, (name, _) in found.items()}
+        self.names = find_models(self._catalog, listed)
+        if not self.names and self.models != {}:  # logged once
+            strange = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
+            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
-        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | about | fixed for id, (_, about) in found.items()}
+        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
 
     # Places.
 
@@ -425,36 +370,31 @@ class Backend:
         """Give the job a place for a completion by this model; the breaker must admit it."""
         ticket = self.breaker.admit(time.monotonic())
         assert ticket is not None
-        job.model, job.place = model, Place(self, ticket)
+        job.model, job.backend, job.ticket, job.gone = model, self, ticket, asyncio.Event()
         self.active.append(job)
         self.requests_total += 1
 
     def release(self, job: Job) -> None:
         """Take the job's place back."""
-        assert job.place
         self.active.remove(job)
-        self.breaker.left(job.place.ticket)
-        job.place.gone.set()
-        job.place = None
+        self.breaker.left(job.ticket)
+        job.gone.set()
+        job.backend = None
 
     def count(self, job: Job, tokens: int) -> None:
         """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
         self.tokens += tokens
-        if job.place and (self.trouble or self.breaker.failures):
-            job.place.ticket = self.breaker.succeeded(job.place.ticket)
+        if job.backend and (self.trouble or self.breaker.failures):
+            job.ticket = self.breaker.succeeded(job.ticket)
             self.found("")
-
-    def reads_ahead(self, job: Job, task: asyncio.Task[None]) -> None:
-        """Record the prompt that the backend reads ahead, until this task ends."""
-        self.warming = job, task
-        task.add_done_callback(lambda _: setattr(self, "warming", None))
 
     # Completing.
 
     @contextlib.asynccontextmanager
-    async def ask(self, job: Job, asked: Mapping[str, Any]) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Send a request, given in vpsd's fields, and yield its answer: ("begun", None) at the start, then the pairs
-        described in `Gateway.complete`."""
+    async def ask(self, job: Job, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
+        """Fit the job's prompt, again if it was `refused`, send it, and yield the answer: ("begun", None) at the start,
+        then the pairs described in `Gateway.complete`."""
+        asked = self.prompts.prepare(job, self.n_ctx(job.model), self.layout(job.model), refused)
         model = self.names.get(job.model, job.model)
         if self.api is None:
             async with (
@@ -466,7 +406,7 @@ class Backend:
         api, marked = self.api, self.fim.get(job.model)
         fim = marked.fim if marked else ()
         dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.sent.room))
+        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.room))
         translator = Translator(dialect, asked, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
@@ -477,7 +417,7 @@ class Backend:
     def lost(self, job: Job, error: HttpError) -> None:
         """Record that a completion with a place has ended with this error."""
         self.requests_failed += error.code != SUPERSEDED
-        self.failed(job.place.ticket if job.place else 0, error)
+        self.failed(job.ticket, error)
 
     def failed(self, ticket: int, error: HttpError) -> None:
         """Record that a request to this backend has ended with this error."""
@@ -500,7 +440,7 @@ class Backend:
             self._models_until = 0.0
             self.wake.set()
         n_ctx = error.extra.get("n_ctx", 0)
-        if isinstance(error, TooLong) and 0 < n_ctx < job.sent.n_ctx and self.models and job.model in self.models:
+        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
             self.models[job.model]["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:

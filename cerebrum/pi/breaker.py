@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# ------------------------------------------------------------------------------------- policy: breaker
-
 FAILURES_TO_OPEN = 3  # consecutive
 OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles the pause
 JITTER = 0.2  # +- this share of every pause, so that several Pis do not retry in step
@@ -26,8 +24,7 @@ class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
-    number of the current state; a result with an older ticket is late and is ignored. The caller passes in `now`
-    (seconds, monotonic) and `chance` (0 to 1).
+    number of the current state; a result with an older ticket is late and is ignored. `now` is in monotonic seconds.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -35,15 +32,14 @@ class Breaker:
         self.failures = 0  # consecutive
         self.opens = 0  # in total
         self._generation = 1
-        self._chance = chance
+        self._chance = chance  # returns 0 to 1
         self._pause = 0.0  # without jitter; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
         self._trial = False  # half-open: a trial is under way
 
     def admits(self, now: float) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        if self._trial:
-            self._expire(now)
+        self._expire(now)
         return self.state == "closed" or (self.state == "half-open" and not self._trial)
 
     def admit(self, now: float) -> int | None:
@@ -60,8 +56,7 @@ class Breaker:
             return ticket
         self.failures = 0
         if self.state == "half-open":
-            self._change("closed")
-            self._pause = 0.0
+            self.reset()
         return self._generation
 
     def failed(self, ticket: int, now: float) -> None:
@@ -86,7 +81,7 @@ class Breaker:
             self._change("half-open")
 
     def reset(self) -> None:
-        """Another backend has replaced this one. Results of the old backend count as late."""
+        """Close it: the backend works, or another one has replaced it. Results from before count as late."""
         self.failures, self._pause = 0, 0.0
         self._change("closed")
 

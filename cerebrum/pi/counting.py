@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
-from cerebrum.pi.page import History
+from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
 
-NO_MODEL = "none"  # the tally of completions that got no model
+STEP_SECONDS, STEPS = 30, 60  # half an hour
+SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
+
+
+class History:
+    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
+
+    def __init__(self, now: float) -> None:
+        self._step = int(now // STEP_SECONDS)
+        self._totals = deque([(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1)  # at the end of each step
+
+    def sample(self, now: float, totals: tuple[int, ...]) -> None:
+        """Record the totals of SERIES at `now` (seconds, monotonic)."""
+        step = int(now // STEP_SECONDS)
+        self._totals.extend([self._totals[-1]] * min(step - self._step, STEPS + 1))
+        self._step, self._totals[-1] = step, totals
+
+    def describe(self) -> dict[str, Any]:
+        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
+        steps = ([new - old for old, new in pairwise(totals)] for totals in zip(*self._totals, strict=True))
+        return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
 
 
 class Counting:
-    """Owns the totals of completions. `shared`: counts of `Sharing`, which serves some of them without a backend."""
+    """Owns the totals of completions. `sharing` counts those that it serves without a backend."""
 
-    def __init__(self, shared: Mapping[str, int], models: Sequence[Model]) -> None:
-        self.shared = shared
+    def __init__(self, sharing: Sharing, models: Sequence[Model]) -> None:
+        self._sharing = sharing
         self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, and tokens
         self.tallies: dict[str, Tally] = {}  # by model
         self.history = History(time.monotonic())
@@ -33,7 +55,7 @@ class Counting:
     @property
     def requests(self) -> int:
         """Completions that were asked for, computed or not."""
-        return self.started + self.shared["shared"] + self.shared["type_through"]
+        return self.started + self._sharing.shared + self._sharing.type_through
 
     def add_tokens(self, count: int) -> None:
         self.tokens += count
@@ -55,7 +77,7 @@ class Counting:
             raise
         finally:
             job.notes |= notes_of(job)
-            tally, came = self.tallies.setdefault(job.model or NO_MODEL, Tally()), job.came
+            tally, came = self.tallies.setdefault(job.model or "none", Tally()), job.came
             tally.end(came.reason or reason)
             tally.tokens += came.tokens
             if came.first:

@@ -9,8 +9,6 @@ piece is complete, which these engines do not do.
     >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
-
-Standard library only; cerebrum/text/ending.py is loaded only for other engines.
 """
 
 from __future__ import annotations
@@ -21,23 +19,9 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
+from cerebrum.pi import upstream
 from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, members_of, read_counts, read_overflow
-from cerebrum.pi.upstream import (
-    COUNT,
-    ENGINE_RESULT,
-    EVENT_STREAM,
-    LATE,
-    LONG_PROMPT,
-    Answer,
-    BackendFailure,
-    Events,
-    Pair,
-    TooLong,
-    Upstream,
-    data_of,
-    parse_leniently,
-    text_event,
-)
+from cerebrum.pi.upstream import Answer, BackendFailure, Events, Pair, TooLong, Upstream, text_event
 from cerebrum_common import HttpError
 
 # ------------------------------------------------------------------------------ the events of other engines
@@ -47,7 +31,6 @@ MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Characters:
@@ -59,8 +42,8 @@ class Characters:
         self.half = ""  # the first half of a pair
 
     def feed(self, text: str) -> str:
-        if not self.half and not self.bytes.getstate()[0] and not SURROGATES.search(text):
-            return text
+        if text.isascii() and not self.half and not self.bytes.getstate()[0]:
+            return text  # as nearly always
         text, self.half = self.half + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self.half = text[:-1], text[-1]
@@ -80,10 +63,10 @@ class Translator:
         turns = asked.get("messages") or ()
         given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        above, indent = "" if turns else given[0], asked.get("indent", 0)
+        above = "" if turns else given[0]
         where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
         self.read_event = dialect.read_event
-        self.ending = Ending(*where, indent, [*asked.get("stop", ()), *marks])
+        self.ending = Ending(*where, asked.get("indent", 0), [*asked.get("stop", ()), *marks])
         self.characters = Characters()
         self.most = asked.get("max_tokens") or MAX_TOKENS
         self.limit = asked.get("predict_ms", 0) / 1000  # seconds; 0: none
@@ -93,7 +76,7 @@ class Translator:
         self.began = 0.0  # when the first event with text came
         self.has_line = False  # a line end has been generated
         self.heard = False  # an event came
-        self.life = 0  # events that show progress of the engine
+        self.lived = 0.0  # when the engine last made progress; once its text has ended, when it ended
         self.reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
@@ -120,24 +103,25 @@ class Translator:
         return self._done(self.reason)
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
-        data = data_of(event)
+        data = upstream.data_of(event)
         if data.strip() == b"[DONE]":
             yield self.end()
             return
         if not data:
             return
-        members = parse_leniently(data)
+        members = upstream.parse_leniently(data)
         if members is None:
             raise BackendFailure("it sent an event that is not JSON")
         if error := members.get("error"):
             if not self.tokens and (told := read_overflow(error)) is not None:
-                raise TooLong(LONG_PROMPT, told)
+                raise TooLong(upstream.LONG_PROMPT, told)
             raise BackendFailure("it reported an error")
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
         self.heard = True
         piece = self.read_event(members)
-        self.life += bool(piece.text or piece.thought or "prompt_progress" in members)
+        if self.reason is None and (piece.text or piece.thought or piece.reason or "prompt_progress" in members):
+            self.lived = now
         if piece.reason == "error":
             raise BackendFailure("it gave up")
         if self.reason is None:
@@ -149,7 +133,7 @@ class Translator:
         elif self.progress and not self.tokens:
             progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
             read, total = progress.get("processed"), progress.get("total")
-            if COUNT.accepts(read) and COUNT.accepts(total):
+            if upstream.COUNT.accepts(read) and upstream.COUNT.accepts(total):
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
@@ -177,7 +161,7 @@ class Translator:
     def _done(self, reason: str) -> Pair:
         self.done = True
         told = read_counts(self.counting)
-        counts = {name: value for name, value in told.items() if ENGINE_RESULT[name].accepts(value)}
+        counts = {name: value for name, value in told.items() if upstream.ENGINE_RESULT[name].accepts(value)}
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 
@@ -187,16 +171,15 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def translate(upstream: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
+async def translate(client: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
     """The counterpart of `relay` for another engine. The engine may send its head only after reading the prompt, and it
     sends no comments: during its silence, ("idle", None) comes every ALIVE_SECONDS or a little later. Once the engine
     has ended its text, the text is complete, whatever follows."""
-    now = asyncio.get_running_loop().time
-    events, life, ended = Events(), 0, 0.0  # `ended`: when the engine ended its text
-    spoke = lived = now()  # when the client last got something; when the engine last made progress
-    while not await upstream.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
-        if now() - lived > READING_SECONDS:
-            raise BackendFailure(LATE)
+    events, now = Events(), asyncio.get_running_loop().time
+    spoke = translator.lived = now()  # `spoke`: when the client last got something
+    while not await client.begin(answer, ALIVE_SECONDS, upstream.EVENT_STREAM):
+        if now() - translator.lived > READING_SECONDS:
+            raise BackendFailure(upstream.LATE)
         yield "idle", None
     yield "begun", None
     while not translator.done:
@@ -210,17 +193,14 @@ async def translate(upstream: Upstream, answer: Answer, translator: Translator) 
             if not translator.reason:
                 raise
         # Some engines omit the blank line after their last event.
-        block = events.feed(b"\n\n" if payload == b"" else payload or b"")
-        for pair in translator.feed(block, now()):
+        block, came = events.feed(b"\n\n" if payload == b"" else payload or b""), now()
+        for pair in translator.feed(block, came):
             spoke = now()
             yield pair
-        if translator.reason:
-            ended = ended or now()
-        elif translator.life != life:
-            life, lived = translator.life, now()
-        elif now() - lived > READING_SECONDS:  # the engine sends nothing but comments
-            raise BackendFailure(LATE)
-        is_late = ended and (payload is None or now() - ended >= COUNTS_SECONDS)
+        silence = came - translator.lived  # without the time that the client took to read
+        if not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
+            raise BackendFailure(upstream.LATE)
+        is_late = translator.reason and (payload is None or silence >= COUNTS_SECONDS)
         if not translator.done and (payload == b"" or is_late):
             yield translator.end()
         elif now() - spoke >= ALIVE_SECONDS:

@@ -84,14 +84,7 @@ class Fleet:
         for backend in gone:
             backend.wake.set()  # ends its probing
             backend.upstream.close()
-            if backend.warming:
-                backend.warming[1].cancel()
         self._replaced.set()
-
-    def close(self) -> None:
-        """Close the connections kept for future requests."""
-        for backend in self.backends:
-            backend.upstream.close()
 
     # State.
 
@@ -142,8 +135,7 @@ class Fleet:
             await backend.probe()
             self._probed(backend)
             delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
-            if retry := backend.breaker.retry_in(time.monotonic()):
-                delay = min(delay, retry)
+            delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()
@@ -184,11 +176,10 @@ class Fleet:
         one that probably has the beginning of the prompt in its cache, or else the least busy one."""
         now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        passed = [*job.attempts.tried, *job.attempts.busy]
-        usable = [backend for backend in able if backend not in passed and backend.breaker.admits(now)]
+        usable = [one for one in able if one not in (*job.tried, *job.busy) and one.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
-            raise job.attempts.failure or self._nobody(options)
+            raise job.failure or self._nobody(options)
         if not self._is_fair(job, usable):
             return None
         last = self._served.get(cache_key(job))
@@ -216,9 +207,9 @@ class Fleet:
 
     def has_another(self, backend: Backend, job: Job) -> bool:
         """Whether a backend that could not load the job's model has another model for this job."""
-        job.attempts.without.append((backend, job.model))
+        job.without.append((backend, job.model))
         options = self.who_may(job.fields, bool(job.kind))
-        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.attempts.without]
+        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
         if others:
             backend.forget(job.model)
         return bool(others)

@@ -1,12 +1,8 @@
-"""The Pi's web page: the response that carries it, and the three series of the last half hour that it shows.
+"""The Pi's web page, as a response.
 
     >>> page = Page(b"<style>p {}</style><script>f()</script>")
     >>> page.respond({"if-none-match": page.etag})[0]
     304
-    >>> history = History(now=0.0)
-    >>> history.sample(31.0, (2, 0, 50))
-    >>> history.describe()["requests"][-2:]
-    [0, 2]
 
 Pure: no file, no socket, no clock. Standard library only.
 """
@@ -17,9 +13,7 @@ import binascii
 import hashlib
 import re
 import zlib
-from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 from cerebrum_common import Headers
 
@@ -52,22 +46,16 @@ class Page:
         compressor = zlib.compressobj(9, zlib.DEFLATED, GZIP_WINDOW)
         self._compressed = compressor.compress(text) + compressor.flush()
         self.etag = f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'  # weak: the same for compressed and plain text
-        policy = [
-            "default-src 'none'",
-            f"script-src {sources(SCRIPT, text)}",
-            f"style-src {sources(STYLE, text)}",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-        ]
+        policy = (
+            f"default-src 'none'; script-src {sources(SCRIPT, text)}; style-src {sources(STYLE, text)}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+            "require-trusted-types-for 'script'"
+        )
         self._headers: Headers = (
             ("ETag", self.etag),
             ("Cache-Control", "no-cache"),  # may be kept, but must be revalidated each time
             ("Vary", "Accept-Encoding"),
-            ("Content-Security-Policy", "; ".join(policy)),
+            ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
             ("X-Frame-Options", "DENY"),
             ("Referrer-Policy", "no-referrer"),
@@ -83,32 +71,3 @@ class Page:
         if accepts_gzip(headers.get("accept-encoding", "")):
             return 200, self._compressed, (*self._headers, ("Content-Encoding", "gzip"))
         return 200, zlib.decompress(self._compressed, GZIP_WINDOW), self._headers
-
-
-STEP_SECONDS, STEPS = 30, 60  # half an hour
-SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
-
-
-class History:
-    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
-
-    def __init__(self, now: float) -> None:
-        self._step = int(now // STEP_SECONDS)
-        self._totals = (0,) * len(SERIES)
-        self._steps = deque(([0] * len(SERIES) for _ in range(STEPS)), maxlen=STEPS)
-
-    def sample(self, now: float, totals: tuple[int, ...]) -> None:
-        """Record the totals of SERIES at `now` (seconds, monotonic)."""
-        step = int(now // STEP_SECONDS)
-        for _ in range(min(step - self._step, STEPS)):
-            self._steps.append([0] * len(SERIES))
-        self._step = step
-        present = self._steps[-1]
-        for number, (new, old) in enumerate(zip(totals, self._totals, strict=True)):
-            present[number] += new - old
-        self._totals = totals
-
-    def describe(self) -> dict[str, Any]:
-        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
-        columns = {name: [step[number] for step in self._steps] for number, name in enumerate(SERIES)}
-        return {"step_s": STEP_SECONDS, **columns}

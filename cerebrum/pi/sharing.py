@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from cerebrum.pi.backend import SAMPLED_BY, Backend, Job, notes_of
@@ -33,15 +34,12 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
     before the other, and the lines below are the same. Two gaps of one file do not match, nor a program's two texts."""
     if older["filename"] != newer["filename"]:
         return False
-    one, other = (lines_below(fields.get("suffix") or "") for fields in (older, newer))
+    suffixes = (fields.get("suffix") or "" for fields in (older, newer))
+    # The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket.
+    one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
     if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
         return False
     return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
-
-
-def lines_below(suffix: str) -> str:
-    """The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket."""
-    return (suffix.partition("\n")[2] or suffix)[:TAIL_CHARS]
 
 
 def nearly_continues(text: str, longer: str) -> bool:
@@ -121,22 +119,15 @@ EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the 
 MAX_TO_WARM = 4  # prompts, one of each client
 
 
+@dataclass(slots=True, eq=False)
 class Shared:
-    """One completion for all clients that send the same request at the same time, and the task that computes it. It
-    keeps all pairs, so a late client gets them all, and ends when its last reader leaves."""
+    """One completion for all clients that send the same request at the same time. It keeps all pairs, so a late client
+    gets them all, and ends when its last reader leaves."""
 
-    def __init__(self, pairs: Sequence[Pair] = (), job: Job | None = None, key: bytes = b"") -> None:
-        self.pairs, self.job, self.key = list(pairs), job, key
-        self.failure: HttpError | None = None
-        self.readers: list[Reading] = []
-        self.remembered = False  # as a prediction
-        self.task: asyncio.Task[None] | None = None
-
-    def wake(self, all_of_them: bool) -> None:
-        """Wake the readers. A reader that collects the whole text is woken only at the end."""
-        for reader in self.readers:
-            if all_of_them or reader.streams:
-                reader.woken.set()
+    job: Job  # the first reader's
+    pairs: list[Pair] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None  # computes it; None if nothing must be computed
+    failure: HttpError | None = None
 
 
 class Reading:
@@ -145,7 +136,7 @@ class Reading:
     def __init__(self, sharing: Sharing, job: Job, asked: Asked, editor: str) -> None:
         self.sharing, self.job, self.streams, self.editor = sharing, job, asked.stream, editor
         self.predicts = asked.kind != "chat" and (asked.caching or job.fields["temperature"] == 0)
-        self.shared = Shared()  # the completion that it reads, once it has joined
+        self.shared = Shared(job)  # the completion that it reads; `Sharing.join` may replace it by a running one
         self.at = 0  # pairs read
         self.skip = self.typed = 0  # characters of the text: still to be left out; typed by the client before it asked
         self.woken = asyncio.Event()
@@ -155,15 +146,15 @@ class Reading:
         """The pairs of `Gateway.complete`, except that several texts may come as one. A replaced reading ends like a
         completion that a limit has cut, because some editors would show an error to the user."""
         try:
-            shared = self.shared = self.sharing.join(self)
+            self.sharing.join(self)
             while not self.replaced:
-                if self.at < len(shared.pairs):
-                    kind, value = self._next(shared.pairs)
+                if self.at < len(self.shared.pairs):
+                    kind, value = self._next(self.shared.pairs)
                     yield kind, value
                     if kind == "done":
                         return
-                elif shared.failure:
-                    raise shared.failure
+                elif self.shared.failure:
+                    raise self.shared.failure
                 else:
                     self.woken.clear()
                     await self.woken.wait()
@@ -172,41 +163,37 @@ class Reading:
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.sharing.leave(self)
-            self.job.notes |= notes_of(self.shared.job or self.job)
+            self.job.notes |= notes_of(self.shared.job)
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
         kind, value = pairs[self.at]
-        self.at += 1
-        if kind == "done" and self.predicts and self.shared.job:
-            self.sharing.remember(self.job.client, self.shared)
-            return kind, value | ({"type_through": True} if self.typed else {})
-        texts = [value]
-        while kind == "text" and self.at < len(pairs) and pairs[self.at][0] == "text":
-            texts.append(pairs[self.at][1])
-            self.at += 1
-        if kind == "text" and self.skip:
-            text = read_text(b"".join(texts))
+        texts = [text for _, text in takewhile(lambda pair: pair[0] == "text", pairs[self.at :])]
+        self.at += len(texts) or 1
+        if texts:
+            value = b"".join(texts)
+        if texts and self.skip:
+            text = read_text(value)
             rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
-            return kind, text_event(rest) if rest else b""
-        return kind, b"".join(texts) if len(texts) > 1 else value
+            value = text_event(rest) if rest else b""
+        elif kind == "done" and self.predicts and self.shared.task:
+            self.sharing.remember(self.job.client, self.shared)
+            value = value | ({"type_through": True} if self.typed else {})
+        return kind, value
 
 
 class Sharing:
     """Owns what requests share: the readers of each running completion, and the latest completions. `start` begins a
-    completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read ahead, and
-    `moved` is called when a place passes to another client."""
+    completion, `beginning` returns the value of its pair "started", and `warm` queues a prompt to be read ahead."""
 
     def __init__(
         self,
         start: Callable[[Job], AsyncGenerator[Pair, None]],
         beginning: Callable[[Job], dict[str, Any]],
         warm: Callable[[Job], None],
-        moved: Callable[[], None],
     ) -> None:
-        self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
-        self.counts = {"type_through": 0, "shared": 0, "replaced": 0}  # requests that ended this way
+        self._start, self.beginning, self._warm = start, beginning, warm
+        self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.readings: list[Reading] = []
-        self.shared: dict[bytes, Shared] = {}  # running completions, by the digest of the request
         self.predictions = Predictions()
         self._editors: dict[str, float] = {}  # the time of each client's last infill
 
@@ -219,97 +206,83 @@ class Sharing:
         if not job.kind or not others:
             return True
         running = [other for backend in usable for other in backend.running]
-        most = sum(backend.limit for backend in usable)
         if job.kind == "infill":
             alike = [other for other in running if other.kind == "infill" and other.client == job.client]
         else:
             alike = [other for other in running if other.kind in ("chat", "completion")]
-        return len(alike) < max(1, most - 1)
+        return len(alike) < max(1, sum(backend.limit for backend in usable) - 1)
 
-    def join(self, reading: Reading) -> Shared:
-        """The completion for a reading: a running one, a new one, or a finished one if nothing must be computed."""
+    def join(self, reading: Reading) -> None:
+        """Let a reading read a running completion, or let its own one begin, unless nothing must be computed."""
         self.readings.append(reading)
-        job = reading.job
+        job, own = reading.job, reading.shared
         if job.kind == "infill":
             self._editors[job.client] = time.monotonic()
         if job.fields["max_tokens"] == 0:
             self._warm(job)
-            return Shared([("started", self.beginning(job)), ("done", {"finish_reason": "length"})])
-        if reading.predicts and (found := self.predictions.find(job.client, job.fields)):
+            own.pairs += [("started", self.beginning(job)), ("done", {"finish_reason": "length"})]
+        elif reading.predicts and (found := self.predictions.find(job.client, job.fields)):
             prediction, rest = found
-            self.counts["type_through"] += 1
+            self.type_through += 1
             self._replace_older(reading, ahead=True)
             model = {"model": prediction.begun["model"]}
             job.notes |= model | {"tokens": 0}
             done = model | {"finish_reason": prediction.finish_reason, "type_through": True}
-            return Shared([("started", prediction.begun), ("text", text_event(rest)), ("done", done)])
-        shared = self._typed_meanwhile(reading) or self._identical(job)
-        shared.readers.append(reading)
-        self._replace_older(reading)
-        return shared
+            own.pairs += [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
+        else:
+            reading.shared = self._find_running(reading) or own
+            if reading.shared is own:
+                own.task = asyncio.create_task(self._compute(own))
+            self._replace_older(reading)
 
-    def _typed_meanwhile(self, reading: Reading) -> Shared | None:
-        """A running completion whose text begins with what the user has typed since the editor asked for it."""
+    def _find_running(self, reading: Reading) -> Shared | None:
+        """A running completion of the same request, or one whose text begins with what the user has typed since the
+        editor asked for it. Samples without a seed must differ."""
         job = reading.job
-        if not reading.predicts or job.kind != "infill":
-            return None
-        wanted = alike(job.fields)
+        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
         for other in self.readings:
             shared = other.shared
-            if not shared.job or not shared.task or shared.task.done() or other.editor != reading.editor:
+            if not shared.task or shared.task.done():
                 continue
-            if alike(shared.job.fields) == wanted:
+            if shared.job.fields == job.fields and not is_sample:
+                self.shared += 1
+                return shared
+            may_continue = reading.predicts and job.kind == "infill" and other.editor == reading.editor
+            if may_continue and alike(shared.job.fields) == alike(job.fields):
                 text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
                 if typed := typed_of(shared.job.fields["prompt"], text, job.fields["prompt"]):
                     reading.skip = reading.typed = typed
-                    self.counts["type_through"] += 1
+                    self.type_through += 1
                     return shared
         return None
 
-    def _identical(self, job: Job) -> Shared:
-        """The running completion of the same request, or a new one. Samples without a seed must differ."""
-        key = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode("ascii")).digest()
-        is_sample = job.fields["temperature"] > 0 and job.fields["seed"] is None
-        shared = None if is_sample else self.shared.get(key)
-        if shared:
-            self.counts["shared"] += 1
-        else:
-            shared = self.shared[key] = Shared(job=job, key=key)
-            shared.task = asyncio.create_task(self._compute(shared, job))
-        return shared
-
-    async def _compute(self, shared: Shared, job: Job) -> None:
+    async def _compute(self, shared: Shared) -> None:
         """Collect all pairs, and keep the error that ends them."""
         try:
-            async with contextlib.aclosing(self._start(job)) as pairs:
+            async with contextlib.aclosing(self._start(shared.job)) as pairs:
                 async for pair in pairs:
                     shared.pairs.append(pair)
-                    shared.wake(all_of_them=pair[0] == "done")
-        except HttpError as error:
-            shared.failure = error
-        except Exception as exception:
-            shared.failure = internal_error(exception)
-        finally:
-            self._forget(shared)
-        shared.wake(all_of_them=True)
+                    self._wake(shared, at_end=pair[0] == "done")
+        except Exception as error:
+            shared.failure = error if isinstance(error, HttpError) else internal_error(error)
+        self._wake(shared, at_end=True)
 
-    def _forget(self, shared: Shared) -> None:
-        """Let no other reading join this completion."""
-        if self.shared.get(shared.key) is shared:
-            del self.shared[shared.key]
+    def _wake(self, shared: Shared, at_end: bool) -> None:
+        """Wake the readers. A reader that collects the whole text is woken only at the end."""
+        for reading in self.readings:
+            if reading.shared is shared and (at_end or reading.streams):
+                reading.woken.set()
 
     def _replace_older(self, reading: Reading, ahead: bool = False) -> None:
         """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
         continue the reading's prompt go on: an editor asks ahead for the text after a completion that it shows."""
-        fields = reading.job.fields
-        for other in list(self.readings):
+        newer = reading.job.fields
+        for other in [*self.readings]:
+            older = other.job.fields
             of_editor = reading.job.kind == other.job.kind == "infill" and other.editor == reading.editor
-            if other is reading or other.replaced or not of_editor or other.job.fields == fields:
-                continue
-            if ahead and other.job.fields["prompt"].startswith(fields["prompt"]):
-                continue
-            if is_typed_on(other.job.fields, fields):
-                self.counts["replaced"] += 1
+            goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
+            if of_editor and not goes_on and is_typed_on(older, newer):
+                self.replaced += 1
                 other.replaced = True
                 self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
                 other.woken.set()
@@ -317,35 +290,28 @@ class Sharing:
     def leave(self, reading: Reading) -> None:
         """Remove a reading that has ended or whose client has left. The last reader to leave ends the completion; until
         then, its place counts as held by a client who stays."""
-        shared = reading.shared
-        if reading in self.readings:
-            self.readings.remove(reading)
-        if reading not in shared.readers:
+        if reading not in self.readings:
             return
-        shared.readers.remove(reading)
-        if shared.readers and shared.job:
-            shared.job.client = shared.readers[0].job.client
-            self._moved()
+        self.readings.remove(reading)
+        shared = reading.shared
+        if others := [other for other in self.readings if other.shared is shared]:
+            shared.job.client = others[0].job.client
         elif shared.task:
             shared.task.cancel()
-            self._forget(shared)
 
     def remember(self, client: str, shared: Shared) -> None:
         """Keep a finished completion for a client who types its text. A plain completion may be a program's, which
         relies on its limit: a text cut by the limit must not begin another answer."""
-        assert shared.job
         begun = [value for kind, value in shared.pairs if kind == "started"][-1]
         reason = shared.pairs[-1][1].get("finish_reason", "stop")
-        if shared.remembered or (shared.job.kind == "completion" and reason == "length"):
-            return
-        shared.remembered = True
-        text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
-        self.predictions.add(client, shared.job.fields, text, begun, reason)
+        if shared.job.kind != "completion" or reason != "length":
+            text = "".join(read_text(value) for kind, value in shared.pairs if kind == "text")
+            self.predictions.add(client, shared.job.fields, text, begun, reason)
 
 
 class Warming:
-    """Owns the prompts to be read into a backend's cache while the backend is idle. `choose` sets the model of a prompt
-    and returns its backend, or None; `answer` makes the backend read the prompt."""
+    """Owns the prompts to be read into a backend's cache while the backend is idle, and the tasks that read them.
+    `choose` sets the model of a prompt and returns its backend, or None; `answer` makes the backend read the prompt."""
 
     def __init__(
         self, choose: Callable[[Job], Backend | None], answer: Callable[[Job, Backend], AsyncGenerator[Pair, None]]
@@ -356,15 +322,11 @@ class Warming:
     def add(self, job: Job) -> None:
         """Queue this prompt to be read. Reading takes no place, waits for an idle backend, and stops when this backend
         gets a request; then the prompt waits again. Only the newest prompt of each client is kept."""
-        self.drop(job)
+        self.waiting.pop(job.client, None)
         self.waiting[job.client] = job
         if len(self.waiting) > MAX_TO_WARM:
             del self.waiting[next(iter(self.waiting))]
         self.next()
-
-    def drop(self, job: Job) -> None:
-        """Forget the prompt of this job's client."""
-        self.waiting.pop(job.client, None)
 
     def next(self) -> None:
         """Start to read each prompt whose backend is idle."""
@@ -372,8 +334,8 @@ class Warming:
             if backend := self._choose(job):
                 del self.waiting[job.client]
                 task = asyncio.create_task(self._read(job, backend))
-                backend.reads_ahead(job, task)
-                task.add_done_callback(self._end)  # even if it never begins
+                backend.warming = job, task
+                task.add_done_callback(functools.partial(self._end, backend))  # even if it never begins
 
     async def _read(self, job: Job, backend: Backend) -> None:
         try:
@@ -382,10 +344,9 @@ class Warming:
                     pass
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
-        except Exception as exception:
-            internal_error(exception)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
+        backend.warming = None
         if not task.cancelled():
             self.next()
 

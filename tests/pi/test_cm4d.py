@@ -492,7 +492,7 @@ async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, A
         await backend.begun.wait()
         if not more:
             for _ in range(breaker.FAILURES_TO_OPEN):
-                pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].place.ticket, time.monotonic())
+                pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
         newer = await pi.complete(session="editor", **more)
         assert (newer.status, newer.json["code"]) == (status, code)
         go.set()

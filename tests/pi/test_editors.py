@@ -288,7 +288,7 @@ async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.Mo
             message = f"expected at most {1 + seen} completions at a time{why}; try again later"
             wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
             assert (reply.status, reply.json) == (429, {"error": wanted})
-            assert pi.gateway.line == []
+            assert pi.gateway.line == {}
 
 
 async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,8 @@ from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error,
 
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.page import STEP_SECONDS, STEPS, History, Page, accepts_gzip
+from cerebrum.pi.counting import STEP_SECONDS, STEPS, History
+from cerebrum.pi.page import Page, accepts_gzip
 
 FILE = ROOT / "cerebrum/pi/page.html"
 MAX_BYTES = 40_000

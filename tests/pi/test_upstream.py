@@ -35,7 +35,7 @@ from scripted import (
 from cerebrum.http import BodyDecoder
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.backend import read_loaded, read_models
+from cerebrum.pi.backend import read_models
 from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events, take_apart
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
@@ -689,5 +689,9 @@ def test_json_of_a_list_of_models_that_lies():
         "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
     }
     assert read_models({"models": "no"}) == {}
-    assert read_loaded({"models_loaded": ["a", 1, None, "b"]}) == ["a", "b"]
-    assert read_loaded({"models_loaded": "no"}) == read_loaded({}) == []
+
+
+@pytest.mark.parametrize(("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])])
+async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
+    async with Backend(health=answer(200, {"models_loaded": told})) as backend, pi_for(backend.port) as pi:
+        assert pi.gateway.fleet.first.models_loaded == loaded
