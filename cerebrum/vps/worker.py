@@ -17,13 +17,12 @@
 
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context. Other threads only tokenize and abort with
-  it. They put a `Job` into the worker's inbox. The worker's thread passes events to the job's `deliver`, and every
+  it. They add a `Job` to the worker's waiting ones. The worker's thread passes events to the job's `deliver`, and every
   submitted job gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running
   `llama_decode`.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then until the slot is
   needed. Then the worker parks the sequence in a `PrefixStore` as bytes; unloading writes these bytes to disk.
-- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. The baton lets one model
-  decode at a time.
+- A `Baton` lets one model decode at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import codecs
 import contextlib
 import hashlib
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -552,7 +550,6 @@ class Worker(threading.Thread):
         super().__init__(name=f"worker-{loader.model}", daemon=True)
         self.loader, self.model = loader, loader.model
         self.baton = baton or Baton()
-        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
@@ -560,13 +557,14 @@ class Worker(threading.Thread):
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.waiting: list[Job] = []
+        self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
         self.tally = tally or ModelTally()
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
-        self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
+        self._alarm = threading.Event()  # something has changed that the thread should look at
+        self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
         self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model} is being unloaded; try again")
-        self._end = self._farewell  # of a running request
+        self._end = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
 
@@ -600,27 +598,26 @@ class Worker(threading.Thread):
         job.submitted = time.monotonic()
         with self._door:
             if not self._closed:
-                self.inbox.put(job)
+                self.waiting.append(job)
+                self.wake()
                 return
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
         """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
-        self.inbox.put(None)
-        decoder = self.decoder
-        running = decoder.running if decoder else []
-        if decoder and running and all(run.job.cancelled for run in running):
+        self.wake()
+        if (decoder := self.decoder) and (running := decoder.running) and all(run.job.cancelled for run in running):
             decoder.model.abort()
 
     def wake(self) -> None:
-        """Call this when the client of a paused job has read on."""
-        self.inbox.put(None)
+        """Make the thread look at its jobs, for instance when the client of a paused job has read on."""
+        self._alarm.set()
 
     def stop(self) -> None:
         """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
         self.stopping = True
-        self.inbox.put(None)
+        self.wake()
         if self.llama:
             self.llama.abort()
 
@@ -633,35 +630,49 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.due = time.monotonic() + STEP_SECONDS
-            failure = None
+            self._beat()
             try:
-                self._load()
-            except Exception as error:
-                given_up = HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
-                failure = given_up if self.stopping else self.loader.failure(error)
-            if failure is None and self.decoder:
+                decoder = self._load()
                 self.ready.set_result(None)
-                self._serve(self.decoder)
+                self._serve(decoder)
+            except Exception as error:
+                self._end = self._failure(error)
             self._close()
-            if failure is not None:  # only now that the model's memory is free
-                self.ready.set_exception(failure)
         finally:
             self.due = math.inf
-            if not self.ready.done():
-                self.ready.set_exception(self._farewell)
+            if not self.ready.done():  # only now that the model's memory is free
+                self.ready.set_exception(self._end)
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
-        try:
-            while not self._beat():
-                self._turn(decoder)
-        except Exception:
-            log.exception("model %s: the worker failed; the next request loads the model again", self.model)
-            self.stopping = True
-            self._end = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+        """The worker's loop: start new jobs, and decode what the running ones need next."""
+        while True:
+            self._alarm.clear()  # before the look at everything that sets it
+            if self._beat():
+                return
+            self._start_jobs(decoder)
+            if self._alarm.is_set():
+                continue  # more jobs may have come while a sequence was parked, which takes milliseconds
+            # Without those whose clients do not keep up.
+            runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
+            self.baton.note(decoder, decoder.costs(1) if runs else None)
+            if runs:
+                decoder.turn(runs)
+            else:
+                self._recalibrate(decoder)
+                self._rest(decoder.sequences)
 
-    def _load(self) -> None:
+    def _failure(self, error: Exception) -> HttpError:
+        """Log why the worker ends early, and return the error for its requests."""
+        if self.ready.done():
+            log.error("model %s: the worker failed; the next request loads the model again", self.model, exc_info=error)
+            self.stopping = True
+            return HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+        if self.stopping:
+            return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
+        return self.loader.failure(error)
+
+    def _load(self) -> Decoder:
         before = resident_bytes()
         loader = self.loader
         self.llama = loader.open(self._beat)
@@ -678,6 +689,7 @@ class Worker(threading.Thread):
             self.model, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
+        return self.decoder
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
@@ -688,11 +700,9 @@ class Worker(threading.Thread):
             with self._logged("ending a request"):
                 if slot.run and self.decoder:
                     self.decoder.fail(slot.run, self._end)
-        for job in [*self.waiting, *self._drain()]:
+        for job in self.waiting:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
-        if not self.llama:
-            return
         if self.decoder:
             with self._logged("saving parked sequences"):
                 for slot in self.slots:
@@ -701,8 +711,9 @@ class Worker(threading.Thread):
                 entries = list(self.decoder.sequences.store.entries.values())
                 save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
         self.decoder = None
-        with self._logged("freeing the model"):
-            self.llama.close()
+        if self.llama:
+            with self._logged("freeing the model"):
+                self.llama.close()
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
@@ -711,50 +722,25 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("model %s: %s failed", self.model, step)
 
-    def _drain(self) -> Iterator[Job]:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if job := self.inbox.get_nowait():
-                    yield job
-
-    def _turn(self, decoder: Decoder) -> None:
-        """Start new jobs, and decode what the running ones need next."""
-        self._take(decoder)
-        # Without those whose clients do not keep up.
-        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
-        self.baton.note(decoder, decoder.costs(1) if runs else None)
-        if runs:
-            decoder.turn(runs)
-            return
-        self._recalibrate(decoder)
-        if job := self._wait(decoder.sequences):
-            self.waiting.append(job)
-
-    def _take(self, decoder: Decoder) -> None:
-        """Start the jobs in the inbox until the inbox is empty. More jobs may arrive while a sequence is parked, which
-        takes milliseconds."""
-        while True:
-            self.waiting += self._drain()
-            self._drop_cancelled(decoder)
-            self._start_waiting(decoder)
-            if self.inbox.empty():
-                return
-
-    def _wait(self, sequences: Sequences) -> Job | None:
-        """The next job, or None for a mere wake-up. Idle sequences are stored only after STORE_SECONDS of quiet,
-        because storing 3,500 tokens takes a fifth of a second and no request should wait for the storing."""
-        if self.stopping:  # its wake-up may have been taken out of the inbox with others
-            return None
-        with contextlib.suppress(queue.Empty):
-            return self.inbox.get(timeout=STORE_SECONDS)
+    def _start_jobs(self, decoder: Decoder) -> None:
+        """Drop cancelled jobs, and start waiting ones while slots are free."""
         for slot in self.slots:
-            if self.inbox.empty() and not slot.run:
-                sequences.keep(slot)
-        self.due = math.inf
-        try:
-            return self.inbox.get()
-        finally:
-            self.due = time.monotonic() + STEP_SECONDS
+            if slot.run and slot.run.job.cancelled:
+                decoder.release(slot.run, CANCELLED)
+        for job in list(self.waiting):
+            free = [slot for slot in self.slots if not slot.run]
+            if not job.cancelled and (not free or decoder.sequences.is_coming(job.prompt)):
+                continue
+            self.waiting.remove(job)
+            if job.cancelled:
+                continue
+            try:
+                decoder.start(job, free)
+            except Exception:
+                log.exception("request %s could not be started", job.request_id)
+                for slot in free:  # any of them may be half prepared
+                    decoder.sequences.forget(slot)
+                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _recalibrate(self, decoder: Decoder) -> None:
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
@@ -766,29 +752,18 @@ class Worker(threading.Thread):
             decoder.sequences.park(slot)
         decoder.model.abort_flag[0] = b"\x00"
         table = calibrate(
-            decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or not self.inbox.empty()
+            decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
         )
         if table:
             decoder.costs = Costs(table)
 
-    def _drop_cancelled(self, decoder: Decoder) -> None:
-        self.waiting = [job for job in self.waiting if not job.cancelled]
+    def _rest(self, sequences: Sequences) -> None:
+        """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens
+        takes a fifth of a second and no request should wait for the storing."""
+        if self._alarm.wait(STORE_SECONDS):
+            return
         for slot in self.slots:
-            if slot.run and slot.run.job.cancelled:
-                decoder.release(slot.run, CANCELLED)
-
-    def _start_waiting(self, decoder: Decoder) -> None:
-        for job in list(self.waiting):
-            free = [slot for slot in self.slots if not slot.run]
-            if not free:
-                return
-            if decoder.sequences.is_coming(job.prompt):
-                continue
-            self.waiting.remove(job)
-            try:
-                decoder.start(job, free)
-            except Exception:
-                log.exception("request %s could not be started", job.request_id)
-                for slot in free:  # any of them may be half prepared
-                    decoder.sequences.forget(slot)
-                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+            if not slot.run and not self._alarm.is_set():
+                sequences.keep(slot)
+        self.due = math.inf
+        self._alarm.wait()
