@@ -464,23 +464,21 @@ class Decoder:
         run.flush()
 
 
+@dataclass(slots=True)
 class Loader:
-    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here."""
+    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here. `path`,
+    `settings` and `encoding` are then those in use."""
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        settings: Settings,
-        sha256: str = "",
-        tuned: TunedFile | None = None,
-        fim: Sequence[str] = (),
-        layout: str = "psm",
-    ) -> None:
-        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
-        self.fim = fim, layout
-        self.encoding, self.key = "published", ""  # of the caches on disk
-        self.done = 0.0  # the share of the file that has been read
+    model: str
+    path: Path
+    settings: Settings
+    sha256: str = ""
+    tuned: TunedFile | None = None
+    fim: Sequence[str] = ()
+    layout: str = "psm"
+    encoding: str = "published"
+    key: str = ""  # of the caches on disk
+    done: float = 0.0  # the share of the file that has been read
 
     def open(self, beat: Callable[[], bool]) -> Llama:
         """Load the tuned file, or the published one if there is no tuned file or loading it fails. `beat` is called now
@@ -490,29 +488,18 @@ class Loader:
             self.done = done
             return not beat()
 
-        model = None
         if tuned := self.tuned:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, beat)
-                model = Llama(tuned.path, tuned.settings, progress, *self.fim)
+                model = Llama(tuned.path, tuned.settings, progress, self.fim, self.layout)
+                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
+                return model
             except (ModelError, OSError) as error:
                 if beat():
                     raise
                 log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
-            else:
-                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
-        if not model:
-            check_digest(self.path, self.sha256, self.settings.state_dir, beat)
-            model = Llama(self.path, self.settings, progress, *self.fim)
-        return model
-
-    def failure(self, error: Exception) -> HttpError:
-        """Log why loading failed, and return the error for the clients."""
-        if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
-            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
-        log.error("model %s: loading failed", self.model, exc_info=error)
-        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
+        check_digest(self.path, self.sha256, self.settings.state_dir, beat)
+        return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
     def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
         """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
@@ -663,14 +650,19 @@ class Worker(threading.Thread):
                 self._rest(decoder.sequences)
 
     def _failure(self, error: Exception) -> HttpError:
-        """Log why the worker ends early, and return the error for its requests."""
+        """Log why the worker ends early, and return the error for its clients."""
+        model = self.model
         if self.ready.done():
-            log.error("model %s: the worker failed; the next request loads the model again", self.model, exc_info=error)
             self.stopping = True
-            return HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+            log.error("model %s: the worker failed; the next request loads the model again", model, exc_info=error)
+            return HttpError("INTERNAL_ERROR", f"model {model} failed and is loaded again; see the log")
         if self.stopping:
-            return HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
-        return self.loader.failure(error)
+            return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
+        if isinstance(error, ModelError):
+            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(_log_tail)[-1000:])
+            return HttpError("MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}")
+        log.error("model %s: loading failed", model, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
 
     def _load(self) -> Decoder:
         before = resident_bytes()
