@@ -68,37 +68,9 @@ from cerebrum_common import HttpError, log, request_id_var
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
-
-
-class TextAssembler:
-    """Turns tokens' bytes into text that may be sent: whole characters, up to a stop string or the natural end."""
-
-    def __init__(self, stops: Sequence[str], ending: Ending) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.cutter = Cutter(stops, ending)
-
-    def feed(self, data: bytes) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it goes on)."""
-        return self.cutter.feed(self.decoder.decode(data))
-
-    def flush(self, whole: bool = True) -> str:
-        """As `Cutter.flush`. The bytes of an incomplete character are dropped."""
-        return self.cutter.flush(whole)
-
-
-def ending_of(request: CompletionRequest) -> Ending:
-    """Where a request's completion ends. Reads the whole prompt, so it is not for the worker's thread."""
-    turns = request.messages or ()
-    prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
-    where = request.mode, request.language, prompt, request.suffix, request.stop_at
-    return Ending(*where, request.indent)
-
-
-# -------------------------------------------------------------------------------------------- IO: worker
-
-Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
+Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 
 
 class Job:
@@ -116,7 +88,7 @@ class Job:
     ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.prompt: list[int] = []
-        self.ending: Ending | None = None  # where the completion ends, once the job is prepared
+        self.cutter: Cutter | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
         self.before = 0  # tokens of the prompt up to the cursor
         self.heal = b""  # the completion's first bytes, which the client already has
@@ -127,7 +99,8 @@ class Job:
     def prepare(self, model: Llama) -> None:
         """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts if the prompt does
         not fit into the context."""
-        self.prompt, self.heal, self.before = model.vocabulary.encode(self.request)
+        request, turns = self.request, self.request.messages
+        self.prompt, self.heal, self.before = model.vocabulary.encode(request)
         count, n_ctx = len(self.prompt), model.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -135,8 +108,10 @@ class Job:
                 f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
-        self.max_tokens = min(self.request.max_tokens, n_ctx - count)
-        self.ending = ending_of(self.request)
+        self.max_tokens = min(request.max_tokens, n_ctx - count)
+        begun = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
+        ending = Ending(request.mode, request.language, begun, request.suffix, request.stop_at, request.indent)
+        self.cutter = Cutter(request.stop, ending)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
@@ -162,11 +137,11 @@ class Run:
     """A job in its slot: its state between decodes, and the counters for the result."""
 
     def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
-        assert job.ending, "the job was prepared"
+        assert job.cutter, "the job was prepared"
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
         self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
-        self.text = TextAssembler(job.request.stop, job.ending)
+        self.characters, self.cutter = codecs.getincrementaldecoder("utf-8")("replace"), job.cutter
         self.sampler = Sampler(job.request)
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
@@ -185,6 +160,11 @@ class Run:
         if self.heal:
             model.restrict(index, self.heal)
         return self.sampler.sample(model, index)
+
+    def feed(self, piece: bytes) -> tuple[str, str | None]:
+        """The text to send now, and why the completion has ended (None: it goes on). Bytes wait until their character
+        is whole."""
+        return self.cutter.feed(self.characters.decode(piece))
 
     def flush(self) -> None:
         """Deliver the events in the outbox."""
@@ -426,7 +406,7 @@ class Decoder:
         self.tally.tokens += counts
         if run.drafter:
             run.drafter.advance(token)
-        text, reason = run.text.feed(piece)
+        text, reason = run.feed(piece)
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})
         full = len(run.slot.tokens) + 1 >= self.model.n_ctx
@@ -439,7 +419,7 @@ class Decoder:
         return reason is not None
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
-        if flush and (text := run.text.flush(reason == "stop")):
+        if flush and (text := run.cutter.flush(reason == "stop")):
             run.outbox.append({"token": text, "total_tokens": run.generated})
         run.outbox.append(run.result(reason))
         self.release(run, reason)

@@ -26,7 +26,6 @@ from harness import FILES, PATIENCE, ROOT, wait_until
 from test_ending import splits
 
 import vpsd
-from cerebrum.text.ending import Ending
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
@@ -43,7 +42,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
-from cerebrum.vps.worker import Job, TextAssembler
+from cerebrum.vps.worker import Job, Run
 from cerebrum_common import HttpError
 
 # Milliseconds of one decode, measured on two cores. Two streams of the 0.5B are faster in turn, of the 1.5B in a batch.
@@ -547,27 +546,30 @@ def test_parked_files_belong_to_their_user(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def assembler(*stops: str) -> TextAssembler:
-    return TextAssembler(stops, Ending("complete", None, "", None, "none"))
+def started(*stops: str) -> Run:
+    """A completion of which no token has come."""
+    job: Job = Ask("x", stop=stops).job
+    job.prepare(ScriptedLlama())
+    return Run(job, llama.Slot(0), 0, [])
 
 
 @pytest.mark.parametrize("text", ["aé€😀", "äöü", "😀b"])
 def test_characters_are_whole_over_every_split(text: str) -> None:
     for pieces in splits(text.encode()):
-        whole, out = assembler(), ""
+        run, out = started(), ""
         for piece in pieces:
-            sent, reason = whole.feed(piece)
+            sent, reason = run.feed(piece)
             assert reason is None
             out += sent
             assert text.startswith(out)
-        assert out + whole.flush() == text
+        assert out + run.cutter.flush() == text
 
 
 def test_stop_string_over_every_split_of_its_bytes() -> None:
     for pieces in splits("ab→€c".encode()[:10]):
-        whole, out, reason = assembler("→€"), "", None
+        run, out, reason = started("→€"), "", None
         for piece in pieces:
-            sent, reason = whole.feed(piece)
+            sent, reason = run.feed(piece)
             out += sent
             if reason:
                 break
@@ -575,21 +577,21 @@ def test_stop_string_over_every_split_of_its_bytes() -> None:
 
 
 def test_bytes_that_are_not_utf8_become_replacement_characters() -> None:
-    whole = assembler()
-    assert whole.feed(b"a\xff")[0] + whole.feed(b"b")[0] + whole.flush() == "a\ufffdb"
+    run = started()
+    assert run.feed(b"a\xff")[0] + run.feed(b"b")[0] + run.cutter.flush() == "a\ufffdb"
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("begun", [b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98"])
 def test_a_character_that_is_cut_at_the_end_is_dropped(begun: bytes, whole: bool) -> None:
-    text = assembler()
-    assert text.feed(b"a" + begun)[0] + text.flush(whole) == "a"
+    run = started()
+    assert run.feed(b"a" + begun)[0] + run.cutter.flush(whole) == "a"
 
 
 def test_flush_returns_the_beginning_of_a_possible_stop_string() -> None:
-    whole = assembler("</s>")
-    assert whole.feed(b"a</") == ("a", None)
-    assert whole.flush() == "</"
+    run = started("</s>")
+    assert run.feed(b"a</") == ("a", None)
+    assert run.cutter.flush() == "</"
 
 
 @pytest.mark.parametrize(
@@ -1093,7 +1095,7 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.W
     other: Any = object()
     job = Ask("x" * 4000).job
     worker.prepare(job)
-    run, decoder = vps_worker.Run(job, llama.Slot(0), 0, []), worker.decoder
+    run, decoder = Run(job, llama.Slot(0), 0, []), worker.decoder
     assert decoder
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
