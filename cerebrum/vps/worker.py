@@ -492,7 +492,7 @@ class Loader:
             self.settings = replace(settings, threads=count)
             model.use_threads(count)
             found[count] = load_costs(model, self.calibration, baton, beat)
-        best = min(found, key=lambda count: found[count].work)
+        best = min(found, key=lambda count: 2 * found[count](64) + 32 * found[count](1))  # a short completion's work
         self.settings = replace(settings, threads=best)
         model.use_threads(best)
         return found[best]
@@ -723,11 +723,10 @@ class Worker(threading.Thread):
         for slot in self.slots:
             decoder.sequences.park(slot)
         decoder.model.abort_flag[0] = b"\x00"
-        table = calibrate(
-            decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
-        )
-        if table:
-            decoder.costs = Costs(table)
+        with contextlib.suppress(ModelError):  # given up for a job
+            decoder.costs = calibrate(
+                decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
+            )
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens
