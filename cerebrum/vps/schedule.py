@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -101,15 +102,15 @@ def share_size(costs: Costs, token_seconds: float) -> int:
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
-def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None, costs: Costs) -> int:
+def chunk_size(missing: int, reading: Sequence[int], token_seconds: float, costs: Costs) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
     While streams are running, the pause allowed to the fastest stream limits the chunk; `token_seconds` is the time of
-    one token of that stream, None if no stream is running. Otherwise the chunk is at most twice as long as the shortest
+    one token of that stream, infinity without a stream. Otherwise the chunk is at most twice as long as the shortest
     prompt being read (`reading` lists the missing tokens of each prompt, including this one). A short prompt then does
     not wait for a long one, and two prompts of similar length are read in one decode.
     """
-    if token_seconds is not None:
+    if token_seconds < math.inf:
         return min(missing, share_size(costs, token_seconds))
     return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading)))
 
@@ -145,10 +146,10 @@ class Baton:
             if token_seconds is not None:
                 self.active[worker] = token_seconds
 
-    def fastest_other(self, worker: object) -> float | None:
-        """Seconds per token of the fastest other worker that waits while this one computes; None if none waits."""
+    def fastest_other(self, worker: object) -> float:
+        """Seconds per token of the fastest other worker that waits while this one computes; infinity if none waits."""
         with self._turn:
-            return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
+            return min((seconds for other, seconds in self.active.items() if other is not worker), default=math.inf)
 
 
 def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:

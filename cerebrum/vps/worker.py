@@ -218,7 +218,8 @@ class Decoder:
         drafting: bool,
     ) -> None:
         self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
-        self.stop, self.drafting, self.acceptance, self.words = stop, drafting, Acceptance(), model.vocabulary
+        self.stop, self.acceptance, self.words = stop, Acceptance(), model.vocabulary
+        self.drafting = drafting and model.max_draft > 0
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
 
     def start(self, job: Job, free: list[Slot]) -> None:
@@ -239,8 +240,7 @@ class Decoder:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
         for group in group_by_cost([len(work.tokens) for work in works], self.costs):
-            if members := [works[i] for i in group if works[i].run.slot.run is works[i].run]:
-                self._step(members)
+            self._step([works[i] for i in group])
 
     def next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.prompt, run.slot
@@ -252,33 +252,31 @@ class Decoder:
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
-        alone = len(runs) == 1 or not self.model.recurrent
-        draft = self._draft(run, self._pace(own=len(runs) > 1)) if alone else []
+        draft = self._draft(run, runs)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
-    def _pace(self, own: bool) -> float | None:
+    def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
-        paces = [self.costs(1)] * own
-        if (other := self.baton.fastest_other(self)) is not None:
-            paces.append(other)
-        return min(paces, default=None)
+        return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
         """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
         streams = sum(not (other is run or other.prefilling) for other in runs)
         return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
-    def _draft(self, run: Run, pace: float | None) -> list[int]:
-        assert run.drafter
+    def _draft(self, run: Run, runs: list[Run]) -> list[int]:
+        beside = len(runs) > 1
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        if not self.drafting or run.heal or (beside and self.model.recurrent):
+            return []
+        pace = self._pace(own=beside)
         room = min(
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
-            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
+            share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
-        if not self.drafting or run.heal or room <= 0:
-            return []
+        assert run.drafter
         return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, run.beside)
 
     def _step(self, works: list[Work]) -> None:
@@ -425,10 +423,9 @@ class Decoder:
         self.release(run, reason)
 
     def fail(self, run: Run, error: HttpError) -> None:
-        if run.slot.run is not run:
-            return  # the run has had its last event
-        run.outbox.append(error)
-        self.release(run, error.code)
+        if run.slot.run is run:  # otherwise it has had its last event
+            run.outbox.append(error)
+            self.release(run, error.code)
 
     def release(self, run: Run, reason: str) -> None:
         """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
@@ -716,7 +713,7 @@ class Worker(threading.Thread):
 
     def _recalibrate(self, decoder: Decoder) -> None:
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
-        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) is not None
+        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) < math.inf
         if not decoder.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
             return
         self.recalibrations += 1

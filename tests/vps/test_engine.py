@@ -135,8 +135,8 @@ def test_groups_hold_each_item_once_and_fit_a_batch() -> None:
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
-    assert chunk_size(10, [10], None, table) == 10
-    assert chunk_size(10_000, [10_000], None, table) == MAX_CHUNK
+    assert chunk_size(10, [10], math.inf, table) == 10
+    assert chunk_size(10_000, [10_000], math.inf, table) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table)
     assert beside == share_size(table, table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
@@ -148,15 +148,15 @@ def test_chunks_are_smaller_where_they_take_longer() -> None:
     table, slow = costs(SMALL), costs(SMALL)
     slow.slowdown = 4.0
     assert share_size(slow, slow(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < share_size(table, table(1))
-    assert chunk_size(10_000, [10_000], None, slow) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert chunk_size(10_000, [10_000], math.inf, slow) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
-    assert [chunk_size(missing, [70, 40], None, table) for missing in (70, 40)] == [70, 40]
-    assert [chunk_size(missing, [900, 40], None, table) for missing in (900, 40)] == [80, 40]
+    assert [chunk_size(missing, [70, 40], math.inf, table) for missing in (70, 40)] == [70, 40]
+    assert [chunk_size(missing, [900, 40], math.inf, table) for missing in (900, 40)] == [80, 40]
     half = table.longest(schedule.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], None, table) for missing in (900, 800)] == [half, half]
+    assert [chunk_size(missing, [900, 800], math.inf, table) for missing in (900, 800)] == [half, half]
     assert share_size(table, table(1)) < half
 
 
