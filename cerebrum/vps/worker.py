@@ -677,7 +677,7 @@ class Worker(threading.Thread):
                 for slot in self.slots:
                     self._beat()
                     self.decoder.sequences.park(slot)
-                entries = list(self.decoder.sequences.store.entries.values())
+                entries = self.decoder.sequences.store.entries
                 save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
         self.decoder = None
         if self.llama:

@@ -450,13 +450,13 @@ def test_store_drops_the_least_recently_used() -> None:
     store = PrefixStore(300)
     for first in (1, 2, 3):
         store.add(parked([first, first], 100))
-    assert store.best([1, 1, 5]) == (store.entries[0], 2)  # now the most recently used
+    assert store.best([1, 1, 5]) == (store.entries[-1], 2)  # now the most recently used
     store.add(parked([4], 100))
-    assert [entry.tokens for entry in store.entries.values()] == [[3, 3], [1, 1], [4]]
+    assert [entry.tokens for entry in store.entries] == [[3, 3], [1, 1], [4]]
     assert store.size == 300
     assert store.covers([3])
     store.add(parked([5], 101))
-    assert [entry.tokens for entry in store.entries.values()] == [[3, 3], [5]]
+    assert [entry.tokens for entry in store.entries] == [[3, 3], [5]]
     assert store.size == 201
 
 
@@ -464,7 +464,7 @@ def test_store_refuses_an_entry_larger_than_its_budget() -> None:
     store = PrefixStore(100)
     store.add(parked([1], 100))
     store.add(parked([2], 101))
-    assert [entry.tokens for entry in store.entries.values()] == [[1]]
+    assert [entry.tokens for entry in store.entries] == [[1]]
     store = PrefixStore(0)
     store.add(parked([1], 100))
     assert (len(store.entries), store.size) == (0, 0)
@@ -474,10 +474,10 @@ def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     store = PrefixStore(1000)
     for tokens in ([1, 2], [1, 3], [1, 2, 3]):
         store.add(parked(tokens, 100))
-    assert [entry.tokens for entry in store.entries.values()] == [[1, 3], [1, 2, 3]]
+    assert [entry.tokens for entry in store.entries] == [[1, 3], [1, 2, 3]]
     assert store.size == 200
     store.add(parked([1, 3], 50))  # the same tokens again
-    assert [entry.tokens for entry in store.entries.values()] == [[1, 2, 3], [1, 3]]
+    assert [entry.tokens for entry in store.entries] == [[1, 2, 3], [1, 3]]
     assert store.size == 150
 
 
