@@ -37,12 +37,9 @@ def cpus() -> int:
 def usable_cores() -> int:
     """Number of physical cores among the CPUs that this process may use. A second thread on a core usually only makes
     llama.cpp wait."""
-    cpus = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in cpus:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.exists() else str(cpu))
-    return len(siblings)
+    folders = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)]
+    siblings = [folder / "thread_siblings_list" for folder in folders]
+    return len({path.read_text() if path.exists() else path for path in siblings})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,27 +132,13 @@ def start_library() -> None:
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
-def fingerprint(path: Path) -> str:
-    """The key of caches made for a model file: a hash of its size, modification time, first and last MiB."""
-    stat = path.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(MB))
-        file.seek(max(0, stat.st_size - MB))
-        digest.update(file.read(MB))
-    return digest.hexdigest()
-
-
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
     limit = min(len(a), len(b))
     start = 0
     while start < limit and a[start : start + 64] == b[start : start + 64]:
         start += 64
-    start = min(start, limit)
-    while start < limit and a[start] == b[start]:
-        start += 1
-    return start
+    return next((place for place in range(start, limit) if a[place] != b[place]), limit)
 
 
 class Llama:
@@ -220,8 +203,7 @@ class Llama:
         self.memory = llama.llama_get_memory(self.context)
         # A recurrent state cannot be cut like a KV cache: only so many tokens can be taken back, right after they were
         # decoded.
-        is_recurrent, is_hybrid = llama.llama_model_is_recurrent, llama.llama_model_is_hybrid
-        self.recurrent = bool(is_recurrent(self.model) or is_hybrid(self.model))
+        self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
@@ -343,9 +325,8 @@ class Sampler:
         return int(llama.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        chain, self.chain = self.chain, None
-        if chain:
-            llama.llama_sampler_free(chain)
+        if self.chain:
+            llama.llama_sampler_free(self.chain)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ from cerebrum.vps.llama import (
     check_digest,
     common_prefix,
     cpus,
-    fingerprint,
+    file_stamp,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
@@ -482,7 +482,7 @@ class Loader:
         """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
         settings, found = self.settings, dict[int, Costs]()
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
+        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
         most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
         for count in sorted({settings.threads, most}, reverse=True):
