@@ -170,9 +170,8 @@ class Llama:
         trained = int(llama.llama_model_n_ctx_train(self.model))
         self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
-        # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
-        # library's strlen has a matching signature, and its result for a string of at most one byte is 1 if the byte is
-        # set.
+        # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
+        # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
@@ -189,7 +188,8 @@ class Llama:
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
         # the size of all sequences together.
-        original = int(self.vocabulary.metadata("rope.scaling.original_context_length") or 0)
+        architecture = self.vocabulary.metadata("general.architecture")
+        original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
         self.unified = not self.n_ctx <= original < params.n_ctx
         params.kv_unified = self.unified
         params.n_rs_seq = ROLLBACK
@@ -201,8 +201,7 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = llama.llama_get_memory(self.context)
-        # A recurrent state cannot be cut like a KV cache: only so many tokens can be taken back, right after they were
-        # decoded.
+        # A recurrent state can only take back so many tokens, right after they were decoded.
         self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
