@@ -167,8 +167,7 @@ class Llama:
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = self.vocabulary.size
         self.logits_row = ctypes.c_float * self.n_vocab
-        trained = int(llama.llama_model_n_ctx_train(self.model))
-        self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
+        self.n_ctx = min(settings.n_ctx, int(llama.llama_model_n_ctx_train(self.model)) or settings.n_ctx)
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
         # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
         # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.

@@ -126,9 +126,6 @@ class Sequences:
     def park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
         self.keep(slot)
-        self.forget(slot)
-
-    def forget(self, slot: Slot) -> None:
         self.cut(slot, 0)
 
     def cut(self, slot: Slot, length: int) -> None:

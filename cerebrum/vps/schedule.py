@@ -164,15 +164,8 @@ def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], boo
 
 
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
-    """Measure the costs and write them. ModelError if that is given up, or llama.cpp fails."""
-    table = measure_costs(model, baton, give_up)
-    with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(table).encode())
-    return Costs(table)
-
-
-def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several.
+    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. ModelError
+    if that is given up, or llama.cpp fails.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
@@ -194,4 +187,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> di
         if warm:
             times[size].append(seconds)
         warm = True
-    return {size: min(seen) for size, seen in times.items()}
+    table = {size: min(seen) for size, seen in times.items()}
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(table).encode())
+    return Costs(table)

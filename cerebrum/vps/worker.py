@@ -13,8 +13,6 @@
         batch = events.get()
         print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
-(If the request fails, the last list ends with an HttpError.)
-
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context. Other threads only tokenize and abort with
   it. They add a `Job` to the worker's waiting ones. The worker's thread passes events to the job's `deliver`, and every
@@ -56,7 +54,6 @@ from cerebrum.vps.llama import (
     TunedFile,
     _log_tail,
     check_digest,
-    common_prefix,
     cpus,
     file_stamp,
 )
@@ -174,12 +171,11 @@ class Run:
 
     def result(self, reason: str) -> Event:
         """The done event."""
-        job, now = self.job, time.monotonic()
-        span = self.last_token - self.first_token
+        job, span = self.job, self.last_token - self.first_token
         return {
             "done": True,
             "total_tokens": self.generated,
-            "inference_time": round(now - job.started, 3),
+            "inference_time": round(time.monotonic() - job.started, 3),
             "mode": job.request.mode,
             "finish_reason": reason,
             "prompt_tokens": len(job.prompt),
@@ -318,7 +314,7 @@ class Decoder:
             run, slot = work.run, work.run.slot
             tokens = slot.tokens[:]
             if self.model.recurrent:  # nobody knows how far the state has gone
-                self.sequences.forget(slot)
+                self.sequences.cut(slot, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded again.
                 read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
@@ -344,7 +340,7 @@ class Decoder:
         except Exception:
             log.exception("request %s", run.job.request_id)
             self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-            self.sequences.forget(run.slot)  # its tokens and its cells may no longer agree
+            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
 
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot
@@ -363,7 +359,7 @@ class Decoder:
         ended = self._emit(run, run.pending)
         run.flush()
         if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
-            run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
+            run.drafter = Drafter(run.prompt, run.guide)
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:
@@ -642,8 +638,7 @@ class Worker(threading.Thread):
         return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
 
     def _load(self) -> Decoder:
-        before = resident_bytes()
-        loader = self.loader
+        loader, before = self.loader, resident_bytes()
         self.llama = loader.open(self._beat)
         costs = loader.choose_threads(self.llama, self.baton, self._beat)
         settings = loader.settings
@@ -677,8 +672,7 @@ class Worker(threading.Thread):
                 for slot in self.slots:
                     self._beat()
                     self.decoder.sequences.park(slot)
-                entries = self.decoder.sequences.store.entries
-                save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
+                save_parked(self.loader.kv_dir, self.loader.key, self.decoder.sequences.store.entries, self._beat)
         self.decoder = None
         if self.llama:
             with self._logged("freeing the model"):
@@ -708,7 +702,7 @@ class Worker(threading.Thread):
             except Exception:
                 log.exception("request %s could not be started", job.request_id)
                 for slot in free:  # any of them may be half prepared
-                    decoder.sequences.forget(slot)
+                    decoder.sequences.cut(slot, 0)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _recalibrate(self, decoder: Decoder) -> None:

@@ -282,7 +282,7 @@ def test_drafter_resumes_near_its_last_position_and_not_at_an_earlier_copy() -> 
 
 def test_drafter_follows_an_earlier_sequence_from_the_end_of_its_prompt() -> None:
     answer = FILE[200:]
-    drafter = Drafter(FILE[:200], FILE[:200] + answer, 200)
+    drafter = Drafter(FILE[:200], FILE[:200] + answer)
     assert drafter.propose(10) == answer[:10]
     decodes, drafted, accepted = decode_with(drafter, answer)
     assert (decodes, drafted, accepted) == (13, 187, 187)  # 200 tokens, 16 at a time
@@ -291,7 +291,7 @@ def test_drafter_follows_an_earlier_sequence_from_the_end_of_its_prompt() -> Non
 def test_drafter_follows_an_earlier_sequence_of_another_prompt() -> None:
     old = [*FILE[:100], 1, 2, *FILE[100:]]
     new = [*FILE[:100], 3, 4, 5]
-    drafter = Drafter(new, old, 100)
+    drafter = Drafter(new, old)
     assert drafter.propose(10) == []
     assert decode_with(drafter, FILE[100:])[2] >= 270
 
@@ -760,15 +760,15 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     assert len(json.loads(path.read_text())) == len(schedule.CALIBRATION_SIZES)
 
 
-def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_gives_each_size_about_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    schedule.measure_costs(model, Baton(), lambda: False)
+    schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: False)
     del model.sizes[0]  # the one that warms up
     counts = [model.sizes.count(size) for size in schedule.CALIBRATION_SIZES]
     assert counts == [max(2, math.ceil(0.4 / (0.01 + 0.03 * size))) for size in schedule.CALIBRATION_SIZES]
 
 
-def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cold_first_decode_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be the only sample where a single token takes all the time that is allowed for its size."""
     model: Any = Measured(monkeypatch)
     decode = model.decode
@@ -778,7 +778,7 @@ def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) 
         return int(decode(parts))
 
     model.decode = cold_at_first
-    assert schedule.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
+    assert schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: False)(1) == pytest.approx(0.04)
 
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
