@@ -165,7 +165,7 @@ class Llama:
         if not self.model:
             raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
         self.vocabulary = Vocabulary(self.model, fim, layout)
-        self.n_vocab = self.vocabulary.size
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
         self.n_ctx = min(settings.n_ctx, int(llama.llama_model_n_ctx_train(self.model)) or settings.n_ctx)
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none

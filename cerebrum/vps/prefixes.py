@@ -86,9 +86,8 @@ class Sequences:
         entry, stored = self.store.best(prompt)
         # A running recurrent state goes on and cannot be shared.
         near = free if self.model.recurrent else self.slots
-        live, nearest = max(
-            ((self.model.reusable(slot.tokens, prompt), slot) for slot in near), key=lambda pair: pair[0]
-        )
+        nearest = max(near, key=lambda slot: self.model.reusable(slot.tokens, prompt))
+        live = self.model.reusable(nearest.tokens, prompt)
         source = entry if entry and stored > live else nearest
         guide = source.tokens[:]
         from_store = stored > live and stored >= MIN_PREFIX

@@ -94,7 +94,6 @@ class Vocabulary:
 
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
         self.model, self.vocab = model, llama.llama_model_get_vocab(model)
-        self.size = int(llama.llama_vocab_n_tokens(self.vocab))
         self.piece: Callable[[int], bytes] = functools.cache(self._piece)
         self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
