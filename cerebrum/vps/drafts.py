@@ -9,6 +9,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
+from cerebrum.vps.llama import common_prefix
 from cerebrum.vps.schedule import Costs
 
 # --------------------------------------------------------------------------------------- policy: drafts
@@ -99,8 +100,8 @@ class Drafter:
     change is expected wherever the same tokens are copied again, as in a rename.
     """
 
-    def __init__(self, tokens: Sequence[int], guide: Sequence[int] = (), common: int = 0) -> None:
-        self.sources = [list(tokens), list(guide)]
+    def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
+        self.sources, common = [list(tokens), list(guide)], common_prefix(tokens, guide)
         self.index: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # places that follow each run of GRAM tokens
         for position in range(max(GRAM, common), len(guide) + 1):
             self._add(1, position)

@@ -37,12 +37,9 @@ def cpus() -> int:
 def usable_cores() -> int:
     """Number of physical cores among the CPUs that this process may use. A second thread on a core usually only makes
     llama.cpp wait."""
-    cpus = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in cpus:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.exists() else str(cpu))
-    return len(siblings)
+    folders = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)]
+    siblings = [folder / "thread_siblings_list" for folder in folders]
+    return len({path.read_text() if path.exists() else path for path in siblings})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,27 +132,13 @@ def start_library() -> None:
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
-def fingerprint(path: Path) -> str:
-    """The key of caches made for a model file: a hash of its size, modification time, first and last MiB."""
-    stat = path.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(MB))
-        file.seek(max(0, stat.st_size - MB))
-        digest.update(file.read(MB))
-    return digest.hexdigest()
-
-
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
     limit = min(len(a), len(b))
     start = 0
     while start < limit and a[start : start + 64] == b[start : start + 64]:
         start += 64
-    start = min(start, limit)
-    while start < limit and a[start] == b[start]:
-        start += 1
-    return start
+    return next((place for place in range(start, limit) if a[place] != b[place]), limit)
 
 
 class Llama:
@@ -182,14 +165,12 @@ class Llama:
         if not self.model:
             raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
         self.vocabulary = Vocabulary(self.model, fim, layout)
-        self.n_vocab = self.vocabulary.size
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
-        trained = int(llama.llama_model_n_ctx_train(self.model))
-        self.n_ctx = min(settings.n_ctx, trained) if trained > 0 else settings.n_ctx
+        self.n_ctx = min(settings.n_ctx, int(llama.llama_model_n_ctx_train(self.model)) or settings.n_ctx)
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
-        # llama.cpp calls the abort callback for every graph node. A Python function would take the GIL each time. The C
-        # library's strlen has a matching signature, and its result for a string of at most one byte is 1 if the byte is
-        # set.
+        # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
+        # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
         self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
@@ -206,7 +187,8 @@ class Llama:
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
         # the size of all sequences together.
-        original = int(self.vocabulary.metadata("rope.scaling.original_context_length") or 0)
+        architecture = self.vocabulary.metadata("general.architecture")
+        original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
         self.unified = not self.n_ctx <= original < params.n_ctx
         params.kv_unified = self.unified
         params.n_rs_seq = ROLLBACK
@@ -218,10 +200,8 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = llama.llama_get_memory(self.context)
-        # A recurrent state cannot be cut like a KV cache: only so many tokens can be taken back, right after they were
-        # decoded.
-        is_recurrent, is_hybrid = llama.llama_model_is_recurrent, llama.llama_model_is_hybrid
-        self.recurrent = bool(is_recurrent(self.model) or is_hybrid(self.model))
+        # A recurrent state can only take back so many tokens, right after they were decoded.
+        self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
@@ -343,9 +323,8 @@ class Sampler:
         return int(llama.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        chain, self.chain = self.chain, None
-        if chain:
-            llama.llama_sampler_free(chain)
+        if self.chain:
+            llama.llama_sampler_free(self.chain)
 
 
 @dataclass(slots=True)

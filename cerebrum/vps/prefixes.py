@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import struct
-from collections import OrderedDict
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +37,21 @@ class PrefixStore:
 
     def __init__(self, budget: int, whole: bool = False) -> None:
         self.budget, self.size, self.whole = budget, 0, whole
-        self.entries: OrderedDict[int, Parked] = OrderedDict()
-        self._next = 0
+        self.entries: list[Parked] = []  # the most recently used last
+
+    def _touch(self, place: int) -> Parked:
+        """The entry at this place, which counts as just used."""
+        self.entries.append(self.entries.pop(place))
+        return self.entries[-1]
+
+    def _replaces(self, new: list[int], old: list[int]) -> bool:
+        return (new if self.whole else new[: len(old)]) == old
 
     def covers(self, tokens: list[int]) -> bool:
         """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just used."""
-        for key, entry in self.entries.items():
-            if entry.tokens == tokens or (not self.whole and entry.tokens[: len(tokens)] == tokens):
-                self.entries.move_to_end(key)
+        for place, entry in enumerate(self.entries):
+            if self._replaces(entry.tokens, tokens):
+                self._touch(place)
                 return True
         return False
 
@@ -53,29 +59,19 @@ class PrefixStore:
         """Keep `entry`, drop the entries that it extends, then drop the least recently used down to the budget."""
         if entry.size > self.budget:
             return
-        for key, old in list(self.entries.items()):
-            if entry.tokens == old.tokens or (not self.whole and entry.tokens[: len(old.tokens)] == old.tokens):
-                self._drop(key)
-        self.entries[self._next] = entry
-        self._next += 1
-        self.size += entry.size
+        self.entries = [old for old in self.entries if not self._replaces(entry.tokens, old.tokens)] + [entry]
+        self.size = sum(entry.size for entry in self.entries)
         while self.size > self.budget:
-            self._drop(next(iter(self.entries)))
-
-    def _drop(self, key: int) -> None:
-        self.size -= self.entries.pop(key).size
+            self.size -= self.entries.pop(0).size
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
         best, length = None, 0
-        for key, entry in self.entries.items():
+        for place, entry in enumerate(self.entries):
             common = common_prefix(entry.tokens, prompt)
             if common > length and (not self.whole or common == len(entry.tokens) < len(prompt)):
-                best, length = key, common
-        if best is None:
-            return None, 0
-        self.entries.move_to_end(best)
-        return self.entries[best], length
+                best, length = place, common
+        return None if best is None else self._touch(best), length
 
 
 class Sequences:
@@ -90,9 +86,8 @@ class Sequences:
         entry, stored = self.store.best(prompt)
         # A running recurrent state goes on and cannot be shared.
         near = free if self.model.recurrent else self.slots
-        live, nearest = max(
-            ((self.model.reusable(slot.tokens, prompt), slot) for slot in near), key=lambda pair: pair[0]
-        )
+        nearest = max(near, key=lambda slot: self.model.reusable(slot.tokens, prompt))
+        live = self.model.reusable(nearest.tokens, prompt)
         source = entry if entry and stored > live else nearest
         guide = source.tokens[:]
         from_store = stored > live and stored >= MIN_PREFIX
@@ -130,9 +125,6 @@ class Sequences:
     def park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
         self.keep(slot)
-        self.forget(slot)
-
-    def forget(self, slot: Slot) -> None:
         self.cut(slot, 0)
 
     def cut(self, slot: Slot, length: int) -> None:
@@ -148,8 +140,7 @@ KV_MAGIC = b"cerebrum-kv-4\n"
 
 def encode_parked(entry: Parked, key: str) -> bytes:
     """The bytes of a file: magic, sha256 of the rest, a line with key and number of tokens, tokens as int32, state."""
-    tokens = struct.pack(f"<{len(entry.tokens)}i", *entry.tokens)
-    rest = f"{key} {len(entry.tokens)}\n".encode() + tokens + entry.state
+    rest = f"{key} {len(entry.tokens)}\n".encode() + array("i", entry.tokens).tobytes() + entry.state
     return KV_MAGIC + hashlib.sha256(rest).digest() + rest
 
 
@@ -163,37 +154,31 @@ def decode_parked(data: bytes, key: str) -> Parked:
     if made_for != key:
         raise ValueError("made for another model, context or library")
     end = begin + 4 * int(count)
-    return Parked(list(struct.unpack(f"<{count}i", data[begin:end])), data[end:])
+    return Parked(array("i", data[begin:end]).tolist(), data[end:])
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
     """Write a model's parked sequences, the most recently used last, and remove all other files of the folder. `tick`
     is called before each write."""
+    files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(entries)}
     try:
-        names = set()
-        for order, entry in enumerate(entries):
+        for path, entry in files.items():
             tick()
-            name = f"{order:04d}.kv"
-            write_atomically(folder / name, encode_parked(entry, key))
-            names.add(name)
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if path.name not in names:
-                    path.unlink()
+            write_atomically(path, encode_parked(entry, key))
+        for path in set(folder.glob("*")) - files.keys():
+            path.unlink()
     except OSError as error:
         log.warning("parked sequences not saved: %s", error.strerror)
 
 
 def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
     """Read parked sequences back, the least recently used first. A damaged, foreign or oversized file is removed."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):
         try:
             if path.stat().st_size > budget:
                 raise ValueError("over the budget")
             yield decode_parked(path.read_bytes(), key)
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError) as error:
             log.info("parked sequence %s removed: %s", path.name, error)
             with contextlib.suppress(OSError):
                 path.unlink()

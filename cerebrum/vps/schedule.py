@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -62,19 +63,12 @@ class Costs:
             self.undercut = self.undercut + 1 if seconds < DISTURBED * self(1) else 0
 
     def __call__(self, tokens: int) -> float:
-        if len(self.sizes) == 1:
-            return self.seconds[0] * tokens / self.sizes[0]
         right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
         (x0, x1), (y0, y1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
         slope = (y1 - y0) / (x1 - x0)
         if tokens > x1:  # a disturbed point must not make long chunks cheap
             return y1 + max(slope, y1 / x1 / 2) * (tokens - x1)
         return y0 + slope * (tokens - x0)
-
-    @property
-    def work(self) -> float:
-        """Seconds for a short completion: 128 tokens read, 32 written."""
-        return 2 * self(64) + 32 * self(1)
 
     def beside(self, others: int, tokens: int) -> float:
         """One sequence's share, in seconds, of a decode of its `tokens` and one token of each of `others`. Every
@@ -108,15 +102,15 @@ def share_size(costs: Costs, token_seconds: float) -> int:
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
-def chunk_size(missing: int, reading: Sequence[int], token_seconds: float | None, costs: Costs) -> int:
+def chunk_size(missing: int, reading: Sequence[int], token_seconds: float, costs: Costs) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
     While streams are running, the pause allowed to the fastest stream limits the chunk; `token_seconds` is the time of
-    one token of that stream, None if no stream is running. Otherwise the chunk is at most twice as long as the shortest
+    one token of that stream, infinity without a stream. Otherwise the chunk is at most twice as long as the shortest
     prompt being read (`reading` lists the missing tokens of each prompt, including this one). A short prompt then does
     not wait for a long one, and two prompts of similar length are read in one decode.
     """
-    if token_seconds is not None:
+    if token_seconds < math.inf:
         return min(missing, share_size(costs, token_seconds))
     return min(missing, 2 * min(reading), costs.longest(PREFILL_SECONDS / len(reading)))
 
@@ -152,10 +146,10 @@ class Baton:
             if token_seconds is not None:
                 self.active[worker] = token_seconds
 
-    def fastest_other(self, worker: object) -> float | None:
-        """Seconds per token of the fastest other worker that waits while this one computes; None if none waits."""
+    def fastest_other(self, worker: object) -> float:
+        """Seconds per token of the fastest other worker that waits while this one computes; infinity if none waits."""
         with self._turn:
-            return min((seconds for other, seconds in self.active.items() if other is not worker), default=None)
+            return min((seconds for other, seconds in self.active.items() if other is not worker), default=math.inf)
 
 
 def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
@@ -166,48 +160,34 @@ def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], boo
             return Costs(table)
     except (OSError, ValueError, AttributeError, TypeError):
         pass
-    table = calibrate(model, path, baton, give_up)
-    if not table:
-        raise ModelError("loading was given up")
-    return Costs(table)
+    return calibrate(model, path, baton, give_up)
 
 
-def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Measure the costs and write the table. Returns an empty table if the measurement was given up."""
-    table = measure_costs(model, baton, give_up)
-    if table:
-        with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps(table).encode())
-    return table
-
-
-def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> dict[int, float]:
-    """Seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several; empty if given up.
+def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
+    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. ModelError
+    if that is given up, or llama.cpp fails.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
     """
-    table = dict.fromkeys(CALIBRATION_SIZES, float("inf"))
-    spent, counts = dict.fromkeys(CALIBRATION_SIZES, 0.0), dict.fromkeys(CALIBRATION_SIZES, 0)
+    times: dict[int, list[float]] = {size: [] for size in CALIBRATION_SIZES}
     warm, slot = False, Slot(0)  # the first decode after a load takes twice as long and is not counted
     tokens = [7919 * place % model.n_vocab for place in range(max(CALIBRATION_SIZES))]  # of many experts
-    while missing := [size for size in CALIBRATION_SIZES if spent[size] < CALIBRATION_SECONDS or counts[size] < 2]:
+    while missing := [size for size, seen in times.items() if len(seen) < 2 or sum(seen) < CALIBRATION_SECONDS]:
         if give_up():
-            return {}
-        size = min(missing, key=lambda size: spent[size])
+            raise ModelError("calibration was given up")
+        size = min(missing, key=lambda size: sum(times[size]))
         with baton:
             begin = time.perf_counter()
             code = model.decode([(slot, tokens[:size], size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code == ABORTED:  # aborted by a stop, or by the late cancellation of a job
-            return {}
-        if code:
-            raise ModelError("llama.cpp cannot evaluate this model")
-        if not warm:
-            warm = True
-            continue
-        table[size] = min(table[size], seconds)
-        spent[size] += seconds
-        counts[size] += 1
-    return table
+        if code:  # ABORTED by a stop, or by the late cancellation of a job
+            raise ModelError("calibration was given up" if code == ABORTED else "llama.cpp cannot evaluate this model")
+        if warm:
+            times[size].append(seconds)
+        warm = True
+    table = {size: min(seen) for size, seen in times.items()}
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(table).encode())
+    return Costs(table)

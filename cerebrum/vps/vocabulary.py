@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,7 @@ END_MARK = re.compile(
 )
 FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = b"\x01"  # SentencePiece knows it as a byte
+MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
 
 
 # --------------------------------------------------------------------------------------- IO: llama.cpp
@@ -91,12 +94,12 @@ class Vocabulary:
 
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
         self.model, self.vocab = model, llama.llama_model_get_vocab(model)
-        self.size = int(llama.llama_vocab_n_tokens(self.vocab))
-        self.pieces, self.ends = dict[int, bytes](), dict[int, bool]()  # caches for `piece` and `is_end`
+        self.piece: Callable[[int], bytes] = functools.cache(self._piece)
+        self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
         self.lock, self.closed = threading.Lock(), False
         self.kind = llama.llama_vocab_type(self.vocab)
-        spaces = self.metadata("add_space_prefix", "tokenizer.ggml") != "false"
+        spaces = self.metadata("tokenizer.ggml.add_space_prefix") != "false"
         self.dummy_space = spaces and self.kind == llama.LLAMA_VOCAB_TYPE_SPM
         # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
         names = ("pre", "suf", "mid")
@@ -115,32 +118,23 @@ class Vocabulary:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
             yield self
 
-    def metadata(self, key: str, group: str = "") -> str:
-        """A value of the model's header, below the architecture's name or `group`; "" if there is none."""
+    def metadata(self, key: str) -> str:
+        """A value of the model's header, "" if there is none."""
         buffer = ctypes.create_string_buffer(256)
-        llama.llama_model_meta_val_str(self.model, b"general.architecture", buffer, len(buffer))
-        name = b"%b.%b" % (group.encode() or buffer.value, key.encode())
-        found = llama.llama_model_meta_val_str(self.model, name, buffer, len(buffer)) >= 0
-        return buffer.value.decode() if found else ""
+        llama.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode()
 
-    def piece(self, token: int) -> bytes:
+    def _piece(self, token: int) -> bytes:
         """A token's bytes. Control tokens have none."""
-        if token not in self.pieces:
-            buffer = ctypes.create_string_buffer(256)
-            size = int(llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False))
-            if size < 0:
-                buffer = ctypes.create_string_buffer(-size)
-                size = int(llama.llama_token_to_piece(self.vocab, token, buffer, -size, 0, False))
-            self.pieces[token] = buffer.raw[:size]
-        return self.pieces[token]
+        buffer = ctypes.create_string_buffer(MAX_PIECE_BYTES)
+        size = int(llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
+        return buffer.raw[: max(0, size)]
 
-    def is_end(self, token: int) -> bool:
+    def _is_end(self, token: int) -> bool:
         """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
-        if token not in self.ends:
-            text = (llama.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
-            kinds = llama.llama_vocab_is_eog(self.vocab, token), llama.llama_vocab_is_control(self.vocab, token)
-            self.ends[token] = any(kinds) or END_MARK.fullmatch(text) is not None
-        return self.ends[token]
+        text = (llama.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
+        kinds = llama.llama_vocab_is_eog(self.vocab, token), llama.llama_vocab_is_control(self.vocab, token)
+        return any(kinds) or END_MARK.fullmatch(text) is not None
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
@@ -186,9 +180,8 @@ class Vocabulary:
 
     def _encode_text(self, request: CompletionRequest, prompt: str) -> tuple[list[int], int]:
         """(tokens, how many of them precede the cursor)."""
-        files = self._encode_files(request)
+        start, files = self.tokenize("", True), self._encode_files(request)
         if request.suffix is None:
-            start = self.tokenize("", True) if files else []
             tokens = [*start, *files, *self.tokenize_part(prompt)] if files else self.tokenize(prompt, True)
             return tokens, len(tokens)
         before, after, middle = self.fim
@@ -196,7 +189,7 @@ class Vocabulary:
             raise HttpError(
                 "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
             )
-        tokens, cursor = [*self.tokenize("", True), *files], 0
+        tokens, cursor = [*start, *files], 0
         marks, text = [[before], [after], [middle] * (middle >= 0)], self.tokenize_part(prompt)
         suffix = steady_suffix(request.suffix) if self.layout == "spmv2" else request.suffix
         for part in arrange_gap(self.layout, marks, text, self.tokenize_part(suffix)):
@@ -212,9 +205,8 @@ class Vocabulary:
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
             files.append(name)
-        marks = [mark] if mark >= 0 else []
-        texts = [self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
-        return [token for text in texts for token in (*marks, *text)]
+        parts = [[mark] * (mark >= 0) + self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
+        return [*itertools.chain(*parts)]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Apply the chat template to placeholders, then replace these by the messages: the template's own text may
@@ -227,11 +219,9 @@ class Vocabulary:
             return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
         shown = self._apply(template, [role for role, _ in messages])
         if any(b"\x01%d\x02" % n not in shown for n in range(len(messages))):  # the template drops a role
-            merged: list[tuple[str, str]] = []
-            for role, text in [(role if role == "assistant" else "user", text) for role, text in messages]:
-                same = merged and merged[-1][0] == role
-                merged[-1:] = [(role, f"{merged[-1][1]}\n\n{text}")] if same else [*merged[-1:], (role, text)]
-            messages, shown = merged, self._apply(template, [role for role, _ in merged])
+            turns = itertools.groupby(messages, lambda message: "assistant" if message[0] == "assistant" else "user")
+            messages = [(role, "\n\n".join(text for _, text in turn)) for role, turn in turns]
+            shown = self._apply(template, [role for role, _ in messages])
         tokens: list[int] = []
         for number, (_, content) in enumerate(messages):
             glue, found, shown = shown.partition(b"\x01%d\x02" % number)
@@ -247,10 +237,8 @@ class Vocabulary:
     def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
         """The chat template's text for messages of these roles, with numbered placeholders as contents."""
         turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
-        chat, buffer = (
-            (llama.llama_chat_message * len(turns))(*turns),
-            ctypes.create_string_buffer(4096 + 128 * len(turns)),
-        )
+        chat = (llama.llama_chat_message * len(turns))(*turns)
+        buffer = ctypes.create_string_buffer(4096 + 128 * len(turns))
         for name in (template, b"chatml"):
             size = llama.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
             if size >= 0:

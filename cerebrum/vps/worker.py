@@ -13,17 +13,14 @@
         batch = events.get()
         print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
-(If the request fails, the last list ends with an HttpError.)
-
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context. Other threads only tokenize and abort with
-  it. They put a `Job` into the worker's inbox. The worker's thread passes events to the job's `deliver`, and every
+  it. They add a `Job` to the worker's waiting ones. The worker's thread passes events to the job's `deliver`, and every
   submitted job gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running
   `llama_decode`.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then until the slot is
   needed. Then the worker parks the sequence in a `PrefixStore` as bytes; unloading writes these bytes to disk.
-- `Baton`: llama.cpp's threads spin, so two models computing at once on two cores would crawl. The baton lets one model
-  decode at a time.
+- A `Baton` lets one model decode at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ import codecs
 import contextlib
 import hashlib
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,9 +54,8 @@ from cerebrum.vps.llama import (
     TunedFile,
     _log_tail,
     check_digest,
-    common_prefix,
     cpus,
-    fingerprint,
+    file_stamp,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
@@ -70,37 +65,9 @@ from cerebrum_common import HttpError, log, request_id_var
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
-
-
-class TextAssembler:
-    """Turns tokens' bytes into text that may be sent: whole characters, up to a stop string or the natural end."""
-
-    def __init__(self, ending: Ending) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.ending = ending
-
-    def feed(self, data: bytes) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it goes on)."""
-        return self.ending.feed(self.decoder.decode(data))
-
-    def flush(self, whole: bool = True) -> str:
-        """As `Ending.flush`. The bytes of an incomplete character are dropped."""
-        return self.ending.flush(whole)
-
-
-def ending_of(request: CompletionRequest) -> Ending:
-    """Where a request's completion ends. Reads the whole prompt, so it is not for the worker's thread."""
-    turns = request.messages or ()
-    prompt = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
-    where = request.mode, request.language, prompt, request.suffix, request.stop_at
-    return Ending(*where, request.indent, request.stop)
-
-
-# -------------------------------------------------------------------------------------------- IO: worker
-
-Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
+Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 
 
 class Job:
@@ -118,7 +85,7 @@ class Job:
     ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.prompt: list[int] = []
-        self.ending: Ending | None = None  # where the completion ends, once the job is prepared
+        self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
         self.before = 0  # tokens of the prompt up to the cursor
         self.heal = b""  # the completion's first bytes, which the client already has
@@ -129,7 +96,8 @@ class Job:
     def prepare(self, model: Llama) -> None:
         """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts if the prompt does
         not fit into the context."""
-        self.prompt, self.heal, self.before = model.vocabulary.encode(self.request)
+        request, turns = self.request, self.request.messages
+        self.prompt, self.heal, self.before = model.vocabulary.encode(request)
         count, n_ctx = len(self.prompt), model.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -137,8 +105,10 @@ class Job:
                 f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
-        self.max_tokens = min(self.request.max_tokens, n_ctx - count)
-        self.ending = ending_of(self.request)
+        self.max_tokens = min(request.max_tokens, n_ctx - count)
+        begun = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
+        where = request.mode, request.language, begun, request.suffix, request.stop_at
+        self.ending = Ending(*where, request.indent, request.stop)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
@@ -168,7 +138,7 @@ class Run:
         self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
         self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
-        self.text = TextAssembler(job.ending)
+        self.characters, self.ending = codecs.getincrementaldecoder("utf-8")("replace"), job.ending
         self.sampler = Sampler(job.request)
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
@@ -188,6 +158,11 @@ class Run:
             model.restrict(index, self.heal)
         return self.sampler.sample(model, index)
 
+    def feed(self, piece: bytes) -> tuple[str, str | None]:
+        """The text to send now, and why the completion has ended (None: it goes on). Bytes wait until their character
+        is whole."""
+        return self.ending.feed(self.characters.decode(piece))
+
     def flush(self) -> None:
         """Deliver the events in the outbox."""
         if self.outbox:
@@ -196,12 +171,11 @@ class Run:
 
     def result(self, reason: str) -> Event:
         """The done event."""
-        job, now = self.job, time.monotonic()
-        span = self.last_token - self.first_token
+        job, span = self.job, self.last_token - self.first_token
         return {
             "done": True,
             "total_tokens": self.generated,
-            "inference_time": round(now - job.started, 3),
+            "inference_time": round(time.monotonic() - job.started, 3),
             "mode": job.request.mode,
             "finish_reason": reason,
             "prompt_tokens": len(job.prompt),
@@ -240,7 +214,8 @@ class Decoder:
         drafting: bool,
     ) -> None:
         self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
-        self.stop, self.drafting, self.acceptance, self.words = stop, drafting, Acceptance(), model.vocabulary
+        self.stop, self.acceptance, self.words = stop, Acceptance(), model.vocabulary
+        self.drafting = drafting and model.max_draft > 0
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
 
     def start(self, job: Job, free: list[Slot]) -> None:
@@ -261,8 +236,7 @@ class Decoder:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
         for group in group_by_cost([len(work.tokens) for work in works], self.costs):
-            if members := [works[i] for i in group if works[i].run.slot.run is works[i].run]:
-                self._step(members)
+            self._step([works[i] for i in group])
 
     def next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.prompt, run.slot
@@ -274,33 +248,31 @@ class Decoder:
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         run.beside = self._beside(run, runs)
-        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
-        alone = len(runs) == 1 or not self.model.recurrent
-        draft = self._draft(run, self._pace(own=len(runs) > 1)) if alone else []
+        draft = self._draft(run, runs)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
-    def _pace(self, own: bool) -> float | None:
+    def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
-        paces = [self.costs(1)] * own
-        if (other := self.baton.fastest_other(self)) is not None:
-            paces.append(other)
-        return min(paces, default=None)
+        return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
 
     def _beside(self, run: Run, runs: list[Run]) -> int:
         """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
         streams = sum(not (other is run or other.prefilling) for other in runs)
         return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
-    def _draft(self, run: Run, pace: float | None) -> list[int]:
-        assert run.drafter
+    def _draft(self, run: Run, runs: list[Run]) -> list[int]:
+        beside = len(runs) > 1
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        if not self.drafting or run.heal or (beside and self.model.recurrent):
+            return []
+        pace = self._pace(own=beside)
         room = min(
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
-            MAX_DRAFT if pace is None else share_size(self.costs, pace) - 1,
+            share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
-        if not self.drafting or run.heal or room <= 0:
-            return []
+        assert run.drafter
         return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, run.beside)
 
     def _step(self, works: list[Work]) -> None:
@@ -342,7 +314,7 @@ class Decoder:
             run, slot = work.run, work.run.slot
             tokens = slot.tokens[:]
             if self.model.recurrent:  # nobody knows how far the state has gone
-                self.sequences.forget(slot)
+                self.sequences.cut(slot, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded again.
                 read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
@@ -368,7 +340,7 @@ class Decoder:
         except Exception:
             log.exception("request %s", run.job.request_id)
             self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-            self.sequences.forget(run.slot)  # its tokens and its cells may no longer agree
+            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
 
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot
@@ -387,7 +359,7 @@ class Decoder:
         ended = self._emit(run, run.pending)
         run.flush()
         if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
-            run.drafter = Drafter(run.prompt, run.guide, common_prefix(run.guide, run.prompt))
+            run.drafter = Drafter(run.prompt, run.guide)
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:
@@ -428,7 +400,7 @@ class Decoder:
         self.tally.tokens += counts
         if run.drafter:
             run.drafter.advance(token)
-        text, reason = run.text.feed(piece)
+        text, reason = run.feed(piece)
         if text:
             run.outbox.append({"token": text, "total_tokens": run.generated})
         full = len(run.slot.tokens) + 1 >= self.model.n_ctx
@@ -441,16 +413,15 @@ class Decoder:
         return reason is not None
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
-        if flush and (text := run.text.flush(reason == "stop")):
+        if flush and (text := run.ending.flush(reason == "stop")):
             run.outbox.append({"token": text, "total_tokens": run.generated})
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 
     def fail(self, run: Run, error: HttpError) -> None:
-        if run.slot.run is not run:
-            return  # the run has had its last event
-        run.outbox.append(error)
-        self.release(run, error.code)
+        if run.slot.run is run:  # otherwise it has had its last event
+            run.outbox.append(error)
+            self.release(run, error.code)
 
     def release(self, run: Run, reason: str) -> None:
         """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
@@ -466,23 +437,21 @@ class Decoder:
         run.flush()
 
 
+@dataclass(slots=True)
 class Loader:
-    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here."""
+    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here. `path`,
+    `settings` and `encoding` are then those in use."""
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        settings: Settings,
-        sha256: str = "",
-        tuned: TunedFile | None = None,
-        fim: Sequence[str] = (),
-        layout: str = "psm",
-    ) -> None:
-        self.model, self.path, self.settings, self.sha256, self.tuned = name, path, settings, sha256, tuned
-        self.fim = fim, layout
-        self.encoding, self.key = "published", ""  # of the caches on disk
-        self.done = 0.0  # the share of the file that has been read
+    model: str
+    path: Path
+    settings: Settings
+    sha256: str = ""
+    tuned: TunedFile | None = None
+    fim: Sequence[str] = ()
+    layout: str = "psm"
+    encoding: str = "published"
+    key: str = ""  # of the caches on disk
+    done: float = 0.0  # the share of the file that has been read
 
     def open(self, beat: Callable[[], bool]) -> Llama:
         """Load the tuned file, or the published one if there is no tuned file or loading it fails. `beat` is called now
@@ -492,42 +461,31 @@ class Loader:
             self.done = done
             return not beat()
 
-        model = None
         if tuned := self.tuned:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, beat)
-                model = Llama(tuned.path, tuned.settings, progress, *self.fim)
+                model = Llama(tuned.path, tuned.settings, progress, self.fim, self.layout)
+                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
+                return model
             except (ModelError, OSError) as error:
                 if beat():
                     raise
                 log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
-            else:
-                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
-        if not model:
-            check_digest(self.path, self.sha256, self.settings.state_dir, beat)
-            model = Llama(self.path, self.settings, progress, *self.fim)
-        return model
-
-    def failure(self, error: Exception) -> HttpError:
-        """Log why loading failed, and return the error for the clients."""
-        if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", self.model, error, " | ".join(_log_tail)[-1000:])
-            return HttpError("MODEL_LOAD_FAILED", f"model {self.model} ({self.path.name}): {error}")
-        log.error("model %s: loading failed", self.model, exc_info=error)
-        return HttpError("MODEL_LOAD_FAILED", f"model {self.model}: loading failed; see the log")
+        check_digest(self.path, self.sha256, self.settings.state_dir, beat)
+        return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
     def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
         """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
         settings, found = self.settings, dict[int, Costs]()
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{fingerprint(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
+        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
         most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
         for count in sorted({settings.threads, most}, reverse=True):
             self.settings = replace(settings, threads=count)
             model.use_threads(count)
             found[count] = load_costs(model, self.calibration, baton, beat)
-        best = min(found, key=lambda count: found[count].work)
+        best = min(found, key=lambda count: 2 * found[count](64) + 32 * found[count](1))  # a short completion's work
         self.settings = replace(settings, threads=best)
         model.use_threads(best)
         return found[best]
@@ -552,7 +510,6 @@ class Worker(threading.Thread):
         super().__init__(name=f"worker-{loader.model}", daemon=True)
         self.loader, self.model = loader, loader.model
         self.baton = baton or Baton()
-        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
@@ -560,13 +517,14 @@ class Worker(threading.Thread):
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.waiting: list[Job] = []
+        self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
         self.tally = tally or ModelTally()
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
-        self._door = threading.Lock()  # guards `_closed`, after which no job enters the inbox
+        self._alarm = threading.Event()  # something has changed that the thread should look at
+        self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
         self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model} is being unloaded; try again")
-        self._end = self._farewell  # of a running request
+        self._end = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
 
@@ -600,27 +558,26 @@ class Worker(threading.Thread):
         job.submitted = time.monotonic()
         with self._door:
             if not self._closed:
-                self.inbox.put(job)
+                self.waiting.append(job)
+                self.wake()
                 return
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
         """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
-        self.inbox.put(None)
-        decoder = self.decoder
-        running = decoder.running if decoder else []
-        if decoder and running and all(run.job.cancelled for run in running):
+        self.wake()
+        if (decoder := self.decoder) and (running := decoder.running) and all(run.job.cancelled for run in running):
             decoder.model.abort()
 
     def wake(self) -> None:
-        """Call this when the client of a paused job has read on."""
-        self.inbox.put(None)
+        """Make the thread look at its jobs, for instance when the client of a paused job has read on."""
+        self._alarm.set()
 
     def stop(self) -> None:
         """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
         self.stopping = True
-        self.inbox.put(None)
+        self.wake()
         if self.llama:
             self.llama.abort()
 
@@ -633,37 +590,55 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.due = time.monotonic() + STEP_SECONDS
-            failure = None
+            self._beat()
             try:
-                self._load()
-            except Exception as error:
-                given_up = HttpError("SHUTTING_DOWN", f"model {self.model}: loading was given up")
-                failure = given_up if self.stopping else self.loader.failure(error)
-            if failure is None and self.decoder:
+                decoder = self._load()
                 self.ready.set_result(None)
-                self._serve(self.decoder)
+                self._serve(decoder)
+            except Exception as error:
+                self._end = self._failure(error)
             self._close()
-            if failure is not None:  # only now that the model's memory is free
-                self.ready.set_exception(failure)
         finally:
             self.due = math.inf
-            if not self.ready.done():
-                self.ready.set_exception(self._farewell)
+            if not self.ready.done():  # only now that the model's memory is free
+                self.ready.set_exception(self._end)
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
-        try:
-            while not self._beat():
-                self._turn(decoder)
-        except Exception:
-            log.exception("model %s: the worker failed; the next request loads the model again", self.model)
-            self.stopping = True
-            self._end = HttpError("INTERNAL_ERROR", f"model {self.model} failed and is loaded again; see the log")
+        """The worker's loop: start new jobs, and decode what the running ones need next."""
+        while True:
+            self._alarm.clear()  # before the look at everything that sets it
+            if self._beat():
+                return
+            self._start_jobs(decoder)
+            if self._alarm.is_set():
+                continue  # more jobs may have come while a sequence was parked, which takes milliseconds
+            # Without those whose clients do not keep up.
+            runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
+            self.baton.note(decoder, decoder.costs(1) if runs else None)
+            if runs:
+                decoder.turn(runs)
+            else:
+                self._recalibrate(decoder)
+                self._rest(decoder.sequences)
 
-    def _load(self) -> None:
-        before = resident_bytes()
-        loader = self.loader
+    def _failure(self, error: Exception) -> HttpError:
+        """Log why the worker ends early, and return the error for its clients."""
+        model = self.model
+        if self.ready.done():
+            self.stopping = True
+            log.error("model %s: the worker failed; the next request loads the model again", model, exc_info=error)
+            return HttpError("INTERNAL_ERROR", f"model {model} failed and is loaded again; see the log")
+        if self.stopping:
+            return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
+        if isinstance(error, ModelError):
+            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(_log_tail)[-1000:])
+            return HttpError("MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}")
+        log.error("model %s: loading failed", model, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
+
+    def _load(self) -> Decoder:
+        loader, before = self.loader, resident_bytes()
         self.llama = loader.open(self._beat)
         costs = loader.choose_threads(self.llama, self.baton, self._beat)
         settings = loader.settings
@@ -678,6 +653,7 @@ class Worker(threading.Thread):
             self.model, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
+        return self.decoder
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
@@ -688,21 +664,19 @@ class Worker(threading.Thread):
             with self._logged("ending a request"):
                 if slot.run and self.decoder:
                     self.decoder.fail(slot.run, self._end)
-        for job in [*self.waiting, *self._drain()]:
+        for job in self.waiting:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
-        if not self.llama:
-            return
         if self.decoder:
             with self._logged("saving parked sequences"):
                 for slot in self.slots:
                     self._beat()
                     self.decoder.sequences.park(slot)
-                entries = list(self.decoder.sequences.store.entries.values())
-                save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
+                save_parked(self.loader.kv_dir, self.loader.key, self.decoder.sequences.store.entries, self._beat)
         self.decoder = None
-        with self._logged("freeing the model"):
-            self.llama.close()
+        if self.llama:
+            with self._logged("freeing the model"):
+                self.llama.close()
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
@@ -711,84 +685,47 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("model %s: %s failed", self.model, step)
 
-    def _drain(self) -> Iterator[Job]:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if job := self.inbox.get_nowait():
-                    yield job
-
-    def _turn(self, decoder: Decoder) -> None:
-        """Start new jobs, and decode what the running ones need next."""
-        self._take(decoder)
-        # Without those whose clients do not keep up.
-        runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
-        self.baton.note(decoder, decoder.costs(1) if runs else None)
-        if runs:
-            decoder.turn(runs)
-            return
-        self._recalibrate(decoder)
-        if job := self._wait(decoder.sequences):
-            self.waiting.append(job)
-
-    def _take(self, decoder: Decoder) -> None:
-        """Start the jobs in the inbox until the inbox is empty. More jobs may arrive while a sequence is parked, which
-        takes milliseconds."""
-        while True:
-            self.waiting += self._drain()
-            self._drop_cancelled(decoder)
-            self._start_waiting(decoder)
-            if self.inbox.empty():
-                return
-
-    def _wait(self, sequences: Sequences) -> Job | None:
-        """The next job, or None for a mere wake-up. Idle sequences are stored only after STORE_SECONDS of quiet,
-        because storing 3,500 tokens takes a fifth of a second and no request should wait for the storing."""
-        if self.stopping:  # its wake-up may have been taken out of the inbox with others
-            return None
-        with contextlib.suppress(queue.Empty):
-            return self.inbox.get(timeout=STORE_SECONDS)
+    def _start_jobs(self, decoder: Decoder) -> None:
+        """Drop cancelled jobs, and start waiting ones while slots are free."""
         for slot in self.slots:
-            if self.inbox.empty() and not slot.run:
-                sequences.keep(slot)
-        self.due = math.inf
-        try:
-            return self.inbox.get()
-        finally:
-            self.due = time.monotonic() + STEP_SECONDS
+            if slot.run and slot.run.job.cancelled:
+                decoder.release(slot.run, CANCELLED)
+        for job in list(self.waiting):
+            free = [slot for slot in self.slots if not slot.run]
+            if not job.cancelled and (not free or decoder.sequences.is_coming(job.prompt)):
+                continue
+            self.waiting.remove(job)
+            if job.cancelled:
+                continue
+            try:
+                decoder.start(job, free)
+            except Exception:
+                log.exception("request %s could not be started", job.request_id)
+                for slot in free:  # any of them may be half prepared
+                    decoder.sequences.cut(slot, 0)
+                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _recalibrate(self, decoder: Decoder) -> None:
         """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
-        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) is not None
+        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) < math.inf
         if not decoder.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
             return
         self.recalibrations += 1
         for slot in self.slots:
             decoder.sequences.park(slot)
         decoder.model.abort_flag[0] = b"\x00"
-        table = calibrate(
-            decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or not self.inbox.empty()
-        )
-        if table:
-            decoder.costs = Costs(table)
+        with contextlib.suppress(ModelError):  # given up for a job
+            decoder.costs = calibrate(
+                decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
+            )
 
-    def _drop_cancelled(self, decoder: Decoder) -> None:
-        self.waiting = [job for job in self.waiting if not job.cancelled]
+    def _rest(self, sequences: Sequences) -> None:
+        """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens
+        takes a fifth of a second and no request should wait for the storing."""
+        if self._alarm.wait(STORE_SECONDS):
+            return
         for slot in self.slots:
-            if slot.run and slot.run.job.cancelled:
-                decoder.release(slot.run, CANCELLED)
-
-    def _start_waiting(self, decoder: Decoder) -> None:
-        for job in list(self.waiting):
-            free = [slot for slot in self.slots if not slot.run]
-            if not free:
-                return
-            if decoder.sequences.is_coming(job.prompt):
-                continue
-            self.waiting.remove(job)
-            try:
-                decoder.start(job, free)
-            except Exception:
-                log.exception("request %s could not be started", job.request_id)
-                for slot in free:  # any of them may be half prepared
-                    decoder.sequences.forget(slot)
-                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+            if not slot.run and not self._alarm.is_set():
+                sequences.keep(slot)
+        self.due = math.inf
+        self._alarm.wait()

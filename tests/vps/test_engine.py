@@ -26,7 +26,6 @@ from harness import FILES, PATIENCE, ROOT, wait_until
 from test_ending import splits
 
 import vpsd
-from cerebrum.text.ending import Ending
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
@@ -43,7 +42,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
-from cerebrum.vps.worker import Job, TextAssembler
+from cerebrum.vps.worker import Job, Run
 from cerebrum_common import HttpError
 
 # Milliseconds of one decode, measured on two cores. Two streams of the 0.5B are faster in turn, of the 1.5B in a batch.
@@ -61,7 +60,6 @@ def costs(milliseconds: dict[int, float]) -> Costs:
 def test_costs_are_exact_at_the_points_and_linear_between_and_beyond() -> None:
     table = Costs({1: 10.0, 2: 30.0, 4: 40.0})
     assert [table(n) for n in (1, 2, 3, 4, 6)] == [10.0, 30.0, 35.0, 40.0, 50.0]
-    assert Costs({4: 8.0})(6) == 12.0
 
 
 @pytest.mark.parametrize(
@@ -137,8 +135,8 @@ def test_groups_hold_each_item_once_and_fit_a_batch() -> None:
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     table = costs(SMALL)
-    assert chunk_size(10, [10], None, table) == 10
-    assert chunk_size(10_000, [10_000], None, table) == MAX_CHUNK
+    assert chunk_size(10, [10], math.inf, table) == 10
+    assert chunk_size(10_000, [10_000], math.inf, table) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table)
     assert beside == share_size(table, table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
@@ -150,15 +148,15 @@ def test_chunks_are_smaller_where_they_take_longer() -> None:
     table, slow = costs(SMALL), costs(SMALL)
     slow.slowdown = 4.0
     assert share_size(slow, slow(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < share_size(table, table(1))
-    assert chunk_size(10_000, [10_000], None, slow) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
+    assert chunk_size(10_000, [10_000], math.inf, slow) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
 
 
 def test_two_prompts_share_a_chunk_unless_the_shorter_would_wait() -> None:
     table = costs(SMALL)
-    assert [chunk_size(missing, [70, 40], None, table) for missing in (70, 40)] == [70, 40]
-    assert [chunk_size(missing, [900, 40], None, table) for missing in (900, 40)] == [80, 40]
+    assert [chunk_size(missing, [70, 40], math.inf, table) for missing in (70, 40)] == [70, 40]
+    assert [chunk_size(missing, [900, 40], math.inf, table) for missing in (900, 40)] == [80, 40]
     half = table.longest(schedule.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], None, table) for missing in (900, 800)] == [half, half]
+    assert [chunk_size(missing, [900, 800], math.inf, table) for missing in (900, 800)] == [half, half]
     assert share_size(table, table(1)) < half
 
 
@@ -284,7 +282,7 @@ def test_drafter_resumes_near_its_last_position_and_not_at_an_earlier_copy() -> 
 
 def test_drafter_follows_an_earlier_sequence_from_the_end_of_its_prompt() -> None:
     answer = FILE[200:]
-    drafter = Drafter(FILE[:200], FILE[:200] + answer, 200)
+    drafter = Drafter(FILE[:200], FILE[:200] + answer)
     assert drafter.propose(10) == answer[:10]
     decodes, drafted, accepted = decode_with(drafter, answer)
     assert (decodes, drafted, accepted) == (13, 187, 187)  # 200 tokens, 16 at a time
@@ -293,7 +291,7 @@ def test_drafter_follows_an_earlier_sequence_from_the_end_of_its_prompt() -> Non
 def test_drafter_follows_an_earlier_sequence_of_another_prompt() -> None:
     old = [*FILE[:100], 1, 2, *FILE[100:]]
     new = [*FILE[:100], 3, 4, 5]
-    drafter = Drafter(new, old, 100)
+    drafter = Drafter(new, old)
     assert drafter.propose(10) == []
     assert decode_with(drafter, FILE[100:])[2] >= 270
 
@@ -452,13 +450,13 @@ def test_store_drops_the_least_recently_used() -> None:
     store = PrefixStore(300)
     for first in (1, 2, 3):
         store.add(parked([first, first], 100))
-    assert store.best([1, 1, 5]) == (store.entries[0], 2)  # now the most recently used
+    assert store.best([1, 1, 5]) == (store.entries[-1], 2)  # now the most recently used
     store.add(parked([4], 100))
-    assert [entry.tokens for entry in store.entries.values()] == [[3, 3], [1, 1], [4]]
+    assert [entry.tokens for entry in store.entries] == [[3, 3], [1, 1], [4]]
     assert store.size == 300
     assert store.covers([3])
     store.add(parked([5], 101))
-    assert [entry.tokens for entry in store.entries.values()] == [[3, 3], [5]]
+    assert [entry.tokens for entry in store.entries] == [[3, 3], [5]]
     assert store.size == 201
 
 
@@ -466,7 +464,7 @@ def test_store_refuses_an_entry_larger_than_its_budget() -> None:
     store = PrefixStore(100)
     store.add(parked([1], 100))
     store.add(parked([2], 101))
-    assert [entry.tokens for entry in store.entries.values()] == [[1]]
+    assert [entry.tokens for entry in store.entries] == [[1]]
     store = PrefixStore(0)
     store.add(parked([1], 100))
     assert (len(store.entries), store.size) == (0, 0)
@@ -476,10 +474,10 @@ def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     store = PrefixStore(1000)
     for tokens in ([1, 2], [1, 3], [1, 2, 3]):
         store.add(parked(tokens, 100))
-    assert [entry.tokens for entry in store.entries.values()] == [[1, 3], [1, 2, 3]]
+    assert [entry.tokens for entry in store.entries] == [[1, 3], [1, 2, 3]]
     assert store.size == 200
     store.add(parked([1, 3], 50))  # the same tokens again
-    assert [entry.tokens for entry in store.entries.values()] == [[1, 2, 3], [1, 3]]
+    assert [entry.tokens for entry in store.entries] == [[1, 2, 3], [1, 3]]
     assert store.size == 150
 
 
@@ -547,27 +545,30 @@ def test_parked_files_belong_to_their_user(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def assembler(*stops: str) -> TextAssembler:
-    return TextAssembler(Ending("complete", None, "", None, "none", stops=stops))
+def started(*stops: str) -> Run:
+    """A completion of which no token has come."""
+    job: Job = Ask("x", stop=stops).job
+    job.prepare(ScriptedLlama())
+    return Run(job, llama.Slot(0), 0, [])
 
 
 @pytest.mark.parametrize("text", ["aé€😀", "äöü", "😀b"])
 def test_characters_are_whole_over_every_split(text: str) -> None:
     for pieces in splits(text.encode()):
-        whole, out = assembler(), ""
+        run, out = started(), ""
         for piece in pieces:
-            sent, reason = whole.feed(piece)
+            sent, reason = run.feed(piece)
             assert reason is None
             out += sent
             assert text.startswith(out)
-        assert out + whole.flush() == text
+        assert out + run.ending.flush() == text
 
 
 def test_stop_string_over_every_split_of_its_bytes() -> None:
     for pieces in splits("ab→€c".encode()[:10]):
-        whole, out, reason = assembler("→€"), "", None
+        run, out, reason = started("→€"), "", None
         for piece in pieces:
-            sent, reason = whole.feed(piece)
+            sent, reason = run.feed(piece)
             out += sent
             if reason:
                 break
@@ -575,21 +576,21 @@ def test_stop_string_over_every_split_of_its_bytes() -> None:
 
 
 def test_bytes_that_are_not_utf8_become_replacement_characters() -> None:
-    whole = assembler()
-    assert whole.feed(b"a\xff")[0] + whole.feed(b"b")[0] + whole.flush() == "a\ufffdb"
+    run = started()
+    assert run.feed(b"a\xff")[0] + run.feed(b"b")[0] + run.ending.flush() == "a\ufffdb"
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("begun", [b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98"])
 def test_a_character_that_is_cut_at_the_end_is_dropped(begun: bytes, whole: bool) -> None:
-    text = assembler()
-    assert text.feed(b"a" + begun)[0] + text.flush(whole) == "a"
+    run = started()
+    assert run.feed(b"a" + begun)[0] + run.ending.flush(whole) == "a"
 
 
 def test_flush_returns_the_beginning_of_a_possible_stop_string() -> None:
-    whole = assembler("</s>")
-    assert whole.feed(b"a</") == ("a", None)
-    assert whole.flush() == "</"
+    run = started("</s>")
+    assert run.feed(b"a</") == ("a", None)
+    assert run.ending.flush() == "</"
 
 
 @pytest.mark.parametrize(
@@ -759,15 +760,15 @@ def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     assert len(json.loads(path.read_text())) == len(schedule.CALIBRATION_SIZES)
 
 
-def test_calibration_gives_each_size_about_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_gives_each_size_about_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    schedule.measure_costs(model, Baton(), lambda: False)
+    schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: False)
     del model.sizes[0]  # the one that warms up
     counts = [model.sizes.count(size) for size in schedule.CALIBRATION_SIZES]
     assert counts == [max(2, math.ceil(0.4 / (0.01 + 0.03 * size))) for size in schedule.CALIBRATION_SIZES]
 
 
-def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cold_first_decode_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be the only sample where a single token takes all the time that is allowed for its size."""
     model: Any = Measured(monkeypatch)
     decode = model.decode
@@ -777,12 +778,13 @@ def test_a_cold_first_decode_is_no_measurement(monkeypatch: pytest.MonkeyPatch) 
         return int(decode(parts))
 
     model.decode = cold_at_first
-    assert schedule.measure_costs(model, Baton(), lambda: False)[1] == pytest.approx(0.04)
+    assert schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: False)(1) == pytest.approx(0.04)
 
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    assert schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3) == {}
+    with pytest.raises(llama.ModelError, match="given up"):
+        schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3)
     assert model.sizes == [1, 1, 2]
     assert list(tmp_path.iterdir()) == []
 
@@ -907,7 +909,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vps_work
     path.write_bytes(b"weights")
     monkeypatch.setattr(vps_worker, "Llama", ScriptedLlama)
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
-    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: {})
+    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: costs(SMALL))
     with running(
         vps_worker.Worker(vps_worker.Loader("m", path, llama.Settings(threads=1, draft=False, state_dir=tmp_path)))
     ) as worker:
@@ -952,7 +954,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     loads = Loads(*broken)
     monkeypatch.setattr(vps_worker, "Llama", loads)
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
-    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: {})
+    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: costs(SMALL))
     settings = llama.Settings(state_dir=tmp_path / "state")
     tuned = llama.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
     with running(vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
@@ -967,7 +969,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vps_worker, "Llama", Loads())
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
-    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: {})
+    monkeypatch.setattr(vps_worker, "calibrate", lambda *_: costs(SMALL))
     settings = llama.Settings(state_dir=tmp_path / "state")
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(name.encode())
@@ -1093,7 +1095,7 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.W
     other: Any = object()
     job = Ask("x" * 4000).job
     worker.prepare(job)
-    run, decoder = vps_worker.Run(job, llama.Slot(0), 0, []), worker.decoder
+    run, decoder = Run(job, llama.Slot(0), 0, []), worker.decoder
     assert decoder
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
