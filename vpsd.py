@@ -53,6 +53,7 @@ if __name__ == "__main__":
 
 import psutil
 
+import cerebrum_common as common
 from cerebrum import metrics
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
@@ -67,23 +68,7 @@ from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Loader, ModelTally, Worker
-from cerebrum_common import (
-    SSE_COMMENT,
-    VERSION,
-    Field,
-    HttpError,
-    Model,
-    Request,
-    Response,
-    Route,
-    describe,
-    internal_error,
-    log,
-    read_fields,
-    read_objects,
-    sse_event,
-    timestamp,
-)
+from cerebrum_common import Field, HttpError, Model, Request, Response, Route, describe, log
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -210,16 +195,16 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs. Without a `mode`, the
     other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
+    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = None
     if "messages" in members:
-        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        messages = common.read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
         raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
-    extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
+    extra = common.read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
@@ -446,7 +431,7 @@ class Completion:
         """The done event with the daemon's own members, in the order of the API specification."""
         known = {"done": True, "language": self.job.request.language or "", "model": self.model}
         figures = {name: done[name] for name in ("total_tokens", "inference_time")}
-        return known | figures | {"timestamp": timestamp()} | done
+        return known | figures | {"timestamp": common.timestamp()} | done
 
 
 class EventStream:
@@ -472,13 +457,13 @@ class EventStream:
             if isinstance(event, HttpError):
                 self._end = event
                 return block or await anext(self)  # events before the error are sent first
-            block += sse_event(event)
+            block += common.sse_event(event)
             if "done" in event:
                 self._end = StopAsyncIteration()
         if not block and self._engine.stuck(time.monotonic()):
             raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
         self._patience = KEEPALIVE_SECONDS
-        return block or SSE_COMMENT
+        return block or common.SSE_COMMENT
 
     async def aclose(self) -> None:
         self._engine.finish(self._completion)
@@ -651,7 +636,7 @@ class Engine:
         except HttpError as error:
             completion.events.put_nowait([error])
         except Exception as exception:
-            completion.events.put_nowait([internal_error(exception)])
+            completion.events.put_nowait([common.internal_error(exception)])
 
     async def _loaded(self, completion: Completion) -> Instance:
         """The instance of the completion's model, after loading it if needed; HttpError if the load fails."""
@@ -680,7 +665,7 @@ class Engine:
                     await self._load(model)
                 return None
             except Exception as exception:
-                error = exception if isinstance(exception, HttpError) else internal_error(exception)
+                error = exception if isinstance(exception, HttpError) else common.internal_error(exception)
                 self._remember(model, error)
                 return error
             finally:
@@ -884,7 +869,7 @@ async def health(engine: Engine, _request: Request) -> Response:
     return Response(
         {
             "status": "healthy",
-            "timestamp": timestamp(),
+            "timestamp": common.timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
             "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
@@ -920,7 +905,7 @@ async def inference_stream(engine: Engine, request: Request) -> Response:
 
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
-    return Response({"tokens": await engine.tokenize(read_fields(request.json(), TOKENIZE))})
+    return Response({"tokens": await engine.tokenize(common.read_fields(request.json(), TOKENIZE))})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -956,7 +941,7 @@ async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
     figures = metrics.write_stats(METRICS, things(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
-    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": VERSION}
+    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": common.VERSION}
     return Response({**figures, **known})
 
 
@@ -989,7 +974,7 @@ def waiting(engine: Engine, model: str) -> int:
 METRICS: Table = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("vpsd", common.VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
                lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
         Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
