@@ -34,7 +34,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -390,12 +390,9 @@ DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 class Completion:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
-    def __init__(
-        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session = model, session
-        self.notes = {} if notes is None else notes  # for the request's line in the log
+        self.model, self.session, self.notes = model, session, notes  # notes: for the request's line in the log
         self.notes["model"] = model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
@@ -415,58 +412,19 @@ class Completion:
             return []
         if self.worker and self.events.qsize() == RESUME_BACKLOG:
             self.worker.wake()
-        self._note(events)
-        if isinstance(events[-1], dict) and "done" in events[-1]:
-            events[-1] = self._result(events[-1])
         return events
 
-    def _note(self, events: Sequence[Event | HttpError]) -> None:
-        for event in events:
-            if isinstance(event, dict) and "total_tokens" in event:
-                self.notes["tokens"] = event["total_tokens"]
-                if event["total_tokens"]:
-                    self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
-
-    def _result(self, done: Event) -> Event:
-        """The done event with the daemon's own members, in the order of the API specification."""
+    def annotate(self, event: Event) -> Event:
+        """Note the event's figures. A done event gets the daemon's own members, in the API specification's order."""
+        if (tokens := event.get("total_tokens")) is not None:
+            self.notes["tokens"] = tokens
+            if tokens:
+                self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
+        if "done" not in event:
+            return event
         known = {"done": True, "language": self.job.request.language or "", "model": self.model}
-        figures = {name: done[name] for name in ("total_tokens", "inference_time")}
-        return known | figures | {"timestamp": common.timestamp()} | done
-
-
-class EventStream:
-    """A completion's events as SSE blocks up to the done event, with comments while there are no events.
-
-    Not an async generator: a generator that was never started runs no `finally`, so a client that left before the start
-    would keep its place for ever.
-    """
-
-    def __init__(self, engine: Engine, completion: Completion) -> None:
-        self._engine, self._completion = engine, completion
-        self._patience = HEAD_SECONDS
-        self._end: Exception | None = None  # raised once all events have been sent
-
-    def __aiter__(self) -> EventStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._end:
-            raise self._end
-        block = b""
-        for event in await self._completion.next_events(self._patience):
-            if isinstance(event, HttpError):
-                self._end = event
-                return block or await anext(self)  # events before the error are sent first
-            block += common.sse_event(event)
-            if "done" in event:
-                self._end = StopAsyncIteration()
-        if not block and self._engine.stuck(time.monotonic()):
-            raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
-        self._patience = KEEPALIVE_SECONDS
-        return block or common.SSE_COMMENT
-
-    async def aclose(self) -> None:
-        self._engine.finish(self._completion)
+        figures = {name: event[name] for name in ("total_tokens", "inference_time")}
+        return known | figures | {"timestamp": common.timestamp()} | event
 
 
 @dataclass(eq=False)
@@ -570,7 +528,7 @@ class Engine:
         stuck = [instance.model.id for instance in self.instances.values() if now > instance.worker.due]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
-    def admit(self, fields: dict[str, Any], notes: dict[str, Any] | None = None) -> Completion:
+    def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
         """Admit a request and start it. HttpError: unknown model, all places taken, or too little memory or CPU.
 
         An admitted request ends the older request of its session, even if the new one fails later. A refused request
@@ -600,7 +558,7 @@ class Engine:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
         self.model(fields["model"])
         request = CompletionRequest(fields["text"], max_tokens=0)
-        completion = Completion(fields["model"], None, request)
+        completion = Completion(fields["model"], None, request, {})
         try:
             worker = (await self._loaded(completion)).worker
             return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
@@ -879,28 +837,43 @@ async def health(engine: Engine, _request: Request) -> Response:
 
 async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
-    completion = engine.admit(parse_inference(request.json()), request.notes)
-    text: list[str] = []
-    try:
-        while True:
-            events = await completion.next_events(KEEPALIVE_SECONDS)
-            if not events and (reason := engine.stuck(time.monotonic())):
-                raise HttpError("INTERNAL_ERROR", reason)
-            for event in events:
-                if isinstance(event, HttpError):
-                    raise event
-                if "token" in event:
-                    text.append(event["token"])
-                elif "done" in event:
-                    result = {name: value for name, value in event.items() if name not in ("done", "language")}
-                    return Response({"completion": "".join(text), **result})
-    finally:
-        engine.finish(completion)
+    events = [event async for batch in events_of(engine, request) for event in batch]
+    if not events or "done" not in events[-1]:
+        raise HttpError("INTERNAL_ERROR", engine.stuck(time.monotonic()))
+    result = {name: value for name, value in events[-1].items() if name not in ("done", "language")}
+    return Response({"completion": "".join(event.get("token", "") for event in events), **result})
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
     """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an event."""
-    return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()), request.notes)))
+    return Response(events=events_of(engine, request), render=write_events)
+
+
+def write_events(batch: Sequence[Event]) -> bytes:
+    return b"".join(map(common.sse_event, batch)) or common.SSE_COMMENT
+
+
+async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
+    """A completion's events up to the done event, in batches; an empty one while there are no events. HttpError if the
+    completion is refused or fails. Ends early if a worker hangs: the Pi then counts a failure of this backend."""
+    completion, patience = engine.admit(parse_inference(request.json()), request.notes), HEAD_SECONDS
+    try:
+        while True:
+            batch: list[Event] = []
+            for event in await completion.next_events(patience):
+                if isinstance(event, HttpError):
+                    if batch:
+                        yield batch
+                    raise event
+                batch.append(completion.annotate(event))
+            if not batch and engine.stuck(time.monotonic()):
+                return
+            yield batch
+            if batch and "done" in batch[-1]:
+                return
+            patience = KEEPALIVE_SECONDS
+    finally:
+        engine.finish(completion)
 
 
 async def tokenize(engine: Engine, request: Request) -> Response:

@@ -28,7 +28,7 @@ from cerebrum.settings import Environment
 from cerebrum.vps.llama import MB, Settings, TunedFile
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
-from vpsd import Completion, Engine, EventStream, Headroom, load_config
+from vpsd import Completion, Engine, Headroom, events_of, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
 
@@ -84,7 +84,7 @@ class House:
         return [worker for worker in ScriptedWorker.made if worker.model == model][-1]
 
     def ask(self, model: str, **more: Any) -> Completion:
-        return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}))
+        return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}), {})
 
     async def loaded(self, model: str) -> Completion:
         """A completion that has reached its worker."""
@@ -396,25 +396,40 @@ async def test_a_model_that_does_not_fit_is_refused_with_figures(house: House) -
         house.engine.finish(one)
 
 
-async def test_a_stream_that_never_started_gives_its_place_back(house: House) -> None:
-    completion = await house.loaded(A)
-    stream = EventStream(house.engine, completion)
-    async with contextlib.aclosing(stream):
+def request_for(model: str) -> Any:
+    return SimpleNamespace(json=lambda: {"model": model, "prompt": "x"}, notes={})
+
+
+async def test_a_stream_that_never_started_takes_no_place(house: House) -> None:
+    async with contextlib.aclosing(events_of(house.engine, request_for(A))):
         pass  # the client reset the connection before the head was written
+    assert house.engine.completions == {}
+
+
+async def test_a_stream_whose_client_leaves_gives_its_place_back(house: House) -> None:
+    async with contextlib.aclosing(events_of(house.engine, request_for(A))) as stream:
+        answer = asyncio.ensure_future(anext(stream))
+        (await house.begun(A)).ready.set_result(None)
+        await until(lambda: house.worker(A).submitted)
+        (completion,) = house.engine.completions
+        completion.events.put_nowait([{"token": "x", "total_tokens": 1}])
+        await answer
     assert house.engine.completions == {}
     assert house.worker(A).cancelled == [completion.job]
 
 
 async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
-    completion = await house.loaded(A)
     error = HttpError("INTERNAL_ERROR", "fault")
+    stream = events_of(house.engine, request_for(A))
+    answer = asyncio.ensure_future(anext(stream))
+    await house.begun(A)
+    (completion,) = house.engine.completions
     completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
-    stream = EventStream(house.engine, completion)
-    assert await anext(stream) == b'data: {"token": "x", "total_tokens": 1}\n\n'
+    assert await answer == [{"token": "x", "total_tokens": 1}]
     with pytest.raises(HttpError) as raised:
         await anext(stream)
     assert raised.value is error
-    await stream.aclose()
+    assert house.engine.completions == {}
 
 
 async def test_a_newer_request_of_a_session_replaces_the_older(house: House) -> None:
@@ -555,12 +570,11 @@ async def test_a_worker_that_has_hung_is_noticed_and_left(house: House, monkeypa
     monkeypatch.setattr(vpsd, "KEEPALIVE_SECONDS", 0.01)
     monkeypatch.setattr(vpsd, "HEAD_SECONDS", 0.01)
 
-    completion = await house.loaded(A)
-    request = SimpleNamespace(json=lambda: {"model": A, "prompt": "x"}, notes={})
-    answer = asyncio.ensure_future(vpsd.inference(house.engine, request))  # type: ignore[arg-type]
-    async with contextlib.aclosing(EventStream(house.engine, completion)) as stream:
-        await until(lambda: len(house.worker(A).submitted) == 2)
-        assert await anext(stream) == SSE_COMMENT
+    house.engine.finish(await house.loaded(A))
+    answer = asyncio.ensure_future(vpsd.inference(house.engine, request_for(A)))
+    async with contextlib.aclosing(events_of(house.engine, request_for(A))) as stream:
+        assert vpsd.write_events(await anext(stream)) == SSE_COMMENT
+        await until(lambda: len(house.worker(A).submitted) == 3)
         assert house.engine.stuck(time.monotonic()) == ""
         house.worker(A).due = time.monotonic()
         assert house.engine.stuck(time.monotonic()) == f"model {A}: the worker makes no progress"
