@@ -214,31 +214,25 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- policy: admission
 
 
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """Spare capacity of the machine: bytes of available memory, and the percentage of all CPUs that other programs
-    use."""
-
-    available: int
-    others_percent: float
+def check_memory(available_mb: float, config: Config) -> None:
+    """HttpError 503 with the figures if less than the reserve of memory is available."""
+    if available_mb < (least := config.min_free_mb):
+        figures = f"expected {least:.0f} MB of memory available, got {available_mb:.0f} MB"
+        raise HttpError("RESOURCE_EXHAUSTED", figures)
 
 
-def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
-    """Raise HttpError 503 with the figures if a completion may not start now."""
-    if memory and headroom.available < config.min_free_mb * MB:
-        raise HttpError(
-            "RESOURCE_EXHAUSTED",
-            f"expected {config.min_free_mb:.0f} MB of memory available, got {headroom.available / MB:.0f} MB",
-        )
-    if cpu and headroom.others_percent > config.max_cpu_percent:
-        raise HttpError(
-            "RESOURCE_EXHAUSTED",
-            f"expected other programs to use at most {config.max_cpu_percent:.0f} % of the CPU, "
-            f"got {headroom.others_percent:.0f} %",
-        )
+def check_cpu(others_percent: float, config: Config) -> None:
+    """HttpError 503 with the figures if other programs use more of all CPUs than they may."""
+    if others_percent > (most := config.max_cpu_percent):
+        wanted = f"expected other programs to use at most {most:.0f} % of the CPU"
+        raise HttpError("RESOURCE_EXHAUSTED", f"{wanted}, got {others_percent:.0f} %")
 
 
 # --------------------------------------------------------------------------------- IO: the machine's load
+
+
+def available_mb() -> float:
+    return float(psutil.virtual_memory().available / MB)
 
 
 def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -258,23 +252,16 @@ class CpuMeter:
     and must not lock out a second generation."""
 
     def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.sample()  # what came before does not count
         self.system_percent = self.others_percent = 0.0
-        self.last = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        times = psutil.cpu_times()
-        own = psutil.Process().cpu_times()
-        idle = times.idle + times.iowait + times.steal  # steal went to other guests of the host: not this system's use
-        return sum(times[:8]), idle, own.user + own.system
 
     def sample(self) -> None:
-        now = self._read()
-        total, idle, own = (b - a for a, b in zip(self.last, now, strict=True))
-        if total > 0:
-            self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
-            self.others_percent = max(0.0, 100 * (total - idle - own) / total)
-            self.last = now
+        """Read the percentages since the last call."""
+        times, own = psutil.cpu_times_percent(), self.process.cpu_percent() / psutil.cpu_count()
+        # steal went to other guests of the host: not this system's use
+        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
+        self.others_percent = max(0.0, self.system_percent - own)
 
 
 def listed_model(model_id: str | None, config: Config) -> Model:
@@ -363,7 +350,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
         bar.show(done, last=done >= total)
 
     llama.start_library()
-    room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
+    room = round((available_mb() - config.min_free_mb) * MB)
     return tune(
         path,
         model.sha256 or digest_with_bar(path),
@@ -541,8 +528,9 @@ class Engine:
         if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         others = [instance for instance in self.instances.values() if instance.model.id != model]
-        may_free = any(other.idle or other.worker.stopping for other in others)
-        check_headroom(self.headroom(), self.config, memory=not may_free)
+        if not any(other.idle or other.worker.stopping for other in others):  # nothing can be unloaded for this model
+            check_memory(available_mb(), self.config)
+        check_cpu(self.cpu.others_percent, self.config)
         completion = Completion(model, session, CompletionRequest(**request), notes)
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(fields))
@@ -577,9 +565,6 @@ class Engine:
         instance.completions.discard(completion)
         instance.last_used = time.monotonic()
         instance.worker.cancel(completion.job)
-
-    def headroom(self) -> Headroom:
-        return Headroom(psutil.virtual_memory().available, self.cpu.others_percent)
 
     # From a completion to its worker.
 
@@ -690,9 +675,9 @@ class Engine:
     async def _relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted one; HttpError 503 if
         that is not enough."""
-        while self.headroom().available < self.config.min_free_mb * MB and await self._free_one(spared=wanted):
+        while available_mb() < self.config.min_free_mb and await self._free_one(spared=wanted):
             pass
-        check_headroom(self.headroom(), self.config, cpu=False)
+        check_memory(available_mb(), self.config)
 
     async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:
         """Unload idle models until `model`, which needs the bytes of `parts`, fits beside the reserve; HttpError 503
@@ -720,9 +705,7 @@ class Engine:
         instances = self.instances.values()
         used = metrics.resident_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.stored_bytes for instance in instances) - used)
-        available: int = psutil.virtual_memory().available
-        beside_reserve = available / MB - self.config.min_free_mb
-        return min(beside_reserve, cgroup_left_bytes() / MB) - untouched / MB
+        return min(available_mb() - self.config.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
 
     def _most_free_mb(self) -> float:
         """Megabytes free for one more model if all idle models were unloaded."""
@@ -829,7 +812,7 @@ async def health(engine: Engine, _request: Request) -> Response:
             "status": "healthy",
             "timestamp": common.timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
-            "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
+            "memory_available_mb": round(available_mb(), 1),
             "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
         }
     )

@@ -28,7 +28,7 @@ from cerebrum.settings import Environment
 from cerebrum.vps.llama import MB, Settings, TunedFile
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
-from vpsd import Completion, Engine, Headroom, events_of, load_config
+from vpsd import Completion, Engine, events_of, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
 
@@ -124,7 +124,7 @@ def house(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(vpsd, "Worker", ScriptedWorker)
     monkeypatch.setattr(engine, "_estimate", lambda *_: {"weights": MB})
     monkeypatch.setattr(engine, "_free_mb", lambda: house.room - len(engine.instances))
-    monkeypatch.setattr(engine, "headroom", lambda: Headroom(1 << 40, 0.0))
+    monkeypatch.setattr(vpsd, "available_mb", lambda: 1 << 20)
     yield house
     for worker in ScriptedWorker.made:
         if not worker.ended.done():
@@ -356,8 +356,7 @@ async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     idle = await house.idle(A)
-    available = lambda: Headroom((1 << 40) * (A not in house.engine.instances), 0.0)  # noqa: E731
-    monkeypatch.setattr(house.engine, "headroom", available)
+    monkeypatch.setattr(vpsd, "available_mb", lambda: (1 << 20) * (A not in house.engine.instances))
     completions = [house.ask(B), house.ask(B)]
     await until(lambda: idle.stopping)
     assert [completion.events.qsize() for completion in completions] == [0, 0]
@@ -445,9 +444,9 @@ async def test_a_newer_request_of_a_session_replaces_the_older(house: House) -> 
         house.engine.finish(completion)
 
 
-async def test_a_newer_request_that_is_refused_ends_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_newer_request_that_is_refused_ends_nothing(house: House) -> None:
     older = house.ask(A, session="s")
-    monkeypatch.setattr(house.engine, "headroom", lambda: Headroom(1 << 40, 100.0))
+    house.engine.cpu.others_percent = 100.0
     for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
         with pytest.raises(HttpError) as refused:
             house.ask(model, session="s")
