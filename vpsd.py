@@ -27,6 +27,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import importlib.util
@@ -463,38 +464,18 @@ class Engine:
 
     # Admission.
 
-    def model(self, model_id: str) -> Model:
-        """The model of this id if it is loaded or its file is here. HttpError: MODEL_LOAD_FAILED after a recent failed
-        load, or 404 MODEL_NOT_FOUND, which says how to get the file."""
-        model, instance = self.listed(model_id), self.instances.get(model_id)
-        if instance is not None and instance.loaded:
-            return model  # a loaded model needs no file any more
-        if failure := self._load_failure(model):
-            raise HttpError("MODEL_LOAD_FAILED", failure)
-        if not os.path.isfile(self.config.models_dir / model.file):
-            raise HttpError(
-                "MODEL_NOT_FOUND",
-                f"model {model.id}: the file {model.file} is missing; "
-                f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}",
-            )
-        return model
-
-    def is_available(self, model: Model) -> bool:
-        """Whether the model can probably be loaded."""
-        return os.path.isfile(self.config.models_dir / model.file) and not self._load_failure(model)
-
-    def _load_failure(self, model: Model) -> str:
-        """Why a recent load of the model's file failed, or "" if none did. Trying again for each request would read a
-        large file each time."""
+    def refusal(self, model: Model) -> HttpError | None:
+        """Why the model cannot be used, if so: its file is missing, or a recent try to load the file has failed. Each
+        try would read a large file."""
+        instance, path = self.instances.get(model.id), self.config.models_dir / model.file
+        if instance and instance.loaded:
+            return None  # a loaded model needs no file any more
+        if not os.path.isfile(path):
+            fetching = f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}"
+            return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
         message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
-        return message if time.monotonic() < until and stamp == self._stamp(model) else ""
-
-    def _stamp(self, model: Model) -> str:
-        """The stamp of the model's file, or "" if the file cannot be accessed."""
-        try:
-            return llama.file_stamp(self.config.models_dir / model.file)
-        except OSError:
-            return ""
+        is_recent = time.monotonic() < until and stamp == llama.file_stamp(path)
+        return HttpError("MODEL_LOAD_FAILED", message) if is_recent else None
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
@@ -523,7 +504,8 @@ class Engine:
         """
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
-        self.model(model)
+        if refusal := self.refusal(self.listed(model)):
+            raise refusal
         older = [other for other in self.completions if session and other.session == session]
         if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
@@ -544,7 +526,8 @@ class Engine:
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
-        self.model(fields["model"])
+        if refusal := self.refusal(self.listed(fields["model"])):
+            raise refusal
         request = CompletionRequest(fields["text"], max_tokens=0)
         completion = Completion(fields["model"], None, request, {})
         try:
@@ -619,10 +602,11 @@ class Engine:
         return self.starting[model.id]
 
     def _remember(self, model: Model, error: HttpError) -> None:
-        """Remember a failed load, so that not every request tries the file again."""
+        """Remember a failed load for `refusal`."""
         if error.code == "MODEL_LOAD_FAILED":
-            until = time.monotonic() + LOAD_AGAIN_SECONDS
-            self.load_failures[model.id] = error.message, self._stamp(model), until
+            with contextlib.suppress(OSError):  # the file has gone
+                stamp = llama.file_stamp(self.config.models_dir / model.file)
+                self.load_failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
@@ -881,7 +865,7 @@ async def models(engine: Engine, _request: Request) -> Response:
             "id": model.id,
             "loaded": worker is not None,
             "path": str(used.path if used else folder / model.file),
-            "available": worker is not None or engine.is_available(model),
+            "available": engine.refusal(model) is None,
             "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
             "encoding": used.encoding if used else "published",
             "fim_layout": model.fim_layout,

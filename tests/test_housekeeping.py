@@ -609,14 +609,14 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
         with pytest.raises(HttpError, match=r"^it is damaged$") as refused:
             house.ask(A)
         assert refused.value.code == "MODEL_LOAD_FAILED"
-    assert not engine.is_available(engine.models[A])
+    assert engine.refusal(engine.models[A])
     assert len(ScriptedWorker.made) == 1
     file.write_bytes(b"GGUF again")
-    assert engine.is_available(engine.models[A])
+    assert not engine.refusal(engine.models[A])
     await fail()
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + vpsd.LOAD_AGAIN_SECONDS)
-    assert engine.is_available(engine.models[A])
+    assert not engine.refusal(engine.models[A])
 
 
 async def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(house: House) -> None:
