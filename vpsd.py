@@ -423,9 +423,9 @@ class Instance:
     worker: Worker
     estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
+    gone: asyncio.Task[None]  # ends when all of the model's memory is free
     completions: set[Completion] = field(default_factory=set)  # in the worker or on the way to it: the model must stay
     last_used: float = 0.0  # monotonic: a clock that jumps must not unload a model
-    gone: asyncio.Task[None] | None = None  # ends when all of the model's memory is free
 
     @property
     def loaded(self) -> bool:
@@ -569,7 +569,7 @@ class Engine:
         model_id, told = completion.model, -1.0
         while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
             if instance:
-                await wait_gone([instance])
+                await asyncio.wait([instance.gone])
             elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
                 raise error
         instance.completions.add(completion)
@@ -643,15 +643,15 @@ class Engine:
 
         ready.add_done_callback(count)
         estimate = sum(parts.values())
-        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.monotonic())
-        instance.gone = asyncio.create_task(self._reap(instance))
+        gone = asyncio.create_task(self._reap(worker))
+        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, gone, last_used=time.monotonic())
 
-    async def _reap(self, instance: Instance) -> None:
-        """Forget the instance when its worker has ended, for whatever reason, and return its memory to the system."""
-        await asyncio.wait([asyncio.wrap_future(instance.worker.ended)])
-        instance.worker.join()  # returns at once
-        instance.worker.llama = None
-        del self.instances[instance.model.id]
+    async def _reap(self, worker: Worker) -> None:
+        """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""
+        await asyncio.wait([asyncio.wrap_future(worker.ended)])
+        worker.join()  # returns at once
+        worker.llama = None
+        del self.instances[worker.model]
         ctypes.CDLL(None).malloc_trim(0)
 
     # Memory.
@@ -699,8 +699,8 @@ class Engine:
     async def _free_one(self, spared: str = "") -> bool:
         """Wait for the models that are being unloaded; without any, unload the least recently used idle model. False
         if there is no idle model either."""
-        if ending := [instance for instance in self.instances.values() if instance.worker.stopping]:
-            await wait_gone(ending)
+        if ending := [instance.gone for instance in self.instances.values() if instance.worker.stopping]:
+            await asyncio.wait(ending)
             return True
         idle = [instance for instance in self.instances.values() if instance.idle and instance.model.id != spared]
         if idle:
@@ -711,7 +711,7 @@ class Engine:
         """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
         before = metrics.resident_bytes()
         instance.worker.stop()
-        await wait_gone([instance])
+        await asyncio.wait([instance.gone])  # which goes on if this wait is cancelled
         return round(max(0, before - metrics.resident_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
@@ -774,16 +774,10 @@ class Engine:
             self.finish(completion)
         for load in self.starting.values():
             load.cancel()
-        instances = list(self.instances.values())
-        for instance in instances:
+        for instance in self.instances.values():
             instance.worker.stop()
-        await wait_gone(instances)
-
-
-async def wait_gone(instances: Sequence[Instance]) -> None:
-    """Wait until all the instances are gone. Cancelling the wait does not stop their unloading."""
-    if tasks := [instance.gone for instance in instances if instance.gone]:
-        await asyncio.wait(tasks)
+        if ending := [instance.gone for instance in self.instances.values()]:
+            await asyncio.wait(ending)
 
 
 # ---------------------------------------------------------------------------------------------- handlers
