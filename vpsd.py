@@ -31,7 +31,6 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import logging
 import math
 import os
 import time
@@ -754,19 +753,15 @@ class Engine:
 
     # From start to stop.
 
-    async def tend(self) -> None:
-        """Read the CPU meter and unload unused models, for ever. The meter is also read while models are unloaded."""
-        next_cleanup = time.monotonic() + CLEANUP_SECONDS
-        cleaning: asyncio.Task[dict[str, float]] | None = None
+    async def watch_cpu(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             self.cpu.sample()
-            if cleaning and cleaning.done():
-                cleaning.result()  # an error there ends this task too, and `serve` notices
-                cleaning = None
-            if not cleaning and time.monotonic() >= next_cleanup:
-                next_cleanup = time.monotonic() + CLEANUP_SECONDS
-                cleaning = asyncio.create_task(self.unload_unused())
+
+    async def clean_up(self) -> None:
+        while True:
+            await asyncio.sleep(CLEANUP_SECONDS)
+            await self.unload_unused()
 
     async def stop(self) -> None:
         """End all requests and loads, and unload all models. Their workers save the parked sequences."""
@@ -1007,9 +1002,10 @@ async def serve(environ: Environment, config: Config) -> int:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     log.info("listening on %s", server.url)
-    tending = asyncio.create_task(engine.tend())
-    failed = await service.run(tending)
-    tending.cancel()
+    tasks = [asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())]
+    failed = await service.run(*tasks)
+    for task in tasks:
+        task.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon
@@ -1058,10 +1054,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     set_up_logging(config.log_level, config.log_file)
     llama.start_library()
-    try:
-        return asyncio.run(serve(environ, config))
-    finally:
-        logging.shutdown()
+    return asyncio.run(serve(environ, config))
 
 
 if __name__ == "__main__":

@@ -456,34 +456,30 @@ async def test_a_newer_request_that_is_refused_ends_nothing(house: House) -> Non
     house.engine.finish(older)
 
 
-async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
+async def test_unused_models_are_unloaded_again_and_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vpsd, "CLEANUP_SECONDS", 0.0)
-
-    worker, samples = await house.idle(A), list[int]()
-    monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
-    tending = asyncio.create_task(house.engine.tend())
-    await until(lambda: worker.stopping)
-    seen = len(samples)
-    await until(lambda: len(samples) > seen + 10)
-    worker.ended.set_result(None)
-    await until(lambda: A not in house.engine.instances)
-    tending.cancel()
+    cleaning = asyncio.create_task(house.engine.clean_up())
+    for _ in range(2):
+        worker = await house.idle(A)
+        await until(lambda worker=worker: worker.stopping)
+        worker.ended.set_result(None)
+        await until(lambda: A not in house.engine.instances)
+    cleaning.cancel()
 
 
-def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
+def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str) -> None:
     """systemd starts it again. With a frozen CPU meter, every request could be refused."""
     given = {
         "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
         "CEREBRUM_VPS_PORT": "0",
         "CEREBRUM_API_KEY": "key",
     }
-    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
 
-    def fail(_: Any) -> None:
+    async def fail(_: Any) -> None:
         raise OSError(5, "of /proc")
 
-    monkeypatch.setattr(vpsd.CpuMeter, "sample", fail)
+    monkeypatch.setattr(Engine, task, fail)
     environ = Environment(given)
     served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
     assert asyncio.run(served) == 1
