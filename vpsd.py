@@ -36,7 +36,6 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -434,12 +433,6 @@ class Instance:
     def idle(self) -> bool:
         """No request uses the model or waits for its load, and the model is not being unloaded."""
         return not self.completions and not self.worker.stopping
-
-    @property
-    def last_used_at(self) -> datetime:
-        """`last_used` as a naive time in UTC, by the present setting of the clock."""
-        idle = time.monotonic() - self.last_used
-        return datetime.fromtimestamp(time.time() - idle, UTC).replace(tzinfo=None)
 
 
 class Engine:
@@ -861,7 +854,7 @@ async def models(engine: Engine, _request: Request) -> Response:
         }
         if worker and instance:
             entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
-            entry["last_used"] = instance.last_used_at.isoformat(timespec="microseconds")
+            entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
         entries.append(entry)
     return Response({"models": entries})
 

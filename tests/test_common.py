@@ -91,6 +91,7 @@ def test_shapes() -> None:
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"])
     assert len(timestamp()) == 26
+    assert timestamp(60.0) < timestamp()
     assert error_event(error) == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
     assert sse_event({"token": "ä\n\u2028"}) == b'data: {"token": "\\u00e4\\n\\u2028"}\n\n'
     assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -530,9 +529,6 @@ async def test_a_clock_that_jumps_unloads_nothing(house: House, monkeypatch: pyt
     for jump in (86_400, -86_400):
         monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
         assert house.engine._unused() == []
-        (entry,) = house.engine.instances.values()
-        shown = datetime.fromtimestamp(now + jump, UTC).replace(tzinfo=None)
-        assert abs((entry.last_used_at - shown).total_seconds()) < 60
 
 
 @pytest.mark.parametrize(
