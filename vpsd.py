@@ -54,6 +54,7 @@ import psutil
 
 import cerebrum_common as common
 from cerebrum import metrics
+from cerebrum.check import check_vps, memory_limit
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
@@ -96,7 +97,7 @@ class Config:
     log_prompts: bool
 
 
-def load_config(env: Environment, folder: Path) -> Config:
+def load_config(env: Environment, folder: Path = HERE) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     beside = folder / "models"
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
@@ -147,11 +148,8 @@ def read_folder(env: Environment, name: str, default: str) -> Path:
         raise ConfigError(f"{name}: expected a folder, got {text!r}, and there is no such home") from None
 
 
-NEEDS_RESTART = tuple(
-    f"CEREBRUM_{name}"
-    for name in ("VPS_HOST", "VPS_PORT", "MODELS_DIR", "STATE_DIR", "THREADS", "N_CTX", "MAX_CONCURRENT", "KV_TYPE",
-                 "CACHE_MB", "DRAFT")
-)  # fmt: skip
+READ_ONCE = "VPS_HOST VPS_PORT MODELS_DIR STATE_DIR THREADS N_CTX MAX_CONCURRENT KV_TYPE CACHE_MB DRAFT"
+NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ----------------------------------------------------------------------------------- policy: the request
 
 MAX_TOKENS = 2048
@@ -266,10 +264,10 @@ class CpuMeter:
 def listed_model(model_id: str | None, config: Config) -> Model:
     """The model of models.toml with this id; without an id the last model, which is the smallest."""
     wanted = model_id or config.models[-1].id
-    model = next((model for model in config.models if model.id == wanted), None)
-    if not model:
-        raise FetchError(f"expected one of {', '.join(model.id for model in config.models)}, got {wanted!r}")
-    return model
+    models = {model.id: model for model in config.models}
+    if wanted not in models:
+        raise FetchError(f"expected one of {', '.join(models)}, got {wanted!r}")
+    return models[wanted]
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
@@ -315,8 +313,6 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
-    from cerebrum.check import memory_limit
-
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
@@ -981,7 +977,7 @@ async def serve(environ: Environment, config: Config) -> int:
 
     def reload() -> None:
         new_environ = read_environment(os.environ, HERE)
-        new = load_config(new_environ, HERE)
+        new = load_config(new_environ)
         check_keys(new)
         set_up_logging(new.log_level, new.log_file)
         engine.reconfigure(new)
@@ -1029,12 +1025,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum.check import check_vps
-
-        return check_vps(HERE, lambda environ: load_config(environ, HERE))
+        return check_vps(HERE, load_config)
     try:
         environ = read_environment(os.environ, HERE)
-        config = load_config(environ, HERE)
+        config = load_config(environ)
         if options.command:
             {"fetch": fetch_command, "tune": tune_command, "memory": memory_command}[options.command](options, config)
             return 0
