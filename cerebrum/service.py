@@ -56,20 +56,14 @@ class LogFormatter(logging.Formatter):
         return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
 
 
-class Output(logging.StreamHandler[Any]):
-    """Standard output. If its reader ends, the daemon goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 def set_up_logging(level: str, file: str) -> None:
     """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
     If standard output is systemd's journal, requests go to the file alone while the file can be written: an SD card
     should not store them twice.
     """
-    output = Output(sys.stdout)
+    logging.raiseExceptions = False  # if the reader of standard output ends, the daemon goes on
+    output = logging.StreamHandler(sys.stdout)
     handlers: list[logging.Handler] = [output]
     if file:
         log_file = _log_file(file)
@@ -82,18 +76,16 @@ def set_up_logging(level: str, file: str) -> None:
     for logger in (log, logging.getLogger("asyncio")):  # asyncio logs uncaught exceptions there
         logger.handlers, logger.propagate = handlers[:], False
         logger.setLevel(level)
-    for one in old:
-        if not isinstance(one, Output):
-            one.close()
+    for handler in old:
+        handler.close()
 
 
 def _in_journal() -> bool:
     """Whether standard output is systemd's journal; see systemd.exec(5)."""
-    try:
+    with contextlib.suppress(OSError):
         output = os.fstat(1)
-    except OSError:
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{output.st_dev}:{output.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{output.st_dev}:{output.st_ino}"
+    return False
 
 
 MAX_LOGGED_CHARS = 10_000  # of a prompt
@@ -156,10 +148,7 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(environ.get("LISTEN_FDS", "0"))
-    sockets = [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
-    for one in sockets:
-        one.set_inheritable(False)
-    return sockets
+    return [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
 
 
 # ----------------------------------------------------------------------------------------------- options
