@@ -99,17 +99,14 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
 
 
-CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-
-
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables from files of the same names, which systemd passes through the unit's LoadCredential=."""
     values = dict[str, str]()
     if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
         return values
     try:
-        for path in sorted(Path(folder).iterdir()):
-            if not CREDENTIAL_NAME.fullmatch(path.name):
+        for path in Path(folder).iterdir():
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
                 continue
             values[path.name] = path.read_text("utf-8", "replace").strip()
             if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
@@ -132,11 +129,10 @@ def _read_env(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(.*?)\s*", line)
+        match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line)
         if not match:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
-        value = match[2]
-        values[match[1]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+        values[match[1]] = match[3]
     return values
 
 
