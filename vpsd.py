@@ -103,10 +103,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
-    try:
-        catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
-    except ValueError as error:
-        raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
+    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in llama.KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(llama.KV_TYPES)}, got {kv_type!r}")

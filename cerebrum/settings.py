@@ -168,7 +168,7 @@ MODEL = {
 
 
 def load_catalog(path: Path) -> Catalog:
-    """Read and check models.toml. ConfigError says which entry is wrong and how."""
+    """Read and check models.toml. ConfigError names the variable of the path, and the wrong entry with its fault."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         entries, backends = table.get("models"), table.get("backends", [])
@@ -183,7 +183,7 @@ def load_catalog(path: Path) -> Catalog:
         if len(set(names)) != len(names):
             raise ConfigError("expected every id and alias once")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
     return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
 
 

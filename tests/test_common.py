@@ -203,7 +203,7 @@ def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         load_catalog(path)
-    assert str(error.value).startswith(str(path))
+    assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
 
 
 def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
