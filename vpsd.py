@@ -333,26 +333,18 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     else:
         raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
     llama.check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bar = Bar("", 0)
+    bars = dict[str, Bar]()
 
     def report(label: str, done: int, total: int) -> None:
-        nonlocal bar
-        if bar.label != f"{model.id}: {label}":
-            bar = Bar(f"{model.id}: {label}", total, steps=True)
+        bar = bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True))
         bar.show(done, last=done >= total)
 
+    def accept(outcome: Outcome) -> None:
+        print(outcome.table(), file=output, flush=True)
+
     llama.start_library()
-    room = round((available_mb() - config.min_free_mb) * MB)
-    return tune(
-        path,
-        model.sha256 or digest_with_bar(path),
-        config.engine,
-        room,
-        report,
-        fast=fast,
-        dry_run=dry_run,
-        accept=lambda outcome: print(outcome.table(), file=output, flush=True),
-    )
+    source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
+    return tune(path, source, config.engine, room, report, fast=fast, dry_run=dry_run, accept=accept)
 
 
 # -------------------------------------------------------------------------------------------- the engine
