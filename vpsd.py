@@ -104,17 +104,14 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
     catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
+    hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in llama.KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(llama.KV_TYPES)}, got {kv_type!r}")
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        access=Access(
-            env.keys("CEREBRUM_API_KEY"),
-            own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
-            env.names("CEREBRUM_ALLOWED_ORIGINS"),
-        ),
+        access=Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins),
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
@@ -474,11 +471,8 @@ class Engine:
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
     def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
-        """Admit a request and start it. HttpError: unknown model, all places taken, or too little memory or CPU.
-
-        An admitted request ends the older request of its session, even if the new one fails later. A refused request
-        ends nothing.
-        """
+        """Start a request, which ends the older request of its session. HttpError, before anything ends: unknown model,
+        all places taken, or too little memory or CPU."""
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
         if refusal := self.refusal(self.listed(model)):
@@ -505,8 +499,7 @@ class Engine:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
         if refusal := self.refusal(self.listed(fields["model"])):
             raise refusal
-        request = CompletionRequest(fields["text"], max_tokens=0)
-        completion = Completion(fields["model"], None, request, {})
+        completion = Completion(fields["model"], None, CompletionRequest(fields["text"], max_tokens=0), {})
         try:
             worker = (await self._loaded(completion)).worker
             return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
@@ -520,11 +513,10 @@ class Engine:
         if completion.starter:
             completion.starter.cancel()
         instance = self.instances.get(completion.model)
-        if not instance or completion not in instance.completions:
-            return
-        instance.completions.discard(completion)
-        instance.last_used = time.monotonic()
-        instance.worker.cancel(completion.job)
+        if instance and completion in instance.completions:
+            instance.completions.discard(completion)
+            instance.last_used = time.monotonic()
+            instance.worker.cancel(completion.job)
 
     # From a completion to its worker.
 
@@ -578,9 +570,9 @@ class Engine:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(self, model: Model, error: HttpError) -> None:
+    def _remember(self, model: Model, error: BaseException) -> None:
         """Remember a failed load for `refusal`."""
-        if error.code == "MODEL_LOAD_FAILED":
+        if isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
             with contextlib.suppress(OSError):  # the file has gone
                 stamp = llama.file_stamp(self.config.models_dir / model.file)
                 self.load_failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
@@ -615,8 +607,7 @@ class Engine:
                 tally.load_seconds += instance.last_used - begun
             elif not worker.stopping:
                 tally.failed_loads += 1
-                if isinstance(error, HttpError):
-                    self._remember(model, error)
+                self._remember(model, error)
 
         ready.add_done_callback(count)
         estimate = sum(parts.values())
@@ -647,11 +638,8 @@ class Engine:
         while need > (free := self._free_mb()):
             if not await self._free_one():
                 figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
-                raise HttpError(
-                    "RESOURCE_EXHAUSTED",
-                    f"model {model.id} needs {need:.0f} MB ({figures}); "
-                    f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB",
-                )
+                left = f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
+                raise HttpError("RESOURCE_EXHAUSTED", f"model {model.id} needs {need:.0f} MB ({figures}); {left}")
 
     def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:
@@ -818,7 +806,6 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
     `encoding` describe the file that is loaded or would be loaded."""
-
     folder, settings, listed = engine.config.models_dir, engine.config.engine, list(engine.models.values())
     tuned = await asyncio.to_thread(
         lambda: [find_tuned(folder / model.file, settings, model.sha256)[0] for model in listed]
