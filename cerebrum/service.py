@@ -153,7 +153,6 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
 
 # ----------------------------------------------------------------------------------------------- options
 
-
 HELP = """\
 configuration; the first source that sets a variable wins:
   files named like the variable in $CREDENTIALS_DIRECTORY

@@ -101,16 +101,13 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables from files of the same names, which systemd passes through the unit's LoadCredential=."""
-    values = dict[str, str]()
-    if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        return values
+    folder, values = environ.get("CREDENTIALS_DIRECTORY"), dict[str, str]()
     try:
-        for path in Path(folder).iterdir():
-            if not re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
-                continue
-            values[path.name] = path.read_text("utf-8", "replace").strip()
-            if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
-                raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+        for path in Path(folder).iterdir() if folder else ():
+            if re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
+                values[path.name] = path.read_text("utf-8", "replace").strip()
+                if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
+                    raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
     except FileNotFoundError:
         pass
     except OSError as error:
