@@ -405,7 +405,7 @@ class Instance:
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     gone: asyncio.Task[None]  # ends when all of the model's memory is free
     completions: set[Completion] = field(default_factory=set)  # in the worker or on the way to it: the model must stay
-    last_used: float = 0.0  # monotonic: a clock that jumps must not unload a model
+    last_used: float = field(default_factory=time.monotonic)  # a clock that jumps must not unload a model
 
     @property
     def loaded(self) -> bool:
@@ -610,9 +610,8 @@ class Engine:
                 self._remember(model, error)
 
         ready.add_done_callback(count)
-        estimate = sum(parts.values())
         gone = asyncio.create_task(self._reap(worker))
-        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, gone, last_used=time.monotonic())
+        instance = self.instances[model.id] = Instance(model, worker, sum(parts.values()), ready, gone)
 
     async def _reap(self, worker: Worker) -> None:
         """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""

@@ -135,12 +135,10 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 def notify(*lines: str) -> None:
     """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
-        notifier.send("\n".join(lines).encode())
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+            notifier.send("\n".join(lines).encode())
 
 
 def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:

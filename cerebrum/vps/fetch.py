@@ -41,8 +41,7 @@ class Bar:
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
-        bar = "#" * round(30 * share)
-        text = f"{self.label} [{bar:<30}] {share:4.0%}"
+        text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%}"
         if not self.steps:
             rate = done / MB / max(0.001, now - self.start)
             text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
