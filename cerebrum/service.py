@@ -68,8 +68,10 @@ def set_up_logging(level: str, file: str) -> None:
     if file:
         log_file = _log_file(file)
         handlers.append(log_file)
-        if _in_journal():
-            output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
+        with contextlib.suppress(OSError):  # standard output is closed
+            place = os.fstat(1)
+            if os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}":  # see systemd.exec(5)
+                output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers
@@ -78,14 +80,6 @@ def set_up_logging(level: str, file: str) -> None:
         logger.setLevel(level)
     for handler in old:
         handler.close()
-
-
-def _in_journal() -> bool:
-    """Whether standard output is systemd's journal; see systemd.exec(5)."""
-    with contextlib.suppress(OSError):
-        output = os.fstat(1)
-        return os.environ.get("JOURNAL_STREAM") == f"{output.st_dev}:{output.st_ino}"
-    return False
 
 
 MAX_LOGGED_CHARS = 10_000  # of a prompt
