@@ -803,21 +803,18 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
     `encoding` describe the file that is loaded or would be loaded."""
-    folder, settings, listed = engine.config.models_dir, engine.config.engine, list(engine.models.values())
-    tuned = await asyncio.to_thread(
-        lambda: [find_tuned(folder / model.file, settings, model.sha256)[0] for model in listed]
-    )
-    entries = []
-    for model, found in zip(listed, tuned, strict=True):
+    folder, settings, entries = engine.config.models_dir, engine.config.engine, []
+    for model in list(engine.models.values()):
+        tuned, _ = await asyncio.to_thread(find_tuned, folder / model.file, settings, model.sha256)
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker.loader if worker else found
+        used = worker.loader if worker else tuned
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
             "path": str(used.path if used else folder / model.file),
             "available": engine.refusal(model) is None,
-            "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
+            "n_ctx": worker.llama.n_ctx if worker and worker.llama else settings.n_ctx,
             "encoding": used.encoding if used else "published",
             "fim_layout": model.fim_layout,
         }
