@@ -423,7 +423,7 @@ async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> 
     await house.begun(A)
     (completion,) = house.engine.completions
     completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
-    assert await answer == [{"token": "x", "total_tokens": 1}]
+    assert vpsd.write_events(await answer) == b'data: {"token": "x", "total_tokens": 1}\n\n'
     with pytest.raises(HttpError) as raised:
         await anext(stream)
     assert raised.value is error
@@ -455,15 +455,20 @@ async def test_a_newer_request_that_is_refused_ends_nothing(house: House) -> Non
     house.engine.finish(older)
 
 
-async def test_unused_models_are_unloaded_again_and_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(vpsd, "CLEANUP_SECONDS", 0.0)
-    cleaning = asyncio.create_task(house.engine.clean_up())
-    for _ in range(2):
-        worker = await house.idle(A)
-        await until(lambda worker=worker: worker.stopping)
-        worker.ended.set_result(None)
-        await until(lambda: A not in house.engine.instances)
-    cleaning.cancel()
+
+    worker, samples = await house.idle(A), list[int]()
+    monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
+    tasks = [asyncio.create_task(task) for task in (house.engine.watch_cpu(), house.engine.clean_up())]
+    await until(lambda: worker.stopping)
+    seen = len(samples)
+    await until(lambda: len(samples) > seen + 10)
+    worker.ended.set_result(None)
+    await until(lambda: A not in house.engine.instances)
+    for task in tasks:
+        task.cancel()
 
 
 @pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
