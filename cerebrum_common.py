@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
@@ -62,9 +62,9 @@ def internal_error(exception: Exception) -> HttpError:
     return HttpError("INTERNAL_ERROR", "internal error; the log has the details under this request's id")
 
 
-def timestamp() -> str:
-    """UTC now as `2025-12-25T12:00:00.000000`."""
-    return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+def timestamp(ago: float = 0.0) -> str:
+    """UTC now, or so many seconds ago, as `2025-12-25T12:00:00.000000`."""
+    return (datetime.now(UTC) - timedelta(seconds=ago)).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
 def error_body(error: HttpError) -> dict[str, Any]:

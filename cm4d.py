@@ -95,10 +95,7 @@ class Config:
 def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable."""
     logs = HERE / "logs"
-    try:
-        catalog = load_catalog(Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser())
-    except ValueError as error:
-        raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
+    catalog = load_catalog(Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser())
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
     if not HOST.fullmatch(host):

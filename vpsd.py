@@ -11,10 +11,9 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
 
 Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`, unless it only counts tokens. A model is an `Instance` from the start
-of its load until its memory is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama
-context. Completions cross over to the worker as `Job`s, whose events come back to the loop; texts to tokenize are its
-only other calls.
+its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` from the start of its load until its memory
+is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
+as a `Job`, whose events come back to the loop; other calls only tokenize.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,7 +51,9 @@ if __name__ == "__main__":
 
 import psutil
 
+import cerebrum_common as common
 from cerebrum import metrics
+from cerebrum.check import check_vps, memory_limit
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
@@ -67,23 +67,7 @@ from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Loader, ModelTally, Worker
-from cerebrum_common import (
-    SSE_COMMENT,
-    VERSION,
-    Field,
-    HttpError,
-    Model,
-    Request,
-    Response,
-    Route,
-    describe,
-    internal_error,
-    log,
-    read_fields,
-    read_objects,
-    sse_event,
-    timestamp,
-)
+from cerebrum_common import Field, HttpError, Model, Request, Response, Route, describe, log
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -112,27 +96,21 @@ class Config:
     log_prompts: bool
 
 
-def load_config(env: Environment, folder: Path) -> Config:
+def load_config(env: Environment, folder: Path = HERE) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     beside = folder / "models"
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
-    try:
-        catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
-    except ValueError as error:
-        raise ConfigError(f"CEREBRUM_MODELS_FILE: {error}") from None
+    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
+    hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in llama.KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(llama.KV_TYPES)}, got {kv_type!r}")
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        access=Access(
-            env.keys("CEREBRUM_API_KEY"),
-            own_names(env.names("CEREBRUM_ALLOWED_HOSTS")),
-            env.names("CEREBRUM_ALLOWED_ORIGINS"),
-        ),
+        access=Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins),
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
@@ -163,11 +141,8 @@ def read_folder(env: Environment, name: str, default: str) -> Path:
         raise ConfigError(f"{name}: expected a folder, got {text!r}, and there is no such home") from None
 
 
-NEEDS_RESTART = tuple(
-    f"CEREBRUM_{name}"
-    for name in ("VPS_HOST", "VPS_PORT", "MODELS_DIR", "STATE_DIR", "THREADS", "N_CTX", "MAX_CONCURRENT", "KV_TYPE",
-                 "CACHE_MB", "DRAFT")
-)  # fmt: skip
+READ_ONCE = "VPS_HOST VPS_PORT MODELS_DIR STATE_DIR THREADS N_CTX MAX_CONCURRENT KV_TYPE CACHE_MB DRAFT"
+NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ----------------------------------------------------------------------------------- policy: the request
 
 MAX_TOKENS = 2048
@@ -210,16 +185,16 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs. Without a `mode`, the
     other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
+    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = None
     if "messages" in members:
-        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        messages = common.read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
         raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
-    extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
+    extra = common.read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
@@ -229,31 +204,25 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- policy: admission
 
 
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """Spare capacity of the machine: bytes of available memory, and the percentage of all CPUs that other programs
-    use."""
-
-    available: int
-    others_percent: float
+def check_memory(available_mb: float, config: Config) -> None:
+    """HttpError 503 with the figures if less than the reserve of memory is available."""
+    if available_mb < (least := config.min_free_mb):
+        figures = f"expected {least:.0f} MB of memory available, got {available_mb:.0f} MB"
+        raise HttpError("RESOURCE_EXHAUSTED", figures)
 
 
-def check_headroom(headroom: Headroom, config: Config, *, memory: bool = True, cpu: bool = True) -> None:
-    """Raise HttpError 503 with the figures if a completion may not start now."""
-    if memory and headroom.available < config.min_free_mb * MB:
-        raise HttpError(
-            "RESOURCE_EXHAUSTED",
-            f"expected {config.min_free_mb:.0f} MB of memory available, got {headroom.available / MB:.0f} MB",
-        )
-    if cpu and headroom.others_percent > config.max_cpu_percent:
-        raise HttpError(
-            "RESOURCE_EXHAUSTED",
-            f"expected other programs to use at most {config.max_cpu_percent:.0f} % of the CPU, "
-            f"got {headroom.others_percent:.0f} %",
-        )
+def check_cpu(others_percent: float, config: Config) -> None:
+    """HttpError 503 with the figures if other programs use more of all CPUs than they may."""
+    if others_percent > (most := config.max_cpu_percent):
+        wanted = f"expected other programs to use at most {most:.0f} % of the CPU"
+        raise HttpError("RESOURCE_EXHAUSTED", f"{wanted}, got {others_percent:.0f} %")
 
 
 # --------------------------------------------------------------------------------- IO: the machine's load
+
+
+def available_mb() -> float:
+    return float(psutil.virtual_memory().available / MB)
 
 
 def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -273,32 +242,28 @@ class CpuMeter:
     and must not lock out a second generation."""
 
     def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.sample()  # what came before does not count
         self.system_percent = self.others_percent = 0.0
-        self.last = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        times = psutil.cpu_times()
-        own = psutil.Process().cpu_times()
-        idle = times.idle + times.iowait + times.steal  # steal went to other guests of the host: not this system's use
-        return sum(times[:8]), idle, own.user + own.system
 
     def sample(self) -> None:
-        now = self._read()
-        total, idle, own = (b - a for a, b in zip(self.last, now, strict=True))
-        if total > 0:
-            self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
-            self.others_percent = max(0.0, 100 * (total - idle - own) / total)
-            self.last = now
+        """Read the percentages since the last call."""
+        times, own = psutil.cpu_times_percent(), self.process.cpu_percent() / psutil.cpu_count()
+        # steal went to other guests of the host: not this system's use
+        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
+        self.others_percent = max(0.0, self.system_percent - own)
+
+
+# ------------------------------------------------------------------------------------------ IO: commands
 
 
 def listed_model(model_id: str | None, config: Config) -> Model:
     """The model of models.toml with this id; without an id the last model, which is the smallest."""
     wanted = model_id or config.models[-1].id
-    model = next((model for model in config.models if model.id == wanted), None)
-    if not model:
-        raise FetchError(f"expected one of {', '.join(model.id for model in config.models)}, got {wanted!r}")
-    return model
+    models = {model.id: model for model in config.models}
+    if wanted not in models:
+        raise FetchError(f"expected one of {', '.join(models)}, got {wanted!r}")
+    return models[wanted]
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
@@ -310,12 +275,10 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
         return
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
-    if options.for_this_machine:
-        _, best = choose(config.models, config.models_dir, room_mb)
-        if not best:
-            raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
-        options.model = best.id
-    model = listed_model(options.model, config)
+    _, best = choose(config.models, config.models_dir, room_mb)
+    model = best if options.for_this_machine else listed_model(options.model, config)
+    if not model:
+        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
     path = fetch(model, config.models_dir)
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
@@ -325,8 +288,6 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
             again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
             print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
 
-
-# ---------------------------------------------------------------------------------------------- IO: tune
 
 MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit measurements would mislead
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
@@ -344,8 +305,6 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
-    from cerebrum.check import memory_limit
-
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
@@ -369,26 +328,18 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     else:
         raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
     llama.check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bar = Bar("", 0)
+    bars = dict[str, Bar]()
 
     def report(label: str, done: int, total: int) -> None:
-        nonlocal bar
-        if bar.label != f"{model.id}: {label}":
-            bar = Bar(f"{model.id}: {label}", total, steps=True)
+        bar = bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True))
         bar.show(done, last=done >= total)
 
+    def accept(outcome: Outcome) -> None:
+        print(outcome.table(), file=output, flush=True)
+
     llama.start_library()
-    room = psutil.virtual_memory().available - round(config.min_free_mb * MB)
-    return tune(
-        path,
-        model.sha256 or digest_with_bar(path),
-        config.engine,
-        room,
-        report,
-        fast=fast,
-        dry_run=dry_run,
-        accept=lambda outcome: print(outcome.table(), file=output, flush=True),
-    )
+    source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
+    return tune(path, source, config.engine, room, report, fast=fast, dry_run=dry_run, accept=accept)
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -405,12 +356,9 @@ DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 class Completion:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
-    def __init__(
-        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session = model, session
-        self.notes = {} if notes is None else notes  # for the request's line in the log
+        self.model, self.session, self.notes = model, session, notes  # notes: for the request's line in the log
         self.notes["model"] = model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
@@ -430,58 +378,19 @@ class Completion:
             return []
         if self.worker and self.events.qsize() == RESUME_BACKLOG:
             self.worker.wake()
-        self._note(events)
-        if isinstance(events[-1], dict) and "done" in events[-1]:
-            events[-1] = self._result(events[-1])
         return events
 
-    def _note(self, events: Sequence[Event | HttpError]) -> None:
-        for event in events:
-            if isinstance(event, dict) and "total_tokens" in event:
-                self.notes["tokens"] = event["total_tokens"]
-                if event["total_tokens"]:
-                    self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
-
-    def _result(self, done: Event) -> Event:
-        """The done event with the daemon's own members, in the order of the API specification."""
+    def annotate(self, event: Event) -> Event:
+        """Note the event's figures. A done event gets the daemon's own members, in the API specification's order."""
+        if (tokens := event.get("total_tokens")) is not None:
+            self.notes["tokens"] = tokens
+            if tokens:
+                self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
+        if "done" not in event:
+            return event
         known = {"done": True, "language": self.job.request.language or "", "model": self.model}
-        figures = {name: done[name] for name in ("total_tokens", "inference_time")}
-        return known | figures | {"timestamp": timestamp()} | done
-
-
-class EventStream:
-    """A completion's events as SSE blocks up to the done event, with comments while there are no events.
-
-    Not an async generator: a generator that was never started runs no `finally`, so a client that left before the start
-    would keep its place for ever.
-    """
-
-    def __init__(self, engine: Engine, completion: Completion) -> None:
-        self._engine, self._completion = engine, completion
-        self._patience = HEAD_SECONDS
-        self._end: Exception | None = None  # raised once all events have been sent
-
-    def __aiter__(self) -> EventStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._end:
-            raise self._end
-        block = b""
-        for event in await self._completion.next_events(self._patience):
-            if isinstance(event, HttpError):
-                self._end = event
-                return block or await anext(self)  # events before the error are sent first
-            block += sse_event(event)
-            if "done" in event:
-                self._end = StopAsyncIteration()
-        if not block and self._engine.stuck(time.monotonic()):
-            raise StopAsyncIteration  # cut off without an error event: the Pi then counts a failure of this backend
-        self._patience = KEEPALIVE_SECONDS
-        return block or SSE_COMMENT
-
-    async def aclose(self) -> None:
-        self._engine.finish(self._completion)
+        figures = {name: event[name] for name in ("total_tokens", "inference_time")}
+        return known | figures | {"timestamp": common.timestamp()} | event
 
 
 @dataclass(eq=False)
@@ -492,9 +401,9 @@ class Instance:
     worker: Worker
     estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
+    gone: asyncio.Task[None]  # ends when all of the model's memory is free
     completions: set[Completion] = field(default_factory=set)  # in the worker or on the way to it: the model must stay
-    last_used: float = 0.0  # monotonic: a clock that jumps must not unload a model
-    gone: asyncio.Task[None] | None = None  # ends when all of the model's memory is free
+    last_used: float = field(default_factory=time.monotonic)  # a clock that jumps must not unload a model
 
     @property
     def loaded(self) -> bool:
@@ -504,12 +413,6 @@ class Instance:
     def idle(self) -> bool:
         """No request uses the model or waits for its load, and the model is not being unloaded."""
         return not self.completions and not self.worker.stopping
-
-    @property
-    def last_used_at(self) -> datetime:
-        """`last_used` as a naive time in UTC, by the present setting of the clock."""
-        idle = time.monotonic() - self.last_used
-        return datetime.fromtimestamp(time.time() - idle, UTC).replace(tzinfo=None)
 
 
 class Engine:
@@ -533,38 +436,18 @@ class Engine:
 
     # Admission.
 
-    def model(self, model_id: str) -> Model:
-        """The model of this id if it is loaded or its file is here. HttpError: MODEL_LOAD_FAILED after a recent failed
-        load, or 404 MODEL_NOT_FOUND, which says how to get the file."""
-        model, instance = self.listed(model_id), self.instances.get(model_id)
-        if instance is not None and instance.loaded:
-            return model  # a loaded model needs no file any more
-        if failure := self._load_failure(model):
-            raise HttpError("MODEL_LOAD_FAILED", failure)
-        if not os.path.isfile(self.config.models_dir / model.file):
-            raise HttpError(
-                "MODEL_NOT_FOUND",
-                f"model {model.id}: the file {model.file} is missing; "
-                f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}",
-            )
-        return model
-
-    def is_available(self, model: Model) -> bool:
-        """Whether the model can probably be loaded."""
-        return os.path.isfile(self.config.models_dir / model.file) and not self._load_failure(model)
-
-    def _load_failure(self, model: Model) -> str:
-        """Why a recent load of the model's file failed, or "" if none did. Trying again for each request would read a
-        large file each time."""
+    def refusal(self, model: Model) -> HttpError | None:
+        """Why the model cannot be used, if so: its file is missing, or a recent try to load the file has failed. Each
+        try would read a large file."""
+        instance, path = self.instances.get(model.id), self.config.models_dir / model.file
+        if instance and instance.loaded:
+            return None  # a loaded model needs no file any more
+        if not os.path.isfile(path):
+            fetching = f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}"
+            return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
         message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
-        return message if time.monotonic() < until and stamp == self._stamp(model) else ""
-
-    def _stamp(self, model: Model) -> str:
-        """The stamp of the model's file, or "" if the file cannot be accessed."""
-        try:
-            return llama.file_stamp(self.config.models_dir / model.file)
-        except OSError:
-            return ""
+        is_recent = time.monotonic() < until and stamp == llama.file_stamp(path)
+        return HttpError("MODEL_LOAD_FAILED", message) if is_recent else None
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
@@ -585,21 +468,20 @@ class Engine:
         stuck = [instance.model.id for instance in self.instances.values() if now > instance.worker.due]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
-    def admit(self, fields: dict[str, Any], notes: dict[str, Any] | None = None) -> Completion:
-        """Admit a request and start it. HttpError: unknown model, all places taken, or too little memory or CPU.
-
-        An admitted request ends the older request of its session, even if the new one fails later. A refused request
-        ends nothing.
-        """
+    def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
+        """Start a request, which ends the older request of its session. HttpError, before anything ends: unknown model,
+        all places taken, or too little memory or CPU."""
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
-        self.model(model)
+        if refusal := self.refusal(self.listed(model)):
+            raise refusal
         older = [other for other in self.completions if session and other.session == session]
         if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         others = [instance for instance in self.instances.values() if instance.model.id != model]
-        may_free = any(other.idle or other.worker.stopping for other in others)
-        check_headroom(self.headroom(), self.config, memory=not may_free)
+        if not any(other.idle or other.worker.stopping for other in others):  # nothing can be unloaded for this model
+            check_memory(available_mb(), self.config)
+        check_cpu(self.cpu.others_percent, self.config)
         completion = Completion(model, session, CompletionRequest(**request), notes)
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(fields))
@@ -613,9 +495,9 @@ class Engine:
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
-        self.model(fields["model"])
-        request = CompletionRequest(fields["text"], max_tokens=0)
-        completion = Completion(fields["model"], None, request)
+        if refusal := self.refusal(self.listed(fields["model"])):
+            raise refusal
+        completion = Completion(fields["model"], None, CompletionRequest(fields["text"], max_tokens=0), {})
         try:
             worker = (await self._loaded(completion)).worker
             return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
@@ -629,14 +511,10 @@ class Engine:
         if completion.starter:
             completion.starter.cancel()
         instance = self.instances.get(completion.model)
-        if not instance or completion not in instance.completions:
-            return
-        instance.completions.discard(completion)
-        instance.last_used = time.monotonic()
-        instance.worker.cancel(completion.job)
-
-    def headroom(self) -> Headroom:
-        return Headroom(psutil.virtual_memory().available, self.cpu.others_percent)
+        if instance and completion in instance.completions:
+            instance.completions.discard(completion)
+            instance.last_used = time.monotonic()
+            instance.worker.cancel(completion.job)
 
     # From a completion to its worker.
 
@@ -651,14 +529,14 @@ class Engine:
         except HttpError as error:
             completion.events.put_nowait([error])
         except Exception as exception:
-            completion.events.put_nowait([internal_error(exception)])
+            completion.events.put_nowait([common.internal_error(exception)])
 
     async def _loaded(self, completion: Completion) -> Instance:
         """The instance of the completion's model, after loading it if needed; HttpError if the load fails."""
         model_id, told = completion.model, -1.0
         while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
             if instance:
-                await wait_gone([instance])
+                await asyncio.wait([instance.gone])
             elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
                 raise error
         instance.completions.add(completion)
@@ -680,7 +558,7 @@ class Engine:
                     await self._load(model)
                 return None
             except Exception as exception:
-                error = exception if isinstance(exception, HttpError) else internal_error(exception)
+                error = exception if isinstance(exception, HttpError) else common.internal_error(exception)
                 self._remember(model, error)
                 return error
             finally:
@@ -690,11 +568,12 @@ class Engine:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(self, model: Model, error: HttpError) -> None:
-        """Remember a failed load, so that not every request tries the file again."""
-        if error.code == "MODEL_LOAD_FAILED":
-            until = time.monotonic() + LOAD_AGAIN_SECONDS
-            self.load_failures[model.id] = error.message, self._stamp(model), until
+    def _remember(self, model: Model, error: BaseException) -> None:
+        """Remember a failed load for `refusal`."""
+        if isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
+            with contextlib.suppress(OSError):  # the file has gone
+                stamp = llama.file_stamp(self.config.models_dir / model.file)
+                self.load_failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
@@ -726,20 +605,18 @@ class Engine:
                 tally.load_seconds += instance.last_used - begun
             elif not worker.stopping:
                 tally.failed_loads += 1
-                if isinstance(error, HttpError):
-                    self._remember(model, error)
+                self._remember(model, error)
 
         ready.add_done_callback(count)
-        estimate = sum(parts.values())
-        instance = self.instances[model.id] = Instance(model, worker, estimate, ready, last_used=time.monotonic())
-        instance.gone = asyncio.create_task(self._reap(instance))
+        gone = asyncio.create_task(self._reap(worker))
+        instance = self.instances[model.id] = Instance(model, worker, sum(parts.values()), ready, gone)
 
-    async def _reap(self, instance: Instance) -> None:
-        """Forget the instance when its worker has ended, for whatever reason, and return its memory to the system."""
-        await asyncio.wait([asyncio.wrap_future(instance.worker.ended)])
-        instance.worker.join()  # returns at once
-        instance.worker.llama = None
-        del self.instances[instance.model.id]
+    async def _reap(self, worker: Worker) -> None:
+        """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""
+        await asyncio.wait([asyncio.wrap_future(worker.ended)])
+        worker.join()  # returns at once
+        worker.llama = None
+        del self.instances[worker.model]
         ctypes.CDLL(None).malloc_trim(0)
 
     # Memory.
@@ -747,9 +624,9 @@ class Engine:
     async def _relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted one; HttpError 503 if
         that is not enough."""
-        while self.headroom().available < self.config.min_free_mb * MB and await self._free_one(spared=wanted):
+        while available_mb() < self.config.min_free_mb and await self._free_one(spared=wanted):
             pass
-        check_headroom(self.headroom(), self.config, cpu=False)
+        check_memory(available_mb(), self.config)
 
     async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:
         """Unload idle models until `model`, which needs the bytes of `parts`, fits beside the reserve; HttpError 503
@@ -758,11 +635,8 @@ class Engine:
         while need > (free := self._free_mb()):
             if not await self._free_one():
                 figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
-                raise HttpError(
-                    "RESOURCE_EXHAUSTED",
-                    f"model {model.id} needs {need:.0f} MB ({figures}); "
-                    f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB",
-                )
+                left = f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
+                raise HttpError("RESOURCE_EXHAUSTED", f"model {model.id} needs {need:.0f} MB ({figures}); {left}")
 
     def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:
@@ -777,9 +651,7 @@ class Engine:
         instances = self.instances.values()
         used = metrics.resident_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate + instance.worker.stored_bytes for instance in instances) - used)
-        available: int = psutil.virtual_memory().available
-        beside_reserve = available / MB - self.config.min_free_mb
-        return min(beside_reserve, cgroup_left_bytes() / MB) - untouched / MB
+        return min(available_mb() - self.config.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
 
     def _most_free_mb(self) -> float:
         """Megabytes free for one more model if all idle models were unloaded."""
@@ -789,8 +661,8 @@ class Engine:
     async def _free_one(self, spared: str = "") -> bool:
         """Wait for the models that are being unloaded; without any, unload the least recently used idle model. False
         if there is no idle model either."""
-        if ending := [instance for instance in self.instances.values() if instance.worker.stopping]:
-            await wait_gone(ending)
+        if ending := [instance.gone for instance in self.instances.values() if instance.worker.stopping]:
+            await asyncio.wait(ending)
             return True
         idle = [instance for instance in self.instances.values() if instance.idle and instance.model.id != spared]
         if idle:
@@ -801,7 +673,7 @@ class Engine:
         """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
         before = metrics.resident_bytes()
         instance.worker.stop()
-        await wait_gone([instance])
+        await asyncio.wait([instance.gone])  # which goes on if this wait is cancelled
         return round(max(0, before - metrics.resident_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
@@ -844,19 +716,15 @@ class Engine:
 
     # From start to stop.
 
-    async def tend(self) -> None:
-        """Read the CPU meter and unload unused models, for ever. The meter is also read while models are unloaded."""
-        next_cleanup = time.monotonic() + CLEANUP_SECONDS
-        cleaning: asyncio.Task[dict[str, float]] | None = None
+    async def watch_cpu(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             self.cpu.sample()
-            if cleaning and cleaning.done():
-                cleaning.result()  # an error there ends this task too, and `serve` notices
-                cleaning = None
-            if not cleaning and time.monotonic() >= next_cleanup:
-                next_cleanup = time.monotonic() + CLEANUP_SECONDS
-                cleaning = asyncio.create_task(self.unload_unused())
+
+    async def clean_up(self) -> None:
+        while True:
+            await asyncio.sleep(CLEANUP_SECONDS)
+            await self.unload_unused()
 
     async def stop(self) -> None:
         """End all requests and loads, and unload all models. Their workers save the parked sequences."""
@@ -864,16 +732,10 @@ class Engine:
             self.finish(completion)
         for load in self.starting.values():
             load.cancel()
-        instances = list(self.instances.values())
-        for instance in instances:
+        for instance in self.instances.values():
             instance.worker.stop()
-        await wait_gone(instances)
-
-
-async def wait_gone(instances: Sequence[Instance]) -> None:
-    """Wait until all the instances are gone. Cancelling the wait does not stop their unloading."""
-    if tasks := [instance.gone for instance in instances if instance.gone]:
-        await asyncio.wait(tasks)
+        if ending := [instance.gone for instance in self.instances.values()]:
+            await asyncio.wait(ending)
 
 
 # ---------------------------------------------------------------------------------------------- handlers
@@ -884,9 +746,9 @@ async def health(engine: Engine, _request: Request) -> Response:
     return Response(
         {
             "status": "healthy",
-            "timestamp": timestamp(),
+            "timestamp": common.timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
-            "memory_available_mb": round(psutil.virtual_memory().available / MB, 1),
+            "memory_available_mb": round(available_mb(), 1),
             "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
         }
     )
@@ -894,60 +756,71 @@ async def health(engine: Engine, _request: Request) -> Response:
 
 async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
-    completion = engine.admit(parse_inference(request.json()), request.notes)
-    text: list[str] = []
-    try:
-        while True:
-            events = await completion.next_events(KEEPALIVE_SECONDS)
-            if not events and (reason := engine.stuck(time.monotonic())):
-                raise HttpError("INTERNAL_ERROR", reason)
-            for event in events:
-                if isinstance(event, HttpError):
-                    raise event
-                if "token" in event:
-                    text.append(event["token"])
-                elif "done" in event:
-                    result = {name: value for name, value in event.items() if name not in ("done", "language")}
-                    return Response({"completion": "".join(text), **result})
-    finally:
-        engine.finish(completion)
+    events = [event async for batch in events_of(engine, request) for event in batch]
+    if not events or "done" not in events[-1]:
+        raise HttpError("INTERNAL_ERROR", engine.stuck(time.monotonic()))
+    result = {name: value for name, value in events[-1].items() if name not in ("done", "language")}
+    return Response({"completion": "".join(event.get("token", "") for event in events), **result})
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
     """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an event."""
-    return Response(events=EventStream(engine, engine.admit(parse_inference(request.json()), request.notes)))
+    return Response(events=events_of(engine, request), render=write_events)
+
+
+def write_events(batch: Sequence[Event]) -> bytes:
+    return b"".join(map(common.sse_event, batch)) or common.SSE_COMMENT
+
+
+async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
+    """A completion's events up to the done event, in batches; an empty one while there are no events. HttpError if the
+    completion is refused or fails. Ends early if a worker hangs: the Pi then counts a failure of this backend."""
+    completion, patience = engine.admit(parse_inference(request.json()), request.notes), HEAD_SECONDS
+    try:
+        while True:
+            batch: list[Event] = []
+            for event in await completion.next_events(patience):
+                if isinstance(event, HttpError):
+                    if batch:
+                        yield batch
+                    raise event
+                batch.append(completion.annotate(event))
+            if not batch and engine.stuck(time.monotonic()):
+                return
+            yield batch
+            if batch and "done" in batch[-1]:
+                return
+            patience = KEEPALIVE_SECONDS
+    finally:
+        engine.finish(completion)
 
 
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
-    return Response({"tokens": await engine.tokenize(read_fields(request.json(), TOKENIZE))})
+    return Response({"tokens": await engine.tokenize(common.read_fields(request.json(), TOKENIZE))})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
     `encoding` describe the file that is loaded or would be loaded."""
-
-    folder, settings, listed = engine.config.models_dir, engine.config.engine, list(engine.models.values())
-    tuned = await asyncio.to_thread(
-        lambda: [find_tuned(folder / model.file, settings, model.sha256)[0] for model in listed]
-    )
-    entries = []
-    for model, found in zip(listed, tuned, strict=True):
+    folder, settings, entries = engine.config.models_dir, engine.config.engine, []
+    for model in list(engine.models.values()):
+        tuned, _ = await asyncio.to_thread(find_tuned, folder / model.file, settings, model.sha256)
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker.loader if worker else found
+        used = worker.loader if worker else tuned
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
             "path": str(used.path if used else folder / model.file),
-            "available": worker is not None or engine.is_available(model),
-            "n_ctx": worker.llama.n_ctx if worker and worker.llama else engine.config.engine.n_ctx,
+            "available": engine.refusal(model) is None,
+            "n_ctx": worker.llama.n_ctx if worker and worker.llama else settings.n_ctx,
             "encoding": used.encoding if used else "published",
             "fim_layout": model.fim_layout,
         }
         if worker and instance:
             entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
-            entry["last_used"] = instance.last_used_at.isoformat(timespec="microseconds")
+            entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
         entries.append(entry)
     return Response({"models": entries})
 
@@ -956,7 +829,7 @@ async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
     figures = metrics.write_stats(METRICS, things(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
-    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": VERSION}
+    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": common.VERSION}
     return Response({**figures, **known})
 
 
@@ -989,7 +862,7 @@ def waiting(engine: Engine, model: str) -> int:
 METRICS: Table = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("vpsd", common.VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
                lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
         Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
@@ -1074,7 +947,7 @@ async def serve(environ: Environment, config: Config) -> int:
 
     def reload() -> None:
         new_environ = read_environment(os.environ, HERE)
-        new = load_config(new_environ, HERE)
+        new = load_config(new_environ)
         check_keys(new)
         set_up_logging(new.log_level, new.log_file)
         engine.reconfigure(new)
@@ -1088,9 +961,7 @@ async def serve(environ: Environment, config: Config) -> int:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     log.info("listening on %s", server.url)
-    tending = asyncio.create_task(engine.tend())
-    failed = await service.run(tending)
-    tending.cancel()
+    failed = await service.run(asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up()))
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon
@@ -1103,8 +974,7 @@ def check_keys(config: Config) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    about = "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
-    parser = make_parser("vpsd", about)
+    parser = make_parser("vpsd", "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM.")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
@@ -1121,12 +991,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum.check import check_vps
-
-        return check_vps(HERE, lambda environ: load_config(environ, HERE))
+        return check_vps(HERE, load_config)
     try:
         environ = read_environment(os.environ, HERE)
-        config = load_config(environ, HERE)
+        config = load_config(environ)
         if options.command:
             {"fetch": fetch_command, "tune": tune_command, "memory": memory_command}[options.command](options, config)
             return 0
@@ -1139,10 +1007,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     set_up_logging(config.log_level, config.log_file)
     llama.start_library()
-    try:
-        return asyncio.run(serve(environ, config))
-    finally:
-        logging.shutdown()
+    return asyncio.run(serve(environ, config))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,9 @@ LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cereb
 
 
 class Report:
-    """Prints findings. `status` is the exit status."""
+    """Prints findings."""
 
-    def __init__(self) -> None:
-        self.status = 0
+    status = 0  # the exit status
 
     def add(self, level: str, name: str, text: str) -> None:
         """`level` is "ok", "warn" or "FAIL"."""
@@ -162,12 +160,12 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
     """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
     only if no other backend can serve a completion."""
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
-    asked = [(one, begin(ask_backend, one, config.models, make)) for one in config.backends]
-    deadline = time.monotonic() + BACKEND_SECONDS
+    asked = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
+    wait((future for _, future in asked), BACKEND_SECONDS)
     seen = []
     for one, future in asked:
         try:
-            seen.append((one, *future.result(max(0.0, deadline - time.monotonic()))))
+            seen.append((one, *future.result(0.0)))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
             seen.append((one, None, "", reason))
@@ -188,19 +186,14 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
             report.add(lacking, "models", f"{one.id} has no model of models.toml: {mend}")
 
 
-def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, str, str]:
+async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, str, str]:
     """Probe a backend once. Returns the Backend, its version, and its trouble, "" if none."""
     socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for a look-up that hangs
     backend, version = make(config, models), "an unknown version"
-
-    async def ask() -> None:
-        nonlocal version
-        await backend.probe()
-        if config.api == "cerebrum" and not backend.trouble:
-            with contextlib.suppress(HttpError):
-                version = str((await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version))
-
-    asyncio.run(ask())
+    await backend.probe()
+    if config.api == "cerebrum" and not backend.trouble:
+        with contextlib.suppress(HttpError):
+            version = str((await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version))
     return backend, version, backend.trouble
 
 

@@ -49,8 +49,6 @@ class Histogram:
     [(0.5, 1), (1.0, 2), (inf, 3)]
     """
 
-    __slots__ = ("_counts", "bounds", "sum")
-
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.sum = bounds, 0.0
         self._counts = [0] * (len(bounds) + 1)  # per interval; the last interval has no upper bound

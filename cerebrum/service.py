@@ -56,44 +56,30 @@ class LogFormatter(logging.Formatter):
         return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
 
 
-class Output(logging.StreamHandler[Any]):
-    """Standard output. If its reader ends, the daemon goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 def set_up_logging(level: str, file: str) -> None:
     """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
     If standard output is systemd's journal, requests go to the file alone while the file can be written: an SD card
     should not store them twice.
     """
-    output = Output(sys.stdout)
+    logging.raiseExceptions = False  # if the reader of standard output ends, the daemon goes on
+    output = logging.StreamHandler(sys.stdout)
     handlers: list[logging.Handler] = [output]
     if file:
         log_file = _log_file(file)
         handlers.append(log_file)
-        if _in_journal():
-            output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
+        with contextlib.suppress(OSError):  # standard output is closed
+            place = os.fstat(1)
+            if os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}":  # see systemd.exec(5)
+                output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers
     for logger in (log, logging.getLogger("asyncio")):  # asyncio logs uncaught exceptions there
         logger.handlers, logger.propagate = handlers[:], False
         logger.setLevel(level)
-    for one in old:
-        if not isinstance(one, Output):
-            one.close()
-
-
-def _in_journal() -> bool:
-    """Whether standard output is systemd's journal; see systemd.exec(5)."""
-    try:
-        output = os.fstat(1)
-    except OSError:
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{output.st_dev}:{output.st_ino}"
+    for handler in old:
+        handler.close()
 
 
 MAX_LOGGED_CHARS = 10_000  # of a prompt
@@ -143,12 +129,10 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 def notify(*lines: str) -> None:
     """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
-        notifier.send("\n".join(lines).encode())
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+            notifier.send("\n".join(lines).encode())
 
 
 def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
@@ -156,14 +140,10 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(environ.get("LISTEN_FDS", "0"))
-    sockets = [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
-    for one in sockets:
-        one.set_inheritable(False)
-    return sockets
+    return [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
 
 
 # ----------------------------------------------------------------------------------------------- options
-
 
 HELP = """\
 configuration; the first source that sets a variable wins:
@@ -210,34 +190,29 @@ class Service:
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
         self._reload, self._stuck = reload, stuck
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._stopped = asyncio.Event()
         self._feeding: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         for number in ENDING:
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._signals.put_nowait, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_settings)
 
     def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         for number in ENDING:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
-        self._signals.put_nowait(signal.SIGTERM)
+        self._stopped.set()
 
     async def run(self, *work: asyncio.Task[Any]) -> bool:
         """Run until a signal stops us (False) or a task ends by itself (True), and log that task's error. The watchdog
         is fed until the event loop ends."""
         self._feeding = asyncio.create_task(self._feed())
         notify("READY=1")
-        tasks = {self._feeding, *work}
-        while True:
-            signalled = asyncio.create_task(self._signals.get())
-            await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            signalled.cancel()
-            ended = [task for task in tasks if task.done()]
-            if ended or signalled.result() != signal.SIGHUP:
-                break
-            self._reload_settings()
+        tasks, stopped = {self._feeding, *work}, asyncio.create_task(self._stopped.wait())
+        await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        ended = [task for task in tasks if task.done()]
         for task in ended:
             log.error("a task of the daemon has ended", exc_info=task.exception())
         notify("STOPPING=1")

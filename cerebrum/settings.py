@@ -99,21 +99,15 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
     return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
 
 
-CREDENTIAL_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-
-
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables from files of the same names, which systemd passes through the unit's LoadCredential=."""
-    values = dict[str, str]()
-    if not (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        return values
+    folder, values = environ.get("CREDENTIALS_DIRECTORY"), dict[str, str]()
     try:
-        for path in sorted(Path(folder).iterdir()):
-            if not CREDENTIAL_NAME.fullmatch(path.name):
-                continue
-            values[path.name] = path.read_text("utf-8", "replace").strip()
-            if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
-                raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+        for path in Path(folder).iterdir() if folder else ():
+            if re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
+                values[path.name] = path.read_text("utf-8", "replace").strip()
+                if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
+                    raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -132,11 +126,10 @@ def _read_env(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(.*?)\s*", line)
+        match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line)
         if not match:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
-        value = match[2]
-        values[match[1]] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+        values[match[1]] = match[3]
     return values
 
 
@@ -172,7 +165,7 @@ MODEL = {
 
 
 def load_catalog(path: Path) -> Catalog:
-    """Read and check models.toml. ConfigError says which entry is wrong and how."""
+    """Read and check models.toml. ConfigError names the variable of the path, and the wrong entry with its fault."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         entries, backends = table.get("models"), table.get("backends", [])
@@ -187,7 +180,7 @@ def load_catalog(path: Path) -> Catalog:
         if len(set(names)) != len(names):
             raise ConfigError("expected every id and alias once")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
     return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
 
 

@@ -90,6 +90,7 @@ def test_shapes() -> None:
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"])
     assert len(timestamp()) == 26
+    assert timestamp(60.0) < timestamp()
     assert error_event(error) == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
     assert sse_event({"token": "ä\n\u2028"}) == b'data: {"token": "\\u00e4\\n\\u2028"}\n\n'
     assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])
@@ -201,7 +202,7 @@ def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         load_catalog(path)
-    assert str(error.value).startswith(str(path))
+    assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
 
 
 def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:

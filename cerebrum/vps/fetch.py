@@ -21,8 +21,6 @@ from typing import Any
 from cerebrum.vps.llama import MB, file_digest
 from cerebrum_common import Model
 
-# --------------------------------------------------------------------------------------------- IO: fetch
-
 
 class FetchError(Exception):
     """A download that failed. The message says what was expected and what came."""
@@ -43,8 +41,7 @@ class Bar:
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
-        bar = "#" * round(30 * share)
-        text = f"{self.label} [{bar:<30}] {share:4.0%}"
+        text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%}"
         if not self.steps:
             rate = done / MB / max(0.001, now - self.start)
             text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
@@ -115,9 +112,6 @@ def digest_with_bar(path: Path) -> str:
     return digest
 
 
-CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-
-
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
     """Download the publisher's own file. Resumes the last try if the server still has the same file."""
     done = part.stat().st_size if part.exists() else 0
@@ -138,7 +132,7 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
     with answer:
         whole = int(answer.headers["Content-Length"] or 0)
         if answer.status == 206:
-            match = CONTENT_RANGE.fullmatch(answer.headers["Content-Range"] or "")
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers["Content-Range"] or "")
             if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
                 mark.unlink(missing_ok=True)
                 raise FetchError(f"expected the rest from byte {done} on, got another part; run fetch again")

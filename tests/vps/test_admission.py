@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from harness import PATIENCE, copy_program
 
 import vpsd
 from cerebrum.settings import ConfigError, Environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.vps.llama import MB
 from cerebrum_common import HttpError, describe
-from vpsd import CpuMeter, Headroom, check_headroom, load_config, parse_inference
+from vpsd import CpuMeter, check_cpu, check_memory, load_config, parse_inference
 
 # ------------------------------------------------------------------------------------------- the request
 
@@ -126,45 +128,38 @@ def config(**more: str) -> vpsd.Config:
 
 
 @pytest.mark.parametrize(
-    ("headroom", "message"),
+    ("check", "enough", "too_little", "message"),
     [
-        (Headroom(1024 * MB, 70.0), None),
-        (Headroom(1023 * MB, 0.0), "expected 1024 MB of memory available, got 1023 MB"),
-        (Headroom(2048 * MB, 71.0), "expected other programs to use at most 70 % of the CPU, got 71 %"),
-        (Headroom(0, 100.0), "expected 1024 MB of memory available, got 0 MB"),
+        (check_memory, 1024.0, 1023.0, "expected 1024 MB of memory available, got 1023 MB"),
+        (check_cpu, 70.0, 71.0, "expected other programs to use at most 70 % of the CPU, got 71 %"),
     ],
 )
-def test_check_headroom(headroom: Headroom, message: str | None) -> None:
-    if message is None:
-        check_headroom(headroom, config())
-        return
+def test_a_busy_machine(check: Any, enough: float, too_little: float, message: str) -> None:
+    check(enough, config())
     with pytest.raises(HttpError) as caught:
-        check_headroom(headroom, config())
+        check(too_little, config())
     assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
 
 
-def test_check_headroom_of_memory_or_cpu_alone() -> None:
-    check_headroom(Headroom(0, 0.0), config(), memory=False)
-    check_headroom(Headroom(2048 * MB, 100.0), config(), cpu=False)
-
-
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)])
-    monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
-    meter.sample()  # 20 CPU seconds: 5 idle, 10 our own
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # no time has passed
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # the two clocks tick apart, but the difference never falls below 0
-    assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    for own, others in ((100.0, 50.0), (310.0, 0.0)):  # of one CPU; the two clocks tick apart
+        times = SimpleNamespace(user=75.0, idle=15.0, iowait=6.0, steal=4.0)
+        monkeypatch.setattr(psutil, "cpu_times_percent", lambda times=times: times)
+        monkeypatch.setattr(meter.process, "cpu_percent", lambda own=own: own)
+        meter.sample()
+        assert (meter.system_percent, meter.others_percent) == (75.0, others)
 
 
 def test_cpu_meter_reads_this_machine() -> None:
-    total, idle, own = CpuMeter._read()
-    assert 0 < idle < total
-    assert own > 0
+    meter, end = CpuMeter(), time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    meter.sample()
+    assert 0 < meter.system_percent <= 100
+    assert 0 <= meter.others_percent < meter.system_percent
 
 
 # ------------------------------------------------------------------------------------------------ config
