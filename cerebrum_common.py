@@ -63,7 +63,7 @@ def internal_error(exception: Exception) -> HttpError:
 
 
 def timestamp(ago: float = 0.0) -> str:
-    """UTC now, or so many seconds ago, as `2025-12-25T12:00:00.000000`."""
+    """The UTC time `ago` seconds before now, as `2025-12-25T12:00:00.000000`."""
     return (datetime.now(UTC) - timedelta(seconds=ago)).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 

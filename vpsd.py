@@ -242,16 +242,23 @@ class CpuMeter:
     and must not lock out a second generation."""
 
     def __init__(self) -> None:
-        self.process = psutil.Process()
-        self.sample()  # what came before does not count
         self.system_percent = self.others_percent = 0.0
+        self.last = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        own = psutil.Process().cpu_times()
+        idle = times.idle + times.iowait + times.steal  # steal went to other guests of the host: not this system's use
+        return sum(times[:8]), idle, own.user + own.system
 
     def sample(self) -> None:
-        """Read the percentages since the last call."""
-        times, own = psutil.cpu_times_percent(), self.process.cpu_percent() / psutil.cpu_count()
-        # steal went to other guests of the host: not this system's use
-        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
-        self.others_percent = max(0.0, self.system_percent - own)
+        now = self._read()
+        total, idle, own = (b - a for a, b in zip(self.last, now, strict=True))
+        if total > 0:
+            self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
+            self.others_percent = max(0.0, 100 * (total - idle - own) / total)
+            self.last = now
 
 
 # ------------------------------------------------------------------------------------------ IO: commands
@@ -328,11 +335,10 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     else:
         raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
     llama.check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bars = dict[str, Bar]()
+    bars = dict[str, Bar]()  # by label
 
     def report(label: str, done: int, total: int) -> None:
-        bar = bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True))
-        bar.show(done, last=done >= total)
+        bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(done, last=done >= total)
 
     def accept(outcome: Outcome) -> None:
         print(outcome.table(), file=output, flush=True)
@@ -437,8 +443,8 @@ class Engine:
     # Admission.
 
     def refusal(self, model: Model) -> HttpError | None:
-        """Why the model cannot be used, if so: its file is missing, or a recent try to load the file has failed. Each
-        try would read a large file."""
+        """The error if the model cannot be used, else None: its file is missing, or loading it has failed recently, and
+        each attempt would read a large file."""
         instance, path = self.instances.get(model.id), self.config.models_dir / model.file
         if instance and instance.loaded:
             return None  # a loaded model needs no file any more
@@ -446,8 +452,10 @@ class Engine:
             fetching = f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}"
             return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
         message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
-        is_recent = time.monotonic() < until and stamp == llama.file_stamp(path)
-        return HttpError("MODEL_LOAD_FAILED", message) if is_recent else None
+        with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
+            if time.monotonic() < until and stamp == llama.file_stamp(path):
+                return HttpError("MODEL_LOAD_FAILED", message)
+        return None
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
@@ -758,7 +766,7 @@ async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
     events = [event async for batch in events_of(engine, request) for event in batch]
     if not events or "done" not in events[-1]:
-        raise HttpError("INTERNAL_ERROR", engine.stuck(time.monotonic()))
+        raise HttpError("INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress")
     result = {name: value for name, value in events[-1].items() if name not in ("done", "language")}
     return Response({"completion": "".join(event.get("token", "") for event in events), **result})
 

@@ -136,6 +136,12 @@ class StopStrings(Stage):
             for char in stop[1:]:
                 borders.append(matched(stop, borders, borders[-1], char))
         self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
+        self.starts = {stop[0] for stop in stops}
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        if not any(self.sizes) and self.starts.isdisjoint(piece):
+            return piece, None  # nearly every piece of a text
+        return super().feed(piece)
 
     def step(self, char: str) -> None:
         self.text.append(char)

@@ -129,7 +129,7 @@ _C = Language(
     re.compile(r"(?:^|\s)(?:class|struct|union|namespace|extern)\b[^()=]*$"),
     directives=True,
 )
-_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines", brackets="", close="")  # no code
+_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines", brackets="", close="")  # not code
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         _lines(r"^(?:import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b)"),

@@ -67,7 +67,8 @@ class Literals:
         literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # What only continues a literal or a comment: no escape, bracket of a regex or a raw string, ?> of PHP, or end.
+        # Characters that cannot change the state inside a literal or comment: all but ends, escapes, the brackets of a
+        # regex or a raw string, and ?> of PHP.
         self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\[](>"))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code

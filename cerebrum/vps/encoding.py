@@ -307,7 +307,7 @@ def measure(model: Llama, read: int) -> Timing:
     tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # any tokens will do
 
     def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
-        """Append these chunks for so many seconds, and at least so often, and return the shortest time."""
+        """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
         length, spent = len(slot.tokens), list[float]()
         while len(spent) < least or sum(spent) < seconds:
             back_to(model, slot, length)
@@ -457,7 +457,8 @@ class Tuner:
     def write(self, path: Path, types: Types, settings: Settings, layers: Sequence[int] | None = None) -> None:
         """Write a tuned file, for these settings."""
         values = {PASSPORT_KEY: json.dumps(asdict(self.passport(types, settings)))}
-        self.source.write(path, types, values, layers, report=lambda *done: self.report("writing", *done))
+        report = functools.partial(self.report, "writing") if types else lambda _done, _total: None
+        self.source.write(path, types, values, layers, report=report)
 
     def run(self) -> tuple[Outcome, Path]:
         """The outcome, and the file to put in place."""
@@ -474,7 +475,8 @@ class Tuner:
         elif settings != self.settings:
             variants["tuned"] = (self.path, settings)
         found = compare(variants, WHOLE_READ_TOKENS, self.step)
-        self.report("measuring", self.steps, self.steps)  # fewer if some did not fit, or there is nothing to compare
+        if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
+            self.report("measuring", self.steps, self.steps)
         forms = {
             name: Form(found[name], used, file.stat().st_size, self.memory(types if file == path else {}, used))
             for name, (file, used) in variants.items()

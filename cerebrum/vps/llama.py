@@ -200,7 +200,7 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = llama.llama_get_memory(self.context)
-        # A recurrent state can only take back so many tokens, right after they were decoded.
+        # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
@@ -323,8 +323,9 @@ class Sampler:
         return int(llama.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        if self.chain:
-            llama.llama_sampler_free(self.chain)
+        chain, self.chain = self.chain, None
+        if chain:
+            llama.llama_sampler_free(chain)
 
 
 @dataclass(slots=True)

@@ -163,9 +163,13 @@ def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], boo
     return calibrate(model, path, baton, give_up)
 
 
+class GivenUp(ModelError):
+    """The calibration has stopped, because a job has come or the worker is to stop."""
+
+
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
-    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. ModelError
-    if that is given up, or llama.cpp fails.
+    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. GivenUp, or
+    ModelError if llama.cpp fails.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
@@ -175,7 +179,7 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
     tokens = [7919 * place % model.n_vocab for place in range(max(CALIBRATION_SIZES))]  # of many experts
     while missing := [size for size, seen in times.items() if len(seen) < 2 or sum(seen) < CALIBRATION_SECONDS]:
         if give_up():
-            raise ModelError("calibration was given up")
+            raise GivenUp
         size = min(missing, key=lambda size: sum(times[size]))
         with baton:
             begin = time.perf_counter()
@@ -183,7 +187,7 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
         if code:  # ABORTED by a stop, or by the late cancellation of a job
-            raise ModelError("calibration was given up" if code == ABORTED else "llama.cpp cannot evaluate this model")
+            raise GivenUp if code == ABORTED else ModelError("llama.cpp cannot evaluate this model")
         if warm:
             times[size].append(seconds)
         warm = True

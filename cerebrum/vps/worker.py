@@ -58,7 +58,7 @@ from cerebrum.vps.llama import (
     file_stamp,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.schedule import Baton, Costs, GivenUp, calibrate, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
@@ -607,7 +607,7 @@ class Worker(threading.Thread):
     def _serve(self, decoder: Decoder) -> None:
         """The worker's loop: start new jobs, and decode what the running ones need next."""
         while True:
-            self._alarm.clear()  # before the look at everything that sets it
+            self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
                 return
             self._start_jobs(decoder)
@@ -714,7 +714,7 @@ class Worker(threading.Thread):
         for slot in self.slots:
             decoder.sequences.park(slot)
         decoder.model.abort_flag[0] = b"\x00"
-        with contextlib.suppress(ModelError):  # given up for a job
+        with contextlib.suppress(GivenUp):
             decoder.costs = calibrate(
                 decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
             )

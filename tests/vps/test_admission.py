@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from harness import PATIENCE, copy_program
 
@@ -142,24 +139,22 @@ def test_a_busy_machine(check: Any, enough: float, too_little: float, message: s
 
 
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)])
+    monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
-    for own, others in ((100.0, 50.0), (310.0, 0.0)):  # of one CPU; the two clocks tick apart
-        times = SimpleNamespace(user=75.0, idle=15.0, iowait=6.0, steal=4.0)
-        monkeypatch.setattr(psutil, "cpu_times_percent", lambda times=times: times)
-        monkeypatch.setattr(meter.process, "cpu_percent", lambda own=own: own)
-        meter.sample()
-        assert (meter.system_percent, meter.others_percent) == (75.0, others)
+    meter.sample()  # 20 CPU seconds: 5 idle, 10 our own
+    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
+    meter.sample()  # no time has passed
+    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
+    meter.sample()  # the two clocks tick apart, but the difference never falls below 0
+    assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
 
 
 def test_cpu_meter_reads_this_machine() -> None:
-    meter, end = CpuMeter(), time.process_time() + 0.2
-    while time.process_time() < end:
-        pass
-    meter.sample()
-    assert 0 < meter.system_percent <= 100
-    assert 0 <= meter.others_percent < meter.system_percent
+    total, idle, own = CpuMeter._read()
+    assert 0 < idle < total
+    assert own > 0
 
 
 # ------------------------------------------------------------------------------------------------ config
