@@ -8,9 +8,9 @@
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete` runs every
 completion, and yields pairs of (kind, value): `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
-answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Reading` follows a completion for them:
-identical requests share one completion, an editor that types on ends its older infill, and text that the last
-completion predicted is served without a backend.
+answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Reading` follows a completion for one
+of their clients: identical requests share one completion, an editor that types on ends its older infill, and text that
+the last completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
 in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
@@ -186,7 +186,7 @@ class Gateway:
         self.reconfigured = 0
         self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
         self.warming = Warming(self._choose_to_warm, self._answer)
-        self.sharing = Sharing(self.complete, self.beginning, self.warming.add)
+        self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
         self.counting = Counting(self.sharing, config.models)
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)
@@ -225,7 +225,11 @@ class Gateway:
         return True
 
     def _choose_to_warm(self, job: Job) -> Backend | None:
-        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now."""
+        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
+        prompt is forgotten if none of its backends reads ahead."""
+        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
+            self.warming.waiting.pop(job.client, None)
+            return None
         with contextlib.suppress(HttpError):  # no backend may be asked
             if not self.line and (chosen := self.fleet.choose(job)) and chosen[1].may_warm:
                 job.model, backend = chosen

@@ -11,8 +11,9 @@ Strategy
 - Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
   client can always tell a finished stream from a broken one.
 
-It refuses what exceeds the limits below, clients that are slow or take more than their share of the connections, and
-pages of foreign origins. No TLS, no HTTP/2; standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
+The server refuses what exceeds the limits below, clients that are slow or take more than their share of the
+connections, and pages of foreign origins. No TLS, no HTTP/2; standard library only.
+Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset c
 
 
 class ListenError(OSError):
-    """Listening failed, maybe only for now: an interface is not up yet at boot, or a predecessor holds the port."""
+    """Listening failed. The cause may be temporary: an interface not up yet at boot, or a port still in use."""
 
 
 class ClientGone(ConnectionError):
@@ -445,9 +446,10 @@ class Connection:
                 while not decoder.done:
                     if not self.buffer and not await self.fill():
                         raise ClientGone
-                    sink(decoder.feed(self.take(READ_BYTES)))
+                    piece = decoder.feed(self.take(READ_BYTES))
                     if decoder.fault:
                         raise decoder.fault
+                    sink(piece)
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
         self.buffer[:0] = decoder.rest

@@ -238,6 +238,7 @@ class Backend:
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last successful probe
+        self._strange = ""  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
@@ -264,10 +265,14 @@ class Backend:
         return "" if self.available else self.trouble or BREAKER_OPEN
 
     @property
+    def warms(self) -> bool:
+        """Whether the backend reads prompts ahead: reading costs nothing."""
+        return self.api is None or self.api.warms
+
+    @property
     def may_warm(self) -> bool:
-        """Whether the backend may read a prompt ahead now: it is idle, and reading costs nothing."""
-        is_idle = not self.active and not self.warming and self.breaker.state == "closed"
-        return is_idle and (self.api is None or self.api.warms)
+        """Whether the backend may read a prompt ahead now, because it is idle."""
+        return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
 
     @property
     def is_paid(self) -> bool:
@@ -354,13 +359,16 @@ class Backend:
                     props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
             if isinstance(error, Misfit) or (self.api and self.models is None):
+                self._models_until = 0.0
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self._catalog, listed)
-        if not self.names and self.models != {}:  # logged once
-            strange = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
+        names = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
+        strange = "" if self.names else names
+        if strange and strange != self._strange:
+            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
+        self._strange = strange
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
 

@@ -197,7 +197,7 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
         for pair in translator.feed(block, came):
             spoke = now()
             yield pair
-        silence = came - translator.lived  # without the time that the client took to read
+        silence = came - translator.lived
         if not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
             raise BackendFailure(upstream.LATE)
         is_late = translator.reason and (payload is None or silence >= COUNTS_SECONDS)

@@ -84,6 +84,8 @@ class Fleet:
         for backend in gone:
             backend.wake.set()  # ends its probing
             backend.upstream.close()
+            if backend.warming:
+                backend.warming[1].cancel()
         self._replaced.set()
 
     # State.

@@ -99,8 +99,9 @@ class Predictions:
 
     def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
         if 1 < len(text) <= MAX_PREDICTED_CHARS:
-            tail = fields["prompt"][-TAIL_CHARS:]
-            self.recent.append(Prediction(client, tail, alike(fields), text, begun, reason))
+            found = Prediction(client, fields["prompt"][-TAIL_CHARS:], alike(fields), text, begun, reason)
+            if found not in self.recent:  # each reader of a shared completion adds it
+                self.recent.append(found)
 
     def find(self, client: str, fields: Mapping[str, Any]) -> tuple[Prediction, str] | None:
         """A completion whose beginning the client has typed, and the rest of its text."""
@@ -183,15 +184,17 @@ class Reading:
 
 class Sharing:
     """Owns what requests share: the readers of each running completion, and the latest completions. `start` begins a
-    completion, `beginning` returns the value of its pair "started", and `warm` queues a prompt to be read ahead."""
+    completion, `beginning` returns the value of its pair "started", `warm` queues a prompt to be read ahead, and
+    `moved` is called when a place passes to another client."""
 
     def __init__(
         self,
         start: Callable[[Job], AsyncGenerator[Pair, None]],
         beginning: Callable[[Job], dict[str, Any]],
         warm: Callable[[Job], None],
+        moved: Callable[[], None],
     ) -> None:
-        self._start, self.beginning, self._warm = start, beginning, warm
+        self._start, self.beginning, self._warm, self._moved = start, beginning, warm, moved
         self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.readings: list[Reading] = []
         self.predictions = Predictions()
@@ -296,6 +299,7 @@ class Sharing:
         shared = reading.shared
         if others := [other for other in self.readings if other.shared is shared]:
             shared.job.client = others[0].job.client
+            self._moved()
         elif shared.task:
             shared.task.cancel()
 
@@ -344,6 +348,8 @@ class Warming:
                     pass
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
+        except Exception as exception:
+            internal_error(exception)
 
     def _end(self, backend: Backend, task: asyncio.Task[None]) -> None:
         backend.warming = None

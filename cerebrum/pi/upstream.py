@@ -109,7 +109,7 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
 
 
 class BackendFailure(HttpError):
-    """A backend, or the network on the way there, is at fault: 503, counted by the breaker. We word the `reason`."""
+    """A backend, or the network to it, is at fault: 503, counted by the breaker. `reason` is in our own words."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
@@ -420,9 +420,10 @@ class Reader(asyncio.Protocol):
     transport: asyncio.Transport  # once connected
 
     def __init__(self) -> None:
-        self.ended = self.broken = self.expired = False  # no more bytes come; it failed; `watch` cut it
+        self.ended = self.broken = False  # no more bytes will come; the connection has failed
+        self.expired = False  # `watch` has cut the connection
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
-        self.unread = b""
+        self.unread = b""  # bytes that have come and that nobody has read
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None

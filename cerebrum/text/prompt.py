@@ -730,7 +730,9 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
     last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
     room -= weigh(last["content"]) + MESSAGE_WEIGHT
-    earlier = (weigh(turn["content"]) + MESSAGE_WEIGHT for turn in turns[-2 : -1 - MAX_TURNS : -1])
+    texts = [turn["content"] for turn in turns[-2 : -1 - MAX_TURNS : -1]]
+    # A character weighs more than a third: to weigh a text that is longer would only take time.
+    earlier = (weigh(text) + MESSAGE_WEIGHT if len(text) <= 3 * room else room + 1 for text in texts)
     taken = 1 + count_fitting(earlier, room)
     left_out = len(turns) - taken
     rounded = -(-left_out // 4) * 4

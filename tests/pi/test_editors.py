@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from harness import Reply, until
+from harness import PATIENCE, Reply, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 from cerebrum.pi import backend as pi_backend
@@ -339,6 +339,22 @@ async def test_one_editor_leaves_a_place_for_another():
         assert (await own).status == 200
 
 
+async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", PATIENCE)  # otherwise the end of this time would do it
+    async with Backend([GOOD, [HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+        await infill(pi.from_address("127.0.0.2"))
+        owner = infill(pi, filename="a.py")
+        await until(lambda: len(backend.completions) == 2)
+        other = infill(pi.from_address("127.0.0.2"), filename="a.py")
+        await until(lambda: pi.gateway.sharing.shared == 1)
+        waiting = infill(pi, filename="b.py")
+        await until(lambda: len(pi.gateway.line) == 1)
+        owner.cancel()
+        assert (await waiting).status == 200
+        assert not other.done()
+        other.cancel()
+
+
 # --------------------------------------------------------------------------------------------- warm-ups
 
 WARM_UP = {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "response_fields": [""]}
@@ -538,6 +554,9 @@ def test_predictions_are_bounded():
     predictions = Predictions()
     predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (sharing.MAX_PREDICTED_CHARS + 1), {}, "stop")
     assert len(predictions.recent) == 0
+    for _reader in range(2):  # of one shared completion
+        predictions.add("me", {"prompt": "x", "suffix": ""}, "yz", {}, "stop")
+    assert len(predictions.recent) == 1
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     for number in range(2 * sharing.MAX_PREDICTIONS):
         fields = {"prompt": f"{number}{large}", "suffix": large, "filename": large, "stop": [large]}

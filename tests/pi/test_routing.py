@@ -492,7 +492,7 @@ async def test_only_an_engine_that_costs_nothing_reads_ahead(api: str, asked: in
     async with Backend([[HANG]], models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api=api)) as pi:
         assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
         assert bool(pi.gateway.fleet.first.warming) == bool(asked)  # a prompt that may be read is read at once
-        await until(lambda: len(backend.completions) == asked)
+        await until(lambda: len(backend.completions) == asked and not pi.gateway.warming.waiting)
         assert [body["n_predict"] for body in backend.completions] == [0] * asked
 
 
