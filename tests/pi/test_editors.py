@@ -559,7 +559,7 @@ def test_predictions_are_bounded():
     assert len(predictions.recent) == 1
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     for number in range(2 * sharing.MAX_PREDICTIONS):
-        fields = {"prompt": f"{number}{large}", "suffix": large, "filename": large, "stop": [large]}
+        fields = {"prompt": f"{large}{number}", "suffix": large, "filename": large, "stop": [large]}
         predictions.add("me", fields, large[: sharing.MAX_PREDICTED_CHARS], {}, "stop")
     assert len(predictions.recent) == sharing.MAX_PREDICTIONS
     kept = sum(sys.getsizeof(part) for one in predictions.recent for part in (one.tail, one.alike, one.text))

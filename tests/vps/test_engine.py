@@ -783,7 +783,7 @@ def test_a_cold_first_decode_is_no_measurement(tmp_path: Path, monkeypatch: pyte
 
 def test_calibration_gives_way_to_a_request_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
-    with pytest.raises(llama.ModelError, match="given up"):
+    with pytest.raises(schedule.GivenUp):
         schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3)
     assert model.sizes == [1, 1, 2]
     assert list(tmp_path.iterdir()) == []
