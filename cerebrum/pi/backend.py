@@ -238,7 +238,7 @@ class Backend:
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # by the last successful probe
-        self._strange = ""  # the names in its last list, if it had none of our models
+        self._strange: str | None = None  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
@@ -364,10 +364,9 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self._catalog, listed)
-        names = printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS] or "none"
-        strange = "" if self.names else names
-        if strange and strange != self._strange:
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange)
+        strange = None if self.names else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
+        if strange not in (None, self._strange):
+            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         self._strange = strange
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
