@@ -508,6 +508,16 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
         await until(lambda: pi.gateway.fleet.backends[0].warming is None)
 
 
+async def test_a_backend_that_leaves_models_toml_stops_reading_ahead() -> None:
+    one = Backend([[CHUNKED, HANG]], models=listing("qwen_1_5b"))
+    async with fleet(one, Backend(models=listing("qwen_0_5b"))) as pi:
+        assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
+        await one.begun.wait()
+        config = pi.gateway.config
+        pi.gateway.reconfigure(dataclasses.replace(config, backends=config.backends[1:]))
+        await one.left.wait()
+
+
 async def test_failures_are_counted_by_backend() -> None:
     async with fleet(Backend([[RESET]]), Backend()) as pi:
         assert await answered(pi) == "b"
