@@ -18,6 +18,7 @@ from harness import PATIENCE, Reply, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import sharing, upstream
 from cerebrum.pi.backend import Job
 from cerebrum.pi.dialects import INFILL
@@ -340,7 +341,9 @@ async def test_one_editor_leaves_a_place_for_another():
 
 
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", PATIENCE)  # otherwise the end of this time would do it
+    # Otherwise the end of the wait or a probe would do it.
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", PATIENCE)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     async with Backend([GOOD, [HANG], GOOD]) as backend, pi_for(backend.port) as pi:
         await infill(pi.from_address("127.0.0.2"))
         owner = infill(pi, filename="a.py")
