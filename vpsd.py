@@ -53,7 +53,6 @@ import psutil
 
 import cerebrum_common as common
 from cerebrum import metrics
-from cerebrum.check import check_vps, memory_limit
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
@@ -312,6 +311,8 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
+    from cerebrum.check import memory_limit
+
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
@@ -999,6 +1000,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
+        from cerebrum.check import check_vps  # loaded only for an option
+
         return check_vps(HERE, load_config)
     try:
         environ = read_environment(os.environ, HERE)
