@@ -35,11 +35,12 @@ test-packages: ## install, upgrade, break and remove the packages on each Debian
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
 	$(PYTHON) -m pytest -m packages
 
-lint: ## run ruff, mypy --strict and shellcheck
+lint: ## run ruff, mypy --strict, vermin and shellcheck
 	@./run.sh setup test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	.venv/bin/vermin --quiet --target=3.9- --violations --eval-annotations cerebrum_lsp.py
 	shellcheck $(SCRIPTS)
 
 # One after another, since two at a time would disturb each other.

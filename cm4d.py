@@ -20,7 +20,7 @@ backend fails before the first token, the next one gets the request; the same on
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
 except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
-cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing.
+cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing, as may cerebrum_lsp.py, which the Pi only hands out.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident
 from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job
 from cerebrum.pi.breaker import BREAKER_STATES
-from cerebrum.pi.counting import Counting
+from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
@@ -480,6 +480,20 @@ async def page(gateway: Gateway, request: Request) -> Response:
     return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
 
 
+async def language_server(gateway: Gateway, request: Request) -> Response:
+    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's version."""
+    try:
+        text = (HERE / "cerebrum_lsp.py").read_bytes()
+    except OSError:
+        raise HttpError("NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none") from None
+    return Response(text, kind="text/x-python; charset=utf-8")
+
+
+async def accepted(gateway: Gateway, request: Request) -> Response:
+    """POST /v1/accepted: count a completion that the user of an editor has accepted."""
+    return Response(gateway.counting.accept(common.read_fields(request.json(), ACCEPTED)["characters"]))
+
+
 async def models(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models: the models of models.toml. `available`: a backend that has the model can be reached; the entry
     then also has the members that the first such backend reports, and `backends` names all such backends. `languages`
@@ -645,6 +659,10 @@ METRICS = {
         Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "sharing.replaced", "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
                "sharing.type_through", "type_through"),
+        Metric("cerebrum_accepted_total", "Completions that users accepted, as editors report.",
+               "counting.accepted", "accepted"),
+        Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
+               "counting.accepted_characters", "accepted_characters"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (
@@ -697,9 +715,11 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
 
 ROUTES = (
     Route("GET", "/", page, open=True),
+    Route("GET", "/cerebrum_lsp.py", language_server, open=True),
     Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/complete", complete, json=True),
     Route("POST", "/v1/complete/stream", complete_stream, json=True),
+    Route("POST", "/v1/accepted", accepted, json=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/stats", stats),
     Route("GET", "/v1/activity", activity, quiet=True),

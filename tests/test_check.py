@@ -21,6 +21,7 @@ from harness import KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
 from scripted import MODELS, Backend, answer, in_a_thread
 from test_gguf import header
 
+import cerebrum_lsp
 import cm4d
 import vpsd
 from cerebrum import check as cerebrum_check
@@ -242,7 +243,7 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == VERSION
+    assert project["version"] == VERSION == cerebrum_lsp.VERSION
     assert f"llama-cpp-python=={cerebrum_check.LLAMA_CPP}" in project["dependencies"]
 
 

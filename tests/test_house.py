@@ -19,6 +19,7 @@ MAY = {  # what a file, or else each file of a folder, may import beside its own
     "cerebrum_common.py": set[str](),
     "cm4d.py": BOTH | {"cerebrum.pi"},
     "vpsd.py": BOTH | {"cerebrum.vps"},
+    "cerebrum_lsp.py": set[str](),  # one file on a laptop
     "cerebrum": {"cerebrum.settings"},
     "cerebrum/check.py": {"cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
     "cerebrum/text": set[str](),

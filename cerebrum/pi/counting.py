@@ -13,9 +13,10 @@ from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
 from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
-from cerebrum_common import HttpError, Model
+from cerebrum_common import Field, HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
+ACCEPTED = {"characters": Field(int, 1, 10**6, required=True)}  # what an editor reports
 SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
 
 
@@ -44,6 +45,7 @@ class Counting:
     def __init__(self, sharing: Sharing, models: Sequence[Model]) -> None:
         self._sharing = sharing
         self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, and tokens
+        self.accepted = self.accepted_characters = 0  # completions that editors' users accepted, and their length
         self.tallies: dict[str, Tally] = {}  # by model
         self.history = History(time.monotonic())
         self.add_models(models)
@@ -59,6 +61,12 @@ class Counting:
 
     def add_tokens(self, count: int) -> None:
         self.tokens += count
+
+    def accept(self, characters: int) -> dict[str, int]:
+        """Count an accepted completion, and return the totals."""
+        self.accepted += 1
+        self.accepted_characters += characters
+        return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
 
     def sample(self) -> None:
         """Bring `history` up to date."""

@@ -29,6 +29,7 @@ from typing import Any
 
 import cerebrum_common as common
 from cerebrum.pi import dialects
+from cerebrum.pi.counting import ACCEPTED
 from cerebrum.pi.dialects import Dialect
 from cerebrum_common import Field, HttpError, Model, Route
 
@@ -182,7 +183,9 @@ ANSWERS: dict[str, dict[str, Any]] = {  # the JSON of our own API, by the last p
     "openapi.json": {"openapi": "3.1.0", "info": {}, "paths": {}},
     "props": dialects.write_props("qwen_7b", 4096, 2),
     "tokenize": {"tokens": [1]},
+    "accepted": {"accepted": 1, "accepted_characters": 12},
 }
+KINDS = {"/": "text/html", "/cerebrum_lsp.py": "text/x-python"}  # of the files that the Pi serves
 EXAMPLE_TOKEN = {"token": "a", "total_tokens": 1}
 ERROR = {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"}
 EXAMPLE_EVENTS = (EXAMPLE_TOKEN, {"progress": {"stage": "load"}}, {"done": True, **EXAMPLE_RESULT}, ERROR)
@@ -217,14 +220,14 @@ def content_of(route: Route, dialect: Dialect | None) -> dict[str, Any]:
         return stream_of([like(event) for event in EXAMPLE_EVENTS])
     if last in ANSWERS:
         return {"application/json": {"schema": like(ANSWERS[last])}}
-    return {"text/plain" if last == "metrics" else "text/html": {"schema": STRING}}
+    return {KINDS.get(route.path, "text/plain"): {"schema": STRING}}
 
 
 def codes_of(route: Route, passed: frozenset[str], keyed: bool) -> list[str]:
     """The codes of all errors that can end a request of this route."""
     only = dict.fromkeys(passed - {"INVALID_REQUEST", "OVERLOADED"}, route.json)  # only JSON requests ask the VPS
     only |= {"UNAUTHORIZED": keyed and not route.open, "LENGTH_REQUIRED": route.json, "METHOD_NOT_ALLOWED": False}
-    only |= {"NOT_FOUND": route.path == "/", "MODEL_NOT_FOUND": route.json or "{id}" in route.path}
+    only |= {"NOT_FOUND": route.path in KINDS, "MODEL_NOT_FOUND": route.json or "{id}" in route.path}
     only |= {"VPS_UNAVAILABLE": route.json or route.path == "/health"}
     return [code for code in common.STATUSES if only.get(code, True)]
 
@@ -260,6 +263,7 @@ def write_openapi(
     schemas = {"Error": like(common.error_body(sample)), "ForeignError": like(dialects.write_error(sample))}
     native = ("Completion", native_request(fields, models), {"prompt": "def add(a, b):", "language": "python"})
     requests = {path: REQUESTS[dialect] for path, dialect in speaking.items()}
+    requests["/v1/accepted"] = ("Accepted", object_of(ACCEPTED), {"characters": 12})
     requests["/tokenize"] = ("Text", object_of(dialects.TOKENIZE, nullable=True), {"content": "a + b"})
     schemas |= {name: request for name, request, _ in [native, *requests.values()]}
     keys = {"X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}

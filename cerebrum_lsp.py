@@ -1,0 +1,855 @@
+#!/usr/bin/env python3
+"""Cerebrum's language server: completions as ghost text, in every editor that speaks LSP, from the Pi at home.
+
+    curl -O http://pi.local:7000/cerebrum_lsp.py
+    CEREBRUM_URL=http://pi.local:7000 python3 cerebrum_lsp.py     # the editor starts this command; see docs/editors.md
+
+One file, Python 3.9 or newer, standard library only. The server speaks LSP 3.18 on stdin and stdout: messages with a
+`Content-Length`, JSON-RPC 2.0. `textDocument/inlineCompletion` is the method for ghost text; a client that lacks it can
+turn on `textDocument/completion` instead. The completions are the answers of the Pi's `POST /infill`.
+
+A bad message gets the protocol's error, and the server goes on: -32700 for what is not JSON, -32600 for what is no
+request, -32601 for an unknown method, -32602 for bad parameters. If the Pi is away, the user is told once; until it is
+back, completions are empty.
+
+Threads: the main thread reads the messages; it alone owns the documents and changes the settings. A request that asks
+the Pi gets a thread of its own and a copy of the text. `Client` writes whole messages under a lock; `Suggestions`
+and `Server` have locks for what the threads share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, BinaryIO
+
+VERSION = "1.1.0"  # of Cerebrum
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+class BadSettings(Exception):
+    """A setting that cannot be used. The message says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The user's settings. Their names are those of the file and of `initializationOptions`."""
+
+    url: str = "http://localhost:7000"  # of the Pi
+    key: str = field(default="", repr=False)  # if the Pi asks for one
+    tokens: int = 128  # a completion has at most so many
+    read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
+    off: tuple[str, ...] = ()  # ids of languages that get no completions
+    completion: bool = False  # serve textDocument/completion, for clients without inline completion
+
+
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+    tuple: "a list of texts",
+    list: "a list",
+    dict: "an object",
+}
+MAX_TOKENS = 2048
+
+
+def read_settings(given: Any, settings: Settings) -> Settings:
+    """Apply a JSON object of settings. Unknown names are ignored, since clients send others' settings too."""
+    if given is None:
+        return settings
+    if not isinstance(given, dict):
+        raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
+    given = given.get("cerebrum", given)  # clients that share one object among servers have a section for each
+    changed: dict[str, Any] = {}
+    for one in fields(Settings):
+        if (value := given.get(one.name)) is None:
+            continue
+        kind = type(one.default)
+        if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = tuple(value)
+        if type(value) is not kind:
+            raise BadSettings(f"expected {KINDS[kind]} for {one.name}, got {kind_of(value)}")
+        changed[one.name] = value
+    settings = replace(settings, **changed)
+    try:
+        address = urllib.parse.urlsplit(settings.url)
+        is_good = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise BadSettings("expected a url such as http://pi.local:7000")
+    if not 1 <= settings.tokens <= MAX_TOKENS:
+        raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
+    if settings.read_ms < 0:
+        raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
+    if not re.fullmatch(r"[!-~]*", settings.key):
+        raise BadSettings("expected a key of visible ASCII characters")
+    return settings
+
+
+def kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def read_file(folder: Path) -> Any:
+    """The settings in lsp.toml, or in lsp.json, which every Python can read; None if there is neither."""
+    with contextlib.suppress(FileNotFoundError, ImportError):
+        import tomllib  # novm: since Python 3.11
+
+        with (folder / "lsp.toml").open("rb") as file:
+            return tomllib.load(file)
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((folder / "lsp.json").read_text("utf-8"))
+    return None
+
+
+def first_settings(environment: Mapping[str, str]) -> Settings:
+    """The settings of the file, and above them those of the environment."""
+    home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folder = Path(home) / "cerebrum"
+    try:
+        settings = read_settings(read_file(folder), Settings())
+    except (BadSettings, ValueError) as error:
+        reason = str(error) if isinstance(error, BadSettings) else "it cannot be parsed"
+        raise BadSettings(f"the settings in {folder}: {reason}") from None
+    names = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
+    return read_settings({name: environment.get(variable) for name, variable in names.items()}, settings)
+
+
+# ------------------------------------------------------------------------------------- pure: the documents
+
+LINE_END = re.compile(r"\r\n|\n|\r")
+# Units of one character by the encoding of positions.
+UNITS: Mapping[str, Callable[[str], int]] = {
+    "utf-16": lambda char: 1 + (char > "\uffff"),  # the default
+    "utf-8": lambda char: len(char.encode("utf-8", "surrogatepass")),
+    "utf-32": lambda char: 1,
+}
+
+
+class Document:
+    """An open text. Positions are (line, character), both from 0, in units of the client's encoding."""
+
+    def __init__(self, text: str, version: Any, language: str, encoding: str) -> None:
+        self.text, self.version, self.language, self.units = text, version, language, UNITS[encoding]
+        self.starts: list[int] = []  # of the lines, in code points; empty: not known yet
+
+    def offset(self, line: int, character: int) -> int:
+        """The position in code points. A position behind the end of a line or of the text means that end."""
+        if not self.starts:
+            self.starts = [0, *(found.end() for found in LINE_END.finditer(self.text))]
+        if line >= len(self.starts):
+            return len(self.text)
+        start, *rest = self.starts[line : line + 2]
+        content = self.text[start : rest[0] if rest else None].rstrip("\r\n")
+        if content.isascii():
+            return start + min(character, len(content))
+        for index, char in enumerate(content):
+            character -= self.units(char)
+            if character < 0:  # inside a character counts as before it
+                return start + index
+        return start + len(content)
+
+    def edit(self, start: int, end: int, text: str) -> None:
+        self.text = self.text[:start] + text + self.text[max(start, end) :]
+        self.starts = []
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A cursor in a file: the place where text is missing."""
+
+    uri: str
+    before: str
+    after: str
+
+
+class Suggestions:
+    """The latest completions, and how long the Pi took for each. All threads use it."""
+
+    MAX_FOUND = 16
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.found: deque[tuple[Gap, str]] = deque(maxlen=self.MAX_FOUND)
+        self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
+
+    def add(self, gap: Gap, text: str, seconds: float) -> None:
+        with self.lock:
+            self.found.append((gap, text))
+            self.seconds.append(seconds)
+
+    def rest(self, gap: Gap) -> str | None:
+        """What is left of a completion whose beginning has been typed or accepted; None if nothing fits."""
+        with self.lock:
+            for old, text in reversed(self.found):
+                typed = gap.before[len(old.before) :]
+                same = (old.uri, old.after) == (gap.uri, gap.after) and gap.before.startswith(old.before)
+                if same and text.startswith(typed) and (text != typed or not typed):
+                    return text[len(typed) :]
+        return None
+
+    def pause(self) -> float:
+        """Seconds of silence before an automatic request: the slower the Pi, the more it pays to wait for text."""
+        with self.lock:
+            return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
+
+
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
+PAUSE_SHARE = 0.2  # of the median response time
+MAX_BODY_TEXT = 200_000  # characters before the cursor, and after it, that are sent; the Pi fits them to the model
+
+
+def sent(gap: Gap) -> tuple[str, str]:
+    """The text before and after the cursor for a request. Of a long text the far ends are left out, in steps of a
+    quarter, so that the text begins at the same place for many keys and the model's cache stays valid."""
+    step = MAX_BODY_TEXT // 4
+    over = len(gap.before) - MAX_BODY_TEXT
+    cut = -(-over // step) * step if over > 0 else 0
+    return gap.before[cut:], gap.after[:MAX_BODY_TEXT]
+
+
+# ----------------------------------------------------------------------------------------------- IO: the Pi
+
+TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
+CONNECT_SECONDS = 5.0
+
+
+class PiError(Exception):
+    """The Pi did not answer as hoped: `status` of HTTP (0: no connection), and a message for the user."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Ended(Exception):
+    """The job was ended by `Job.end`."""
+
+
+class Job:
+    """A request of the client that a thread answers: it waits for a pause in typing, then asks the Pi."""
+
+    def __init__(self, number: Any = None, uri: str = "", pause: float = 0.0) -> None:
+        self.number, self.uri, self.pause = number, uri, pause
+        self.lock = threading.Lock()
+        self.asking = self.outdated = False
+        self.ended = threading.Event()
+        self.connection: http.client.HTTPConnection | None = None
+
+    def wait(self) -> bool:
+        """Wait for the pause; True if the Pi is to be asked, False if a newer request has come."""
+        if self.pause:
+            self.ended.wait(self.pause)
+        with self.lock:
+            if not self.outdated:
+                self.check()
+                self.asking = True
+        return self.asking
+
+    def supersede(self) -> None:
+        """A newer request has come for the same document. The Pi itself ends a computation that is of no use."""
+        with self.lock:
+            self.outdated = not self.asking
+            if self.outdated:
+                self.ended.set()
+
+    def end(self) -> None:
+        """Stop, from another thread: the Pi sees the connection close and frees the place."""
+        self.ended.set()
+        if self.connection and (connected := self.connection.sock):
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        if self.ended.is_set():
+            raise Ended
+
+
+def ask(settings: Settings, job: Job, path: str, body: Any = None) -> Any:
+    """POST the body, or GET without one, and return the answer's JSON. PiError, or Ended."""
+    url = urllib.parse.urlsplit(settings.url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = job.connection = kind(url.hostname or "", url.port, timeout=CONNECT_SECONDS)
+    headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
+    if settings.key:
+        headers["Authorization"] = f"Bearer {settings.key}"
+    data = None if body is None else json.dumps(body).encode("ascii")
+    try:
+        connection.connect()
+        job.check()  # `end` may have come before there was a socket
+        connection.sock.settimeout(TIMEOUT_SECONDS)
+        connection.request("GET" if data is None else "POST", url.path.rstrip("/") + path, data, headers)
+        response = connection.getresponse()
+        content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        job.check()
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise PiError(response.status, f"expected the Pi at {url.hostname}, got an answer that is not JSON")
+    if response.status != 200:
+        nested = answer.get("error")  # the dialects' form of an error
+        message = (nested if isinstance(nested, dict) else answer).get("message")
+        raise PiError(response.status, f"the Pi answers {response.status}: {message}")
+    return answer
+
+
+# ------------------------------------------------------------------------------- IO: messages of the client
+
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+NOT_INITIALIZED, REQUEST_CANCELLED, REQUEST_FAILED = -32002, -32800, -32803
+PROGRESS = "cerebrum"  # the token of the progress
+MAX_MESSAGE_BYTES = 1 << 28
+MAX_HEADER_BYTES = 4096
+LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,10})[ \t]*", re.IGNORECASE)
+
+
+class ProtocolError(Exception):
+    """What the client sent is wrong. The message says what was expected and what came."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def read_message(stream: BinaryIO) -> Any:
+    """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message cannot be read, after
+    which the next call finds the next message."""
+    length = None
+    while line := stream.readline(MAX_HEADER_BYTES):
+        if found := LENGTH.fullmatch(line.rstrip(b"\r\n")):
+            length = int(found[1])
+        elif line in (b"\r\n", b"\n") and length is not None:
+            break
+    else:
+        raise EOFError
+    if length > MAX_MESSAGE_BYTES:
+        while length > 0 and (data := stream.read(min(length, 1 << 20))):
+            length -= len(data)
+        raise ProtocolError(PARSE_ERROR, f"expected a message of at most {MAX_MESSAGE_BYTES} bytes")
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ProtocolError(PARSE_ERROR, "expected JSON in UTF-8") from None
+
+
+class Client:
+    """The editor: whole messages to it, by any thread."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.lock, self.number = stream, threading.Lock(), 0
+
+    def send(self, **members: Any) -> None:
+        data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
+        with self.lock, contextlib.suppress(OSError, ValueError):  # an editor that has gone needs no message
+            self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
+            self.stream.flush()
+
+    def request(self, method: str, params: Any) -> str:
+        """Send a request and return its id."""
+        with self.lock:
+            self.number += 1
+            number = f"cerebrum-{self.number}"
+        self.send(id=number, method=method, params=params)
+        return number
+
+    def fail(self, number: Any, code: int, message: str) -> None:
+        self.send(id=number, error={"code": code, "message": message})
+
+    def progress(self, **value: str) -> None:
+        self.send(method="$/progress", params={"token": PROGRESS, "value": value})
+
+    def show(self, kind: int, message: str) -> None:
+        """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
+        self.send(method="window/showMessage", params={"type": kind, "message": f"Cerebrum: {message}"})
+
+
+# -------------------------------------------------------------------------------------- state: the server
+
+SLOW_SECONDS = 1.5  # after which the user is told that the editor waits
+POLL_SECONDS = 2.0  # between two looks whether the model is loaded
+AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
+PREDICT_MS = 1500  # a completion that has a line ends after this time
+BUSY = (409, 429)  # statuses that pass by themselves
+ACCEPTED, INSTRUCT = "cerebrum.accepted", "cerebrum.instruct"  # the commands
+TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
+WORD = re.compile(r"\w*\Z")
+LATER = object()  # the result of a request that a thread answers
+
+
+class Server:
+    """One editor's session. The main thread runs `handle`; `later` runs work in threads."""
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        self.client, self.settings = client, settings
+        self.suggestions = Suggestions()
+        self.documents: dict[str, Document] = {}
+        self.encoding = "utf-16"
+        self.capabilities: Any = {}
+        self.ready = self.stopping = False
+        self.asked: dict[str, Callable[[Any], None]] = {}  # our requests, by id: what to do with the result
+        self.lock = threading.Lock()  # of what follows
+        self.jobs: dict[Any, Job] = {}
+        self.watching: threading.Event | None = None  # a thread watches whether a model loads; set: a completion came
+        self.shown = False  # a progress is
+        self.silent_until = 0.0  # of time.monotonic(): the Pi did not answer
+        self.told = False  # the user knows
+
+    # ----------------------------------------------------------------------------------------- dispatching
+
+    def serve(self, stream: BinaryIO) -> int:
+        """Read messages until the client says `exit` or its end closes. Returns the exit status."""
+        while True:
+            try:
+                message = read_message(stream)
+                if isinstance(message, dict) and message.get("method") == "exit":
+                    raise EOFError
+                self.handle(message)
+            except ProtocolError as error:
+                self.client.fail(None, error.code, str(error))
+            except EOFError:
+                return 0 if self.stopping else 1
+
+    def handle(self, message: Any) -> None:
+        if not isinstance(message, dict):
+            raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
+        number, method = message.get("id"), message.get("method")
+        if "method" not in message and ("result" in message or "error" in message):
+            if react := self.asked.pop(str(number), None):
+                react(message.get("result"))
+            return
+        if not isinstance(method, str) or ("id" in message and type(number) not in (int, str)):
+            raise ProtocolError(INVALID_REQUEST, "expected a method, and an id that is a number or text")
+        answer = self.outcome(lambda: self.run(method, message.get("params"), number))
+        if number is None:
+            if "error" in answer:
+                self.log(f"{method}: {answer['error']['message']}")
+        elif answer.get("result") is not LATER:
+            self.client.send(id=number, **answer)
+
+    def outcome(self, work: Callable[[], Any]) -> dict[str, Any]:
+        """The members of a response: the result of this work, or its error."""
+        try:
+            return {"result": work()}
+        except Ended:
+            code, text = REQUEST_CANCELLED, "cancelled"
+        except ProtocolError as wrong:
+            code, text = wrong.code, str(wrong)
+        except PiError as failed:
+            code, text = REQUEST_FAILED, str(failed)
+        except Exception as fault:  # its text may quote the user's code
+            code, text = INTERNAL_ERROR, f"internal error ({type(fault).__name__})"
+        return {"error": {"code": code, "message": text}}
+
+    def run(self, method: str, params: Any, number: Any) -> Any:
+        if number is None:
+            if (notified := NOTIFICATIONS.get(method)) and self.ready:
+                notified(self, params)
+            return None
+        if not self.ready and method != "initialize":
+            raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
+        if self.stopping or (self.ready and method == "initialize"):
+            raise ProtocolError(
+                INVALID_REQUEST, f"{method} cannot come {'after shutdown' if self.stopping else 'twice'}"
+            )
+        if not (requested := REQUESTS.get(method)):
+            raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
+        return requested(self, params, number)
+
+    def log(self, message: str) -> None:
+        self.client.send(method="window/logMessage", params={"type": 4, "message": f"Cerebrum: {message}"})
+
+    def later(self, job: Job, work: Callable[[Job], Any]) -> Any:
+        """Answer the request with the result of `work` in a thread."""
+
+        def run() -> None:
+            answer = self.outcome(lambda: work(job))
+            if self.take(job.number, job):
+                self.client.send(id=job.number, **answer)
+
+        with self.lock:
+            self.jobs[job.number] = job
+        threading.Thread(target=run, daemon=True).start()
+        return LATER
+
+    def take(self, number: Any, job: Job | None = None) -> Job | None:
+        """Take the unanswered job of this id, if it is this one: who gets it answers the client."""
+        with self.lock:
+            found = self.jobs.get(number)
+            return self.jobs.pop(number) if found and job in (None, found) else None
+
+    # --------------------------------------------------------------------------------------- the life cycle
+
+    def initialize(self, params: Any, _number: Any) -> Any:
+        self.capabilities = get(params, "capabilities", dict, {})
+        offered = get(self.capabilities, "general.positionEncodings", list, ["utf-16"])
+        self.encoding = next((name for name in offered if name in UNITS), "utf-16")
+        self.configure(get(params, "initializationOptions", dict, None))
+        self.ready = True
+        capabilities = {
+            "positionEncoding": self.encoding,
+            "textDocumentSync": {"openClose": True, "change": 2},
+            "inlineCompletionProvider": {},
+            "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
+        }
+        if self.settings.completion:
+            capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
+        return {"capabilities": capabilities, "serverInfo": {"name": "cerebrum", "version": VERSION}}
+
+    def configure(self, given: Any) -> None:
+        """Apply the client's settings; bad ones are told to the user and change nothing."""
+        try:
+            self.settings = read_settings(given, self.settings)
+        except BadSettings as error:
+            self.client.show(1, str(error))
+        self.told, self.silent_until = False, 0.0
+
+    def change_configuration(self, params: Any) -> None:
+        if (given := get(params, "settings", dict, None)) is not None:
+            self.configure(given)
+        elif get(self.capabilities, "workspace.configuration", bool, False):
+            number = self.client.request("workspace/configuration", {"items": [{"section": "cerebrum"}]})
+            self.asked[number] = lambda result: self.configure(
+                result[0] if isinstance(result, list) and result else None
+            )
+
+    def shutdown(self, _params: Any, _number: Any) -> None:
+        self.stopping = True
+        for number in [*self.jobs]:
+            self.cancel({"id": number})
+
+    def cancel(self, params: Any) -> None:
+        """Answer a request before its job has ended: a connection may be slow to come about."""
+        if job := self.take(params.get("id") if isinstance(params, dict) else None):
+            self.client.fail(job.number, REQUEST_CANCELLED, "cancelled")
+            job.end()
+
+    # ------------------------------------------------------------------------------------------- documents
+
+    def open(self, params: Any) -> None:
+        uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
+        language = get(params, "textDocument.languageId", str, "")
+        self.documents[uri] = Document(text, get(params, "textDocument.version", int, 0), language, self.encoding)
+
+    def change(self, params: Any) -> None:
+        uri = get(params, "textDocument.uri", str)
+        document = self.documents.pop(uri, None)
+        if not document:
+            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
+        for one in get(params, "contentChanges", list):  # after a bad one the text is unknown, and the document closed
+            text = get(one, "text", str)
+            if get(one, "range", dict, None) is None:
+                document.edit(0, len(document.text), text)
+            else:
+                document.edit(*span(document, one), text)
+        document.version = get(params, "textDocument.version", int, document.version)
+        self.documents[uri] = document
+
+    def close(self, params: Any) -> None:
+        self.documents.pop(get(params, "textDocument.uri", str), None)
+
+    def document(self, params: Any) -> tuple[str, Document]:
+        uri = get(params, "textDocument.uri", str)
+        if not (document := self.documents.get(uri)):
+            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
+        return uri, document
+
+    # ----------------------------------------------------------------------------------------- completions
+
+    def inline_completion(self, params: Any, number: Any) -> Any:
+        uri, document = self.document(params)
+        place = get(params, "position", dict)
+        start = end = document.offset(*position(place, "position"))
+        chosen, selected = get(params, "context.selectedCompletionInfo", dict, None), ""
+        replaced = {"start": place, "end": place}
+        if chosen:  # what the editor's own menu would insert
+            selected, replaced = get(chosen, "text", str), get(chosen, "range", dict)
+            start, end = span(document, chosen)
+
+        def items(text: str) -> dict[str, Any]:
+            item = {"insertText": selected + text, "range": replaced, "command": accepted(text)}
+            return {"items": [item] if text else []}
+
+        automatic = get(params, "context.triggerKind", int, 2) != 1
+        gap = gap_of(uri, document.text[:start] + selected, document.text[end:])
+        return self.complete(number, gap, document.language, automatic, items)
+
+    def completion(self, params: Any, number: Any) -> Any:
+        """The same for a client without inline completion, as one entry of its menu."""
+        uri, document = self.document(params)
+        place = get(params, "position", dict)
+        offset = document.offset(*position(place, "position"))
+        gap = gap_of(uri, document.text[:offset], document.text[offset:])
+        word = WORD.search(gap.before)[0]  # type: ignore[index]  # it always matches
+        width = sum(map(document.units, word))
+        begin = {"line": place["line"], "character": place["character"] - width}
+
+        def items(text: str) -> dict[str, Any]:
+            entry = {
+                "label": (word + text).strip().partition("\n")[0],
+                "detail": "Cerebrum",
+                "documentation": {"kind": "markdown", "value": f"```{document.language}\n{word}{text}\n```"},
+                "filterText": word + text,
+                "sortText": "\0",
+                "preselect": True,
+                "textEdit": {"range": {"start": begin, "end": place}, "newText": word + text},
+                "command": accepted(text),
+            }
+            return {"isIncomplete": True, "items": [entry] if text.strip() else []}
+
+        return self.complete(number, gap, document.language, True, items)
+
+    def complete(self, number: Any, gap: Gap, language: str, automatic: bool, items: Callable[[str], Any]) -> Any:
+        """Complete at the gap: by what was suggested already, or by asking the Pi in a thread."""
+        with self.lock:
+            others = [job for job in self.jobs.values() if job.uri == gap.uri]
+        for job in others:
+            job.supersede()
+        if language in self.settings.off:
+            return items("")
+        rest = self.suggestions.rest(gap)
+        if rest or (automatic and rest is not None):  # who asks for more than nothing asks the Pi again
+            return items(rest)
+        if automatic and time.monotonic() < self.silent_until:
+            return items("")
+        settings = self.settings
+        pause = self.suggestions.pause() if automatic else 0.0
+
+        def work(job: Job) -> Any:
+            if not job.wait():
+                return items("")
+            if (rest := self.suggestions.rest(gap)) is not None:  # of an older request that was still running
+                return items(rest)
+            return items(self.infill(settings, job, gap, automatic))
+
+        return self.later(Job(number, gap.uri, pause), work)
+
+    def infill(self, settings: Settings, job: Job, gap: Gap, automatic: bool) -> str:
+        """The Pi's text for the gap; "" if it has none now. Ended, if the call was ended."""
+        before, after = sent(gap)
+        body = {
+            "input_prefix": before,
+            "input_suffix": after,
+            "filename": os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(gap.uri).path)),
+            "n_predict": settings.tokens,
+            "t_max_prompt_ms": settings.read_ms if automatic else 0,
+            "t_max_predict_ms": PREDICT_MS,
+            "cache_prompt": True,
+        }
+        begin = time.monotonic()
+        slow = threading.Timer(SLOW_SECONDS, self.watch_loading, [settings])
+        slow.daemon = True
+        slow.start()
+        try:
+            answer = ask(settings, job, "/infill", body)
+            text: str = get(answer, "content", str)
+        except PiError as error:
+            self.failed(error, automatic)
+            return ""
+        except ProtocolError:
+            self.failed(PiError(200, f"{settings.url} is no Cerebrum: its answer has no content"), automatic)
+            return ""
+        finally:
+            slow.cancel()
+        with self.lock:
+            self.told, self.silent_until = False, 0.0
+        self.end_progress()  # before the result: lsp-mode 10 drops messages that come together with it, after it
+        if not answer.get("replaced"):
+            self.suggestions.add(gap, text, time.monotonic() - begin)
+        return text
+
+    def failed(self, error: PiError, automatic: bool) -> None:
+        """Tell the user that the Pi cannot help: once until it can, unless the user asked."""
+        if error.status in BUSY:
+            return
+        with self.lock:
+            tell = not (self.told and automatic)
+            self.told, self.silent_until = True, time.monotonic() + AWAY_SECONDS
+        if tell:
+            self.client.show(2, str(error))
+
+    def watch_loading(self, settings: Settings) -> None:
+        """Show a progress while no model is in memory, until one is or a completion has come."""
+        if not get(self.capabilities, "window.workDoneProgress", bool, False):
+            return
+        with self.lock:
+            if self.watching:
+                return
+            done = self.watching = threading.Event()
+        with contextlib.suppress(PiError, Ended, ProtocolError):
+            while not any(get(model, "loaded", bool, False) for model in self.models(settings)):
+                with self.lock:
+                    if done.is_set():
+                        return
+                    if not self.shown:
+                        self.client.request("window/workDoneProgress/create", {"token": PROGRESS})
+                        self.client.progress(kind="begin", title="Cerebrum", message="a model is loading")
+                    self.shown = True
+                done.wait(POLL_SECONDS)
+        self.end_progress()
+
+    def models(self, settings: Settings) -> list[Any]:
+        found: list[Any] = get(ask(settings, Job(), "/v1/models"), "models", list)
+        return found
+
+    def end_progress(self) -> None:
+        with self.lock:
+            if self.watching:
+                self.watching.set()
+            if self.shown:
+                self.client.progress(kind="end")
+            self.watching, self.shown = None, False
+
+    # -------------------------------------------------------------------------------------------- commands
+
+    def execute(self, params: Any, number: Any) -> Any:
+        command, arguments = get(params, "command", str), get(params, "arguments", list, [])
+        if command not in (ACCEPTED, INSTRUCT):
+            raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
+        given = arguments[0] if arguments else None
+        if command == ACCEPTED:
+            body, settings = {"characters": get(given, "characters", int)}, self.settings
+            return self.later(Job(number), lambda job: ask(settings, job, "/v1/accepted", body) and None)
+        return self.instruct(given, number)
+
+    def instruct(self, given: Any, number: Any) -> Any:
+        """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
+        uri, document = self.document({"textDocument": given})
+        start, end = span(document, given)
+        language = LANGUAGES.get(document.language, document.language)
+        body = {
+            "prompt": document.text[start:end],
+            "instruction": get(given, "instruction", str),
+            "language": language,
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0.0,
+        }
+        settings, version, old = self.settings, document.version, document.text
+
+        def work(job: Job) -> None:
+            answer = ask(settings, job, "/v1/complete", body)
+            text, reason = get(answer, "completion", str), answer.get("finish_reason")
+            if reason == "length":
+                raise PiError(200, f"the answer is longer than {MAX_TOKENS} tokens; nothing was changed")
+            if document.text != old or self.documents.get(uri) is not document:
+                raise PiError(200, "the text has changed meanwhile; nothing was changed")
+            if old[start:end].endswith("\n") and not text.endswith("\n"):
+                text += "\n"
+            edits = [{"range": given["range"], "newText": text}]
+            changed = {"textDocument": {"uri": uri, "version": version}, "edits": edits}
+            versions = get(self.capabilities, "workspace.workspaceEdit.documentChanges", bool, False)
+            edit = {"documentChanges": [changed]} if versions else {"changes": {uri: edits}}
+            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit})
+
+        return self.later(Job(number), work)
+
+
+def get(value: Any, path: str, kind: type, *default: Any) -> Any:
+    """The member at a dotted path, of this kind. If it is missing or null: the default, if there is one."""
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None and default:
+        return default[0]
+    if type(value) is not kind:
+        raise ProtocolError(INVALID_PARAMS, f"expected {KINDS[kind]} for {path}, got {kind_of(value)}")
+    return value
+
+
+def accepted(text: str) -> dict[str, Any]:
+    """The command that the client runs when its user has accepted this completion."""
+    return {"title": "accepted", "command": ACCEPTED, "arguments": [{"characters": len(text)}]}
+
+
+def position(value: Any, path: str) -> tuple[int, int]:
+    """The line and the character of a position."""
+    line, character = get(value, "line", int), get(value, "character", int)
+    if min(line, character) < 0:
+        raise ProtocolError(INVALID_PARAMS, f"expected numbers of 0 or more for {path}, got {min(line, character)}")
+    return line, character
+
+
+def span(document: Document, holder: Any) -> tuple[int, int]:
+    """The range of this holder, in code points of the document."""
+    start = document.offset(*position(get(holder, "range.start", dict), "range.start"))
+    return start, document.offset(*position(get(holder, "range.end", dict), "range.end"))
+
+
+def gap_of(uri: str, before: str, after: str) -> Gap:
+    """The gap with the model's line ends."""
+    return Gap(uri, *(LINE_END.sub("\n", text) if "\r" in text else text for text in (before, after)))
+
+
+LANGUAGES = {"javascriptreact": "javascript", "typescriptreact": "typescript"}  # as the Pi calls them
+REQUESTS: Mapping[str, Callable[[Server, Any, Any], Any]] = {
+    "initialize": Server.initialize,
+    "shutdown": Server.shutdown,
+    "textDocument/inlineCompletion": Server.inline_completion,
+    "textDocument/completion": Server.completion,
+    "workspace/executeCommand": Server.execute,
+}
+NOTIFICATIONS: Mapping[str, Callable[[Server, Any], None]] = {
+    "$/cancelRequest": Server.cancel,
+    "workspace/didChangeConfiguration": Server.change_configuration,
+    "textDocument/didOpen": Server.open,
+    "textDocument/didChange": Server.change,
+    "textDocument/didClose": Server.close,
+}
+
+
+HELP = """Usage: cerebrum_lsp.py [--stdio]
+
+A language server: code completions as ghost text from Cerebrum, for an editor that starts this command.
+
+  --stdio    speak LSP on stdin and stdout, as without an option
+  -h, --help
+  --version
+
+CEREBRUM_URL is the address of the Raspberry Pi, and CEREBRUM_CM4_API_KEY its key, if it has one. Other settings are in
+~/.config/cerebrum/lsp.toml."""
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--version"]:
+        print("cerebrum_lsp.py", VERSION)
+        return 0
+    if sys.argv[1:] not in ([], ["--stdio"]):
+        print(HELP)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    client = Client(sys.stdout.buffer)
+    sys.stdout = sys.stderr  # nothing else may write to the editor
+    try:
+        settings = first_settings(os.environ)
+    except BadSettings as error:
+        settings = Settings()
+        client.show(1, str(error))
+    return Server(client, settings).serve(sys.stdin.buffer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,711 @@
+"""The language server: bytes on its stdin and stdout, and a scripted Pi. Real editors are in tests/pi/test_lsp_clients.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import pytest
+from harness import PATIENCE, ROOT
+
+import cerebrum_lsp
+from cerebrum_lsp import UNITS, BadSettings, Document, Settings, Suggestions, first_settings, read_settings
+
+FILE = ROOT / "cerebrum_lsp.py"
+URI = "file:///home/me/sum.py"
+INVOKED, AUTOMATIC = 1, 2
+
+
+class Pi(ThreadingHTTPServer):
+    """A Pi that answers a POST by `answer`, once `hold` is set. `asked` has the requests, `left` one entry for each
+    client that has left before its answer."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), PiHandler)
+        self.asked: Queue[tuple[str, Any, dict[str, str]]] = Queue()
+        self.answer: Callable[[str, Any], tuple[int, Any]] = lambda _path, _body: (200, {"content": "a + b"})
+        self.hold = threading.Event()
+        self.hold.set()
+        self.left: Queue[bool] = Queue()
+        self.loaded = True  # a model is
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class PiHandler(BaseHTTPRequestHandler):
+    server: Pi
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.put((self.path, body, dict(self.headers)))
+        while not self.server.hold.wait(0.002):
+            self.connection.setblocking(False)
+            try:
+                if self.connection.recv(1) == b"":
+                    self.server.left.put(True)
+                    return
+            except BlockingIOError:
+                pass
+            finally:
+                self.connection.setblocking(True)
+        status, answer = self.server.answer(self.path, body)
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        data = json.dumps({"models": [{"id": "m", "loaded": self.server.loaded}, {"id": "n"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Editor:
+    """A client: sends messages to a server in a process of its own, and sorts what comes back."""
+
+    def __init__(self, environment: dict[str, str], *, python: str = sys.executable) -> None:
+        self.process = subprocess.Popen(
+            [python, str(FILE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+        self.numbers = itertools.count(1)
+        self.came: Queue[Any] = Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        stream = self.process.stdout
+        assert stream
+        while line := stream.readline():
+            length = int(line.split(b":")[1])
+            assert stream.readline() == b"\r\n"
+            self.came.put(json.loads(stream.read(length)))
+        self.came.put(None)
+
+    def write(self, data: bytes) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def send(self, message: Any) -> None:
+        data = json.dumps(message).encode()
+        self.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
+
+    def tell(self, method: str, params: Any = None) -> None:
+        self.send({"jsonrpc": "2.0", "method": method, "params": params})
+
+    def request(self, method: str, params: Any = None) -> int:
+        number = next(self.numbers)
+        self.send({"jsonrpc": "2.0", "id": number, "method": method, "params": params})
+        return number
+
+    def next(self, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The next message that is wanted; others are dropped."""
+        while True:
+            message = self.came.get(timeout=PATIENCE)
+            if message is None or wanted(message):
+                return message
+
+    def answer(self, number: Any) -> Any:
+        return self.next(lambda message: message.get("id") == number and "method" not in message)
+
+    def ask(self, method: str, params: Any = None) -> Any:
+        answer = self.answer(self.request(method, params))
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def start(self, options: Any = None, **capabilities: Any) -> Any:
+        found = self.ask("initialize", {"capabilities": capabilities, "initializationOptions": options})
+        self.tell("initialized", {})
+        return found
+
+    def open(self, text: str, language: str = "python", uri: str = URI) -> None:
+        document = {"uri": uri, "languageId": language, "version": 1, "text": text}
+        self.tell("textDocument/didOpen", {"textDocument": document})
+
+    def type(self, line: int, character: int, text: str, version: int = 2) -> None:
+        place = {"line": line, "character": character}
+        change = {"range": {"start": place, "end": place}, "text": text}
+        self.tell(
+            "textDocument/didChange", {"textDocument": {"uri": URI, "version": version}, "contentChanges": [change]}
+        )
+
+    def at(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> int:
+        place = {"line": line, "character": character}
+        return self.request(
+            "textDocument/inlineCompletion",
+            {"textDocument": {"uri": URI}, "position": place, "context": {"triggerKind": kind, **context}},
+        )
+
+    def ghost(self, line: int, character: int, kind: int = INVOKED) -> str:
+        answer = self.answer(self.at(line, character, kind))
+        return "".join(item["insertText"] for item in answer["result"]["items"])
+
+    def stop(self) -> int:
+        """Shut the server down and return its exit status."""
+        self.ask("shutdown")
+        self.tell("exit")
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def pi() -> Iterator[Pi]:
+    pi = Pi()
+    yield pi
+    pi.shutdown()
+
+
+@contextlib.contextmanager
+def editing(folder: Path, url: str, **environment: str) -> Iterator[Editor]:
+    editor = Editor({"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment})
+    try:
+        yield editor
+    finally:
+        editor.process.kill()
+        editor.process.communicate()
+
+
+@pytest.fixture
+def editor(pi: Pi, tmp_path: Path) -> Iterator[Editor]:
+    with editing(tmp_path, pi.url) as editor:
+        yield editor
+
+
+# --------------------------------------------------------------------------------------------- ghost text
+
+
+def test_ghost_text(editor: Editor, pi: Pi) -> None:
+    assert editor.start()["capabilities"] == {
+        "positionEncoding": "utf-16",
+        "textDocumentSync": {"openClose": True, "change": 2},
+        "inlineCompletionProvider": {},
+        "executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]},
+    }
+    editor.open("def add(a, b):\r\n    return \r\n")
+    place = {"line": 1, "character": 11}
+    command = {"title": "accepted", "command": "cerebrum.accepted", "arguments": [{"characters": 5}]}
+    item = {"insertText": "a + b", "range": {"start": place, "end": place}, "command": command}
+    assert editor.answer(editor.at(1, 11))["result"] == {"items": [item]}
+    path, body, headers = pi.asked.get(timeout=PATIENCE)
+    assert (path, headers.get("Authorization")) == ("/infill", None)
+    assert body == {
+        "input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "filename": "sum.py", "n_predict": 128,
+        "t_max_prompt_ms": 0, "t_max_predict_ms": 1500, "cache_prompt": True,
+    }  # fmt: skip
+
+
+def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    assert editor.ghost(0, 4) == "a + b"
+    editor.type(0, 4, "a +")
+    assert editor.ghost(0, 7, AUTOMATIC) == " b"
+    assert pi.asked.qsize() == 1
+    editor.type(0, 7, "c", 3)
+    assert editor.ghost(0, 8, AUTOMATIC) == "a + b"
+    assert pi.asked.qsize() == 2
+
+
+def test_the_editors_menu_counts_as_typed(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x.pr")
+    chosen = {"text": "print", "range": {"start": {"line": 0, "character": 2}, "end": {"line": 0, "character": 4}}}
+    (item,) = editor.answer(editor.at(0, 4, INVOKED, selectedCompletionInfo=chosen))["result"]["items"]
+    assert (item["insertText"], item["range"]) == ("printa + b", chosen["range"])
+    assert pi.asked.get(timeout=PATIENCE)[1]["input_prefix"] == "x.print"
+
+
+def test_a_newer_automatic_request_ends_one_that_waits(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
+    assert editor.answer(older)["result"] == {"items": []}
+    assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
+
+
+def test_an_automatic_request_reads_for_a_limited_time(editor: Editor, pi: Pi) -> None:
+    editor.start({"read_ms": 250})
+    editor.open("x = ")
+    assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
+    assert pi.asked.get(timeout=PATIENCE)[1]["t_max_prompt_ms"] == 250
+
+
+def test_a_language_that_is_off(editor: Editor, pi: Pi) -> None:
+    editor.start({"off": ["markdown"]})
+    editor.open("# Notes", "markdown")
+    assert editor.ghost(0, 7) == ""
+    assert pi.asked.empty()
+
+
+def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) -> None:
+    found = editor.start({"completion": True})
+    assert "." in found["capabilities"]["completionProvider"]["triggerCharacters"]
+    editor.open("é.va")
+    pi.answer = lambda *_: (200, {"content": "lue\n"})
+    asked = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 4}}
+    (item,) = editor.ask("textDocument/completion", asked)["items"]
+    start, end = {"line": 0, "character": 2}, {"line": 0, "character": 4}
+    assert item["textEdit"] == {"range": {"start": start, "end": end}, "newText": "value\n"}
+    assert (item["label"], item["filterText"]) == ("value", "value\n")
+
+
+def test_a_suggestion_is_kept_for_its_place_alone() -> None:
+    kept = Suggestions()
+    gap = cerebrum_lsp.Gap(URI, "x = ", "\n")
+    kept.add(gap, "a + b", 2.0)
+    rests = [("x = ", "\n"), ("x = a ", "\n"), ("x = a + b", "\n"), ("x = b", "\n"), ("x = ", ""), ("x =", "\n")]
+    expected = ["a + b", "+ b", None, None, None, None]
+    assert [kept.rest(cerebrum_lsp.Gap(URI, *around)) for around in rests] == expected
+    assert kept.rest(cerebrum_lsp.Gap("file:///other", "x = ", "\n")) is None
+
+
+@pytest.mark.parametrize(("seconds", "pause"), [(0.02, 0.03), (0.5, 0.1), (30.0, 0.4)])
+def test_the_pause_follows_the_response_time(seconds: float, pause: float) -> None:
+    kept = Suggestions()
+    for _ in range(8):
+        kept.add(cerebrum_lsp.Gap(URI, "", ""), "", seconds)
+    assert kept.pause() == pytest.approx(pause)
+
+
+def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
+    long = "0123456789" * 30_000
+    begins = {
+        long.index(cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, long[:end], long))[0][:4000]) for end in (210_000, 230_000)
+    }
+    assert begins == {0}
+    before, after = cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, long, long))
+    assert (len(before), len(after)) == (200_000, 200_000)
+
+
+# --------------------------------------------------------------------------------------------- cancelling
+
+
+def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.hold.clear()
+    number = editor.at(0, 4)
+    pi.asked.get(timeout=PATIENCE)
+    editor.tell("$/cancelRequest", {"id": number})
+    assert editor.answer(number)["error"] == {"code": -32800, "message": "cancelled"}
+    pi.left.get(timeout=PATIENCE)
+    editor.tell("$/cancelRequest", {"id": number})  # it has been answered
+    editor.tell("$/cancelRequest", {"id": [1]})
+    pi.hold.set()
+    assert editor.ghost(0, 4) == "a + b"
+
+
+def test_a_request_that_waits_is_cancelled(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    number = editor.at(0, 4, AUTOMATIC)
+    editor.tell("$/cancelRequest", {"id": number})
+    assert editor.answer(number)["error"]["code"] == -32800
+    assert editor.ghost(0, 4) == "a + b"
+    assert pi.asked.qsize() == 1
+
+
+def test_cancelling_does_not_wait_for_a_connection(pi: Pi, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as stack:
+        for _ in range(2):  # fill its queue: who connects now waits
+            full = stack.enter_context(socket.socket())
+            full.setblocking(False)
+            full.connect_ex(deaf.getsockname())
+        editor = stack.enter_context(editing(tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}"))
+        editor.start()
+        editor.open("x = ")
+        number = editor.at(0, 4)
+        begin = time.monotonic()
+        editor.tell("$/cancelRequest", {"id": number})
+        assert editor.answer(number)["error"]["code"] == -32800
+        assert time.monotonic() - begin < cerebrum_lsp.CONNECT_SECONDS
+
+
+# ----------------------------------------------------------------------------------------------- commands
+
+
+def test_an_accepted_text_is_counted(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    pi.answer = lambda *_: (200, {"accepted": 1})
+    done = {"command": "cerebrum.accepted", "arguments": [{"characters": 12}]}
+    assert editor.ask("workspace/executeCommand", done) is None
+    path, body, _ = pi.asked.get(timeout=PATIENCE)
+    assert (path, body) == ("/v1/accepted", {"characters": 12})
+
+
+INSTRUCTED = {"uri": URI, "instruction": "rename a to total",
+              "range": {"start": {"line": 1, "character": 0}, "end": {"line": 2, "character": 0}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("versions", [True, False])
+def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, versions: bool) -> None:
+    editor.start(None, workspace={"workspaceEdit": {"documentChanges": versions}})
+    editor.open("let b\na=1\nb=2\n", "javascriptreact")
+    pi.answer = lambda *_: (200, {"completion": "total=1", "finish_reason": "stop"})
+    number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
+    asked = editor.next(lambda message: message.get("method") == "workspace/applyEdit")
+    edits = [{"range": INSTRUCTED["range"], "newText": "total=1\n"}]
+    changes = [{"textDocument": {"uri": URI, "version": 1}, "edits": edits}]
+    assert asked["params"]["edit"] == ({"documentChanges": changes} if versions else {"changes": {URI: edits}})
+    editor.send({"jsonrpc": "2.0", "id": asked["id"], "result": {"applied": True}})
+    assert editor.answer(number)["result"] is None
+    path, body, _ = pi.asked.get(timeout=PATIENCE)
+    assert path == "/v1/complete"
+    assert body == {
+        "prompt": "a=1\n", "instruction": "rename a to total", "language": "javascript", "max_tokens": 2048,
+        "temperature": 0.0,
+    }  # fmt: skip
+
+
+def test_an_instruction_never_overwrites_a_newer_text(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x\na\nb\n")
+    pi.answer = lambda *_: (200, {"completion": "total\n", "finish_reason": "stop"})
+    pi.hold.clear()
+    number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
+    pi.asked.get(timeout=PATIENCE)
+    editor.type(0, 0, "y")
+    assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
+    pi.hold.set()
+    error = editor.answer(number)["error"]
+    assert error == {"code": -32803, "message": "the text has changed meanwhile; nothing was changed"}
+
+
+def test_half_an_instruction_is_not_applied(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x\na\nb\n")
+    pi.answer = lambda *_: (200, {"completion": "tot", "finish_reason": "length"})
+    number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
+    message = "the answer is longer than 2048 tokens; nothing was changed"
+    assert editor.answer(number)["error"] == {"code": -32803, "message": message}
+
+
+# --------------------------------------------------------------------------------- a Pi that does not help
+
+
+def shown(message: Any) -> bool:
+    return bool(message.get("method") == "window/showMessage")
+
+
+def test_away_is_told_once(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.answer = lambda *_: (503, {"error": {"message": "no backend"}})
+    number = editor.at(0, 4, AUTOMATIC)
+    assert editor.next(shown)["params"] == {"type": 2, "message": "Cerebrum: the Pi answers 503: no backend"}
+    assert editor.answer(number)["result"] == {"items": []}
+    assert editor.ghost(0, 4, AUTOMATIC) == ""
+    assert pi.asked.qsize() == 1
+    pi.answer = lambda *_: (200, {"content": "1"})
+    assert editor.ghost(0, 4) == "1"
+    assert editor.ghost(0, 3, AUTOMATIC) == "1"
+
+
+def test_a_pi_that_is_off_is_told_once_and_again_if_the_user_asks(pi: Pi, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with editing(tmp_path, f"http://127.0.0.1:{port}") as editor:
+        editor.start()
+        editor.open("x = ")
+        expected = "Cerebrum: the Pi at 127.0.0.1 does not answer (Connection refused)"
+        for kind in (AUTOMATIC, AUTOMATIC, INVOKED):
+            number = editor.at(0, 4, kind)
+            messages = [editor.next() for _ in range(1 if kind == AUTOMATIC and number > 2 else 2)]
+            assert [one["params"]["message"] for one in messages if shown(one)] == [expected] * (len(messages) - 1)
+            assert messages[-1]["result"] == {"items": []}
+
+
+def test_a_busy_pi_is_no_news(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.answer = lambda *_: (429, {"error": {"message": "busy"}})
+    number = editor.at(0, 4)
+    assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": {"items": []}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {"text": "a"}), "http://127.0.0.1:{port} is no Cerebrum: its answer has no content"),
+        ((200, [1]), "expected the Pi at 127.0.0.1, got an answer that is not JSON"),
+        ((401, {"error": {"message": "expected a key"}}), "the Pi answers 401: expected a key"),
+    ],
+)
+def test_what_is_no_pi_is_told(editor: Editor, pi: Pi, answer: tuple[int, Any], message: str) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.answer = lambda *_: answer
+    number = editor.at(0, 4)
+    assert editor.next()["params"]["message"] == "Cerebrum: " + message.format(port=pi.server_address[1])
+    assert editor.answer(number)["result"] == {"items": []}
+
+
+def test_a_loading_model_is_a_progress_that_ends_before_the_result(editor: Editor, pi: Pi) -> None:
+    editor.start(None, window={"workDoneProgress": True})
+    editor.open("x = ")
+    pi.loaded = False
+    pi.hold.clear()
+    number = editor.at(0, 4)
+    created, begun = editor.next(), editor.next()
+    assert (created["method"], created["params"]) == ("window/workDoneProgress/create", {"token": "cerebrum"})
+    value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
+    assert (begun["method"], begun["params"]) == ("$/progress", {"token": "cerebrum", "value": value})
+    pi.hold.set()
+    assert editor.next()["params"] == {"token": "cerebrum", "value": {"kind": "end"}}
+    assert editor.next()["id"] == number
+
+
+# ------------------------------------------------------------------------------------------- the protocol
+
+
+def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi) -> None:
+    number = editor.at(0, 0)
+    assert editor.next()["error"] == {
+        "code": -32002,
+        "message": "expected initialize, got textDocument/inlineCompletion",
+    }
+    editor.tell("textDocument/didOpen", 5)  # before initialize: dropped
+    editor.start()
+    editor.write(b"Content-Length: 3\r\n\r\n{x}")
+    assert editor.next()["error"] == {"code": -32700, "message": "expected JSON in UTF-8"}
+    editor.write(b"Content-Length: 2\r\n\r\n\xff\xff")
+    assert editor.next()["error"]["code"] == -32700
+    editor.write(b"content-length:2\r\nContent-Type: application/vscode-jsonrpc; charset=utf-8\r\n\r\n[]")
+    assert editor.next()["error"] == {"code": -32600, "message": "expected a JSON object, got a list"}
+    editor.send({"jsonrpc": "2.0", "id": True, "method": "shutdown"})
+    assert editor.next()["error"]["code"] == -32600
+    editor.send({"jsonrpc": "2.0", "id": 9, "method": 3})
+    assert editor.next()["error"]["code"] == -32600
+    assert editor.answer(editor.request("workspace/symbol", {}))["error"]["code"] == -32601
+    assert editor.answer(editor.request("initialize", {}))["error"]["code"] == -32600
+    editor.open("x = ")
+    for params, message in [
+        (None, "expected text for textDocument.uri, got null"),
+        ({"textDocument": {"uri": "file:///b"}, "position": {}}, "expected a document that is open"),
+        ({"textDocument": {"uri": URI}, "position": {"line": -1, "character": 0}},
+         "expected numbers of 0 or more for position, got -1"),
+        ({"textDocument": {"uri": URI}, "position": {"line": 1.5, "character": 0}},
+         "expected a whole number for line, got a number"),
+    ]:  # fmt: skip
+        number = editor.request("textDocument/inlineCompletion", params)
+        assert editor.answer(number)["error"] == {"code": -32602, "message": message}
+    for method in ("workspace/didChangeWatchedFiles", "$/setTrace", "textDocument/didSave", "made/up"):
+        editor.tell(method, {"anything": 1})
+    assert editor.ghost(0, 4) == "a + b"
+    editor.tell("textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": [{"text": 5}]})
+    assert "expected text for text, got a number" in editor.next()["params"]["message"]
+    assert editor.answer(editor.at(0, 4))["error"]["message"] == "expected a document that is open"
+    assert editor.stop() == 0
+
+
+def test_messages_come_in_any_pieces(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    document = {"uri": URI, "languageId": "python", "version": 1, "text": "語 = "}
+    opening = {"jsonrpc": "2.0", "method": "textDocument/didOpen", "params": {"textDocument": document}}
+    data = json.dumps(opening, ensure_ascii=False).encode()
+    for byte in b"Content-Length: %d\r\n\r\n%s" % (len(data), data):
+        editor.write(bytes([byte]))
+    assert editor.ghost(0, 4) == "a + b"
+    assert pi.asked.get(timeout=PATIENCE)[1]["input_prefix"] == "語 = "
+
+
+def test_a_message_that_is_too_long_is_passed_over(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cerebrum_lsp, "MAX_MESSAGE_BYTES", 4)
+    stream = io.BytesIO(b"Content-Length: 5\r\n\r\n[1,2]Content-Length: 1\r\n\r\n7")
+    with pytest.raises(cerebrum_lsp.ProtocolError, match="expected a message of at most 4 bytes"):
+        cerebrum_lsp.read_message(stream)
+    assert cerebrum_lsp.read_message(stream) == 7
+    with pytest.raises(EOFError):
+        cerebrum_lsp.read_message(stream)
+
+
+@pytest.mark.parametrize("end", ["exit", "close"])
+def test_without_shutdown_the_status_is_1(editor: Editor, end: str) -> None:
+    editor.start()
+    if end == "exit":
+        editor.tell("exit")
+    else:
+        assert editor.process.stdin
+        editor.process.stdin.close()
+    assert editor.process.wait(PATIENCE) == 1
+
+
+def test_after_shutdown_nothing_is_served(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.hold.clear()
+    number = editor.at(0, 4)
+    pi.asked.get(timeout=PATIENCE)
+    stopped = editor.request("shutdown")
+    assert editor.answer(number)["error"]["code"] == -32800
+    assert editor.answer(stopped)["result"] is None
+    assert editor.answer(editor.at(0, 4))["error"]["code"] == -32600
+    editor.tell("exit")
+    assert editor.process.wait(PATIENCE) == 0
+
+
+# ----------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_path: Path) -> None:
+    folder = tmp_path / "cerebrum"
+    folder.mkdir()
+    (folder / "lsp.toml").write_text('url = "http://elsewhere:1"\ntokens = 7\nkey = "of-the-file"\n')
+    with editing(tmp_path, pi.url) as editor:
+        editor.start({"tokens": 9})
+        editor.open("x = ")
+        editor.ghost(0, 4)
+        _, body, headers = pi.asked.get(timeout=PATIENCE)
+        assert (body["n_predict"], headers["Authorization"]) == (9, "Bearer of-the-file")
+        editor.tell("workspace/didChangeConfiguration", {"settings": {"cerebrum": {"tokens": 11}, "python": {}}})
+        editor.type(0, 4, "!")
+        editor.ghost(0, 5)
+        assert pi.asked.get(timeout=PATIENCE)[1]["n_predict"] == 11
+        editor.tell("workspace/didChangeConfiguration", {"settings": {"tokens": "many"}})
+        message = "Cerebrum: expected a whole number for tokens, got text"
+        assert editor.next(shown)["params"] == {"type": 1, "message": message}
+
+
+def test_a_client_that_is_asked_for_its_settings(editor: Editor, pi: Pi) -> None:
+    editor.start(None, workspace={"configuration": True})
+    editor.open("x = ")
+    editor.tell("workspace/didChangeConfiguration", {"settings": None})
+    asked = editor.next()
+    assert (asked["method"], asked["params"]) == ("workspace/configuration", {"items": [{"section": "cerebrum"}]})
+    editor.send({"jsonrpc": "2.0", "id": asked["id"], "result": [{"tokens": 13}]})
+    editor.ghost(0, 4)
+    assert pi.asked.get(timeout=PATIENCE)[1]["n_predict"] == 13
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "expected an object of settings, got a list"),
+        ({"url": "ftp://pi"}, "expected a url such as http://pi.local:7000"),
+        ({"url": "http://pi:99999"}, "expected a url such as http://pi.local:7000"),
+        ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
+        ({"tokens": True}, "expected a whole number for tokens, got true or false"),
+        ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
+        ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
+        ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
+    ],
+)
+def test_a_bad_setting_says_what_was_expected(given: Any, message: str) -> None:
+    with pytest.raises(BadSettings) as raised:
+        read_settings(given, Settings())
+    assert str(raised.value) == message
+
+
+def test_json_serves_where_toml_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cerebrum"
+    folder.mkdir()
+    (folder / "lsp.toml").write_text("tokens = 7")
+    (folder / "lsp.json").write_text('{"tokens": 8}')
+    environment = {"XDG_CONFIG_HOME": str(tmp_path)}
+    assert first_settings(environment).tokens == 7
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
+    assert first_settings(environment).tokens == 8
+
+
+@pytest.mark.parametrize(("text", "reason"), [("tokens = ", "it cannot be parsed"), ("tokens = 0", "expected tokens")])
+def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path, text: str, reason: str) -> None:
+    folder = tmp_path / "cerebrum"
+    folder.mkdir()
+    (folder / "lsp.toml").write_text(text)
+    with editing(tmp_path, pi.url) as editor:
+        assert f"the settings in {folder}: {reason}" in editor.next(shown)["params"]["message"]
+        editor.start({"url": pi.url})
+        editor.open("x = ")
+        assert editor.ghost(0, 4) == "a + b"
+
+
+def test_the_key_is_in_no_message(pi: Pi, tmp_path: Path) -> None:
+    with editing(tmp_path, pi.url, CEREBRUM_CM4_API_KEY="secret-of-the-pi") as editor:
+        editor.start({"key": 5})
+        editor.open("x = ")
+        pi.answer = lambda *_: (401, {"error": {"message": "expected a key"}})
+        messages = [editor.next()]
+        editor.at(0, 4)
+        messages += [editor.next(), editor.next()]
+        assert pi.asked.get(timeout=PATIENCE)[2]["Authorization"] == "Bearer secret-of-the-pi"
+        assert editor.stop() == 0
+        assert editor.process.stderr
+        assert "secret" not in json.dumps(messages) + editor.process.stderr.read().decode() + repr(
+            Settings(key="secret")
+        )
+
+
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--version", 0), ("--port", 2)])
+def test_options(option: str, status: int) -> None:
+    done = subprocess.run([sys.executable, str(FILE), option], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == status
+    assert done.stdout.startswith("cerebrum_lsp.py 1." if option == "--version" else "Usage: cerebrum_lsp.py")
+
+
+# ------------------------------------------------------------------------------------------ the documents
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen", "place"),
+    [(["utf-8", "utf-16"], "utf-8", 11), (["utf-7"], "utf-16", 6), (["utf-32"], "utf-32", 5)],
+)
+def test_positions_are_in_the_clients_encoding(
+    editor: Editor, pi: Pi, offered: list[str], chosen: str, place: int
+) -> None:
+    found = editor.start(None, general={"positionEncodings": offered})
+    assert found["capabilities"]["positionEncoding"] == chosen
+    editor.open("é語😀 = \n")
+    editor.ghost(0, place)
+    assert pi.asked.get(timeout=PATIENCE)[1]["input_prefix"] == "é語😀 ="
+
+
+@pytest.mark.parametrize("encoding", list(UNITS))
+def test_10000_edits(encoding: str) -> None:
+    """An independent editor: a list of lines, each a list of units."""
+    rng = random.Random(encoding)
+    pieces = ["a", "b ", "\n", "\r\n", "\r", "é", "語", "😀", "x\ny\nz", "\ud800", ""]
+    width = {"utf-8": 1, "utf-16": 2, "utf-32": 4}[encoding]
+    codec = encoding if width == 1 else f"{encoding}-le"
+    document = Document("one\ntwo 😀\r\n", 0, "python", encoding)
+    text = document.text
+    for _ in range(10_000):
+        places = []
+        for _ in range(2):
+            offset = rng.randint(0, len(text))
+            if 0 < offset < len(text) and text[offset - 1 : offset + 1] == "\r\n":
+                offset += 1
+            before = text[:offset].replace("\r\n", "\n").replace("\r", "\n")
+            line = before.rpartition("\n")[2]
+            places.append((offset, before.count("\n"), len(line.encode(codec, "surrogatepass")) // width))
+        (start, *first), (end, *last) = sorted(places)
+        if end - start > 40:
+            (end, *last) = (start, *first)
+        piece = rng.choice(pieces)
+        text = text[:start] + piece + text[end:]
+        document.edit(document.offset(*first), document.offset(*last), piece)
+        assert document.text == text
+        if len(text) > 400:
+            text = text[-200:]
+            document.edit(0, len(document.text) - 200, "")
