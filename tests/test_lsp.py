@@ -1,4 +1,4 @@
-"""The language server: bytes on its stdin and stdout, and a scripted Pi. Real editors are in tests/pi/test_lsp_clients.py."""
+"""The language server: bytes on its stdin and stdout, and a scripted Pi. Real editors: tests/pi/test_lsp_clients.py."""
 
 from __future__ import annotations
 
@@ -43,11 +43,14 @@ class Pi(ThreadingHTTPServer):
         self.hold.set()
         self.left: Queue[bool] = Queue()
         self.loaded = True  # a model is
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client has left, as some tests want it to."""
 
 
 class PiHandler(BaseHTTPRequestHandler):
@@ -183,8 +186,8 @@ def editing(folder: Path, url: str, **environment: str) -> Iterator[Editor]:
     try:
         yield editor
     finally:
-        editor.process.kill()
-        editor.process.communicate()
+        with editor.process as process:  # closes its pipes, and waits
+            process.kill()
 
 
 @pytest.fixture
@@ -290,13 +293,13 @@ def test_the_pause_follows_the_response_time(seconds: float, pause: float) -> No
 
 
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
-    long = "0123456789" * 30_000
-    begins = {
-        long.index(cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, long[:end], long))[0][:4000]) for end in (210_000, 230_000)
-    }
-    assert begins == {0}
-    before, after = cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, long, long))
-    assert (len(before), len(after)) == (200_000, 200_000)
+    text = "".join(f"{number:09}\n" for number in range(30_000))
+    ends = 200_000, 200_001, 249_999, 250_000, 250_001
+    sent = [cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, text[:end], text)) for end in ends]
+    begins = [text.index(before[:10]) for before, _ in sent]
+    assert begins == [0, 50_000, 50_000, 50_000, 100_000]
+    assert [before for before, _ in sent] == [text[start:end] for start, end in zip(begins, ends, strict=True)]
+    assert {after for _, after in sent} == {text[:200_000]}
 
 
 # --------------------------------------------------------------------------------------------- cancelling
@@ -482,10 +485,8 @@ def test_a_loading_model_is_a_progress_that_ends_before_the_result(editor: Edito
 
 def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi) -> None:
     number = editor.at(0, 0)
-    assert editor.next()["error"] == {
-        "code": -32002,
-        "message": "expected initialize, got textDocument/inlineCompletion",
-    }
+    message = "expected initialize, got textDocument/inlineCompletion"
+    assert editor.next() == {"jsonrpc": "2.0", "id": number, "error": {"code": -32002, "message": message}}
     editor.tell("textDocument/didOpen", 5)  # before initialize: dropped
     editor.start()
     editor.write(b"Content-Length: 3\r\n\r\n{x}")
@@ -643,18 +644,17 @@ def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path, text: str
 
 def test_the_key_is_in_no_message(pi: Pi, tmp_path: Path) -> None:
     with editing(tmp_path, pi.url, CEREBRUM_CM4_API_KEY="secret-of-the-pi") as editor:
-        editor.start({"key": 5})
+        number = editor.request("initialize", {"capabilities": {}, "initializationOptions": {"key": ["secret"]}})
+        messages = [editor.next(), editor.answer(number)]
+        assert messages[0]["params"]["message"] == "Cerebrum: expected text for key, got a list"
         editor.open("x = ")
         pi.answer = lambda *_: (401, {"error": {"message": "expected a key"}})
-        messages = [editor.next()]
         editor.at(0, 4)
         messages += [editor.next(), editor.next()]
         assert pi.asked.get(timeout=PATIENCE)[2]["Authorization"] == "Bearer secret-of-the-pi"
         assert editor.stop() == 0
         assert editor.process.stderr
-        assert "secret" not in json.dumps(messages) + editor.process.stderr.read().decode() + repr(
-            Settings(key="secret")
-        )
+        assert "secret" not in f"{messages} {editor.process.stderr.read()!r} {Settings(key='secret')}"
 
 
 @pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--version", 0), ("--port", 2)])
