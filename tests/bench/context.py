@@ -149,11 +149,11 @@ def commits(repository: str, generator: random.Random) -> Iterator[Commit]:
     generator.shuffle(ids)
     for one in ids:
         added, path, number = [], "", 0
-        for row in (
-            git(repository, "show", "--unified=0", "--format=", "--no-renames", one)
-            .decode(errors="replace")
-            .split("\n")
-        ):
+        try:
+            shown = git(repository, "show", "--unified=0", "--format=", "--no-renames", one)
+        except subprocess.CalledProcessError:  # a partial copy of the repository has not all files
+            continue
+        for row in shown.decode(errors="replace").split("\n"):
             if row.startswith("+++ "):
                 path = row.removeprefix("+++ b/")
             elif row.startswith("@@ "):
