@@ -49,6 +49,7 @@ need_system() {
 	if [[ $1 == engines ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
 	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
 	[[ $1 != clients ]] || needed+=(nvim:neovim chromium:chromium node:nodejs npm:npm)
+	[[ $1 != clients || $EUID != 0 ]] || needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
 	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
 		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")
 	done

@@ -7,16 +7,18 @@ network, and it is made once.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from harness import PATIENCE, ROOT, wait_until
-from test_clients import completes_the_sum, weights  # noqa: F401 (a fixture)
+from test_clients import CACHE, completes_the_sum, weights  # noqa: F401 (a fixture)
 from test_peers import needs
 from test_plugins import PREFIX, SUFFIX, Pi
 
@@ -26,43 +28,25 @@ DEBIAN = Path("~/.cache/cerebrum/editors").expanduser()
 PACKAGES = "neovim,emacs-nox,elpa-lsp-mode,hx,python3"
 TEXT = PREFIX + "    return \n" + SUFFIX[1:]
 HOME = "/home/me"  # in that Debian
-SERVER = """#!/bin/sh
-tee /home/me/sent | exec python3 /cerebrum_lsp.py
-"""
-NEOVIM = """
-vim.lsp.config('cerebrum', { cmd = { '/home/me/server' }, filetypes = { 'python' } })
-vim.lsp.enable('cerebrum')
-vim.lsp.inline_completion.enable()
-vim.keymap.set('i', '<Tab>', function()
-    return vim.lsp.inline_completion.get() and '' or '<Tab>'
-end, { expr = true })
-vim.keymap.set('i', '<C-w>', function()  -- one word
-    vim.lsp.inline_completion.get({ on_accept = function(item)
-        item.insert_text = item.insert_text:match('^%s*%S+')
-        return item
-    end })
-end)
-"""
+SERVER = """
+import os, runpy, subprocess
+copying = subprocess.Popen(["tee", "/home/me/sent"], stdout=subprocess.PIPE)
+os.dup2(copying.stdout.fileno(), 0)
+runpy.run_path("/cerebrum_lsp.py", run_name="__main__")
+"""  # writes down what the editor sends
 EMACS = """
-(require 'lsp-mode)
-(lsp-register-client
- (make-lsp-client :new-connection (lsp-stdio-connection '("/home/me/server"))
-                  :activation-fn (lambda (&rest _) t) :add-on? t :server-id 'cerebrum))
-(add-hook 'prog-mode-hook #'lsp)
-(setq lsp-inline-completion-idle-delay 0.2)
-(require 'lsp-inline-completion)
-(define-key lsp-inline-completion-active-map (kbd "TAB") #'lsp-inline-completion-accept)
 (setq lsp-auto-guess-root t make-backup-files nil create-lockfiles nil)
+(with-eval-after-load 'lsp-inline-completion ; a terminal cannot send C-return
+  (define-key lsp-inline-completion-active-map (kbd "TAB") #'lsp-inline-completion-accept))
+(require 'lsp-mode)
 """
-HELIX = """
-[language-server.cerebrum]
-command = "/home/me/server"
-config = { completion = true }
 
-[[language]]
-name = "python"
-language-servers = ["cerebrum"]
-"""
+
+def settings(document: str, begin: str, url: str) -> str:
+    """A block of our documentation that begins like this, with this address of the Pi."""
+    _, found, text = (ROOT / document).read_text().partition(begin)
+    assert found
+    return text.partition("```")[0].replace("http://pi.local:7000", url)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +77,14 @@ def warm(weights: Pi) -> Pi:  # noqa: F811
 class Terminal:
     """An editor in a terminal that a test types into."""
 
-    def __init__(self, debian: Path, folder: Path, url: str, *command: str) -> None:
+    def __init__(self, debian: Path, folder: Path, *command: str) -> None:
         self.file = folder / "home/project/sum.py"
         (self.file.parent / ".git").mkdir(parents=True)
         self.file.write_text(TEXT)
-        server, self.sent = folder / "home/server", folder / "home/sent"
-        server.write_text(SERVER)
-        server.chmod(0o755)
+        (folder / "home/cerebrum_lsp.py").write_text(SERVER)
+        self.sent = folder / "home/sent"
         self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        settings = {"CEREBRUM_URL": url, "HOME": HOME, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
+        settings = {"HOME": HOME, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
         machine = f"--machine=editor-{os.getpid()}-{command[0]}"  # of a name that no earlier run has left behind
         nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=interactive", machine]
         nspawn += [f"--directory={debian}", f"--bind={folder}/home:{HOME}", f"--chdir={HOME}/project"]
@@ -143,8 +126,8 @@ class Terminal:
 
 
 @contextmanager
-def editing(debian: Path, folder: Path, url: str, *command: str) -> Iterator[Terminal]:
-    terminal = Terminal(debian, folder, url, *command)
+def editing(debian: Path, folder: Path, *command: str) -> Iterator[Terminal]:
+    terminal = Terminal(debian, folder, *command)
     try:
         yield terminal
     finally:
@@ -170,12 +153,13 @@ def accepted(pi: Pi) -> int:
 
 
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(tmp_path, ".config/init.lua", NEOVIM)
+    lua = settings("README.md", "Tab accepts\n", warm.url) + settings("docs/editors.md", "as instructed\n", warm.url)
+    home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
-    with editing(debian, tmp_path, warm.url, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
+    with editing(debian, tmp_path, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
         editor.type("j", "A", "a")
         editor.shows("return a + b")
-        editor.type("C-w")
+        editor.type("C-Right")
         editor.shows("return a +\n")  # nothing is suggested for a moment
         editor.shows("return a + b")
         wait_until(lambda: accepted(warm) == before + 1, "the accepted word is reported")
@@ -184,12 +168,18 @@ def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
         editor.type("  # sum", "Escape")
         editor.type(":w", "Enter")
         assert_completed(editor, "  # sum")
+        before_it = editor.file.read_text().split("\n")
+        editor.type(":1,2Cerebrum rename a to total", "Enter")
+        editor.shows("Workspace edit Cerebrum")
+        editor.type(":w", "Enter")
+        wait_until(lambda: editor.file.exists() and "total" in editor.file.read_text(), "the file is saved")
+        assert editor.file.read_text().split("\n")[2:] == before_it[2:]
 
 
 def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(tmp_path, ".config/init.el", EMACS)
+    home(tmp_path, ".config/init.el", EMACS + settings("docs/editors.md", "C-return accepts\n", warm.url))
     before = accepted(warm)
-    with editing(debian, tmp_path, warm.url, "emacs", "-nw", "--no-splash", "-l", f"{HOME}/.config/init.el") as editor:
+    with editing(debian, tmp_path, "emacs", "-nw", "--no-splash", "-l", f"{HOME}/.config/init.el") as editor:
         editor.type("C-n", "C-e", "a")
         editor.shows("return a + b")
         editor.type(" ")  # of what is shown
@@ -201,8 +191,8 @@ def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
 
 
 def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(tmp_path, ".config/helix/languages.toml", HELIX)
-    with editing(debian, tmp_path, warm.url, "hx") as editor:
+    home(tmp_path, ".config/helix/languages.toml", settings("docs/editors.md", "entries of its menu.\n", warm.url))
+    with editing(debian, tmp_path, "hx") as editor:
         editor.type("j", "A", "a", "C-x")
         editor.shows("a + b")
         editor.type("Tab", "Enter")
@@ -211,3 +201,30 @@ def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
         editor.shows("NOR")
         editor.type(":w", "Enter")
         assert_completed(editor, "  # sum")
+
+
+def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
+    node, npm = needs("node"), needs("npm")
+    if not (CACHE / "node_modules/vscode-languageclient").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        install = [npm, "install", "--silent", "--no-audit", "--no-fund", "vscode-languageclient@10"]
+        subprocess.run(install, cwd=CACHE, check=True)
+    before = accepted(warm)
+    file = tmp_path / "sum.py"
+    file.write_text(TEXT)
+    command = [
+        node,
+        str(ROOT / "tests/vscode.cjs"),
+        sys.executable,
+        str(ROOT / "cerebrum_lsp.py"),
+        str(file),
+        "1",
+        "11",
+    ]
+    environment = {**os.environ, "CEREBRUM_URL": warm.url}
+    done = subprocess.run(command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert said["first"] == said["first"][0] + said["second"], "what was typed of it was not kept"
+    assert completes_the_sum(said["text"].removeprefix(PREFIX + "    return "))
+    assert accepted(warm) == before + 1
