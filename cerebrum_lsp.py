@@ -57,14 +57,8 @@ class Settings:
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
 
 
-KINDS = {
-    str: "text",
-    int: "a whole number",
-    bool: "true or false",
-    tuple: "a list of texts",
-    list: "a list",
-    dict: "an object",
-}
+KINDS = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of texts", list: "a list",
+         dict: "an object"}  # fmt: skip
 MAX_TOKENS = 2048
 
 
@@ -119,17 +113,20 @@ def read_file(folder: Path) -> Any:
     return None
 
 
-def first_settings(environment: Mapping[str, str]) -> Settings:
-    """The settings of the file, and above them those of the environment."""
-    home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    folder = Path(home) / "cerebrum"
-    try:
-        settings = read_settings(read_file(folder), Settings())
-    except (BadSettings, ValueError) as error:
-        reason = str(error) if isinstance(error, BadSettings) else "it cannot be parsed"
-        raise BadSettings(f"the settings in {folder}: {reason}") from None
+def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """The settings of the file, and above them those of the environment; and what is wrong with either."""
+    folder = Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cerebrum"
     names = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
-    return read_settings({name: environment.get(variable) for name, variable in names.items()}, settings)
+    given = {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
+    settings, wrong = Settings(), []
+    for place, read in ((f"the settings in {folder}", lambda: read_file(folder)), ("the environment", lambda: given)):
+        try:
+            settings = read_settings(read(), settings)
+        except BadSettings as error:
+            wrong.append(f"{place}: {error}")
+        except (OSError, ValueError):
+            wrong.append(f"{place}: expected a file of TOML or JSON, got one that cannot be read")
+    return settings, wrong
 
 
 # ------------------------------------------------------------------------------------- pure: the documents
@@ -843,11 +840,9 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
-    try:
-        settings = first_settings(os.environ)
-    except BadSettings as error:
-        settings = Settings()
-        client.show(1, str(error))
+    settings, wrong = first_settings(os.environ)
+    for message in wrong:
+        client.show(1, message)
     return Server(client, settings).serve(sys.stdin.buffer)
 
 

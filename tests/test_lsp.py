@@ -625,19 +625,21 @@ def test_json_serves_where_toml_cannot_be_read(tmp_path: Path, monkeypatch: pyte
     (folder / "lsp.toml").write_text("tokens = 7")
     (folder / "lsp.json").write_text('{"tokens": 8}')
     environment = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert first_settings(environment).tokens == 7
+    assert first_settings(environment) == (Settings(tokens=7), [])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
-    assert first_settings(environment).tokens == 8
+    assert first_settings(environment) == (Settings(tokens=8), [])
 
 
-@pytest.mark.parametrize(("text", "reason"), [("tokens = ", "it cannot be parsed"), ("tokens = 0", "expected tokens")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("tokens = ", "expected a file of TOML or JSON"), ("tokens = 0", "expected tokens")]
+)
 def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path, text: str, reason: str) -> None:
     folder = tmp_path / "cerebrum"
     folder.mkdir()
     (folder / "lsp.toml").write_text(text)
     with editing(tmp_path, pi.url) as editor:
         assert f"the settings in {folder}: {reason}" in editor.next(shown)["params"]["message"]
-        editor.start({"url": pi.url})
+        editor.start()
         editor.open("x = ")
         assert editor.ghost(0, 4) == "a + b"
 
