@@ -131,7 +131,8 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
 
 # ------------------------------------------------------------------------------------- pure: the documents
 
-LINE_END = re.compile(r"\r\n|\n|\r")
+LINE_END = re.compile(r"\r\n|\r|\n")
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 # Units of one character by the encoding of positions.
 UNITS: Mapping[str, Callable[[str], int]] = {
     "utf-16": lambda char: 1 + (char > "\uffff"),  # the default
@@ -141,31 +142,41 @@ UNITS: Mapping[str, Callable[[str], int]] = {
 
 
 class Document:
-    """An open text. Positions are (line, character), both from 0, in units of the client's encoding."""
+    """An open text, as lines with their ends. Positions are (line, character), in units of the client's encoding."""
 
     def __init__(self, text: str, version: Any, language: str, encoding: str) -> None:
-        self.text, self.version, self.language, self.units = text, version, language, UNITS[encoding]
-        self.starts: list[int] = []  # of the lines, in code points; empty: not known yet
+        self.lines: list[str] = LINE.findall(text)
+        self.version, self.language, self.units = version, language, UNITS[encoding]
 
-    def offset(self, line: int, character: int) -> int:
-        """The position in code points. A position behind the end of a line or of the text means that end."""
-        if not self.starts:
-            self.starts = [0, *(found.end() for found in LINE_END.finditer(self.text))]
-        if line >= len(self.starts):
-            return len(self.text)
-        start, *rest = self.starts[line : line + 2]
-        content = self.text[start : rest[0] if rest else None].rstrip("\r\n")
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def place(self, line: int, character: int) -> tuple[int, int]:
+        """The line, and the code points before the position. A position behind an end means that end."""
+        if line >= len(self.lines):
+            return len(self.lines), 0
+        content = self.lines[line].rstrip("\r\n")
         if content.isascii():
-            return start + min(character, len(content))
+            return line, min(character, len(content))
         for index, char in enumerate(content):
             character -= self.units(char)
             if character < 0:  # inside a character counts as before it
-                return start + index
-        return start + len(content)
+                return line, index
+        return line, len(content)
 
-    def edit(self, start: int, end: int, text: str) -> None:
-        self.text = self.text[:start] + text + self.text[max(start, end) :]
-        self.starts = []
+    def offset(self, line: int, character: int) -> int:
+        """The code points of the text before the position."""
+        line, column = self.place(line, character)
+        return sum(map(len, self.lines[:line])) + column
+
+    def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
+        """Replace the text between two positions. A line before and after is read again: \\r and \\n may meet."""
+        first, column = self.place(*start)
+        last, after = max(self.place(*end), (first, column))
+        head = "".join(self.lines[max(0, first - 1) : first]) + "".join(self.lines[first : first + 1])[:column]
+        tail = "".join(self.lines[last : last + 1])[after:] + "".join(self.lines[last + 1 : last + 2])
+        self.lines[max(0, first - 1) : last + 2] = LINE.findall(head + text + tail)
 
 
 @dataclass(frozen=True)
@@ -562,9 +573,9 @@ class Server:
         for one in get(params, "contentChanges", list):  # after a bad one the text is unknown, and the document closed
             text = get(one, "text", str)
             if get(one, "range", dict, None) is None:
-                document.edit(0, len(document.text), text)
+                document.lines = LINE.findall(text)
             else:
-                document.edit(*span(document, one), text)
+                document.edit(*positions(one), text)
         document.version = get(params, "textDocument.version", int, document.version)
         self.documents[uri] = document
 
@@ -791,10 +802,16 @@ def position(value: Any, path: str) -> tuple[int, int]:
     return line, character
 
 
+def positions(holder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two positions of this holder's range."""
+    start, end = (position(get(holder, path, dict), path) for path in ("range.start", "range.end"))
+    return start, end
+
+
 def span(document: Document, holder: Any) -> tuple[int, int]:
     """The range of this holder, in code points of the document."""
-    start = document.offset(*position(get(holder, "range.start", dict), "range.start"))
-    return start, document.offset(*position(get(holder, "range.end", dict), "range.end"))
+    start, end = positions(holder)
+    return document.offset(*start), document.offset(*end)
 
 
 def gap_of(uri: str, before: str, after: str) -> Gap:

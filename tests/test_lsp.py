@@ -700,14 +700,14 @@ def test_10000_edits(encoding: str) -> None:
                 offset += 1
             before = text[:offset].replace("\r\n", "\n").replace("\r", "\n")
             line = before.rpartition("\n")[2]
-            places.append((offset, before.count("\n"), len(line.encode(codec, "surrogatepass")) // width))
-        (start, *first), (end, *last) = sorted(places)
+            places.append((offset, (before.count("\n"), len(line.encode(codec, "surrogatepass")) // width)))
+        (start, first), (end, last) = sorted(places)
         if end - start > 40:
-            (end, *last) = (start, *first)
+            end, last = start, first
         piece = rng.choice(pieces)
         text = text[:start] + piece + text[end:]
-        document.edit(document.offset(*first), document.offset(*last), piece)
+        document.edit(first, last, piece)
         assert document.text == text
         if len(text) > 400:
             text = text[-200:]
-            document.edit(0, len(document.text) - 200, "")
+            document = Document(text, 0, "python", encoding)

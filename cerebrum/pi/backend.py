@@ -140,6 +140,7 @@ MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_CACHED_EACH = 4  # of one client and model
 SAME_BEGINNING = 200  # characters
+FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model on two cores
 
 
 class Prompts:
@@ -176,8 +177,8 @@ class Prompts:
 
     def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
         """(the most tokens to read for this job, or None; the texts already read for its client and model)."""
-        speed, limit = self.speed.get(job.model), job.fields.get("prompt_ms", 0)
-        if limit <= 1 or not speed or not job.fields["max_tokens"]:
+        speed, limit = self.speed.get(job.model, FIRST_SPEED), job.fields.get("prompt_ms", 0)
+        if limit <= 1 or not job.fields["max_tokens"]:
             return None, []
         return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
 
