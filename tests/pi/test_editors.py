@@ -584,7 +584,7 @@ TOLD = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
 
 
 async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
-    """As long as no speed is known, 100 tokens a second. In 3 seconds 300 tokens, of which a quarter is the suffix's."""
+    """As long as no speed is known, 100 tokens a second. In 3 seconds 300, a quarter for the suffix."""
     async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
         await infill(pi, **IN_TIME)
         await until(lambda: len(backend.completions) == 2 and pi.gateway.fleet.first.warming is None)
