@@ -659,7 +659,7 @@ METRICS = {
         Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "sharing.replaced", "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
                "sharing.type_through", "type_through"),
-        Metric("cerebrum_accepted_total", "Completions that users accepted, as editors report.",
+        Metric("cerebrum_accepted_completions_total", "Completions that users accepted, as editors report.",
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
