@@ -3,7 +3,7 @@
 
 PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor drafts prepare parse page fleet))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse page fleet))
 
 .PHONY: help run test test-clients test-engines test-slow test-packages lint bench fuzz deb clean
 
