@@ -64,11 +64,12 @@ MAX_TOKENS = 2048
 
 def read_settings(given: Any, settings: Settings) -> Settings:
     """Apply a JSON object of settings. Unknown names are ignored, since clients send others' settings too."""
+    if isinstance(given, dict):  # clients that share one object among servers have a section for each
+        given = given.get("cerebrum", given)
     if given is None:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    given = given.get("cerebrum", given)  # clients that share one object among servers have a section for each
     changed: dict[str, Any] = {}
     for one in fields(Settings):
         if (value := given.get(one.name)) is None:
@@ -82,7 +83,8 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     settings = replace(settings, **changed)
     try:
         address = urllib.parse.urlsplit(settings.url)
-        is_good = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        known = address.scheme in ("http", "https") and address.hostname is not None and address.port != 0
+        is_good = known and re.fullmatch(r"[!-~]*", settings.url) is not None
     except ValueError:
         is_good = False
     if not is_good:
@@ -103,23 +105,42 @@ def kind_of(value: Any) -> str:
 
 def read_file(folder: Path) -> Any:
     """The settings in lsp.toml, or in lsp.json, which every Python can read; None if there is neither."""
-    with contextlib.suppress(FileNotFoundError, ImportError):
+    toml, plain = folder / "lsp.toml", folder / "lsp.json"
+    try:
         import tomllib  # novm: since Python 3.11
 
-        with (folder / "lsp.toml").open("rb") as file:
-            return tomllib.load(file)
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((folder / "lsp.json").read_text("utf-8"))
-    return None
+        if toml.exists():
+            return tomllib.loads(toml.read_text("utf-8"))
+    except ImportError:
+        if toml.exists() and not plain.exists():
+            raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can") from None
+    return json.loads(plain.read_text("utf-8")) if plain.exists() else None
+
+
+VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}  # the others are CEREBRUM_LSP_TOKENS and so on
+
+
+def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of the environment: texts, lists with commas, and otherwise JSON."""
+    given: dict[str, Any] = {}
+    for one in fields(Settings):
+        if text := environment.get(VARIABLES.get(one.name, f"CEREBRUM_LSP_{one.name.upper()}")):
+            given[one.name] = text.split(",") if one.name == "off" else text
+            if one.name not in ("off", *VARIABLES):
+                with contextlib.suppress(ValueError):
+                    given[one.name] = json.loads(text)
+    return given
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, and above them those of the environment; and what is wrong with either."""
-    folder = Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cerebrum"
-    names = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
-    given = {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
+    folder = Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
     settings, wrong = Settings(), []
-    for place, read in ((f"the settings in {folder}", lambda: read_file(folder)), ("the environment", lambda: given)):
+    sources: dict[str, Callable[[], Any]] = {
+        f"the settings in {folder}": lambda: read_file(folder),
+        "the environment": lambda: read_variables(environment),
+    }
+    for place, read in sources.items():
         try:
             settings = read_settings(read(), settings)
         except BadSettings as error:
@@ -139,6 +160,15 @@ UNITS: Mapping[str, Callable[[str], int]] = {
     "utf-8": lambda char: len(char.encode("utf-8", "surrogatepass")),
     "utf-32": lambda char: 1,
 }
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A cursor in a file: the place where text is missing."""
+
+    uri: str
+    before: str
+    after: str
 
 
 class Document:
@@ -165,27 +195,27 @@ class Document:
                 return line, index
         return line, len(content)
 
-    def offset(self, line: int, character: int) -> int:
-        """The code points of the text before the position."""
-        line, column = self.place(line, character)
-        return sum(map(len, self.lines[:line])) + column
+    def between(self, start: tuple[int, int], end: tuple[int, int]) -> str:
+        """The text between two positions."""
+        (first, column), (last, after) = self.place(*start), self.place(*end)
+        if first == last:
+            return "".join(self.lines[first : first + 1])[column:after]
+        lines = self.lines[first : last + 1]
+        return "".join(lines)[column : sum(map(len, lines[: last - first])) + after]
+
+    def gap(self, uri: str, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
+        """The gap behind `inserted`, which stands for the text between two positions. It has the model's line ends."""
+        before, after = self.between((0, 0), start), self.between(end, (len(self.lines), 0))
+        texts = (LINE_END.sub("\n", text) if "\r" in text else text for text in (before + inserted, after))
+        return Gap(uri, *texts)
 
     def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
-        """Replace the text between two positions. A line before and after is read again: \\r and \\n may meet."""
+        """Replace the text between two positions. The line before is read again, since \\r and \\n may meet."""
         first, column = self.place(*start)
         last, after = max(self.place(*end), (first, column))
         head = "".join(self.lines[max(0, first - 1) : first]) + "".join(self.lines[first : first + 1])[:column]
-        tail = "".join(self.lines[last : last + 1])[after:] + "".join(self.lines[last + 1 : last + 2])
-        self.lines[max(0, first - 1) : last + 2] = LINE.findall(head + text + tail)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A cursor in a file: the place where text is missing."""
-
-    uri: str
-    before: str
-    after: str
+        tail = "".join(self.lines[last : last + 1])[after:]
+        self.lines[max(0, first - 1) : last + 1] = LINE.findall(head + text + tail)
 
 
 class Suggestions:
@@ -221,7 +251,8 @@ class Suggestions:
 
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
-MAX_BODY_TEXT = 200_000  # characters before the cursor, and after it, that are sent; the Pi fits them to the model
+MAX_BODY_TEXT = 80_000  # characters before the cursor, and after it, that are sent: more than any context, and in JSON
+# less than the 1 MiB that the Pi takes
 
 
 def sent(gap: Gap) -> tuple[str, str]:
@@ -254,12 +285,12 @@ class Ended(Exception):
 class Job:
     """A request of the client that a thread answers: it waits for a pause in typing, then asks the Pi."""
 
-    def __init__(self, number: Any = None, uri: str = "", pause: float = 0.0) -> None:
-        self.number, self.uri, self.pause = number, uri, pause
+    def __init__(self, number: Any = None, place: Any = None, pause: float = 0.0) -> None:
+        self.number, self.place, self.pause = number, place, pause  # the place: a method and a document
         self.lock = threading.Lock()
         self.asking = self.outdated = False
         self.ended = threading.Event()
-        self.connection: http.client.HTTPConnection | None = None
+        self.socket: socket.socket | None = None
 
     def wait(self) -> bool:
         """Wait for the pause; True if the Pi is to be asked, False if a newer request has come."""
@@ -272,18 +303,18 @@ class Job:
         return self.asking
 
     def supersede(self) -> None:
-        """A newer request has come for the same document. The Pi itself ends a computation that is of no use."""
+        """A newer request has come for the same place. The Pi itself ends a computation that is of no use."""
         with self.lock:
-            self.outdated = not self.asking
+            self.outdated = bool(self.pause) and not self.asking
             if self.outdated:
                 self.ended.set()
 
     def end(self) -> None:
         """Stop, from another thread: the Pi sees the connection close and frees the place."""
         self.ended.set()
-        if self.connection and (connected := self.connection.sock):
+        if self.socket:
             with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+                self.socket.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
         if self.ended.is_set():
@@ -294,20 +325,22 @@ def ask(settings: Settings, job: Job, path: str, body: Any = None) -> Any:
     """POST the body, or GET without one, and return the answer's JSON. PiError, or Ended."""
     url = urllib.parse.urlsplit(settings.url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = job.connection = kind(url.hostname or "", url.port, timeout=CONNECT_SECONDS)
+    connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
     headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
     if settings.key:
         headers["Authorization"] = f"Bearer {settings.key}"
     data = None if body is None else json.dumps(body).encode("ascii")
     try:
         connection.connect()
+        job.socket = connection.sock
         job.check()  # `end` may have come before there was a socket
         connection.sock.settimeout(TIMEOUT_SECONDS)
         connection.request("GET" if data is None else "POST", url.path.rstrip("/") + path, data, headers)
         response = connection.getresponse()
         content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        job.check()
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
+        if job.socket:  # a connection that never came about is news even if nobody waits for it any more
+            job.check()
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
     finally:
@@ -329,29 +362,32 @@ def ask(settings: Settings, job: Job, path: str, body: Any = None) -> Any:
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
 NOT_INITIALIZED, REQUEST_CANCELLED, REQUEST_FAILED = -32002, -32800, -32803
-PROGRESS = "cerebrum"  # the token of the progress
 MAX_MESSAGE_BYTES = 1 << 28
 MAX_HEADER_BYTES = 4096
-LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,10})[ \t]*", re.IGNORECASE)
+LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,10})[ \t]*\r?\n", re.IGNORECASE)
 
 
 class ProtocolError(Exception):
     """What the client sent is wrong. The message says what was expected and what came."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, number: Any = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.number = code, number
 
 
 def read_message(stream: BinaryIO) -> Any:
     """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message cannot be read, after
     which the next call finds the next message."""
-    length = None
+    length, lines = None, 0
     while line := stream.readline(MAX_HEADER_BYTES):
-        if found := LENGTH.fullmatch(line.rstrip(b"\r\n")):
+        if found := LENGTH.search(line):  # not at its beginning after a body whose length was not known
             length = int(found[1])
-        elif line in (b"\r\n", b"\n") and length is not None:
-            break
+        elif line in (b"\r\n", b"\n"):
+            if length is not None:
+                break
+            if lines:
+                raise ProtocolError(PARSE_ERROR, "expected the header Content-Length")
+        lines += 1
     else:
         raise EOFError
     if length > MAX_MESSAGE_BYTES:
@@ -372,6 +408,7 @@ class Client:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.lock, self.number = stream, threading.Lock(), 0
+        self.asked: dict[str, Callable[[Any], None]] = {}  # requests by id: what to do with the result
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
@@ -379,19 +416,16 @@ class Client:
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
 
-    def request(self, method: str, params: Any) -> str:
-        """Send a request and return its id."""
+    def request(self, method: str, params: Any, react: Callable[[Any], None] = lambda _: None) -> None:
+        """Send a request. The main thread calls `react` with the result, which is None after an error."""
         with self.lock:
             self.number += 1
             number = f"cerebrum-{self.number}"
+            self.asked[number] = react
         self.send(id=number, method=method, params=params)
-        return number
 
     def fail(self, number: Any, code: int, message: str) -> None:
         self.send(id=number, error={"code": code, "message": message})
-
-    def progress(self, **value: str) -> None:
-        self.send(method="$/progress", params={"token": PROGRESS, "value": value})
 
     def show(self, kind: int, message: str) -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
@@ -408,24 +442,23 @@ BUSY = (409, 429)  # statuses that pass by themselves
 ACCEPTED, INSTRUCT = "cerebrum.accepted", "cerebrum.instruct"  # the commands
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 WORD = re.compile(r"\w*\Z")
+MAX_WORD = 100  # characters
 LATER = object()  # the result of a request that a thread answers
 
 
 class Server:
     """One editor's session. The main thread runs `handle`; `later` runs work in threads."""
 
-    def __init__(self, client: Client, settings: Settings) -> None:
-        self.client, self.settings = client, settings
+    def __init__(self, client: Client, settings: Settings, wrong: list[str]) -> None:
+        self.client, self.settings, self.wrong = client, settings, wrong
         self.suggestions = Suggestions()
         self.documents: dict[str, Document] = {}
         self.encoding = "utf-16"
-        self.capabilities: Any = {}
+        self.has_progress = self.has_configuration = self.has_versions = False  # the client
         self.ready = self.stopping = False
-        self.asked: dict[str, Callable[[Any], None]] = {}  # our requests, by id: what to do with the result
         self.lock = threading.Lock()  # of what follows
         self.jobs: dict[Any, Job] = {}
-        self.watching: threading.Event | None = None  # a thread watches whether a model loads; set: a completion came
-        self.shown = False  # a progress is
+        self.progresses: dict[threading.Event, str] = {}  # tokens of what is shown, by the event that ends it
         self.silent_until = 0.0  # of time.monotonic(): the Pi did not answer
         self.told = False  # the user knows
 
@@ -440,7 +473,7 @@ class Server:
                     raise EOFError
                 self.handle(message)
             except ProtocolError as error:
-                self.client.fail(None, error.code, str(error))
+                self.client.fail(error.number, error.code, str(error))
             except EOFError:
                 return 0 if self.stopping else 1
 
@@ -449,11 +482,13 @@ class Server:
             raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
         number, method = message.get("id"), message.get("method")
         if "method" not in message and ("result" in message or "error" in message):
-            if react := self.asked.pop(str(number), None):
-                react(message.get("result"))
+            if react := self.client.asked.pop(str(number), None):
+                self.outcome(lambda: react(message.get("result")))
             return
-        if not isinstance(method, str) or ("id" in message and type(number) not in (int, str)):
-            raise ProtocolError(INVALID_REQUEST, "expected a method, and an id that is a number or text")
+        is_valid = type(number) in (int, str)
+        if not isinstance(method, str) or ("id" in message and not is_valid):
+            wrong = "expected a method, and an id that is a number or text"
+            raise ProtocolError(INVALID_REQUEST, wrong, number if is_valid else None)
         answer = self.outcome(lambda: self.run(method, message.get("params"), number))
         if number is None:
             if "error" in answer:
@@ -515,9 +550,14 @@ class Server:
     # --------------------------------------------------------------------------------------- the life cycle
 
     def initialize(self, params: Any, _number: Any) -> Any:
-        self.capabilities = get(params, "capabilities", dict, {})
-        offered = get(self.capabilities, "general.positionEncodings", list, ["utf-16"])
-        self.encoding = next((name for name in offered if name in UNITS), "utf-16")
+        able = get(params, "capabilities", dict, {})
+        offered = get(able, "general.positionEncodings", list, ["utf-16"])
+        self.encoding = next((name for name in offered if isinstance(name, str) and name in UNITS), "utf-16")
+        self.has_progress = get(able, "window.workDoneProgress", bool, False)
+        self.has_configuration = get(able, "workspace.configuration", bool, False)
+        self.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
+        for message in self.wrong:
+            self.client.show(1, message)
         self.configure(get(params, "initializationOptions", dict, None))
         self.ready = True
         capabilities = {
@@ -536,16 +576,15 @@ class Server:
             self.settings = read_settings(given, self.settings)
         except BadSettings as error:
             self.client.show(1, str(error))
-        self.told, self.silent_until = False, 0.0
+        with self.lock:
+            self.told, self.silent_until = False, 0.0
 
     def change_configuration(self, params: Any) -> None:
         if (given := get(params, "settings", dict, None)) is not None:
             self.configure(given)
-        elif get(self.capabilities, "workspace.configuration", bool, False):
-            number = self.client.request("workspace/configuration", {"items": [{"section": "cerebrum"}]})
-            self.asked[number] = lambda result: self.configure(
-                result[0] if isinstance(result, list) and result else None
-            )
+        elif self.has_configuration:
+            items = {"items": [{"section": "cerebrum"}]}
+            self.client.request("workspace/configuration", items, lambda found: self.configure(found and found[0]))
 
     def shutdown(self, _params: Any, _number: Any) -> None:
         self.stopping = True
@@ -554,7 +593,8 @@ class Server:
 
     def cancel(self, params: Any) -> None:
         """Answer a request before its job has ended: a connection may be slow to come about."""
-        if job := self.take(params.get("id") if isinstance(params, dict) else None):
+        number = params.get("id") if isinstance(params, dict) else None
+        if type(number) in (int, str) and (job := self.take(number)):
             self.client.fail(job.number, REQUEST_CANCELLED, "cancelled")
             job.end()
 
@@ -592,31 +632,26 @@ class Server:
 
     def inline_completion(self, params: Any, number: Any) -> Any:
         uri, document = self.document(params)
-        place = get(params, "position", dict)
-        start = end = document.offset(*position(place, "position"))
+        start = end = position(get(params, "position", dict), "position")
         chosen, selected = get(params, "context.selectedCompletionInfo", dict, None), ""
-        replaced = {"start": place, "end": place}
         if chosen:  # what the editor's own menu would insert
-            selected, replaced = get(chosen, "text", str), get(chosen, "range", dict)
-            start, end = span(document, chosen)
+            selected, (start, end) = get(chosen, "text", str), positions(chosen)
 
         def items(text: str) -> dict[str, Any]:
-            item = {"insertText": selected + text, "range": replaced, "command": accepted(text)}
+            item = {"insertText": selected + text, "range": span(start, end), "command": accepted(text)}
             return {"items": [item] if text else []}
 
         automatic = get(params, "context.triggerKind", int, 2) != 1
-        gap = gap_of(uri, document.text[:start] + selected, document.text[end:])
-        return self.complete(number, gap, document.language, automatic, items)
+        gap = document.gap(uri, start, end, selected)
+        return self.complete(number, ("inline", uri), gap, document.language, automatic, items)
 
     def completion(self, params: Any, number: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu."""
         uri, document = self.document(params)
-        place = get(params, "position", dict)
-        offset = document.offset(*position(place, "position"))
-        gap = gap_of(uri, document.text[:offset], document.text[offset:])
-        word = WORD.search(gap.before)[0]  # type: ignore[index]  # it always matches
-        width = sum(map(document.units, word))
-        begin = {"line": place["line"], "character": place["character"] - width}
+        line, character = place = position(get(params, "position", dict), "position")
+        gap = document.gap(uri, place, place)
+        word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
+        begin = line, max(0, character - sum(map(document.units, word)))
 
         def items(text: str) -> dict[str, Any]:
             entry = {
@@ -626,37 +661,42 @@ class Server:
                 "filterText": word + text,
                 "sortText": "\0",
                 "preselect": True,
-                "textEdit": {"range": {"start": begin, "end": place}, "newText": word + text},
+                "textEdit": {"range": span(begin, place), "newText": word + text},
                 "command": accepted(text),
             }
             return {"isIncomplete": True, "items": [entry] if text.strip() else []}
 
-        return self.complete(number, gap, document.language, True, items)
+        return self.complete(number, ("menu", uri), gap, document.language, True, items)
 
-    def complete(self, number: Any, gap: Gap, language: str, automatic: bool, items: Callable[[str], Any]) -> Any:
+    def complete(
+        self, number: Any, place: Any, gap: Gap, language: str, automatic: bool, items: Callable[[str], Any]
+    ) -> Any:
         """Complete at the gap: by what was suggested already, or by asking the Pi in a thread."""
         with self.lock:
-            others = [job for job in self.jobs.values() if job.uri == gap.uri]
-        for job in others:
-            job.supersede()
-        if language in self.settings.off:
+            others = [job for job in self.jobs.values() if job.place == place]
+        for other in others:
+            other.supersede()
+        settings = self.settings
+        if language in settings.off:
             return items("")
-        rest = self.suggestions.rest(gap)
-        if rest or (automatic and rest is not None):  # who asks for more than nothing asks the Pi again
+        if (rest := self.rest(gap, automatic)) is not None:
             return items(rest)
         if automatic and time.monotonic() < self.silent_until:
             return items("")
-        settings = self.settings
-        pause = self.suggestions.pause() if automatic else 0.0
 
         def work(job: Job) -> Any:
             if not job.wait():
                 return items("")
-            if (rest := self.suggestions.rest(gap)) is not None:  # of an older request that was still running
+            if (rest := self.rest(gap, automatic)) is not None:  # of an older request that was still running
                 return items(rest)
             return items(self.infill(settings, job, gap, automatic))
 
-        return self.later(Job(number, gap.uri, pause), work)
+        return self.later(Job(number, place, self.suggestions.pause() if automatic else 0.0), work)
+
+    def rest(self, gap: Gap, automatic: bool) -> str | None:
+        """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
+        rest = self.suggestions.rest(gap)
+        return rest if rest or automatic else None
 
     def infill(self, settings: Settings, job: Job, gap: Gap, automatic: bool) -> str:
         """The Pi's text for the gap; "" if it has none now. Ended, if the call was ended."""
@@ -664,30 +704,31 @@ class Server:
         body = {
             "input_prefix": before,
             "input_suffix": after,
-            "filename": os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(gap.uri).path)),
+            "filename": os.path.basename(urllib.parse.unquote(gap.uri)),
             "n_predict": settings.tokens,
             "t_max_prompt_ms": settings.read_ms if automatic else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
         }
-        begin = time.monotonic()
-        slow = threading.Timer(SLOW_SECONDS, self.watch_loading, [settings])
+        begin, done = time.monotonic(), threading.Event()
+        slow = threading.Timer(SLOW_SECONDS, self.watch_loading, [settings, done])
         slow.daemon = True
-        slow.start()
+        if self.has_progress:
+            slow.start()
         try:
             answer = ask(settings, job, "/infill", body)
-            text: str = get(answer, "content", str)
+            if not isinstance(text := answer.get("content"), str):
+                raise PiError(
+                    200, f"expected the Pi at {urllib.parse.urlsplit(settings.url).hostname}, got another server"
+                )
         except PiError as error:
             self.failed(error, automatic)
             return ""
-        except ProtocolError:
-            self.failed(PiError(200, f"{settings.url} is no Cerebrum: its answer has no content"), automatic)
-            return ""
         finally:
             slow.cancel()
+            self.end_progress(done)  # before the result: lsp-mode 10 drops what comes together with it, after it
         with self.lock:
             self.told, self.silent_until = False, 0.0
-        self.end_progress()  # before the result: lsp-mode 10 drops messages that come together with it, after it
         if not answer.get("replaced"):
             self.suggestions.add(gap, text, time.monotonic() - begin)
         return text
@@ -702,37 +743,28 @@ class Server:
         if tell:
             self.client.show(2, str(error))
 
-    def watch_loading(self, settings: Settings) -> None:
-        """Show a progress while no model is in memory, until one is or a completion has come."""
-        if not get(self.capabilities, "window.workDoneProgress", bool, False):
-            return
-        with self.lock:
-            if self.watching:
-                return
-            done = self.watching = threading.Event()
+    def watch_loading(self, settings: Settings, done: threading.Event) -> None:
+        """Show a progress while no model is in memory, until one is or the request is done."""
         with contextlib.suppress(PiError, Ended, ProtocolError):
-            while not any(get(model, "loaded", bool, False) for model in self.models(settings)):
+            while not any(
+                get(one, "loaded", bool, False) for one in get(ask(settings, Job(), "/v1/models"), "models", list)
+            ):
                 with self.lock:
                     if done.is_set():
                         return
-                    if not self.shown:
-                        self.client.request("window/workDoneProgress/create", {"token": PROGRESS})
-                        self.client.progress(kind="begin", title="Cerebrum", message="a model is loading")
-                    self.shown = True
+                    if not self.progresses:
+                        token = self.progresses[done] = f"cerebrum-{time.monotonic_ns()}"
+                        self.client.request("window/workDoneProgress/create", {"token": token})
+                        value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
+                        self.client.send(method="$/progress", params={"token": token, "value": value})
                 done.wait(POLL_SECONDS)
-        self.end_progress()
+        self.end_progress(done)
 
-    def models(self, settings: Settings) -> list[Any]:
-        found: list[Any] = get(ask(settings, Job(), "/v1/models"), "models", list)
-        return found
-
-    def end_progress(self) -> None:
+    def end_progress(self, done: threading.Event) -> None:
         with self.lock:
-            if self.watching:
-                self.watching.set()
-            if self.shown:
-                self.client.progress(kind="end")
-            self.watching, self.shown = None, False
+            done.set()
+            if token := self.progresses.pop(done, None):
+                self.client.send(method="$/progress", params={"token": token, "value": {"kind": "end"}})
 
     # -------------------------------------------------------------------------------------------- commands
 
@@ -743,39 +775,47 @@ class Server:
         given = arguments[0] if arguments else None
         if command == ACCEPTED:
             body, settings = {"characters": get(given, "characters", int)}, self.settings
-            return self.later(Job(number), lambda job: ask(settings, job, "/v1/accepted", body) and None)
+
+            def report(job: Job) -> None:
+                with contextlib.suppress(PiError):  # only a count
+                    ask(settings, job, "/v1/accepted", body)
+
+            return self.later(Job(number), report)
         return self.instruct(given, number)
 
     def instruct(self, given: Any, number: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
         uri, document = self.document({"textDocument": given})
-        start, end = span(document, given)
-        language = LANGUAGES.get(document.language, document.language)
+        start, end = positions(given)
+        old, chosen = document.text, document.between(start, end)
         body = {
-            "prompt": document.text[start:end],
+            "prompt": LINE_END.sub("\n", chosen),
             "instruction": get(given, "instruction", str),
-            "language": language,
+            "language": document.language.replace("react", ""),  # javascriptreact, typescriptreact
             "max_tokens": MAX_TOKENS,
             "temperature": 0.0,
         }
-        settings, version, old = self.settings, document.version, document.text
+        settings = self.settings
 
         def work(job: Job) -> None:
             answer = ask(settings, job, "/v1/complete", body)
-            text, reason = get(answer, "completion", str), answer.get("finish_reason")
-            if reason == "length":
+            text: str = get(answer, "completion", str)
+            if answer.get("finish_reason") == "length":
                 raise PiError(200, f"the answer is longer than {MAX_TOKENS} tokens; nothing was changed")
             if document.text != old or self.documents.get(uri) is not document:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
-            if old[start:end].endswith("\n") and not text.endswith("\n"):
+            if chosen.endswith(("\n", "\r")) and not text.endswith("\n"):
                 text += "\n"
-            edits = [{"range": given["range"], "newText": text}]
-            changed = {"textDocument": {"uri": uri, "version": version}, "edits": edits}
-            versions = get(self.capabilities, "workspace.workspaceEdit.documentChanges", bool, False)
-            edit = {"documentChanges": [changed]} if versions else {"changes": {uri: edits}}
-            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit})
+            edits = [{"range": span(start, end), "newText": text}]
+            changed = {"textDocument": {"uri": uri, "version": document.version}, "edits": edits}
+            edit = {"documentChanges": [changed]} if self.has_versions else {"changes": {uri: edits}}
+            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
 
         return self.later(Job(number), work)
+
+    def applied(self, result: Any) -> None:
+        if not get(result, "applied", bool, False):
+            self.client.show(2, "the editor did not apply the change")
 
 
 def get(value: Any, path: str, kind: type, *default: Any) -> Any:
@@ -803,23 +843,17 @@ def position(value: Any, path: str) -> tuple[int, int]:
 
 
 def positions(holder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two positions of this holder's range."""
-    start, end = (position(get(holder, path, dict), path) for path in ("range.start", "range.end"))
+    """The two positions of this holder's range, in order."""
+    start, end = sorted(position(get(holder, path, dict), path) for path in ("range.start", "range.end"))
     return start, end
 
 
-def span(document: Document, holder: Any) -> tuple[int, int]:
-    """The range of this holder, in code points of the document."""
-    start, end = positions(holder)
-    return document.offset(*start), document.offset(*end)
+def span(*places: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """A range from one position to another, as LSP writes it."""
+    start, end = ({"line": line, "character": character} for line, character in places)
+    return {"start": start, "end": end}
 
 
-def gap_of(uri: str, before: str, after: str) -> Gap:
-    """The gap with the model's line ends."""
-    return Gap(uri, *(LINE_END.sub("\n", text) if "\r" in text else text for text in (before, after)))
-
-
-LANGUAGES = {"javascriptreact": "javascript", "typescriptreact": "typescript"}  # as the Pi calls them
 REQUESTS: Mapping[str, Callable[[Server, Any, Any], Any]] = {
     "initialize": Server.initialize,
     "shutdown": Server.shutdown,
@@ -857,10 +891,7 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
-    settings, wrong = first_settings(os.environ)
-    for message in wrong:
-        client.show(1, message)
-    return Server(client, settings).serve(sys.stdin.buffer)
+    return Server(client, *first_settings(os.environ)).serve(sys.stdin.buffer)
 
 
 if __name__ == "__main__":

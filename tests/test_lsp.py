@@ -19,7 +19,7 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from harness import PATIENCE, ROOT
+from harness import PATIENCE, ROOT, wait_until
 
 import cerebrum_lsp
 from cerebrum_lsp import UNITS, BadSettings, Document, Settings, Suggestions, first_settings, read_settings
@@ -90,9 +90,12 @@ class PiHandler(BaseHTTPRequestHandler):
 class Editor:
     """A client: sends messages to a server in a process of its own, and sorts what comes back."""
 
-    def __init__(self, environment: dict[str, str], *, python: str = sys.executable) -> None:
+    def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
+        """`setup` is run by the server before it starts."""
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cerebrum_lsp; {setup}"
+        command = [sys.executable, "-c", f"{code}; sys.argv[:] = ['']; sys.exit(cerebrum_lsp.main())"]
         self.process = subprocess.Popen(
-            [python, str(FILE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
         )
         self.numbers = itertools.count(1)
         self.came: Queue[Any] = Queue()
@@ -181,8 +184,8 @@ def pi() -> Iterator[Pi]:
 
 
 @contextlib.contextmanager
-def editing(folder: Path, url: str, **environment: str) -> Iterator[Editor]:
-    editor = Editor({"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment})
+def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> Iterator[Editor]:
+    editor = Editor({"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment}, setup)
     try:
         yield editor
     finally:
@@ -231,6 +234,15 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> N
     assert pi.asked.qsize() == 2
 
 
+def test_who_asks_where_nothing_was_suggested_asks_the_pi(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x = ")
+    pi.answer = lambda *_: (200, {"content": ""})
+    assert [editor.ghost(0, 4, AUTOMATIC), editor.ghost(0, 4, AUTOMATIC), pi.asked.qsize()] == ["", "", 1]
+    pi.answer = lambda *_: (200, {"content": "1"})
+    assert editor.ghost(0, 4, INVOKED) == "1"
+
+
 def test_the_editors_menu_counts_as_typed(editor: Editor, pi: Pi) -> None:
     editor.start()
     editor.open("x.pr")
@@ -272,6 +284,17 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
     start, end = {"line": 0, "character": 2}, {"line": 0, "character": 4}
     assert item["textEdit"] == {"range": {"start": start, "end": end}, "newText": "value\n"}
     assert (item["label"], item["filterText"]) == ("value", "value\n")
+    editor.open("a" * 200_000)
+    asked = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 200_000}}
+    (item,) = editor.ask("textDocument/completion", asked)["items"]
+    assert item["textEdit"]["range"]["start"] == {"line": 0, "character": 200_000 - cerebrum_lsp.MAX_WORD}
+
+
+def test_a_request_that_the_user_made_is_not_ended_by_a_newer_one() -> None:
+    asked, automatic = cerebrum_lsp.Job(1), cerebrum_lsp.Job(2, pause=PATIENCE)
+    for job in (asked, automatic):
+        job.supersede()
+    assert (asked.wait(), automatic.wait()) == (True, False)
 
 
 def test_a_suggestion_is_kept_for_its_place_alone() -> None:
@@ -294,12 +317,13 @@ def test_the_pause_follows_the_response_time(seconds: float, pause: float) -> No
 
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
     text = "".join(f"{number:09}\n" for number in range(30_000))
-    ends = 200_000, 200_001, 249_999, 250_000, 250_001
+    most, step = cerebrum_lsp.MAX_BODY_TEXT, cerebrum_lsp.MAX_BODY_TEXT // 4
+    ends = most, most + 1, most + step - 1, most + step, most + step + 1
     sent = [cerebrum_lsp.sent(cerebrum_lsp.Gap(URI, text[:end], text)) for end in ends]
     begins = [text.index(before[:10]) for before, _ in sent]
-    assert begins == [0, 50_000, 50_000, 50_000, 100_000]
+    assert begins == [0, step, step, step, 2 * step]
     assert [before for before, _ in sent] == [text[start:end] for start, end in zip(begins, ends, strict=True)]
-    assert {after for _, after in sent} == {text[:200_000]}
+    assert {after for _, after in sent} == {text[:most]}
 
 
 # --------------------------------------------------------------------------------------------- cancelling
@@ -358,6 +382,13 @@ def test_an_accepted_text_is_counted(editor: Editor, pi: Pi) -> None:
     assert (path, body) == ("/v1/accepted", {"characters": 12})
 
 
+def test_an_accepted_text_that_cannot_be_counted_is_no_news(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    pi.answer = lambda *_: (404, {"message": "no such path"})
+    done = {"command": "cerebrum.accepted", "arguments": [{"characters": 12}]}
+    assert editor.ask("workspace/executeCommand", done) is None
+
+
 INSTRUCTED = {"uri": URI, "instruction": "rename a to total",
               "range": {"start": {"line": 1, "character": 0}, "end": {"line": 2, "character": 0}}}  # fmt: skip
 
@@ -396,6 +427,20 @@ def test_an_instruction_never_overwrites_a_newer_text(editor: Editor, pi: Pi) ->
     assert error == {"code": -32803, "message": "the text has changed meanwhile; nothing was changed"}
 
 
+def test_an_instruction_keeps_a_line_end_and_says_if_the_editor_refuses(editor: Editor, pi: Pi) -> None:
+    editor.start()
+    editor.open("x\r\na\r\nb\r\n")
+    pi.answer = lambda *_: (200, {"completion": "total", "finish_reason": "stop"})
+    backwards = INSTRUCTED | {"range": {"start": INSTRUCTED["range"]["end"], "end": INSTRUCTED["range"]["start"]}}
+    editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [backwards]})
+    asked = editor.next(lambda message: message.get("method") == "workspace/applyEdit")
+    assert pi.asked.get(timeout=PATIENCE)[1]["prompt"] == "a\n"
+    edit = {"range": INSTRUCTED["range"], "newText": "total\n"}
+    assert asked["params"]["edit"] == {"changes": {URI: [edit]}}
+    editor.send({"jsonrpc": "2.0", "id": asked["id"], "result": {"applied": False}})
+    assert editor.next(shown)["params"]["message"] == "Cerebrum: the editor did not apply the change"
+
+
 def test_half_an_instruction_is_not_applied(editor: Editor, pi: Pi) -> None:
     editor.start()
     editor.open("x\na\nb\n")
@@ -426,6 +471,17 @@ def test_away_is_told_once(editor: Editor, pi: Pi) -> None:
     assert editor.ghost(0, 3, AUTOMATIC) == "1"
 
 
+def test_it_comes_back_by_itself(pi: Pi, tmp_path: Path) -> None:
+    with editing(tmp_path, pi.url, "cerebrum_lsp.AWAY_SECONDS = 0.05") as editor:
+        editor.start()
+        editor.open("x = ")
+        pi.answer = lambda *_: (503, {"error": {"message": "no backend"}})
+        assert editor.ghost(0, 4, AUTOMATIC) == ""
+        pi.answer = lambda *_: (200, {"content": "1"})
+        wait_until(lambda: editor.ghost(0, 4, AUTOMATIC) == "1", "the server asks again")
+        assert editor.came.empty()
+
+
 def test_a_pi_that_is_off_is_told_once_and_again_if_the_user_asks(pi: Pi, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
@@ -451,7 +507,7 @@ def test_a_busy_pi_is_no_news(editor: Editor, pi: Pi) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((200, {"text": "a"}), "http://127.0.0.1:{port} is no Cerebrum: its answer has no content"),
+        ((200, {"text": "a"}), "expected the Pi at 127.0.0.1, got another server"),
         ((200, [1]), "expected the Pi at 127.0.0.1, got an answer that is not JSON"),
         ((401, {"error": {"message": "expected a key"}}), "the Pi answers 401: expected a key"),
     ],
@@ -472,12 +528,25 @@ def test_a_loading_model_is_a_progress_that_ends_before_the_result(editor: Edito
     pi.hold.clear()
     number = editor.at(0, 4)
     created, begun = editor.next(), editor.next()
-    assert (created["method"], created["params"]) == ("window/workDoneProgress/create", {"token": "cerebrum"})
+    token = created["params"]["token"]
     value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
-    assert (begun["method"], begun["params"]) == ("$/progress", {"token": "cerebrum", "value": value})
+    assert created["method"] == "window/workDoneProgress/create"
+    assert (begun["method"], begun["params"]) == ("$/progress", {"token": token, "value": value})
     pi.hold.set()
-    assert editor.next()["params"] == {"token": "cerebrum", "value": {"kind": "end"}}
+    assert editor.next()["params"] == {"token": token, "value": {"kind": "end"}}
     assert editor.next()["id"] == number
+    editor.type(0, 0, "!")
+    pi.hold.clear()
+    number = editor.at(0, 5)
+    assert editor.next(lambda message: message.get("method") == "$/progress")["params"]["token"] != token
+    editor.tell("$/cancelRequest", {"id": number})
+    ended = [editor.next(lambda message: message.get("method") != "window/showMessage") for _ in range(2)]
+    assert {
+        message.get("id", message["params"]["value"]["kind"] if "params" in message else 0) for message in ended
+    } == {
+        number,
+        "end",
+    }
 
 
 # ------------------------------------------------------------------------------------------- the protocol
@@ -498,7 +567,11 @@ def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor,
     editor.send({"jsonrpc": "2.0", "id": True, "method": "shutdown"})
     assert editor.next()["error"]["code"] == -32600
     editor.send({"jsonrpc": "2.0", "id": 9, "method": 3})
-    assert editor.next()["error"]["code"] == -32600
+    answer = editor.next()
+    assert (answer["id"], answer["error"]["code"]) == (9, -32600)
+    for header in (b"X: 1", b"Content-Length: abc", b"Content-Length: 12345678901"):
+        editor.write(header + b"\r\n\r\n" + b'{"id": 1, "method": "x"}')
+        assert editor.next()["error"] == {"code": -32700, "message": "expected the header Content-Length"}
     assert editor.answer(editor.request("workspace/symbol", {}))["error"]["code"] == -32601
     assert editor.answer(editor.request("initialize", {}))["error"]["code"] == -32600
     editor.open("x = ")
@@ -600,10 +673,30 @@ def test_a_client_that_is_asked_for_its_settings(editor: Editor, pi: Pi) -> None
     assert pi.asked.get(timeout=PATIENCE)[1]["n_predict"] == 13
 
 
+def test_settings_of_the_environment() -> None:
+    given = {"CEREBRUM_LSP_TOKENS": "64", "CEREBRUM_LSP_OFF": "markdown,text", "CEREBRUM_LSP_COMPLETION": "true"}
+    environment = {
+        "XDG_CONFIG_HOME": "/nowhere",
+        "CEREBRUM_URL": "http://[::1]:1",
+        "CEREBRUM_CM4_API_KEY": "12",
+    } | given
+    expected = Settings("http://[::1]:1", "12", 64, off=("markdown", "text"), completion=True)
+    assert first_settings(environment) == (expected, [])
+    wrong = ["the environment: expected a whole number for tokens, got text"]
+    assert first_settings(environment | {"CEREBRUM_LSP_TOKENS": "many"}) == (Settings(), wrong)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"cerebrum": None}, {"cerebrum": {}}, {"python": 1}])
+def test_no_settings(given: Any) -> None:
+    assert read_settings(given, Settings(tokens=5)) == Settings(tokens=5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([], "expected an object of settings, got a list"),
+        ({"cerebrum": 5}, "expected an object of settings, got a number"),
+        ({"url": "http://pi local:7000"}, "expected a url such as http://pi.local:7000"),
         ({"url": "ftp://pi"}, "expected a url such as http://pi.local:7000"),
         ({"url": "http://pi:99999"}, "expected a url such as http://pi.local:7000"),
         ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
@@ -628,6 +721,9 @@ def test_json_serves_where_toml_cannot_be_read(tmp_path: Path, monkeypatch: pyte
     assert first_settings(environment) == (Settings(tokens=7), [])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
     assert first_settings(environment) == (Settings(tokens=8), [])
+    (folder / "lsp.json").unlink()
+    message = f"the settings in {folder}: expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
+    assert first_settings(environment) == (Settings(), [message])
 
 
 @pytest.mark.parametrize(
@@ -638,8 +734,9 @@ def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path, text: str
     folder.mkdir()
     (folder / "lsp.toml").write_text(text)
     with editing(tmp_path, pi.url) as editor:
+        number = editor.request("initialize", {"capabilities": {}})
         assert f"the settings in {folder}: {reason}" in editor.next(shown)["params"]["message"]
-        editor.start()
+        assert "result" in editor.answer(number)
         editor.open("x = ")
         assert editor.ghost(0, 4) == "a + b"
 
@@ -683,6 +780,19 @@ def test_positions_are_in_the_clients_encoding(
     assert pi.asked.get(timeout=PATIENCE)[1]["input_prefix"] == "é語😀 ="
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "left"),
+    [
+        ((0, 99), (0, 99), "ab!\r\n😀c"), ((9, 9), (9, 9), "ab\r\n😀c!"), ((1, 1), (1, 9), "ab\r\n!"),
+        ((1, 2), (0, 1), "ab\r\n😀!c"), ((0, 2), (1, 0), "ab!😀c"),
+    ],
+)  # fmt: skip
+def test_positions_that_are_behind_an_end_in_a_character_or_in_disorder(start: Any, end: Any, left: str) -> None:
+    document = Document("ab\r\n😀c", 0, "python", "utf-16")
+    document.edit(start, end, "!")
+    assert document.text == left
+
+
 @pytest.mark.parametrize("encoding", list(UNITS))
 def test_10000_edits(encoding: str) -> None:
     """An independent editor: a list of lines, each a list of units."""
@@ -705,6 +815,7 @@ def test_10000_edits(encoding: str) -> None:
         if end - start > 40:
             end, last = start, first
         piece = rng.choice(pieces)
+        assert document.between(first, last) == text[start:end]
         text = text[:start] + piece + text[end:]
         document.edit(first, last, piece)
         assert document.text == text

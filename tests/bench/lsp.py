@@ -124,7 +124,7 @@ def shown(editor: Editor, request: int, seconds: float) -> str:
     while (left := end - time.monotonic()) > 0:
         with contextlib.suppress(Empty):
             message = editor.came.get(timeout=left)
-            if message["id"] == request and (items := message.get("result", {}).get("items")) is not None:
+            if message.get("id") == request and (items := message.get("result", {}).get("items")) is not None:
                 text = "".join(item["insertText"] for item in items)
                 if seconds == PATIENCE:
                     break

@@ -238,3 +238,37 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         backend.models = answer(200, MODELS)
         backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
         await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
+
+
+# ------------------------------------------------------------------------------------ the language server
+
+
+async def test_the_language_server_is_handed_out_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pi_for(1, probing=False, client_keys=(KEY,)) as pi:
+        reply = await pi.get("/cerebrum_lsp.py")
+        assert (reply.status, reply.body) == (200, (ROOT / "cerebrum_lsp.py").read_bytes())
+        assert reply.one("content-type") == "text/x-python; charset=utf-8"
+        monkeypatch.setattr(cm4d, "HERE", tmp_path)
+        reply = await pi.get("/cerebrum_lsp.py")
+        assert (reply.status, reply.json["message"]) == (
+            404,
+            "expected the file cerebrum_lsp.py beside cm4d.py, got none",
+        )
+
+
+async def test_what_users_accept_is_counted() -> None:
+    async with pi_for(1, probing=False) as pi:
+        assert (await pi.ask("POST", "/v1/accepted", {"characters": 12})).json == {
+            "accepted": 1,
+            "accepted_characters": 12,
+        }
+        assert (await pi.ask("POST", "/v1/accepted", {"characters": 0})).status == 400
+        assert (await pi.ask("POST", "/v1/accepted", {"characters": 5})).json == {
+            "accepted": 2,
+            "accepted_characters": 17,
+        }
+        stats = (await pi.get("/v1/stats")).json
+        assert (stats["accepted"], stats["accepted_characters"]) == (2, 17)
+        metrics = (await pi.get("/metrics")).body
+        assert b"cerebrum_accepted_completions_total 2" in metrics
+        assert b"cerebrum_accepted_characters_total 17" in metrics
