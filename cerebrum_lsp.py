@@ -518,9 +518,7 @@ class Server:
         if not self.ready and method != "initialize":
             raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
         if self.stopping or (self.ready and method == "initialize"):
-            raise ProtocolError(
-                INVALID_REQUEST, f"{method} cannot come {'after shutdown' if self.stopping else 'twice'}"
-            )
+            raise ProtocolError(INVALID_REQUEST, f"{method} came {'after shutdown' if self.stopping else 'twice'}")
         if not (requested := REQUESTS.get(method)):
             raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
         return requested(self, params, number)
@@ -718,9 +716,7 @@ class Server:
         try:
             answer = ask(settings, job, "/infill", body)
             if not isinstance(text := answer.get("content"), str):
-                raise PiError(
-                    200, f"expected the Pi at {urllib.parse.urlsplit(settings.url).hostname}, got another server"
-                )
+                raise PiError(200, "expected a completion, got another answer: the url is perhaps not the Pi's")
         except PiError as error:
             self.failed(error, automatic)
             return ""
@@ -746,9 +742,7 @@ class Server:
     def watch_loading(self, settings: Settings, done: threading.Event) -> None:
         """Show a progress while no model is in memory, until one is or the request is done."""
         with contextlib.suppress(PiError, Ended, ProtocolError):
-            while not any(
-                get(one, "loaded", bool, False) for one in get(ask(settings, Job(), "/v1/models"), "models", list)
-            ):
+            while not self.has_model(settings):
                 with self.lock:
                     if done.is_set():
                         return
@@ -759,6 +753,10 @@ class Server:
                         self.client.send(method="$/progress", params={"token": token, "value": value})
                 done.wait(POLL_SECONDS)
         self.end_progress(done)
+
+    def has_model(self, settings: Settings) -> bool:
+        models = get(ask(settings, Job(), "/v1/models"), "models", list)
+        return any(get(model, "loaded", bool, False) for model in models)
 
     def end_progress(self, done: threading.Event) -> None:
         with self.lock:

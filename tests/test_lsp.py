@@ -507,7 +507,7 @@ def test_a_busy_pi_is_no_news(editor: Editor, pi: Pi) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((200, {"text": "a"}), "expected the Pi at 127.0.0.1, got another server"),
+        ((200, {"text": "a"}), "expected a completion, got another answer: the url is perhaps not the Pi's"),
         ((200, [1]), "expected the Pi at 127.0.0.1, got an answer that is not JSON"),
         ((401, {"error": {"message": "expected a key"}}), "the Pi answers 401: expected a key"),
     ],
