@@ -496,6 +496,16 @@ def test_a_pi_that_is_off_is_told_once_and_again_if_the_user_asks(pi: Pi, tmp_pa
             assert messages[-1]["result"] == {"items": []}
 
 
+def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
+    """Who types on cancels at each key, and would never hear of it."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        settings = Settings(url=f"http://127.0.0.1:{gone.getsockname()[1]}")
+    job = cerebrum_lsp.Job()
+    job.end()
+    with pytest.raises(cerebrum_lsp.PiError, match="does not answer"):
+        cerebrum_lsp.ask(settings, job, "/infill", {})
+
+
 def test_a_busy_pi_is_no_news(editor: Editor, pi: Pi) -> None:
     editor.start()
     editor.open("x = ")
