@@ -195,6 +195,11 @@ class Document:
                 return line, index
         return line, len(content)
 
+    def clamp(self, place: tuple[int, int]) -> tuple[int, int]:
+        """The position, or the end that it is behind."""
+        line, column = self.place(*place)
+        return line, sum(map(self.units, "".join(self.lines[line : line + 1])[:column]))
+
     def between(self, start: tuple[int, int], end: tuple[int, int]) -> str:
         """The text between two positions."""
         (first, column), (last, after) = self.place(*start), self.place(*end)
@@ -251,8 +256,9 @@ class Suggestions:
 
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
-MAX_BODY_TEXT = 80_000  # characters before the cursor, and after it, that are sent: more than any context, and in JSON
-# less than the 1 MiB that the Pi takes
+# Characters before the cursor, and after it, that are sent: more than any context holds, and as JSON less than the
+# 1 MiB that the Pi takes.
+MAX_BODY_TEXT = 80_000
 
 
 def sent(gap: Gap) -> tuple[str, str]:
@@ -454,7 +460,7 @@ class Server:
         self.suggestions = Suggestions()
         self.documents: dict[str, Document] = {}
         self.encoding = "utf-16"
-        self.has_progress = self.has_configuration = self.has_versions = False  # the client
+        self.has_progress = self.has_configuration = self.has_versions = False  # what the client can do
         self.ready = self.stopping = False
         self.lock = threading.Lock()  # of what follows
         self.jobs: dict[Any, Job] = {}
@@ -646,8 +652,8 @@ class Server:
     def completion(self, params: Any, number: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu."""
         uri, document = self.document(params)
-        line, character = place = position(get(params, "position", dict), "position")
-        gap = document.gap(uri, place, place)
+        place = document.clamp(position(get(params, "position", dict), "position"))
+        gap, (line, character) = document.gap(uri, place, place), place
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
         begin = line, max(0, character - sum(map(document.units, word)))
 

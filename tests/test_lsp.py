@@ -279,11 +279,14 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
     assert "." in found["capabilities"]["completionProvider"]["triggerCharacters"]
     editor.open("é.va")
     pi.answer = lambda *_: (200, {"content": "lue\n"})
-    asked = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 4}}
+    asked: dict[str, Any] = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 4}}
     (item,) = editor.ask("textDocument/completion", asked)["items"]
     start, end = {"line": 0, "character": 2}, {"line": 0, "character": 4}
     assert item["textEdit"] == {"range": {"start": start, "end": end}, "newText": "value\n"}
     assert (item["label"], item["filterText"]) == ("value", "value\n")
+    asked["position"]["character"] = 99
+    (item,) = editor.ask("textDocument/completion", asked)["items"]
+    assert item["textEdit"]["range"] == {"start": start, "end": end}
     editor.open("a" * 200_000)
     asked = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 200_000}}
     (item,) = editor.ask("textDocument/completion", asked)["items"]

@@ -190,6 +190,14 @@ def replaced(port: int, model: str, vps: Daemon) -> dict[str, Any]:
     return {"p50_ms": round(statistics.median(times), 1), "worst_ms": round(max(times), 1)}
 
 
+def start_both(stack: contextlib.ExitStack, folder: Path) -> tuple[Daemon, Daemon]:
+    """The VPS's daemon, and the Pi's, which asks for no key."""
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
+    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
+    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
+    return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -197,11 +205,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen_0_5b")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
-        vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
-        where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-        pi = stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
+        vps, pi = start_both(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         Infill(pi.port, options.model, "x", "").result()  # loads the model
         result = {
             "type_through": type_through(pi.port, options.model),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -33,12 +32,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import MODELS, PATIENCE, Daemon, daemon, wait_until
+from editor import FILE, PAUSE_SECONDS, PAUSES, start_both
+from harness import PATIENCE, Daemon, wait_until
 from test_lsp import AUTOMATIC, INVOKED, Editor, Pi, editing
 
 ROUNDS, CANCELS = 300, 20
-PAUSES, PAUSE_SECONDS = 8, 1.5  # characters typed on average between two pauses
-FILE = "textwrap.py"
 
 
 def asked(url: str, **body: Any) -> Any:
@@ -140,10 +138,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         result: dict[str, Any] = {"added": added(folder)}
-        easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
-        vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
-        where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-        pi = stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
+        _, pi = start_both(stack, folder)
         asked(f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=options.model)  # loads it
         result["cancelled"] = cancelled(folder, pi)
         result["typing"] = typing(folder, pi, options.seconds, options.keys)
