@@ -190,9 +190,9 @@ def replaced(port: int, model: str, vps: Daemon) -> dict[str, Any]:
     return {"p50_ms": round(statistics.median(times), 1), "worst_ms": round(max(times), 1)}
 
 
-def start_both(stack: contextlib.ExitStack, folder: Path) -> tuple[Daemon, Daemon]:
-    """The VPS's daemon, and the Pi's, which asks for no key."""
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
+def start_both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
+    """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(models)}
     vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
     where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
     return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))

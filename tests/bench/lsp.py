@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from editor import FILE, PAUSE_SECONDS, PAUSES, start_both
-from harness import PATIENCE, Daemon, wait_until
+from harness import FILES, PATIENCE, Daemon, wait_until
 from test_lsp import AUTOMATIC, INVOKED, Editor, Pi, editing
 
 ROUNDS, CANCELS = 300, 20
@@ -138,7 +138,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         result: dict[str, Any] = {"added": added(folder)}
-        _, pi = start_both(stack, folder)
+        models = folder / "models"  # the one alone: the language server leaves the choice to the Pi
+        models.mkdir()
+        (models / FILES[options.model].name).symlink_to(FILES[options.model])
+        _, pi = start_both(stack, folder, models)
         asked(f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=options.model)  # loads it
         result["cancelled"] = cancelled(folder, pi)
         result["typing"] = typing(folder, pi, options.seconds, options.keys)
