@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse page fleet))
 
-.PHONY: help run test test-clients test-engines test-slow test-packages lint bench fuzz deb clean
+.PHONY: help run test test-clients test-engines test-scale test-slow test-packages lint bench fuzz deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
@@ -24,6 +24,10 @@ test-clients: ## install other people's clients and run them against both daemon
 test-engines: ## build other people's engines (about four minutes, once) and run them behind the Pi
 	@./run.sh setup engines
 	$(PYTHON) -m pytest -m engines
+
+test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (a quarter of an hour)
+	@./run.sh setup scale
+	$(PYTHON) -m pytest -m scale
 
 test-slow: ## run the tests that take minutes, need root, or need a second model (1.1 GB)
 	@./run.sh setup test

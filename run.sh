@@ -6,7 +6,8 @@
 #                              print one completion; stop what was started
 #     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
 #                              "test" those of tests and linters, "clients" also other people's clients,
-#                              "engines" also other people's engines, one of which is built
+#                              "engines" also other people's engines, one of which is built, "scale" also
+#                              vLLM and Ray
 #
 # stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
@@ -111,7 +112,7 @@ with_clock() {
 make_venv() {
 	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
 	[[ -x $PYTHON ]] || python3 -m venv .venv
-	requirements "$1" >"$wanted"
+	requirements "${1/scale/test}" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
 	have_llama || label='building llama.cpp (about four minutes, once)'
 	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
@@ -127,6 +128,9 @@ setup() {
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
 	if [[ $1 == engines ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
 		with_clock "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
+		note "$(<"$STATE/setup.log")"
+	elif [[ $1 == scale ]]; then # likewise
+		with_clock 'vLLM and Ray (installed once, about five minutes)' "$PYTHON" tests/scale.py
 		note "$(<"$STATE/setup.log")"
 	fi
 }
@@ -193,7 +197,7 @@ run() {
 
 case "$*" in
 	setup) setup run ;;
-	'setup test' | 'setup clients' | 'setup engines') setup "$2" ;;
+	'setup test' | 'setup clients' | 'setup engines' | 'setup scale') setup "$2" ;;
 	'') run ;;
-	*) die "expected: run.sh [setup [test|clients|engines]]" ;;
+	*) die "expected: run.sh [setup [test|clients|engines|scale]]" ;;
 esac

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -110,8 +111,11 @@ def llama_cpp_server_version() -> str:
 class Engine:
     """A server that can be ended and started again on the same port."""
 
-    def __init__(self, name: str, folder: Path, command: Callable[[int], list[str]], port: int, key: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, command: Callable[[int], list[str]], port: int, key: str, patience: float = 0.0
+    ) -> None:
         self.name, self.folder, self.port, self.key = name, folder, port, key
+        self.patience = patience or PATIENCE  # seconds until it answers
         self.daemon: Daemon
         self._command = command  # of a port
 
@@ -152,7 +156,8 @@ class Engine:
 
     def wait(self) -> None:
         """Block until it answers."""
-        line = self.daemon.wait_for_line(r"(?:listening|Uvicorn running) on http://127\.0\.0\.1:(\d+)\b")
+        pattern = r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
+        line = self.daemon.wait_for_line(pattern, self.patience)
         self.port = self.daemon.port = int(line[1])
         wait_until(self._lists_models, f"{self.name} lists its models")
 
@@ -172,6 +177,12 @@ class Engine:
     def kill(self) -> None:
         """End it at once, as a crash would, if it still runs."""
         self.daemon.close()
+
+
+def free_port() -> int:
+    """A port for a server that cannot choose one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def llama_server(
@@ -195,7 +206,7 @@ def llama_server(
         given += ["--alias", alias] if alias else []
         return [str(binary), *given, *more]
 
-    return _started(Engine("llama-server", folder, command, port, key))
+    return started(Engine("llama-server", folder, command, port, key))
 
 
 def llama_cpp_server(
@@ -219,11 +230,12 @@ def llama_cpp_server(
         given += ["--model_alias", alias] if alias else []
         return [sys.executable, "-m", "llama_cpp.server", *given, *more]
 
-    return _started(Engine("llama_cpp.server", folder, command, port, key))
+    return started(Engine("llama_cpp.server", folder, command, port, key))
 
 
 @contextlib.contextmanager
-def _started(engine: Engine) -> Iterator[Engine]:
+def started(engine: Engine) -> Iterator[Engine]:
+    """Start it, and kill it at the end."""
     engine.start()
     try:
         yield engine

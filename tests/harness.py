@@ -241,14 +241,14 @@ class Daemon:
             self._ended = True
             self._news.notify_all()
 
-    def wait_for_line(self, pattern: str) -> re.Match[str]:
+    def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Block until a line of stdout matches; AssertionError if the program ends before, or never prints one."""
 
         def found() -> re.Match[str] | None:
             return next((match for line in self._lines if (match := re.search(pattern, line))), None)
 
         with self._news:
-            self._news.wait_for(lambda: found() or self._ended, PATIENCE)
+            self._news.wait_for(lambda: found() or self._ended, seconds)
             match = found()
         assert match, f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}"
         return match

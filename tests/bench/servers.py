@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engines import free_port
 from harness import FILES as FILES
 from harness import KEY, MODELS, daemon, link_tuned, wait_until
 
@@ -139,8 +140,7 @@ def vpsd(folder: Path, name: str, model: str, threads: int, tuned: Path | None =
 @contextlib.contextmanager
 def llama_server(folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / f"llama-server-{port}.log"
     command = [binary, "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", "--port", str(port), *options]
     with log.open("wb") as output:

