@@ -169,7 +169,7 @@ def ray_serve(folder: Path) -> Iterator[Engine]:
         def command(port: int) -> list[str]:
             variables = [f"{name}={value}" for name, value in VARIABLES.items()]
             app = str(Path(__file__).with_name("scale_ray.py"))
-            return ["env", *variables, str(PYTHON), "-W", "ignore", app, str(port), sockets]
+            return ["env", *variables, str(PYTHON), "-W", "ignore", app, str(port), sockets, str(WEIGHTS)]
 
         with started(Tree("Ray Serve", folder, command, free_port(), "", START_SECONDS)) as engine:
             yield engine

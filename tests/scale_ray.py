@@ -1,4 +1,4 @@
-"""Two replicas of vLLM behind Ray Serve, on this machine: `python scale_ray.py PORT TEMP`, in scale.py's VENV.
+"""Two replicas of vLLM behind Ray Serve, on this machine: `python scale_ray.py PORT TEMP WEIGHTS`, in scale.py's VENV.
 
 SIGHUP replaces the replicas one by one, as a new version of the model would; `updated` is printed at its end.
 """
@@ -9,9 +9,9 @@ import sys
 import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
-from scale import NAME, REPLICAS, SETTINGS, VARIABLES, WEIGHTS
+from scale import NAME, REPLICAS, SETTINGS, VARIABLES
 
-port, temp = int(sys.argv[1]), sys.argv[2]
+port, temp, weights = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 version = 0
 
 
@@ -20,7 +20,7 @@ def deploy() -> None:
     # Each computes with one thread, since two on two cores would wait for each other.
     variables = {**VARIABLES, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VERSION": str(version)}
     config = LLMConfig(
-        model_loading_config={"model_id": NAME, "model_source": str(WEIGHTS)},
+        model_loading_config={"model_id": NAME, "model_source": weights},
         accelerator_config={"kind": "cpu"},
         engine_kwargs=SETTINGS,
         # A replica that is replaced ends its streams first, for at most this many seconds.

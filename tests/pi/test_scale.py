@@ -115,10 +115,10 @@ def test_sixteen_clients_at_once(kind: Kind, engine: Engine, pi: Pi) -> None:
 # --------------------------------------------------------------------------------------------- vLLM's queue
 
 
-@pytest.mark.parametrize("kind", [VLLM], indirect=True)
+@pytest.mark.parametrize("kind", [VLLM], ids=["vLLM"], indirect=True)
 def test_vllm_queues_what_it_cannot_run(engine: Engine, tmp_path: Path) -> None:
-    """It runs CLIENTS sequences; it would let any number wait. The Pi sends it as many as its table says and answers 429
-    to the next client, so with more places than sequences clients wait in vLLM."""
+    """It runs CLIENTS sequences, and lets any number wait. The Pi sends it as many as its table says, and answers 429
+    to the next client."""
     more = CLIENTS + 4
     with start_pi(tmp_path, {"one": backend(engine, "openai", max_concurrent=more)}) as pi:
         streams = [Stream(pi, **endless() | {"max_tokens": 60}) for _ in range(more)]
@@ -137,7 +137,7 @@ def test_vllm_queues_what_it_cannot_run(engine: Engine, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- Ray's replicas
 
 
-@pytest.mark.parametrize("kind", [RAY], indirect=True)
+@pytest.mark.parametrize("kind", [RAY], ids=["Ray Serve"], indirect=True)
 def test_a_replica_is_killed_under_sixteen_streams(engine: Engine, pi: Pi) -> None:
     """Ray ends the streams of the dead replica as if they were complete. The Pi says that they are not, and goes on
     with the other replica, also while no third one is there."""
@@ -164,7 +164,7 @@ def test_a_replica_is_killed_under_sixteen_streams(engine: Engine, pi: Pi) -> No
     assert second.is_running()
 
 
-@pytest.mark.parametrize("kind", [RAY], indirect=True)
+@pytest.mark.parametrize("kind", [RAY], ids=["Ray Serve"], indirect=True)
 def test_an_update_under_load(engine: Engine, pi: Pi) -> None:
     """Both replicas are replaced, one after the other, while eight clients ask again and again."""
     assert isinstance(engine, scale.Tree)
