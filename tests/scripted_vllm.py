@@ -1,4 +1,4 @@
-"""A program that answers as vLLM's OpenAI server does by its documentation, without a model: what it writes is fixed.
+"""A program that answers as vLLM 0.32's OpenAI server does, without a model: what it writes is fixed.
 
     python tests/scripted_vllm.py PORT KEY MODEL CONTEXT
 
@@ -31,8 +31,9 @@ DEFAULT_TOKENS = 16  # of vLLM's /v1/completions
 class Refusal(Exception):
     """An error that is answered before the head of a stream."""
 
-    def __init__(self, status: int, message: str, type: str) -> None:
-        self.status, self.message, self.type = status, message, type
+    def __init__(self, status: int, message: str, param: str, value: object = None) -> None:
+        self.status, self.param = status, param
+        self.message = message if value is None else f"{message} (parameter={param}, value={value})"
 
 
 def text_for(prompt: str) -> str:
@@ -104,44 +105,50 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.send_json(404, {"detail": "Not Found"})
         except Refusal as refusal:
-            error = {"message": refusal.message, "type": refusal.type, "param": None, "code": refusal.status}
+            kind = "NotFoundError" if refusal.status == 404 else "BadRequestError"
+            error = {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.status}
             say(f"refused {refusal.status}")
             self.send_json(refusal.status, {"error": error})
 
-    def check(self, asked: dict[str, Any], prompt: str, limit: int) -> int:
-        """The number of the prompt's tokens; Refusal if the request cannot be served."""
+    def check(self, asked: dict[str, Any], prompt: str, limit: int) -> tuple[int, int]:
+        """The numbers of the prompt's tokens and of those to write, which end with the context; Refusal if the request
+        cannot be served."""
         if asked["model"] != self.model:
-            raise Refusal(404, f"The model `{asked['model']}` does not exist.", "NotFoundError")
+            sentence = f"The model `{asked['model']}` does not exist. Valid aliases: {self.model}."
+            raise Refusal(404, sentence, "model")
         if asked.get("suffix") is not None:
-            raise Refusal(400, "suffix is not currently supported", "BadRequestError")
+            raise Refusal(400, "suffix is only supported for models with FIM completion rendering", "suffix")
         if limit < 1:
-            raise Refusal(400, f"max_tokens must be at least 1, got {limit}.", "BadRequestError")
+            raise Refusal(400, f"max_tokens must be at least 1, got {limit}.", "max_tokens", limit)
+        if limit > self.context:
+            sentence = f"max_tokens={limit} cannot be greater than max_model_len={self.context}. Please request fewer"
+            raise Refusal(400, f"{sentence} output tokens.", "max_tokens", limit)
         counted = count(prompt)
-        if counted + limit > self.context:
-            said = f"{limit} output tokens and a prompt of at least {self.context - limit + 1} input tokens"
-            sentence = f"This model's maximum context length is {self.context} tokens. However, you requested {said}."
-            raise Refusal(400, sentence, "BadRequestError")
-        return counted
+        if counted >= self.context:  # it stops counting there
+            sentence = f"This model's maximum context length is {self.context} tokens. However, your prompt contains at"
+            sentence += f" least {self.context + 1} input tokens, which exceeds this limit even without any output"
+            sentence += " tokens. Please reduce the length of the input prompt."
+            raise Refusal(400, sentence, "input_tokens", self.context + 1)
+        return counted, min(limit, self.context - counted)
 
     def complete(self, asked: dict[str, Any]) -> None:
         limit = asked.get("max_tokens", DEFAULT_TOKENS)
-        counted = self.check(asked, asked["prompt"], limit)
+        counted, limit = self.check(asked, asked["prompt"], limit)
         chunk = {"id": "cmpl-1", "object": "text_completion", "created": int(time.time()), "model": self.model}
 
         def choice(text: str, reason: str | None) -> dict[str, Any]:
             return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
 
         def events() -> Iterator[dict[str, Any]]:
-            tokens, reason = self.tokens(text_for(asked["prompt"]), limit)
-            for number, token in enumerate(tokens, 1):
-                yield {**chunk, "choices": [choice(token, reason if number == len(tokens) else None)]}
+            for token, reason in self.tokens(text_for(asked["prompt"]), limit):
+                yield {**chunk, "choices": [choice(token, reason)]}
 
         self.stream(asked, chunk, events(), counted)
 
     def chat(self, asked: dict[str, Any]) -> None:
         prompt = "".join(message["content"] for message in asked["messages"])
         limit = asked.get("max_tokens") or self.context - count(prompt)
-        counted = self.check(asked, prompt, limit)
+        counted, limit = self.check(asked, prompt, limit)
         chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": int(time.time())}
         chunk["model"] = self.model
 
@@ -150,16 +157,15 @@ class Handler(BaseHTTPRequestHandler):
 
         def events() -> Iterator[dict[str, Any]]:
             yield {**chunk, "choices": [choice({"role": "assistant", "content": ""})]}
-            tokens, reason = self.tokens(CHAT, limit)
-            for token in tokens:
-                yield {**chunk, "choices": [choice({"content": token})]}
-            yield {**chunk, "choices": [choice({"content": ""}, reason) | {"stop_reason": None}]}
+            for token, reason in self.tokens(CHAT, limit):
+                yield {**chunk, "choices": [choice({"content": token}, reason)]}
 
         self.stream(asked, chunk, events(), counted)
 
-    def tokens(self, text: str, limit: int) -> tuple[list[str], str]:
-        tokens = re.findall(r"\w+|\W", text)
-        return tokens[:limit], "stop" if len(tokens) < limit else "length"
+    def tokens(self, text: str, limit: int) -> list[tuple[str, str | None]]:
+        """Each token with the reason for the end behind it. The mark of a natural end is a token without text."""
+        *tokens, last = [*re.findall(r"\w+|\W", text), ""][:limit]
+        return [*((token, None) for token in tokens), (last, "length" if last else "stop")]
 
     def stream(
         self, asked: dict[str, Any], chunk: dict[str, Any], events: Iterator[dict[str, Any]], prompt_tokens: int
@@ -174,9 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for event in events:
                 self.send_event(json.dumps(event, separators=(",", ":")))
-                written += any(
-                    choice.get("text") or choice.get("delta", {}).get("content") for choice in event["choices"]
-                )
+                written += event["choices"][0].get("delta", {}).get("role") is None
                 time.sleep(TOKEN_SECONDS)
             if (asked.get("stream_options") or {}).get("include_usage"):
                 total = prompt_tokens + written

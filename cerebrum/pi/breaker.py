@@ -23,8 +23,10 @@ BREAKER_STATES = ("closed", "open", "half-open")
 class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
-    From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, the
-    number of the current state; a result with an older ticket is late and is ignored. `now` is in monotonic seconds.
+    From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, a
+    number that grows with every failure and every change of state. A failure with an older ticket does not count: it is
+    late, or has the cause of another one, such as when a replica dies that had many streams. `now` is in monotonic
+    seconds.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -52,10 +54,11 @@ class Breaker:
 
     def succeeded(self, ticket: int) -> int:
         """A valid token arrived. Returns the ticket that the request carries from now on."""
-        if ticket != self._generation:
+        if self.state == "closed":
+            self.failures = 0
+        elif ticket != self._generation:
             return ticket
-        self.failures = 0
-        if self.state == "half-open":
+        else:
             self.reset()
         return self._generation
 
@@ -64,6 +67,7 @@ class Breaker:
         if ticket != self._generation:
             return
         self.failures += 1
+        self._generation += 1
         if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
             self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
             self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())

@@ -656,7 +656,8 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     entries = members.get("data")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang
+            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
+            n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
             listed[entry["id"]] = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
     return listed
 
@@ -668,9 +669,11 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TOO_LONG = "context_length_exceeded"  # OpenAI's code
-# OpenAI's and vLLM's sentence. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is ignored:
+# OpenAI's and vLLM's sentences. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is ignored:
 # they stop counting at the first token that does not fit.
-OVERFLOW = re.compile(r"context length is (?:only )?(\d{1,8}) tokens(?:.*?(?:\(|has )(\d{1,8}) in)?", re.DOTALL)
+OVERFLOW = re.compile(
+    r"(?:context length is (?:only )?|greater than max_model_len=)(\d{1,8})\b(?:.*?(?:\(|has )(\d{1,8}) in)?", re.DOTALL
+)
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:

@@ -208,6 +208,12 @@ def test_an_answer_must_fit_into_the_context() -> None:
          (4096, 0)),
         ({"message": "You passed 3585 input tokens and requested 512 output tokens. However, the model's context "
                      "length is only 4096 tokens, resulting in a maximum input length of 3584 tokens."}, (4096, 0)),
+        ({"message": "This model's maximum context length is 4096 tokens. However, your prompt contains at least 4097 "
+                     "input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
+                     "of the input prompt. (parameter=input_tokens, value=4097)"}, (4096, 0)),
+        ({"message": "Message: max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer output "
+                     "tokens. (parameter=max_tokens, value=5000) (Request ID: 2a33e322-afff-4fbd-b42d-8e5db3196ebc), "
+                     "Internal exception: ray.llm"}, (4096, 0)),
         ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", None),
         ({"message": "It exceeds the context window of this model.", "code": "context_length_exceeded"}, (0, 0)),
         ({"message": "suffix is not currently supported"}, None),
@@ -772,6 +778,7 @@ async def test_an_engine_that_asks_for_patience_is_there() -> None:
     ("api", "told", "table", "n_ctx"),
     [
         ("openai", {"max_model_len": 1000}, {}, 1000),
+        ("openai", {"metadata": {"max_request_context_length": 1000}}, {}, 1000),
         ("openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500),
         ("openai", {"max_model_len": "long"}, {}, 4096),
         ("llama.cpp", {}, {}, 512),

@@ -67,6 +67,21 @@ def test_a_token_and_then_a_failure_of_one_request_counts_once():
     assert (machine.state, machine.failures) == ("closed", 1)
 
 
+def test_requests_that_fail_together_count_once():
+    """Such as the streams of one replica of several; a token of the others shows that the backend works."""
+    machine = breaker()
+    together = [admitted(machine) for _ in range(8)]
+    living = admitted(machine)
+    for ticket in together:
+        machine.failed(ticket, 0.0)
+    assert (machine.state, machine.failures) == ("closed", 1)
+    machine.failed(admitted(machine), 0.0)
+    living = machine.succeeded(living)
+    assert (machine.state, machine.failures) == ("closed", 0)
+    machine.failed(living, 0.0)
+    assert (machine.state, machine.failures) == ("closed", 1)
+
+
 def test_open_admits_nothing_whatever_the_time():
     machine = opened()
     assert [machine.admit(now) for now in (0.0, 4.9, 5.0, 1000.0)] == [None] * 4

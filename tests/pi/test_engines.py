@@ -1,4 +1,5 @@
-"""Real engines behind a real Pi: a second vpsd, llama-server, llama_cpp.server, and what stands for vLLM.
+"""Real engines behind a real Pi: a second vpsd, llama-server, llama_cpp.server, and what stands for vLLM, which
+`make test-scale` runs itself.
 
 `make test-engines` installs and builds them. All are processes, and all but the last run the 0.5B at temperature 0.
 What a model says cannot be asserted to the letter, since kernels differ between machines. But it completes a function
@@ -606,13 +607,15 @@ def test_a_prompt_is_fitted_to_a_short_context(start_engine: Any, api: str, more
         check_long_prompts(pi)
 
 
-def test_a_prompt_is_fitted_by_what_a_refusal_says(tmp_path: Path) -> None:
-    """The table is wrong. vLLM says so in a sentence, which is believed until the next list."""
+@pytest.mark.parametrize("tokens", [64, 2000])
+def test_a_prompt_is_fitted_by_what_a_refusal_says(tokens: int, tmp_path: Path) -> None:
+    """The table is wrong. vLLM says so in a sentence, another one where the limit alone exceeds the context, and the
+    Pi believes it until the next list."""
     with ExitStack() as stack:
         engine = had(start_vllm(tmp_path / "engine", 1024), stack)
         pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", n_ctx=8192)}))
         prompt = long_prompt(200)
-        check_fitted(pi.complete(prompt=prompt, max_tokens=64), prompt)
+        check_fitted(pi.complete(prompt=prompt, max_tokens=tokens), prompt)
         assert engine.output().count("asked ") == 2
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 1024
@@ -664,7 +667,7 @@ def test_a_suffix_that_is_not_supported(tmp_path: Path) -> None:
         with start_pi(tmp_path / "alone", tables) as pi:
             error = pi.refused(**fields)
             assert (error["code"], "(400)" in error["message"]) == ("VPS_UNAVAILABLE", True)
-            assert "suffix is not currently supported" not in json.dumps(error)
+            assert "suffix is only supported" not in json.dumps(error)
             assert pi.stats("one")["breaker"]["failures"] == 0, "it is there"
         tables["two"] = backend(spare, "openai")
         with start_pi(tmp_path / "both", tables) as pi:

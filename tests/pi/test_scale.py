@@ -147,6 +147,7 @@ def test_a_replica_is_killed_under_sixteen_streams(engine: Engine, pi: Pi) -> No
         stream.wait_for_tokens(2)
     first, second = engine.named("ServeReplica:default:LLMServer")
     first.kill()
+    wait_until(lambda: [stream.clean for stream in streams].count(False) >= 3, "the Pi has seen three failures")
     assert pi.complete(**brief())["total_tokens"] == 3
     for stream in streams:
         stream.end()
