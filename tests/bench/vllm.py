@@ -1,12 +1,12 @@
 """What the Pi costs in front of vLLM: the same requests through the Pi and straight to vLLM, in turns.
 
-    python tests/bench/vllm.py [--rounds 5] [--tokens 48] [--firsts 30]
+    python tests/bench/vllm.py [--rounds 10] [--tokens 24] [--firsts 40]
 
 `make test-scale` installs vLLM. Prints one line of JSON:
 
-    rates      for each number of clients at a time: tokens a second straight, through the Pi, and the ratio, each the
-               median of the rounds
-    first_ms   one client at a time: milliseconds to the first token (medians), and what the Pi adds
+    rates      for each number of clients at a time: tokens a second straight and through the Pi, the medians of the
+               rounds, and the median of the rounds' ratios
+    first_ms   one client at a time: milliseconds to the first token, and the median of what the Pi adds in each turn
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def rate(one: Callable[[], tuple[float, int]], clients: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--firsts", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--firsts", type=int, default=40)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, scale.vllm(Path(folder) / "vllm", KEY) as engine:
         table = backend(engine, "openai", max_concurrent=max(CLIENTS))
@@ -95,13 +95,15 @@ def main() -> None:
                     for name in (*ways,) if turn % 2 else reversed(ways):
                         seen[name].append(rate(lambda name=name: ways[name](given.tokens), clients))  # type: ignore[misc]
                 medians = {name: round(statistics.median(values), 2) for name, values in seen.items()}
-                rates[clients] = medians | {"ratio": round(medians["pi"] / medians["straight"], 3)}
+                ratio = statistics.median(pi / alone for pi, alone in zip(seen["pi"], seen["straight"], strict=True))
+                rates[clients] = medians | {"ratio": round(ratio, 3)}
             firsts: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(given.firsts):
                 for name, way in ways.items():
                     firsts[name].append(1000 * way(2)[0])
             first_ms = {name: round(statistics.median(values), 1) for name, values in firsts.items()}
-            first_ms["added"] = round(first_ms["pi"] - first_ms["straight"], 1)
+            added = statistics.median(pi - alone for pi, alone in zip(firsts["pi"], firsts["straight"], strict=True))
+            first_ms["added"] = round(added, 1)
     print(json.dumps({"rates": rates, "first_ms": first_ms}))
 
 
