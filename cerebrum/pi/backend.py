@@ -432,7 +432,7 @@ class Backend:
         if isinstance(error, Misfit):
             self.found(error.message)
         elif isinstance(error, BackendFailure):
-            self.breaker.failed(ticket, time.monotonic())
+            self.breaker.failed(ticket, time.monotonic(), error.late)
             log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
             self.trouble = error.message
             self.wake.set()  # probe at once to see whether the backend is gone

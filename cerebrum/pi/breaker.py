@@ -24,9 +24,9 @@ class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, a
-    number that grows with every failure and every change of state. A failure with an older ticket does not count: it is
-    late, or has the cause of another one, such as when a replica dies that had many streams. `now` is in monotonic
-    seconds.
+    number that grows with every failure but a timeout, and with every change of state. A failure with an older ticket
+    does not count: it is from before the change, or has the cause of another one, such as when a replica dies that had
+    many streams. `now` is in monotonic seconds.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:
@@ -62,12 +62,12 @@ class Breaker:
             self.reset()
         return self._generation
 
-    def failed(self, ticket: int, now: float) -> None:
-        """The backend, or the network on the way to it, failed this request."""
+    def failed(self, ticket: int, now: float, late: bool = False) -> None:
+        """The backend, or the network on the way to it, failed this request. `late`: by a timeout; each of them counts."""
         if ticket != self._generation:
             return
         self.failures += 1
-        self._generation += 1
+        self._generation += not late
         if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
             self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
             self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())

@@ -113,6 +113,7 @@ class BackendFailure(HttpError):
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
+        self.late = reason == LATE
 
 
 LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without an answer"

@@ -82,6 +82,13 @@ def test_requests_that_fail_together_count_once():
     assert (machine.state, machine.failures) == ("closed", 1)
 
 
+def test_each_request_that_waited_in_vain_counts():
+    machine = breaker()
+    for ticket in [admitted(machine) for _ in range(3)]:
+        machine.failed(ticket, 0.0, late=True)
+    assert machine.state == "open"
+
+
 def test_open_admits_nothing_whatever_the_time():
     machine = opened()
     assert [machine.admit(now) for now in (0.0, 4.9, 5.0, 1000.0)] == [None] * 4

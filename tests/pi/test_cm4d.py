@@ -492,7 +492,8 @@ async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, A
         await backend.begun.wait()
         if not more:
             for _ in range(breaker.FAILURES_TO_OPEN):
-                pi.gateway.fleet.first.breaker.failed(pi.gateway.active[0].ticket, time.monotonic())
+                first = pi.gateway.fleet.first.breaker
+                first.failed(first.admit(0.0) or 0, time.monotonic())
         newer = await pi.complete(session="editor", **more)
         assert (newer.status, newer.json["code"]) == (status, code)
         go.set()
