@@ -63,7 +63,7 @@ class Breaker:
         return self._generation
 
     def failed(self, ticket: int, now: float, late: bool = False) -> None:
-        """The backend, or the network on the way to it, failed this request. `late`: by a timeout; each of them counts."""
+        """The backend, or the network to it, failed this request. `late`: by a timeout, each of which counts."""
         if ticket != self._generation:
             return
         self.failures += 1
