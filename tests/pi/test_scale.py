@@ -126,7 +126,6 @@ def test_vllm_queues_what_it_cannot_run(engine: Engine, tmp_path: Path) -> None:
         assert metric(engine, "num_requests_running") == CLIENTS
         refused = pi.post("/v1/complete", {"language": "python", **brief()})
         assert (refused.status_code, refused.json()["code"]) == (429, "RATE_LIMIT")
-        assert int(refused.headers["Retry-After"]) > 0
         for stream in streams:
             stream.end()
             assert (stream.status, stream.clean, stream.last["finish_reason"]) == (200, True, "length"), stream.last
