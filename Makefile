@@ -25,7 +25,7 @@ test-engines: ## build other people's engines (about four minutes, once) and run
 	@./run.sh setup engines
 	$(PYTHON) -m pytest -m engines
 
-test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (a quarter of an hour)
+test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 minutes)
 	@./run.sh setup scale
 	$(PYTHON) -m pytest -m scale
 

@@ -180,7 +180,6 @@ def main() -> None:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
         return
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
         prepare()
         print(f"vLLM and Ray: {VENV}")
     except Unavailable as reason:
