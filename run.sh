@@ -129,8 +129,8 @@ setup() {
 	if [[ $1 == engines ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
 		with_clock "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
-	elif [[ $1 == scale ]]; then # likewise
-		with_clock 'vLLM and Ray (installed once, about five minutes)' "$PYTHON" tests/scale.py
+	elif [[ $1 == scale ]]; then
+		with_clock 'vLLM and Ray (installed once, about four minutes)' "$PYTHON" tests/scale.py
 		note "$(<"$STATE/setup.log")"
 	fi
 }

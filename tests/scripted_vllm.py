@@ -111,8 +111,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(refusal.status, {"error": error})
 
     def check(self, asked: dict[str, Any], prompt: str, limit: int) -> tuple[int, int]:
-        """The numbers of the prompt's tokens and of those to write, which end with the context; Refusal if the request
-        cannot be served."""
+        """(the prompt's tokens, the most tokens to write); Refusal if the request cannot be served."""
         if asked["model"] != self.model:
             sentence = f"The model `{asked['model']}` does not exist. Valid aliases: {self.model}."
             raise Refusal(404, sentence, "model")

@@ -124,7 +124,7 @@ PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms"
 MARGIN_TOKENS = 8  # of n_ctx, never used
 PLAUSIBLE = 4  # another engine's token count is accepted if it is within this factor of our estimate
 REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just measured
-SPARE = 1.1  # other engines refuse a request whose answer might not fit, so count their prompts longer by this factor
+SPARE = 1.1  # other engines refuse or cut an answer that might not fit, so count their prompts longer by this factor
 
 
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
@@ -392,7 +392,7 @@ class Backend:
     def count(self, job: Job, tokens: int) -> None:
         """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
         self.tokens += tokens
-        if job.backend and (self.trouble or self.breaker.failures):
+        if job.backend and (self.trouble or self.breaker.failures or job.ticket != self.breaker.generation):
             job.ticket = self.breaker.succeeded(job.ticket)
             self.found("")
 

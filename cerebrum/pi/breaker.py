@@ -33,7 +33,8 @@ class Breaker:
         self.state = "closed"
         self.failures = 0  # consecutive
         self.opens = 0  # in total
-        self._generation = 1
+        self.generation = 1  # the ticket of a new request
+        self._changed = 1  # the first ticket of this state
         self._chance = chance  # returns 0 to 1
         self._pause = 0.0  # without jitter; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
@@ -50,24 +51,23 @@ class Breaker:
             return None
         if self.state == "half-open":
             self._trial, self._until = True, now + TRIAL_SECONDS
-        return self._generation
+        return self.generation
 
     def succeeded(self, ticket: int) -> int:
         """A valid token arrived. Returns the ticket that the request carries from now on."""
-        if self.state == "closed":
-            self.failures = 0
-        elif ticket != self._generation:
+        if ticket < self._changed:
             return ticket
-        else:
+        self.failures = 0
+        if self.state == "half-open":
             self.reset()
-        return self._generation
+        return self.generation
 
     def failed(self, ticket: int, now: float, late: bool = False) -> None:
         """The backend, or the network to it, failed this request. `late`: by a timeout, each of which counts."""
-        if ticket != self._generation:
+        if ticket != self.generation:
             return
         self.failures += 1
-        self._generation += not late
+        self.generation += not late
         if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
             self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
             self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())
@@ -76,7 +76,7 @@ class Breaker:
 
     def left(self, ticket: int) -> None:
         """The request ended without a verdict: refused, or abandoned by its client. Another trial may start."""
-        if ticket == self._generation:
+        if ticket == self.generation:
             self._trial = False
 
     def healthy(self, now: float) -> None:
@@ -101,8 +101,9 @@ class Breaker:
 
     def _expire(self, now: float) -> None:
         if self._trial and now >= self._until:
-            self.failed(self._generation, now)
+            self.failed(self.generation, now)
 
     def _change(self, state: str) -> None:
         self.state, self._trial = state, False
-        self._generation += 1
+        self.generation += 1
+        self._changed = self.generation

@@ -98,9 +98,9 @@ def main() -> None:
                 ratio = statistics.median(pi / alone for pi, alone in zip(seen["pi"], seen["straight"], strict=True))
                 rates[clients] = medians | {"ratio": round(ratio, 3)}
             firsts: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(given.firsts):
-                for name, way in ways.items():
-                    firsts[name].append(1000 * way(2)[0])
+            for turn in range(given.firsts):
+                for name in (*ways,) if turn % 2 else reversed(ways):
+                    firsts[name].append(1000 * ways[name](2)[0])
             first_ms = {name: round(statistics.median(values), 1) for name, values in firsts.items()}
             added = statistics.median(pi - alone for pi, alone in zip(firsts["pi"], firsts["straight"], strict=True))
             first_ms["added"] = round(added, 1)

@@ -82,6 +82,15 @@ def test_requests_that_fail_together_count_once():
     assert (machine.state, machine.failures) == ("closed", 1)
 
 
+def test_a_request_of_another_address_says_nothing_of_this_one():
+    machine = breaker()
+    old = admitted(machine)
+    machine.reset()
+    machine.failed(admitted(machine), 0.0)
+    machine.failed(machine.succeeded(old), 0.0)
+    assert (machine.state, machine.failures) == ("closed", 1)
+
+
 def test_each_request_that_waited_in_vain_counts():
     machine = breaker()
     for ticket in [admitted(machine) for _ in range(3)]:

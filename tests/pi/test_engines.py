@@ -121,7 +121,7 @@ def ask_engine(engine: Engine, path: str) -> Any:
 
 
 def rests(pid: int) -> bool:
-    """Whether a process uses hardly any CPU for as long as ten tokens would take."""
+    """Whether a process uses hardly any CPU for 0.3 seconds."""
     process, ended = psutil.Process(pid), threading.Event()
     before = process.cpu_times()
     ended.wait(0.3)
