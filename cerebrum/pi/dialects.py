@@ -672,7 +672,9 @@ TOO_LONG = "context_length_exceeded"  # OpenAI's code
 # OpenAI's and vLLM's sentences. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is ignored:
 # they stop counting at the first token that does not fit.
 OVERFLOW = re.compile(
-    r"(?:context length is (?:only )?|greater than max_model_len=)(\d{1,8})\b(?:.*?(?:\(|has )(\d{1,8}) in)?", re.DOTALL
+    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
+    r"(?:.*?(?:\(|has )(\d{1,8}) in)?",
+    re.DOTALL,
 )
 
 

@@ -219,6 +219,7 @@ def test_an_answer_must_fit_into_the_context() -> None:
         ({"message": "suffix is not currently supported"}, None),
         ({"message": "temperature must be <= 2"}, None),
         ({"message": "the context length is 16 tokens"}, None),
+        ({"message": "the context length is 4096 characters"}, None),
         ({"message": 5}, None),
         ({"message": "x", "n_ctx": True, "n_prompt_tokens": 800}, None),
         ({"message": "x", "n_ctx": 10**9, "n_prompt_tokens": 800}, None),
