@@ -551,6 +551,7 @@ def test_the_command_tells_what_is_wrong(home: Path) -> None:
     assert (nothing.returncode, nothing.stdout) == (0, "qwen_0_5b: no tuned file, nothing to remove\n")
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_tuned_is_fetched_all_the_same(tmp_path: Path) -> None:
     """Here the reserve is larger than any machine's memory."""
     fetched = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")

@@ -1104,6 +1104,7 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.W
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FILES["qwen_0_5b"].exists(), reason="the 0.5B is missing: python3 vpsd.py fetch")
 def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert vps_worker.__doc__

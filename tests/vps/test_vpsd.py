@@ -1,7 +1,9 @@
-"""vpsd as a process, on real weights: each endpoint, each error, and the promises of the engine.
+"""vpsd as a process: each endpoint, each error, and the promises of the engine.
 
-Most tests share one daemon with the 0.5B, to keep the suite fast. A prompt that must be new to its cache contains a
-number of its own. The reference is a plain loop over llama_decode in this process, one token at a time.
+Most tests share one daemon, `vps`, whose model is a small random one in the place of the 0.5B: what is cached, batched,
+cancelled or drafted can be seen on it as well, and it takes a tenth of the time. What a text means is tested on the
+0.5B itself, `real`; most of these tests are slow. A prompt that must be new to the cache contains a number of its own.
+The reference is a plain loop over llama_decode in this process, one token at a time.
 
 llama.cpp rounds differently for different batch sizes, so a near-tie between the two likeliest tokens may fall the
 other way. Their gap moved by up to 0.22 (0.5B, a batch of 48 against single tokens). Of 24 texts of 96 tokens, 8
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import http.client
 import itertools
 import json
@@ -31,6 +34,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import families
 import llama_cpp
 import numpy as np
 import psutil
@@ -61,11 +65,10 @@ from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
+TIE_OF_THE_STAND_IN = 0.02
 QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # tokens in one decode: milliseconds
 IDLE_PERCENT = 30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
 IDLE_SECONDS = 0.1
-
-pytestmark = pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
 
 # ------------------------------------------------------------------------------------------- the client
 
@@ -177,13 +180,16 @@ class Vps:
 
 
 @contextlib.contextmanager
-def start(output: Path, command: list[str] | None = None, **more: str) -> Iterator[Vps]:
+def start(output: Path, models: Path, command: list[str] | None = None, **more: str) -> Iterator[Vps]:
+    """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
     given = {
-        "CEREBRUM_MODELS_DIR": str(MODELS),
+        "CEREBRUM_MODELS_DIR": str(models),
         "CEREBRUM_MAX_CPU_PERCENT": "100",
         "CEREBRUM_MIN_FREE_MB": "256",
         "CEREBRUM_N_CTX": "2048",
     }
+    if (catalog := models / "models.toml").exists():
+        given |= {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_THREADS": "1"}  # one, for its waits cost more than it
     environment = settings(output, **(given | more))
     with program("vpsd", command or command_of("vpsd"), output, environment) as process:
         yield Vps(process)
@@ -192,28 +198,66 @@ def start(output: Path, command: list[str] | None = None, **more: str) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
-    """The daemon of most tests, with the model loaded.
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stand-in for the 0.5B, and with a models.toml that has its sha256."""
+    vps_llama.start_library()
+    folder = tmp_path_factory.mktemp("models")
+    data = families.make(folder / FILES[SMALL].name, families.STAND_IN).read_bytes()
+    (entry,) = (model for model in load_catalog(ROOT / "models.toml").models if model.id == SMALL)
+    catalog = (ROOT / "models.toml").read_text()
+    for old, new in ((entry.sha256, hashlib.sha256(data).hexdigest()), (f"{entry.size:_}", str(len(data)))):
+        assert catalog.count(old) == 1
+        catalog = catalog.replace(old, new)
+    (folder / "models.toml").write_text(catalog)
+    return folder
+
+
+@contextlib.contextmanager
+def loaded(output: Path, models: Path, quicker: float) -> Iterator[Vps]:
+    """A daemon of many tests, with the model loaded.
 
     Its costs of decoding are those of a quiet machine instead of measured ones. The schedule of two streams and the
-    length of drafts then do not depend on the other load of this machine. The costs are divided by 4, which is faster
-    than any machine: they are then corrected while decoding, but never measured again.
+    length of drafts then do not depend on the other load of this machine. The costs are divided until they are below
+    those of any machine: they are then corrected while decoding, but never measured again.
     """
-    with start(tmp_path_factory.mktemp("vpsd")) as vps:
+    with start(output, models) as vps:
         vps.complete("a", max_tokens=1)
         vps.ask("POST", f"/v1/unload/{SMALL}")
-        (path,) = (vps.process.folder / "state" / "calibration").iterdir()
+        (path,) = (output / "state" / "calibration").iterdir()
         assert set(json.loads(path.read_text())) == {str(size) for size in QUIET}
-        path.write_text(json.dumps({size: milliseconds / 4000 for size, milliseconds in QUIET.items()}))
+        path.write_text(json.dumps({size: milliseconds / 1000 / quicker for size, milliseconds in QUIET.items()}))
         vps.complete("a", max_tokens=1)
+        yield vps
+
+
+@pytest.fixture(scope="session")
+def shared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+    with loaded(tmp_path_factory.mktemp("vpsd"), models, quicker=40) as vps:
         yield vps
 
 
 @pytest.fixture
 def vps(shared: Vps) -> Iterator[Vps]:
+    """The daemon with the stand-in."""
     wait_until(lambda: shared.active() == 0)
     yield shared
     wait_until(lambda: shared.active() == 0)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+    if not FILES[SMALL].exists():
+        pytest.skip(f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
+    with loaded(tmp_path_factory.mktemp("weights"), MODELS, quicker=4) as vps:
+        yield vps
+
+
+@pytest.fixture
+def real(weights: Vps) -> Iterator[Vps]:
+    """The daemon with the 0.5B."""
+    wait_until(lambda: weights.active() == 0)
+    yield weights
+    wait_until(lambda: weights.active() == 0)
 
 
 def with_state(vps: Vps, folder: Path) -> Path:
@@ -225,8 +269,14 @@ def with_state(vps: Vps, folder: Path) -> Path:
 
 @pytest.fixture
 def output(shared: Vps, tmp_path: Path) -> Path:
-    """A folder for another daemon."""
+    """A folder for another daemon with the stand-in."""
     return with_state(shared, tmp_path)
+
+
+@pytest.fixture
+def real_output(weights: Vps, tmp_path: Path) -> Path:
+    """A folder for another daemon with the 0.5B."""
+    return with_state(weights, tmp_path)
 
 
 _numbers = itertools.count()
@@ -245,14 +295,15 @@ def new_prompt(tokens: int = 64) -> str:
 class Reference:
     """A greedy loop over llama_decode, one token at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int, tie: float) -> None:
+        self.tie = tie
         vps_llama.start_library()
         self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
-        params.n_threads = params.n_threads_batch = vps_llama.usable_cores()
+        params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama.llama_init_from_model(self.model, params)
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
@@ -310,12 +361,20 @@ class Reference:
         ends = range(same + 1, min(same + 9, len(got) + 1))
         longer = [number for number in range(last) if any(got[starts[number] : end] in self.pieces for end in ends)]
         gap = min(gaps[min(number, len(gaps) - 1)] for number in (*longer, last))
-        assert gap < TIE, f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
+        assert gap < self.tie, f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
 
 
 @pytest.fixture(scope="session")
-def reference() -> Iterator[Reference]:
-    reference = Reference(FILES[SMALL])
+def reference(models: Path) -> Iterator[Reference]:
+    """Of the stand-in."""
+    reference = Reference(models / FILES[SMALL].name, 1, TIE_OF_THE_STAND_IN)
+    yield reference
+    reference.close()
+
+
+@pytest.fixture(scope="session")
+def real_reference(weights: Vps) -> Iterator[Reference]:
+    reference = Reference(FILES[SMALL], vps_llama.usable_cores(), TIE)
     yield reference
     reference.close()
 
@@ -351,20 +410,21 @@ def test_everything_else_needs_the_key(vps: Vps, method: str, path: str, key: st
     assert KEY not in json.dumps(body)
 
 
-def test_models(vps: Vps) -> None:
-    models = {model["id"]: model for model in vps.get("/v1/models")["models"]}
-    assert list(models) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
-    small = models[SMALL]
+def test_models(vps: Vps, models: Path) -> None:
+    listed = {model["id"]: model for model in vps.get("/v1/models")["models"]}
+    assert list(listed) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
+    small = listed[SMALL]
     described = ["id", "loaded", "path", "available", "n_ctx", "encoding", "fim_layout"]
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert small["encoding"] == "published"
-    assert (small["loaded"], small["available"], small["path"], small["n_ctx"]) == (True, True, str(FILES[SMALL]), 2048)
+    path = str(models / FILES[SMALL].name)
+    assert (small["loaded"], small["available"], small["path"], small["n_ctx"]) == (True, True, path, 2048)
     others_mb = vps.process.rss_kb() / 1024 - small["memory_mb"]
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
-    assert list(models["codellama_7b"]) == described
-    assert [model["fim_layout"] for model in models.values()] == ["spmv2", "psm", "spmv2", "spmv2"]
-    assert models["codellama_7b"]["loaded"] is False
+    assert list(listed["codellama_7b"]) == described
+    assert [model["fim_layout"] for model in listed.values()] == ["spmv2", "psm", "spmv2", "spmv2"]
+    assert listed["codellama_7b"]["loaded"] is False
 
 
 def test_metrics_count_a_completion_that_nobody_waits_for(vps: Vps) -> None:
@@ -410,13 +470,13 @@ def test_stats(vps: Vps) -> None:
     assert vps.get("/v1/stats")["requests_total"] == stats["requests_total"] + 1
 
 
-def test_the_answer_and_the_stream_of_a_completion(vps: Vps) -> None:
+def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Reference) -> None:
     body = vps.complete("def hello():", max_tokens=8)
     assert list(body)[:4] == ["completion", "model", "total_tokens", "inference_time"]
     assert {"finish_reason", "prompt_tokens", "cached_tokens", "ttft", "tokens_per_second"} <= set(body)
     assert {"draft_tokens", "accepted_tokens"} <= set(body)
     assert (body["model"], body["total_tokens"], body["finish_reason"]) == (SMALL, 8, "length")
-    assert body["prompt_tokens"] == 3
+    assert body["prompt_tokens"] == len(reference.tokenize("def hello():"))
     assert 0 < body["ttft"] <= body["inference_time"]
     assert body["tokens_per_second"] > 0
     with vps.stream("def hello():", max_tokens=8) as stream:
@@ -454,8 +514,6 @@ ERRORS: dict[str, tuple[Any, int, str, str]] = {
 @pytest.mark.parametrize("path", ["/v1/inference", "/v1/inference/stream"])
 @pytest.mark.parametrize(("body", "status", "code", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors(vps: Vps, path: str, body: Any, status: int, code: str, message: str) -> None:
-    if message is MISSING and vps.model("codellama_7b")["available"]:
-        pytest.skip("the file is here")
     got, answer = vps.ask("POST", path, body)
     assert (got, answer["error"], answer["code"]) == (status, True, code)
     assert len(answer["timestamp"]) == len("2025-12-25T12:00:00.000000")
@@ -501,6 +559,17 @@ PROMPTS = [
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference, prompt: str) -> None:
+    check_greedy(vps, reference, prompt)
+
+
+@pytest.mark.parametrize("prompt", [CODE, *(pytest.param(prompt, marks=pytest.mark.slow) for prompt in PROMPTS[2:])])
+def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(
+    real: Vps, real_reference: Reference, prompt: str
+) -> None:
+    check_greedy(real, real_reference, prompt)
+
+
+def check_greedy(vps: Vps, reference: Reference, prompt: str) -> None:
     body = vps.complete(prompt, max_tokens=24)
     tokens = reference.tokenize(prompt)
     assert body["prompt_tokens"] == len(tokens)
@@ -524,33 +593,34 @@ def chat(reference: Reference, *turns: tuple[str, str]) -> list[int]:
     return tokens + reference.tokenize("<|im_start|>assistant\n", True)
 
 
-def test_messages(vps: Vps, reference: Reference) -> None:
+def test_messages(real: Vps, real_reference: Reference) -> None:
     turns = [
         ("system", "You answer in one word."),
         ("user", "The capital of France? <|im_end|>"),
     ]
-    body = vps.complete(None, messages=[{"role": role, "content": text} for role, text in turns], max_tokens=16)
-    tokens = chat(reference, *turns)
+    body = real.complete(None, messages=[{"role": role, "content": text} for role, text in turns], max_tokens=16)
+    tokens = chat(real_reference, *turns)
     assert body["prompt_tokens"] == len(tokens)
     assert (body["mode"], body["finish_reason"]) == ("instruct", "stop")
-    reference.check(tokens, body["completion"], 16)
+    real_reference.check(tokens, body["completion"], 16)
 
 
-def test_a_begun_answer_is_continued(vps: Vps, reference: Reference) -> None:
+@pytest.mark.slow
+def test_a_begun_answer_is_continued(real: Vps, real_reference: Reference) -> None:
     begun = "```python\n"
     turns = [("user", "Write a function that adds two numbers."), ("assistant", begun)]
     messages = [{"role": role, "content": text} for role, text in turns]
-    body = vps.complete(None, messages=messages, max_tokens=16, stop_at="none")
-    tokens = chat(reference, turns[0]) + reference.tokenize(begun)
+    body = real.complete(None, messages=messages, max_tokens=16, stop_at="none")
+    tokens = chat(real_reference, turns[0]) + real_reference.tokenize(begun)
     assert body["prompt_tokens"] == len(tokens)
     assert body["completion"].startswith("def ")
-    reference.check(tokens, body["completion"], 16)
+    real_reference.check(tokens, body["completion"], 16)
 
 
 AREA = "def area_of_circle(r):\n    return 3 * r * r"
 BESIDE = [{"filename": "area.py", "text": AREA}, {"text": "X = 1\n"}]
 INFILL = {"prompt": "from area import area", "suffix": "\n", "filename": "main.py", "extra": BESIDE}
-# A request, the text that the model gets for it, and the beginning of the completion.
+# A request, the text that the model gets for it, and how the 0.5B begins.
 LAYOUTS = {
     "infill": (
         {"prompt": "def add(a, b):\n    return", "suffix": "\n\nprint(add(1, 2))\n"},
@@ -576,30 +646,41 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("fields", "text", "start"), LAYOUTS.values(), ids=LAYOUTS)
-def test_what_the_model_reads(vps: Vps, reference: Reference, fields: dict[str, Any], text: str, start: str) -> None:
+def check_layout(vps: Vps, reference: Reference, name: str) -> str:
+    """The completion of a request of LAYOUTS."""
+    fields, text, _ = LAYOUTS[name]
     body, tokens = vps.complete(**fields, max_tokens=8), reference.tokenize(text, special=True)
     assert (body["mode"], body["prompt_tokens"]) == ("infill" if "suffix" in fields else "complete", len(tokens))
-    assert body["completion"].startswith(start)
     reference.check(tokens, body["completion"], 8)
+    return str(body["completion"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_the_model_reads(vps: Vps, reference: Reference, name: str) -> None:
+    check_layout(vps, reference, name)
+
+
+@pytest.mark.parametrize("name", ["infill", *(pytest.param(name, marks=pytest.mark.slow) for name in [*LAYOUTS][1:])])
+def test_what_the_real_model_reads(real: Vps, real_reference: Reference, name: str) -> None:
+    assert check_layout(real, real_reference, name).startswith(LAYOUTS[name][2])
 
 
 @pytest.mark.parametrize(
     ("fields", "start"),
     [
         ({"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}, "a + b"),
-        (INFILL | {"prompt": "from area import area_of_"}, "circle"),
+        pytest.param(INFILL | {"prompt": "from area import area_of_"}, "circle", marks=pytest.mark.slow),
     ],
 )
-def test_a_gap_behind_a_blank_or_an_underscore(vps: Vps, fields: dict[str, Any], start: str) -> None:
-    assert vps.complete(**fields, heal=True, max_tokens=8)["completion"].startswith(start)
+def test_a_gap_behind_a_blank_or_an_underscore(real: Vps, fields: dict[str, Any], start: str) -> None:
+    assert real.complete(**fields, heal=True, max_tokens=8)["completion"].startswith(start)
 
 
 def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
     extra = [{"filename": "a.py", "text": new_prompt()}]
-    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= 2
+    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= len("?a.py\n?")
     body = vps.complete("x = ", suffix="\n", extra=extra, max_tokens=1)
-    assert body["cached_tokens"] >= body["prompt_tokens"] - 8
+    assert body["cached_tokens"] >= body["prompt_tokens"] - len("?\n???\n?x = ")
 
 
 def test_tokenize(vps: Vps, reference: Reference) -> None:
@@ -627,52 +708,57 @@ def test_tokenize_loads_the_model_and_takes_no_place(vps: Vps, reference: Refere
 
 
 def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
-    long = "# The numbers from one to one hundred, a line each:\n1\n2\n3\n4\n5\n"
-    whole = vps.complete(long, max_tokens=40)
-    assert (whole["total_tokens"], whole["finish_reason"]) == (40, "length")
-    short = vps.complete(long, max_tokens=40, predict_ms=1)
+    for number in range(100):  # until a text has a line end in its middle
+        whole = vps.complete(f"# {number}", max_tokens=200)
+        if 20 < (first := whole["completion"].find("\n")) < 100:
+            break
+    assert (whole["total_tokens"], whole["finish_reason"]) == (200, "length")
+    short = vps.complete(f"# {number}", max_tokens=200, predict_ms=1)
     assert whole["completion"].startswith(short["completion"])
-    assert short["completion"].count("\n") == 1
-    assert (short["total_tokens"] < 40, short["finish_reason"]) == (True, "length")
-    line = "numbers = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
-    assert vps.complete(line, max_tokens=12, predict_ms=1)["total_tokens"] == 12
+    assert first < len(short["completion"])
+    assert (short["total_tokens"] < 200, short["finish_reason"]) == (True, "length")
+    assert vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)["total_tokens"] == first // 4
 
 
 @pytest.mark.parametrize(
     ("prompt", "more", "start", "left"),
     [
         ("import os\nimport nump", {}, "y", " nump"),
-        ("def area(width, height):\n    retu", {}, "rn width * height", " retu"),
-        ("def area(width, height):\n    ", {}, "return width * height", "    "),
+        pytest.param("def area(width, height):\n    retu", {}, "rn width * height", " retu", marks=pytest.mark.slow),
+        pytest.param("def area(width, height):\n    ", {}, "return width * height", "    ", marks=pytest.mark.slow),
         ("def area(width, height):\n    return wid", {"suffix": "\n\nprint(area(3, 4))\n"}, "th * height", " wid"),
     ],
 )
-def test_healing(vps: Vps, reference: Reference, prompt: str, more: dict[str, Any], start: str, left: str) -> None:
+def test_healing(
+    real: Vps, real_reference: Reference, prompt: str, more: dict[str, Any], start: str, left: str
+) -> None:
     """The model writes the word at the cursor in its own tokens, and the part that is there already is not repeated."""
-    body = vps.complete(prompt, heal=True, max_tokens=8, **more)
-    raw = vps.complete(prompt, max_tokens=8, **more)
+    body = real.complete(prompt, heal=True, max_tokens=8, **more)
+    raw = real.complete(prompt, max_tokens=8, **more)
     assert body["completion"].startswith(start)
     assert body["total_tokens"] == 8
-    assert raw["prompt_tokens"] - body["prompt_tokens"] == len(reference.tokenize(left))
+    assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
 
 
-def test_healing_counts_only_tokens_that_add_text(vps: Vps) -> None:
-    body = vps.complete("import os\nimport nump", heal=True, max_tokens=1)
+@pytest.mark.slow
+def test_healing_counts_only_tokens_that_add_text(real: Vps) -> None:
+    body = real.complete("import os\nimport nump", heal=True, max_tokens=1)
     assert (body["completion"], body["total_tokens"], body["finish_reason"]) == ("y", 1, "length")
 
 
-def test_sampled_healing_repeats_nothing(vps: Vps) -> None:
+@pytest.mark.slow
+def test_sampled_healing_repeats_nothing(real: Vps) -> None:
     """Above temperature 0 the tokens are sampled, but each choice begins with the text that is there."""
     prompt = "def area(width, height):\n    return wid"
     for seed in range(8):
-        body = vps.complete(prompt, heal=True, max_tokens=1, temperature=1, seed=seed)
+        body = real.complete(prompt, heal=True, max_tokens=1, temperature=1, seed=seed)
         assert body["completion"][:2] == "th", body
 
 
 def test_a_prompt_of_one_word_is_not_healed(vps: Vps, reference: Reference) -> None:
-    body = vps.complete("import", heal=True, max_tokens=4)
+    body = vps.complete("def", heal=True, max_tokens=4)
     assert body["prompt_tokens"] == 1
-    reference.check(reference.tokenize("import"), body["completion"], 4)
+    reference.check(reference.tokenize("def"), body["completion"], 4)
 
 
 def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
@@ -690,14 +776,14 @@ def test_without_a_seed_texts_differ(vps: Vps) -> None:
 
 def test_stop_strings(vps: Vps) -> None:
     prompt = "1, 2, 3, 4, "
-    whole = vps.complete(prompt, max_tokens=24)
-    text = whole["completion"]
-    assert text.startswith("5, 6, 7, 8")
-    for stop, left in ((["8"], "5, 6, 7, "), (", 7, 8", "5, 6"), (["nothing", "6, 7", "7"], "5, "), (["5"], "")):
+    text = vps.complete(prompt, max_tokens=24)["completion"]
+    late, later = text[10:13], text[12:16]
+    assert 0 < text.index(late) < text.index(later)
+    for stop, end in (([later], later), (late, late), (["nothing", later, late], late), ([text[0]], text[0])):
         body = vps.complete(prompt, max_tokens=24, stop=stop)
-        assert (body["completion"], body["finish_reason"]) == (left, "stop")
-    with vps.stream(prompt, max_tokens=24, stop=", 7, 8") as stream:
-        assert stream.text() == "5, 6"
+        assert (body["completion"], body["finish_reason"]) == (text[: text.index(end)], "stop")
+    with vps.stream(prompt, max_tokens=24, stop=late) as stream:
+        assert stream.text() == text[: text.index(late)]
     assert vps.complete(prompt, max_tokens=24, stop=["nothing"])["completion"] == text
 
 
@@ -708,23 +794,22 @@ def test_the_beginning_of_a_stop_string_is_sent_at_the_end(vps: Vps) -> None:
         assert stream.text() == whole["completion"]
 
 
-def test_characters_are_whole(vps: Vps) -> None:
+def test_characters_are_whole(real: Vps) -> None:
     prompt = 'faces = ["🥰", "🤩", "🥳", "🥰", "🤩", "🥳", "🥰", "'
-    with vps.stream(prompt, max_tokens=32) as stream:
+    with real.stream(prompt, max_tokens=32) as stream:
         text = stream.text()
     assert sum(ord(character) > 0xFFFF for character in text) >= 3, text
     assert "\ufffd" not in text
 
 
-def test_the_end_of_the_text_is_not_text(vps: Vps) -> None:
-    body = vps.complete(None, messages=[{"role": "user", "content": "Say only the word yes."}], max_tokens=64)
+def test_the_end_of_the_text_is_not_text(real: Vps) -> None:
+    body = real.complete(None, messages=[{"role": "user", "content": "Say only the word yes."}], max_tokens=64)
     assert body["finish_reason"] == "stop"
     assert "<|" not in body["completion"]
 
 
-@pytest.mark.slow
-def test_the_context_is_filled_exactly(vps: Vps, reference: Reference, output: Path) -> None:
-    with start(output, CEREBRUM_N_CTX="256") as small:
+def test_the_context_is_filled_exactly(reference: Reference, output: Path, models: Path) -> None:
+    with start(output, models, CEREBRUM_N_CTX="256") as small:
         prompt = new_prompt(280)
         tokens = reference.tokenize(prompt)
         while len(tokens) > 250:
@@ -740,8 +825,8 @@ def test_the_context_is_filled_exactly(vps: Vps, reference: Reference, output: P
 
 
 @pytest.mark.slow
-def test_an_idle_sequence_is_stored_before_another_request_needs_its_slot(output: Path) -> None:
-    with start(output, CEREBRUM_STATE_DIR=str(output / "idle")) as vps:
+def test_an_idle_sequence_is_stored_before_another_request_needs_its_slot(real_output: Path) -> None:
+    with start(real_output, MODELS, CEREBRUM_STATE_DIR=str(real_output / "idle")) as vps:
         vps.complete("x", max_tokens=0)
         before = vps.model()["memory_mb"]
         prompt = new_prompt(600)
@@ -793,7 +878,7 @@ def test_two_requests_at_once_compute_their_common_prefix_once(vps: Vps, referen
 
 
 def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Reference) -> None:
-    one, two = (f"# kept in place: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
+    one, two = (f"# kept: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
     first, second = reference.tokenize(one), reference.tokenize(two)
     common = prefixes.common_prefix(first, second)
     assert 3 < common < prefixes.MIN_PREFIX < len(first)
@@ -823,8 +908,8 @@ def test_max_tokens_0_warms_the_cache(vps: Vps) -> None:
     assert (body["cached_tokens"], body["total_tokens"]) == (body["prompt_tokens"] - 1, 1)
 
 
-def test_nothing_is_kept_without_a_budget(output: Path) -> None:
-    with start(output, CEREBRUM_CACHE_MB="0") as small:
+def test_nothing_is_kept_without_a_budget(output: Path, models: Path) -> None:
+    with start(output, models, CEREBRUM_CACHE_MB="0") as small:
         prompt = new_prompt()
         small.complete(prompt, max_tokens=1)
         assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # still in its slot
@@ -844,34 +929,34 @@ COPY = f"""\
 
 
 @pytest.fixture(scope="session")
-def plain(shared: Vps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
-    """A daemon that never drafts."""
-    with start(with_state(shared, tmp_path_factory.mktemp("plain")), CEREBRUM_DRAFT="0") as vps:
+def plain(weights: Vps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+    """A daemon with the 0.5B that never drafts."""
+    with start(with_state(weights, tmp_path_factory.mktemp("plain")), MODELS, CEREBRUM_DRAFT="0") as vps:
         yield vps
 
 
 @pytest.mark.slow
-def test_drafts_change_no_text(vps: Vps, plain: Vps, reference: Reference) -> None:
-    with_drafts = vps.complete(COPY, max_tokens=56)
+def test_drafts_change_no_text(real: Vps, plain: Vps, real_reference: Reference) -> None:
+    with_drafts = real.complete(COPY, max_tokens=56)
     without = plain.complete(COPY, max_tokens=56)
     assert without["draft_tokens"] == without["accepted_tokens"] == 0
     assert with_drafts["draft_tokens"] >= with_drafts["accepted_tokens"]
-    reference.check(reference.tokenize(COPY), without["completion"], 56)
-    reference.check(reference.tokenize(COPY), with_drafts["completion"], 56)
-    stats = vps.get("/v1/stats")
+    real_reference.check(real_reference.tokenize(COPY), without["completion"], 56)
+    real_reference.check(real_reference.tokenize(COPY), with_drafts["completion"], 56)
+    stats = real.get("/v1/stats")
     assert stats["draft_tokens"] >= stats["accepted_tokens"] >= with_drafts["accepted_tokens"]
     if not with_drafts["accepted_tokens"]:
         pytest.skip("drafts do not pay on this machine now, so both texts were decoded without them")
 
 
 @pytest.mark.slow
-def test_an_earlier_answer_is_drafted_again(output: Path, reference: Reference) -> None:
+def test_an_earlier_answer_is_drafted_again(real_output: Path, real_reference: Reference) -> None:
     """With a daemon of its own, because the results of earlier drafts decide how much is drafted."""
     prompt = new_prompt()
-    with start(output) as vps:
+    with start(real_output, MODELS) as vps:
         vps.complete(prompt, max_tokens=40)
         again = vps.complete(prompt, max_tokens=40)
-    reference.check(reference.tokenize(prompt), again["completion"], 40)
+    real_reference.check(real_reference.tokenize(prompt), again["completion"], 40)
     if not again["draft_tokens"]:
         pytest.skip("drafts do not pay on this machine now")
     assert again["accepted_tokens"] >= 3
@@ -926,8 +1011,8 @@ def test_cancelled_while_another_generates(vps: Vps, reference: Reference) -> No
     vps.wait_idle()
 
 
-def test_a_load_is_finished_after_its_client_has_left(output: Path, reference: Reference) -> None:
-    with start(output) as cold:
+def test_a_load_is_finished_after_its_client_has_left(output: Path, models: Path, reference: Reference) -> None:
+    with start(output, models) as cold:
         with cold.stream("x", progress=True) as stream:
             assert stream.wait_for_event("progress")["progress"]["stage"] == "loading"
         wait_until(lambda: cold.get("/health")["models_loaded"] == [SMALL])
@@ -988,14 +1073,14 @@ def test_two_requests_at_once_both_get_the_right_text(vps: Vps, reference: Refer
         reference.check(reference.tokenize(one), stream.text(), 24)
 
 
-def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
+def test_health_does_not_wait_for_two_streams_that_generate(real: Vps) -> None:
     """It answers faster than tokens come. A busy machine slows both down, so one is measured by the other."""
-    with vps.stream(new_prompt(12), max_tokens=1000) as one, vps.stream(new_prompt(12), max_tokens=1000) as two:
+    with real.stream(new_prompt(12), max_tokens=1000) as one, real.stream(new_prompt(12), max_tokens=1000) as two:
         one.wait_for_event("token")
         marks, delays = [], []
         for _ in itertools.islice(two.events(), 6):
             marks.append(time.perf_counter())
-            assert vps.ask("GET", "/health", key=None)[0] == 200
+            assert real.ask("GET", "/health", key=None)[0] == 200
             delays.append(time.perf_counter() - marks[-1])
     pauses = [b - a for a, b in itertools.pairwise(marks)]
     assert len(pauses) == 5
@@ -1005,37 +1090,37 @@ def test_health_does_not_wait_for_two_streams_that_generate(vps: Vps) -> None:
 # ------------------------------------------------------------------------------------- loading, unloading
 
 
-def test_unload(vps: Vps) -> None:
-    assert vps.ask("POST", "/v1/unload/gpt")[1]["code"] == "MODEL_NOT_FOUND"
-    held = vps.model()["memory_mb"]
-    with vps.stream(new_prompt(), max_tokens=1000) as stream:
+def test_unload(real: Vps) -> None:
+    assert real.ask("POST", "/v1/unload/gpt")[1]["code"] == "MODEL_NOT_FOUND"
+    held = real.model()["memory_mb"]
+    with real.stream(new_prompt(), max_tokens=1000) as stream:
         stream.wait_for_event("token")
-        status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
+        status, body = real.ask("POST", f"/v1/unload/{SMALL}")
         assert (status, body["code"]) == (409, "MODEL_BUSY")
         assert body["message"] == f"model {SMALL} is busy; expected an idle one"
-    wait_until(lambda: vps.active() == 0)
-    before = vps.process.rss_kb() / 1024
-    status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
+    wait_until(lambda: real.active() == 0)
+    before = real.process.rss_kb() / 1024
+    status, body = real.ask("POST", f"/v1/unload/{SMALL}")
     assert (status, list(body)) == (200, ["model", "unloaded", "memory_freed_mb"])
     assert (body["model"], body["unloaded"]) == (SMALL, True)
-    assert body["memory_freed_mb"] == pytest.approx(before - vps.process.rss_kb() / 1024, abs=50)
+    assert body["memory_freed_mb"] == pytest.approx(before - real.process.rss_kb() / 1024, abs=50)
     assert body["memory_freed_mb"] > 0.7 * held
-    assert vps.get("/health")["models_loaded"] == []
-    assert vps.model()["loaded"] is False
-    status, body = vps.ask("POST", f"/v1/unload/{SMALL}")
+    assert real.get("/health")["models_loaded"] == []
+    assert real.model()["loaded"] is False
+    status, body = real.ask("POST", f"/v1/unload/{SMALL}")
     assert (status, body) == (200, {"model": SMALL, "unloaded": False, "memory_freed_mb": 0.0})
-    vps.complete(new_prompt(), max_tokens=1)
-    assert vps.get("/health")["models_loaded"] == [SMALL]
+    real.complete(new_prompt(), max_tokens=1)
+    assert real.get("/health")["models_loaded"] == [SMALL]
 
 
 @pytest.mark.slow
-def test_repeated_unloading_leaks_nothing(vps: Vps) -> None:
+def test_repeated_unloading_leaks_nothing(real: Vps) -> None:
     sizes = []
     for _ in range(4):
-        vps.complete("x", max_tokens=1)
-        vps.ask("POST", f"/v1/unload/{SMALL}")
-        sizes.append(vps.process.rss_kb() / 1024)
-    vps.complete("x", max_tokens=1)
+        real.complete("x", max_tokens=1)
+        real.ask("POST", f"/v1/unload/{SMALL}")
+        sizes.append(real.process.rss_kb() / 1024)
+    real.complete("x", max_tokens=1)
     assert sizes[-1] - sizes[1] < 30, sizes
 
 
@@ -1045,24 +1130,24 @@ def test_cleanup_keeps_a_model_in_use(vps: Vps) -> None:
     assert vps.get("/health")["models_loaded"] == [SMALL]
 
 
-def test_cleanup(output: Path) -> None:
-    with start(output, CEREBRUM_IDLE_MINUTES="0") as vps:
+def test_cleanup(output: Path, models: Path) -> None:
+    with start(output, models, CEREBRUM_IDLE_MINUTES="0") as vps:
         vps.complete("x", max_tokens=1)
         status, body = vps.ask("POST", "/v1/cleanup")
         assert (status, body["models_unloaded"]) == (200, [SMALL])
-        assert body["memory_freed_mb"] > 300
+        assert body["memory_freed_mb"] > 20
         assert vps.ask("POST", "/v1/cleanup") == (200, {"models_unloaded": [], "memory_freed_mb": 0.0})
 
 
-def test_warm_sequences_outlive_the_process(output: Path, reference: Reference) -> None:
+def test_warm_sequences_outlive_the_process(output: Path, models: Path, reference: Reference) -> None:
     prompt, other = new_prompt(), new_prompt()
-    with start(output) as vps:
+    with start(output, models) as vps:
         vps.complete(prompt, max_tokens=8)
         vps.complete(other, max_tokens=1)
     folder = output / "state" / "kv" / SMALL
     names = sorted(path.name for path in folder.iterdir())
     assert len(names) == 2
-    with start(output) as vps:
+    with start(output, models) as vps:
         body = vps.complete(prompt, max_tokens=8)
         assert body["cached_tokens"] == body["prompt_tokens"] - 1
         reference.check(reference.tokenize(prompt), body["completion"], 8)
@@ -1072,7 +1157,7 @@ def test_warm_sequences_outlive_the_process(output: Path, reference: Reference) 
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     (folder / "foreign").write_text("not ours")
-    with start(output) as vps:
+    with start(output, models) as vps:
         body = vps.complete(prompt, max_tokens=8)
         assert body["cached_tokens"] == 0
         assert list(folder.iterdir()) == []
@@ -1087,10 +1172,10 @@ def test_unloading_keeps_the_warm_sequences(vps: Vps) -> None:
     assert body["cached_tokens"] == body["prompt_tokens"] - 1
 
 
-def test_files_that_cannot_be_loaded(output: Path, reference: Reference) -> None:
+def test_files_that_cannot_be_loaded(output: Path, models: Path, reference: Reference) -> None:
     folder = output / "models"
     folder.mkdir()
-    whole = FILES[SMALL]
+    whole = models / FILES[SMALL].name
     with whole.open("rb") as file:
         head = file.read(8 << 20)
     os.symlink(whole, folder / "good.gguf")
@@ -1113,9 +1198,8 @@ def test_files_that_cannot_be_loaded(output: Path, reference: Reference) -> None
     ]
     (output / "models.toml").write_text("\n".join(entries))
     settings = {"CEREBRUM_MODELS_FILE": str(output / "models.toml"), "CEREBRUM_MODELS_DIR": str(folder)}
-    with daemon(
-        "vpsd", output, CEREBRUM_MAX_CPU_PERCENT="100", CEREBRUM_MIN_FREE_MB="256", CEREBRUM_N_CTX="2048", **settings
-    ) as process:
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256", "CEREBRUM_THREADS": "1"}
+    with daemon("vpsd", output, CEREBRUM_N_CTX="2048", **easy, **settings) as process:
         vps = Vps(process)
         for name in names[1:8]:
             status, code, message = vps.refusal("x", model=name)
@@ -1136,8 +1220,8 @@ def test_files_that_cannot_be_loaded(output: Path, reference: Reference) -> None
     assert process.stderr() == ""
 
 
-def test_too_little_memory_to_start_work(output: Path) -> None:
-    with start(output, CEREBRUM_MIN_FREE_MB="1000000") as vps:
+def test_too_little_memory_to_start_work(output: Path, models: Path) -> None:
+    with start(output, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
         for path in ("/v1/inference", "/v1/inference/stream"):
             status, body = vps.ask("POST", path, vps.fields("x", {}))
             assert (status, body["code"]) == (503, "RESOURCE_EXHAUSTED")
@@ -1145,10 +1229,11 @@ def test_too_little_memory_to_start_work(output: Path) -> None:
         assert vps.get("/health")["models_loaded"] == []
 
 
-def test_a_model_that_does_not_fit(output: Path) -> None:
+@pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
+def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
     spare = 500  # MB, less than the weights, KV cache and buffers together
     reserve = psutil.virtual_memory().available // vps_llama.MB - spare
-    with start(output, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
+    with start(tmp_path, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
         if not message.startswith("expected "):  # another program took the rest of the memory meanwhile
@@ -1162,9 +1247,9 @@ def test_a_model_that_does_not_fit(output: Path) -> None:
 # ------------------------------------------------------------------------------------------- SIGTERM
 
 
-def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(output: Path) -> None:
+def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(output: Path, models: Path) -> None:
     impatient = "import sys, vpsd; vpsd.DRAIN_SECONDS = 1.0; sys.exit(vpsd.main([]))"
-    with start(output, command=[sys.executable, "-u", "-c", impatient], PYTHONPATH=str(ROOT)) as vps:
+    with start(output, models, command=[sys.executable, "-u", "-c", impatient], PYTHONPATH=str(ROOT)) as vps:
         vps.complete("x", max_tokens=1)
         with vps.stream(new_prompt(30), max_tokens=2000) as long, vps.stream(new_prompt(30), max_tokens=4) as short:
             events = long.events()
@@ -1216,32 +1301,32 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
-def test_two_models_at_once(output: Path, reference: Reference) -> None:
+def test_two_models_at_once(real_output: Path, real_reference: Reference) -> None:
     """Both are loaded and generate at the same time."""
-    with start(output) as vps:
+    with start(real_output, MODELS) as vps:
         vps.complete("x", max_tokens=1)
         with vps.stream(PROMPTS[0], model=LARGE, max_tokens=60) as large:
             events = large.events()
             next(events)
             body = vps.complete(PROMPTS[1], max_tokens=24)
             assert list(events)[-1]["total_tokens"] == 60
-        reference.check(reference.tokenize(PROMPTS[1]), body["completion"], 24)
+        real_reference.check(real_reference.tokenize(PROMPTS[1]), body["completion"], 24)
         assert sorted(vps.get("/health")["models_loaded"]) == [SMALL, LARGE]
         assert vps.model(LARGE)["memory_mb"] > 1.5 * vps.model(SMALL)["memory_mb"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
-def test_the_least_recently_used_model_makes_room(output: Path) -> None:
+def test_the_least_recently_used_model_makes_room(real_output: Path) -> None:
     reserve = psutil.virtual_memory().available // vps_llama.MB - 1900  # MB; the rest has room for one of them
-    with start(output, CEREBRUM_MIN_FREE_MB=str(reserve)) as vps:
+    with start(real_output, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve)) as vps:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
         assert vps.get("/health")["models_loaded"] == [LARGE]
 
 
 @pytest.mark.slow
-def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
+def test_drafts_do_not_move_the_distribution(real: Vps, plain: Vps) -> None:
     """A chi-square test of many sampled texts, with drafts and without."""
     prompt = COPY + "def parse("
     counts: list[dict[str, int]] = []
@@ -1263,10 +1348,10 @@ def test_drafts_do_not_move_the_distribution(vps: Vps, plain: Vps) -> None:
 
 
 @pytest.mark.slow
-def test_soak(output: Path, reference: Reference) -> None:
+def test_soak(real_output: Path, real_reference: Reference) -> None:
     """A mix of requests, some of them cancelled at random: no wrong text, no leak, no request left active."""
     draw = np.random.default_rng(1)
-    with start(output) as vps:
+    with start(real_output, MODELS) as vps:
         vps.complete("x", max_tokens=1)
         sizes: list[float] = []
         for number in range(60):
@@ -1277,7 +1362,7 @@ def test_soak(output: Path, reference: Reference) -> None:
                 if draw.random() < 0.3:
                     noise.close()
                 body = vps.complete(prompt, max_tokens=16)
-            reference.check(reference.tokenize(prompt), body["completion"], 16)
+            real_reference.check(real_reference.tokenize(prompt), body["completion"], 16)
             wait_until(lambda: vps.active() == 0)
             if number % 20 == 19:
                 sizes.append(vps.process.rss_kb() / 1024)
@@ -1285,7 +1370,7 @@ def test_soak(output: Path, reference: Reference) -> None:
 
 
 @pytest.mark.slow
-def test_a_tuned_file_is_used(output: Path) -> None:
+def test_a_tuned_file_is_used(real_output: Path) -> None:
     published = FILES[SMALL]
     file = tuned_path(output / "state", published)
     file.parent.mkdir(parents=True)
@@ -1305,7 +1390,7 @@ def test_a_tuned_file_is_used(output: Path) -> None:
     types = {tensor.name: "Q8_0" for tensor in source.tensors if tensor.type == "Q5_0"}
     source.write(file, types, {PASSPORT_KEY: json.dumps(asdict(passport))})
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
-    with start(output) as tuned:
+    with start(real_output, MODELS) as tuned:
         assert expected.items() <= tuned.model().items()
         assert tuned.complete("1, 2, 3, 4, 5, 6, 7, 8,", max_tokens=6)["completion"] == " 9, 10"
         assert expected.items() <= tuned.model().items()
