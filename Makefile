@@ -2,10 +2,11 @@
 # default model.
 
 PYTHON = .venv/bin/python
+BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they share daemons
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse page fleet))
 
-.PHONY: help run test test-clients test-engines test-scale test-slow test-packages lint bench fuzz deb clean
+.PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
@@ -15,15 +16,15 @@ run: ## prepare this machine, start both daemons, open the REPL
 
 test: ## run the tests, with the default model
 	@./run.sh setup test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(BOTH_CORES)
 
 test-clients: ## install other people's clients and run them against both daemons
 	@./run.sh setup clients
-	$(PYTHON) -m pytest -m clients
+	$(PYTHON) -m pytest $(BOTH_CORES) -m "clients and not nightly"
 
-test-engines: ## build other people's engines (about four minutes, once) and run them behind the Pi
+test-engines: ## build llama-server (about four minutes, once) and run it and other engines behind the Pi
 	@./run.sh setup engines
-	$(PYTHON) -m pytest -m engines
+	$(PYTHON) -m pytest -m "engines and not nightly"
 
 test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 minutes)
 	@./run.sh setup scale
@@ -32,12 +33,17 @@ test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 
 test-slow: ## run the tests that take minutes, need root, or need a second model (1.1 GB)
 	@./run.sh setup test
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
-	$(PYTHON) -m pytest -m "slow and not packages"
+	$(PYTHON) -m pytest -m "slow and not packages and not nightly"
 
 test-packages: ## install, upgrade, break and remove the packages on each Debian (as root; half an hour)
 	@./run.sh setup test
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
 	$(PYTHON) -m pytest -m packages
+
+test-nightly: ## run all tests that take too long for each change, test-packages too (as root; an hour)
+	@./run.sh setup nightly
+	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
+	$(PYTHON) -m pytest -m "nightly or packages"
 
 lint: ## run ruff, mypy --strict, vermin and shellcheck
 	@./run.sh setup test

@@ -6,8 +6,8 @@
 #                              print one completion; stop what was started
 #     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
 #                              "test" those of tests and linters, "clients" also other people's clients,
-#                              "engines" also other people's engines, one of which is built, "scale" also
-#                              vLLM and Ray
+#                              "engines" also llama-server, which is built, "nightly" all of these and more,
+#                              "scale" those of "test", and vLLM and Ray
 #
 # stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
@@ -47,10 +47,10 @@ need_system() {
 	local packages=() needed=(curl:curl) pair
 	if command -v python3 >/dev/null; then check_python; else packages+=(python3); fi
 	python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
-	if [[ $1 == engines ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
+	if [[ $1 == @(engines|nightly) ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
 	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
-	[[ $1 != clients ]] || needed+=(nvim:neovim chromium:chromium node:nodejs npm:npm)
-	[[ $1 != clients || $EUID != 0 ]] || needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
+	[[ $1 != @(clients|nightly) ]] || needed+=(nvim:neovim chromium:chromium node:nodejs npm:npm)
+	[[ $1 != nightly || $EUID != 0 ]] || needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
 	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
 		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")
 	done
@@ -109,10 +109,11 @@ with_clock() {
 	note "$label: done in $SECONDS s"
 }
 
+# make_venv SET: the packages of one of pyproject.toml's groups, or of "run".
 make_venv() {
 	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
 	[[ -x $PYTHON ]] || python3 -m venv .venv
-	requirements "${1/scale/test}" >"$wanted"
+	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
 	have_llama || label='building llama.cpp (about four minutes, once)'
 	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
@@ -122,11 +123,11 @@ make_venv() {
 setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
-	make_venv "$1"
+	case $1 in engines | scale) make_venv test ;; *) make_venv "$1" ;; esac
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # test results must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
-	if [[ $1 == engines ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
+	if [[ $1 == @(engines|nightly) ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
 		with_clock "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
 	elif [[ $1 == scale ]]; then
@@ -197,7 +198,7 @@ run() {
 
 case "$*" in
 	setup) setup run ;;
-	'setup test' | 'setup clients' | 'setup engines' | 'setup scale') setup "$2" ;;
+	'setup test' | 'setup clients' | 'setup engines' | 'setup nightly' | 'setup scale') setup "$2" ;;
 	'') run ;;
-	*) die "expected: run.sh [setup [test|clients|engines|scale]]" ;;
+	*) die "expected: run.sh [setup [test|clients|engines|nightly|scale]]" ;;
 esac

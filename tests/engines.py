@@ -39,7 +39,7 @@ OPTIONS = [
     "LLAMA_USE_PREBUILT_UI=OFF",  # the build would download it
 ]
 JOBS = 2  # a file can need 1 GB of memory
-INSTALL = "please run: ./run.sh setup engines"
+INSTALL = "please run: ./run.sh setup nightly"
 
 
 class Unavailable(Exception):

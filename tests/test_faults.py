@@ -83,9 +83,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(measured: Path, tmp_path: Path) -> Path:
     """A folder for a vpsd that has measured already."""
+    return with_state(measured, tmp_path)
+
+
+def with_state(measured: Path, folder: Path) -> Path:
     for name in ("calibration", "verified"):
-        shutil.copytree(measured / name, tmp_path / "state" / name)
-    return tmp_path
+        shutil.copytree(measured / name, folder / "state" / name)
+    return folder
 
 
 VPS = {
@@ -247,7 +251,35 @@ def cable() -> Iterator[Cable]:
         pytest.skip(f"needs network namespaces: {error.stderr.strip()}")
 
 
-async def test_the_vps_loses_its_power_in_mid_stream(cable: Cable, folder: Path) -> None:
+class Cut:
+    """A cable that is cut once all its users are ready, and mended once all have seen what follows."""
+
+    def __init__(self, cable: Cable, users: int) -> None:
+        self.cable, self._together = cable, asyncio.Barrier(users)
+
+    async def cut(self) -> None:
+        async with self._together as place:
+            if place == 0:
+                self.cable.cut()
+
+    async def mend(self) -> None:
+        async with self._together as place:
+            if place == 0:
+                self.cable.mend()
+
+
+async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> None:
+    """With four things under way at once, since each side waits half a minute for the other one."""
+    scenarios = the_vps_loses_its_power, a_client_falls_silent, a_client_that_is_sent_nothing_falls_silent, a_pi_does
+    cut = Cut(cable, len(scenarios))
+    async with asyncio.TaskGroup() as group:
+        for scenario in scenarios:
+            group.create_task(scenario(cut, with_state(measured, tmp_path / scenario.__name__)))
+
+
+async def the_vps_loses_its_power(cut: Cut, folder: Path) -> None:
+    """In mid-stream."""
+    cable = cut.cable
     with (
         vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
         cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
@@ -255,7 +287,7 @@ async def test_the_vps_loses_its_power_in_mid_stream(cable: Cable, folder: Path)
         client = Client(port=pi.port)
         await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS")
         stream = await Stream.begin(client)
-        cable.cut()
+        await cut.cut()
         vps.process.kill()
         began = time.monotonic()
         noticed = await until_true(lambda: is_healthy(pi.port, 503), "the Pi misses the VPS")
@@ -267,54 +299,58 @@ async def test_the_vps_loses_its_power_in_mid_stream(cable: Cable, folder: Path)
         assert took < IDLE_SECONDS + MARGIN_SECONDS
         assert (await told(pi.port))["requests_active"] == 0
 
-        cable.mend()
+        await cut.mend()
         with vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_VPS_PORT=str(vps.port)):
             back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
             assert_done(await client.stream(**fields(max_tokens=8)), 8)
         print(f"away after {noticed:.1f} s, stream ended after {took:.1f} s, back after {back:.1f} s")
 
 
-async def test_a_client_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
-    """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent stays unanswered."""
+async def a_client_falls_silent(cut: Cut, folder: Path) -> None:
+    """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent stays unanswered. Its
+    place is given back."""
     with (
         vpsd(folder, CEREBRUM_THREADS="1") as vps,
-        cm4d(folder / "pi", vps.port, CEREBRUM_CM4_HOST=cable.near) as pi,
+        cm4d(folder / "pi", vps.port, CEREBRUM_CM4_HOST=cut.cable.near) as pi,
     ):
         body = json.dumps(fields()).encode()
-        head = f"POST /v1/complete/stream HTTP/1.1\r\nHost: {cable.near}\r\nContent-Type: application/json\r\n"
-        reader, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
+        head = f"POST /v1/complete/stream HTTP/1.1\r\nHost: {cut.cable.near}\r\nContent-Type: application/json\r\n"
+        reader, writer = await asyncio.open_connection(sock=cut.cable.connect(pi.port))
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await asyncio.wait_for(reader.readuntil(b'{"token"'), PATIENCE)
-        cable.cut()
+        await cut.cut()
         freed = await until_idle(vps.port, WRITE_SECONDS + MARGIN_SECONDS)
         (line,) = re.findall("POST /v1/complete/stream .*", pi.stdout())
         assert " 499 " in line
         print(f"a silent client held its place for {freed:.1f} s")
+        await cut.mend()
 
 
-async def test_a_silent_client_that_is_sent_nothing_gives_its_place_back(cable: Cable, folder: Path) -> None:
+async def a_client_that_is_sent_nothing_falls_silent(cut: Cut, folder: Path) -> None:
     """It waits for an answer in one piece, so the kernel alone asks whether it is still there."""
     busy = [CHUNKED, *(chunk(SSE_COMMENT), lambda: asyncio.sleep(1)) * 600]  # a VPS that reads a long prompt
     async with Backend([busy]) as backend:
-        with cm4d(folder, backend.port, CEREBRUM_CM4_HOST=cable.near) as pi:
-            _, writer = await asyncio.open_connection(sock=cable.connect(pi.port))
+        with cm4d(folder, backend.port, CEREBRUM_CM4_HOST=cut.cable.near) as pi:
+            _, writer = await asyncio.open_connection(sock=cut.cable.connect(pi.port))
             writer.write(post("/v1/complete", json.dumps(fields()).encode()))
             await until(backend.begun.is_set)
-            cable.cut()
+            await cut.cut()
             began = time.monotonic()
             await until(backend.left.is_set, seconds=WRITE_SECONDS + MARGIN_SECONDS)
             print(f"a silent client that was sent nothing held its place for {time.monotonic() - began:.1f} s")
             await asyncio.to_thread(pi.wait_for_line, r"POST /v1/complete 499 ")
+            await cut.mend()
 
 
-async def test_a_pi_that_falls_silent_gives_its_place_back(cable: Cable, folder: Path) -> None:
+async def a_pi_does(cut: Cut, folder: Path) -> None:
     """The same between the Pi and the VPS: the Pi answers its client, and the VPS computes no further."""
+    cable = cut.cable
     with (
         vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_THREADS="1") as vps,
         cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
     ):
         stream = await Stream.begin(Client(port=pi.port))
-        cable.cut()
+        await cut.cut()
         began = time.monotonic()
         assert_broken(await stream.rest())
         took = time.monotonic() - began
@@ -324,6 +360,7 @@ async def test_a_pi_that_falls_silent_gives_its_place_back(cable: Cable, folder:
         assert " 499 " in vps.stdout()
         assert took < IDLE_SECONDS + MARGIN_SECONDS
         assert freed < WRITE_SECONDS + MARGIN_SECONDS
+        await cut.mend()
 
 
 async def test_the_way_to_the_vps_breaks_before_a_request(cable: Cable, folder: Path) -> None:
@@ -670,12 +707,13 @@ def test_an_idle_daemon_is_kept_alive_and_a_stopped_one_is_not(
 
 # ------------------------------------------------------------------------------------ thousands of requests
 
-REQUESTS, ABORTED, WARM_UP = 10_000, 1_000, 1_100
+WARM_UP = 1_100
+ABORTED = 11  # every 11th is
 PARTS = 4  # after each of which the memory is printed
 CLIENTS, PLACES = 6, 12  # at a time: nobody is refused, even before an aborted request has given its place back
 CACHE_MB = 16  # of parked sequences, so that the warm-up fills it
-# What RSS may grow by after the warm-up. Measured: 0.5 MB, and 5 MB, of which 1 MB came after the first part. A leak of
-# 1 KB in each request would be 11 MB.
+# What RSS may grow by after the warm-up. Measured with 11,000 requests: 0.5 MB, and 5 MB, of which 1 MB came after the
+# first part. A leak of 1 KB in each of them would be 11 MB.
 GROWN_MB = {"cm4d": 3.0, "vpsd": 10.0}
 
 REQUEST_LINE = re.compile(r"\[(soak\.[0-9a-z.]+)\] ([A-Z]+ /\S*) (\d{3}) ")
@@ -751,7 +789,8 @@ class Footprint:
         return self._counts() == (self.fds, self.threads)
 
 
-async def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("requests", [2_000, pytest.param(11_000, marks=pytest.mark.nightly)])
+async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) -> None:
     models = folder / "models"
     models.mkdir()
     (models / FILES[SMALL].name).symlink_to(FILES[SMALL])  # the only one, so also that of the dialects
@@ -765,7 +804,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
 
         async def serve(client: Client, draw: random.Random, numbers: Iterator[int], phase: str) -> None:
             for number in numbers:
-                if number % (REQUESTS // ABORTED + 1) == 0:
+                if number % ABORTED == 0:
                     request_id = f"soak.{phase}.a{number}"
                     sent[request_id] = "aborted"
                     await abort_a_request(client, draw, request_id)
@@ -794,7 +833,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
         before = [Footprint(process) for process in (pi, vps)]
         began = time.monotonic()
         for part in range(PARTS):
-            await many((REQUESTS + ABORTED) // PARTS, f"part{part}")
+            await many(requests // PARTS, f"part{part}")
             print(*(f"{process.name}: {process.rss_kb() / 1024:.1f} MB" for process in (pi, vps)))
         took = time.monotonic() - began
         for footprint in before:
@@ -824,15 +863,16 @@ async def test_thousands_of_requests_leave_nothing(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ kill -9
 
-KILLS = 12
+kills = pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.nightly)])
 
 
-async def test_the_vps_is_killed_at_any_moment(folder: Path) -> None:
+@kills
+async def test_the_vps_is_killed_at_any_moment(folder: Path, kills: int) -> None:
     """The next one starts, uses nothing that was half written, and leaves nothing of it."""
     draw = random.Random(9)
     state = folder / "state"
     moments = itertools.cycle(("measure", "load", "decode", "save"))
-    for number, moment in zip(range(KILLS), moments, strict=False):
+    for number, moment in zip(range(kills), moments, strict=False):
         if moment == "measure":
             shutil.rmtree(state / "calibration")
         with vpsd(folder) as vps:
@@ -866,13 +906,14 @@ def whole_log(file: Path) -> str:
     return "".join(path.read_text() for path in files)
 
 
-async def test_the_pi_is_killed_while_it_logs(tmp_path: Path) -> None:
+@kills
+async def test_the_pi_is_killed_while_it_logs(tmp_path: Path, kills: int) -> None:
     """Every answer but the last ones is in the log, on a whole line, also while the log is rotated."""
     draw = random.Random(9)
     file = tmp_path / "cerebrum.log"
     form = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - [A-Z]+ - \[\S+\] .+")
     filler = f"2025-12-25 12:00:00 - INFO - [-] {'x' * 2000}\n"
-    for number in range(KILLS):
+    for number in range(kills):
         room = draw.randint(1000, 40_000)  # until the log is rotated
         with file.open("a") as log:
             log.write(filler * ((MAX_LOG_BYTES - room - file.stat().st_size) // len(filler)))

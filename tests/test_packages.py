@@ -2,11 +2,11 @@
 
 One container plays the machine with the clone, the VPS, the Pi and Tailscale: the page's own command blocks are run
 in it, in their order. The tests then stop, kill, hang, misconfigure, upgrade and remove the daemons. Other containers
-have an installation by hand. The tests with the mark `packages` use an older Debian, or take long. `scp`, `sudo` and
-`tailscale` are stand-ins of a line each.
+have an installation by hand. `scp`, `sudo` and `tailscale` are stand-ins of a line each.
 
-Slow (minutes) and for root only. Each Debian with llama.cpp's wheel is made once, in .run; a container boots under an
-overlay, which is gone afterwards. Only making it needs a network.
+Slow (minutes) and for root only. The tests without the mark `packages` are those of what a change to the packages
+breaks first. Each Debian with llama.cpp's wheel is made once, in ~/.cache; a container boots under an overlay, which is
+gone afterwards. Only making it needs a network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 import urllib.request
@@ -27,8 +26,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from harness import FILES, MODELS, ROOT, daemon, program, wait_until
 from harness import KEY as KEY_OF_A_DAEMON
-from harness import MODELS, ROOT, daemon, program, wait_until
 
 from cerebrum_common import VERSION
 
@@ -38,9 +37,11 @@ PACKAGES = (
     "iproute2 libnss-mdns make python3 python3-psutil python3-venv systemd-sysv"
 )
 SUITE = "trixie"
-MODEL = "qwen_1_5b"  # the one that setup recommends
+RECOMMENDED = "qwen_1_5b"  # by setup
+MODEL = "qwen_0_5b"  # the one that the tests choose: it is tuned and loaded sooner
 DEADLINE_S = 600.0  # setup tunes the model, which a busy machine does in minutes
 until = partial(wait_until, seconds=DEADLINE_S)
+DEBIANS = MODELS.parent / "debian"
 BUILD_SECONDS = 3600.0  # llama.cpp takes 4 minutes on two idle cores
 NEEDED = ("debootstrap", "git", "systemd-nspawn", "nsenter")
 NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe")
@@ -135,7 +136,7 @@ def make_debian(suite: str) -> Path:
     """A Debian that was never booted, and in /wheels what pip needs. Only this needs a network."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         requirements = tomllib.load(file)["project"]["dependencies"]
-    recipe, debian = "\n".join([PACKAGES, *requirements]), ROOT / ".run" / suite
+    recipe, debian = "\n".join([PACKAGES, *requirements]), DEBIANS / suite
     complete = debian / "complete"
     if complete.exists() and complete.read_text() == recipe:
         return debian
@@ -174,9 +175,6 @@ chmod +x /usr/bin/tailscale /usr/bin/sudo /usr/bin/scp"""
 def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
     """A machine with the clone, and with a web server of its own that has the models."""
     debian = make_debian(suite)
-    subprocess.run(
-        [sys.executable, ROOT / "vpsd.py", "fetch", "--no-tune", MODEL], check=True, stdout=subprocess.DEVNULL
-    )
     command = [*NSPAWN, *BPF, "--boot", "--volatile=overlay", "--private-network", f"--machine={name}-{os.getpid()}"]
     command += [f"--directory={debian}", f"--bind-ro={MODELS}:/srv"]
     environ = {**os.environ, **UNIFIED}
@@ -201,13 +199,13 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
         process.wait(DEADLINE_S)
 
 
-def deploy(machine: Machine) -> tuple[str, str, str]:
+def deploy(machine: Machine, model: str) -> tuple[str, str, str]:
     """All steps of the page up to a completion. What setup of the VPS, setup of the Pi and curl said."""
     machine.follow("Make the packages")
     install, setup = blocks("Install the VPS")[0].splitlines()
     machine.run(install)
     machine.run(f"sed -i.whole 's|https://huggingface.co/.*/|http://127.0.0.1:8000/|' {CATALOG}")
-    on_the_vps = machine.run(setup, stdin="\n")  # the recommended model
+    on_the_vps = machine.run(setup, stdin=f"{model}\n")
     machine.run(f"mv {CATALOG}.whole {CATALOG}")
     machine.run(f"echo CEREBRUM_MAX_CPU_PERCENT=100 >>{SETTINGS[0]}")  # whatever else this machine does
     machine.run("systemctl restart cerebrum-backend")
@@ -225,7 +223,7 @@ def deploy(machine: Machine) -> tuple[str, str, str]:
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[tuple[Machine, tuple[str, str, str]]]:
     with booted("cerebrum") as machine:
-        yield machine, deploy(machine)
+        yield machine, deploy(machine, MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +259,13 @@ def pids(machine: Machine) -> list[str]:
 
 
 def test_the_steps(deployed: tuple[Machine, tuple[str, str, str]]) -> None:
+    check_steps(deployed, MODEL)
+
+
+def check_steps(deployed: tuple[Machine, tuple[str, str, str]], model: str) -> None:
     machine, (on_the_vps, on_the_pi, answer) = deployed
     offered = re.findall(r"^([*+ ]) (\w+) ", on_the_vps, re.M)
-    assert [name for mark, name in offered if mark == "*"] == [MODEL]
+    assert [name for mark, name in offered if mark == "*"] == [RECOMMENDED]
     assert on_the_vps.splitlines()[-1].startswith(BACKEND + " ")
     for said in (on_the_vps, on_the_pi):
         assert re.search("^ok ", said, re.M)
@@ -271,7 +273,7 @@ def test_the_steps(deployed: tuple[Machine, tuple[str, str, str]]) -> None:
     *tokens, done = map(json.loads, re.findall(r"data: (\{.*\})", answer))
     assert tokens
     assert all("token" in event for event in tokens)
-    assert (done["done"], done["language"], done["model"]) == (True, "rust", MODEL)
+    assert (done["done"], done["language"], done["model"]) == (True, "rust", model)
     assert (
         machine.run("ls -d /usr/lib/cerebrum-cm4/cerebrum/vps /usr/lib/cerebrum-backend/cerebrum/pi", check=False) == ""
     )
@@ -285,6 +287,7 @@ def test_the_units_are_well_formed_and_locked_down(cerebrum: Machine) -> None:
         cerebrum.run(f"systemd-analyze security --threshold=11 {unit}.service")
 
 
+@pytest.mark.packages
 def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
     """By Avahi, on a network of two ends."""
     cerebrum.run("""
@@ -297,11 +300,12 @@ def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
     )
     said = cerebrum.run("cerebrum", stdin=":temp 0\n:tokens 16\ndef fibonacci(n):\n:model\n")
     assert "return" in said
-    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +1\.5B .*python javascript typescript rust c cpp go$", said, re.M)
+    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +0\.5B .*python javascript typescript rust c cpp go$", said, re.M)
     assert cerebrum.run("curl -s http://pi.local:7000/").startswith("<!doctype html>")
     cerebrum.run("ip link delete near")
 
 
+@pytest.mark.packages
 def test_what_setup_decided(cerebrum: Machine) -> None:
     assert cerebrum.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
     assert 2 << 30 < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < 6 << 30  # one small model
@@ -324,6 +328,7 @@ def test_setup_again_changes_nothing(cerebrum: Machine) -> None:
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize(
     ("typed", "reason"),
     [
@@ -340,6 +345,7 @@ def test_setup_without_a_backend_changes_nothing(cerebrum: Machine, typed: str, 
     assert (everything_set(cerebrum), pids(cerebrum)) == (before, running)
 
 
+@pytest.mark.packages
 def test_setup_is_roots(cerebrum: Machine) -> None:
     said = cerebrum.fails("setpriv --reuid=nobody --clear-groups cerebrum-cm4 setup")
     assert said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
@@ -358,6 +364,7 @@ def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
     assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1  # it was found nowhere, but is not empty
 
 
+@pytest.mark.packages
 def test_the_log_is_for_adm(cerebrum: Machine) -> None:
     modes = cerebrum.run("stat -c '%a %U %G' /var/log/cerebrum /var/log/cerebrum/cerebrum.log")
     assert modes == "2750 cerebrum adm\n640 cerebrum adm"
@@ -372,6 +379,7 @@ def test_the_backend_has_no_network(cerebrum: Machine) -> None:
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
 
 
+@pytest.mark.packages
 def test_strangers_do_not_reach_the_backend(cerebrum: Machine) -> None:
     cerebrum.run("ip address add 203.0.113.7/32 dev lo")
     assert cerebrum.status(f"{BACKEND}/health", "--interface 100.64.0.1") == "200"
@@ -392,6 +400,7 @@ def test_both_survive_a_kill(cerebrum: Machine) -> None:
     assert cerebrum.run(code) == said
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("unit", DAEMONS)
 def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
     drop_in = f"/run/systemd/system/{unit}.service.d/watchdog.conf"
@@ -404,6 +413,7 @@ def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
     cerebrum.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart {unit}.service")
 
 
+@pytest.mark.packages
 def test_a_restart_of_the_backend_refuses_no_connection(cerebrum: Machine) -> None:
     """A connection that was there before may hear that the daemon stops. A new one waits."""
     said = cerebrum.run(f"""
@@ -418,6 +428,7 @@ def test_a_restart_of_the_backend_refuses_no_connection(cerebrum: Machine) -> No
     assert statuses[-1] == "200"
 
 
+@pytest.mark.packages
 def test_a_connection_starts_the_backend(cerebrum: Machine) -> None:
     cerebrum.run("systemctl stop cerebrum-backend.service 2>/dev/null; systemctl is-active cerebrum-backend.socket")
     assert cerebrum.status(f"{BACKEND}/health") == "200"
@@ -431,6 +442,7 @@ def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
     assert cerebrum.journal(unit).count("reloaded") == before[1] + 1
 
 
+@pytest.mark.packages
 def test_the_pi_alone(cerebrum: Machine) -> None:
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run("systemctl restart cerebrum-cm4")  # comes back when READY=1 has been sent
@@ -450,6 +462,7 @@ UNITS = [
 ]
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize(("unit", "env", "name", "url"), UNITS)
 def test_a_wrong_variable_is_tried_again_ever_more_slowly(
     cerebrum: Machine, unit: str, env: str, name: str, url: str
@@ -476,6 +489,7 @@ def seconds(text: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(min|ms|us|s)", text))
 
 
+@pytest.mark.packages
 def test_the_pi_waits_for_an_address_that_is_not_up_yet(cerebrum: Machine) -> None:
     """As at boot, before the LAN is up."""
     env, unit = SETTINGS[1], "cerebrum-cm4"
@@ -488,6 +502,7 @@ def test_the_pi_waits_for_an_address_that_is_not_up_yet(cerebrum: Machine) -> No
     cerebrum.run(f"ip address delete 100.64.0.2/32 dev lo; mv {env}.good {env}; systemctl restart {unit}")
 
 
+@pytest.mark.packages
 def test_the_backend_listens_before_its_address_is_up(cerebrum: Machine) -> None:
     """As at boot, before Tailscale is up."""
     listen = "/etc/systemd/system/cerebrum-backend.socket.d/listen.conf"
@@ -529,6 +544,7 @@ STREAM = """curl -sN http://127.0.0.1:7000/v1/complete/stream -H 'Content-Type: 
     grep ."""
 
 
+@pytest.mark.packages
 def test_a_daemon_that_is_stopped_stays_so(cerebrum: Machine) -> None:
     stop(cerebrum, "cerebrum-cm4")
     cerebrum.run("apt install --reinstall ./cerebrum-cm4.deb")
@@ -560,6 +576,7 @@ with zipfile.ZipFile(old) as source, zipfile.ZipFile(str(old).replace("0.3.36", 
 """
 
 
+@pytest.mark.packages
 def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) -> None:
     """At first it cannot be built."""
     newer(cerebrum, "1.1.4", "sed -i s/==0.3.36/==0.3.99/ pyproject.toml")
@@ -581,6 +598,7 @@ def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) 
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 
+@pytest.mark.packages
 def test_llama_cpp_is_built_anew_for_another_python(cerebrum: Machine) -> None:
     """After an upgrade of Debian: the environment's Python finds no packages."""
     cerebrum.run("cd /var/lib/cerebrum-backend/llama-0.3.36/lib; mv python3* python2")
@@ -589,6 +607,7 @@ def test_llama_cpp_is_built_anew_for_another_python(cerebrum: Machine) -> None:
     assert cerebrum.run("ls /var/lib/cerebrum-backend/llama-0.3.36/lib").startswith("python3.")
 
 
+@pytest.mark.packages
 def test_a_limit_of_memory_that_a_person_has_set_stays(cerebrum: Machine) -> None:
     drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     cerebrum.run(
@@ -598,6 +617,7 @@ def test_a_limit_of_memory_that_a_person_has_set_stays(cerebrum: Machine) -> Non
     cerebrum.run(f"mv /root/memory.conf {drop_in}; systemctl daemon-reload")
 
 
+@pytest.mark.packages
 def test_a_new_address_is_taken_at_once(cerebrum: Machine) -> None:
     cerebrum.run("cerebrum-backend setup --listen 127.0.0.1:9001 </dev/null")
     assert cerebrum.status("http://127.0.0.1:9001/health") == "200"
@@ -624,7 +644,7 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
     assert cerebrum.run("grep ^cerebrum: /etc/passwd", check=False) == ""
     assert cerebrum.run(LEFT).split() == ["/var/lib/cerebrum-backend"]
     assert cerebrum.run("ls -A /etc/credstore; ls /var/lib/cerebrum-backend") == "models"
-    assert "qwen2.5-coder-1.5b" in cerebrum.run("ls /var/lib/cerebrum-backend/models")
+    assert cerebrum.run("ls /var/lib/cerebrum-backend/models") == FILES[MODEL].name
 
 
 # What the README said before there was an installer. Empty files stand for the modules of that time.
@@ -732,13 +752,13 @@ def test_the_packages_are_reproducible_and_lintian_is_silent() -> None:
 @pytest.fixture(scope="module")
 def older() -> Iterator[tuple[Machine, tuple[str, str, str]]]:
     with booted("older", "bookworm") as machine:
-        yield machine, deploy(machine)
+        yield machine, deploy(machine, "")
 
 
 @pytest.mark.packages
 def test_an_older_debian(older: tuple[Machine, tuple[str, str, str]]) -> None:
     """systemd 252 and Python 3.11."""
-    test_the_steps(older)
+    check_steps(older, RECOMMENDED)
     test_what_setup_decided(older[0])
     for unit in DAEMONS:
         test_a_reload_keeps_the_process(older[0], unit)
@@ -805,7 +825,7 @@ def test_the_pi_on_arm64(tmp_path: Path) -> None:
         subprocess.run(["mount", "-t", "binfmt_misc", "none", str(BINFMT)], check=True)
     if not (BINFMT / "qemu-aarch64").exists():
         (BINFMT / "register").write_bytes(Path("/usr/lib/binfmt.d/qemu-aarch64.conf").read_bytes())
-    debian = ROOT / ".run/arm64"
+    debian = DEBIANS / "arm64"
     if not (debian / "complete").exists():
         shutil.rmtree(debian, ignore_errors=True)
         include = "--include=python3,systemd-standalone-sysusers"

@@ -34,6 +34,7 @@ from harness import FILES, PATIENCE, ROOT, Daemon, command_of, daemon, settings,
 from cerebrum.pi import fleet as pi_fleet
 
 pytestmark = pytest.mark.engines
+NIGHTLY = pytest.mark.nightly
 
 MODEL, FILE = "qwen_0_5b", FILES["qwen_0_5b"]
 ALIAS = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -294,7 +295,10 @@ def brief() -> dict[str, Any]:
 # ------------------------------------------------------------------------------- one engine, and all it does
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=[kind.name for kind in KINDS])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, id=kind.name, marks=NIGHTLY if kind.start is start_llama_cpp else ()) for kind in KINDS],
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
     assert isinstance(request.param, Kind)
     return request.param
@@ -594,8 +598,10 @@ def check_long_prompts(pi: Pi) -> None:
 
 @pytest.mark.parametrize(
     ("start_engine", "api", "more"),
-    [(start_llama_server, "llama.cpp", {}), (start_llama_cpp, "openai", {"n_ctx": 512})],
-    ids=["llama-server", "llama_cpp.server"],
+    [
+        pytest.param(start_llama_server, "llama.cpp", {}, id="llama-server"),
+        pytest.param(start_llama_cpp, "openai", {"n_ctx": 512}, id="llama_cpp.server", marks=NIGHTLY),
+    ],
 )
 def test_a_prompt_is_fitted_to_a_short_context(start_engine: Any, api: str, more: Any, tmp_path: Path) -> None:
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does."""
@@ -637,6 +643,7 @@ def test_a_model_that_knows_its_length(context: int, tmp_path: Path) -> None:
             assert engine.output().count("asked ") == 2 * number, "it fits at once"
 
 
+@NIGHTLY
 def test_a_list_of_models_that_waits_for_completions(tmp_path: Path) -> None:
     """llama_cpp.server ends a completion when it is asked for its models. So it is not asked meanwhile, and a text that
     takes longer than the time between two probes comes whole."""

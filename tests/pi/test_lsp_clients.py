@@ -152,6 +152,7 @@ def accepted(pi: Pi) -> int:
     return int(pi.get("/v1/stats").json()["accepted"])
 
 
+@pytest.mark.nightly
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
     lua = settings("README.md", "Tab accepts\n", warm.url) + settings("docs/editors.md", "as instructed\n", warm.url)
     home(tmp_path, ".config/init.lua", lua)
@@ -176,6 +177,7 @@ def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
         assert editor.file.read_text().split("\n")[2:] == before_it[2:]
 
 
+@pytest.mark.nightly
 def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
     home(tmp_path, ".config/init.el", EMACS + settings("docs/editors.md", "C-return accepts\n", warm.url))
     before = accepted(warm)
@@ -190,6 +192,7 @@ def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
         assert_completed(editor, "  # sum")
 
 
+@pytest.mark.nightly
 def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
     home(tmp_path, ".config/helix/languages.toml", settings("docs/editors.md", "entries of its menu.\n", warm.url))
     with editing(debian, tmp_path, "hx") as editor:

@@ -302,6 +302,7 @@ FAILING = [[error(status, code)] for code, status in REFUSALS] * 4000
 
 
 @pytest.mark.clients
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("scripts", "excluded"), [((GOOD,), []), (FAILING, ["not_a_server_error"])], ids=["good", "failing"]
 )

@@ -1125,8 +1125,14 @@ def cuts(files: list[Path], language: str, chance: random.Random) -> Iterator[tu
             return
 
 
+# The languages that models.toml lists; the others are tried nightly.
+OFTEN = ("python", "javascript", "typescript", "rust", "c", "cpp", "go")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    "language", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in LANGUAGES]
+)
 def test_real_files(language: str, sources: dict[str, list[Path]]) -> None:
     """Cut at random places, with the rest of the file as what a model writes: no end is inside a string or comment."""
     files = sources[language]
