@@ -33,7 +33,8 @@ test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 
 test-slow: ## run the tests that take minutes, need root, or need a second model (1.1 GB)
 	@./run.sh setup test
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
-	$(PYTHON) -m pytest -m "slow and not packages and not nightly"
+	$(PYTHON) -m pytest $(BOTH_CORES) -m "slow and not packages and not nightly and not alone"
+	$(PYTHON) -m pytest -m "alone and not packages and not nightly"
 
 test-packages: ## install, upgrade, break and remove the packages on each Debian (as root; half an hour)
 	@./run.sh setup test

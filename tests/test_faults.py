@@ -97,6 +97,7 @@ VPS = {
     "CEREBRUM_MAX_CPU_PERCENT": "100",
     "CEREBRUM_MIN_FREE_MB": "256",
     "CEREBRUM_N_CTX": "4096",
+    "CEREBRUM_THREADS": "1",  # two wait for each other as soon as another program computes
 }
 
 
@@ -310,7 +311,7 @@ async def a_client_falls_silent(cut: Cut, folder: Path) -> None:
     """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent stays unanswered. Its
     place is given back."""
     with (
-        vpsd(folder, CEREBRUM_THREADS="1") as vps,
+        vpsd(folder) as vps,
         cm4d(folder / "pi", vps.port, CEREBRUM_CM4_HOST=cut.cable.near) as pi,
     ):
         body = json.dumps(fields()).encode()
@@ -346,7 +347,7 @@ async def a_pi_does(cut: Cut, folder: Path) -> None:
     """The same between the Pi and the VPS: the Pi answers its client, and the VPS computes no further."""
     cable = cut.cable
     with (
-        vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_THREADS="1") as vps,
+        vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far) as vps,
         cm4d(folder / "pi", f"{cable.far}:{vps.port}") as pi,
     ):
         stream = await Stream.begin(Client(port=pi.port))

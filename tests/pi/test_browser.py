@@ -1039,7 +1039,7 @@ async def test_by_keyboard_with_weights(chrome: Any, tmp_path: Path) -> None:
         pytest.skip(f"{file} is missing: python3 vpsd.py fetch")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / file.name).symlink_to(file)
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_THREADS": "1"}
     with (
         daemon("vpsd", tmp_path / "vpsd", CEREBRUM_MODELS_DIR=str(tmp_path / "models"), **easy) as vps,
         daemon(

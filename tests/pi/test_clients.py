@@ -68,7 +68,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
     folder = tmp_path_factory.mktemp("weights")
     (folder / "models").mkdir()
     (folder / "models" / file.name).symlink_to(file)
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_THREADS": "1"}
     with ExitStack() as stack:
         vps = stack.enter_context(daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=str(folder / "models"), **easy))
         url = f"http://127.0.0.1:{vps.port}"

@@ -128,7 +128,7 @@ LATER = [(work, language) for work in (ask, fit, begin, end) for language in SLO
 
 @pytest.mark.parametrize(
     ("work", "language"),
-    TRIED + [pytest.param(*one, marks=pytest.mark.slow) for one in LATER],
+    TRIED + [pytest.param(*one, marks=(pytest.mark.slow, pytest.mark.nightly)) for one in LATER],
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_no_text_is_expensive(work: Work, language: str) -> None:

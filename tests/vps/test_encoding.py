@@ -551,6 +551,7 @@ def test_the_command_tells_what_is_wrong(home: Path) -> None:
     assert (nothing.returncode, nothing.stdout) == (0, "qwen_0_5b: no tuned file, nothing to remove\n")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_model_that_cannot_be_tuned_is_fetched_all_the_same(tmp_path: Path) -> None:
     """Here the reserve is larger than any machine's memory."""
@@ -579,22 +580,32 @@ def test_llama_cpp_measures_samples(tmp_path: Path, settings: Settings, monkeypa
     assert find_tuned(model, settings)[0]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
-def test_a_real_model_is_tuned_and_says_the_same(home: Path) -> None:
+def test_a_real_model_is_tuned_once(home: Path) -> None:
     plain = vpsd(home, "fetch", "--no-tune", "qwen_0_5b")
     assert (plain.returncode, plain.stdout) == (0, f"{MODEL}\n")
     assert "tune" not in plain.stderr
-    dry = vpsd(home, "tune", "qwen_0_5b", "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert find_tuned(MODEL, Settings(state_dir=home / "state")) == (None, "")
     tuned = vpsd(home, "fetch", "qwen_0_5b")
     assert (tuned.returncode, tuned.stdout) == (0, f"{MODEL}\n")
+    assert "a token of a prompt, ms" in tuned.stderr
     assert "qwen_0_5b: measuring" not in vpsd(home, "fetch", "qwen_0_5b").stderr  # it has been done
-    settings = Settings(state_dir=home / "state")
+    found, reason = find_tuned(MODEL, Settings(state_dir=home / "state"))
+    assert found, reason
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_tuned_model_says_the_same(tmp_path: Path) -> None:
+    dry = vpsd(tmp_path, "tune", "qwen_0_5b", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "a token of a prompt, ms" in dry.stdout
+    settings = Settings(state_dir=tmp_path / "state")
+    assert find_tuned(MODEL, settings) == (None, "")
+    assert vpsd(tmp_path, "tune", "qwen_0_5b").returncode == 0
     found, reason = find_tuned(MODEL, settings)
     assert found, reason
-    assert "a token of a prompt, ms" in dry.stdout
-    assert "a token of a prompt, ms" in tuned.stderr
     if found.path == MODEL:
         return  # on this CPU nothing is faster
     start_library()
@@ -609,6 +620,7 @@ def texts() -> Iterator[str]:
         yield Path(os.__file__).with_name(f"{name}.py").read_text()[3000:8000]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_kill_leaves_the_published_file_in_use(tmp_path: Path) -> None:
     process = subprocess.Popen(

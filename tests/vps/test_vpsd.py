@@ -1326,11 +1326,12 @@ def test_the_least_recently_used_model_makes_room(real_output: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_drafts_do_not_move_the_distribution(real: Vps, plain: Vps) -> None:
     """A chi-square test of many sampled texts, with drafts and without."""
     prompt = COPY + "def parse("
     counts: list[dict[str, int]] = []
-    for process in (vps, plain):
+    for process in (real, plain):
         seen: dict[str, int] = {}
         for _ in range(150):
             body = process.complete(prompt, max_tokens=6, temperature=1, top_p=1)
@@ -1348,10 +1349,20 @@ def test_drafts_do_not_move_the_distribution(real: Vps, plain: Vps) -> None:
 
 
 @pytest.mark.slow
-def test_soak(real_output: Path, real_reference: Reference) -> None:
+def test_soak(output: Path, models: Path, reference: Reference) -> None:
+    soak(output, models, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_soak_of_the_real_model(real_output: Path, real_reference: Reference) -> None:
+    soak(real_output, MODELS, real_reference)
+
+
+def soak(output: Path, models: Path, reference: Reference) -> None:
     """A mix of requests, some of them cancelled at random: no wrong text, no leak, no request left active."""
     draw = np.random.default_rng(1)
-    with start(real_output, MODELS) as vps:
+    with start(output, models) as vps:
         vps.complete("x", max_tokens=1)
         sizes: list[float] = []
         for number in range(60):
@@ -1362,7 +1373,7 @@ def test_soak(real_output: Path, real_reference: Reference) -> None:
                 if draw.random() < 0.3:
                     noise.close()
                 body = vps.complete(prompt, max_tokens=16)
-            real_reference.check(real_reference.tokenize(prompt), body["completion"], 16)
+            reference.check(reference.tokenize(prompt), body["completion"], 16)
             wait_until(lambda: vps.active() == 0)
             if number % 20 == 19:
                 sizes.append(vps.process.rss_kb() / 1024)
@@ -1372,7 +1383,7 @@ def test_soak(real_output: Path, real_reference: Reference) -> None:
 @pytest.mark.slow
 def test_a_tuned_file_is_used(real_output: Path) -> None:
     published = FILES[SMALL]
-    file = tuned_path(output / "state", published)
+    file = tuned_path(real_output / "state", published)
     file.parent.mkdir(parents=True)
     (sha256,) = (model.sha256 for model in load_catalog(ROOT / "models.toml").models if model.id == SMALL)
     passport = Passport(
