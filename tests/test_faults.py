@@ -271,7 +271,12 @@ class Cut:
 
 async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> None:
     """With four things under way at once, since each side waits half a minute for the other one."""
-    scenarios = the_vps_loses_its_power, a_client_falls_silent, a_client_that_is_sent_nothing_falls_silent, a_pi_does
+    scenarios = (
+        the_vps_loses_its_power,
+        a_client_falls_silent,
+        a_client_that_is_sent_nothing_falls_silent,
+        a_pi_falls_silent,
+    )
     cut = Cut(cable, len(scenarios))
     async with asyncio.TaskGroup() as group:
         for scenario in scenarios:
@@ -343,7 +348,7 @@ async def a_client_that_is_sent_nothing_falls_silent(cut: Cut, folder: Path) -> 
             await cut.mend()
 
 
-async def a_pi_does(cut: Cut, folder: Path) -> None:
+async def a_pi_falls_silent(cut: Cut, folder: Path) -> None:
     """The same between the Pi and the VPS: the Pi answers its client, and the VPS computes no further."""
     cable = cut.cable
     with (
