@@ -122,8 +122,8 @@ MAX_TO_WARM = 4  # prompts, one of each client
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """One completion for all clients that send the same request at the same time. It keeps all pairs, so a late client
-    gets them all, and ends when its last reader leaves."""
+    """One completion for all clients that send the same request at the same time. It keeps all pairs but "idle" and
+    "progress", so a late client gets the whole text, and ends when its last reader leaves."""
 
     job: Job  # the first reader's
     pairs: list[Pair] = field(default_factory=list)
@@ -144,8 +144,9 @@ class Reading:
         self.replaced = False  # the user has typed on, and the editor has asked again
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
-        """The pairs of `Gateway.complete`, except that several texts may come as one. A replaced reading ends like a
-        completion that a limit has cut, because some editors would show an error to the user."""
+        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or several "idle", may
+        come as one. A replaced reading ends like a completion that a limit has cut, because some editors would show an
+        error to the user."""
         try:
             self.sharing.join(self)
             while not self.replaced:
@@ -159,6 +160,8 @@ class Reading:
                 else:
                     self.woken.clear()
                     await self.woken.wait()
+                    if self.at == len(self.shared.pairs) and not (self.shared.failure or self.replaced):
+                        yield "idle", None
             if not self.at:
                 yield "started", self.sharing.beginning(self.job)
             yield "done", {"finish_reason": "replaced"}
@@ -260,12 +263,13 @@ class Sharing:
         return None
 
     async def _compute(self, shared: Shared) -> None:
-        """Collect all pairs, and keep the error that ends them."""
+        """Collect the pairs, and keep the error that ends them. "idle" only wakes the readers."""
         try:
             async with contextlib.aclosing(self._start(shared.job)) as pairs:
-                async for pair in pairs:
-                    shared.pairs.append(pair)
-                    self._wake(shared, at_end=pair[0] == "done")
+                async for kind, value in pairs:
+                    if kind in ("started", "text", "done"):
+                        shared.pairs.append((kind, value))
+                    self._wake(shared, at_end=kind == "done")
         except Exception as error:
             shared.failure = error if isinstance(error, HttpError) else internal_error(error)
         self._wake(shared, at_end=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import sharing, upstream
 from cerebrum.pi.backend import Job
-from cerebrum.pi.dialects import INFILL
+from cerebrum.pi.dialects import INFILL, OPENAI_TEXT
 from cerebrum.pi.sharing import Predictions, is_typed_on
 from cm4d import native_fields
 
@@ -240,6 +241,43 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         text = "".join(part["choices"][0]["text"] for part in data(reply)[:-1])
         assert (text == piece * 199, reply.clean) == (True, True)
         deaf.transport.abort()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_signs_of_life_are_not_kept_and_cost_the_same_each(stream: bool):
+    async def cost(count: int) -> float:
+        """The CPU seconds of one completion with so many signs of life."""
+
+        async def start(job: Job) -> AsyncIterator[upstream.Pair]:
+            yield "started", {"model": "m"}
+            for number in range(count):
+                yield "idle" if number % 2 else "progress", None
+            yield "text", token("a", 1)
+            yield "done", {"finish_reason": "stop"}
+
+        shared = sharing.Sharing(start, dict, print, print)  # type: ignore[arg-type]
+        asked = OPENAI_TEXT.read({"prompt": "x", "stream": stream})
+        reading = sharing.Reading(shared, Job(native_fields(asked, ()), kind=asked.kind), asked, "editor")
+        began = time.process_time()
+        assert {kind async for kind, _ in reading.pairs()} - {"idle"} == {"started", "text", "done"}
+        assert [kind for kind, _ in reading.shared.pairs] == ["started", "text", "done"]
+        return time.process_time() - began
+
+    few, many = [min([await cost(count) for _ in range(3)]) for count in (3000, 12_000)]
+    assert many < 8 * few, "the square of four would be 16"
+
+
+async def test_a_reader_of_a_shared_completion_hears_that_the_vps_is_alive():
+    begun, heard = asyncio.Event(), asyncio.Event()
+    script = [CHUNKED, GOOD[1], begun.wait, chunk(b": keep-alive\n\n"), heard.wait, *GOOD[2:]]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        reader, writer = await pi.open("POST", "/v1/completions", {"prompt": "x", "stream": True})
+        await reader.readuntil(b"data: ")
+        begun.set()
+        await reader.readuntil(b": keep-alive\n\n")
+        heard.set()
+        await reader.readuntil(b"[DONE]")
+        writer.transport.abort()
 
 
 # --------------------------------------------------------------------------------------------- places

@@ -224,12 +224,22 @@ async def test_whole(name: str, split: bool):
         assert (await pi.complete()).json["completion"] == "ab"
 
 
-async def test_comments_alone_do_not_keep_a_client_for_ever(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/completions"])
+async def test_comments_alone_do_not_keep_a_client_for_ever(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "STILL_SECONDS", 0.1)
-    script = [CHUNKED, A, Flood(chunk(b": keep-alive\n\n"))]
+    script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000))]
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        error = (await pi.stream()).events[-1]
-        assert error["message"] == "VPS backend is unavailable (it makes no progress)"
+        reply = await pi.ask("POST", path, {"prompt": "x", "language": "python"})
+        assert (reply.status, b"VPS backend is unavailable (it makes no progress)" in reply.body) == (503, True)
+
+
+async def test_a_flood_of_comments_reaches_the_client_as_a_few():
+    script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000), 100), B, chunk(DONE), END]
+    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+        reply = await pi.stream()
+        assert reply.clean
+        assert [event for event in reply.events if event != ": keep-alive"][:2] == [TOKEN_A, TOKEN_B]
+        assert len(reply.events) < 200, "comments that come together are one"
 
 
 # ---------------------------------------------------------------------------------------- connections
