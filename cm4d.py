@@ -13,10 +13,11 @@ of their clients: identical requests share one completion, an editor that types 
 the last completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
-in a dialect first waits a while for a place. From a backend the Pi refuses redirects, inexact framing or JSON, and a
-stream without a proper end: the client gets all whole events up to the fault, then an error event, then a cut. If a
-backend fails before the first token, the next one gets the request; the same one gets it again only after it answered
-429, refused the prompt as too long, or could not load one model and has another. After the first token nobody does.
+in a dialect first waits a while for a place, or for the end of a breaker's trial. From a backend the Pi refuses
+redirects, inexact framing or JSON, and a stream without a proper end: the client gets all whole events up to the fault,
+then an error event, then a cut. If a backend fails before the first token, the next one gets the request; the same one
+gets it again only after it answered 429, refused the prompt as too long, or could not load one model and has another.
+After the first token the request is not sent again.
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
 except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
@@ -385,11 +386,14 @@ class Gateway:
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""
-        if not job.came.tokens and count:
+        is_first = not job.came.tokens and count > 0
+        if is_first:
             job.came.first = time.perf_counter()
         job.came.tokens += count
         self.counting.add_tokens(count)
         backend.count(job, count)
+        if is_first and self.line:  # the token of a trial admits the jobs that wait for its end
+            self._call_next()
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""

@@ -175,12 +175,16 @@ class Fleet:
     def choose(self, job: Job) -> tuple[str, Backend] | None:
         """The model and the backend for a job; None if no place is free for it. HttpError if no backend may be asked.
         Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
-        one that probably has the beginning of the prompt in its cache, or else the least busy one."""
+        one that probably has the beginning of the prompt in its cache, or else the least busy one. A dialect's job may
+        wait for the end of another one's trial: somebody who types ends one trial after the other."""
         now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        usable = [one for one in able if one not in (*job.tried, *job.busy) and one.breaker.admits(now)]
+        able = [backend for backend in able if backend not in (*job.tried, *job.busy)]
+        usable = [backend for backend in able if backend.breaker.admits(now)]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
+            if job.kind and job.patience() > 0 and any(one.breaker.state == "half-open" for one in able):
+                return None
             raise job.failure or self._nobody(options)
         if not self._is_fair(job, usable):
             return None

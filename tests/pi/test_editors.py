@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,8 +20,8 @@ from harness import PATIENCE, Reply, until
 from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
 
 from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import breaker, sharing, upstream
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi import sharing, upstream
 from cerebrum.pi.backend import Job
 from cerebrum.pi.dialects import INFILL, OPENAI_TEXT
 from cerebrum.pi.sharing import Predictions, is_typed_on
@@ -394,6 +395,59 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(mo
         assert (await waiting).status == 200
         assert not other.done()
         other.cancel()
+
+
+def half_open(pi: Pi) -> None:
+    """As after an outage."""
+    tried = pi.gateway.fleet.first.breaker
+    for _ in range(breaker.FAILURES_TO_OPEN):
+        tried.failed(tried.admit(0.0) or 0, 0.0)
+    tried.healthy(math.inf)
+
+
+async def test_after_an_outage_a_user_who_types_starves_nobody():
+    """Each key ends the trial of the one before. Another person's chat waits, and becomes a trial in its turn."""
+    keys = 12
+    async with Backend([[HANG], [HANG], GOOD, [HANG]]) as backend, pi_for(backend.port) as pi:
+        half_open(pi)
+        typed = [infill(pi)]
+        await until(lambda: len(backend.completions) == 1)
+        typed.append(infill(pi, prompt="    retx"))
+        await until(lambda: len(backend.completions) == 2)
+        chat = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
+        await until(lambda: len(pi.gateway.line) == 1)
+        for n in range(2, keys):
+            typed.append(infill(pi, prompt="    ret" + "x" * n))
+            await until(lambda n=n: pi.gateway.sharing.replaced == n)
+        assert (await chat).json["choices"][0]["message"]["content"] == "ab"
+        await until(lambda: pi.gateway.fleet.first.breaker.state == "closed")
+        assert [reply.status for reply in await asyncio.gather(*typed[:-1])] == [200] * (keys - 1)
+        typed[-1].cancel()
+        await until(lambda: not pi.gateway.active)
+
+
+async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
+    begun = asyncio.Event()
+    trial = [CHUNKED, begun.wait, chunk(token("a", 1)), HANG]
+    async with Backend([trial, GOOD]) as backend, pi_for(backend.port) as pi:
+        half_open(pi)
+        async with busy(pi, backend, CHATS, CHAT):
+            waiting = start(pi, "/v1/completions", {"prompt": "x"})
+            await until(lambda: len(pi.gateway.line) == 1)
+            native = await pi.complete()
+            assert (native.status, native.json["message"]) == (503, pi_backend.BREAKER_OPEN)
+            begun.set()
+            assert (await waiting).status == 200
+
+
+async def test_a_job_that_waits_for_a_trial_in_vain_is_told_of_the_breaker(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "completion", 0.05)
+    async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
+        half_open(pi)
+        async with busy(pi, backend, CHATS, CHAT):
+            reply = await start(pi, "/v1/completions", {"prompt": "x"})
+            assert (reply.status, reply.json["error"]["message"]) == (503, pi_backend.BREAKER_OPEN)
 
 
 # --------------------------------------------------------------------------------------------- warm-ups
