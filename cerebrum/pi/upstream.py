@@ -18,7 +18,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -482,11 +482,12 @@ class Reader(asyncio.Protocol):
 
 
 class Answer:
-    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection."""
+    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection. If the backend closes it
+    without a byte, `again` sends the request on a new one; None: the request is not sent again."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None = None) -> None:
         self.status = 0
-        self._reader = reader
+        self.reader, self._again = reader, again
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
@@ -497,9 +498,11 @@ class Answer:
         while self.status < 200:
             while (end := scan_head(self._ahead, self._scanned)) is None:
                 self._scanned = len(self._ahead)
-                data = await self._reader.read()
-                if not data:
-                    raise BackendFailure(LATE if self._reader.expired else NO_ANSWER)
+                data = await self.reader.read()
+                if not (data or self._ahead or self._skipped or self.reader.expired) and self._again:
+                    self.reader, self._again = await self._again(), None
+                elif not data:
+                    raise BackendFailure(LATE if self.reader.expired else NO_ANSWER)
                 self._ahead += data
             self.status, self.body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
@@ -511,11 +514,11 @@ class Answer:
         body = self.body
         while not (body.fault or body.done):
             data, self._ahead = self._ahead, b""
-            data = data or await self._reader.read()
+            data = data or await self.reader.read()
             if payload := body.feed(data):
                 return payload
             if not data:
-                cut = "it stopped" if self._reader.expired else "the connection broke" if self._reader.broken else ""
+                cut = "it stopped" if self.reader.expired else "the connection broke" if self.reader.broken else ""
                 if body.may_end and not cut:
                     return b""
                 raise BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
@@ -592,18 +595,28 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
-        """Send one request once, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`."""
-        reader = (self._take_spare() if body is not None else None) or await self._connect()
-        answer, leaves_spare = Answer(reader), body is not None
-        reader.watch(idle)
-        try:
+        """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`. The
+        backend may close a spare connection just as a request goes out on it. Only then is a request sent once more: it
+        has no effect but its answer, which nobody got (RFC 9110, section 9.2.2)."""
+
+        def write(reader: Reader) -> Reader:
+            reader.watch(idle)
             reader.transport.write(self._encode(path, body))
+            return reader
+
+        async def again() -> Reader:
+            return write(await self._connect())
+
+        leaves_spare = body is not None
+        spare = self._take_spare() if leaves_spare else None
+        answer = Answer(write(spare), again) if spare else Answer(await again())
+        try:
             yield answer
         except BackendFailure:
             leaves_spare = False
             raise
         finally:
-            reader.transport.abort()
+            answer.reader.transport.abort()
             # The backend should see this client leave before the next request arrives.
             if not answer.body.done:
                 self._drop_spare()

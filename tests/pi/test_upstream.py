@@ -294,6 +294,30 @@ async def test_a_spare_connection_with_an_answer_that_nobody_asked_for_is_not_us
         assert (await pi.complete()).status == 200
 
 
+@pytest.mark.parametrize(
+    ("fault", "then", "status", "asked", "failures"),
+    [
+        ([], GOOD, 200, 3, 0),
+        ([RESET], GOOD, 200, 3, 0),
+        ([], [RESET], 503, 3, 1),
+        ([CHUNKED[:30]], GOOD, 503, 2, 1),
+        ([head(100)], GOOD, 503, 2, 1),
+        ([HANG], GOOD, 503, 2, 1),
+    ],
+    ids=["closed", "reset", "twice", "half a head", "an interim head", "silent"],
+)
+async def test_a_spare_connection_that_closes_as_the_request_goes_out(
+    fault: list[Any], then: list[Any], status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The request is sent again, once, and only if nobody can have had an answer."""
+    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.5)
+    async with Backend([GOOD, fault, then]) as backend, pi_for(backend.port) as pi:
+        assert (await pi.complete()).status == 200
+        await until(lambda: backend.waiting)
+        assert ((await pi.complete()).status, len(backend.completions)) == (status, asked)
+        assert pi.gateway.fleet.first.breaker.failures == failures
+
+
 async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 503
