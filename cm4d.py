@@ -56,7 +56,7 @@ from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.fleet import Fleet, first_there
+from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
 from cerebrum.pi.upstream import PASSED_ON, BackendConfig, BackendFailure, Loop, Pair, TooLong
@@ -309,10 +309,10 @@ class Gateway:
         """Wait until the job has a place, no backend may be asked any more, or the job's patience runs out."""
         called = self.line[job] = asyncio.Event()
         try:
-            async with asyncio.timeout(job.patience()):
-                await called.wait()
-        except TimeoutError:
-            pass
+            while not called.is_set() and (left := job.patience()) > 0:  # again, if another client has joined
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await called.wait()
         except asyncio.CancelledError:
             if job.backend:
                 self._release(job, job.backend)
@@ -541,13 +541,18 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
+    lacking = BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
+    failure = HttpError("VPS_UNAVAILABLE", lacking)
     async with gateway.tokenizing:
-        able = [backend for backend in having if backend.breaker.admits(time.monotonic())]
-        if not able:
-            lacking = BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
-            raise HttpError("VPS_UNAVAILABLE", lacking)
-        tokens = await first_there(able).tokenize(model, fields)
-    return Response(compact({"tokens": tokens}))
+        for backend in sorted(having, key=lambda one: not one.available):
+            if backend.breaker.admits(time.monotonic()):
+                try:
+                    return Response(compact({"tokens": await backend.tokenize(model, fields)}))
+                except HttpError as error:
+                    if error.status not in RETRIED:
+                        raise
+                    failure = error
+    raise failure
 
 
 def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:

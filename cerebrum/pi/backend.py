@@ -92,6 +92,7 @@ class Job:
     limit: float = math.inf  # bytes of text events that its client's API can take
     kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
     client: str = ""  # the client's address, for a dialect's request
+    asked: float = field(default_factory=time.perf_counter)  # when the last client that shares it asked
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     model: str = ""  # the id of the model chosen last
     backend: Backend | None = None  # where it holds a place
@@ -114,7 +115,7 @@ class Job:
 
     def patience(self) -> float:
         """Seconds that a dialect's request may still wait for a place."""
-        return self.came.started + WAIT_SECONDS[self.kind] - time.perf_counter()
+        return self.asked + WAIT_SECONDS[self.kind] - time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -390,11 +391,13 @@ class Backend:
         job.backend = None
 
     def count(self, job: Job, tokens: int) -> None:
-        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
+        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works. A
+        ticket that is too old may be from another address of the backend."""
         self.tokens += tokens
         if job.backend and (self.trouble or self.breaker.failures or job.ticket != self.breaker.generation):
             job.ticket = self.breaker.succeeded(job.ticket)
-            self.found("")
+            if job.ticket == self.breaker.generation:
+                self.found("")
 
     # Completing.
 

@@ -237,6 +237,7 @@ class Sharing:
             own.pairs += [("started", prediction.begun), ("text", text_event(rest)), ("done", done)]
         else:
             reading.shared = self._find_running(reading) or own
+            reading.shared.job.asked = job.asked  # each reader may wait for a place as long as the first
             if reading.shared is own:
                 own.task = asyncio.create_task(self._compute(own))
             self._replace_older(reading)

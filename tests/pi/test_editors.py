@@ -344,6 +344,21 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytes
         assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
 
 
+async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "completion", 0.5)
+    async with (
+        Backend([[HANG]]) as backend,
+        pi_for(backend.port, max_concurrent=1) as pi,
+        busy(pi, backend, CHATS, CHAT),
+    ):
+        first = start(pi, "/v1/completions", {"prompt": "x"})
+        await until(lambda: any(job.patience() < 0.4 for job in pi.gateway.line))
+        began = time.monotonic()
+        replies = [await start(pi, "/v1/completions", {"prompt": "x"}), await first]
+        assert ([reply.status for reply in replies], pi.gateway.sharing.shared) == ([429, 429], 1)
+        assert time.monotonic() - began >= 0.5
+
+
 async def test_a_client_that_leaves_the_line_takes_no_place():
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         async with busy(pi, backend, CHATS, CHAT):
@@ -812,6 +827,7 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         assert [reply.status for reply in replies] == [503] * 4
         assert replies[-1].json["error"]["message"] == pi_backend.BREAKER_OPEN
     monkeypatch.setattr(upstream, "LOAD_SECONDS", 0.3)
+    monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
         replies = await asyncio.gather(*(start(pi, "/tokenize", {"content": "a b"}) for _ in range(6)))
         refused = [reply.json["error"]["message"] == pi_backend.BREAKER_OPEN for reply in replies]

@@ -580,6 +580,34 @@ async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> No
         assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 6, "closed")
 
 
+async def test_tokens_of_an_old_address_say_nothing_of_the_new_one() -> None:
+    go = asyncio.Event()
+    one = Backend([[CHUNKED, FIRST, go.wait, chunk(token("a", 2)), HANG]])
+    async with fleet(one) as pi:
+        gateway, backend = pi.gateway, pi.gateway.fleet.first
+        running = asyncio.create_task(pi.stream())
+        await until(lambda: backend.tokens == 1)
+        gateway.reconfigure(dataclasses.replace(gateway.config, backends=(backend_at(1, "a"),)))
+        await until(lambda: "refused" in backend.trouble)
+        go.set()
+        await until(lambda: backend.tokens == 2)
+        assert (backend.available, "refused" in backend.message) == (False, True)
+        running.cancel()
+
+
+async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fails() -> None:
+    tokens = answer(200, {"tokens": [1, 2]})
+    one, two = Backend([[RESET]]), Backend(tokens=tokens)
+    async with fleet(one, two) as pi:
+        reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
+        assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
+        assert [len(backend.completions) for backend in (one, two)] == [1, 1]
+    one, two = Backend([[error(400, "INVALID_REQUEST")]]), Backend(tokens=tokens)
+    async with fleet(one, two) as pi:
+        assert (await pi.ask("POST", "/tokenize", {"content": "a b"})).status == 400
+        assert two.completions == []
+
+
 async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
     async with fleet(Backend(), Backend()) as pi:
         gateway, before = pi.gateway, list(pi.gateway.fleet.backends)
