@@ -239,7 +239,7 @@ class Backend:
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
-        self.models_loaded: list[str] = []  # by the last successful probe
+        self.models_loaded: list[str] = []  # in its memory, by the last successful probe
         self._strange: str | None = None  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
@@ -322,14 +322,14 @@ class Backend:
             self.breaker.healthy(now)
             if self.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self.learn_models()
-            self.models_loaded = loaded
+            self.models_loaded = list(self.models or ()) if self.api else loaded
             self.found("")
         except HttpError as error:
             self.found(error.message)
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
-        """The ids of the models in vpsd's memory. For another engine the status is enough: []."""
+        """The ids of the models in vpsd's memory. For another engine the status is enough: those of the last probe."""
         if self.api is None:
             loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get("models_loaded")
             return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
@@ -339,7 +339,7 @@ class Backend:
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
-        return []
+        return self.models_loaded
 
     def found(self, trouble: str) -> None:
         if trouble != self.trouble:

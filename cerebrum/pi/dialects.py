@@ -647,10 +647,11 @@ def read_llama_event(members: Mapping[str, Any]) -> Delta:
 
 
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one.
+    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such an engine has its
+    model in memory as long as it runs, and does not say so.
 
-    >>> read_listed({"data": [{"id": "Qwen/Qwen2.5-Coder-7B-Instruct", "max_model_len": 8192}, {"id": "other"}]})
-    {'Qwen/Qwen2.5-Coder-7B-Instruct': {'n_ctx': 8192}, 'other': {}}
+    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id": "other"}]})
+    {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'other': {'loaded': True}}
     """
     listed: dict[str, dict[str, Any]] = {}
     entries = members.get("data")
@@ -658,7 +659,7 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
             n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
             n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
-            listed[entry["id"]] = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
+            listed[entry["id"]] = {"loaded": True} | ({"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {})
     return listed
 
 

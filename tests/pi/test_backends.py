@@ -792,6 +792,17 @@ async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: 
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
+@pytest.mark.parametrize("api", ["openai", "llama.cpp"])
+async def test_the_model_of_another_engine_is_always_loaded(api: str) -> None:
+    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port, api)) as pi:
+        told = {model["id"]: model.get("loaded") for model in (await pi.get("/v1/models")).json["models"]}
+        assert told == {"qwen_7b": None, "codellama_7b": None, "qwen_1_5b": None, "qwen_0_5b": True}
+        assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
+        asked = len(backend.asked)
+        await pi.gateway.fleet.first.probe()
+        assert len(backend.asked) == asked + 1, "the list was asked for again"
+
+
 async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
