@@ -64,19 +64,21 @@ def alike(fields: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
 
 
-def typed_of(asked: str, text: str, prompt: str) -> int:
+def typed_of(asked: str, text: str, prompt: str, omitted: int = 0) -> int:
     """How many characters of `text`, the completion of the prompt `asked`, precede the cursor in another prompt; 0 if
-    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves.
+    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves: `asked`
+    needs no more than TAIL_CHARS, after `omitted` characters. In a text that repeats itself, the lengths decide.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
-    tail, before = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:]
-    start = len(before)
-    # A tail shorter than TAIL_CHARS is a whole prompt, which must agree from its first character.
-    whole = len(tail) < TAIL_CHARS
-    place = (before + text).find(tail, 0 if whole else max(0, start + 1 - TAIL_CHARS), len(tail) if whole else None)
-    return max(0, place + len(tail) - start) if place >= 0 else 0
+    tail, before, typed = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:], len(prompt) - len(asked) - omitted
+    if 0 < typed <= len(text) and (before + text[:typed]).endswith(tail):
+        return typed
+    if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character
+        return 0
+    place = (before + text).find(tail, max(0, len(before) + 1 - TAIL_CHARS))
+    return max(0, place + TAIL_CHARS - len(before)) if place >= 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Prediction:
 
     client: str
     tail: str
+    omitted: int  # characters of the prompt before its tail
     alike: bytes
     text: str
     begun: Mapping[str, Any]
@@ -99,7 +102,8 @@ class Predictions:
 
     def add(self, client: str, fields: Mapping[str, Any], text: str, begun: Mapping[str, Any], reason: str) -> None:
         if 1 < len(text) <= MAX_PREDICTED_CHARS:
-            found = Prediction(client, fields["prompt"][-TAIL_CHARS:], alike(fields), text, begun, reason)
+            tail, omitted = fields["prompt"][-TAIL_CHARS:], max(0, len(fields["prompt"]) - TAIL_CHARS)
+            found = Prediction(client, tail, omitted, alike(fields), text, begun, reason)
             if found not in self.recent:  # each reader of a shared completion adds it
                 self.recent.append(found)
 
@@ -108,7 +112,7 @@ class Predictions:
         rest = alike(fields)
         for prediction in reversed(self.recent):
             if prediction.client == client and prediction.alike == rest:
-                typed = typed_of(prediction.tail, prediction.text, fields["prompt"])
+                typed = typed_of(prediction.tail, prediction.text, fields["prompt"], prediction.omitted)
                 if 0 < typed < len(prediction.text):
                     return prediction, prediction.text[typed:]
         return None

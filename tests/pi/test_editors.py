@@ -651,6 +651,10 @@ TYPED = [
     ("deleted", "a = ", "bc", "a =", 0),
     ("something before", "a = ", "bc", "xa = b", 0),
     ("other text of a file that repeats", "x\n" * 2000, "yz", "x\n" * 1990 + "y", 1),
+    ("two periods", "0, " * 600, "0, " * 4, "0, " * 602, 6),
+    ("two lines of equal ones", "x\n" * 2000, "x\n" * 9, "x\n" * 2002, 4),
+    ("a repeated line, and the window has moved", "y\n" + "x\n" * 2000, "x\nz", "x\n" * 2001, 2),
+    ("more of a period than was foretold", "0, " * 600, "0, " * 4, "0, " * 605, 3),
     ("white space alone", " " * 2000, " " * 500, " " * 3000, 1),
 ]
 
@@ -658,6 +662,9 @@ TYPED = [
 @pytest.mark.parametrize(("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED])
 def test_typed_of(asked: str, text: str, prompt: str, typed: int):
     assert sharing.typed_of(asked, text, prompt) == typed
+    predictions = Predictions()
+    predictions.add("me", {"prompt": asked, "suffix": ""}, text + "!", {}, "stop")  # keeps the end of a long prompt
+    assert predicted(predictions, prompt) == ((text + "!")[typed:] if typed else None)
 
 
 def test_predictions_are_bounded():
