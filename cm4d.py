@@ -545,7 +545,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     failure = HttpError("VPS_UNAVAILABLE", lacking)
     async with gateway.tokenizing:
         for backend in sorted(having, key=lambda one: not one.available):
-            if backend.breaker.admits(time.monotonic()):
+            if backend.breaker.admits():
                 try:
                     return Response(compact({"tokens": await backend.tokenize(model, fields)}))
                 except HttpError as error:

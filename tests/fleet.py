@@ -369,11 +369,10 @@ class Oracle:
         self.journal.faults.append(f"{what}: {job.kind} {job.model} tried {[one.id for one in job.tried]} of {states}")
 
     def _watch(self, job: pi_backend.Job) -> tuple[str, pi_backend.Backend] | None:
-        now = time.monotonic()
         left = [
             one for one in self.gateway.fleet.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")
         ]
-        left = [one for one in left if one.breaker.admits(now)]
+        left = [one for one in left if one.breaker.admits()]
         usable = [one for one in left if not one.trouble] or left
         free = [one for one in usable if len(one.active) < one.limit]
         try:

@@ -313,6 +313,7 @@ class Backend:
         """Update `trouble`, `response_ms` and `models`. Do not disturb another engine while it answers, which shows
         that it is up: llama_cpp.server would abort the answer, and cannot respond while it reads a prompt."""
         self.probed = started = time.monotonic()
+        self.breaker.expire(started)
         if self.api and self.breaker.state == "closed" and (self.active or self.warming):
             return
         try:

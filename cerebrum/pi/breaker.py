@@ -2,7 +2,7 @@
 
     >>> breaker = Breaker(lambda: 0.5)
     >>> for _ in range(3): breaker.failed(breaker.admit(0.0), 0.0)
-    >>> breaker.state, breaker.admits(1.0)
+    >>> breaker.state, breaker.admits()
     ('open', False)
 
 Pure: the caller passes in the time and the random numbers. Standard library only.
@@ -40,14 +40,13 @@ class Breaker:
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
         self._trial = False  # half-open: a trial is under way
 
-    def admits(self, now: float) -> bool:
+    def admits(self) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        self._expire(now)
         return self.state == "closed" or (self.state == "half-open" and not self._trial)
 
     def admit(self, now: float) -> int | None:
         """A ticket for one request, or None if the request may not be sent."""
-        if not self.admits(now):
+        if not self.admits():
             return None
         if self.state == "half-open":
             self._trial, self._until = True, now + TRIAL_SECONDS
@@ -79,6 +78,11 @@ class Breaker:
         if ticket == self.generation:
             self._trial = False
 
+    def expire(self, now: float) -> None:
+        """Count an overdue trial as failed."""
+        if self._trial and now >= self._until:
+            self.failed(self.generation, now)
+
     def healthy(self, now: float) -> None:
         """The backend answered a probe."""
         if self.state == "open" and now >= self._until:
@@ -95,13 +99,8 @@ class Breaker:
 
     def describe(self, now: float) -> dict[str, Any]:
         """The breaker's entry in /v1/stats."""
-        self._expire(now)
         retry = round(self.retry_in(now), 3)
         return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
-
-    def _expire(self, now: float) -> None:
-        if self._trial and now >= self._until:
-            self.failed(self.generation, now)
 
     def _change(self, state: str) -> None:
         self.state, self._trial = state, False

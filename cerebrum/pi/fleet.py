@@ -177,10 +177,10 @@ class Fleet:
         Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
         one that probably has the beginning of the prompt in its cache, or else the least busy one. A dialect's job may
         wait for the end of another one's trial: somebody who types ends one trial after the other."""
-        now, options = time.monotonic(), self.who_may(job.fields, bool(job.kind))
+        options = self.who_may(job.fields, bool(job.kind))
         able = [backend for backend in self.backends if any(backend in having for _, having in options)]
         able = [backend for backend in able if backend not in (*job.tried, *job.busy)]
-        usable = [backend for backend in able if backend.breaker.admits(now)]
+        usable = [backend for backend in able if backend.breaker.admits()]
         usable = [backend for backend in usable if not backend.trouble] or usable
         if not usable:
             if job.kind and job.patience() > 0 and any(one.breaker.state == "half-open" for one in able):

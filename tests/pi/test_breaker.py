@@ -163,12 +163,13 @@ def test_a_trial_whose_client_leaves_makes_room_for_the_next():
     assert machine.state == "closed"
 
 
-@pytest.mark.parametrize("look", ["admit", "describe"])
-def test_an_overdue_trial_has_failed(look: str):
+def test_an_overdue_trial_has_failed_at_the_next_probe_and_looking_changes_nothing():
     machine = half_open()
     ticket = admitted(machine, 5.0)
     late = 5.0 + TRIAL_SECONDS
-    getattr(machine, look)(late)
+    machine.expire(late - 0.001)
+    assert (machine.describe(late)["state"], machine.admits(), machine.admit(late)) == ("half-open", False, None)
+    machine.expire(late)
     assert machine.state == "open"
     assert machine.retry_in(late) == pytest.approx(2 * OPEN_SECONDS)
     assert machine.succeeded(ticket) == ticket  # its token comes too late

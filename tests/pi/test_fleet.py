@@ -77,11 +77,13 @@ def test_all_but_those_whose_backend_broke_got_an_answer_in_the_end(result: Resu
 
 
 def test_none_was_sent_twice(result: Result, by_mark: dict[str, list[tuple[str, str]]]) -> None:
-    """After the first token of a request nobody else sees it, and before it nobody sees it twice."""
+    """After the first token of a request nobody else sees it, and before it nobody sees it twice, unless a backend
+    closes a connection without a byte: if this was a spare one, it gets the request once more."""
+    closing = {plan.id for plan in FLEET if plan.fault in ("resets", "closes")}
     retried = 0
     for mark, seen in by_mark.items():
         asked = [engine for what, engine in seen if what == "asked"]
-        assert len(asked) == len(set(asked)), (mark, seen)
+        assert all(times == 1 or (times == 2 and id in closing) for id, times in Counter(asked).items()), (mark, seen)
         first = next((number for number, (what, _) in enumerate(seen) if what == "token"), len(seen))
         assert len({engine for _, engine in seen[first:]}) <= 1, (mark, seen)
         assert "asked" not in [what for what, _ in seen[first:]], (mark, seen)

@@ -356,6 +356,22 @@ async def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: py
         assert first.breaker.state == "closed"
 
 
+async def test_a_probe_ends_an_overdue_trial_and_a_look_at_the_statistics_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
+    monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
+    async with fleet(Backend()) as pi:
+        first = pi.gateway.fleet.first
+        for _ in range(breaker.FAILURES_TO_OPEN):
+            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+        first.breaker.healthy(float("inf"))
+        assert first.breaker.admit(time.monotonic())
+        states = [(await pi.get("/v1/stats")).json["breaker"]["state"] for _ in range(2)]
+        await first.probe()
+        assert [*states, first.breaker.state] == ["half-open", "half-open", "open"]
+
+
 async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
     """While its second backend works on it, another request gets that place."""
     go = asyncio.Event()
