@@ -178,7 +178,7 @@ FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of
 
 
 class Gateway:
-    """All state of the Pi. Owns the jobs that hold or await a place, and connects the owners of all other state."""
+    """Owns the jobs that hold or await a place, and connects the owners of all other state but that of the sockets."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -25,8 +25,8 @@ class Breaker:
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, a
     number that grows with every failure but a timeout, and with every change of state. A failure with an older ticket
-    does not count: it is from before the change, or has the cause of another one, such as when a replica dies that had
-    many streams. `now` is in monotonic seconds.
+    does not count: it comes from before the change, or has the cause of a failure that was counted, such as the death
+    of one replica with many streams. `now` is in monotonic seconds.
     """
 
     def __init__(self, chance: Callable[[], float]) -> None:

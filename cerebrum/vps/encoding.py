@@ -142,8 +142,8 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
 
 # ------------------------------------------------------------------------------------- policy: the choice
 
-READ_TOKENS = 1000  # encodings are compared by the time of this work: 1,000 tokens read …
-DECODES = {1: 64, 4: 8, 16: 2}  # … and 128 written, half of them as drafts: number of decodes by size in tokens
+READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
+DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
 MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
 # Mean KLD in nats: a larger one means a faulty kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the
 # 1.5B, on an Intel Xeon with AMX.
@@ -266,11 +266,11 @@ READ_SECONDS = 0.25  # spent on reading; at least once
 DECODE_SECONDS = 0.1  # spent on each size of decode; at least MIN_DECODES of them
 MIN_DECODES = 2
 TURNS = 2
-SAMPLE_READ_TOKENS = 128  # read to compare types …
-WHOLE_READ_TOKENS = 256  # … and to compare whole files
+SAMPLE_READ_TOKENS = 128  # read to compare types
+WHOLE_READ_TOKENS = 256  # read to compare whole files
 CONTEXT_TOKENS = 2000  # read to compare settings: the cost of attention grows with the context
-AGREEMENT_TOKENS = 320  # tokens of the text on which two files are compared …
-AGREEMENT_SKIP = 64  # … except the first ones, which have little context
+AGREEMENT_TOKENS = 320  # of the text on which two files are compared
+AGREEMENT_SKIP = 64  # the first tokens of this text are not compared, since they have little context
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 

@@ -5,9 +5,9 @@
 Prints one line of JSON:
 
     typing        A file of the standard library is typed, --keys characters a second, with pauses as people make them.
-                  Each key asks for an infill and abandons the request before it, as llama.vim does. `seen`: answers
-                  with text that came before the next key; `after_pause_ms`: from the last key before a pause to its
-                  answer; `errors`: answers other than 200
+                  Each key asks for an infill and abandons the request before it. (llama.vim waits for its running
+                  request.) `seen`: answers with text that came before the next key; `after_pause_ms`: from the last
+                  key before a pause to its answer; `errors`: answers other than 200
     type_through  milliseconds of an answer that is the rest of the last completion
     keys          milliseconds to one token after each key of a line that nobody could predict, typed between 120 lines
                   and 60 lines: with llama.vim's limit for the prompt (500 ms), and without a limit. `computed`: prompt
