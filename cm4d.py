@@ -13,11 +13,11 @@ of their clients: identical requests share one completion, an editor that types 
 the last completion predicted is served without a backend.
 
 The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
-in a dialect first waits a while for a place, or for the end of a breaker's trial. From a backend the Pi refuses
-redirects, inexact framing or JSON, and a stream without a proper end: the client gets all whole events up to the fault,
-then an error event, then a cut. If a backend fails before the first token, the next one gets the request; the same one
-gets it again only after it answered 429, refused the prompt as too long, or could not load one model and has another.
-After the first token the request is not sent again.
+in a dialect first waits for a place or for a breaker's trial. From a backend the Pi refuses redirects, inexact framing
+or JSON, and a stream without a proper end: the client gets all whole events up to the fault, then an error event, then
+a cut. A request that fails before its first token goes to the next backend. The same one gets it again only after it
+closed a spare connection without a byte, answered 429, refused the prompt as too long, or could not load one model and
+has another. After the first token nothing is sent again.
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
 except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
@@ -386,13 +386,12 @@ class Gateway:
 
     def _tokens(self, job: Job, backend: Backend, count: int) -> None:
         """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""
-        is_first = not job.came.tokens and count > 0
-        if is_first:
+        if not job.came.tokens and count:
             job.came.first = time.perf_counter()
         job.came.tokens += count
         self.counting.add_tokens(count)
         backend.count(job, count)
-        if is_first and self.line:  # the token of a trial admits the jobs that wait for its end
+        if job.came.tokens == count and self.line:  # the first token of a trial admits those that wait for its end
             self._call_next()
 
     def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -541,8 +540,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
-    lacking = BREAKER_OPEN if having else "expected a backend that counts tokens, got none"
-    failure = HttpError("VPS_UNAVAILABLE", lacking)
+    fault = HttpError("VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
         for backend in sorted(having, key=lambda one: not one.available):
             if backend.breaker.admits():
@@ -551,8 +549,8 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
                 except HttpError as error:
                     if error.status not in RETRIED:
                         raise
-                    failure = error
-    raise failure
+                    fault = error
+    raise fault
 
 
 def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:

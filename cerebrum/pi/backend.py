@@ -392,12 +392,11 @@ class Backend:
         job.backend = None
 
     def count(self, job: Job, tokens: int) -> None:
-        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works. A
-        ticket that is too old may be from another address of the backend."""
+        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
         self.tokens += tokens
         if job.backend and (self.trouble or self.breaker.failures or job.ticket != self.breaker.generation):
             job.ticket = self.breaker.succeeded(job.ticket)
-            if job.ticket == self.breaker.generation:
+            if job.ticket == self.breaker.generation:  # otherwise the token may be from another address of the backend
                 self.found("")
 
     # Completing.

@@ -485,7 +485,7 @@ class Answer:
     """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection. If the backend closes it
     without a byte, `again` sends the request on a new one; None: the request is not sent again."""
 
-    def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None = None) -> None:
+    def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
         self.reader, self._again = reader, again
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
@@ -599,17 +599,15 @@ class Upstream:
         backend may close a spare connection just as a request goes out on it. Only then is a request sent once more: it
         has no effect but its answer, which nobody got (RFC 9110, section 9.2.2)."""
 
-        def write(reader: Reader) -> Reader:
+        async def write(reader: Reader | None = None) -> Reader:
+            reader = reader or await self._connect()
             reader.watch(idle)
             reader.transport.write(self._encode(path, body))
             return reader
 
-        async def again() -> Reader:
-            return write(await self._connect())
-
         leaves_spare = body is not None
         spare = self._take_spare() if leaves_spare else None
-        answer = Answer(write(spare), again) if spare else Answer(await again())
+        answer = Answer(await write(spare), write if spare else None)
         try:
             yield answer
         except BackendFailure:

@@ -26,10 +26,8 @@ UNDERCUT = 5  # single tokens in a row that take much less than in the table
 LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
 DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
-# The longest pause of a running stream while a chunk of another prompt is read: PAUSE_SECONDS or the time of
-# PAUSE_TOKENS of its own tokens, whichever is longer.
-PAUSE_SECONDS = 0.25
-PAUSE_TOKENS = 6
+PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read
+PAUSE_TOKENS = 6  # the time of this many of its own tokens may pass too, if that is longer
 # Longest chunk when no stream is running. Progress is reported after each chunk, but short chunks are read slower.
 PREFILL_SECONDS = 4.0
 

@@ -680,7 +680,6 @@ async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pyt
 
 async def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(engines, "READING_SECONDS", 0.5)
     monkeypatch.setattr(pi_backend, "READING_SECONDS", 0.5)
     async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         assert "did not answer in time" in (await pi.complete()).json["message"]

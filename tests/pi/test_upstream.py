@@ -676,7 +676,7 @@ async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | Non
     for piece in pieces:
         decoder.feed(piece)
     assert (decoder.rest if decoder.done else None) == rest
-    answer, got = Answer(Pieces(pieces)), b""  # type: ignore[arg-type]
+    answer, got = Answer(Pieces(pieces), None), b""  # type: ignore[arg-type]
     answer.body = BodyDecoder(*framing)
     for _ in range(2):  # a fault is raised again
         with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
