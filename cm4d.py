@@ -178,7 +178,7 @@ FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of
 
 
 class Gateway:
-    """Owns the jobs that hold or await a place, and connects the owners of all other state but that of the sockets."""
+    """Owns the jobs that hold or await a place, and connects the owners of other state; `Server` has the sockets."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
