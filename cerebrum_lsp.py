@@ -791,7 +791,8 @@ class Server:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
         uri, document = self.document({"textDocument": given})
         start, end = positions(given)
-        old, chosen = document.text, document.between(start, end)
+        old, version, chosen = document.text, document.version, document.between(start, end)
+        line_end = LINE_END.search(chosen) or LINE_END.search(old)
         body = {
             "prompt": LINE_END.sub("\n", chosen),
             "instruction": get(given, "instruction", str),
@@ -803,15 +804,14 @@ class Server:
 
         def work(job: Job) -> None:
             answer = ask(settings, job, "/v1/complete", body)
-            text: str = get(answer, "completion", str)
-            if answer.get("finish_reason") == "length":
-                raise PiError(200, f"the answer is longer than {MAX_TOKENS} tokens; nothing was changed")
+            if lacking := lacks(answer):
+                raise PiError(200, f"{lacking}; nothing was changed")
             if document.text != old or self.documents.get(uri) is not document:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
-            if chosen.endswith(("\n", "\r")) and not text.endswith("\n"):
-                text += "\n"
+            text = LINE_END.sub(line_end[0] if line_end else "\n", answer["completion"].rstrip("\r\n"))
+            text += chosen[len(chosen.rstrip("\r\n")) :]
             edits = [{"range": span(start, end), "newText": text}]
-            changed = {"textDocument": {"uri": uri, "version": document.version}, "edits": edits}
+            changed = {"textDocument": {"uri": uri, "version": version}, "edits": edits}
             edit = {"documentChanges": [changed]} if self.has_versions else {"changes": {uri: edits}}
             self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
 
@@ -831,6 +831,18 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     if type(value) is not kind:
         raise ProtocolError(INVALID_PARAMS, f"expected {KINDS[kind]} for {path}, got {kind_of(value)}")
     return value
+
+
+def lacks(answer: Any) -> str:
+    """Why the answer to an instruction may lack code that it would replace; "" if it is whole."""
+    reason = answer.get("finish_reason", "stop")
+    if get(answer, "kept.parts", list, []) != ["all"]:
+        return "the text is too long for the model"
+    if reason == "length":
+        return f"the answer is longer than {MAX_TOKENS} tokens"
+    if reason not in ("stop", "block"):
+        return "the model began to repeat itself" if reason == "repeat" else "the answer broke off"
+    return "" if get(answer, "completion", str).strip() else "the answer is empty"
 
 
 def accepted(text: str) -> dict[str, Any]:

@@ -396,11 +396,28 @@ INSTRUCTED = {"uri": URI, "instruction": "rename a to total",
               "range": {"start": {"line": 1, "character": 0}, "end": {"line": 2, "character": 0}}}  # fmt: skip
 
 
+def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> Callable[[str, Any], tuple[int, Any]]:
+    return lambda *_: (200, {"completion": text, "finish_reason": reason, "kept": {"parts": kept}})
+
+
+def instruct(editor: Editor, text: str, start: tuple[int, int], end: tuple[int, int]) -> tuple[str | None, str | None]:
+    """The text that the editor gets in place of the selection, or why there is none."""
+    editor.start()
+    editor.open(text)
+    given = INSTRUCTED | {"range": cerebrum_lsp.span(start, end)}
+    number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [given]})
+    came = editor.next(lambda message: message.get("method") == "workspace/applyEdit" or message.get("id") == number)
+    if "error" in came:
+        return None, came["error"]["message"]
+    (edit,) = came["params"]["edit"]["changes"][URI]
+    return edit["newText"], None
+
+
 @pytest.mark.parametrize("versions", [True, False])
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, versions: bool) -> None:
     editor.start(None, workspace={"workspaceEdit": {"documentChanges": versions}})
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
-    pi.answer = lambda *_: (200, {"completion": "total=1", "finish_reason": "stop"})
+    pi.answer = instructed("total=1")
     number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
     asked = editor.next(lambda message: message.get("method") == "workspace/applyEdit")
     edits = [{"range": INSTRUCTED["range"], "newText": "total=1\n"}]
@@ -419,7 +436,7 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, versions: 
 def test_an_instruction_never_overwrites_a_newer_text(editor: Editor, pi: Pi) -> None:
     editor.start()
     editor.open("x\na\nb\n")
-    pi.answer = lambda *_: (200, {"completion": "total\n", "finish_reason": "stop"})
+    pi.answer = instructed("total\n")
     pi.hold.clear()
     number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
     pi.asked.get(timeout=PATIENCE)
@@ -430,27 +447,55 @@ def test_an_instruction_never_overwrites_a_newer_text(editor: Editor, pi: Pi) ->
     assert error == {"code": -32803, "message": "the text has changed meanwhile; nothing was changed"}
 
 
-def test_an_instruction_keeps_a_line_end_and_says_if_the_editor_refuses(editor: Editor, pi: Pi) -> None:
+def test_an_instruction_takes_a_range_backwards_and_says_if_the_editor_refuses(editor: Editor, pi: Pi) -> None:
     editor.start()
     editor.open("x\r\na\r\nb\r\n")
-    pi.answer = lambda *_: (200, {"completion": "total", "finish_reason": "stop"})
+    pi.answer = instructed("total")
     backwards = INSTRUCTED | {"range": {"start": INSTRUCTED["range"]["end"], "end": INSTRUCTED["range"]["start"]}}
     editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [backwards]})
     asked = editor.next(lambda message: message.get("method") == "workspace/applyEdit")
     assert pi.asked.get(timeout=PATIENCE)[1]["prompt"] == "a\n"
-    edit = {"range": INSTRUCTED["range"], "newText": "total\n"}
+    edit = {"range": INSTRUCTED["range"], "newText": "total\r\n"}
     assert asked["params"]["edit"] == {"changes": {URI: [edit]}}
     editor.send({"jsonrpc": "2.0", "id": asked["id"], "result": {"applied": False}})
     assert editor.next(shown)["params"]["message"] == "Cerebrum: the editor did not apply the change"
 
 
-def test_half_an_instruction_is_not_applied(editor: Editor, pi: Pi) -> None:
-    editor.start()
-    editor.open("x\na\nb\n")
-    pi.answer = lambda *_: (200, {"completion": "tot", "finish_reason": "length"})
-    number = editor.request("workspace/executeCommand", {"command": "cerebrum.instruct", "arguments": [INSTRUCTED]})
-    message = "the answer is longer than 2048 tokens; nothing was changed"
-    assert editor.answer(number)["error"] == {"code": -32803, "message": message}
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (instructed("tot", "length"), "the answer is longer than 2048 tokens"),
+        (instructed("tot", "repeat"), "the model began to repeat itself"),
+        (instructed("tot", "replaced"), "the answer broke off"),
+        (instructed("total\n", kept=["imports", "window"]), "the text is too long for the model"),
+        (instructed("total\n", kept=None), "the text is too long for the model"),
+        (instructed(""), "the answer is empty"),
+        (instructed(" \n\n", "block"), "the answer is empty"),
+    ],
+)
+def test_an_answer_that_may_lack_code_replaces_nothing(editor: Editor, pi: Pi, answer: Any, reason: str) -> None:
+    pi.answer = answer
+    assert instruct(editor, "x\na\nb\n", (1, 0), (2, 0)) == (None, f"{reason}; nothing was changed")
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end", "answer", "changed"),
+    [
+        ("x = add(a, b) + 1\n", (0, 4), (0, 13), "foo(a, b)\n", "foo(a, b)"),  # a part of a line stays one
+        ("x\na\n\n\ny\n", (1, 0), (4, 0), "total", "total\n\n\n"),
+        ("x\na\ny\n", (1, 0), (2, 0), "total\n\n", "total\n"),
+        ("x\na", (1, 0), (1, 1), "total\n", "total"),
+        ("x\r\na\r\nb\r\ny\r\n", (1, 0), (3, 0), "total\nb\n", "total\r\nb\r\n"),
+        ("x\r\na\r\ny\r\n", (1, 0), (1, 1), "total\r\nb\n", "total\r\nb"),  # no line end selected: those of the file
+        ("x\r\na\nb\ny\n", (1, 0), (3, 0), "total\nb", "total\nb\n"),
+        ("x\ry\r", (0, 0), (1, 0), "a\nb\n", "a\rb\r"),
+    ],
+)
+def test_a_changed_selection_keeps_its_line_ends(
+    editor: Editor, pi: Pi, text: str, start: tuple[int, int], end: tuple[int, int], answer: str, changed: str
+) -> None:
+    pi.answer = instructed(answer)
+    assert instruct(editor, text, start, end) == (changed, None)
 
 
 # --------------------------------------------------------------------------------- a Pi that does not help
