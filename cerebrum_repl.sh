@@ -324,6 +324,7 @@ ask() {
 		rm -rf "$LAST"
 		LAST=$NEXT FILE=$file LANGUAGE=$language UNFIT=${message:-$(unfit "$mode" "$kept" "$reason")}
 	fi
+	[[ -z $FILTER ]] || message=${message:-$UNFIT}
 	[[ -z $message ]] || { complain "$message"; return; }
 	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
 }
@@ -335,8 +336,12 @@ unfit() {
 		instruct:part:*) printf 'made from a part of the text, which is too long for the model' ;;
 		instruct:*:length) printf 'cut off at %d tokens' "$TOKENS" ;;
 		instruct:*:repeat) printf 'the model began to repeat itself' ;;
+		instruct:all:stop | instruct:all:block) grep -q '[^[:space:]]' "$NEXT/completion" || printf 'the answer is empty' ;;
+		instruct:*) printf 'the answer broke off' ;;
 	esac
 }
+
+MARK=$'\xef\xbb\xbf' # the byte order mark, which some files of Windows begin with; no model sees it or writes it
 
 # make_result MODE FILE. A changed file ends in a newline unless the original has none.
 make_result() {
@@ -345,6 +350,7 @@ make_result() {
 	else
 		: >"$NEXT/before"
 		{
+			! head -c 3 "$NEXT/original" | grep -qF "$MARK" || printf '%s' "$MARK"
 			cat "$NEXT/completion"
 			if lacks_newline "$NEXT/completion" && ! { [[ -n $2 ]] && lacks_newline "$NEXT/original"; }; then
 				echo
@@ -357,18 +363,20 @@ lacks_newline() {
 	[[ -s $1 && -n $(tail -c 1 "$1") ]]
 }
 
-# match_line_ends: copies stdin, with line ends of CRLF if the original has no others. A model answers in LF.
+# match_line_ends: copies stdin. A line that the original has too gets its line end, and a new one that of the original
+# if it has only one kind. A model answers in LF.
 match_line_ends() {
-	local lines
-	lines=$(wc -l <"$NEXT/original")
-	if ((lines > 0 && $(grep -c $'\r$' "$NEXT/original") >= lines)); then
-		python3 -ISc '
-import sys
-text = sys.stdin.buffer.read()
-sys.stdout.buffer.write(text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))'
-	else
-		cat
-	fi
+	[[ -s $NEXT/original ]] || { cat; return; }
+	python3 -ISc '
+import difflib, re, sys
+old, new = (re.findall(br"(.*?)(\r?\n|\Z)", file.read()) for file in (open(sys.argv[1], "rb"), sys.stdin.buffer))
+kinds = {end for _, end in old if end}
+ends = [end and (min(kinds) if len(kinds) == 1 else end) for _, end in new]
+lines = [[line for line, _ in text] for text in (old, new)]
+for at, to, size in difflib.SequenceMatcher(None, *lines).get_matching_blocks():
+    for i in range(size):
+        ends[to + i] = ends[to + i] and (old[at + i][1] or ends[to + i])
+sys.stdout.buffer.write(b"".join(line + end for line, end in zip(lines[1], ends)))' "$NEXT/original"
 }
 
 # ------------------------------------------------------------------------------------------------- files
@@ -409,10 +417,22 @@ expand_home() {
 	printf '%s' "${1/#~\//"${HOME-}"/}"
 }
 
-# read_original PATH: copies a file to $NEXT/original.
+# read_original PATH: copies a file to $NEXT/original. Other bytes than text would come back changed.
 read_original() {
+	local odd
+	[[ ! -d $1 ]] || { complain "$1: expected a file, got a folder"; return; }
 	[[ -f $1 && -r $1 ]] || { complain "$1: no such file, or not readable"; return; }
-	cat <"$1" >"$NEXT/original" || complain "$1: not read to its end"
+	cat <"$1" >"$NEXT/original" || { complain "$1: not read to its end"; return; }
+	odd=$(python3 -ISc '
+import sys
+text = sys.stdin.buffer.read()
+try:
+    at = text.decode().encode().find(b"\0")
+except UnicodeDecodeError as error:
+    at = error.start
+if at >= 0:
+    print("the byte {:#04x} in line {}".format(text[at], text.count(b"\n", 0, at) + 1))' <"$NEXT/original")
+	[[ -z $odd ]] || complain "$1: expected text in UTF-8, got $odd"
 }
 
 # replace_file SOURCE PATH: puts a copy of SOURCE at PATH in one step: until the copy is on the disk, the old file
@@ -563,6 +583,7 @@ cmd_do() {
 		complain 'expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION'
 		return
 	fi
+	sed -i "1s/^$MARK//" "$NEXT/before"
 	size=$(wc -c <"$NEXT/before")
 	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
 	ask instruct "$path" "$language" --arg instruction "$instruction" || return

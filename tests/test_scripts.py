@@ -533,6 +533,9 @@ NOT_WHOLE = [
     ("cut by the limit", CUT, "cut off at 512 tokens, so :write will refuse it"),
     ("repeated itself", REPEATED, "the model began to repeat itself, so :write will refuse it"),
     ("of a part", FITTED, "made from a part of the text, which is too long for the model, so :write will refuse it"),
+    ("empty", completion(" \n", mode="instruct"), "the answer is empty, so :write will refuse it"),
+    ("replaced", completion("on", mode="instruct", finish_reason="replaced"),
+     "the answer broke off, so :write will refuse it"),
     ("failed", FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died"),
 ]  # fmt: skip
 
@@ -552,6 +555,36 @@ def test_half_an_answer_never_replaces_a_file(
     assert path.read_text() == "one\ntwo\n"
 
 
+def test_the_filter_fails_with_an_answer_that_is_not_whole(env: dict[str, str], backend: Backend) -> None:
+    backend.scripts.append(CUT)
+    result = run(env, b"# Sort a list", "-")
+    said = b"cerebrum_repl.sh: cut off at 512 tokens\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, b"on", said)
+
+
+ODD_FILES = [  # a file's bytes, what the REPL says
+    (b"one\ncaf\xe9\n", "the byte 0xe9 in line 2"),
+    (b"\xed\xa0\x80\n", "the byte 0xed in line 1"),  # half of an emoji
+    (b"\xff\xfea\0", "the byte 0xff in line 1"),  # UTF-16
+    (b"a\n\n\xc3\xa9\0", "the byte 0x00 in line 3"),
+]
+
+
+@pytest.mark.parametrize("command", [":do @{path} shout", ":file {path}", ":infill {path}:1"])
+@pytest.mark.parametrize(("text", "said"), ODD_FILES)
+def test_a_file_that_is_no_text_is_refused(
+    env: dict[str, str], backend: Backend, tmp_path: Path, command: str, text: bytes, said: str
+) -> None:
+    path = tmp_path / "x.py"
+    path.write_bytes(text)
+    _, err = converse(env, command.format(path=path), ":write")
+    assert err.splitlines() == [
+        f"cerebrum_repl.sh: {path}: expected text in UTF-8, got {said}",
+        "cerebrum_repl.sh: the last result belongs to no file; save it by :save PATH",
+    ]
+    assert path.read_bytes() == text
+
+
 def test_a_file_that_changed_meanwhile_is_not_written(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text("one\n")
@@ -569,6 +602,7 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
     (":infill {b}:2", None, "{b} has no line 2"),
     (":infill {b}x:1", None, "{b}x: no such file, or not readable"),
     (":file {b}x", None, "{b}x: no such file, or not readable"),
+    (":do @. shout", None, ".: expected a file, got a folder"),
     (":do @{b}x shout", None, "{b}x: no such file, or not readable"),
     (":file {b}", REFUSED, "X: no"),
     (":infill {b}:1", REFUSED, "X: no"),
@@ -722,6 +756,9 @@ LINE_ENDS = [  # the file, what a model answers to an instruction, what is writt
     (b"a\r\nb\r\n", "A\r\nB", b"A\r\nB\r\n"),
     (b"a\r\nb", "A\nB", b"A\r\nB"),
     (b"a\nb\r\n", "A\nB\n", b"A\nB\n"),
+    (b"a\nb\r\nc\r\n", "a\nnew\nb\nC\n", b"a\nnew\nb\r\nC\n"),
+    (b"a\nb\n", "A\r\nB\r\n", b"A\nB\n"),
+    (b"\xef\xbb\xbfa\nb\n", "a\nB\n", b"\xef\xbb\xbfa\nB\n"),
     (b"a\nb\n", "A\nB", b"A\nB\n"),
     (b"a\nb", "A\nB", b"A\nB"),
     (b"", "A", b"A\n"),
@@ -737,6 +774,7 @@ def test_a_changed_file_keeps_its_line_ends(
     backend.scripts.append(completion(answer, mode="instruct"))
     assert converse(env, f":do @{path} shout", ":write")[1] == ""
     assert path.read_bytes() == after
+    assert backend.completions[0].get("prompt", "") == before.decode("utf-8-sig")
 
 
 # ------------------------------------------------------------------------------------------ terminal
