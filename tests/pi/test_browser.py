@@ -450,11 +450,14 @@ async def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: A
 
 async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any) -> None:
     half = [CHUNKED, chunk(token("y", 1)), HANG]
-    async with visiting(chrome, completion("y = 1", finish_reason="length"), completion("y = 1"), half) as visit:
-        await visit.write("x = 1\n")
-        await visit.instruct("use y")
-        await visit.see("#proposal-warning", re.compile("The answer was cut off at 512 tokens: .* may be missing"))
-        assert await visit.focused() == "leave"
+    wrong = {"length": "was cut off at 512 tokens", "repeat": "repeats itself"}
+    answers = [completion("y = 1", finish_reason=reason) for reason in wrong]
+    async with visiting(chrome, *answers, completion("y = 1"), half) as visit:
+        for words in wrong.values():
+            await visit.write("x = 1\n")
+            await visit.instruct("use y")
+            await visit.see("#proposal-warning", f"The answer {words}: the end of the text may be missing.")
+            assert await visit.focused() == "leave"
         await visit.write("".join(f"value_{n} = {n}\n" for n in range(500)))
         await visit.instruct("use y")
         await visit.see(
@@ -745,7 +748,7 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
             await visit.find("#save").click()
         saved = await downloaded.value
         assert saved.suggested_filename == "main.RS"
-        assert (await asyncio.to_thread(Path(await saved.path()).read_bytes)) == b"fn main() {\r\n    a + b"
+        assert (await asyncio.to_thread(Path(await saved.path()).read_bytes)) == b"\xef\xbb\xbffn main() {\r\n    a + b"
         await visit.find("#undo").click()
         await visit.find("#undo").click()
         assert await visit.value() == "unsaved = 1\n"
@@ -757,6 +760,30 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         await (await chosen.value).set_files(source)
         await visit.see_text("x = 1\n")
         assert await visit.find("#language").input_value() == "python"
+
+
+SAVED = [  # a file, the text as it is changed in the page (None: not at all), the file as it is saved
+    (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
+    (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
+    (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
+    (b"a\nb\r\n", "", b""),
+    (b"", "a\n", b"a\n"),
+]
+
+
+async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
+        for content, text, saved in SAVED:
+            await visit.drop("a.py", content)
+            await expect(visit.find("#outcome")).to_contain_text("a.py is open.")
+            if text is not None:
+                await visit.write(text)
+            for _ in range(2):
+                async with visit.page.expect_download() as downloaded:
+                    await visit.find("#save").click()
+                path = Path(await (await downloaded.value).path())
+                assert await asyncio.to_thread(path.read_bytes) == saved
+            await visit.find("#new").click()
 
 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
