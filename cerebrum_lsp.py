@@ -230,21 +230,23 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.found: deque[tuple[Gap, str]] = deque(maxlen=self.MAX_FOUND)
+        # The uri, the hash of the text after the gap, the hash and length of the text before it, and the completion.
+        # Copies of the texts would be tens of megabytes for a large file.
+        self.found: deque[tuple[str, int, int, int, str]] = deque(maxlen=self.MAX_FOUND)
         self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
 
     def add(self, gap: Gap, text: str, seconds: float) -> None:
         with self.lock:
-            self.found.append((gap, text))
+            self.found.append((gap.uri, hash(gap.after), hash(gap.before), len(gap.before), text))
             self.seconds.append(seconds)
 
     def rest(self, gap: Gap) -> str | None:
         """What is left of a completion whose beginning has been typed or accepted; None if nothing fits."""
         with self.lock:
-            for old, text in reversed(self.found):
-                typed = gap.before[len(old.before) :]
-                same = (old.uri, old.after) == (gap.uri, gap.after) and gap.before.startswith(old.before)
-                if same and text.startswith(typed) and (text != typed or not typed):
+            for uri, after, before, length, text in reversed(self.found):
+                typed = gap.before[length:]
+                fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
+                if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
                     return text[len(typed) :]
         return None
 

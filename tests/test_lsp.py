@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -308,6 +309,19 @@ def test_a_suggestion_is_kept_for_its_place_alone() -> None:
     expected = ["a + b", "+ b", None, None, None, None]
     assert [kept.rest(cerebrum_lsp.Gap(URI, *around)) for around in rests] == expected
     assert kept.rest(cerebrum_lsp.Gap("file:///other", "x = ", "\n")) is None
+
+
+def test_suggestions_for_a_large_file_take_little_memory() -> None:
+    kept, large = Suggestions(), "é" * 1_000_000
+    tracemalloc.start()
+    try:
+        for number in range(Suggestions.MAX_FOUND):
+            kept.add(cerebrum_lsp.Gap(URI, f"{large}{number}", f"{number}{large}"), "a + b", 1.0)
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert kept.rest(cerebrum_lsp.Gap(URI, f"{large}0a +", f"0{large}")) == " b"
+    assert kept.rest(cerebrum_lsp.Gap(URI, f"{large}0a +", f"1{large}")) is None
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.02, 0.03), (0.5, 0.1), (30.0, 0.4)])
