@@ -80,6 +80,8 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         if type(value) is not kind:
             raise BadSettings(f"expected {KINDS[kind]} for {one.name}, got {kind_of(value)}")
         changed[one.name] = value
+    if changed.get("url", settings.url).rstrip("/") != settings.url.rstrip("/"):
+        changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
     settings = replace(settings, **changed)
     try:
         address = urllib.parse.urlsplit(settings.url)

@@ -239,12 +239,17 @@ call_api() {
 # find_pi: sets URL to the Pi that Avahi finds on this network. Without one, or with more than one, to this machine. The
 # address is used, not the name: Avahi may have changed the name, and not every machine can look it up.
 find_pi() {
-	local event protocol host address port
+	local event protocol host address port answer=''
 	local -A found
 	while IFS=';' read -r event _ protocol _ _ _ host address port _; do # a line for each of its networks
 		[[ ! $event$protocol$address$port =~ ^=IPv4[0-9.]+$ ]] || found[$host]=$address:$port
 	done < <(avahi-browse -prt _cerebrum._tcp 2>/dev/null)
 	((${#found[@]} < 2)) || complain "found ${found[*]}; --url chooses one" || true
+	if ((${#found[@]} == 1)) && [[ -n $KEY ]]; then # anybody on this network can say that this is the Pi
+		[[ ! -t 0 ]] || read -r -p "Send the key to ${found[*]}, which Avahi found? [y/N] " answer
+		[[ $answer == [yY]* ]] ||
+			die "the key is not sent to ${found[*]}, which Avahi found; if that is your Pi: --url http://${found[*]}"
+	fi
 	((${#found[@]} == 1)) || found=([this]=127.0.0.1:7000)
 	URL=http://${found[*]}
 }
@@ -487,7 +492,7 @@ cmd_usage() {
 	  -n, --tokens N        at most N tokens, 1 to $MAX_TOKENS (default: $TOKENS)
 	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
 	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else the only one that Avahi finds on
-	                        this network, else http://127.0.0.1:7000)
+	                        this network, which gets no key unasked, else http://127.0.0.1:7000)
 	  -h, --help
 
 	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if the

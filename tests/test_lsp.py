@@ -718,7 +718,7 @@ def test_after_shutdown_nothing_is_served(editor: Editor, pi: Pi) -> None:
 def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_path: Path) -> None:
     folder = tmp_path / "cerebrum"
     folder.mkdir()
-    (folder / "lsp.toml").write_text('url = "http://elsewhere:1"\ntokens = 7\nkey = "of-the-file"\n')
+    (folder / "lsp.toml").write_text(f'url = "{pi.url}/"\ntokens = 7\nkey = "of-the-file"\n')
     with editing(tmp_path, pi.url) as editor:
         editor.start({"tokens": 9})
         editor.open("x = ")
@@ -732,6 +732,29 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         editor.tell("workspace/didChangeConfiguration", {"settings": {"tokens": "many"}})
         message = "Cerebrum: expected a whole number for tokens, got text"
         assert editor.next(shown)["params"] == {"type": 1, "message": message}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"url": "http://elsewhere:7000"}, ("http://elsewhere:7000", "")),
+        ({"url": "http://pi:7001"}, ("http://pi:7001", "")),
+        ({"url": "http://elsewhere:7000", "key": "its-own"}, ("http://elsewhere:7000", "its-own")),
+        ({"url": "http://pi:7000/"}, ("http://pi:7000/", "secret")),
+        ({"tokens": 5}, ("http://pi:7000", "secret")),
+    ],
+)
+def test_a_key_goes_only_to_the_url_that_it_came_with(given: Any, expected: tuple[str, str]) -> None:
+    found = read_settings(given, Settings("http://pi:7000", "secret"))
+    assert (found.url, found.key) == expected
+
+
+def test_a_projects_url_gets_no_key(pi: Pi, tmp_path: Path) -> None:
+    with editing(tmp_path, "http://elsewhere:1", CEREBRUM_CM4_API_KEY="secret") as editor:
+        editor.start({"url": pi.url})
+        editor.open("x = ")
+        editor.ghost(0, 4)
+        assert "Authorization" not in pi.asked.get(timeout=PATIENCE)[2]
 
 
 def test_a_client_that_is_asked_for_its_settings(editor: Editor, pi: Pi) -> None:

@@ -116,21 +116,23 @@ def test_the_filter_prints_the_completion_byte_for_byte(env: dict[str, str], bac
     assert "x-api-key" not in backend.asked[0][1]
 
 
-@pytest.mark.parametrize("others", [[], ["desk.local;192.0.2.8;7001"]])
-def test_the_pi_is_found_if_it_is_the_only_one(
-    env: dict[str, str], backend: Backend, tmp_path: Path, others: list[str]
-) -> None:
-    """avahi-browse tells of each Pi on each of its networks, before and after it has an address."""
-    backend.scripts.extend([completion("x")] * (not others))
+def announce(env: dict[str, str], port: int, *others: str) -> None:
+    """Let avahi-browse tell of a Pi on each of its networks, before and after it has an address."""
     name = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local"
-    lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;{backend.port};"]
-    lines += [f"=;{network};IPv4;{name};pi.local;127.0.0.1;{backend.port};" for network in ("eth0", "wlan0")]
+    lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;{port};"]
+    lines += [f"=;{network};IPv4;{name};pi.local;127.0.0.1;{port};" for network in ("eth0", "wlan0")]
     lines += [f'=;eth0;IPv4;{name};{other};"a=b"' for other in others]
-    script = f"#!/bin/bash\n[[ $* == '-prt _cerebrum._tcp' ]] && cat {tmp_path}/found"
-    (tmp_path / "tools/avahi-browse").write_text(script)
-    (tmp_path / "tools/avahi-browse").chmod(0o755)
-    (tmp_path / "found").write_text("\n".join(lines) + "\n")
+    tool = Path(env["PATH"], "avahi-browse")
+    tool.with_name("found").write_text("\n".join(lines) + "\n")
+    tool.write_text(f"#!/bin/bash\n[[ $* == '-prt _cerebrum._tcp' ]] && cat {tool.with_name('found')}")
+    tool.chmod(0o755)
     del env["CEREBRUM_URL"]
+
+
+@pytest.mark.parametrize("others", [[], ["desk.local;192.0.2.8;7001"]])
+def test_the_pi_is_found_if_it_is_the_only_one(env: dict[str, str], backend: Backend, others: list[str]) -> None:
+    backend.scripts.extend([completion("x")] * (not others))
+    announce(env, backend.port, *others)
     result = run(env, b"x", "-")
     if others:
         assert result.returncode == 1
@@ -138,6 +140,30 @@ def test_the_pi_is_found_if_it_is_the_only_one(
         assert {f"127.0.0.1:{backend.port}", "192.0.2.8:7001;"} < set(said.split())
     else:
         assert (result.returncode, result.stdout, result.stderr) == (0, b"x", b"")
+
+
+def test_a_pi_that_was_found_gets_no_key_unasked(
+    env: dict[str, str], backend: Backend, terminal: Callable[..., Terminal]
+) -> None:
+    announce(env, backend.port)
+    env["CEREBRUM_CM4_API_KEY"] = "se cret"
+    found = f"127.0.0.1:{backend.port}"
+    refusal = (
+        f"cerebrum_repl.sh: the key is not sent to {found}, which Avahi found; if that is your Pi: --url http://{found}"
+    )
+    result = run(env, b"x", "-")
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (1, b"", refusal + "\n")
+    for reply, said in (("\r", refusal), ("y\r", "Type :help for the commands.")):
+        screen = terminal()
+        screen.expect(f"Send the key to {found}, which Avahi found? [y/N] ")
+        screen.type(reply)
+        screen.expect(said)
+    assert backend.asked == []
+    backend.scripts += [completion("x")] * 2
+    screen.enter("def f():")
+    screen.expect("block]")
+    assert run(env, b"x", "--url", f"http://{found}", "-").returncode == 0
+    assert [headers["x-api-key"] for _, headers, _ in backend.asked] == ["se cret"] * 2
 
 
 def test_raw_utf8_and_crlf_events_and_comments(env: dict[str, str], backend: Backend) -> None:
