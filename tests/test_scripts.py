@@ -1254,3 +1254,12 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run([RUN, "setup"], env=environ, capture_output=True, text=True, check=False)
     said = "run.sh: expected Python 3.11 or newer, got Python 3.9.2\n"
     assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
+
+
+def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
+    for tool in ("make", "sh", "dh"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
+    command = [str(tmp_path / "make"), "-C", str(ROOT), "deb"]
+    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    said = "missing system packages; please run:  sudo apt-get install build-essential dh-python help2man"
+    assert (result.returncode, result.stderr.splitlines()[0]) == (2, said)
