@@ -962,6 +962,8 @@ async def test_a_phone(chrome: Any, size: tuple[int, int]) -> None:
             assert [small for small in sizes if min(small) < 44] == []
 
         await check()
+        shown = await visit.find("#editor").evaluate("box => [box.scrollWidth, box.clientWidth]")
+        assert shown[0] == shown[1]  # the placeholder is not cut off
         await visit.find("#editor").tap()
         await visit.page.keyboard.insert_text("x = " + "1 + " * 100)
         await visit.find("#complete").tap()
