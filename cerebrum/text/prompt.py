@@ -619,8 +619,9 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
     sent, kept = fit(code, language, room - weigh(asked), asked)
     if len(asked) < len(instruction.strip()):
         kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
-    fence = f"```{fields['language']}\n"
-    block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + "```" if code else ""
+    ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"  # a longer fence than those in the code
+    fence = f"{ticks}{fields['language']}\n"
+    block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
     text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
     # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so too,
     # but then a small model leaves out the comments and steps that get the code right.

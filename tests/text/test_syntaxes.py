@@ -974,6 +974,17 @@ def test_an_instruction_about_each_language(language: str) -> None:
     check("instruct", language, "", "", f"Here:\n```{language}\nx\n```\n", ("x\n", "stop"))
 
 
+def test_an_instruction_about_a_text_with_fences() -> None:
+    """Its answer does not end at the first of them."""
+    text = "# Use\n\n```\nmake run\n```\n\nThe `x` is below.\n\n```\nx\n```\nEnd.\n"
+    asked, begun = prepare({"language": "markdown", "prompt": text, "instruction": "y"}, "instruct", 1000, 3.0).body[
+        "messages"
+    ]
+    assert asked["content"] == f"y\n\n````markdown\n{text}````"
+    ending = Ending("instruct", "markdown", begun["content"], None, "auto")
+    assert ending.feed(f"{text}````\nThat is it.") == (text, "stop")
+
+
 @pytest.mark.parametrize(
     ("language", "prompt", "mode"),
     [
