@@ -79,7 +79,7 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
     given, place = dict(os.environ), (folder / ".env").resolve()  # a link in the packages
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
-    elif CREDENTIALS.is_dir():
+    elif CREDENTIALS.is_dir() and "CREDENTIALS_DIRECTORY" not in given:
         report.add("warn", "settings", f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)")
     try:
         environ = read_environment(given, folder)

@@ -16,9 +16,9 @@ STATE=/var/lib/cerebrum
 PLACE=/var/lib/cerebrum-backend # llama.cpp and the models
 VENV=/opt/cerebrum-backend/venv # in the package: $PLACE/llama-VERSION
 if [[ $NAME == cerebrum-cm4 ]]; then
-	RUN=(/usr/bin/python3 -s -S "$LIB/cm4d.py")
+	RUN=(as_daemon /usr/bin/python3 -s -S "$LIB/cm4d.py")
 else
-	RUN=(env CEREBRUM_STATE_DIR="$STATE" "$VENV/bin/python" -s "$LIB/vpsd.py")
+	RUN=(as_daemon env CEREBRUM_STATE_DIR="$STATE" "$VENV/bin/python" -s "$LIB/vpsd.py")
 fi
 
 usage() {
@@ -46,8 +46,23 @@ usage() {
 
 die() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 1; }
 
-# as_daemon COMMAND...: runs a command as the daemon's user, in a folder that this user may enter.
+# as_daemon COMMAND...: runs a command as the daemon's user, in a folder that this user may enter. Root must run nothing that
+# this user can change, such as the environment of llama.cpp.
 as_daemon() { (cd / && exec runuser -u cerebrum -- "$@"); }
+
+# copy_keys: to the folder DRAFT, which is like the one that systemd makes for the daemon.
+copy_keys() {
+	DRAFT=$(mktemp -d /run/cerebrum.XXXXXX)
+	trap 'rm -rf -- "$DRAFT"' EXIT
+	cp -t "$DRAFT" -- /etc/credstore/CEREBRUM_* 2>/dev/null || true
+}
+
+# check: the daemon's --check, with the keys in DRAFT.
+check() {
+	[[ -n ${DRAFT-} ]] || copy_keys
+	chown -R cerebrum: "$DRAFT"
+	CREDENTIALS_DIRECTORY=$DRAFT "${RUN[@]}" --check
+}
 
 # setting NAME: prints its value.
 setting() {
@@ -81,9 +96,7 @@ start() {
 setup_cm4() {
 	local url=${1-} key='' old prompt
 	[[ $# -lt 2 && ${1-} != -* ]] || { usage >&2; exit 2; }
-	DRAFT=$(mktemp -d) # the keys that are tried, as systemd would pass them
-	trap 'rm -rf -- "$DRAFT"' EXIT
-	cp -t "$DRAFT" -- /etc/credstore/CEREBRUM_* 2>/dev/null || true
+	copy_keys
 	if [[ -z $url ]]; then
 		old=$(setting CEREBRUM_VPS_URL)
 		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${old:+ (Enter: $old)}" -s)"
@@ -94,7 +107,7 @@ setup_cm4() {
 	[[ ! -s $DRAFT/${KEY##*/} ]] || prompt+=' (Enter: the present one)'
 	key=${key:-$(ask "$prompt" -s)}
 	[[ -z $key ]] || "$LIB/generate_api_key.sh" --set "$DRAFT/${KEY##*/}" <<<"$key" >/dev/null
-	CREDENTIALS_DIRECTORY=$DRAFT CEREBRUM_VPS_URL=$url "${RUN[@]}" --check || die "nothing was changed"
+	CEREBRUM_VPS_URL=$url check || die "nothing was changed"
 	install -d -m 700 "${KEY%/*}"
 	# On a machine that is also the backend, an old key behind the new one stays.
 	[[ -z $key || ,$(cat "$KEY" 2>/dev/null), == ",$key,"* ]] || "$LIB/generate_api_key.sh" --set "$KEY" <<<"$key" >/dev/null
@@ -109,7 +122,8 @@ have_llama() { as_daemon "$VENV/bin/python" -c "import llama_cpp${1-, gguf}" 2>/
 # build: what cerebrum-llama.service runs. The folder with the version is complete when its packages can be imported.
 build() {
 	! have_llama || return 0
-	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/cache"
+	install -d -o cerebrum -g cerebrum "$PLACE"
+	as_daemon mkdir -p "$PLACE/cache"
 	have_llama '' || as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
 	as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
 		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
@@ -152,17 +166,18 @@ put_listen() {
 put_memory() {
 	local memory
 	[[ ! -e $MEMORY ]] || grep -q '^# From "vpsd.py memory"' "$MEMORY" || return 0
-	memory=$(as_daemon "${RUN[@]}" memory)
+	memory=$("${RUN[@]}" memory)
+	[[ $memory =~ ^[0-9]+($|$'\n') ]] || die "expected a number of MB from vpsd.py memory, got '$memory'"
 	install -D -m 644 /dev/stdin "$MEMORY" <<-END
 	# From "vpsd.py memory", at each setup. Write another limit with: systemctl edit $NAME
-	$(sed 1d <<<"$memory")
+	$(grep '^#' <<<"$memory")
 	[Service]
 	MemoryMax=${memory%%$'\n'*}M
 	END
 }
 
 # models MARK: the ids that "fetch --list" marks: + is here, * is recommended.
-models() { as_daemon "${RUN[@]}" fetch --list | sed -n "s/^[$1] \([^ ]*\).*/\1/p"; }
+models() { "${RUN[@]}" fetch --list | sed -n "s/^[$1] \([^ ]*\).*/\1/p"; }
 
 setup_backend() {
 	local listen='' wanted='' model key
@@ -175,25 +190,26 @@ setup_backend() {
 		[[ -n ${2-} ]] || die "expected a value after $1"
 		shift 2
 	done
-	install -d -o cerebrum -g cerebrum "$PLACE" "$PLACE/models"
+	install -d -o cerebrum -g cerebrum "$PLACE"
+	as_daemon mkdir -p "$PLACE/models" # install would change the owner of what a link leads to
 	install -d -o cerebrum -g cerebrum -m 700 "$STATE"
 	install -d -m 700 "${KEY%/*}"
 	[[ -s $KEY || -n $(setting CEREBRUM_API_KEY) ]] || "$LIB/generate_api_key.sh" --write "$KEY" >/dev/null
 	put_listen "$listen"
 	build_with_clock
 	if [[ -z $wanted && -z $(models +) ]]; then
-		as_daemon "${RUN[@]}" fetch --list
+		"${RUN[@]}" fetch --list
 		model=$(models '*')
 		wanted=$(ask "which model (Enter: $model)")
 		wanted=${wanted:-$model}
 	fi
 	for model in $wanted $(models +); do # those that are here are checked, and tuned if they were not
-		as_daemon "${RUN[@]}" fetch "$model" </dev/null
+		"${RUN[@]}" fetch "$model" </dev/null
 	done
 	[[ -e $SETTINGS ]] || echo "# $LIB/.env.example lists all settings" | put_settings
 	put_memory
 	start restart
-	"${RUN[@]}" --check || true
+	check || true
 	[[ -s $KEY ]] && key=$(<"$KEY") || key=$(setting CEREBRUM_API_KEY)
 	printf '\nOn the Pi, run "sudo cerebrum-cm4 setup" and paste this line:\n\nhttp://%s %s\n' \
 		"$(sed -n 's/^ListenStream=//p' "$LISTEN" 2>/dev/null | grep . || echo 127.0.0.1:9000)" "${key%%,*}"
@@ -212,7 +228,7 @@ take_over() {
 	else
 		install -d "$PLACE/models"
 		[[ ! -d $OLD/models ]] || find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
-		file=$("$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
+		file=$(as_daemon "$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
 		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
 		chown -R cerebrum: "$PLACE"
 		(SETTINGS=$OLD/.env put_listen '') || true
@@ -245,13 +261,11 @@ configure() {
 	fi
 }
 
-case ${1---help} in
-	-h | --help) usage; exit ;;
-	fetch | tune | memory) RUN=(as_daemon "${RUN[@]}") ;;
-esac
+case ${1---help} in -h | --help) usage; exit ;; esac
 ((EUID == 0)) || die "expected to run as root, got user $(id -un); please run:  sudo $NAME $*"
 case $NAME-$1 in
 	*-setup) "setup_${NAME#cerebrum-}" "${@:2}" ;;
 	*-configure | cerebrum-backend-build) "$1" ;;
+	*---check) check ;;
 	*) "${RUN[@]}" "$@" ;;
 esac

@@ -207,6 +207,8 @@ def test_the_credentials_of_the_units(tmp_path: Path, check: Check, monkeypatch:
     assert_found(check("vpsd", environment, "key"), OUR_KEY)
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert_found(check("vpsd", environment, "settings"), f"warn settings {tmp_path}/credstore sudo", VALID)
+    environment["CREDENTIALS_DIRECTORY"] = str(tmp_path / "none")
+    assert_found(check("vpsd", environment, "settings"), VALID)
 
 
 def test_systemd_and_another_llama_cpp(

@@ -328,6 +328,33 @@ def test_setup_again_changes_nothing(cerebrum: Machine) -> None:
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 
+def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -> None:
+    """Each start of the environment's Python writes down its user. A link of this user's leads out of its folder."""
+    write = """os.write(os.open("/var/users/of", os.O_WRONLY | os.O_APPEND), b"%d " % os.getuid())"""
+    before = everything_set(cerebrum)
+    cerebrum.run(
+        """
+        install -d -m 777 /var/users; install -m 666 /dev/null /var/users/of
+        cd /var/lib/cerebrum-backend
+        cat >$(echo llama-*/lib/python3*/site-packages)/note.pth
+        mv models /var/lib/elsewhere; chown root: /var/lib/elsewhere; ln -s /var/lib/elsewhere models""",
+        stdin=f"import os; exec('try: {write}\\nexcept OSError: 0')\n",  # in the unit it is refused
+    )
+    for command in ("--check", "memory", "setup </dev/null"):
+        said = cerebrum.run(f"cerebrum-backend {command} 2>&1")
+        assert "FAIL" not in said
+        assert "(sudo)" not in said
+        users = cerebrum.run("tr ' ' '\\n' </var/users/of | sort -u; truncate --size=0 /var/users/of")
+        assert users == cerebrum.run("id -u cerebrum"), command
+    assert cerebrum.run("ls -d /run/cerebrum.*", check=False) == ""
+    assert cerebrum.run("stat -c %U /var/lib/elsewhere") == "root"
+    cerebrum.run("""
+        cd /var/lib/cerebrum-backend
+        rm models llama-*/lib/python3*/site-packages/note.pth
+        mv /var/lib/elsewhere models; chown cerebrum: models""")
+    assert everything_set(cerebrum) == before
+
+
 @pytest.mark.packages
 @pytest.mark.parametrize(
     ("typed", "reason"),
