@@ -933,7 +933,10 @@ class Fences(Stage):
         return line.startswith(self.fence) and not line.strip(self.fence[0])
 
     def flush(self, whole: bool) -> str:
-        closed = self.state == "inside" and self.in_code and not self.nested and self._closes(self.line.rstrip())
+        last = self.line.rstrip()
+        even = len(re.findall(r"^\s*```", self.cut(0, self.mark), re.M)) % 2 == 0  # a short fence closes no block then
+        closes = self._closes(last) or (last == "```" and even)
+        closed = self.state == "inside" and self.in_code and not self.nested and closes
         return "" if closed or self.state == "thinking" else super().flush(whole)
 
 

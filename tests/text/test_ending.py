@@ -1189,6 +1189,9 @@ BEGUN = [
     ("some of the code", "```python\ndef f():\n    '''", "```\n'''\n```\n", ("```\n'''\n", "stop")),
     ("a block that is closed", "```\nx\n```\nAnd", ":\n```\ny\n```\n", ("y\n", "stop")),
     ("its fence once more", "```python\n", "```python\nx = 1\n```\nThat is it.", ("x = 1\n", "stop")),
+    ("a longer fence", "````markdown\n", "```\nx\n```\ny\n````\n", ("```\nx\n```\ny\n", "stop")),
+    ("a short fence in its place", "````markdown\n", "```\nx\n```\ny\n```", ("```\nx\n```\ny\n", None)),
+    ("the end of a block", "````markdown\n", "y\n```\nx\n```", ("y\n```\nx\n```", None)),
     ("chatter alone", "Here you", " are:\n```\ny\n```\n", ("y\n", "stop")),
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
 ]
