@@ -167,7 +167,7 @@ put_memory() {
 	local memory
 	[[ ! -e $MEMORY ]] || grep -q '^# From "vpsd.py memory"' "$MEMORY" || return 0
 	memory=$("${RUN[@]}" memory)
-	[[ $memory =~ ^[0-9]+($|$'\n') ]] || die "expected a number of MB from vpsd.py memory, got '$memory'"
+	[[ $memory =~ ^[0-9]+($|$'\n') ]] || die "expected a number of MB from vpsd.py memory, got ${memory@Q}"
 	install -D -m 644 /dev/stdin "$MEMORY" <<-END
 	# From "vpsd.py memory", at each setup. Write another limit with: systemctl edit $NAME
 	$(grep '^#' <<<"$memory")
