@@ -73,7 +73,7 @@ def typed_of(asked: str, text: str, prompt: str, omitted: int = 0) -> int:
     3
     """
     tail, before, typed = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:], len(prompt) - len(asked) - omitted
-    if 0 < typed <= len(text) and (before + text[:typed]).endswith(tail):
+    if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
     if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character
         return 0

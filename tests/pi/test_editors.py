@@ -653,7 +653,8 @@ TYPED = [
     ("other text of a file that repeats", "x\n" * 2000, "yz", "x\n" * 1990 + "y", 1),
     ("two periods", "0, " * 600, "0, " * 4, "0, " * 602, 6),
     ("two lines of equal ones", "x\n" * 2000, "x\n" * 9, "x\n" * 2002, 4),
-    ("a repeated line, and the window has moved", "y\n" + "x\n" * 2000, "x\nz", "x\n" * 2001, 2),
+    ("nothing of a period", "0, " * 600, "0, " * 4, "0, " * 600, 0),
+    ("two repeated lines, and the window has moved by three", "x\n" * 2000, "x\n" * 9, "x\n" * 1999, 2),
     ("more of a period than was foretold", "0, " * 600, "0, " * 4, "0, " * 605, 3),
     ("white space alone", " " * 2000, " " * 500, " " * 3000, 1),
 ]
