@@ -67,8 +67,8 @@ def test_costs_are_exact_at_the_points_and_linear_between_and_beyond() -> None:
     [
         (32, 0.2, 1.3),  # twice the calibrated time: the slowdown follows by 30 %
         (32, 0.05, 0.85),
-        (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time …
-        (32, 0.0, 0.85),  # … and as at least half of it
+        (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time
+        (32, 0.0, 0.85),  # one odd decode counts as at least half of the usual time
         (4, 100.0, 1.0),  # too few tokens to learn from
     ],
 )
