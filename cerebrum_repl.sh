@@ -579,16 +579,15 @@ cmd_do() {
 		instruction=${BASH_REMATCH[4]}
 		path=$(expand_home "${BASH_REMATCH[2]}${BASH_REMATCH[3]}")
 		language=$(language_of "$path")
-		read_original "$path" && cat "$NEXT/original" >"$NEXT/before" || return
+		read_original "$path" && sed "1s/^$MARK//" "$NEXT/original" >"$NEXT/before" || return
 	elif [[ -n $instruction && -s $LAST/result ]]; then
 		base=$UNFIT
-		cat "$LAST/result" >"$NEXT/before" || return
+		sed "1s/^$MARK//" "$LAST/result" >"$NEXT/before" || return
 		if [[ -n $FILE ]]; then cat "$LAST/original"; else cat "$LAST/result"; fi >"$NEXT/original" || return
 	else
 		complain 'expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION'
 		return
 	fi
-	sed -i "1s/^$MARK//" "$NEXT/before"
 	size=$(wc -c <"$NEXT/before")
 	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
 	ask instruct "$path" "$language" --arg instruction "$instruction" || return

@@ -797,10 +797,12 @@ def test_a_changed_file_keeps_its_line_ends(
 ) -> None:
     path = tmp_path / "x.py"
     path.write_bytes(before)
-    backend.scripts.append(completion(answer, mode="instruct"))
-    assert converse(env, f":do @{path} shout", ":write")[1] == ""
+    backend.scripts += [completion(answer, mode="instruct")] * 2
+    assert converse(env, f":do @{path} shout", ":do again", ":write")[1] == ""
     assert path.read_bytes() == after
-    assert backend.completions[0].get("prompt", "") == before.decode("utf-8-sig")
+    first, second = backend.completions
+    assert first.get("prompt", "") == before.decode("utf-8-sig")
+    assert second["prompt"] == after.decode("utf-8-sig")
 
 
 # ------------------------------------------------------------------------------------------ terminal
