@@ -193,8 +193,9 @@ SPECIAL = re.compile(
 # client cuts the answer itself. A text that only mentions such a mark has none of these layouts.
 NEXT_EDIT = re.compile(
     r"\A\s*(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
-    r"|\A\s*<\[fim-suffix\]>.*<\[fim-prefix\]>.*(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>).*<\[fim-middle\]>[^\n]*\Z"
-    r"|\A### Instruction:.*^<\|editable_region_start\|>.*^### Response:\s*\Z",
+    r"|\A\s*<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
+    r"(?>.*<\[fim-middle\]>)[^\n]*\Z"
+    r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z",
     re.M | re.S,
 )
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import takewhile
 
-from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, OPENED, Language
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_blank
 
 # ------------------------------------------------------------------------------------------------------ the natural end
@@ -34,7 +34,7 @@ NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 FUNCTION = re.compile(r"(?:async\s+)?def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
-    r"(?:^|\n)\s*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when|foreach|elseif|guard|repeat"
+    r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when|foreach|elseif|guard|repeat"
     r"|using|lock|synchronized|defer)\b[^\n]*$"
 )
 CODE = re.compile(
@@ -45,7 +45,7 @@ CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # c
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
-FENCE = re.compile(r"(`{3,}|~{3,})([^`\n]*)")
+FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
@@ -961,7 +961,7 @@ def scan(language: Language, prompt: str) -> Scanner:
     if scanner.closer == "<?":
         return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
     if scanner.closer and language is LANGUAGES["markdown"]:
-        *_, last = [None, *re.finditer(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*).*\n", prompt, re.M)]
+        *_, last = [None, *OPENED.finditer(prompt)]
         if last and (inner := BY_NAME.get(last[1].lower())):
             return Scanner(LANGUAGES[inner], prompt[last.end() :])
     return scanner

@@ -103,8 +103,8 @@ _JS = Language(
         rf"\({_IN_PARENS}\)[^()\n;=]{{0,100}}\{{[ \t]*\r?$)"
     ),
     _lines(
-        r"^\s*(?:(?:export|default|declare|abstract)\s+)*(?:class|interface|namespace|module)\b"
-        r"|^\s*(?:describe|context|suite)\s*\("
+        r"^[^\S\n]*(?:(?:export|default|declare|abstract)\s+){0,4}(?:class|interface|namespace|module)\b"
+        r"|^[^\S\n]*(?:describe|context|suite)[^\S\n]*\("
     ),
     strings=(*_C_STRINGS, ("`", "`")),
     multiline=frozenset("`"),
@@ -158,7 +158,7 @@ LANGUAGES: dict[str, Language] = {
             r"(?:(?:fn|struct|enum|union|trait|type|mod|static(?:[ \t]+mut)?|const|macro_rules!)[ \t]+(\w+)"
             r"|impl\b(?:<[^\n{]{0,160}>)?[ \t]+(?:[^\n{]{0,160}[ \t]for[ \t]+)?(?!for\b)(?:\w+::){0,4}(\w+))"
         ),
-        _lines(r"^\s*(?:pub(?:\([^)]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b"),
+        _lines(r"^[^\S\n]*(?:pub(?:\([^)\n]*\))?\s+)?(?:unsafe\s+)?(?:impl|trait|mod|extern)\b"),
         strings=(*_RUST_RAW, ('"', '"')),
         multiline=frozenset(('"', *(opening for opening, _ in _RUST_RAW))),
         function="fn",
@@ -202,7 +202,7 @@ _CONSTANT = rf"[ \t]{{0,200}}{_NO_STATEMENT}{_TOKENS}([A-Z][A-Z0-9_]{{1,80}})[ \
 
 def _types(keywords: str) -> re.Pattern[str]:
     """A pattern for a block's header that begins with modifiers and one of these keywords."""
-    return _lines(rf"^\s*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b")
+    return _lines(rf"^[^\S\n]*(?:@?[\w.]+(?:\([^()\n]*\))?\s+){{0,12}}(?:{keywords})\b")
 
 
 def _also(keywords: str) -> re.Pattern[str]:
@@ -323,7 +323,7 @@ LANGUAGES |= {
             r"^(?:[ \t]{0,200}(?:(?:private|public|protected|module_function)[ \t]+)?def[ \t]+(?:\w+\.)?(\w+[?!=]?)"
             r"|[ \t]{0,200}(?:class|module)[ \t]+(?:\w+::){0,4}(\w+)|[ \t]{0,200}([A-Z]\w*)[ \t]*=(?![=~]))"
         ),
-        re.compile(r"(?:class|module)\b|(?:\w+\.)?(?:describe|context|feature|namespace)\b"),
+        re.compile(r"(?:class|module)\b|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)\b"),
         line_comment="#",
         block_comment=("=begin", "=end"),
         strings=(*_C_STRINGS, ("`", "`")),
@@ -466,7 +466,7 @@ MODELINE = re.compile(
     r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
     re.I | re.M,
 )
-OPENED = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#-]*)[^\n`]*$", re.M)
+OPENED = re.compile(r"^[ \t]*(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)[^\n`]*+$", re.M)
 
 
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:

@@ -29,7 +29,7 @@ RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 # PHP: `if (...):` up to `endif;`.
-ALTERNATIVE = re.compile(r"^(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*$", re.M)
+ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*")
 ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
 ITEM = re.compile(r"-(?:\s|$)")  # of YAML
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
@@ -284,7 +284,7 @@ class Scanner(Literals):
         if char in self.brackets:
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
-        elif char == ":" and self.language.alternative and ALTERNATIVE.search(self.head):
+        elif char == ":" and self.language.alternative and ALTERNATIVE.fullmatch(self.head):
             self.stack.append(Bracket("{", self.head, self.indent))
             self.head, char = "", "{"
         elif char == ";" and not self.by_lines and not self.in_parens:

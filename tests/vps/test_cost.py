@@ -1,19 +1,29 @@
 """What a text costs grows with its length and not with its square, whatever a user sends or a model writes.
 
 Each entry point reads each hostile text twice, the second one four times as long, and the CPU time is compared. A
-quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part of a step is quadratic.
+quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part of a step is quadratic. So does
+each regular expression of the product, with texts made from its own parts.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
+import re
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from re import _parser  # there is no public one
+from typing import Any
 
 import pytest
 
 from cerebrum.text.ending import Ending, StopStrings
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import detect_mode, prepare, split_instruction
+from cerebrum.text.scanner import HEAD_CHARS
 
 QUICK = ("python", "javascript", "cpp")
 SLOW = ("ruby", "php", "shell", "sql", "html", "yaml", "markdown", "csharp", "lua", "swift", "json", "dockerfile")
@@ -61,8 +71,8 @@ def feed(ending: Ending, text: str, piece: int = 3) -> None:
 
 def ask(language: str, text: str) -> None:
     split_instruction(text, LANGUAGES[language])
-    for fields in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
-        assert detect_mode({"language": language, **fields}) in MODES
+    for asked in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
+        assert detect_mode({"language": language, **asked}) in MODES
 
 
 def fit(language: str, text: str) -> None:
@@ -154,3 +164,163 @@ def test_a_megabyte_is_read_in_seconds(unit: str) -> None:
         ask(language, text)
         fit(language, text)
     assert time.thread_time() - started < 20  # 10 times what it takes
+
+
+# ----------------------------------------------------------------------------------------------- regular expressions
+
+ROOT = Path(__file__).parents[2]
+MORE_CHARACTERS = 3 * CHARACTERS  # a step that the regular expression itself makes is short
+PADS = (" ", "\t", "\n", "a", "(", '"', "a ", "a\n", "a(", "\n ")
+TAILS = ("\0`",)  # what no longer matches
+MORE_TAILS = (*TAILS, "", "\0", "\n!", "\n")
+USE = re.compile(r"(\w+)\.(search|match|fullmatch|finditer|findall|sub|split)\(")
+# The longest text that the caller gives to a pattern that would be expensive for a longer one.
+AT_MOST = {"INITIALIZER": HEAD_CHARS // 4, "UNFINISHED": 64, "WORD": 100}
+# These read our own page, the operator's own .env, and a block that ends with the end of an event.
+LEFT_OUT = {"SCRIPT", "STYLE", "_read_env", "TOKENS_OR_EVENT"}
+
+
+def inside(node: Any) -> list[Any]:
+    """The parts of a node of a parsed regular expression, each a list of nodes."""
+    kind, value = str(node[0]), node[1]
+    if kind == "BRANCH":
+        return value[1]
+    if kind.endswith("_REPEAT"):
+        return [value[2]]
+    if kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        return [value[-1]]
+    return [value] if kind == "ATOMIC_GROUP" else []
+
+
+def sample(nodes: Iterable[Any]) -> str:
+    """A text that parts of a parsed regular expression match, or nearly."""
+    text = ""
+    for node in nodes:
+        kind, value = str(node[0]), node[1]
+        if kind == "IN":
+            known = [
+                one if str(name) == "LITERAL" else one[0] for name, one in value if str(name) in ("LITERAL", "RANGE")
+            ]
+            blank = "CATEGORY_SPACE" in str(value)
+            text += " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
+        elif parts := inside(node):
+            text += sample(parts[0])
+        else:
+            text += chr(value) if kind == "LITERAL" else "a" * (kind in ("ANY", "NOT_LITERAL"))
+    return text
+
+
+def repetitions(nodes: Iterable[Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(text that leads to it, text repeated) of each repetition without a limit."""
+    for node in nodes:
+        if str(node[0]).endswith("_REPEAT") and node[1][1] == _parser.MAXREPEAT:
+            yield before, sample(node[1][2])
+        for part in inside(node):
+            yield from repetitions(part, before)
+        before += sample([node])
+
+
+def words(nodes: Iterable[Any]) -> Iterator[str]:
+    """The characters that a regular expression names, those in a row as one text."""
+    word = ""
+    for node in nodes:
+        if str(node[0]) == "LITERAL":
+            word += chr(node[1])
+            continue
+        yield from filter(None, [word])
+        word = ""
+        for part in inside(node):
+            yield from words(part)
+    yield from filter(None, [word])
+
+
+def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
+    """The compiled patterns in a value, each with the name of the constant or field that holds it."""
+    if isinstance(value, re.Pattern):
+        yield name, value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from patterns_in(getattr(value, field.name), field.name)
+    elif isinstance(value, (dict, list, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from patterns_in(one, name)
+
+
+def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
+    """Where each (pattern, method that is called) is: the constants of all modules, and what is written in a call."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("cerebrum/**/*.py")]
+    texts, found = {path: path.read_text() for path in paths}, dict[tuple[re.Pattern[Any], str], str]()
+    called = defaultdict[str, set[str]](set)
+    for name, method in (use for text in texts.values() for use in USE.findall(text)):
+        called[name].add(method)
+    for path, text in texts.items():
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for constant, value in vars(module).items():
+            for name, pattern in patterns_in(value, constant):
+                for method in called[name] or {"search"}:
+                    found.setdefault((pattern, method), name)
+        for function in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                match node:
+                    case ast.Call(ast.Attribute(ast.Name("re"), method), [ast.Constant(source), *_]):
+                        found.setdefault((re.compile(source), method), function.name)
+    return found
+
+
+def hostile(pattern: re.Pattern[Any], pads: Iterable[str], tails: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(start, what is repeated, end) of texts that a pattern may read again and again."""
+    source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+    tree = _parser.parse(source, pattern.flags)
+    repeated, named = {*repetitions(tree)}, [*words(tree)]
+    units = {*pads, *named, "".join(named), *(unit for _, unit in repeated)} - {""}
+    return ((start, unit, tail) for start in {"", *(one for one, _ in repeated)} for unit in units for tail in tails)
+
+
+def drive(pattern: re.Pattern[Any], method: str) -> Work:
+    """Let a pattern read a text as the product does; a search goes on to the text's end."""
+    call = getattr(pattern, method if method in ("match", "fullmatch") else "finditer")
+
+    def work(_language: str, text: str) -> None:
+        read = call(text if isinstance(pattern.pattern, str) else text.encode())
+        for _ in read if method not in ("match", "fullmatch") else ():
+            pass
+
+    return work
+
+
+def worst(pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str], tails: Iterable[str]) -> Any:
+    """(growth, text) of the first text that is too expensive, or of the most expensive one."""
+    work, grown = drive(pattern, method), [(0.0, ("", "", ""))]
+    for start, unit, tail in hostile(pattern, pads, tails):
+        text = repeated(unit, start)
+        for characters in (size // 16, size):  # what is cubic would take minutes for the longer text
+            times = growth(work, "", lambda size, text=text, tail=tail: text(size) + tail, characters)
+            if times > MAX_GROWTH:
+                return times, (start, unit, tail)
+        grown.append((times, (start, unit, tail)))
+    return max(grown)
+
+
+@pytest.mark.parametrize(
+    ("size", "pads", "tails"),
+    [
+        (MORE_CHARACTERS, PADS, TAILS),
+        pytest.param(4 * MORE_CHARACTERS, UNITS + MORE_UNITS, MORE_TAILS, marks=pytest.mark.slow),
+    ],
+    ids=["short", "long"],
+)
+def test_no_pattern_is_expensive(size: int, pads: Iterable[str], tails: Iterable[str]) -> None:
+    patterns = {one: where for one, where in patterns_of_the_product().items() if where not in LEFT_OUT}
+    assert {"OPENED", "NEXT_EDIT", "HEADERS", "has_block"} <= {*patterns.values()}
+    grown = {
+        (where, method, pattern.pattern): worst(
+            pattern, method, min(size, AT_MOST.get(where, 4 * size) // 4), pads, tails
+        )
+        for (pattern, method), where in patterns.items()
+    }
+    assert {where: found for where, found in grown.items() if found[0] > MAX_GROWTH} == {}
+
+
+def test_an_expensive_pattern_is_noticed() -> None:
+    pattern = re.compile(r"\A<a>.*<b>.*<c>\Z", re.S)
+    assert worst(pattern, "search", MORE_CHARACTERS, PADS, TAILS)[0] > MAX_GROWTH
