@@ -579,7 +579,9 @@ class Meeting:
         places = [len(text)]
         for size, edge in matches:
             columns, goal = self._line(size)
-            if not self.line or (self.indent == columns and goal.startswith(self.line)):
+            goal += self.remark
+            begun = self.line[: len(goal)] if self.remark else self.line  # a remark may go on to the line's end
+            if not self.line or (self.indent == columns and goal.startswith(begun)):
                 places.append(edge)
         first = self.goal[0][1] if self.rest or self.whole else ""
         at = max(0, len(self.line) - len(first)) if first else -1
@@ -593,8 +595,9 @@ class Meeting:
             places.append(len(text) - min(self.blanks, blank))
         return min(places)
 
-    def at_end(self, text: list[str]) -> int | None:
-        """Where the suffix begins, if the text ends in its first lines."""
+    def at_end(self, text: list[str], closed: bool) -> int | None:
+        """Where the suffix begins, if the text ends in its first lines. `closed`: the text has closed the literal that
+        the suffix closes."""
         for size, edge in [*reversed(self.found), (0, self.edge)] if self.goal else []:
             lines, place = size, edge
             if self.line:
@@ -604,7 +607,7 @@ class Meeting:
             elif not size:
                 continue
             closes = self.rest[:1] in tuple("\"'`)]}") or (self.rest.isalnum() and len(self.rest) < 3)
-            sure = lines > 1 or self.weight >= END_WEIGHT or (self.rest and not closes)
+            sure = lines > 1 or self.weight >= END_WEIGHT or (self.rest and (closed or not closes))
             if lines > size - bool(not self.line) and sure:
                 return place
         return None
@@ -635,7 +638,7 @@ class Gap(Stage):
         # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
         self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
         self.blank = False  # the last line was blank
-        self.literal = bool(scanner.closer)
+        self.literal = scanner.closer
         self.unmatched, self.depth = scanner.unmatched, len(scanner.stack)
         closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         self.floor = min(self.depth, closers)  # brackets that the suffix closes
@@ -678,7 +681,7 @@ class Gap(Stage):
                 return
         if self.ahead < 0 and self.enough is not None:
             self.end("block", self._indented(self.enough))
-        elif char not in "\r`":  # which may be part of a line end that the suffix has, or of a fence
+        elif not self.reason and char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
             self.safe = max(self.safe, place)
 
@@ -687,7 +690,9 @@ class Gap(Stage):
         written = next((place for size, place in self.meeting.found if size == 1), None)
         sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight >= REST_WEIGHT
         closes = self.meeting.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
-        if written is not None and sure:
+        if written is not None and self._has_closed():
+            self.end("stop", written)
+        elif written is not None and sure:
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
         elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
             self._could_end(self.mark, REST_AHEAD_CHARS)
@@ -729,17 +734,21 @@ class Gap(Stage):
         """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
         return len(self.scanner.stack) < self.floor or self.scanner.unmatched > self.unmatched
 
+    def _has_closed(self) -> bool:
+        """Whether the text has closed the literal around the cursor, which the suffix closes."""
+        return bool(self.literal) and not self.scanner.closer and self.meeting.rest.startswith(self.literal)
+
     def _fits(self) -> bool:
         """Whether the suffix could follow the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
         if scanner.closer or self._has_left() or (scanner.by_lines and self.indent > self.limit):
-            return self.literal and bool(scanner.closer)
+            return bool(self.literal and scanner.closer)
         if len(scanner.stack) > self.depth:
             return False
         return self.below <= self.indent or scanner.in_parens if opened is None else opened < self.below
 
     def flush(self, whole: bool) -> str:
-        place = self.meeting.at_end(self.text)
+        place = self.meeting.at_end(self.text, self._has_closed())
         if place is None:
             place = self.enough if not whole else self.left if self._has_left() else None
         if place is not None:

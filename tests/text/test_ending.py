@@ -582,6 +582,37 @@ def f(a):
 
 def g():
     pass
+=== python end: the suffix's line with a remark, at the end
+def add(a, b):
+    «return a + b»
+
+print(add(1, 2))  # Output: 3‖
+
+print(add(1, 2))
+=== python stop: the suffix's line with a remark, and more
+def add(a, b):
+    «return a + b»
+
+print(add(1, 2))  # Output: 3
+print(add(3, 4))
+‖
+
+print(add(1, 2))
+=== python end: a closed string
+print("«hello»")‖")
+=== python stop: a closed string, and more
+print("«hello»")
+print("world")
+‖")
+=== javascript end: a closed string
+x = '«hello»';‖';
+=== c stop: a closed string, and its block
+int main() {
+    printf("«hello»");
+}
+‖");
+=== python end: the second string of a call
+print("a", "«b", "c»")‖")
 === go end: the type in aligned columns
 type A struct {
 	Na«me»‖     string
