@@ -45,6 +45,7 @@ CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # c
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
+HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
@@ -952,10 +953,11 @@ class Fences(Stage):
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
     above, _, after = prompt.partition(quotes)
-    before = re.sub(r"\b[a-zA-Z]{0,2}$", "", above).rstrip()
+    above = re.sub(r"\b[bfruBFRU]{1,2}$", "", above)
+    before = above.rstrip()
+    opens = before[-1:] in ("", *":=([{,\\") or (before[-1] != "." and above[len(before) :].strip("\n") == " ")
     behind, _, below = after.partition("\n")
-    code = below.partition(quotes)[0]
-    return bool(before) and not behind.strip() and before[-1] not in ":=([{,\\" and CODE.search(f"\n{code}") is not None
+    return not opens and not behind.strip() and CODE.search("\n" + below.partition(quotes)[0]) is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:
@@ -969,6 +971,11 @@ def scan(language: Language, prompt: str) -> Scanner:
     scanner = Scanner(language, prompt)
     if scanner.closer == "<?":
         return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
+    if scanner.opener in language.multiline and scanner.closer and language is not LANGUAGES["markdown"]:
+        headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))
+        *_, start = [0, *headers]
+        again = Scanner(language, prompt[start:])  # if only the whole text ends in a string, a quote was misread in it
+        return scanner if again.closer else again
     if scanner.closer and language is LANGUAGES["markdown"]:
         *_, last = [None, *OPENED.finditer(prompt)]
         if last and (inner := BY_NAME.get(last[1].lower())):

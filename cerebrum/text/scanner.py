@@ -26,7 +26,7 @@ COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|tr
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
-REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 # PHP: `if (...):` up to `endif;`.
 ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*")
@@ -119,7 +119,7 @@ class Literals:
             return not before or not (before.isalnum() or before in "_${/")
         if opener in ("'", '"') and before == "\\":
             return False
-        if opener == "'" and (before.isalnum() or before == "_"):
+        if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
         if opener == 'R"':

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cerebrum.text import ending
 from cerebrum.text.ending import Ending, StopStrings
+from cerebrum.text.languages import LANGUAGES
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -1320,6 +1321,34 @@ def check_case(case: str) -> None:
     known = None if language == "none" else language
     why = None if reason == "end" else reason
     check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, why))
+
+
+OPENS = """def f(x):
+    {} \"""
+    x = 1
+    \"""
+    """
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt"),
+    [
+        *(("python", OPENS.format(before)) for before in ("return", "yield", "x = x +", "return 'a' %", "return not")),
+        ("python", '    Text that ends here.\n    "\n    x = 1\n    '),
+        ("python", '    It ends here. "\n    x = 1\n    '),
+        ("javascript", "const f = (text) => /`/.test(text)\n"),
+        ("shell", "cut -d'\"' -f2 names\n"),
+        ("shell", 'x="$(tr -d \'"\' <names)"\nf() {\n    '),
+        ("shell", 'x="${y//\'"\'/}"\nf() {\n    '),
+    ],
+)
+def test_the_cursor_is_in_code(language: str, prompt: str) -> None:
+    assert ending.scan(LANGUAGES[language], prompt).closer == ""
+
+
+@pytest.mark.parametrize("prompt", ['def f():\n    return """\n    x', 'x = 1\n\n"""\ndef f', "def f():\n    g('''a"])
+def test_the_cursor_is_in_a_string(prompt: str) -> None:
+    assert ending.scan(LANGUAGES["python"], prompt).closer in ("'''", '"""')
 
 
 @pytest.mark.parametrize("case", cases(CASES), ids=title)
