@@ -597,8 +597,7 @@ class Meeting:
         return min(places)
 
     def at_end(self, text: list[str], closed: bool) -> int | None:
-        """Where the suffix begins, if the text ends in its first lines. `closed`: the text has closed the literal that
-        the suffix closes."""
+        """Where the suffix begins, if the text ends in its first lines. `closed`: the cursor's literal has ended."""
         for size, edge in [*reversed(self.found), (0, self.edge)] if self.goal else []:
             lines, place = size, edge
             if self.line:
@@ -973,8 +972,7 @@ def scan(language: Language, prompt: str) -> Scanner:
         return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
     if scanner.opener in language.multiline and scanner.closer and language is not LANGUAGES["markdown"]:
         headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))
-        *_, start = [0, *headers]
-        again = Scanner(language, prompt[start:])  # if only the whole text ends in a string, a quote was misread in it
+        again = Scanner(language, prompt[max(headers, default=0) :])  # in code: a quote above was misread
         return scanner if again.closer else again
     if scanner.closer and language is LANGUAGES["markdown"]:
         *_, last = [None, *OPENED.finditer(prompt)]
