@@ -249,10 +249,10 @@ async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     async with Backend() as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 200
-        await until(lambda: backend.waiting)
-        (spare,) = backend.waiting
+        await until(lambda probes=pi.probes: pi.probes > probes + 3 and len(backend.waiting) == 1)
+        (spare,) = backend.waiting  # the probes open connections too, for a moment
         await until(lambda probes=pi.probes: pi.probes > probes + 3)
-        assert backend.waiting == {spare}, "probes use none, and leave none"
+        await until(lambda: backend.waiting == {spare}, "probes use none, and leave none")
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
         assert len(backend.completions) == 2
