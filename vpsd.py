@@ -275,9 +275,17 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
     """List the models that fit; or download one, print its path, and tune it unless this machine already has a usable
     tuned file. A failed tuning is no failure of the command, since the model also works untuned."""
-    room_mb = psutil.virtual_memory().total / MB - config.min_free_mb
+    from cerebrum.check import BARE_MB, SYSTEM_MB, needed_mb
+
+    total_mb = psutil.virtual_memory().total // MB
+    room_mb = total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB
     if options.list:
-        print(*offers(config.models, config.models_dir, room_mb), sep="\n")
+        contexts = dict[str, str]()
+        for one in config.models:
+            with contextlib.suppress(ModelError, OSError):  # it is not here, or damaged
+                if (fitted := needed_mb(one, config, total_mb)[1]) != config.engine:
+                    contexts[one.id] = fitted.context
+        print(*offers(config.models, config.models_dir, room_mb, contexts), sep="\n")
         return
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
@@ -568,7 +576,7 @@ class Engine:
                 return None
             except Exception as exception:
                 error = exception if isinstance(exception, HttpError) else common.internal_error(exception)
-                self._remember(model, error)
+                self.remember(model, error)
                 return error
             finally:
                 del self.starting[model.id]
@@ -577,7 +585,7 @@ class Engine:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(self, model: Model, error: BaseException) -> None:
+    def remember(self, model: Model, error: BaseException) -> None:
         """Remember a failed load for `refusal`."""
         if isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
             with contextlib.suppress(OSError):  # the file has gone
@@ -586,9 +594,11 @@ class Engine:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        path, settings = self.config.models_dir / model.file, self.config.engine
+        path, settings = self.config.models_dir / model.file, await self.fit(model)
+        if settings != self.config.engine:
+            log.warning("model %s: memory allows only %s", model.id, settings.context)
         tuned, reason = await asyncio.to_thread(find_tuned, path, settings, model.sha256)
-        if tuned:
+        if tuned:  # it is larger, and used only with the context that the published file has
             try:
                 parts = await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)
                 if (need := sum(parts.values()) / MB) > (most := self._most_free_mb()):
@@ -614,7 +624,7 @@ class Engine:
                 tally.load_seconds += instance.last_used - begun
             elif not worker.stopping:
                 tally.failed_loads += 1
-                self._remember(model, error)
+                self.remember(model, error)
 
         ready.add_done_callback(count)
         gone = asyncio.create_task(self._reap(worker))
@@ -647,6 +657,15 @@ class Engine:
                 left = f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
                 raise HttpError("RESOURCE_EXHAUSTED", f"model {model.id} needs {need:.0f} MB ({figures}); {left}")
 
+    async def fit(self, model: Model) -> Settings:
+        """The settings with which a model's published file fits if all idle models were unloaded."""
+        path, free = self.config.models_dir / model.file, self._most_free_mb() * MB
+
+        def need(settings: Settings) -> int:
+            return sum(self._estimate(model, path, settings).values())
+
+        return await asyncio.to_thread(llama.fit, self.config.engine, free, need)
+
     def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
         try:
             return llama.estimate_bytes(path.stat().st_size, read_shape(path), settings)
@@ -659,7 +678,7 @@ class Engine:
         """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
         instances = self.instances.values()
         used = metrics.resident_bytes() - self.bare_bytes
-        untouched = max(0, sum(instance.estimate + instance.worker.stored_bytes for instance in instances) - used)
+        untouched = max(0, sum(instance.estimate for instance in instances) - used)
         return min(available_mb() - self.config.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
 
     def _most_free_mb(self) -> float:
@@ -817,13 +836,20 @@ async def models(engine: Engine, _request: Request) -> Response:
         tuned, _ = await asyncio.to_thread(find_tuned, folder / model.file, settings, model.sha256)
         instance = engine.instances.get(model.id)
         worker = instance.worker if instance and instance.loaded else None
-        used = worker.loader if worker else tuned
+        used, available = worker.loader if worker else tuned, engine.refusal(model) is None
+        n_ctx = worker.llama.n_ctx if worker and worker.llama else settings.n_ctx
+        if available and not worker:
+            try:
+                n_ctx = (await engine.fit(model)).n_ctx
+            except HttpError as error:  # the file is damaged
+                engine.remember(model, error)
+                available = False
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
             "path": str(used.path if used else folder / model.file),
-            "available": engine.refusal(model) is None,
-            "n_ctx": worker.llama.n_ctx if worker and worker.llama else settings.n_ctx,
+            "available": available,
+            "n_ctx": n_ctx,
             "encoding": used.encoding if used else "published",
             "fim_layout": model.fim_layout,
         }

@@ -42,6 +42,7 @@ SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
 PI_MB = 64  # of memory: cm4d takes 36, its clients need more
 BARE_MB = 150  # memory of vpsd without a model: 90 at its start, plus connections
+SYSTEM_MB = 250  # memory that a small Debian takes, with Tailscale
 SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
 LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
 
@@ -236,7 +237,8 @@ def check_models(report: Report, config: Any) -> None:
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
         report.add("FAIL", "models", f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one")
-    most, free = (max(0, round(size / MB - config.min_free_mb)) for size in psutil.virtual_memory()[:2])
+    total, available = psutil.virtual_memory()[:2]
+    most, free = (max(0, round(size / MB - config.min_free_mb)) for size in (total, available))
     for model in here:
         try:
             path = config.models_dir / model.file
@@ -245,7 +247,7 @@ def check_models(report: Report, config: Any) -> None:
                 raise ModelError(f"expected {model.size} bytes, got {size}")
             if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
-            need = needed_mb(model, config)
+            need, settings = needed_mb(model, config, total // MB)
         except (ModelError, OSError) as error:
             report.add("FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again")
             continue
@@ -256,21 +258,25 @@ def check_models(report: Report, config: Any) -> None:
         elif need > free:
             level, mend = "warn", ": end other programs, unless it is loaded already"
         beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
-        report.add(level, "memory", f"{model.id} needs {need:,} MB, {beside}{mend}")
+        with_context = "" if settings == config.engine else f" with {settings.context}"
+        report.add(level, "memory", f"{model.id} needs {need:,} MB{with_context}, {beside}{mend}")
 
 
-def needed_mb(model: Model, config: Any) -> int:
-    """A model's memory in MB, published or tuned, whichever is more. ModelError or OSError if a file cannot be read."""
+def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[int, Any]:
+    """A model's memory in MB and its Settings, on a machine with `total_mb` that does nothing else. ModelError or
+    OSError if a file cannot be read."""
     from cerebrum.vps.encoding import find_tuned
     from cerebrum.vps.gguf import read_shape
-    from cerebrum.vps.llama import estimate_bytes
+    from cerebrum.vps.llama import estimate_bytes, fit
 
-    path = config.models_dir / model.file
-    forms = [(path, config.engine)]
-    if tuned := find_tuned(path, config.engine, model.sha256)[0]:
-        forms.append((tuned.path, tuned.settings))
-    needs = (estimate_bytes(path.stat().st_size, read_shape(path), settings) for path, settings in forms)
-    return -(-max(sum(need.values()) for need in needs) // MB)
+    def need(settings: Any, path: Path = config.models_dir / model.file) -> int:
+        return sum(estimate_bytes(path.stat().st_size, read_shape(path), settings).values())
+
+    free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
+    settings = fit(config.engine, free, need)
+    tuned, _ = find_tuned(config.models_dir / model.file, settings, model.sha256)
+    larger = need(tuned.settings, tuned.path) if tuned else 0
+    return -(-max(need(settings), larger if larger <= free else 0) // MB), settings
 
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
@@ -280,7 +286,7 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
     most, needs = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb)), dict[str, int]()
     for model in config.models:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
-            needs[model.id] = needed_mb(model, config) + config.engine.cache_mb
+            needs[model.id] = needed_mb(model, config, total_mb)[0]
     limit = min(most, sum(needs.values()) + BARE_MB + SPARE_MB) if needs else most
     comments = [f"# {id}: {need} MB with its prompts (CEREBRUM_CACHE_MB)" for id, need in needs.items()]
     beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"

@@ -38,7 +38,7 @@ ENV = ROOT / ".env"
 # Findings as `assert_found` expects them.
 VALID = f"ok settings {ENV} models.toml"
 CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
-NEEDS = "memory tiny 230 CEREBRUM_MIN_FREE_MB"
+NEEDS = "memory tiny 486 CEREBRUM_MIN_FREE_MB"
 
 
 def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
@@ -131,7 +131,8 @@ FAULTS = [
     ("vpsd", "STATE_DIR", "/dev/null/x", ["FAIL state /dev/null CEREBRUM_STATE_DIR"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
     ("vpsd", "MIN_FREE_MB", "2900", [f"warn {NEEDS} 100 1,100"]),
-    ("vpsd", "MIN_FREE_MB", "3900", [f"FAIL {NEEDS} 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"]),
+    ("vpsd", "MIN_FREE_MB", "3900", ["FAIL memory tiny 327 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"]),
+    ("vpsd", "MIN_FREE_MB", "3190", ["warn memory tiny 407 2,560 2 0 810 CEREBRUM_MIN_FREE_MB"]),
 ]  # fmt: skip
 
 

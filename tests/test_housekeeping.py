@@ -43,7 +43,7 @@ class ScriptedWorker:
         self.ended: Future[None] = Future()
         self.due = float("inf")
         self.stopping = False
-        self.llama, self.stored_bytes = SimpleNamespace(n_ctx=4096), 0
+        self.llama, self.stored_bytes, self.memory_bytes = SimpleNamespace(n_ctx=4096), 0, 0
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.fails: Exception | None = None
@@ -189,6 +189,24 @@ async def test_a_tuned_file_with_a_damaged_header_is_not_used(
     monkeypatch.setattr(house.engine, "_free_mb", lambda: 1e6)
     assert (await house.idle(A)).tuned is None
     assert re.fullmatch(rf"model {A}: {NOT_TUNED}model {A} \(.*\): not a readable GGUF file", warnings(caplog)[-1])
+
+
+async def test_a_model_that_does_not_fit_gets_a_shorter_context(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def listed() -> dict[str, tuple[int, bool]]:
+        entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body  # type: ignore[arg-type]
+        return {entry["id"]: (entry["n_ctx"], entry["available"]) for entry in entries["models"]}
+
+    monkeypatch.setattr(house.engine, "_estimate", lambda _, __, used: {"kv": used.sequences * used.n_ctx << 10})
+    monkeypatch.setattr(house.engine, "_free_mb", lambda: 5.0)
+    monkeypatch.setattr(vpsd, "find_tuned", lambda _, used, __: (TunedFile(tmp_path, used, "abc", "tuned"), ""))
+    assert (await listed())[A] == (2560, True)
+    settings = (await house.idle(A)).loader.tuned.settings
+    assert (settings.n_ctx, settings.sequences) == (2560, 2)
+    assert warnings(caplog) == [f"model {A}: memory allows only a context of 2,560 tokens and 2 at a time"]
+    monkeypatch.setattr(house.engine, "_estimate", lambda *file: Engine._estimate(house.engine, *file))
+    assert (await listed())[C] == (4096, False)  # its file is damaged
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

@@ -92,15 +92,17 @@ def choose(models: Sequence[Model], folder: Path, room_mb: float) -> tuple[list[
     return fitting, max(fitting, key=lambda one: len(one.languages), default=None)
 
 
-def offers(models: Sequence[Model], folder: Path, room_mb: float) -> list[str]:
-    """What can be chosen, one model a line. `+` marks those that are here, `*` the one for a new machine."""
+def offers(models: Sequence[Model], folder: Path, room_mb: float, contexts: Mapping[str, str]) -> list[str]:
+    """What can be chosen, one model a line. `+` marks those that are here, `*` the one for a new machine.
+    `contexts` has the contexts that memory shortens, in words, by model."""
     fitting, best = choose(models, folder, room_mb)
     lines = []
     for one in fitting:
         mark = "+" if (folder / one.file).is_file() else "*" if one is best else " "
         size = f"{one.size / 1e9:.1f} GB to fetch, " if one.size else ""
-        memory = f"{one.memory_mb / 1e3:.1f} GB of memory, " if one.memory_mb else ""
-        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}for {' '.join(one.languages)}")
+        memory = f"{one.memory_mb / 1e3:.1f} GB of memory or more, " if one.memory_mb else ""
+        context = f"with {contexts[one.id]}, " if one.id in contexts else ""
+        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}{context}for {' '.join(one.languages)}")
     return lines
 
 

@@ -27,7 +27,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, keep_log
+from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, file_stamp, keep_log
 
 # ------------------------------------------------------------------------------------------ IO: headers
 
@@ -152,6 +152,11 @@ class Gguf:
 
 def read_shape(path: Path) -> Shape:
     """The dimensions in a GGUF's header. ModelError if the file is not a GGUF."""
+    return _read_shape(path, file_stamp(path))
+
+
+@functools.lru_cache(64)  # reading a large vocabulary takes a tenth of a second
+def _read_shape(path: Path, _stamp: str) -> Shape:
     with Gguf(path) as file:
         return file.shape
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class Settings:
         """Whether flash attention is on. A quantized cache needs it."""
         return self.flash_attention or self.kv_type != "f16"
 
+    @property
+    def context(self) -> str:
+        """In words, for messages."""
+        return f"a context of {self.n_ctx:,} tokens and {self.sequences} at a time"
+
 
 @dataclass(frozen=True, slots=True)
 class TunedFile:
@@ -91,7 +96,7 @@ class Shape:
 
 
 def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:
-    """Bytes that a model will need when loaded: its weights, KV cache and compute buffers."""
+    """Bytes that a model will need in time: its weights, KV cache, compute buffers and saved prompts."""
     element = 2.0 if settings.kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
     cells, outputs = settings.sequences * settings.n_ctx, settings.sequences * (MAX_DRAFT + 1)
     per_cell = 2 if settings.uses_flash_attention else 4 * shape.heads + 2  # bytes; without it, scores of all cells
@@ -100,8 +105,24 @@ def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str
         "weights": file_size,
         "kv": int(cells * shape.kv_width * element) + settings.sequences * shape.state,
         "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
+        "prompts": settings.cache_mb * MB,
     }
 
+
+def fit(settings: Settings, free: float, need: Callable[[Settings], int]) -> Settings:
+    """The settings with the longest context that fits into `free` bytes: MIN_FIT_TOKENS a sequence or more, else fewer
+    sequences. `need` returns the bytes that settings take. If nothing fits, the least settings."""
+    least, shorter = min(MIN_FIT_TOKENS, settings.n_ctx), (settings.n_ctx - 1) // FIT_STEP_TOKENS * FIT_STEP_TOKENS
+    for sequences in range(settings.sequences, 0, -1):
+        for n_ctx in (settings.n_ctx, *range(shorter, least - 1, -FIT_STEP_TOKENS)):
+            fitted = replace(settings, n_ctx=n_ctx, sequences=sequences)
+            if need(fitted) <= free:
+                return fitted
+    return fitted
+
+
+MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
+FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
 
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked

@@ -29,7 +29,7 @@ import vpsd
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, Shape, estimate_bytes
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Shape, estimate_bytes
 from cerebrum.vps.prefixes import (
     KV_MAGIC,
     Parked,
@@ -634,13 +634,43 @@ def test_estimate_bytes() -> None:
     parts = estimate_bytes(491_400_064, SHAPE, llama.Settings())
     layer = 4 * (8 * 896 + 3 * 4864)
     compute = 256 * (layer + (4 * 14 + 2) * 8192) + 8 * 128 * 151_936
-    assert parts == {"weights": 491_400_064, "kv": 8192 * 24 * 256 * 2, "compute": compute}
-    quantized = estimate_bytes(0, SHAPE, llama.Settings(kv_type="q8_0"))
+    assert parts == {"weights": 491_400_064, "kv": 8192 * 24 * 256 * 2, "compute": compute, "prompts": 256 * MB}
+    quantized = estimate_bytes(0, SHAPE, llama.Settings(kv_type="q8_0", cache_mb=0))
     compute = 256 * (layer + 2 * 8192) + 8 * 128 * 151_936
-    assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute}
+    assert quantized == {"weights": 0, "kv": 8192 * 24 * 256 * 34 // 32, "compute": compute, "prompts": 0}
     flash = estimate_bytes(0, SHAPE, llama.Settings(n_ctx=2048, sequences=4, micro_batch=128, flash_attention=True))
     compute = 128 * (layer + 2 * 8192) + 8 * 256 * 151_936
-    assert flash == {"weights": 0, "kv": 8192 * 24 * 256 * 2, "compute": compute}
+    assert flash == {"weights": 0, "kv": 8192 * 24 * 256 * 2, "compute": compute, "prompts": 256 * MB}
+
+
+CODELLAMA = Shape(layers=32, kv_width=32 * 8192, heads=32, embedding=4096, feed_forward=11_008, vocabulary=32_016)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "sequences", "free_mb", "fitted"),
+    [
+        (4096, 2, 8600, (4096, 2)),
+        (4096, 2, 8599, (3840, 2)),
+        (4096, 2, 6422, (2048, 2)),
+        (4096, 2, 6421, (4096, 1)),
+        (4096, 2, 5836, (2816, 1)),  # a VPS of 7,260 MB without the reserve and the system
+        (4096, 2, 5317, (2048, 1)),
+        (4096, 2, 0, (2048, 1)),  # which does not fit either
+        (4000, 3, 0, (2048, 1)),
+        (3000, 1, 5600, (2560, 1)),
+        (1000, 2, 5307, (1000, 2)),  # a context that a person has set is not shortened below 2,048
+        (1000, 2, 0, (1000, 1)),
+        (2049, 1, 5317, (2048, 1)),
+    ],
+)
+def test_the_longest_context_that_fits(n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]) -> None:
+    def need(settings: llama.Settings) -> int:
+        return sum(estimate_bytes(4_081_004_224, CODELLAMA, settings).values())
+
+    asked = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
+    got = llama.fit(asked, free_mb * MB, need)
+    assert (got.n_ctx, got.sequences) == fitted
+    assert replace(got, n_ctx=n_ctx, sequences=sequences) == asked
 
 
 # ----------------------------------------------------------------------------------------------- baton

@@ -321,16 +321,18 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
 
     models = [entry("large", 5000, "go", size=4_700_000_000), entry("both", 1800, "go", "c", size=1_100_000_000)]
     models += [entry("other", 0, "go", "c"), replace(entry("away", 1, "go"), sources=())]
-    assert offers(models, tmp_path, 1800.0) == [
-        "* both           7B    1.1 GB to fetch, 1.8 GB of memory, for go c",
+    assert offers(models, tmp_path, 1800.0, {}) == [
+        "* both           7B    1.1 GB to fetch, 1.8 GB of memory or more, for go c",
         "  other          7B    for go c",
     ]
     (tmp_path / "other.gguf").touch()
     (tmp_path / "away.gguf").touch()
-    assert [line.split()[:2] for line in offers(models, tmp_path, 9000.0)] == [
+    assert [line.split()[:2] for line in offers(models, tmp_path, 9000.0, {})] == [
         ["large", "7B"], ["*", "both"], ["+", "other"], ["+", "away"]
     ]  # fmt: skip
-    assert offers(models, tmp_path, -1.0) == []
+    assert offers(models, tmp_path, -1.0, {}) == []
+    told = offers(models[1:2], tmp_path, 9000.0, {"both": "a context of 2,048 tokens"})
+    assert told[0].endswith("1.8 GB of memory or more, with a context of 2,048 tokens, for go c")
 
 
 def test_fetch_for_this_machine(

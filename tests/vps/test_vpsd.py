@@ -1231,14 +1231,14 @@ def test_too_little_memory_to_start_work(output: Path, models: Path) -> None:
 
 @pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
 def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
-    spare = 500  # MB, less than the weights, KV cache and buffers together
+    spare = 500  # MB, less than the weights and the saved prompts together
     reserve = psutil.virtual_memory().available // vps_llama.MB - spare
     with start(tmp_path, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code) == (503, "RESOURCE_EXHAUSTED")
         if not message.startswith("expected "):  # another program took the rest of the memory meanwhile
             assert message.startswith(f"model {SMALL} needs ")
-            assert "weights 469 MB, kv 384 MB, compute " in message
+            assert "weights 469 MB, kv 24 MB, compute " in message  # of the shortest context
             assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
         assert vps.active() == 0
         assert vps.get("/health")["models_loaded"] == []
