@@ -301,17 +301,20 @@ class Llama:
         llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
         return True
 
-    def save(self, slot: Slot) -> bytes:
-        """The slot's KV state, for `restore`."""
-        size = llama.llama_state_seq_get_size(self.context, slot.id)
-        buffer = (ctypes.c_uint8 * size)()
-        written = llama.llama_state_seq_get_data(self.context, buffer, size, slot.id)
-        return bytes(memoryview(buffer)[:written])
+    def state_size(self, slot: Slot) -> int:
+        """Bytes of the slot's KV state."""
+        return int(llama.llama_state_seq_get_size(self.context, slot.id))
 
-    def restore(self, slot: Slot, state: bytes) -> bool:
+    def save(self, slot: Slot) -> memoryview:
+        """The slot's KV state, for `restore`. It can have hundreds of megabytes, so nothing copies it again."""
+        state = np.empty(self.state_size(slot), np.uint8)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return state[: llama.llama_state_seq_get_data(self.context, data, len(state), slot.id)].data
+
+    def restore(self, slot: Slot, state: bytes | memoryview) -> bool:
         """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp rejects the state."""
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return int(llama.llama_state_seq_set_data(self.context, buffer, len(state), slot.id)) == len(state)
+        data = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return int(llama.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(state)
 
 
 class Sampler:
@@ -399,13 +402,13 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
         stamp.touch()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file in one step. The file and a new folder are for this user alone."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace the file by these parts in one step. The file and a new folder are for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}")  # a fixed name, so that the next write replaces a killed process's file
     try:
         with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
-            file.write(data)
+            file.writelines(parts)
         os.replace(temporary, path)
     except BaseException:  # a full disk, say
         temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ class Parked:
     """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these tokens."""
 
     tokens: list[int]
-    state: bytes
+    state: bytes | memoryview
 
     @property
     def size(self) -> int:
@@ -36,8 +36,12 @@ class PrefixStore:
     """
 
     def __init__(self, budget: int, whole: bool = False) -> None:
-        self.budget, self.size, self.whole = budget, 0, whole
+        self.budget, self.whole = budget, whole
         self.entries: list[Parked] = []  # the most recently used last
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.entries)
 
     def _touch(self, place: int) -> Parked:
         """The entry at this place, which counts as just used."""
@@ -55,14 +59,24 @@ class PrefixStore:
                 return True
         return False
 
+    def make_room(self, tokens: list[int], size: int) -> bool:
+        """Drop the entries that `tokens` extend, then the least recently used until `size` bytes more are within the
+        budget. False, with nothing dropped, if that is impossible."""
+        if size > self.budget:
+            return False
+        self.entries = [old for old in self.entries if not self._replaces(tokens, old.tokens)]
+        self.shrink(self.budget - size)
+        return True
+
+    def shrink(self, size: int) -> None:
+        """Drop the least recently used entries down to `size` bytes."""
+        while self.size > size:
+            self.entries.pop(0)
+
     def add(self, entry: Parked) -> None:
-        """Keep `entry`, drop the entries that it extends, then drop the least recently used down to the budget."""
-        if entry.size > self.budget:
-            return
-        self.entries = [old for old in self.entries if not self._replaces(entry.tokens, old.tokens)] + [entry]
-        self.size = sum(entry.size for entry in self.entries)
-        while self.size > self.budget:
-            self.size -= self.entries.pop(0).size
+        """Keep `entry`, unless it is larger than the budget."""
+        if self.make_room(entry.tokens, entry.size):
+            self.entries.append(entry)
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
@@ -118,8 +132,11 @@ class Sequences:
         )
 
     def keep(self, slot: Slot) -> None:
-        """Copy the slot's sequence to the store."""
-        if len(slot.tokens) >= MIN_PREFIX and self.store.budget and not self.store.covers(slot.tokens):
+        """Copy the slot's sequence to the store, if it is within the budget. Room is made first: both would take memory
+        together."""
+        if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens):
+            return
+        if self.store.make_room(slot.tokens, self.model.state_size(slot) + 4 * len(slot.tokens)):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot)))
 
     def park(self, slot: Slot) -> None:
@@ -138,10 +155,12 @@ class Sequences:
 KV_MAGIC = b"cerebrum-kv-4\n"
 
 
-def encode_parked(entry: Parked, key: str) -> bytes:
-    """The bytes of a file: magic, sha256 of the rest, a line with key and number of tokens, tokens as int32, state."""
-    rest = f"{key} {len(entry.tokens)}\n".encode() + array("i", entry.tokens).tobytes() + entry.state
-    return KV_MAGIC + hashlib.sha256(rest).digest() + rest
+def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
+    """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens as int32; state."""
+    head = f"{key} {len(entry.tokens)}\n".encode() + array("i", entry.tokens).tobytes()
+    digest = hashlib.sha256(head)
+    digest.update(entry.state)
+    return KV_MAGIC + digest.digest() + head, entry.state
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
@@ -154,7 +173,7 @@ def decode_parked(data: bytes, key: str) -> Parked:
     if made_for != key:
         raise ValueError("made for another model, context or library")
     end = begin + 4 * int(count)
-    return Parked(array("i", data[begin:end]).tolist(), data[end:])
+    return Parked(array("i", data[begin:end]).tolist(), memoryview(data)[end:])
 
 
 def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
@@ -164,7 +183,7 @@ def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callabl
     try:
         for path, entry in files.items():
             tick()
-            write_atomically(path, encode_parked(entry, key))
+            write_atomically(path, *encode_parked(entry, key))
         for path in set(folder.glob("*")) - files.keys():
             path.unlink()
     except OSError as error:

@@ -34,6 +34,7 @@ from cerebrum.vps.prefixes import (
     KV_MAGIC,
     Parked,
     PrefixStore,
+    Sequences,
     common_prefix,
     decode_parked,
     encode_parked,
@@ -493,11 +494,29 @@ def test_store_covers_and_best() -> None:
     assert store.best([9]) == (None, 0)
 
 
+def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> None:
+    model = ScriptedLlama()
+    sequences = Sequences(model, 1, 100)  # type: ignore[arg-type]
+    slot, store = sequences.slots[0], sequences.store
+    store.add(parked([7], 100))
+    slot.tokens = [*range(24)]  # with their 5 bytes of state, 101
+    sequences.keep(slot)
+    assert (model.saved, store.size) == (0, 100)
+    slot.tokens = [*range(23)]
+    model.fails = "save"  # with what was kept before, that would take twice the budget
+    with pytest.raises(MemoryError):
+        sequences.keep(slot)
+    assert store.size == 0
+    model.fails = ""
+    sequences.keep(slot)
+    assert (model.saved, store.size) == (1, 97)
+
+
 ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 
 
 def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
-    data = encode_parked(ENTRY, "key")
+    data = b"".join(encode_parked(ENTRY, "key"))
     assert decode_parked(data, "key") == ENTRY
     for place in range(len(data)):
         for mask in (0x01, 0x80, 0xFF):
@@ -521,8 +540,8 @@ def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> 
 
     (tmp_path / "kv" / names[3]).write_bytes(b"")
     (tmp_path / "kv" / names[4]).write_bytes((tmp_path / "kv" / names[5]).read_bytes()[:-1])
-    (tmp_path / "kv" / names[6]).write_bytes(encode_parked(entries[6], "other"))
-    (tmp_path / "kv" / names[7]).write_bytes(encode_parked(Parked([7], bytes(1000)), "key"))
+    (tmp_path / "kv" / names[6]).write_bytes(b"".join(encode_parked(entries[6], "other")))
+    (tmp_path / "kv" / names[7]).write_bytes(b"".join(encode_parked(Parked([7], bytes(1000)), "key")))
     (tmp_path / "kv" / "foreign.txt").write_text("hello")
     header = b'["a list"]'
     rest = struct.pack("<I", len(header)) + header
@@ -851,7 +870,7 @@ class ScriptedLlama:
         self.vocabulary = self
         self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
         self.abort_flag = [b"\x00"]
-        self.closed = False
+        self.closed, self.saved = False, 0
         self.hold: threading.Event | None = None  # each decode waits for it
         self.decoding = threading.Event()
 
@@ -882,8 +901,12 @@ class ScriptedLlama:
     def is_end(self, _token: int) -> bool:
         return False
 
+    def state_size(self, _slot: Any) -> int:
+        return 5
+
     def save(self, _slot: Any) -> bytes:
         self._fail("save")
+        self.saved += 1
         return b"state"
 
     def close(self) -> None:
