@@ -425,6 +425,11 @@ class Instance:
         return self.ready.done() and not self.ready.exception() and not self.worker.stopping
 
     @property
+    def saved(self) -> bool:
+        """The model has saved prompts, which can be dropped."""
+        return self.loaded and self.worker.stored_bytes > 0
+
+    @property
     def idle(self) -> bool:
         """No request uses the model or waits for its load, and the model is not being unloaded."""
         return not self.completions and not self.worker.stopping
@@ -495,9 +500,10 @@ class Engine:
         older = [other for other in self.completions if session and other.session == session]
         if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        others = [instance for instance in self.instances.values() if instance.model.id != model]
-        if not any(other.idle or other.worker.stopping for other in others):  # nothing can be unloaded for this model
-            check_memory(available_mb(), self.config)
+        instances = self.instances.values()
+        others = [instance for instance in instances if instance.model.id != model]
+        if not (any(other.idle or other.worker.stopping for other in others) or any(one.saved for one in instances)):
+            check_memory(available_mb(), self.config)  # nothing can be unloaded or dropped for this request
         check_cpu(self.cpu.others_percent, self.config)
         completion = Completion(model, session, CompletionRequest(**request), notes)
         if self.config.log_prompts:
@@ -641,10 +647,15 @@ class Engine:
     # Memory.
 
     async def _relieve(self, wanted: str) -> None:
-        """While available memory is below the reserve, unload idle models other than the wanted one; HttpError 503 if
-        that is not enough."""
+        """While available memory is below the reserve, unload idle models other than the wanted one, then drop saved
+        prompts; HttpError 503 if that is not enough."""
         while available_mb() < self.config.min_free_mb and await self._free_one(spared=wanted):
             pass
+        for instance in [one for one in self.instances.values() if one.saved]:
+            if (missing := self.config.min_free_mb - available_mb()) > 0:
+                done = asyncio.wrap_future(instance.worker.shed(math.ceil(missing * MB)))
+                await asyncio.wait([done, instance.gone], return_when=asyncio.FIRST_COMPLETED)
+                ctypes.CDLL(None).malloc_trim(0)
         check_memory(available_mb(), self.config)
 
     async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:

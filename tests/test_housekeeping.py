@@ -386,6 +386,31 @@ async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
         house.engine.finish(completion)
 
 
+async def test_saved_prompts_are_dropped_before_a_request_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, dropped, available = await house.idle(A), list[int](), 900
+
+    def shed(size: int) -> Future[None]:
+        nonlocal available
+        dropped.append(size)
+        available, worker.stored_bytes, done = available + 130, 0, Future[None]()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(vpsd, "available_mb", lambda: available)
+    worker.shed, worker.stored_bytes = shed, 200 * MB  # type: ignore[attr-defined]
+    house.engine.finish(await house.loaded(A))
+    assert dropped == [124 * MB]
+    available, worker.stored_bytes = 800, 1
+    completion = house.ask(A)
+    message = "expected 1024 MB of memory available, got 930 MB"
+    assert (await error_of(completion)).message == message  # all that was saved was too little
+    house.engine.finish(completion)
+    with pytest.raises(HttpError, match=f"^{message}$"):
+        house.ask(A)
+
+
 async def test_a_second_load_waits_for_a_model_that_is_being_unloaded(house: House) -> None:
     house.room = 1
     idle = await house.idle(A)

@@ -70,7 +70,7 @@ class PrefixStore:
 
     def shrink(self, size: int) -> None:
         """Drop the least recently used entries down to `size` bytes."""
-        while self.size > size:
+        while self.entries and self.size > size:
             self.entries.pop(0)
 
     def add(self, entry: Parked) -> None:

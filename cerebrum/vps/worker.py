@@ -519,6 +519,7 @@ class Worker(threading.Thread):
         self.decoder: Decoder | None = None  # once the model is loaded
         self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
         self.tally = tally or ModelTally()
+        self.sheds: list[tuple[int, Future[None]]] = []  # a queue: other threads append, the thread removes
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
@@ -570,6 +571,14 @@ class Worker(threading.Thread):
         if (decoder := self.decoder) and (running := decoder.running) and all(run.job.cancelled for run in running):
             decoder.model.abort()
 
+    def shed(self, size: int) -> Future[None]:
+        """Drop the least recently used parked sequences, of `size` bytes or more, or all. The future is set after that,
+        but never if the thread ends before."""
+        done = Future[None]()
+        self.sheds.append((size, done))
+        self.wake()
+        return done
+
     def wake(self) -> None:
         """Make the thread look at its jobs, for instance when the client of a paused job has read on."""
         self._alarm.set()
@@ -610,6 +619,10 @@ class Worker(threading.Thread):
             self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
                 return
+            while self.sheds:
+                size, done = self.sheds.pop()
+                decoder.sequences.store.shrink(self.stored_bytes - size)
+                done.set_result(None)
             self._start_jobs(decoder)
             if self._alarm.is_set():
                 continue  # more jobs may have come while a sequence was parked, which takes milliseconds

@@ -1089,6 +1089,17 @@ def test_a_worker_is_due_only_while_it_works(worker: vps_worker.Worker, monkeypa
         wait_until(lambda: worker.due == math.inf, "the worker rests")
 
 
+def test_saved_prompts_are_dropped_on_request(worker: vps_worker.Worker) -> None:
+    store = PrefixStore(1000)
+    for tokens in ([1], [2], [3]):
+        store.add(parked(tokens, 100))
+    assert worker.decoder
+    worker.decoder.sequences.store = store
+    for size, left in ((0, [[1], [2], [3]]), (150, [[3]]), (150, [])):
+        worker.shed(size).result(PATIENCE)
+        assert [entry.tokens for entry in store.entries] == left
+
+
 def test_a_fault_with_one_token_ends_that_request_alone(worker: vps_worker.Worker) -> None:
     model: Any = worker.llama
     model.fails = "piece"
