@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,18 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
     assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
     meter.sample()  # the two clocks tick apart, but the difference never falls below 0
     assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
+
+
+def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "user nice system idle iowait irq softirq steal guest guest_nice"
+    times = namedtuple("times", names)  # type: ignore[misc]
+    readings = iter([times(*[0.0] * 10), times(10.0, 70.0, 5.0, 15.0, *[0.0] * 6)])
+    monkeypatch.setattr(vpsd.psutil, "cpu_times", lambda: next(readings))
+    own = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0))
+    monkeypatch.setattr(vpsd.psutil, "Process", lambda: own)
+    meter = CpuMeter()
+    meter.sample()
+    assert (meter.system_percent, meter.others_percent) == (85.0, 15.0)
 
 
 def test_cpu_meter_reads_this_machine() -> None:
