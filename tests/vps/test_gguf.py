@@ -72,8 +72,8 @@ def test_other_types_become_q8_0_through_floats(source: str) -> None:
 # ------------------------------------------------------------------------------------------------ header
 
 
-def header(**numbers: int) -> bytes:
-    """A GGUF with metadata only."""
+def header(floats: int = 0, **numbers: int) -> bytes:
+    """A GGUF with metadata only, or with these, up to a tensor of so many floats."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -82,7 +82,9 @@ def header(**numbers: int) -> bytes:
     pairs += [
         text(f"llama.{name.replace('__', '.')}") + struct.pack("<II", 4, value) for name, value in numbers.items()
     ]
-    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
+    tensor = text("x.weight") + struct.pack("<IQIQ", 1, floats, 0, 0) if floats else b""
+    whole = b"GGUF" + struct.pack("<IQQ", 3, floats > 0, len(pairs)) + b"".join(pairs) + tensor
+    return whole.ljust(-(-len(whole) // 32) * 32, b"\0") if floats else whole
 
 
 def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
@@ -110,6 +112,16 @@ def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> N
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(ModelError, match=message):
         read_shape(tmp_path / "m.gguf")
+
+
+def test_a_file_that_is_cut_short_has_no_shape(tmp_path: Path) -> None:
+    data = header(1000, **SIZES)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data + bytes(3999))
+    with pytest.raises(ModelError, match=rf"^cut short: expected {len(data) + 4000:,} bytes or more, got "):
+        read_shape(path)
+    path.write_bytes(data + bytes(4000))
+    assert read_shape(path).layers == 24
 
 
 # ------------------------------------------------------------------------------------------------ copies
