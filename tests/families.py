@@ -56,7 +56,7 @@ FAMILIES = {
     "dense": Family("llama"),
     "moe": Family("qwen2moe", EXPERTS),
     "longrope": Family("llama", {"rope.scaling.original_context_length": 512}),
-    "window": Family("gemma3", {"attention.sliding_window": 32}, layers=6),
+    "window": Family("gemma3", {"attention.sliding_window": 192}, layers=6),
     "recurrent": Family("mamba", SSM | {"ssm.time_step_rank": 4}, kv_heads=0),
     "hybrid": Family("granitehybrid", SSM | {"ssm.time_step_rank": 4}, layers=4, kv_heads=(0, HEADS, 0, HEADS)),
     "rollback": Family("lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=(0, HEADS, 0, HEADS)),

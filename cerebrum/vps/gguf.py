@@ -54,6 +54,8 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
     "gguf_get_data_offset": (_SIZE, (_VOID,)),
 }
+# Each so-many-th layer attends to all tokens, the others to a window (set_swa_pattern in llama.cpp's models).
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
 GGUF_UINT32, GGUF_INT32, GGUF_STRING, GGUF_ARRAY = 4, 5, 8, 9  # enum gguf_type
 
 
@@ -138,6 +140,10 @@ class Gguf:
         # Where some layers attend, the others are recurrent; where all do, all may be both.
         recurrent = kv_heads.count(0) or layers
         copies = 1 + ROLLBACK * (arch in ROLLING_BACK)
+        tied = self.lib.gguf_find_tensor(self.handle, b"token_embd.weight")
+        if self.lib.gguf_find_tensor(self.handle, b"output.weight") >= 0:
+            tied = -1
+        period = WINDOW_PERIODS.get(arch, 1)  # 1: no layer has a window, or it is unknown which
         tokens = self._place("tokenizer.ggml.tokens", GGUF_ARRAY)
         k_width = self.number(f"{arch}.attention.key_length", width // max(1, heads))
         v_width = self.number(f"{arch}.attention.value_length", width // max(1, heads))
@@ -150,6 +156,9 @@ class Gguf:
             embedding=width,
             feed_forward=max(feed_forward, self.number(f"{arch}.expert_used_count", 0) * expert),
             vocabulary=int(self.lib.gguf_get_arr_n(self.handle, tokens)) if tokens >= 0 else 0,
+            window=self.number(f"{arch}.attention.sliding_window", 0),
+            window_width=sum(kv_heads[i] for i in range(layers) if (i + 1) % period) * (k_width + v_width),
+            tied=int(self.lib.gguf_get_tensor_size(self.handle, tied)) if tied >= 0 else 0,
             state=recurrent * state * copies,
         )
 

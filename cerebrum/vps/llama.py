@@ -92,6 +92,9 @@ class Shape:
     embedding: int
     feed_forward: int
     vocabulary: int
+    window: int = 0  # tokens that a layer with a sliding window keeps of each sequence
+    window_width: int = 0  # the part of kv_width that these layers have
+    tied: int = 0  # bytes of an embedding that is also the output: llama.cpp may repack a copy of it
     state: int = 0  # bytes of one sequence's recurrent states, with those that can be gone back to
 
 
@@ -100,10 +103,12 @@ def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str
     element = 2.0 if settings.kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
     cells, outputs = settings.sequences * settings.n_ctx, settings.sequences * (MAX_DRAFT + 1)
     per_cell = 2 if settings.uses_flash_attention else 4 * shape.heads + 2  # bytes; without it, scores of all cells
+    window = settings.sequences * min(settings.n_ctx, -(-(shape.window + settings.micro_batch) // 256) * 256)
+    elements = cells * (shape.kv_width - shape.window_width) + window * shape.window_width
     per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
     return {
-        "weights": file_size,
-        "kv": int(cells * shape.kv_width * element) + settings.sequences * shape.state,
+        "weights": file_size + shape.tied,
+        "kv": int(elements * element) + settings.sequences * shape.state,
         "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
         "prompts": settings.cache_mb * MB,
     }
@@ -207,11 +212,12 @@ class Llama:
         params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
-        # the size of all sequences together.
+        # the size of all sequences together. And cells that two sequences share never leave a window: it would fill up.
         architecture = self.vocabulary.metadata("general.architecture")
         original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
-        self.unified = not self.n_ctx <= original < params.n_ctx
+        self.unified = not (self.window or self.n_ctx <= original < params.n_ctx)
         params.kv_unified = self.unified
+        params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
         params.n_rs_seq = ROLLBACK
         params.no_perf = True
         params.abort_callback = self._strlen

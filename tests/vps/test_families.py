@@ -6,6 +6,8 @@ import codecs
 import contextlib
 import queue
 import random
+import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 from harness import PATIENCE
 
 from cerebrum.vps import encoding, schedule
-from cerebrum.vps.gguf import Gguf
+from cerebrum.vps import llama as vps_llama
+from cerebrum.vps.gguf import Gguf, read_shape
 from cerebrum.vps.llama import (
+    MB,
     Llama,
     ModelError,
     Settings,
@@ -307,7 +311,7 @@ def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: st
     ("family", "kv", "state"),
     [
         ("dense", 2 * 2 * 64, 0),
-        ("window", 6 * 2 * 64, 0),
+        ("window", 6 * 2 * 64, 0),  # of which 5 keep a window
         ("hybrid", 2 * 2 * 64, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),  # two of four layers attend
         ("recurrent", 0, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),
         ("rollback", 2 * 2 * 64, 5 * 2 * 4 * 2 * 64),  # five copies of each state
@@ -320,3 +324,20 @@ def test_memory_by_family(family: str, kv: int, state: int, tmp_path: Path) -> N
         shape = file.shape
     assert (shape.kv_width, shape.state) == (kv, state)
     assert estimate_bytes(1, shape, Settings(n_ctx=512))["kv"] == 2 * 512 * 2 * kv + 2 * state
+    left = 2 * 2 * 5 * 2 * 64 * (8192 - 512) if family == "window" else 0  # a window of 192 tokens, 256 to be computed
+    assert estimate_bytes(1, shape, Settings(n_ctx=8192))["kv"] == 2 * 8192 * 2 * kv + 2 * state - left
+
+
+def test_a_tied_embedding_is_loaded_twice(tmp_path: Path) -> None:
+    for output, size in (("Q6_K", 0), ("", families.QUANTIZED_VOCABULARY * families.QUANTIZED_WIDTH * 210 // 256)):
+        assert read_shape(families.write_quantized(tmp_path / f"m{output}", output=output)).tied == size
+
+
+def test_the_cells_of_a_window(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's own figures, from its log, are those of the estimate."""
+    log = deque[str]()
+    monkeypatch.setattr(vps_llama, "_log_tail", log)
+    Llama(models / "window.gguf", Settings(threads=1), lambda _: True).close()
+    sizes = [float(size) for line in log for size in re.findall(r"CPU KV buffer size = +([\d.]+) MiB", line)]
+    estimate = estimate_bytes(1, read_shape(models / "window.gguf"), Settings())["kv"]
+    assert (len(sizes), sum(sizes)) == (2, estimate / MB)
