@@ -212,10 +212,14 @@ class Llama:
         params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
-        # the size of all sequences together. And cells that two sequences share never leave a window: it would fill up.
+        # the size of all sequences together; cells that two sequences share never leave a window, which would fill up;
+        # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
+        heads = int(llama.llama_model_n_layer(self.model)) * int(llama.llama_model_n_head_kv(self.model))
+        head = int(llama.llama_model_n_embd(self.model)) // max(1, int(llama.llama_model_n_head(self.model)))
+        stays = 0 < settings.cache_mb * MB < 4 * self.n_ctx * heads * head  # two bytes of K and V each
         architecture = self.vocabulary.metadata("general.architecture")
         original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
-        self.unified = not (self.window or self.n_ctx <= original < params.n_ctx)
+        self.unified = not (self.window or stays or self.n_ctx <= original < params.n_ctx)
         params.kv_unified = self.unified
         params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
         params.n_rs_seq = ROLLBACK
@@ -300,12 +304,9 @@ class Llama:
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
         return common if not self.recurrent or common == len(tokens) else 0
 
-    def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
-        """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
-        if not self.unified:
-            return self.restore(target, self.save(source))
-        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
-        return True
+    def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
+        """Let the empty `target` share the first cells of `source`, or copy all of them where sequences are apart."""
+        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length if self.unified else -1)
 
     def state_size(self, slot: Slot) -> int:
         """Bytes of the slot's KV state."""

@@ -105,17 +105,22 @@ class Sequences:
         source = entry if entry and stored > live else nearest
         guide = source.tokens[:]
         from_store = stored > live and stored >= MIN_PREFIX
-        in_place = nearest in free and not from_store
-        slot = nearest if in_place else min(free, key=lambda slot: slot.used)
+        loses = len(nearest.tokens) > 2 * live  # trimming it would lose more tokens than it keeps
+        stays = nearest in free and not from_store and (self.model.unified or not loses)
+        slot = nearest if stays else min(free, key=lambda slot: slot.used)
+        in_place = slot is nearest and not from_store
         for other in free:
+            if other is not slot and not self.model.unified:
+                continue  # apart from the others, its idle cells slow none of them
             if other is not slot or not in_place:
                 self.park(other)
-            elif len(slot.tokens) > 2 * live:  # trimming the slot would lose more tokens than it keeps
+            elif loses:
                 self.keep(slot)
         if entry and from_store:
             if self.model.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
-        elif not in_place and live and self.model.copy_prefix(nearest, slot, live):
+        elif not in_place and live >= MIN_PREFIX:
+            self.model.copy_prefix(nearest, slot, live)
             slot.tokens = nearest.tokens[:]
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide

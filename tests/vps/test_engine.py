@@ -868,7 +868,7 @@ class ScriptedLlama:
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
-        self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
+        self.n_ctx, self.fails, self.recurrent, self.max_draft, self.unified = 4096, "", False, MAX_DRAFT, True
         self.abort_flag = [b"\x00"]
         self.closed, self.saved = False, 0
         self.hold: threading.Event | None = None  # each decode waits for it

@@ -30,7 +30,7 @@ from cerebrum.vps.llama import (
     start_library,
 )
 from cerebrum.vps.vocabulary import CompletionRequest, llama
-from cerebrum.vps.worker import Job, Loader, Worker
+from cerebrum.vps.worker import MAX_RECALIBRATIONS, Job, Loader, Worker
 from cerebrum_common import HttpError
 
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -158,6 +158,22 @@ def check_greedy(family: str, seed: int, rounds: int, models: Path, tmp_path: Pa
     worker.ended.result(PATIENCE)
     bare.model.close()
     assert compared > rounds // 2
+
+
+def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(models: Path, tmp_path: Path) -> None:
+    settings = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path)
+    worker = Worker(Loader("tiny", models / "dense.gguf", settings))
+    worker.start()
+    worker.ready.result(PATIENCE)
+    worker.recalibrations = MAX_RECALIBRATIONS  # on a busy machine, measuring again would empty the slots
+    read = []
+    for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
+        before = worker.tally.prompt_tokens
+        result(ask(worker, CompletionRequest(text, stop_at="none", max_tokens=1, temperature=0))[1])
+        read.append(worker.tally.prompt_tokens - before)
+    worker.stop()
+    worker.ended.result(PATIENCE)
+    assert read == [2400, 2400, 6, 6]  # each has 1.2 MB of state
 
 
 # ------------------------------------------------------------------------------------------------ marks and ends
