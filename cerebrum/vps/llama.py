@@ -195,6 +195,8 @@ class Llama:
         self.logits_row = ctypes.c_float * self.n_vocab
         self.n_ctx = min(settings.n_ctx, int(llama.llama_model_n_ctx_train(self.model)) or settings.n_ctx)
         self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
+        # A recurrent state can take back only its last few tokens, right after they were decoded.
+        self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
         # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
@@ -216,10 +218,11 @@ class Llama:
         # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
         heads = int(llama.llama_model_n_layer(self.model)) * int(llama.llama_model_n_head_kv(self.model))
         head = int(llama.llama_model_n_embd(self.model)) // max(1, int(llama.llama_model_n_head(self.model)))
-        stays = 0 < settings.cache_mb * MB < 4 * self.n_ctx * heads * head  # two bytes of K and V each
+        size = 0 if self.recurrent else 4 * self.n_ctx * heads * head  # of a sequence's K and V, two bytes each
+        large = 0 < settings.cache_mb * MB < size
         architecture = self.vocabulary.metadata("general.architecture")
         original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
-        self.unified = not (self.window or stays or self.n_ctx <= original < params.n_ctx)
+        self.unified = not (self.window or large or self.n_ctx <= original < params.n_ctx)
         params.kv_unified = self.unified
         params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
         params.n_rs_seq = ROLLBACK
@@ -231,8 +234,6 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = llama.llama_get_memory(self.context)
-        # A recurrent state can take back only its last few tokens, right after they were decoded.
-        self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
         self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
@@ -304,9 +305,12 @@ class Llama:
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
         return common if not self.recurrent or common == len(tokens) else 0
 
-    def copy_prefix(self, source: Slot, target: Slot, length: int) -> None:
-        """Let the empty `target` share the first cells of `source`, or copy all of them where sequences are apart."""
-        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length if self.unified else -1)
+    def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
+        """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
+        if not self.unified:  # llama.cpp would copy only at the next decode, when the source may be another sequence
+            return self.restore(target, self.save(source))
+        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+        return True
 
     def state_size(self, slot: Slot) -> int:
         """Bytes of the slot's KV state."""
