@@ -251,6 +251,26 @@ def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(model
         model.close()
 
 
+def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
+    """Whatever its source holds before the next decode."""
+    settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=16)
+    model = Llama(models / "longrope.gguf", settings, lambda _: True)
+    slots, texts = [Slot(0), Slot(1), Slot(2)], ([*range(40, 80)], [*range(80, 120)])
+    for slot, tokens in zip(slots, texts, strict=False):
+        assert model.decode([(slot, tokens, 1)]) == 0
+        slot.tokens += tokens
+    assert model.decode([(slots[0], [9], 1)]) == 0
+    expected = model.logits(0).copy()
+    model.trim(slots[0], 40)
+    assert model.copy_prefix(slots[0], slots[2], 40)
+    slots[2].tokens = slots[0].tokens[:]
+    model.trim(slots[0], 0)
+    assert model.restore(slots[0], model.save(slots[1]))
+    assert model.decode([(slots[2], [9], 1)]) == 0
+    assert abs(model.logits(0) - expected).max() < TIE
+    model.close()
+
+
 def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
     with opened(models / "hybrid.gguf") as model:
         encoding.decode(model, slot := Slot(0), [1, 2, 3], 1)
