@@ -42,6 +42,21 @@ trap 'exit 143' TERM HUP
 
 have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
 
+# can_decode: an import is no proof. Built for a CPU with more features, llama.cpp dies of a signal when it computes.
+can_decode() {
+	{
+		"$PYTHON" -c '
+import os, vpsd
+from cerebrum.settings import read_environment
+from cerebrum.vps.llama import Llama, Settings, Slot, start_library
+config = vpsd.load_config(read_environment(os.environ, vpsd.HERE))
+file = config.models_dir / config.models[-1].file
+if file.exists():
+    start_library()
+    Llama(file, Settings(n_ctx=256, sequences=1), lambda _: True).decode([(Slot(0), [1, 2], 1)])' || (($? < 128))
+	} &>/dev/null
+}
+
 # need_system SET: installs the Debian packages that are missing, or names them all in one line.
 need_system() {
 	local packages=() needed=(curl:curl) pair
@@ -112,6 +127,12 @@ with_clock() {
 # make_venv SET: the packages of one of pyproject.toml's groups, or of "run".
 make_venv() {
 	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
+	if [[ -e $installed ]] && ! have_llama; then # made for another Python
+		python3 -m venv --clear .venv
+	elif [[ -e $installed ]] && ! can_decode; then # built for another CPU, as is the wheel that pip keeps
+		"$PYTHON" -m pip cache remove llama_cpp_python >/dev/null
+		python3 -m venv --clear .venv
+	fi
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0

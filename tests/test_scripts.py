@@ -1265,3 +1265,30 @@ def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
     result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     said = "missing system packages; please run:  sudo apt-get install build-essential dh-python help2man"
     assert (result.returncode, result.stderr.splitlines()[0]) == (2, said)
+
+
+@pytest.mark.parametrize("lacks", ["python", "llama_cpp", "decode"])
+def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path) -> None:
+    """Each Python is a script that records its arguments. The old one lacks something; the new one works."""
+    (tmp_path / "run.sh").write_bytes(Path(RUN).read_bytes())
+    venv, bin, log = tmp_path / ".venv", tmp_path / "bin", tmp_path / "log"
+    old = f"#!/bin/sh\necho old $* >>{log}\ncase $* in *decode*) kill -ILL $$ ;; *{lacks}*) exit 1 ;; esac\n"
+    clear = f"rm -r {venv}; mkdir -p {venv}/bin; cp $0 {venv}/bin/python"
+    make = f"#!/bin/sh\necho new $* >>{log}\ncase $* in *--clear*) {clear} ;; esac\n"
+    for path, text in ((venv / "bin/python", old), (bin / "python3", make), (venv / "installed-run.txt", "")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    if lacks == "python":
+        (venv / "bin/python").unlink()
+        (venv / "bin/python").symlink_to(tmp_path / "gone")
+    environ = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "run.sh"), "setup"]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    calls = log.read_text().splitlines()
+    assert calls.count("new -m venv --clear .venv") == 1
+    assert (venv / "installed-run.txt").exists()
+    assert calls.count("old -m pip cache remove llama_cpp_python") == (lacks == "decode")
+    assert [call for call in calls if call.startswith("new -m pip ")] != []
+    assert "Illegal" not in result.stderr
