@@ -943,7 +943,7 @@ class Fences(Stage):
 
     def flush(self, whole: bool) -> str:
         last = self.line.rstrip()
-        even = len(re.findall(r"^\s*```", self.cut(0, self.mark), re.M)) % 2 == 0  # no block within this one is open
+        even = len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0  # no block within this one is open
         closes = self._closes(last) or (last == "```" and even)
         closed = self.state == "inside" and self.in_code and not self.nested and closes
         return "" if closed or self.state == "thinking" else super().flush(whole)
