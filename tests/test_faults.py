@@ -97,7 +97,7 @@ VPS = {
     "CEREBRUM_MAX_CPU_PERCENT": "100",
     "CEREBRUM_MIN_FREE_MB": "256",
     "CEREBRUM_N_CTX": "4096",
-    "CEREBRUM_THREADS": "1",  # two wait for each other as soon as another program computes
+    "CEREBRUM_THREADS": "1",  # two threads wait for each other as soon as another program computes
 }
 
 

@@ -189,7 +189,7 @@ def start(output: Path, models: Path, command: list[str] | None = None, **more: 
         "CEREBRUM_N_CTX": "2048",
     }
     if (catalog := models / "models.toml").exists():
-        given |= {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_THREADS": "1"}  # one, for its waits cost more than it
+        given |= {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_THREADS": "1"}  # two would mostly wait
     environment = settings(output, **(given | more))
     with program("vpsd", command or command_of("vpsd"), output, environment) as process:
         yield Vps(process)
