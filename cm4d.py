@@ -50,6 +50,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cerebrum_common as common
+from cerebrum.fields import Field, describe, parse_json, read_fields
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
@@ -64,7 +65,7 @@ from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import Field, HttpError, Model, Request, Response, Route, compact, describe, log
+from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
 
 HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------- configuration
@@ -142,7 +143,7 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
-    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = common.served_languages(models)
     if fields["language"] not in languages:
         raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
@@ -433,7 +434,7 @@ async def health(gateway: Gateway, request: Request) -> Response:
 
 def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
     """A native request as a Job."""
-    fields = read_completion(request.json(), gateway.config.models)
+    fields = read_completion(parse_json(request.body), gateway.config.models)
     return Job(fields, session_of(request.address, fields["session"]), request.end, limit, notes=request.notes)
 
 
@@ -494,7 +495,7 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
-    return Response(gateway.counting.accept(common.read_fields(request.json(), ACCEPTED)["characters"]))
+    return Response(gateway.counting.accept(read_fields(parse_json(request.body), ACCEPTED)["characters"]))
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -537,7 +538,7 @@ async def props(gateway: Gateway, request: Request) -> Response:
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
-    fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
+    fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     fault = HttpError("VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none")
@@ -557,7 +558,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
     """The handler of a dialect's completions."""
 
     async def handle(gateway: Gateway, request: Request) -> Response:
-        asked = dialect.read(request.json())
+        asked = dialect.read(parse_json(request.body))
         fields = native_fields(asked, gateway.config.models)
         job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"

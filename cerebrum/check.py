@@ -27,8 +27,9 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+from cerebrum.fields import printable
 from cerebrum.settings import ConfigError, Environment, read_environment
-from cerebrum_common import VERSION, HttpError, Model, log, printable
+from cerebrum_common import VERSION, HttpError, Model, log
 
 Load = Callable[[Environment], Any]  # load_config: raises ConfigError
 Make = Callable[[Any, Sequence[Model]], Any]  # cm4d's Backend

@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cerebrum_common as common
-from cerebrum_common import Head, HttpError, Request, Response, Route, describe, internal_error, log, request_id_var
+from cerebrum.fields import describe
+from cerebrum_common import Head, HttpError, Request, Response, Route, internal_error, log, request_id_var
 
 # ---------------------------------------------------------------------------------------------- limits
 

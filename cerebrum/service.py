@@ -26,8 +26,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cerebrum.fields import printable
 from cerebrum.settings import ConfigError
-from cerebrum_common import VERSION, log, printable, request_id_var, timestamp
+from cerebrum_common import VERSION, log, request_id_var, timestamp
 
 if TYPE_CHECKING:
     import argparse

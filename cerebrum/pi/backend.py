@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from dataclasses import dataclass, field
 from typing import Any
 
+from cerebrum.fields import Field, printable
 from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, members_of, read_listed, read_props
@@ -21,7 +22,7 @@ from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Prepared, Ratio, prepare
-from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, printable
+from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
 
 # --------------------------------------------------------------------------------------------- models
 

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
 from cerebrum.pi.sharing import Sharing
 from cerebrum.pi.upstream import COUNT
-from cerebrum_common import Field, HttpError, Model
+from cerebrum_common import HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
 ACCEPTED = {"characters": Field(int, 1, 10**6, required=True)}  # what an editor reports

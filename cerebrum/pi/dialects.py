@@ -31,8 +31,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cerebrum.fields import Field, describe, read_fields, read_objects
 from cerebrum.text.prompt import arrange_gap
-from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
+from cerebrum_common import HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- what is asked
 

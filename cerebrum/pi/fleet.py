@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from cerebrum.fields import describe
 from cerebrum.pi.backend import BREAKER_OPEN, NEVER_ASKED, Backend, Job
 from cerebrum.pi.upstream import BackendConfig
-from cerebrum_common import HttpError, Model, describe
+from cerebrum_common import HttpError, Model
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests

@@ -28,16 +28,17 @@ from dataclasses import replace
 from typing import Any
 
 import cerebrum_common as common
+from cerebrum.fields import MAX_INTEGER_DIGITS, MAX_JSON_DEPTH, Field
 from cerebrum.pi import dialects
 from cerebrum.pi.counting import ACCEPTED
 from cerebrum.pi.dialects import Dialect
-from cerebrum_common import Field, HttpError, Model, Route
+from cerebrum_common import HttpError, Model, Route
 
 DESCRIPTION = (
     "Code completion at home. Beside Cerebrum's own API, the Pi speaks OpenAI's and llama-server's, so that an editor"
     " works by entering its address. Unknown members of a request are ignored. JSON is strict: UTF-8, each name once in"
-    f" an object, integers without a fraction and of at most {common.MAX_INTEGER_DIGITS} digits, at most"
-    f" {common.MAX_JSON_DEPTH} levels. A lone surrogate is refused. Paths of other people's APIs read their JSON under"
+    f" an object, integers without a fraction and of at most {MAX_INTEGER_DIGITS} digits, at most"
+    f" {MAX_JSON_DEPTH} levels. A lone surrogate is refused. Paths of other people's APIs read their JSON under"
     " any Content-Type, a null as an absent member, 16.0 as 16 and a lone surrogate as U+FFFD. The schema of a stream"
     " describes one event. An error after the beginning of a stream is an event, and then the connection is cut. An"
     " unknown path gets 404, another method 405. HEAD is answered like GET without a body, OPTIONS with 204. Each"
@@ -63,9 +64,9 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
         schema |= {"minLength": field.low} if field.low else {}
         schema |= {"maxLength": field.high} if field.high != math.inf else {}
     elif field.kind is not bool:
-        least = field.low if field.low != -math.inf else 1 - 10 ** (common.MAX_INTEGER_DIGITS - 1)  # the sign counts
+        least = field.low if field.low != -math.inf else 1 - 10 ** (MAX_INTEGER_DIGITS - 1)  # the sign counts
         schema["exclusiveMinimum" if field.above_low else "minimum"] = least
-        schema["maximum"] = field.high if field.high != math.inf else 10**common.MAX_INTEGER_DIGITS - 1
+        schema["maximum"] = field.high if field.high != math.inf else 10**MAX_INTEGER_DIGITS - 1
     return schema | ({} if field.default is None else {"default": field.default})
 
 

@@ -25,12 +25,13 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import GOOD, Backend, answer, error, in_a_thread, pi_for
 
 import cm4d
+from cerebrum.fields import Field
 from cerebrum.http import METHODS
 from cerebrum.pi import dialects
 from cerebrum.pi.dialects import COMPLETION, DIALECTS, INFILL, OPENAI_CHAT, OPENAI_TEXT, Dialect
 from cerebrum.pi.openapi import REQUESTS, describe_operation, schema_of, write_openapi
 from cerebrum.settings import load_catalog
-from cerebrum_common import STATUSES, VERSION, Field, HttpError
+from cerebrum_common import STATUSES, VERSION, HttpError
 from cm4d import FIELDS, PASSED_ON, ROUTES, read_completion
 
 MODELS = load_catalog(ROOT / "models.toml").models
