@@ -40,7 +40,7 @@ HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 class Bracket(NamedTuple):
     """An open bracket."""
 
-    kind: str
+    kind: str  # with a { that opens no block: "({"; in a string of the shell that goes on behind it: '"(' or '"{'
     header: str  # of {: the statement before it
     indent: int  # of its line
     condition: bool = False  # a statement may follow its end
@@ -88,6 +88,9 @@ class Literals:
         """Read a character of code."""
         raise NotImplementedError
 
+    def _add(self, code: str) -> None:
+        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
+
     @property
     def in_comment(self) -> bool:
         return (self.opener, self.closer) in self.comments
@@ -115,8 +118,8 @@ class Literals:
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if opener == "#" and language.directives:
             return self.starting
-        if opener == "#":  # not $#, ${#x} or a part of a URL
-            return not before or not (before.isalnum() or before in "_${/")
+        if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
+            return not before or not (before.isalnum() or before in "_${/#")
         if opener in ("'", '"') and before == "\\":
             return False
         if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
@@ -147,6 +150,13 @@ class Literals:
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
+        elif self.opener == '"' and language.expansion.search(self.tail):
+            self.stack.append(Bracket('"(' if char == "(" else '"{', "", self.indent))
+            self.closer = ""
+            if char == "(":
+                self._add(char)
+            else:
+                self._enter(char, char)
         elif self.tail.endswith(self.closer) and not self.in_class and self.since - self.escaped_at >= len(self.closer):
             self._leave(char, comment)
         elif char == "\n" and not comment and self.opener not in language.multiline:
@@ -209,7 +219,7 @@ class Scanner(Literals):
 
     @property
     def in_parens(self) -> bool:
-        return bool(self.stack) and self.stack[-1].kind[0] in "(["
+        return bool(self.stack) and self.stack[-1].kind[0] in '(["'
 
     @property
     def is_over(self) -> bool:
@@ -281,7 +291,7 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.brackets:
+        if char in self.brackets or (self.stack and not self.brackets and char in "(){}"):
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
         elif char == ":" and self.language.alternative and ALTERNATIVE.fullmatch(self.head):
@@ -312,9 +322,6 @@ class Scanner(Literals):
         """Whether a brace begins the value of a member in a C++ constructor, not a block."""
         return self.language.directives and INITIALIZER.search(self.head[-HEAD_CHARS // 4 :]) is not None
 
-    def _add(self, code: str) -> None:
-        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
-
     def _opener_of(self, char: str) -> int | None:
         """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
         for depth in range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1):
@@ -332,7 +339,10 @@ class Scanner(Literals):
             return
         bracket = self.stack[depth]
         del self.stack[depth:]
-        if char != "}" or bracket.kind == "({":
+        if bracket.kind[0] == '"':
+            self._add(char)
+            self._enter('"', '"')
+        elif char != "}" or bracket.kind == "({":
             self._add(char)
             self.condition = self.head if bracket.condition else ""
         elif self.in_parens:

@@ -1338,8 +1338,8 @@ OPENS = """def f(x):
         ("python", '    It ends here. "\n    x = 1\n    '),
         ("javascript", "const f = (text) => /`/.test(text)\n"),
         ("shell", "cut -d'\"' -f2 names\n"),
-        ("shell", 'x="$(tr -d \'"\' <names)"\nf() {\n    '),
-        ("shell", 'x="${y//\'"\'/}"\nf() {\n    '),
+        ("shell", 'x="`tr -d \'"\' <names`"\nf() {\n    '),
+        ("shell", 'x="$(case $y in a) echo "it\'s" ;; esac)"\nf() {\n    '),
     ],
 )
 def test_the_cursor_is_in_code(language: str, prompt: str) -> None:

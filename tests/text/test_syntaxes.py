@@ -468,6 +468,26 @@ f() {
 }
 »
 f
+=== shell block: quotes within quotes
+f() {
+«    x="$(echo "$y" | tr -d '"')"
+    echo "${y//'"'/}" "${y#"$z"}" "${y//"'"/}" "$(cut -d'"' -f2 <<<"${y%/}")" it\'s "\$(it's" "${y/a}it's"
+    x="$( (cat) <<EOF # it's
+it's
+EOF
+)" y="$((1 << 2))" z="$(f "$(g '"')")" w=${y##*/} v='
+'
+}
+»
+f
+=== shell block: a cursor within quotes below quotes
+f() {
+    x="$(echo "$y" | tr -d '"')"
+    y="${x//'"'/}"
+    echo "$(«cut -d'"' -f2)"
+}
+»
+f a
 === shell block: a script ends at a blank line
 # count the lines of each file
 «wc -l -- *.txt |
