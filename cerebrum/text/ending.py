@@ -31,6 +31,7 @@ from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_bl
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
+COMMENT_CHARS = 200  # a longer comment is not waited for: more often than not it is outside the block
 FUNCTION = re.compile(r"(?:async\s+)?def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
@@ -245,14 +246,14 @@ class Block(Stage):
         self.scanner.step(char)
         if self.scanner.language.function and not self.scanner.closer:
             self.code.append(char)
-        reason: str | None = None
+        reason: str | None = ""
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
         elif char == "\n" and not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines):
             line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
             if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
-            if not reason:
+            if reason == "":  # the line is inside; None: a comment that waits
                 self.mark = len(self.text) if line else self.mark
                 self._note_calls()
                 reason = self.ended(line)
@@ -307,7 +308,8 @@ class LineBlock(Block):
     the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
     decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line, in SQL after
     a semicolon. If only white space precedes the cursor in its line, the indentation of the first line written shows
-    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it.
+    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it. A
+    less indented comment below a blank line waits for the next line of code and is inside if that is.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -322,6 +324,7 @@ class LineBlock(Block):
         self.closed = False  # a closing line has been written
         self.member = False  # only the next member of a class is asked for ...
         self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
+        self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
         last = prompt.rstrip().rpartition("\n")[2]
         self.open_ended = bool(language.blocks != "lines" and language.imports.match(last)) or last.startswith("#!")
         self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
@@ -358,6 +361,7 @@ class LineBlock(Block):
 
     def outside(self, word: str) -> str | None:
         scanner, language = self.scanner, self.scanner.language
+        self.waiting = False
         if scanner.in_comment and (self.base is None or not self.blank):
             return ""  # a comment right below code belongs to it
         if any(opener != word and opener.startswith(word) for opener, _ in scanner.comments):
@@ -372,6 +376,10 @@ class LineBlock(Block):
         if self.level > self.base:
             self.deep = self.begun
             return self._goes_on(word) if self.statement and self.level <= self.top else ""
+        comment = self.blank and word.startswith(language.comment_starts)
+        if comment and len(self.text) - self.mark < COMMENT_CHARS:
+            self.waiting = True
+            return None
         if self.level < self.base:
             return "block"
         if self.member and not self.deep and (not self.begun or not self.blank):
@@ -379,6 +387,9 @@ class LineBlock(Block):
         if language.colons:
             return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
         return self._closes(word)
+
+    def flush(self, whole: bool) -> str:
+        return self.cut(self.sent, self.mark if self.waiting else None)
 
     def _closes(self, word: str) -> str | None:
         """`outside` for a line that may close the block, continue it, or be the next thing."""

@@ -75,6 +75,34 @@ def f():
 »
 # Tests
 f()
+=== python block: comments at column 0 below blank lines
+def f():
+«    x = 1
+
+# note
+# more
+
+    return g(x)
+
+# what it calls
+def g(x):
+    return x
+»
+# Tests
+f()
+=== python end: a comment below a blank line, last
+def f():
+«    return 1
+»
+# Tests
+
+=== python block: a long comment below a blank line
+def f():
+«    return 1
+»
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
 === python block: a continued line
 def f():
 «    return 1 + \

@@ -468,6 +468,16 @@ f() {
 }
 »
 f
+=== shell block: a comment at column 0 below a blank line
+f() {
+«    a
+
+# note
+    b
+}
+»
+# what follows
+f a
 === shell block: quotes within quotes
 f() {
 «    x="$(echo "$y" | tr -d '"')"
