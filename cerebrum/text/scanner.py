@@ -26,7 +26,7 @@ COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|tr
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
-REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 # PHP: `if (...):` up to `endif;`.
 ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*")
@@ -130,7 +130,9 @@ class Literals:
         if opener == "/":
             if self.condition and self.head.rstrip() == self.condition:
                 return True  # behind the parentheses of an if
-            return self.last != '"' and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
+            if self.last == '"' or (self.last == "}" and not self.starting):
+                return False  # behind a string, or behind the braces of JSX
+            return REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
         return opener not in ("```", "~~~") or not self.head.strip("`~")
 
     def _in_literal(self, char: str) -> None:

@@ -212,6 +212,27 @@ function F({ ok }) {«
 }
 »
 function g() {}
+=== javascript block: a slash between braces in JSX
+function F({ a, b, c }) {«
+  const d = <p>{a}/{c && (b)}</p>;
+  const e = <p>{b} / {c && (
+    b
+  )}</p>;
+  return (
+    <p>{a}/{c && (
+      <b>{b} / {"("}</b>
+    )}</p>
+  );
+}
+»
+function g() {}
+=== javascript block: a regex behind a block
+function f(s) {«
+  if (s) { h(); }
+  /[({]/.test(s) && h();
+}
+»
+function g() {}
 === cpp block: an apostrophe between hexadecimal digits
 int f() {«
     return 0xFF'FF;
