@@ -646,19 +646,25 @@ def prepare_text(
     if not fits(after, spare):
         after = fit_start(after, max(room // SUFFIX_SHARE, spare // step * step))
     sent, kept = fit(prompt, language, room - weigh(after))
-    last = layout == "psm"  # the backend reads the suffix last
     if fresh_room is not None:
         start = above + read_first(after, layout)
         read = max((common_length(start + sent, text) for text in cached), default=0)
         fresh, for_after = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH
-        cut = fresh > fresh_room - for_after * last
-        if cut:
-            known = not last and read >= len(start)
-            extra = extra if read >= len(above) else []
-            above, after = render_extra(extra), after if last or known else fit_start(after, for_after)
-            sent, kept = fit(prompt, language, fresh_room - for_after * (not known))
-            fresh = weigh(sent)
-        after = fit_start(after, fresh_room - fresh) if last else after
+        if layout == "psm":  # the suffix is read last: it gets what the prompt leaves
+            cut = fresh > fresh_room - for_after
+            if cut:
+                sent, kept = fit(prompt, language, fresh_room - for_after)
+                fresh = weigh(sent)
+            after = fit_start(after, fresh_room - fresh)
+        else:  # the suffix is read first: what the backend has read of it stays
+            cut = fresh > fresh_room
+            if cut and read < len(start):
+                after = fit_start(after, for_after)
+                sent, kept = fit(prompt, language, fresh_room - for_after)
+            elif cut:
+                sent, kept = fit(prompt, language, fresh_room)
+        if cut and read < len(above):
+            above, extra = "", []
     if len(after) < len(suffix):
         kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
     body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
