@@ -44,7 +44,8 @@ CODE = re.compile(
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
-SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
+# An answer's blocks in these are not the code, unless there are no others.
+BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
@@ -867,8 +868,11 @@ class Fences(Stage):
 
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
-        self.language, self.scanner = language, Scanner(language) if language else None
-        self.state = "before"  # the block, "inside" it, in a "skipped" block of shell commands, or "thinking"
+        self.language = language
+        # In Markdown, a fence inside the block is counted as in a block of no language.
+        self.scanner = Scanner(language) if language and language is not LANGUAGES["markdown"] else None
+        self.state = "before"  # the block, "inside" it, in a block "beside" it, or "thinking"
+        self.beside = ""  # the first block beside it
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts
         self.line = ""  # the block's line so far, without its indentation
@@ -877,8 +881,11 @@ class Fences(Stage):
         self.begun = False  # some line was not blank, before the block or now inside it
         for char in begun:
             self.step(char)
-        if self.state == "before" or self.reason:  # `begun` has no block that is still open
+        if self.state == "beside":
+            self.state = "inside"
+        elif self.state == "before" or self.reason:  # `begun` has no block that is still open
             self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
+            self.beside = ""
         self.sent = self.safe = len(self.text)
 
     def step(self, char: str) -> None:
@@ -891,9 +898,11 @@ class Fences(Stage):
             self.safe = self.sent = 0
         elif self.state == "thinking" or (char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"):
             self.state = "thinking"
-        elif char == "\n" and self.state == "skipped":
-            self.state = "before" if self.cut(0).strip() == self.fence else "skipped"
-            self.text, self.mark = [], 0
+        elif self.state == "beside":
+            if char == "\n" and self.cut(self.mark).strip() == self.fence:
+                self.beside = self.beside or self.cut(0, self.mark)
+                self.state, self.text = "before", []
+            self.mark = len(self.text) if char == "\n" else self.mark
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
             self._before(self.cut(self.mark))
 
@@ -902,8 +911,9 @@ class Fences(Stage):
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
             self.left = self.margin = len(line) - len(line.lstrip())
-            shell = self.language and self.language is not LANGUAGES["shell"] and match[2].strip().lower() in SHELLS
-            self.state = "skipped" if shell else "inside"
+            name = match[2].strip().lower()
+            other = self.language and self.language is not LANGUAGES[BY_NAME.get(name, "shell")]
+            self.state = "beside" if other and name in BESIDE else "inside"
             return
         self.mark = len(self.text)
         first, self.begun = not self.begun, self.begun or bool(line.strip())
@@ -957,6 +967,8 @@ class Fences(Stage):
         even = len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0  # no block within this one is open
         closes = self._closes(last) or (last == "```" and even)
         closed = self.state == "inside" and self.in_code and not self.nested and closes
+        if self.state == "beside" or (self.state == "before" and self.beside):
+            return self.beside or self.cut(0).removesuffix(self.fence)
         return "" if closed or self.state == "thinking" else super().flush(whole)
 
 

@@ -1269,6 +1269,8 @@ BEGUN = [
     ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
     ("some of the code", "```python\ndef f():\n    '''", "```\n'''\n```\n", ("```\n'''\n", "stop")),
     ("a block that is closed", "```\nx\n```\nAnd", ":\n```\ny\n```\n", ("y\n", "stop")),
+    ("another language's fence", "```bash\nls", " -l\n```\nThat is it.", (" -l\n", "stop")),
+    ("another language's block", "```bash\nls\n```\nAnd", " that is it.", (" that is it.", None)),
     ("its fence once more", "```python\n", "```python\nx = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("a longer fence", "````markdown\n", "```\nx\n```\ny\n````\n", ("```\nx\n```\ny\n", "stop")),
     ("a short fence in its place", "````markdown\n", "```\nx\n```\ny\n```", ("```\nx\n```\ny\n", None)),

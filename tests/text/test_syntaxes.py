@@ -1054,9 +1054,20 @@ def test_other_names_of_a_language(name: str) -> None:
     check("complete", name, "class A {\n    int F() {\n", "", f"{body}\n    int G", (body, "block"))
 
 
-def test_an_answer_of_shell_commands() -> None:
-    check("instruct", "shell", "", "", "Here:\n```bash\nls\n```\nDone.\n", ("ls\n", "stop"))
-    check("instruct", "python", "", "", "Run:\n```bash\nls\n```\n```python\nx\n```\n", ("x\n", "stop"))
+@pytest.mark.parametrize(
+    ("language", "answer", "sent", "reason"),
+    [
+        ("shell", "Here:\n```bash\nls\n```\nDone.\n", "ls\n", "stop"),
+        ("python", "Run:\n```bash\nls\n```\n```python\nx\n```\n", "x\n", "stop"),
+        ("python", "Given:\n```json\n{}\n```\nuse:\n```\nx\n```\n", "x\n", "stop"),
+        ("python", "Run:\n```bash\nls\n```\nor\n```sh\nls -l\n```\nin a shell.\n", "ls\n", None),
+        ("python", "Run:\n```bash\nls\n```", "ls\n", None),
+        ("json", "Here:\n```json\n{}\n```\nDone.\n", "{}\n", "stop"),
+        ("markdown", "```markdown\n# T\n```sh\nls\n```\nend\n```\nDone.\n", "# T\n```sh\nls\n```\nend\n", "stop"),
+    ],
+)
+def test_the_block_of_an_answer(language: str, answer: str, sent: str, reason: str | None) -> None:
+    check("instruct", language, "", "", answer, (sent, reason))
 
 
 # --------------------------------------------------------------------------------------------- real files
