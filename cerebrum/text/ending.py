@@ -139,12 +139,6 @@ class StopStrings(Stage):
             for char in stop[1:]:
                 borders.append(matched(stop, borders, borders[-1], char))
         self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
-        self.starts = {stop[0] for stop in stops}
-
-    def feed(self, piece: str) -> tuple[str, str | None]:
-        if not any(self.sizes) and self.starts.isdisjoint(piece):
-            return piece, None  # nearly every piece of a text
-        return super().feed(piece)
 
     def step(self, char: str) -> None:
         self.text.append(char)
@@ -230,8 +224,8 @@ class Block(Stage):
         function = scanner.language.function
         header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
         self.helper = re.compile(header) if function else NOTHING
-        self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
-        self.called, self.defined = set[str](), set[str]()  # functions
+        self.code: list[str] = []  # the line's code
+        self.called, self.defined = set[str](), set(self.helper.findall(prompt))  # functions
 
     def outside(self, word: str) -> str | None:
         """The reason to end before the line that begins with `word`; "" for none; None while that is undecided."""
@@ -275,18 +269,11 @@ class Block(Stage):
         """Read the calls and definitions in the code of a line."""
         line = "".join(self.code)
         self.code.clear()
-        called = set(CALL.findall(line)) - self.defined
-        if called and self.unread:
-            self.defined.update(self.helper.findall(self.unread))
-            self.unread = ""
         self.defined.update(self.helper.findall(line))
-        self.called |= called
-        self.called -= self.defined
+        self.called = (self.called | set(CALL.findall(line))) - self.defined
 
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
-        if not self.called:
-            return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
         begun = word.partition(f"{self.scanner.language.function} ")[2].lstrip()  # the start of the function's name
