@@ -60,7 +60,7 @@ from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import Page
 from cerebrum.pi.sharing import Reading, Sharing, Warming
-from cerebrum.pi.upstream import PASSED_ON, BackendConfig, BackendFailure, Loop, Pair, TooLong
+from cerebrum.pi.upstream import BackendConfig, BackendFailure, Loop, Pair, TooLong
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
@@ -716,7 +716,7 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
 
     config = gateway.config
-    return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
+    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, bool(config.client_keys))))
 
 
 # ---------------------------------------------------------------------------------------------- routes
