@@ -32,7 +32,7 @@ STATUSES = {
     "RESOURCE_EXHAUSTED": 503, "SHUTTING_DOWN": 503, "VERSION_NOT_SUPPORTED": 505,
 }  # fmt: skip
 REASONS = {status: code.replace("_", " ").title() for code, status in reversed(STATUSES.items())}
-REASONS |= {200: "OK", 204: "No Content", 304: "Not Modified"}
+REASONS |= {200: "OK", 204: "No Content"}
 Headers = tuple[tuple[str, str], ...]
 
 

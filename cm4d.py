@@ -58,7 +58,7 @@ from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITH
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.fleet import Fleet
-from cerebrum.pi.page import Page
+from cerebrum.pi.page import page_of
 from cerebrum.pi.sharing import Reading, Sharing, Warming
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Loop, Pair, TooLong
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
@@ -193,9 +193,9 @@ class Gateway:
         self.fleet = Fleet(self.sharing.is_fair, self._probed)
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.page: Page | None = None  # everything else works without it
+        self.page: Response | None = None  # everything else works without it
         try:
-            self.page = Page((HERE / "cerebrum/pi/page.html").read_bytes())
+            self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
 
@@ -480,8 +480,7 @@ async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
         raise HttpError("NOT_FOUND", "expected the file cerebrum/pi/page.html, got none; the API works without it")
-    status, body, headers = gateway.page.respond(request.head.headers)
-    return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
+    return gateway.page
 
 
 async def language_server(gateway: Gateway, request: Request) -> Response:

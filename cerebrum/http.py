@@ -518,7 +518,7 @@ class Exchange:
     async def send(self, response: Response) -> None:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
-        if response.status not in (204, 304):
+        if response.status != 204:
             body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode("ascii")
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
