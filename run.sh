@@ -127,11 +127,9 @@ with_clock() {
 # make_venv SET: the packages of one of pyproject.toml's groups, or of "run".
 make_venv() {
 	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
-	if [[ -e $installed ]] && ! have_llama; then # made for another Python
+	if [[ -e $installed ]] && ! { have_llama && can_decode; }; then # made for another Python or, like pip's wheel, CPU
 		python3 -m venv --clear .venv
-	elif [[ -e $installed ]] && ! can_decode; then # built for another CPU, as is the wheel that pip keeps
-		"$PYTHON" -m pip cache remove llama_cpp_python >/dev/null
-		python3 -m venv --clear .venv
+		"$PYTHON" -m pip cache remove llama_cpp_python &>/dev/null || true # pip may keep nothing
 	fi
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"

@@ -119,8 +119,26 @@ setup_cm4() {
 # have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python, with what `tune` needs.
 have_llama() { as_daemon "$VENV/bin/python" -c "import llama_cpp${1-, gguf}" 2>/dev/null; }
 
+# can_decode: whether the smallest model survives a decode. Built for a CPU with more features, llama.cpp can be imported,
+# but dies of SIGILL (status 128 + 4) when it computes. Any other failure is no reason to build it anew.
+can_decode() {
+	as_daemon "$VENV/bin/python" -c '
+import glob, os, sys
+from llama_cpp import llama_cpp as llama
+for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
+    params = llama.llama_model_default_params()
+    params.use_extra_bufts = False # repacked weights would take as much memory again
+    model = llama.llama_model_load_from_file(os.fsencode(file), params)
+    params = llama.llama_context_default_params()
+    params.n_ctx = 256
+    context = llama.llama_init_from_model(model, params)
+    llama.llama_decode(context, llama.llama_batch_get_one((llama.llama_token * 2)(1, 2), 2))' "$PLACE/models" \
+		&>/dev/null || (($? != 132))
+}
+
 # build: what cerebrum-llama.service runs. The folder with the version is complete when its packages can be imported.
 build() {
+	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
 	! have_llama || return 0
 	install -d -o cerebrum -g cerebrum "$PLACE"
 	as_daemon mkdir -p "$PLACE/cache"
