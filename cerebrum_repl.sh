@@ -386,36 +386,15 @@ sys.stdout.buffer.write(b"".join(line + end for line, end in zip(lines[1], ends)
 
 # ------------------------------------------------------------------------------------------------- files
 
-# language_of PATH: prints the language of a file by its name, or the current language if the name is not in the
-# table. The server's table is in cerebrum/text/languages.py. LC_ALL, because in Turkish a small I is another letter.
+# language_of PATH: prints the language of a file by its name, as the server lists names, or else the current language.
 language_of() {
-	local LC_ALL=C name=${1##*/}
-	case ${name,,} in
-		*.py | *.pyi | *.pyw) echo python ;;
-		*.js | *.jsx | *.mjs | *.cjs) echo javascript ;;
-		*.ts | *.tsx | *.mts | *.cts) echo typescript ;;
-		*.rs) echo rust ;;
-		*.c | *.h) echo c ;;
-		*.cpp | *.cc | *.cxx | *.hpp | *.hh | *.hxx) echo cpp ;;
-		*.go) echo go ;;
-		*.java) echo java ;;
-		*.cs | *.csx) echo csharp ;;
-		*.kt | *.kts) echo kotlin ;;
-		*.swift) echo swift ;;
-		*.php | *.phtml) echo php ;;
-		*.rb | *.rake | *.gemspec | *.ru | rakefile | gemfile) echo ruby ;;
-		*.lua) echo lua ;;
-		*.sh | *.bash | *.zsh | *.ksh | .bashrc | .profile | .zshrc | .bash_profile) echo shell ;;
-		*.sql) echo sql ;;
-		*.html | *.htm | *.xhtml) echo html ;;
-		*.css | *.scss | *.less) echo css ;;
-		*.json | *.jsonc | *.json5 | *.geojson | *.webmanifest) echo json ;;
-		*.yaml | *.yml) echo yaml ;;
-		*.toml | pipfile) echo toml ;;
-		*.md | *.markdown | *.mdx) echo markdown ;;
-		*.dockerfile | dockerfile | containerfile | dockerfile.* | containerfile.*) echo dockerfile ;;
-		*) printf '%s' "$LANGUAGE" ;;
-	esac
+	call_api /v1/models -m "$LIST_SECONDS" 2>/dev/null | python3 -ISc '
+import json, sys
+name, language = sys.argv[1].rpartition("/")[2].lower(), sys.argv[2]
+for one in json.load(sys.stdin)["languages"]:
+    if name in one["filenames"] or name[name.rfind("."):] in one["endings"]:
+        language = one["id"]
+print(language)' "$1" "$LANGUAGE" 2>/dev/null || printf '%s' "$LANGUAGE"
 }
 
 expand_home() {

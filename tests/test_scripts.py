@@ -30,7 +30,7 @@ import pytest
 from harness import PATIENCE, ROOT
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
-from cerebrum.text.languages import LANGUAGES, language_of_file
+from cerebrum.text.languages import LANGUAGES
 
 REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")
@@ -72,7 +72,8 @@ def wait_for(event: threading.Event) -> Callable[[], Awaitable[None]]:
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     """A Pi whose scripts the test adds. Each of them must be used once."""
-    with in_a_thread(Backend(scripts=[])) as backend:
+    endings = [{"id": id, "endings": one.endings, "filenames": one.filenames} for id, one in LANGUAGES.items()]
+    with in_a_thread(Backend(scripts=[], models=answer(200, {"models": [], "languages": endings}))) as backend:
         yield backend
     assert len(backend.completions) == len(backend.scripts)
 
@@ -475,19 +476,13 @@ def test_a_file_is_completed_at_its_end(env: dict[str, str], backend: Backend, t
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-LANGUAGE_OF = re.search(r"(?ms)^language_of\(\) \{$.*?^\}$", Path(REPL).read_text())
-assert LANGUAGE_OF
-
-
-def test_the_repl_finds_the_language_as_the_server_does(env: dict[str, str]) -> None:
-    endings = [end for one in LANGUAGES.values() for end in one.endings]
-    whole = [name for one in LANGUAGES.values() for name in one.filenames]
-    names = [f"x{end}" for end in endings] + whole + ["Dockerfile.dev", "containerfile.a.b", ".py", "x.tar.gz.rs"]
-    names += [name.upper() for name in names]
-    names += ["x.txt", "x", "x.", "", "py", "x.py~", "xdockerfile", "dockerfile-dev", "rakefile.txt", "x.py/x"]
-    script = f'LANGUAGE=; {LANGUAGE_OF[0]}; for name; do printf "%s\\n" "$(language_of "$name")"; done'
-    result = subprocess.run(["bash", "-c", script, "bash", *names], env=env, capture_output=True, text=True, check=True)
-    assert dict(zip(names, result.stdout.splitlines(), strict=True)) == {name: language_of_file(name) for name in names}
+def test_a_files_name_sets_the_language(env: dict[str, str], backend: Backend, tmp_path: Path) -> None:
+    names = ["x.RS", "a.b.go", "Gemfile", ".py", "go", "x.go~", "x.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+        backend.scripts.append(completion("a"))
+    converse(env, ":lang c", *(f":do @{tmp_path / name} it" for name in names))
+    assert [body["language"] for body in backend.completions] == ["rust", "go", "ruby", "python", *["python"] * 3]
 
 
 GAPS = [  # file, line, text before the gap, text after it
