@@ -16,7 +16,7 @@ URL=${CEREBRUM_URL-} # empty: see find_pi
 KEY=${CEREBRUM_CM4_API_KEY:-}
 HISTORY=${XDG_STATE_HOME:-${HOME-}/.local/state}/cerebrum/repl_history
 HISTSIZE=1000
-HISTTIMEFORMAT='' # `history` shows no times; the file has them, since they keep pasted lines together
+HISTTIMEFORMAT='' # the file has times, since they keep pasted lines together
 
 LANGUAGE=python
 MODEL='' # empty: the server chooses by the language
@@ -499,8 +499,6 @@ cmd_help() {
 	  :tokens [N]           show or set the maximum length of a completion
 	  :temp [T]             show or set the temperature, 0 to 1
 	  :stats                show the state of the server
-	  :history              show what you typed
-	  :clear                clear the screen
 	  :exit                 leave; so does Ctrl-D
 
 	Ctrl-C stops a completion. On a terminal with colours, what the model wrote and what a difference adds and
@@ -726,8 +724,6 @@ run_line() {
 		:tokens) cmd_tokens "$argument" ;;
 		:temp) cmd_temp "$argument" ;;
 		:stats) print_table /v1/stats members ;;
-		:history) history ;;
-		:clear) printf '\e[H\e[2J\e[3J' ;;
 		:exit | :quit) exit 0 ;;
 		:[a-z]*) complain "no such command: $name; see :help" ;;
 		*) [[ $1 != *[![:space:]]* ]] || cmd_prompt "$1" ;;

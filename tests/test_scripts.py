@@ -933,9 +933,6 @@ def test_the_line_can_be_edited_and_history_lasts(
     again.type("\x1b[A\x1b[A\r")  # up, up
     again.expect("two.")
     assert [body["prompt"] for body in backend.completions] == ["def f():"] * 2
-    again.enter(":history")
-    again.expect("def f():")
-    again.expect(PROMPT)
     history = Path(env["HOME"], ".local/state/cerebrum/repl_history")
     assert re.sub(r"(?m)^#\d+$", "#", history.read_text()).startswith("#\ndef f():\n#\n:exit\n")
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
