@@ -173,12 +173,11 @@ for line in sys.stdin.buffer:
     sys.stdout.flush()'
 }
 
-# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, their languages, or its members
-# (VIEW is models, languages or members). CHOSEN is marked. For an error, prints the reason and fails.
+# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, of which CHOSEN is marked, their
+# languages, or its members (VIEW is models, languages or members). For an error, prints the reason and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
-LINE = 78  # characters
 FEW = 8  # a model with more languages than this, and with all of them, is listed with "all languages"
 view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
@@ -189,16 +188,10 @@ models = answer["models"] if view != "members" else []
 away = "not there" if answer.get("vps_available", True) else "unknown"
 served = sorted({language for m in models for language in m.get("languages", [])})
 
-def mark(name):
-    return "* " if name == chosen else "  "
-
 def state(m):
     if not m.get("loaded"):
         return away if m.get("available") is False else "on the VPS"
     return "loaded, {:.0f} MB".format(m["memory_mb"]) if "memory_mb" in m else "loaded"
-
-def encoding(m):  # "tuned: Q5_0 to Q8_0, Q4_K to Q4_1" in one word
-    return m.get("encoding", "published").split(":")[0].replace("published", "")
 
 def backend(b):
     figures = "{requests_active} of {max_concurrent} places taken, {requests_total} requests, {requests_failed} failed"
@@ -209,16 +202,14 @@ def languages(m):
     return "all {} languages".format(len(served)) if len(set(names)) == len(served) > FEW else " ".join(names)
 
 if view == "models":
-    rows = [(mark(m["id"]) + m["id"], state(m), m.get("parameters", ""), encoding(m), languages(m)) for m in models]
+    mark = {chosen: "* "}
+    rows = [(mark.get(m["id"], "  ") + m["id"], state(m), m.get("parameters", ""), languages(m)) for m in models]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width) for row in rows]
     lines += ["the VPS cannot be reached"] * (away == "unknown")
     lines += ["preferred for {}: {}".format(kind, ", ".join(ids)) for kind, ids in answer.get("prefer", {}).items()]
 elif view == "languages":
-    width = max(map(len, served), default=0) + 4
-    count = max(1, LINE // width)
-    cells = [(mark(name) + name).ljust(width) for name in served]
-    lines = ["".join(cells[i : i + count]) for i in range(0, len(cells), count)]
+    lines = [" ".join(served)] * bool(served)
 else:
     members = [(k, v) for k, v in answer.items() if k != "backends"]
     members += [("backend " + b["id"], backend(b)) for b in answer.get("backends", [])]
@@ -607,7 +598,7 @@ cmd_save() {
 }
 
 cmd_lang() {
-	if [[ -n $1 ]]; then LANGUAGE=$1; else print_table /v1/models languages "$LANGUAGE"; fi
+	if [[ -n $1 ]]; then LANGUAGE=$1; else print_table /v1/models languages; fi
 	echo "language: $LANGUAGE"
 }
 
