@@ -39,7 +39,7 @@ LAST=$WORK/none
 FILE=''        # the file of the last result, for :write; empty after a plain prompt
 UNFIT=''       # why the last result must not be written to $FILE; empty if it may be
 INTERRUPTED='' # set by Ctrl-C
-BAR=''         # set while a progress bar is on the screen
+PROGRESS=''    # set while progress is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
 MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK='' # PLAIN_INK ends a colour; all are empty without colours
 
@@ -98,27 +98,23 @@ print_part() {
 	print_text "${text%.}" "${2-}"
 }
 
-# draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
-# since nobody knows how long it takes.
-draw_bar() {
-	local label number='^[0-9]{1,9}$' bar='########################'
+# show_progress STAGE PERCENT: on stderr, if that is a terminal. Nobody knows how long waiting in the queue takes.
+show_progress() {
+	local label
 	[[ -t 2 ]] || return 0
 	case $1 in
 		queued) label='waiting for a free slot' ;;
-		loading) label='loading the model' ;;
-		prefill) label='reading the prompt' ;;
+		loading) label="loading the model, $2 %" ;;
+		prefill) label="reading the prompt, $2 %" ;;
 		*) return 0 ;; # decode: the tokens themselves are the progress
 	esac
-	BAR=shown
+	PROGRESS=shown
 	printf '\r\e[K%s' "$label" >&2
-	if [[ $1 != queued && $2 =~ $number && $3 =~ $number ]] && ((10#$3 > 0 && 10#$2 <= 10#$3)); then
-		printf ' [%-*.*s] %d %%' ${#bar} $((${#bar} * 10#$2 / 10#$3)) "$bar" $((100 * 10#$2 / 10#$3)) >&2
-	fi
 }
 
-clear_bar() {
-	[[ -z $BAR ]] || printf '\r\e[K' >&2
-	BAR=''
+clear_progress() {
+	[[ -z $PROGRESS ]] || printf '\r\e[K' >&2
+	PROGRESS=''
 }
 
 # -------------------------------------------------------------------------------------------------- JSON
@@ -140,7 +136,7 @@ print(json.dumps({name: value for name, value in members.items() if value != ""}
 
 # json_events: turns server-sent events, or the JSON error that came in their place, into lines, each
 # printed at once:
-#     token TEXT · progress STAGE DONE TOTAL · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
+#     token TEXT · progress STAGE PERCENT · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
 # KEPT is "all", or "part" if the prompt was too long for the model and was sent in part. In TEXT a
 # backslash is \0134, a newline \n and NUL \0000, for printf %b. The "status" line that curl adds at the
 # end passes unchanged.
@@ -154,7 +150,8 @@ def event(e):
     if "token" in e:
         return "token " + escaped(e["token"])
     if "progress" in e:
-        return "progress {stage} {done} {total}".format(**e["progress"])
+        now = e["progress"]
+        return "progress {stage} {0}".format(100 * now["done"] // max(1, now["total"]), **now)
     if e.get("done"):
         kept = "all" if e.get("kept", {}).get("parts", ["all"]) == ["all"] else "part"
         e = {"mode": "complete", "finish_reason": "stop", **e, "kept": kept}
@@ -271,7 +268,7 @@ prepare() {
 # makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
 # json_object's form. Fails unless the completion came to its end.
 ask() {
-	local mode=$1 file=$2 language=$3 line kind rest stage part whole
+	local mode=$1 file=$2 language=$3 line kind rest stage percent
 	local finished='' reason='' kept='' tokens='' seconds='' model='' status='' message='' full=''
 	shift 3
 	[[ -z $INTERRUPTED ]] || { complain "interrupted"; return; }
@@ -286,13 +283,13 @@ ask() {
 			rest=${line#* }
 			case $kind in
 				token)
-					clear_bar
+					clear_progress
 					printf '%b' "$rest" >&3 || full=yes
 					print_token "$rest"
 					;;
 				progress)
-					read -r stage part whole <<<"$rest"
-					draw_bar "$stage" "$part" "$whole"
+					read -r stage percent <<<"$rest"
+					show_progress "$stage" "$percent"
 					;;
 				done)
 					read -r mode reason kept tokens seconds model <<<"$rest"
@@ -302,7 +299,7 @@ ask() {
 				status) status=$rest ;;
 			esac
 		done 3>"$NEXT/completion"
-	clear_bar
+	clear_progress
 	[[ ! -s $NEXT/completion ]] || { [[ -n $FILTER && ! -t 1 ]] || echo; }
 
 	if [[ -n $INTERRUPTED ]]; then
