@@ -84,18 +84,17 @@ print_token() {
 	fi
 }
 
-# print_file PATH [INK]
 print_file() {
 	[[ -t 1 ]] || { cat "$1"; return; }
-	print_part "$1" "${2-}"
+	print_part "$1"
 	! lacks_newline "$1" || echo
 }
 
-# print_part PATH [INK]: prints a file on the terminal. The dot saves the newlines before it from $().
+# print_part PATH: prints a file on the terminal. The dot saves the newlines before it from $().
 print_part() {
 	local text
 	text=$(tr -d '\0' <"$1" && echo .)
-	print_text "${text%.}" "${2-}"
+	print_text "${text%.}"
 }
 
 # show_progress STAGE PERCENT: on stderr, if that is a terminal. Nobody knows how long waiting in the queue takes.
@@ -489,7 +488,7 @@ cmd_help() {
 	  :stats                show the state of the server
 	  :exit                 leave; so does Ctrl-D
 
-	Ctrl-C stops a completion. On a terminal with colours, what the model wrote and what a difference adds and
+	Ctrl-C stops a completion. On a terminal with colours, what the model writes and what a difference adds and
 	removes are coloured, unless $NO_COLOR is set.
 	EOF
 }
@@ -573,14 +572,7 @@ cmd_write() {
 
 cmd_last() {
 	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
-	if [[ -s $LAST/before || -s $LAST/after ]] && [[ -n $MODEL_INK ]]; then
-		print_part "$LAST/before"
-		print_part "$LAST/completion" "$MODEL_INK"
-		print_part "$LAST/after"
-		! lacks_newline "$LAST/result" || echo
-	else
-		print_file "$LAST/result" "$MODEL_INK"
-	fi
+	print_file "$LAST/result"
 }
 
 # cmd_save PATH [FORCE]
