@@ -174,7 +174,6 @@ for line in sys.stdin.buffer:
 json_table() {
 	python3 -ISc '
 import json, sys
-FEW = 8  # a model with more languages than this, and with all of them, is listed with "all languages"
 view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
 if answer.get("error"):
@@ -182,33 +181,25 @@ if answer.get("error"):
     sys.exit(1)
 models = answer["models"] if view != "members" else []
 away = "not there" if answer.get("vps_available", True) else "unknown"
-served = sorted({language for m in models for language in m.get("languages", [])})
 
 def state(m):
     if not m.get("loaded"):
         return away if m.get("available") is False else "on the VPS"
     return "loaded, {:.0f} MB".format(m["memory_mb"]) if "memory_mb" in m else "loaded"
 
-def backend(b):
-    figures = "{requests_active} of {max_concurrent} places taken, {requests_total} requests, {requests_failed} failed"
-    return "{}; {}".format("there" if b["available"] else b["message"], figures.format(**b))
-
-def languages(m):
-    names = m.get("languages", [])
-    return "all {} languages".format(len(served)) if len(set(names)) == len(served) > FEW else " ".join(names)
-
 if view == "models":
     mark = {chosen: "* "}
-    rows = [(mark.get(m["id"], "  ") + m["id"], state(m), m.get("parameters", ""), languages(m)) for m in models]
+    rows = [(mark.get(m["id"], "  ") + m["id"], state(m), m.get("parameters", "")) for m in models]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width) for row in rows]
     lines += ["the VPS cannot be reached"] * (away == "unknown")
     lines += ["preferred for {}: {}".format(kind, ", ".join(ids)) for kind, ids in answer.get("prefer", {}).items()]
 elif view == "languages":
-    lines = [" ".join(served)] * bool(served)
+    served = {language for m in models for language in m.get("languages", [])}
+    lines = [" ".join(sorted(served))] * bool(served)
 else:
-    members = [(k, v) for k, v in answer.items() if k != "backends"]
-    members += [("backend " + b["id"], backend(b)) for b in answer.get("backends", [])]
+    backends = {"backend " + b["id"]: b for b in answer.pop("backends", [])}
+    members = {**answer, **backends}.items()
     lines = ["{:24} {}".format(k, v if isinstance(v, str) else json.dumps(v)) for k, v in members]
 for line in lines:
     print(line.rstrip())' "$@"

@@ -300,7 +300,7 @@ def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
     )
     said = cerebrum.run("cerebrum", stdin=":temp 0\n:tokens 16\ndef fibonacci(n):\n:model\n")
     assert "return" in said
-    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +0\.5B .*python javascript typescript rust c cpp go$", said, re.M)
+    assert re.search(rf"^  {MODEL} +loaded, \d+ MB +0\.5B$", said, re.M)
     assert cerebrum.run("curl -s http://pi.local:7000/").startswith("<!doctype html>")
     cerebrum.run("ip link delete near")
 
