@@ -566,7 +566,7 @@ cmd_last() {
 	print_file "$LAST/result"
 }
 
-# cmd_save PATH [FORCE]
+# cmd_save PATH [!]
 cmd_save() {
 	local path reason
 	path=$(expand_home "$1")
@@ -592,22 +592,16 @@ cmd_model() {
 }
 
 cmd_tokens() {
-	if [[ -n $1 ]]; then
-		if [[ ! $1 =~ ^[1-9][0-9]{0,3}$ ]] || (($1 > MAX_TOKENS)); then
-			complain "tokens: expected a whole number from 1 to $MAX_TOKENS, got $1"
-			return
-		fi
-		TOKENS=$1
-	fi
+	[[ -z $1 ]] || { [[ $1 =~ ^[1-9][0-9]{0,3}$ ]] && (($1 <= MAX_TOKENS)); } ||
+		{ complain "tokens: expected a whole number from 1 to $MAX_TOKENS, got $1"; return; }
+	TOKENS=${1:-$TOKENS}
 	echo "tokens: $TOKENS"
 }
 
 cmd_temp() {
-	if [[ -n $1 ]]; then
-		[[ $1 =~ ^(0|0?\.[0-9]+|1|1\.0+)$ ]] ||
-			{ complain "temperature: expected a number from 0 to 1, got $1"; return; }
-		TEMPERATURE=${1/#./0.}
-	fi
+	[[ -z $1 || $1 =~ ^(0|0?\.[0-9]+|1|1\.0+)$ ]] ||
+		{ complain "temperature: expected a number from 0 to 1, got $1"; return; }
+	[[ -z $1 ]] || TEMPERATURE=${1/#./0.}
 	echo "temperature: $TEMPERATURE"
 }
 
@@ -688,8 +682,7 @@ run_line() {
 		:do) cmd_do "$argument" ;;
 		:write) cmd_write ;;
 		:last) cmd_last ;;
-		:save) cmd_save "$argument" ;;
-		:save!) cmd_save "$argument" force ;;
+		:save | :save!) cmd_save "$argument" "${name#:save}" ;;
 		:lang) cmd_lang "$argument" ;;
 		:model) cmd_model "$argument" ;;
 		:tokens) cmd_tokens "$argument" ;;
