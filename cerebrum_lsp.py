@@ -331,21 +331,21 @@ class Job:
             raise Ended
 
 
-def ask(settings: Settings, job: Job, path: str, body: Any = None) -> Any:
-    """POST the body, or GET without one, and return the answer's JSON. PiError, or Ended."""
+def ask(settings: Settings, job: Job, path: str, body: Any) -> dict[str, Any]:
+    """POST the body, and return the answer's JSON. PiError, or Ended."""
     url = urllib.parse.urlsplit(settings.url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
     headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
     if settings.key:
         headers["Authorization"] = f"Bearer {settings.key}"
-    data = None if body is None else json.dumps(body).encode("ascii")
+    data = json.dumps(body).encode("ascii")
     try:
         connection.connect()
         job.socket = connection.sock
         job.check()  # `end` may have come before there was a socket
         connection.sock.settimeout(TIMEOUT_SECONDS)
-        connection.request("GET" if data is None else "POST", url.path.rstrip("/") + path, data, headers)
+        connection.request("POST", url.path.rstrip("/") + path, data, headers)
         response = connection.getresponse()
         content = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
@@ -444,8 +444,6 @@ class Client:
 
 # -------------------------------------------------------------------------------------- state: the server
 
-SLOW_SECONDS = 1.5  # after which the user is told that the editor waits
-POLL_SECONDS = 2.0  # between two looks whether the model is loaded
 AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
@@ -464,11 +462,10 @@ class Server:
         self.suggestions = Suggestions()
         self.documents: dict[str, Document] = {}
         self.encoding = "utf-16"
-        self.has_progress = self.has_configuration = self.has_versions = False  # what the client can do
+        self.has_configuration = self.has_versions = False  # what the client can do
         self.ready = self.stopping = False
         self.lock = threading.Lock()  # of what follows
         self.jobs: dict[Any, Job] = {}
-        self.progresses: dict[threading.Event, str] = {}  # tokens of what is shown, by the event that ends it
         self.silent_until = 0.0  # of time.monotonic(): the Pi did not answer
         self.told = False  # the user knows
 
@@ -561,7 +558,6 @@ class Server:
         able = get(params, "capabilities", dict, {})
         offered = get(able, "general.positionEncodings", list, ["utf-16"])
         self.encoding = next((name for name in offered if isinstance(name, str) and name in UNITS), "utf-16")
-        self.has_progress = get(able, "window.workDoneProgress", bool, False)
         self.has_configuration = get(able, "workspace.configuration", bool, False)
         self.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
         for message in self.wrong:
@@ -718,11 +714,7 @@ class Server:
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
         }
-        begin, done = time.monotonic(), threading.Event()
-        slow = threading.Timer(SLOW_SECONDS, self.watch_loading, [settings, done])
-        slow.daemon = True
-        if self.has_progress:
-            slow.start()
+        begin = time.monotonic()
         try:
             answer = ask(settings, job, "/infill", body)
             if not isinstance(text := answer.get("content"), str):
@@ -730,9 +722,6 @@ class Server:
         except PiError as error:
             self.failed(error, automatic)
             return ""
-        finally:
-            slow.cancel()
-            self.end_progress(done)  # before the result: lsp-mode 10 drops what comes together with it, after it
         with self.lock:
             self.told, self.silent_until = False, 0.0
         if not answer.get("replaced"):
@@ -748,31 +737,6 @@ class Server:
             self.told, self.silent_until = True, time.monotonic() + AWAY_SECONDS
         if tell:
             self.client.show(2, str(error))
-
-    def watch_loading(self, settings: Settings, done: threading.Event) -> None:
-        """Show a progress while no model is in memory, until one is or the request is done."""
-        with contextlib.suppress(PiError, Ended, ProtocolError):
-            while not self.has_model(settings):
-                with self.lock:
-                    if done.is_set():
-                        return
-                    if not self.progresses:
-                        token = self.progresses[done] = f"cerebrum-{time.monotonic_ns()}"
-                        self.client.request("window/workDoneProgress/create", {"token": token})
-                        value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
-                        self.client.send(method="$/progress", params={"token": token, "value": value})
-                done.wait(POLL_SECONDS)
-        self.end_progress(done)
-
-    def has_model(self, settings: Settings) -> bool:
-        models = get(ask(settings, Job(), "/v1/models"), "models", list)
-        return any(get(model, "loaded", bool, False) for model in models)
-
-    def end_progress(self, done: threading.Event) -> None:
-        with self.lock:
-            done.set()
-            if token := self.progresses.pop(done, None):
-                self.client.send(method="$/progress", params={"token": token, "value": {"kind": "end"}})
 
     # -------------------------------------------------------------------------------------------- commands
 

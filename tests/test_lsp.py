@@ -43,7 +43,6 @@ class Pi(ThreadingHTTPServer):
         self.hold = threading.Event()
         self.hold.set()
         self.left: Queue[bool] = Queue()
-        self.loaded = True  # a model is
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     @property
@@ -73,13 +72,6 @@ class PiHandler(BaseHTTPRequestHandler):
         status, answer = self.server.answer(self.path, body)
         data = json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        data = json.dumps({"models": [{"id": "m", "loaded": self.server.loaded}, {"id": "n"}]}).encode()
-        self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -591,34 +583,6 @@ def test_what_is_no_pi_is_told(editor: Editor, pi: Pi, answer: tuple[int, Any], 
     number = editor.at(0, 4)
     assert editor.next()["params"]["message"] == "Cerebrum: " + message.format(port=pi.server_address[1])
     assert editor.answer(number)["result"] == {"items": []}
-
-
-def test_a_loading_model_is_a_progress_that_ends_before_the_result(editor: Editor, pi: Pi) -> None:
-    editor.start(None, window={"workDoneProgress": True})
-    editor.open("x = ")
-    pi.loaded = False
-    pi.hold.clear()
-    number = editor.at(0, 4)
-    created, begun = editor.next(), editor.next()
-    token = created["params"]["token"]
-    value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
-    assert created["method"] == "window/workDoneProgress/create"
-    assert (begun["method"], begun["params"]) == ("$/progress", {"token": token, "value": value})
-    pi.hold.set()
-    assert editor.next()["params"] == {"token": token, "value": {"kind": "end"}}
-    assert editor.next()["id"] == number
-    editor.type(0, 0, "!")
-    pi.hold.clear()
-    number = editor.at(0, 5)
-    assert editor.next(lambda message: message.get("method") == "$/progress")["params"]["token"] != token
-    editor.tell("$/cancelRequest", {"id": number})
-    ended = [editor.next(lambda message: message.get("method") != "window/showMessage") for _ in range(2)]
-    assert {
-        message.get("id", message["params"]["value"]["kind"] if "params" in message else 0) for message in ended
-    } == {
-        number,
-        "end",
-    }
 
 
 # ------------------------------------------------------------------------------------------- the protocol
