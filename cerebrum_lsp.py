@@ -156,12 +156,10 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-# Units of one character by the encoding of positions.
-UNITS: Mapping[str, Callable[[str], int]] = {
-    "utf-16": lambda char: 1 + (char > "\uffff"),  # the default
-    "utf-8": lambda char: len(char.encode("utf-8", "surrogatepass")),
-    "utf-32": lambda char: 1,
-}
+
+
+def utf16_units(text: str) -> int:
+    return len(text) + sum(char > "\uffff" for char in text)
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,11 @@ class Gap:
 
 
 class Document:
-    """An open text, as lines with their ends. Positions are (line, character), in units of the client's encoding."""
+    """An open text, as lines with their ends. Positions are LSP's: (line, character), in units of UTF-16."""
 
-    def __init__(self, text: str, version: Any, language: str, encoding: str) -> None:
+    def __init__(self, text: str, version: Any, language: str) -> None:
         self.lines: list[str] = LINE.findall(text)
-        self.version, self.language, self.units = version, language, UNITS[encoding]
+        self.version, self.language = version, language
 
     @property
     def text(self) -> str:
@@ -192,7 +190,7 @@ class Document:
         if content.isascii():
             return line, min(character, len(content))
         for index, char in enumerate(content):
-            character -= self.units(char)
+            character -= utf16_units(char)
             if character < 0:  # inside a character counts as before it
                 return line, index
         return line, len(content)
@@ -200,7 +198,7 @@ class Document:
     def clamp(self, place: tuple[int, int]) -> tuple[int, int]:
         """The position, or the end that it is behind."""
         line, column = self.place(*place)
-        return line, sum(map(self.units, "".join(self.lines[line : line + 1])[:column]))
+        return line, utf16_units("".join(self.lines[line : line + 1])[:column])
 
     def between(self, start: tuple[int, int], end: tuple[int, int]) -> str:
         """The text between two positions."""
@@ -461,7 +459,6 @@ class Server:
         self.client, self.settings, self.wrong = client, settings, wrong
         self.suggestions = Suggestions()
         self.documents: dict[str, Document] = {}
-        self.encoding = "utf-16"
         self.has_configuration = self.has_versions = False  # what the client can do
         self.ready = self.stopping = False
         self.lock = threading.Lock()  # of what follows
@@ -556,8 +553,6 @@ class Server:
 
     def initialize(self, params: Any, _number: Any) -> Any:
         able = get(params, "capabilities", dict, {})
-        offered = get(able, "general.positionEncodings", list, ["utf-16"])
-        self.encoding = next((name for name in offered if isinstance(name, str) and name in UNITS), "utf-16")
         self.has_configuration = get(able, "workspace.configuration", bool, False)
         self.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
         for message in self.wrong:
@@ -565,7 +560,7 @@ class Server:
         self.configure(get(params, "initializationOptions", dict, None))
         self.ready = True
         capabilities = {
-            "positionEncoding": self.encoding,
+            "positionEncoding": "utf-16",  # every client must know it
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},
             "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
@@ -607,7 +602,7 @@ class Server:
     def open(self, params: Any) -> None:
         uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str, "")
-        self.documents[uri] = Document(text, get(params, "textDocument.version", int, 0), language, self.encoding)
+        self.documents[uri] = Document(text, get(params, "textDocument.version", int, 0), language)
 
     def change(self, params: Any) -> None:
         uri = get(params, "textDocument.uri", str)
@@ -655,7 +650,7 @@ class Server:
         place = document.clamp(position(get(params, "position", dict), "position"))
         gap, (line, character) = document.gap(uri, place, place), place
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
-        begin = line, max(0, character - sum(map(document.units, word)))
+        begin = line, max(0, character - utf16_units(word))
 
         def items(text: str) -> dict[str, Any]:
             entry = {
