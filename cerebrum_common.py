@@ -160,7 +160,7 @@ class Route:
     method: str
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
-    open: bool = False  # needs no key, and is answered even over the connection limit
+    open: bool = False  # needs no key
     quiet: bool = False  # successes are logged at DEBUG: clients poll this route every few seconds
     # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its client leaves.
     json: bool = False

@@ -11,8 +11,8 @@ Strategy
 - Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
   client can always tell a finished stream from a broken one.
 
-The server refuses what exceeds the limits below, clients that are slow or take more than their share of the
-connections, and pages of foreign origins. No TLS, no HTTP/2; standard library only.
+The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A connection beyond the
+limit takes the place of the oldest one that waits for its client. No TLS, no HTTP/2; standard library only.
 Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -51,15 +51,12 @@ MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memor
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
 MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
-MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
-MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health or another open route
 MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
 HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
 BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # between two requests of a kept connection
-OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
 WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
 KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client, before the kernel starts to probe the connection
 KEEPALIVE_PROBE_SECONDS = 5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
@@ -79,10 +76,6 @@ class ClientGone(ConnectionError):
 def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
     """An error after which the connection is closed, such as a framing error."""
     return HttpError(code, message, close=True)
-
-
-def too_busy() -> HttpError:
-    return malformed("too many connections; try again later", "OVERLOADED")
 
 
 def shutting_down() -> HttpError:
@@ -397,10 +390,15 @@ class Connection:
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
-        self.over = False  # over a connection limit: only open routes are answered
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
         self.patience = HEAD_SECONDS  # for the next request to begin
+
+    @property
+    def is_at_work(self) -> bool:
+        """A handler runs, and the client has taken what was sent."""
+        is_running = self.exchange and self.exchange.task and not self.exchange.ended
+        return bool(is_running) and not self.transport.get_write_buffer_size()
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -421,11 +419,11 @@ class Connection:
         self.idle = not self.buffer
         try:
             if self.idle:
-                async with asyncio.timeout(OVERFLOW_SECONDS if self.over else self.patience):
+                async with asyncio.timeout(self.patience):
                     if not await self.fill():
                         return None
             self.idle = False
-            async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
+            async with asyncio.timeout(HEAD_SECONDS):
                 scanned = 0
                 while (end := scan_request(self.buffer, scanned)) is None:
                     scanned = len(self.buffer)
@@ -433,8 +431,6 @@ class Connection:
                         raise ClientGone
                 return self.take(end)
         except TimeoutError:
-            if self.over:
-                raise too_busy() from None
             if self.idle:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
@@ -652,7 +648,12 @@ class Server:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
         assert task is not None
-        self._admit(connection)
+        if len(self.connections) >= MAX_CONNECTIONS:
+            # The oldest connection that waits for its client makes room, so no client can keep the others out.
+            waiting = next((one for one, old in self.connections.items() if not old.is_at_work), None)
+            if waiting is None:
+                return connection.transport.abort()
+            self.connections.pop(waiting).transport.abort()
         self.connections[task] = connection
         try:
             while await self._serve_one(connection):
@@ -663,17 +664,8 @@ class Server:
         except Exception as exception:
             internal_error(exception)
         finally:
-            del self.connections[task]
+            self.connections.pop(task, None)
             connection.transport.abort()
-
-    def _admit(self, connection: Connection) -> None:
-        """Set `over` of a new connection. With too many over the limit, it takes the place of the oldest of them."""
-        within = Counter(one.address for one in self.connections.values() if not one.over)
-        full = within.total() >= MAX_CONNECTIONS
-        connection.over = full or within[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
-        over = [task for task, one in self.connections.items() if one.over and not task.cancelling()]
-        if connection.over and len(over) >= MAX_OVERFLOW:
-            over[0].cancel()
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -684,7 +676,7 @@ class Server:
             if block is None:
                 return False
             head = parse_request(block)
-            exchange.head, exchange.keep = head, head.keep_alive and not connection.over
+            exchange.head, exchange.keep = head, head.keep_alive
             exchange.started = time.perf_counter()
             request_id_var.set(head.request_id)
             await self._answer(exchange, head)
@@ -695,9 +687,7 @@ class Server:
                 exchange.log(499)
             raise
         except asyncio.CancelledError:
-            if connection.over:  # a newer connection took its place
-                await exchange.fail(too_busy())
-            elif exchange.head and self.stopping:  # the client does not read the error
+            if exchange.head:  # the daemon stops, and the client does not read the error
                 exchange.log(503)
             raise
         connection.patience = IDLE_SECONDS
@@ -707,7 +697,7 @@ class Server:
     async def _answer(self, exchange: Exchange, head: Head) -> None:
         connection = exchange.connection
         try:
-            route, parameter = self._route(head, connection.over, exchange)
+            route, parameter = self._route(head, exchange)
             if self.stopping:
                 raise shutting_down()
             check_body(head, route)
@@ -738,7 +728,7 @@ class Server:
         finally:
             self.body_bytes -= body.tell()
 
-    def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
+    def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
         parent, _, last = head.path.rpartition("/")
         methods, parameter = self.routes.get(head.path, {}), ""
@@ -746,8 +736,6 @@ class Server:
             methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
         exchange.route = next(iter(methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
-        if over and not public:
-            raise too_busy()
         self.access.check(head, public)
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")

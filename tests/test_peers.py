@@ -388,7 +388,7 @@ def test_slowhttptest(attack: str, name: str, tmp_path: Path) -> None:
                 answers += 1
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     enemy.wait(0.1)
-        assert answers > 20
+        assert answers > 5  # most of the time goes to requests of the attack
         rows = list(csv.DictReader((tmp_path / "out.csv").open()))
         assert rows
         assert process.rss_kb() - before < 30_000
