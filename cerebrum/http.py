@@ -305,16 +305,16 @@ class BodyDecoder:
         return at + 2
 
     def _trailers(self, buffer: bytes, at: int) -> int | None:
-        section = buffer[at : at + MAX_TRAILER_BYTES]
-        end = 0 if section.startswith(b"\r\n") else section.find(b"\r\n\r\n") + 2  # 1: not found
-        if FORBIDDEN_IN_HEAD.search(section, 0, MAX_TRAILER_BYTES if end == 1 else end + 2):
+        # The CRLF before the section makes it end with an empty line also if there are no trailers.
+        lines, end, _ = (b"\r\n" + buffer[at : at + MAX_TRAILER_BYTES]).partition(b"\r\n\r\n")
+        if FORBIDDEN_IN_HEAD.search(lines + end):
             raise malformed("expected trailers with CRLF line ends and no control characters")
-        if end == 1:
-            if len(section) == MAX_TRAILER_BYTES:
+        if not end:
+            if len(buffer) >= at + MAX_TRAILER_BYTES:
                 raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
             return None
-        parse_headers(section[:end].split(b"\r\n")[:-1])
-        return self._end(buffer, at + end + 2)
+        parse_headers(lines.split(b"\r\n")[1:])
+        return self._end(buffer, at + len(lines) + len(b"\r\n"))
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
