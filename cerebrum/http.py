@@ -248,11 +248,6 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
-        if self._step is BodyDecoder._size and not (self.rest or self._limit):
-            match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
-            start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
-            if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
-                return data[start:-2]
         pieces: list[bytes] = []
         try:
             self._decode(self.rest + data, pieces)
