@@ -56,7 +56,7 @@ READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
 HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
 BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
-IDLE_SECONDS = 60.0  # between two requests of a kept connection
+IDLE_SECONDS = 60.0  # until a connection's first or next request begins
 WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
 KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client, before the kernel starts to probe the connection
 KEEPALIVE_PROBE_SECONDS = 5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
@@ -387,7 +387,6 @@ class Connection:
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
-        self.patience = HEAD_SECONDS  # for the next request to begin
 
     @property
     def is_at_work(self) -> bool:
@@ -414,7 +413,7 @@ class Connection:
         self.idle = not self.buffer
         try:
             if self.idle:
-                async with asyncio.timeout(self.patience):
+                async with asyncio.timeout(IDLE_SECONDS):
                     if not await self.fill():
                         return None
             self.idle = False
@@ -685,7 +684,6 @@ class Server:
             if exchange.head:  # the daemon stops, and the client does not read the error
                 exchange.log(503)
             raise
-        connection.patience = IDLE_SECONDS
         await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 

@@ -79,7 +79,7 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: p
 async def test_silence_before_the_first_byte_closes_silently(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
     async with serving() as (_, port), connect(port) as (reader, _):
         assert await closed(reader) == b""
     assert messages(caplog) == []
