@@ -12,7 +12,7 @@ Strategy
   client can always tell a finished stream from a broken one.
 
 The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A connection beyond the
-limit takes the place of the oldest one that waits for its client. No TLS, no HTTP/2; standard library only.
+limit takes the place of an older one that waits for its client. No TLS, no HTTP/2; standard library only.
 Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -388,11 +388,10 @@ class Connection:
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
 
-    @property
-    def is_at_work(self) -> bool:
-        """A handler runs, and the client has taken what was sent."""
-        is_running = self.exchange and self.exchange.task and not self.exchange.ended
-        return bool(is_running) and not self.transport.get_write_buffer_size()
+    def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
+        """The lower, the sooner the connection makes room. `crowd` counts the connections by address."""
+        is_at_work = self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
+        return is_at_work, -crowd[self.address]
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -643,11 +642,7 @@ class Server:
         connection, task = Connection(reader, writer), asyncio.current_task()
         assert task is not None
         if len(self.connections) >= MAX_CONNECTIONS:
-            # The oldest connection that waits for its client makes room, so no client can keep the others out.
-            waiting = next((one for one, old in self.connections.items() if not old.is_at_work), None)
-            if waiting is None:
-                return connection.transport.abort()
-            self.connections.pop(waiting).transport.abort()
+            self._make_room()
         self.connections[task] = connection
         try:
             while await self._serve_one(connection):
@@ -660,6 +655,13 @@ class Server:
         finally:
             self.connections.pop(task, None)
             connection.transport.abort()
+
+    def _make_room(self) -> None:
+        """Close a connection, so that no client can keep others out: one that waits for its client if possible, the
+        oldest of the address that has most of them."""
+        crowd = Counter(one.address for one in self.connections.values())
+        task = min(self.connections, key=lambda one: self.connections[one].rank(crowd))
+        self.connections.pop(task).transport.abort()
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""

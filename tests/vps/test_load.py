@@ -425,28 +425,37 @@ async def test_one_connection_too_many_takes_the_place_of_the_oldest(
             assert (await read_reply(reader)).status == 200
 
 
-async def test_a_request_that_is_being_answered_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 1)
-    async with slow_server() as (_, port, slow), connect(port) as (reader, writer):
+async def test_a_request_that_is_being_answered_goes_before_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 2)
+    async with slow_server() as (_, port, slow), connect(port) as (reader, writer), connect(port) as (silent, _):
         writer.write(SLOW)
         await slow.begun.wait()
-        with pytest.raises(ConnectionError):
-            await ask(port, HEALTH)
+        assert (await ask(port, HEALTH)).status == 200
+        with contextlib.suppress(ConnectionError):
+            assert await closed(silent) == b""
         slow.release.set()
         assert (await read_reply(reader)).status == 200
+
+
+@pytest.mark.parametrize("begun", [b"", SLOW])
+async def test_the_address_with_most_connections_makes_room(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
+    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+        peers = [(reader, writer), *await open_many(stack, port, 3)]
+        for _, one in peers:
+            one.write(begun)
+        await until(lambda: len(server.connections) == 4)
+        await until(lambda: not begun or all(one.exchange.task for one in server.connections.values()))
         assert (await ask(port, HEALTH)).status == 200
-
-
-async def test_who_does_not_read_an_answer_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 1)
-
-    async def big(state: Any, request: Request) -> Response:
-        return Response({"x": "y" * (5 << 20)})
-
-    async with serving() as (server, port):
-        with slow_reader(port, add_route(server, "/big", big)):
-            await until(lambda: any(one.transport.get_write_buffer_size() for one in server.connections.values()))
-            assert (await ask(port, HEALTH)).status == 200
+        with contextlib.suppress(ConnectionError):
+            assert await closed(peers[1][0]) == b""
+        slow.release.set()
+        for one_reader, one_writer in [peers[0], *peers[2:]]:
+            if not begun:
+                one_writer.write(HEALTH)
+            assert (await read_reply(one_reader)).status == 200
+        writer.transport.abort()
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
