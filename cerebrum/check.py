@@ -193,10 +193,10 @@ async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple
     socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for a look-up that hangs
     backend, version = make(config, models), "an unknown version"
     await backend.probe()
-    if config.api == "cerebrum" and not backend.trouble:
+    if config.api == "cerebrum" and not backend.breaker.trouble:
         with contextlib.suppress(HttpError):
             version = str((await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version))
-    return backend, version, backend.trouble
+    return backend, version, backend.breaker.trouble
 
 
 # ------------------------------------------------------------------------------------------------ the VPS

@@ -149,7 +149,7 @@ async def test_activity() -> None:
         stats = (await pi.get("/v1/stats")).json
         assert stats.keys() < after.keys()
         writer.close()
-        await until(lambda: not pi.gateway.active)
+        await until(lambda: not pi.gateway.dispatcher.active)
         assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, "tokens of a request that has ended are lost"
 
 
@@ -159,7 +159,7 @@ async def test_a_request_that_was_superseded_has_not_failed() -> None:
         _, writer = await pi.open(
             "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", "session": "s"}
         )
-        await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens)
+        await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens)
         assert (await pi.complete(session="s")).status == 200
         writer.close()
         told = (await pi.get("/v1/activity")).json
