@@ -412,7 +412,6 @@ class BracketBlock(Block):
         self.statement = False  # the block is a statement or signature in progress
         self.clauses = False  # an `else` or the like may go on with the block
         self.call = False  # the block is an argument of a call, whose result may be used on the next line
-        self.decorator = False  # the block is an argument of a decorator
         self.closed = False  # the block has ended, but the next line may still belong to it
         language, head = scanner.language, scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket.kind == "{"]
@@ -441,7 +440,7 @@ class BracketBlock(Block):
         while depth and stack[depth - 1].kind in "([":
             depth -= 1
             self.call = True
-        self.base, self.decorator = depth, self.call and header.lstrip().startswith("@")
+        self.base = depth
 
     def step(self, char: str) -> None:
         before = len(self.scanner.stack)
@@ -459,15 +458,10 @@ class BracketBlock(Block):
             return None
         if self.directive:
             return "block"
-        if self.decorator and line.endswith(")"):
-            self.decorator, self.statement, scanner.last = False, True, ""
-            return None
         if line.startswith(("@", "#[")):
             return None
         if self.statement and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
             return "block" if not line and self.mark else None
-        if not self.statement and scanner.last in tuple(",=(&|+?.:") and scanner.language.blocks == "braces":
-            return None
         self.closed = True
         may_go_on = (self.statement or self.call) and scanner.language.line_ends and scanner.last != ";"
         return None if scanner.stack or self.clauses or may_go_on or self.called else "block"
@@ -505,9 +499,7 @@ class Meeting:
         self.remark = remark
         first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
         self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
-        # A word behind more than one blank may begin a line of its own, whose indentation is half typed.
-        self.half = bool(first) and self.blanks > 1 and re.match(r"\s*[\w@\"']", rest) is not None
-        self.whole = bool(rest.strip()) and (not first or self.half)  # whole lines are missing, line ends included
+        self.whole = bool(rest.strip()) and not first  # whole lines are missing, line ends included
         self.rest = "" if self.whole else squeezed(rest)[:LINE_CHARS]
         self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
         self.goal = [(0, self.rest)] if self.rest else []
@@ -560,9 +552,8 @@ class Meeting:
     def _match(self, size: int, edge: int, text: list[str]) -> int | None:
         """Where a match begins that goes on with this line; None if this line differs from line `size` of the goal."""
         columns, goal = self._line(size)
-        if not size and (self.rest or self.half or (self.whole and len(self.goal) > 1 and self.line != goal)):
-            fits = self.line.endswith(goal) and not (self.half and self.indent < columns)
-            return self._place(len(goal), text) if fits else None
+        if not size and (self.rest or (self.whole and len(self.goal) > 1 and self.line != goal)):
+            return self._place(len(goal), text) if self.line.endswith(goal) else None
         same = self.line == goal or (self.remark and self.line.startswith(goal + self.remark))
         return edge if same and self.indent == columns and (size or self.places[0] >= 0) else None
 
@@ -631,8 +622,6 @@ class Gap(Stage):
         # Lines of a block comment are indented by one space more than the code.
         start, *after = (columns_of(line) - line.lstrip().startswith("*") for line in (above, *below))
         self.below = after[0] if after else start * bool(self.meeting.rest)
-        if self.meeting.half:
-            self.below = max(self.below, start)
         self.bound, self.limit = min(start, self.below), max(start, self.below)
         # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
         self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
@@ -679,7 +668,7 @@ class Gap(Stage):
                 self.end("stop", self.mark if self.left is None else self.left)
                 return
         if self.ahead < 0 and self.enough is not None:
-            self.end("block", self._indented(self.enough))
+            self.end("block", self.enough)
         elif not self.reason and char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
             self.safe = max(self.safe, place)
@@ -695,11 +684,6 @@ class Gap(Stage):
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
         elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
             self._could_end(self.mark, REST_AHEAD_CHARS)
-
-    def _indented(self, place: int) -> int:
-        """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
-        lacking = (self.below - self.meeting.blanks) * self.meeting.half
-        return place + sum(1 for _ in takewhile(" ".__eq__, self.text[place : place + max(0, lacking)]))
 
     def _could_end(self, place: int, ahead: int = AHEAD_CHARS) -> None:
         self.enough = place if self.enough is None or self.inner else self.enough
@@ -751,10 +735,9 @@ class Gap(Stage):
         if place is None:
             place = self.enough if not whole else self.left if self._has_left() else None
         if place is not None:
-            place = self._indented(place) if place == self.enough else place
             return self.cut(self.sent, max(place, self.sent))
         text = self.cut(0).rstrip(" \t")
-        newline = self.meeting.whole and not self.meeting.half and bool(text.strip()) and not text.endswith("\n")
+        newline = self.meeting.whole and bool(text.strip()) and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * newline
 
 

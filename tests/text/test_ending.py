@@ -793,16 +793,6 @@ env['SCRIPT_FILENAME'] = self.path
 env['REMOTE_ADDR'] = self.client_address[0]
 ‖=''
 env['SCRIPT_NAME'] = ''
-=== python block: the last line before indentation that is half typed
-def f(arr, k):
-    arr.s«ort()
- »   return arr
-
-# Test cases
-print(f([1, 2, 3], 1))
-print(f([4, 5, 6], 2))
-‖   ans = arr[-k:]
-    return ans
 === python stop: an import like the next
 import sys
 «import os»
@@ -955,15 +945,6 @@ if (x)
 else z();
 »
 f();
-=== typescript block: a decorator's class
-@Component({
-«  selector: 'a',
-})
-export class A {
-  x = 1;
-}
-»
-function f() {
 === javascript block: an else whose statement is on the next line
 if (x)
 «  y();
@@ -1137,8 +1118,7 @@ def resume():
 === c block: a macro over lines
 #define M(a) \
 «    do { a; } while (0)
-»
-int f() {
+»int f() {
 === c block: a brace in both branches
 int f() {
 #ifdef A
