@@ -17,7 +17,6 @@ from cerebrum.text.languages import Language
 WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
-MAX_BRANCHES = 20  # nested #if with a copy of the open brackets each; a deeper one uses the last copy
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -33,7 +32,6 @@ ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\
 ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
 ITEM = re.compile(r"-(?:\s|$)")  # of YAML
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
-DIRECTIVE = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 
 
@@ -74,14 +72,13 @@ class Literals:
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
         self.escaped = self.in_class = False  # after a backslash; in a [] of a regex
-        self.line = ""  # of a comment or a here-document: the line so far
+        self.line = ""  # of a here-document: the line so far
         self.terminators: list[str] = []  # the lines that end the here-documents below this line
         self.tail = ""  # the last characters of the text
         # The statement so far: its code, its last character and the one before.
         self.head, self.last, self.previous = "", "", ""
         self.condition = ""  # `head` up to the parentheses of an if, if those came last
         self.stack: list[Bracket] = []  # open brackets
-        self.branches: list[list[Bracket]] = []  # the stacks at each open #if
         self.starting, self.indent = True, 0  # only white space since a line (by lines: a statement) began; its columns
 
     def _in_code(self, char: str) -> None:
@@ -152,7 +149,7 @@ class Literals:
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-        elif self.opener == '"' and language.expansion.search(self.tail):
+        elif self.opener == '"' and language.expansion.search(self.tail):  # quoting starts afresh
             self.stack.append(Bracket('"(' if char == "(" else '"{', "", self.indent))
             self.closer = ""
             if char == "(":
@@ -167,8 +164,6 @@ class Literals:
                 self._in_code(char)
         elif comment and self.closer == "\n" and language.alternative and self.tail.endswith("?>"):
             self._enter("?>", "<?")
-        if self.closer:
-            self.line = (self.line + char)[:LINE_CHARS]
 
     def _in_here_document(self, char: str) -> None:
         if char != "\n":
@@ -189,15 +184,6 @@ class Literals:
             self.tail = ""
         if not comment:
             self.last = '"'
-        elif self.opener == "#" and self.language.directives and (directive := DIRECTIVE.match(self.line)):
-            if directive[1] == "if":
-                deep = len(self.branches) >= MAX_BRANCHES
-                self.branches.append(self.branches[-1] if deep else self.stack.copy())
-            elif self.branches:  # each branch starts with the brackets that the first one has found
-                last = self.branches.pop()
-                if directive[1] == "el":
-                    self.branches.append(last)
-                    self.stack = last.copy()
         self.closer = ""
         if char == "\n":
             self._in_code(char)

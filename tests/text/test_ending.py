@@ -1119,19 +1119,6 @@ def resume():
 #define M(a) \
 «    do { a; } while (0)
 »int f() {
-=== c block: a brace in both branches
-int f() {
-#ifdef A
-    if (a) {
-#else
-    if (b) {
-#endif
-«        c();
-    }
-    return 1;
-}
-»
-int g() {
 === javascript block: no semicolons
 const x =« f(1)
 »const y = 2

@@ -20,7 +20,6 @@ from test_ending import cases, check, check_case, title
 from cerebrum.text.ending import Ending, scan
 from cerebrum.text.languages import LANGUAGES, language_of_file
 from cerebrum.text.prompt import detect_mode, prepare
-from cerebrum.text.scanner import MAX_BRANCHES, Scanner
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
 # the suffix after ‖.
@@ -889,11 +888,6 @@ def test_gaps(case: tuple[str, str, str, str, str | None]) -> None:
 )
 def test_a_language_in_another(language: str, prompt: str, found: str) -> None:
     assert scan(LANGUAGES[language], prompt).language is LANGUAGES[found]
-
-
-def test_directives_deeper_than_are_remembered() -> None:
-    text = "void f() {\n" + "#if A\n{\n" * MAX_BRANCHES + "#if B\n#endif\n#else\n{\n"
-    assert len(Scanner(LANGUAGES["c"], text).stack) == 1 + MAX_BRANCHES
 
 
 # What is above, a definition that is repeated with a number, what is below; and what of above is sent.
