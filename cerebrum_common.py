@@ -168,6 +168,31 @@ class Route:
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
 
 
+Routes = Mapping[str, Mapping[str, Route]]  # by path, then by method
+
+
+def routes_of(routes: Routes, path: str) -> tuple[Mapping[str, Route], str]:
+    """The routes of a path by method, none for an unknown path, and the value of `{id}` in it."""
+    parent, _, last = path.rpartition("/")
+    if path in routes or not last:
+        return routes.get(path, {}), ""
+    return routes.get(f"{parent}/{{id}}", {}), last
+
+
+def match(methods: Mapping[str, Route], method: str) -> Route:
+    """The one of a path's routes that answers this method. HttpError 405 names the methods that it has."""
+    route = methods.get("GET" if method == "HEAD" else method)
+    if not route:
+        allow = allowed(methods)
+        raise HttpError("METHOD_NOT_ALLOWED", f"expected one of {allow}, got {method}", headers=(("Allow", allow),))
+    return route
+
+
+def allowed(methods: Iterable[str]) -> str:
+    """The value of the header Allow for routes of these methods."""
+    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`

@@ -725,24 +725,16 @@ class Server:
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
-        parent, _, last = head.path.rpartition("/")
-        methods, parameter = self.routes.get(head.path, {}), ""
-        if not methods and last:
-            methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
         self.access.check(head, public)
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
-        allowed = set(methods or itertools.chain(*self.routes.values()))
-        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
         if head.method == "OPTIONS":
+            allow = common.allowed(methods or set(itertools.chain(*self.routes.values())))
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in methods:
-            message = f"expected one of {allow}, got {head.method}"
-            raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
-        return methods[method], parameter
+        return common.match(methods, head.method), parameter
 
     async def _options(self, request: Request, allow: str) -> Response:
         headers = [("Allow", allow)]
