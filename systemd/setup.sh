@@ -245,7 +245,10 @@ take_over() {
 		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
 	else
 		install -d "$PLACE/models"
-		[[ ! -d $OLD/models ]] || find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
+		if [[ -d $OLD/models && ! -L $OLD/models ]]; then
+			find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
+			rmdir -- "$OLD/models" && ln -s "$PLACE/models" "$OLD/models" # for the daemon that runs
+		fi
 		file=$(as_daemon "$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
 		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
 		chown -R cerebrum: "$PLACE"
