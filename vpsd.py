@@ -55,7 +55,7 @@ import cerebrum_common as common
 from cerebrum import metrics
 from cerebrum.fields import Field, describe, parse_json, read_fields, read_objects
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
+from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Subjects
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -875,7 +875,7 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
-    figures = metrics.write_stats(METRICS, things(engine))
+    figures = metrics.write_stats(METRICS, subjects(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
     known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": common.VERSION}
     return Response({**figures, **known})
@@ -885,7 +885,7 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
     keeps llama-server's name and meaning, with the model as a label."""
     server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + metrics.write_metrics(METRICS, things(engine)), kind=metrics.CONTENT_TYPE)
+    return Response(server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -952,7 +952,7 @@ METRICS: Table = {
 }  # fmt: skip
 
 
-def things(engine: Engine) -> Things:
+def subjects(engine: Engine) -> Subjects:
     """The objects that the rows of METRICS read."""
     return {"": {"": engine}, "model": engine.tallies}
 

@@ -162,10 +162,10 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
     """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
     only if no other backend can serve a completion."""
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
-    asked = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
-    wait((future for _, future in asked), BACKEND_SECONDS)
+    answers = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
+    wait((future for _, future in answers), BACKEND_SECONDS)
     seen = []
-    for one, future in asked:
+    for one, future in answers:
         try:
             seen.append((one, *future.result(0.0)))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError

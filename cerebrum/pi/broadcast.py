@@ -68,15 +68,15 @@ def alike(fields: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
 
 
-def typed_of(asked: str, text: str, prompt: str, omitted: int = 0) -> int:
-    """How many characters of `text`, the completion of the prompt `asked`, precede the cursor in another prompt; 0 if
-    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves: `asked`
+def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
+    """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in another prompt; 0 if
+    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves: `earlier`
     needs no more than TAIL_CHARS, after `omitted` characters. In a text that repeats itself, the lengths decide.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
-    tail, before, typed = prompt[-TAIL_CHARS:], asked[-TAIL_CHARS:], len(prompt) - len(asked) - omitted
+    tail, before, typed = prompt[-TAIL_CHARS:], earlier[-TAIL_CHARS:], len(prompt) - len(earlier) - omitted
     if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
     if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character

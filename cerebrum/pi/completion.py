@@ -51,7 +51,7 @@ class Attempt:
     reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED
     error: HttpError | None = None
     left: float = 0.0  # when it gave its place back
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
 
     @property
     def request(self) -> CompletionRequest:
@@ -80,15 +80,15 @@ class Completion:
     client: str = ""  # whose share of the places it takes: one who still reads it
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    asked: float = 0.0  # when the last client that shares it asked
+    requested: float = 0.0  # when the last client that shares it asked
 
     def __post_init__(self) -> None:
-        self.client, self.asked = self.request.client, self.started
+        self.client, self.requested = self.request.client, self.started
 
     @property
     def deadline(self) -> float:
         """Until when a dialect's request waits for a place. A request of our own API never waits."""
-        return self.asked + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
+        return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
 
     @property
     def attempt(self) -> Attempt | None:

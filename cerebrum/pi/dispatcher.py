@@ -192,7 +192,7 @@ class Dispatcher:
 
     def renew(self, completion: Completion) -> None:
         """One more client awaits this completion, and may wait for a place as long as the first one."""
-        completion.asked = time.monotonic()
+        completion.requested = time.monotonic()
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
@@ -230,7 +230,7 @@ class Dispatcher:
         places, backend = self.state.places, self.state.places[attempt]
         try:
             for other in [one for one, where in places.items() if where is backend and one.superseded]:
-                await other.gone.wait()
+                await other.ended.wait()
             yield backend
         except HttpError as error:
             attempt.error = error
@@ -300,7 +300,7 @@ class Dispatcher:
         del self.state.places[attempt]
         attempt.admission.left()
         attempt.left = time.monotonic()
-        attempt.gone.set()
+        attempt.ended.set()
         self.advance()
 
     # Reading ahead.

@@ -68,9 +68,9 @@ class Fleet:
             if old := known.get((new.id, new.config.api)):
                 old.adopt(new)
                 backends[number] = old
-        gone = [backend for backend in self.backends if backend not in backends]
+        removed = [backend for backend in self.backends if backend not in backends]
         self.backends, self._catalog, self._prefer = backends, catalog, prefer
-        for backend in gone:
+        for backend in removed:
             backend.wake.set()  # ends its probing
             backend.upstream.close()
         self._replaced.set()

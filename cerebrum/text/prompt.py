@@ -615,18 +615,18 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
         instruction, code = split_instruction(prompt, language) or (prompt, "")
         if not code and not fits(instruction, room):  # then the lines after its first are probably code
             instruction, _, code = instruction.strip().partition("\n")
-    asked = fit_start(instruction.strip(), room // 2 if code else room)
-    sent, kept = fit(code, language, room - weigh(asked), asked)
-    if len(asked) < len(instruction.strip()):
+    instructed = fit_start(instruction.strip(), room // 2 if code else room)
+    sent, kept = fit(code, language, room - weigh(instructed), instructed)
+    if len(instructed) < len(instruction.strip()):
         kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"  # a longer fence than those in the code
     fence = f"{ticks}{fields['language']}\n"
     block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
-    text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
+    text = "\n\n".join(filter(None, [instructed, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
     # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so too,
     # but then a small model leaves out the comments and steps that get the code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
-    kept = {"characters": len(sent) + len(asked), "of": len(code) + len(instruction), **kept}
+    kept = {"characters": len(sent) + len(instructed), "of": len(code) + len(instruction), **kept}
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 

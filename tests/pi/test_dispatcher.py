@@ -75,7 +75,7 @@ def decided(
         state.places[attempt] = known[id]
     fields = {"language": language, "mode": "complete", "model": model, "filename": "f.py"}
     completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead))
-    completion.asked = asked
+    completion.requested = asked
     for id, name, error in attempts:
         completion.attempts.append(Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW))
     if served:
