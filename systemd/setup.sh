@@ -149,17 +149,6 @@ build() {
 	find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
 }
 
-build_with_clock() {
-	systemctl start cerebrum-llama &
-	SECONDS=0
-	while kill -0 $! 2>/dev/null; do
-		[[ ! -t 2 ]] || printf '\r\e[Kbuilding llama.cpp, four minutes on two cores ... %d s ' "$SECONDS" >&2
-		sleep 1
-	done
-	wait $! || die "llama.cpp was not built; the next try is in 5 minutes:
-		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
-}
-
 # put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes .env's or Tailscale's.
 put_listen() {
 	local address=$1 old
@@ -214,7 +203,9 @@ setup_backend() {
 	install -d -m 700 "${KEY%/*}"
 	[[ -s $KEY || -n $(setting CEREBRUM_API_KEY) ]] || "$LIB/generate_api_key.sh" --write "$KEY" >/dev/null
 	put_listen "$listen"
-	build_with_clock
+	echo "building llama.cpp, unless it is here: four minutes on two cores" >&2
+	systemctl start cerebrum-llama || die "llama.cpp was not built; the next try is in 5 minutes:
+		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 	if [[ -z $wanted && -z $(models +) ]]; then
 		"${RUN[@]}" fetch --list
 		model=$(models '*')
