@@ -189,7 +189,7 @@ class Gateway:
         self.reconfigured = 0
         self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
-        self.dispatcher = Dispatcher(self.fleet)
+        self.dispatcher = Dispatcher(self.fleet, lambda model, result: self.counting.work(model, result))
         self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning)
         self.counting = Counting(self.broadcasts, config.models)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
@@ -257,6 +257,7 @@ class Gateway:
                 except HttpError as error:
                     if not attempt.may_be_repeated(error):
                         raise
+                    attempt.sent, error.__traceback__ = NOTHING_SENT, None  # both hold the prompt as it was sent
 
     def beginning(self, completion: Completion) -> dict[str, Any]:
         """The value of the pair "started"."""
@@ -270,7 +271,7 @@ class Gateway:
         self.counting.work(attempt.model, done)
         if attempt.sent.text.cut and request.kind != "chat":  # read it all later, so that the next one need not be cut
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
-            self.dispatcher.read_ahead(replace(request, fields=fields, ahead=True))
+            self.dispatcher.read_ahead(replace(request, fields=fields))
         ours = {
             "language": request.fields["language"],
             "model": attempt.model,
@@ -298,9 +299,10 @@ async def health(gateway: Gateway, request: Request) -> Response:
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
-def read_native(gateway: Gateway, request: Request, limit: float = math.inf) -> Completion:
-    """A request of our own API."""
+def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> Completion:
+    """A request of our own API, for an answer in one piece or for a stream."""
     fields = read_completion(parse_json(request.body), gateway.config.models)
+    fields, limit = (fields | {"progress": False}, MAX_COLLECTED_BYTES) if is_whole else (fields, math.inf)
     session = session_of(request.address, fields["session"])
     return Completion(CompletionRequest("", fields, session=session, limit=limit), request.end, request.notes)
 
@@ -323,9 +325,7 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    completion = read_native(gateway, request, limit=MAX_COLLECTED_BYTES)
-    completion.request.fields["progress"] = False
-    _, text, result = await collect(gateway.complete(completion))
+    _, text, result = await collect(gateway.complete(read_native(gateway, request, is_whole=True)))
     return Response({"completion": text, **result})
 
 
@@ -417,6 +417,8 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
                     if error.status not in RETRIED:
                         raise
                     fault = error
+                finally:
+                    gateway.dispatcher.advance()  # it may have been a trial
     raise fault
 
 
@@ -638,6 +640,8 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
+    for backend in gateway.fleet.backends:
+        backend.upstream.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 

@@ -55,7 +55,7 @@ import cerebrum_common as common
 from cerebrum import metrics
 from cerebrum.fields import Field, describe, parse_json, read_fields, read_objects
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Subjects
+from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES

@@ -180,8 +180,8 @@ class Backend:
         self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: vpsd
         self.prompts = Prompts(is_engine=self.api is not None)
-        self.requests_total = self.requests_failed = 0  # completions that were asked for
-        self.tokens, self.answering = 0, 0  # generated so far; requests that it answers now
+        self.requests_total = self.requests_failed = 0  # requests for completions
+        self.tokens = 0  # generated so far
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began
@@ -195,6 +195,7 @@ class Backend:
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
+        self.answering = set[Attempt]()  # that it answers now
         self._strange: str | None = None  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
@@ -252,10 +253,11 @@ class Backend:
             breaker.healthy(now)
             if breaker.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self.learn_models()
-            self.models_loaded = list(self.models or ()) if self.api else loaded
-            self._learn_trouble("")
+            self.models_loaded, trouble = list(self.models or ()) if self.api else loaded, ""
         except HttpError as error:
-            self._learn_trouble(error.message)
+            trouble = error.message
+        if breaker is self.breaker:  # otherwise the address has changed meanwhile
+            self._learn_trouble(trouble)
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
@@ -317,7 +319,8 @@ class Backend:
         fitted again and sent once more. Every result goes to the breaker that has admitted the attempt."""
         refused: TooLong | None = None
         self.requests_total += not attempt.request.ahead
-        self.answering += 1
+        answering = self.answering
+        answering.add(attempt)
         try:
             while True:
                 try:
@@ -340,7 +343,7 @@ class Backend:
                         raise
                     refused = error
         finally:
-            self.answering -= 1
+            answering.discard(attempt)
 
     @contextlib.asynccontextmanager
     async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:

@@ -25,7 +25,7 @@ class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
     From half-open, a failed or overdue trial opens the breaker again for twice as long. Only results change the state:
-    a request reports its own through its `Admission`, a probe through `healthy` and `trouble`.
+    a request reports its own through its `Admission`, a probe through `healthy` and `expire`. Both may find `trouble`.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -113,23 +113,27 @@ class Broadcast:
         """Whether more pairs will come."""
         return self.task is not None and not self.task.done()
 
+    def is_like(self, other: Broadcast) -> bool:
+        """Whether another finished one has the same text for the same place."""
+        return (self.alike, self.prompt, self.pairs) == (other.alike, other.prompt, other.pairs)
+
 
 def predicts(request: CompletionRequest) -> bool:
     """Whether the client takes the rest of an earlier completion's text as its answer."""
     return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
 
 
-def place_in(broadcast: Broadcast, request: CompletionRequest, is_reader: bool) -> int | None:
+def place_in(broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool) -> int | None:
     """The number of characters of a broadcast's text that precede the request's cursor: 0 if the broadcast runs for an
-    equal request; None if its text is no answer. `is_reader`: the same editor reads the running broadcast, or the same
-    client got the whole text of the finished one."""
+    equal request; None if its text is no answer. `digest`: the request's, as `alike` makes it. `is_reader`: the same
+    editor reads the running broadcast, or the same client got the whole text of the finished one."""
     running = broadcast.completion
     if running:
         is_sample = request.fields["temperature"] > 0 and request.fields["seed"] is None  # samples must differ
         if running.request.fields == request.fields and not is_sample:
             return 0
         is_reader = is_reader and request.kind == "infill"
-    if not is_reader or not predicts(request) or broadcast.alike != alike(request.fields):
+    if not is_reader or not predicts(request) or broadcast.alike != digest:
         return None
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, request.fields["prompt"], broadcast.omitted)
@@ -232,10 +236,10 @@ class Broadcasts:
             self._dispatcher.saw_editor(request.client)
         own = Broadcast(alike(request.fields), request.fields["prompt"], completion=completion)
         if request.fields["max_tokens"] == 0:
-            self._dispatcher.read_ahead(replace(request, ahead=True))
+            self._dispatcher.read_ahead(request)
             own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "length"})]
             return own
-        subscriber.broadcast = broadcast = self._find(subscriber) or own
+        subscriber.broadcast = broadcast = self._find(subscriber, own.alike) or own
         if broadcast is own:
             own.task = asyncio.create_task(self._run(own, completion))
         elif subscriber.typed:
@@ -249,7 +253,7 @@ class Broadcasts:
         self._replace_older(subscriber, ahead=not broadcast.completion)
         return broadcast
 
-    def _find(self, subscriber: Subscriber) -> Broadcast | None:
+    def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
         """A finished completion whose text the client has begun to type, or a running one of an equal request, or one
         whose text begins with what the user has typed since the editor asked for it."""
         request = subscriber.request
@@ -258,7 +262,7 @@ class Broadcasts:
             if other.broadcast and other.broadcast.is_open:
                 known.append((other.broadcast, other.editor == subscriber.editor))
         for broadcast, is_reader in known:
-            typed = place_in(broadcast, request, is_reader)
+            typed = place_in(broadcast, request, digest, is_reader)
             if typed is not None:
                 subscriber.typed = subscriber.skip = typed
                 return broadcast
@@ -317,7 +321,13 @@ class Broadcasts:
         if not broadcast or not broadcast.task or not predicts(request):
             return
         if not broadcast.kept and (kept := finished(broadcast)):
-            broadcast.kept = kept
-            self.finished.append(kept)
+            same = (
+                one
+                for one in self.finished
+                if (one.alike, one.prompt, one.pairs) == (kept.alike, kept.prompt, kept.pairs)
+            )
+            broadcast.kept = next(same, kept)
+            if broadcast.kept is kept:
+                self.finished.append(kept)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

@@ -37,7 +37,7 @@ NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one backend. Its `Backend` writes what was sent and what came, `Dispatcher` how it ended."""
+    """One try at one backend. Its `Backend` writes what was sent and what came, `Dispatcher` how its place ended."""
 
     completion: Completion
     backend: str  # its id
@@ -72,7 +72,8 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client, the time and the attempts. Times are monotonic seconds."""
+    """A request on its way. `Dispatcher` writes the client, the time and the attempts; `Counting` and `Broadcasts` add
+    notes. Times are monotonic seconds."""
 
     request: CompletionRequest
     end: Callable[[HttpError], None] = lambda _: None  # ends the client's request with this error, whatever it awaits
@@ -88,6 +89,8 @@ class Completion:
     @property
     def deadline(self) -> float:
         """Until when a dialect's request waits for a place. A request of our own API never waits."""
+        if self.request.ahead:
+            return math.inf
         return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
 
     @property

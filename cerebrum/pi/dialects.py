@@ -1,7 +1,7 @@
 """Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
 
-A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, the
-a `CompletionRequest` with fields like those of our own API, and the answer in the client's format (`Reply`), whole or
+A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, a
+`CompletionRequest` with fields like those of our own API, and the answer in the client's format (`Reply`), whole or
 as a stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content
 of each event of its stream (`Delta`).
 

@@ -12,8 +12,9 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
@@ -43,6 +44,11 @@ class State:
         """The attempts that take a place at these backends: not those that are being ended or that read ahead."""
         holders = (attempt for attempt, backend in self.places.items() if backend in backends)
         return [attempt for attempt in holders if not (attempt.superseded or attempt.request.ahead)]
+
+    def load(self, backend: Backend) -> float:
+        """How busy a backend is, as a share of its limit. Requests that are being ended still count."""
+        holders = (attempt for attempt, place in self.places.items() if place is backend)
+        return sum(not attempt.request.ahead for attempt in holders) / backend.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +84,11 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     tried = functools.partial(is_tried, completion, is_pausing=now < resume)
     options = [(model, [one for one in having if not tried(one.id, model)]) for model, having in options]
     able = [backend for backend in state.fleet.backends if any(backend in having for _, having in options)]
-    # 3. Reading ahead waits for a backend that has nothing else to do, and wakes none up.
+    # 3. Reading ahead must cost nothing, and nobody may wait for a place meanwhile.
     if request.ahead:
         able = [backend for backend in able if backend.reads_ahead]
-        idle = [one for one in able if one.breaker.state == "closed" and one not in state.places.values()]
-        if not able or state.line or not idle:
-            return Wait(math.inf) if able else Refuse(HttpError("VPS_UNAVAILABLE", "no backend reads ahead"))
-        able = idle
+        if not able or state.line:
+            return Wait(math.inf) if able else Refuse(nobody(state.fleet, options))
     # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is worth waiting for:
     #    somebody who types ends one trial after the other.
     usable = [backend for backend in able if backend.breaker.admits]
@@ -96,17 +100,30 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
             return Wait(deadline)
         return Refuse(completion.failure or nobody(state.fleet, options))
     # 5. Is a place free, and may this client take it? It ends the older requests of its session.
-    free = [one for one in usable if places_taken(state, one, request.session) < one.limit]
-    if is_fair(state, completion, usable, now) or request.ahead:
-        # 6. The best model that a free backend has, where the beginning of the prompt probably is in the cache, or else
-        #    at the least busy one.
-        last = state.served.get(request.file)
-        for model, having in options:
-            if best := [backend for backend in free if backend in having]:
-                load = {one: len(state.running([one])) / one.limit for one in best}
-                return Assign(model, last if last in best else min(best, key=load.__getitem__))
+    #    Reading ahead takes no place.
+    free = [one for one in usable if request.ahead or places_taken(state, one, request.session) < one.limit]
+    chosen = choose(state, request, options, free) if request.ahead or is_fair(state, completion, usable, now) else None
+    # 6. A prompt is read where its next request will go, once that backend has nothing else to do.
+    if chosen and (not request.ahead or is_idle(state, chosen.backend)):
+        return chosen
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
-    return Wait(deadline) if may_wait else Refuse(completion.failure or all_taken(state))
+    if may_wait:
+        return Wait(resume if now < resume <= deadline else deadline)
+    return Refuse(completion.failure or all_taken(state))
+
+
+def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
+    """The best model that one of these backends has, at the one that probably has the beginning of the prompt in its
+    cache, or else at the least busy one."""
+    last = state.served.get(request.file)
+    for model, having in options:
+        if best := [backend for backend in free if backend in having]:
+            return Assign(model, last if last in best else min(best, key=lambda one: state.load(one)))
+    return None
+
+
+def is_idle(state: State, backend: Backend) -> bool:
+    return backend.breaker.state == "closed" and backend not in state.places.values()
 
 
 def busy_until(completion: Completion) -> float:
@@ -176,8 +193,9 @@ MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 class Dispatcher:
     """Sole owner of the line, of the places, and of the prompts to be read ahead."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
+        self._count_work = count_work  # called with the model and the result of a prompt that was read ahead
         self.ahead: dict[str, Completion] = {}  # prompts to be read ahead, by client
 
     @property
@@ -308,7 +326,7 @@ class Dispatcher:
     def read_ahead(self, request: CompletionRequest) -> None:
         """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept. Reading stops when
         the backend gets a request, and the prompt is queued again: the backend keeps the part that it has read."""
-        self._queue(Completion(request))
+        self._queue(Completion(replace(request, session="", ahead=True)))
         self.advance()
 
     def _queue(self, completion: Completion) -> None:
@@ -325,19 +343,22 @@ class Dispatcher:
             task.cancel()
 
         completion.end = end
-        task.add_done_callback(lambda _: self._has_read(attempt))  # even if it never begins
+        task.add_done_callback(functools.partial(self._has_read, attempt))  # even if it never begins
 
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
         try:
             async with contextlib.aclosing(backend.answer(attempt)) as pairs:
-                async for _ in pairs:
-                    pass
+                async for kind, value in pairs:
+                    if kind == "done":
+                        self._count_work(attempt.model, value)
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
         except Exception as exception:
             internal_error(exception)
 
-    def _has_read(self, attempt: Attempt) -> None:
+    def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and not attempt.superseded:
+            self.ahead.clear()  # the daemon stops
         if attempt.superseded and attempt.completion.client not in self.ahead:
             self._queue(Completion(attempt.request))
         self._leave(attempt)

@@ -123,6 +123,7 @@ PATIENCE = WAIT_SECONDS["infill"]
         ({"session": "s", "running": ["a - s", "a -", "b -", "b -"]}, "big@a"),
         ({"session": "t", "running": ["a - s", "a -", "b -", "b -"]}, "RATE_LIMIT"),
         ({"running": ["a -", "b -", "b -"], "superseded": ["a - s"]}, "big@a"),
+        ({"superseded": ["a - s"]}, "big@b"),
         # A place is kept for an editor that was there a moment ago.
         ({"kind": "chat", "running": ["a chat", "a chat", "b chat"]}, "big@b"),
         ({"kind": "chat", "running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "wait 30.0"),
@@ -161,12 +162,19 @@ PATIENCE = WAIT_SECONDS["infill"]
         ({"attempts": [("a", "big", TOO_MANY), ("b", "big", TOO_MANY)], "kind": "infill"}, f"wait {2 * BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, f"wait {MAX_BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
+        ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill", "running": ["b -", "b -"]}, f"wait {BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),
         # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that wait.
         ({"kind": "infill", "ahead": True}, "big@a"),
         ({"kind": "infill", "ahead": True, "running": ["a -"]}, "big@b"),
         ({"kind": "infill", "ahead": True, "running": ["a -", "b -"]}, "wait inf"),
         ({"kind": "infill", "ahead": True, "in_line": True}, "wait inf"),
+        # It goes where the next request of its file will go, or waits for that backend.
+        ({"kind": "infill", "ahead": True, "served": "b"}, "big@b"),
+        ({"kind": "infill", "ahead": True, "served": "b", "running": ["b -"]}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "served": "b", "running": ["b -", "b -"]}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "backends": {"a": "big", "b": "small"}, "running": ["a -"]}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "served": "a", "running": ["a -"], "health": {"b": TROUBLE}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),

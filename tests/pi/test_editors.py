@@ -256,7 +256,7 @@ async def test_signs_of_life_are_not_kept_and_cost_the_same_each(stream: bool):
             yield "text", token("a", 1)
             yield "done", {"finish_reason": "stop"}
 
-        broadcasts = broadcast.Broadcasts(Dispatcher(Fleet()), compute, dict)  # type: ignore[arg-type]
+        broadcasts = broadcast.Broadcasts(Dispatcher(Fleet(), print), compute, dict)  # type: ignore[arg-type]
         asked = OPENAI_TEXT.read({"prompt": "x", "stream": stream})
         request = replace(asked, fields=native_fields(asked, ()))
         subscriber = broadcast.Subscriber(broadcasts, Completion(request), "editor")
@@ -474,7 +474,7 @@ WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max
 
 async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
     go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]], script()]) as backend, pi_for(backend.port) as pi:
+    async with Backend([[CHUNKED, go.wait, *GOOD[1:]], script(prompt_tokens=7)]) as backend, pi_for(backend.port) as pi:
         running = infill(pi)
         await backend.begun.wait()
         for number in range(3):
@@ -489,6 +489,9 @@ async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do
         assert (asked["max_tokens"], asked["extra"], asked["prompt"], asked["suffix"]) == (0, extra, "", "")
         counts = await stats(pi)
         assert (counts["requests_total"], counts["requests_active"]) == (1, 0)
+        await until(lambda: not pi.reads_ahead())
+        tallies = pi.gateway.counting.tallies.values()
+        assert sum(tally.prompt_tokens for tally in tallies) == 5 + 7, "reading ahead is work, too"
 
 
 async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
@@ -546,6 +549,9 @@ async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
         for prompt in ("    retx", "    return a + b", "    ret"):
             assert (await infill(pi, prompt=prompt)).json["content"] == "urn a + b"
         assert len(backend.completions) == 4
+        for _ in range(broadcast.MAX_FINISHED):  # equal ones are remembered once
+            await infill(pi, prompt="other", filename="b.py")
+        assert "type_through" in (await infill(pi, prompt="    retu")).json
 
 
 async def test_it_works_in_streams_and_in_openais_dialect():
@@ -641,7 +647,7 @@ def predicted(kept: broadcast.Broadcast | None, prompt: str) -> str | None:
     """The rest of the text, for a client who got all of it and asks with this prompt."""
     assert kept
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    typed = broadcast.place_in(kept, request, is_reader=True)
+    typed = broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True)
     return None if typed is None else kept.text[typed:]
 
 
@@ -689,7 +695,7 @@ def test_what_is_kept_is_bounded():
     parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
     assert sum(map(sys.getsizeof, parts)) < 33_000
     assert kept.completion is None
-    assert broadcast.Broadcasts(Dispatcher(Fleet()), print, print).finished.maxlen == 32  # type: ignore[arg-type]
+    assert broadcast.Broadcasts(Dispatcher(Fleet(), print), print, print).finished.maxlen == 32  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -834,6 +840,20 @@ async def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape()
 async def test_without_a_key_any_authorization_is_accepted():
     async with Backend() as backend, pi_for(backend.port) as pi:
         assert (await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer sk-no")).status == 200
+
+
+async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
+    go = asyncio.Event()
+    async with Backend([[go.wait, answer(200, {"tokens": [1]})], GOOD]) as backend, pi_for(backend.port) as pi:
+        half_open(pi)
+        trial = start(pi, "/tokenize", {"content": "a b"})
+        await backend.begun.wait()
+        waiting = start(pi, "/v1/completions", {"prompt": "x"})
+        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        go.set()
+        assert [(await trial).status, (await waiting).status] == [200, 200]
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
