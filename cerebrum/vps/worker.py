@@ -58,13 +58,12 @@ from cerebrum.vps.llama import (
     file_stamp,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, GivenUp, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
-MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
@@ -513,7 +512,6 @@ class Worker(threading.Thread):
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
-        self.recalibrations = 0
         self.memory_bytes = 0  # resident memory that loading added
         self.llama: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
@@ -632,7 +630,6 @@ class Worker(threading.Thread):
             if runs:
                 decoder.turn(runs)
             else:
-                self._recalibrate(decoder)
                 self._rest(decoder.sequences)
 
     def _failure(self, error: Exception) -> HttpError:
@@ -717,20 +714,6 @@ class Worker(threading.Thread):
                 for slot in free:  # any of them may be half prepared
                     decoder.sequences.cut(slot, 0)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
-
-    def _recalibrate(self, decoder: Decoder) -> None:
-        """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
-        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) < math.inf
-        if not decoder.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
-            return
-        self.recalibrations += 1
-        for slot in self.slots:
-            decoder.sequences.park(slot)
-        decoder.model.abort_flag[0] = b"\x00"
-        with contextlib.suppress(GivenUp):
-            decoder.costs = calibrate(
-                decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
-            )
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens

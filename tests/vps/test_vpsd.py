@@ -218,7 +218,7 @@ def loaded(output: Path, models: Path, quicker: float) -> Iterator[Vps]:
 
     Its costs of decoding are those of a quiet machine instead of measured ones. The schedule of two streams and the
     length of drafts then do not depend on the other load of this machine. The costs are divided until they are below
-    those of any machine: they are then corrected while decoding, but never measured again.
+    those of any machine, and corrected while decoding.
     """
     with start(output, models) as vps:
         vps.complete("a", max_tokens=1)
