@@ -24,7 +24,7 @@ from harness import ROOT
 
 from cerebrum.vps.gguf import Gguf, Source, ggml  # harness has set the path to it
 from cerebrum.vps.llama import start_library
-from cerebrum.vps.vocabulary import llama
+from cerebrum.vps.vocabulary import api
 
 assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
@@ -201,15 +201,15 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     lib, silent = ggml(), silent_tokens(family)
     lib.ggml_get_name.restype, lib.ggml_get_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
 
-    @llama.llama_model_set_tensor_data_t  # type: ignore[untyped-decorator]
+    @api.llama_model_set_tensor_data_t  # type: ignore[untyped-decorator]
     def give(tensor: int, _data: object) -> None:
         fill(tensor, lib.ggml_get_name(tensor).decode(), seed, silent)
 
     with Gguf(header) as file:
-        model = llama.llama_model_init_from_user(file.handle, give, None, llama.llama_model_default_params())
+        model = api.llama_model_init_from_user(file.handle, give, None, api.llama_model_default_params())
         assert model, f"llama.cpp cannot make a model of {family.architecture}"
-        llama.llama_model_save_to_file(model, str(path).encode())
-        llama.llama_model_free(model)
+        api.llama_model_save_to_file(model, str(path).encode())
+        api.llama_model_free(model)
     header.unlink()
     if family.template:  # which the library does not save
         plain = path.rename(path.with_suffix(".plain"))

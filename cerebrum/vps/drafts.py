@@ -6,7 +6,7 @@ Pure: no model, no clock.
 from __future__ import annotations
 
 import bisect
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 from cerebrum.vps.llama import common_prefix
@@ -20,24 +20,14 @@ NEAR = 48  # after a change the copy usually continues within this many tokens
 STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # lower bounds of the streak lengths by which acceptance is counted
 PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # assumed acceptance of each before any draft is checked
 PRIOR_WEIGHT = 12.0  # in tokens
-FORGET = 0.997  # factor on old counts for each decoded token, since a text may begin to repeat late
-CREDIT_TOKENS = 4.0  # initial credit of a model
-CREDIT_LIMIT = 10.0  # cap on the credit that successful drafts earn
-LOSS_SHARE = 0.01  # share of the time spent without drafts that trying drafts may lose
 
 
 class Acceptance:
-    """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy.
-
-    Owned by a worker and kept across requests. `credit` limits what drafts may lose, in units of the time of one token
-    without drafts. The credit grows by a share of the time spent without drafts and by the time that drafts win, and
-    falls by the time that drafts lose.
-    """
+    """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy. Owned by a worker
+    and kept across requests."""
 
     def __init__(self) -> None:
-        self.right = {(greedy, bucket): 0.0 for greedy in (True, False) for bucket in range(len(STREAKS))}
-        self.wrong = dict(self.right)
-        self.credit = CREDIT_TOKENS
+        self.right, self.wrong = Counter[tuple[bool, int]](), Counter[tuple[bool, int]]()
 
     @staticmethod
     def bucket(streak: int) -> int:
@@ -52,24 +42,12 @@ class Acceptance:
     def learn(self, greedy: bool, streak: int, drafted: int, accepted: int) -> None:
         """Count a draft of `drafted` tokens, the first `accepted` of which were right."""
         key = greedy, self.bucket(streak)
-        for table in (self.right, self.wrong):
-            table[key] *= FORGET**accepted
         self.right[key] += accepted
         self.wrong[key] += accepted < drafted
-
-    def spend(self, cost: float, gained: float) -> None:
-        """Book one decode: its cost by the table, and the tokens `gained` over plain decoding (0 without a draft)."""
-        self.credit = min(CREDIT_LIMIT, self.credit + (gained or LOSS_SHARE * cost))
-        if not gained:
-            for table in (self.right, self.wrong):
-                for key in table:
-                    table[key] *= FORGET
 
     def choose(self, drafter: Drafter, room: int, greedy: bool, costs: Costs, others: int) -> list[int]:
         """The draft to check now, of at most `room` tokens, while each of `others` decodes one token. Empty if drafting
         does not pay here."""
-        if self.credit <= 0 and drafter.streak < STREAKS[-1]:
-            return []
         tokens = drafter.propose(room)
         probability = self.probability(greedy, drafter.streak) if tokens else 0.0
         return tokens[: draft_length(probability, len(tokens), costs, others)]
@@ -123,14 +101,12 @@ class Drafter:
 
     def advance(self, token: int) -> None:
         """Append `token` to the sequence, and update the place of the next token."""
-        own, known = self.sources[0], bool(self.streak)
-        if known:
+        own = self.sources[0]
+        if self.streak:
             self._follow(token)
         own.append(token)
         if len(own) >= GRAM:
             self._add(0, len(own))
-        if not known:
-            self._realign()
         if not self.streak:
             self._search()
 
@@ -169,38 +145,31 @@ class Drafter:
             return None, place, 0
         return self.sources[source][position], (source, position + 1), 0
 
-    def _realign(self) -> None:
-        """After a change, find where the copy continues, and remember the change.
-
-        A replacement of equal length is confirmed by one matching token, any other by two. An insertion or deletion is
-        remembered together with the token after it.
-        """
-        came = len(self.sources[0]) - self.changed_from
-        if not self.at or came > MAX_CHANGE:
-            return
-        own, (source, position) = self.sources[0][-came:], self.at
-        end = self.changed_from if source == 0 else len(self.sources[1])  # the change itself is not part of the copy
-        other = self.sources[source][position : min(position + MAX_CHANGE + 1, end)]
-        for replaced, sure in itertools.product(range(1, min(MAX_CHANGE, len(other))), (1, 2)):
-            new = own[: came - sure]
-            if new and own[-sure:] == other[replaced : replaced + sure] and (sure > 1 or len(new) == replaced):
-                self.changes[tuple(other[:replaced])] = new
-                self.at, self.streak = (source, position + replaced + sure), sure + min(self.before_change, 16)
-                return
-
     def _search(self) -> None:
-        """Find the place after an earlier occurrence of the latest tokens, if possible near the place just lost."""
-        own = self.sources[0]
+        """Find the place after an earlier occurrence of the latest tokens: soon after the place just lost, which shows
+        how the copy was changed, or else the one with the most tokens alike."""
+        own, lost = self.sources[0], self.at
         places = [place for place in self.index.get(tuple(own[-GRAM:]), ())[-16:] if place != (0, len(own))]
-        if not places:
-            return
-        near = [place for place in places if self.at and self.at[0] == place[0] and abs(place[1] - self.at[1]) <= NEAR]
-        if near and self.at:
-            self.at = min(near, key=lambda place: abs(place[1] - self.at[1]))  # type: ignore[index]
-            self.streak = self._matched(self.at) + min(self.before_change, 16)
-        else:
+        soon = [place for place in places if lost and place[0] == lost[0] and 0 < place[1] - lost[1] <= NEAR]
+        if soon and lost:
+            self.at = min(soon)
+            matched = self._matched(self.at)
+            self._remember_change(lost, matched)
+            self.streak = matched + min(self.before_change, 16)
+        elif places:
             self.at = max(places, key=lambda place: (self._matched(place), place[1]))
             self.streak = self._matched(self.at)
+
+    def _remember_change(self, lost: tuple[int, int], matched: int) -> None:
+        """Expect the same change wherever the copy has the replaced tokens again: those from `lost` to `at`, without
+        the last ones, which `matched`. An insertion or deletion is remembered together with the token after it."""
+        assert self.at
+        (source, begin), end, own = lost, self.at[1], self.sources[0]
+        matched = min(matched, end - begin, len(own) - self.changed_from)
+        matched -= matched in (end - begin, len(own) - self.changed_from)
+        old, new = self.sources[source][begin : end - matched], own[self.changed_from : len(own) - matched]
+        if max(len(old), len(new)) <= MAX_CHANGE:
+            self.changes[tuple(old)] = new
 
     def _matched(self, place: tuple[int, int]) -> int:
         """How many of the latest tokens also precede `place`."""

@@ -18,7 +18,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -31,8 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
-import numpy as np
-import numpy.typing as npt
 
 from cerebrum.vps.gguf import Gguf, Source, Tensor
 from cerebrum.vps.llama import (
@@ -45,8 +42,8 @@ from cerebrum.vps.llama import (
     Slot,
     TunedFile,
     cpus,
-    estimate_bytes,
 )
+from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
 
@@ -140,14 +137,38 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
 
 
+class Choice(NamedTuple):
+    """What to load of a model."""
+
+    settings: Settings  # the given ones, with a context that fits into memory
+    tuned: TunedFile | None
+    parts: Parts  # the memory that this takes
+    reason: str  # why the tuned file cannot be used, "" if it can or there is none
+
+
+def choose_file(published: Path, settings: Settings, sha256: str, free: float) -> Choice:
+    """What to load of a model into `free` bytes of memory. The tuned file is larger, and used only with the context
+    that the published file has. ModelError or OSError if the published file cannot be used."""
+    settings, parts = fit(settings, free, functools.partial(needed, published))
+    tuned, reason = find_tuned(published, settings, sha256)
+    if tuned:
+        try:
+            (larger,) = needed(tuned.path, [tuned.settings])
+            if (need := sum(larger.values())) <= free:
+                return Choice(settings, tuned, larger, "")
+            reason = f"it needs {need / MB:.0f} MB, and {free / MB:.0f} MB can be freed beside the reserve"
+        except (ModelError, OSError) as error:
+            reason = str(error)
+    return Choice(settings, None, parts, reason)
+
+
 # ------------------------------------------------------------------------------------- policy: the choice
 
 READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
 DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
 MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
-# Mean KLD in nats: a larger one means a faulty kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the
-# 1.5B, on an Intel Xeon with AMX.
-MAX_DIVERGENCE = 0.02
+MIN_AGREEMENT = 0.9  # share of tokens; less, or less than MIN_LOSSY_AGREEMENT with --fast, means a faulty kernel
+MIN_LOSSY_AGREEMENT = 0.5
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
@@ -192,24 +213,15 @@ def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
     return types
 
 
-def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
+def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
     """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole model."""
     types: dict[int, list[str]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
-    alike = sorted(range(layers), key=lambda layer: (types[layer], layer))
-    count = min(SAMPLE_LAYERS, layers)
-    return sorted(alike[(2 * i + 1) * layers // (2 * count)] for i in range(count))
-
-
-class Agreement(NamedTuple):
-    """How well the predictions of two files agree: mean Kullback-Leibler divergence in nats, and the share of positions
-    at which both have the same likeliest token."""
-
-    divergence: float
-    same_top: float
-    positions: int
+    alike = sorted(types, key=lambda layer: (types[layer], layer))
+    count = min(SAMPLE_LAYERS, len(alike))
+    return sorted(alike[(2 * i + 1) * len(alike) // (2 * count)] for i in range(count))
 
 
 class Form(NamedTuple):
@@ -228,7 +240,7 @@ class Outcome:
     published: Form  # with the usual settings
     tuned: Form | None  # None: nothing here is faster
     passport: Passport
-    agreement: Agreement | None  # None: the weights are the published ones
+    agreement: float | None  # None: the weights are the published ones
 
     def table(self) -> str:
         old, new = self.published, self.tuned or self.published
@@ -248,10 +260,10 @@ class Outcome:
         lines += [f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times]
         lines += [f"{name:34}{a:>10}{b:>12}" for name, a, b in others]
         lines.append("")
-        if same := self.agreement:
+        if self.agreement is not None:
+            tokens = AGREEMENT_TOKENS - AGREEMENT_SKIP
             lines.append(
-                f"agreement with the published file on {same.positions} tokens of code: "
-                f"mean KLD {same.divergence:.4f}, same likeliest token {same.same_top:.1%}"
+                f"same likeliest token as the published file after {self.agreement:.1%} of {tokens} tokens of code"
             )
         if self.passport.fast:
             lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
@@ -325,26 +337,22 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / len(tokens), times)
 
 
-def log_probabilities(variant: Variant, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Log probabilities of the next token after each of the first `count` tokens except the first AGREEMENT_SKIP:
-    float32[vocabulary]."""
+def likeliest(variant: Variant, text: str, count: int) -> list[int]:
+    """The likeliest token after each of the first `count` tokens of a text, except the first AGREEMENT_SKIP."""
+    found, slot = list[int](), Slot(0)
     with opened(*variant) as model:
-        tokens, slot = model.vocabulary.tokenize(text, True)[:count], Slot(0)
+        tokens = model.vocabulary.tokenize(text, True)[:count]
         for start in range(0, len(tokens), OUTPUTS):
             chunk = tokens[start : start + OUTPUTS]
             decode(model, slot, chunk, len(chunk))
-            for i in range(len(chunk) if start >= AGREEMENT_SKIP else 0):
-                logits = model.logits(i)
-                yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
+            found += map(model.greedy, range(len(chunk)))
+    return found[AGREEMENT_SKIP:]
 
 
-def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> Agreement:
-    """Compare the predictions of two files on the first `count` tokens of a text."""
-    expected, divergences, same = list(log_probabilities(published, text, count)), [], 0
-    for one, other in zip(expected, log_probabilities(tuned, text, count), strict=True):
-        divergences.append(float((np.exp(one) * (one - other)).sum()))
-        same += int(one.argmax() == other.argmax())
-    return Agreement(sum(divergences) / len(divergences), same / len(divergences), len(divergences))
+def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> float:
+    """The share of a text's first `count` tokens after which two files have the same likeliest token."""
+    pairs = list(zip(likeliest(published, text, count), likeliest(tuned, text, count), strict=True))
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 Progress = Callable[[str, int, int], None]  # label, done, total
@@ -379,15 +387,13 @@ class Tuner:
     ) -> None:
         self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
         self.room, self.report = room, report
-        with Gguf(path) as file:
-            self.shape, self.architecture = file.shape, file.architecture
-        self.source, self.size = Source(path), path.stat().st_size
+        self.source = Source(path)
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first one changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
-        self.layers = sample_layers(self.tensors, self.shape.layers)
+        self.layers = sample_layers(self.tensors)
         self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
             self.knobs.append(replace(settings, threads=cpus()))
@@ -401,13 +407,13 @@ class Tuner:
         """Bytes of memory that the model takes in these types."""
         changed = (tensor for tensor in self.tensors if tensor.name in types)
         grown = sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed)
-        return sum(estimate_bytes(self.size + grown, self.shape, settings).values())
+        return grown + sum(needed(self.path, [settings])[0].values())
 
     def check_room(self) -> None:
         """TuneError with the figures if the memory or the disk is too small."""
         if (need := self.memory({}, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        need = 3 * self.size // 2  # for a tuned file of the usual types; samples take less
+        need = 3 * self.path.stat().st_size // 2  # for a tuned file of the usual types; samples take less
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
 
@@ -415,8 +421,8 @@ class Tuner:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         values: dict[str, str | int] = {
-            f"{self.architecture}.block_count": len(layers),
-            f"{self.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.shape.vocabulary),
+            f"{self.source.architecture}.block_count": len(layers),
+            f"{self.source.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
         }
         self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
@@ -489,7 +495,7 @@ class Tuner:
         if tuned and types:
             code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
-            if not same.divergence <= (math.inf if LOSSY in types.values() else MAX_DIVERGENCE):  # or NaN
+            if same < (MIN_LOSSY_AGREEMENT if LOSSY in types.values() else MIN_AGREEMENT):
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings

@@ -18,7 +18,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.gguf import read_shape
+from cerebrum.vps.gguf import Gguf
 from cerebrum.vps.llama import MB, ModelError, file_digest
 from cerebrum_common import Model
 
@@ -53,10 +53,10 @@ class Bar:
 def is_whole(path: Path) -> bool:
     """Whether a GGUF file has all the bytes that its header announces."""
     try:
-        read_shape(path)
+        with Gguf(path):
+            return True
     except (ModelError, OSError):
         return False
-    return True
 
 
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:

@@ -52,10 +52,10 @@ from cerebrum.vps.llama import (
     Settings,
     Slot,
     TunedFile,
-    _log_tail,
     check_digest,
     cpus,
     file_stamp,
+    llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, load_costs, share_size
@@ -142,7 +142,6 @@ class Run:
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
-        self.beside = 0  # other streams' tokens in the same decode
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
         self.has_line = False  # a line end has been generated
         self.outbox: list[Event | HttpError] = []
@@ -246,7 +245,6 @@ class Decoder:
             end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
-        run.beside = self._beside(run, runs)
         draft = self._draft(run, runs)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
@@ -272,7 +270,7 @@ class Decoder:
             share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
         assert run.drafter
-        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, run.beside)
+        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, self._beside(run, runs))
 
     def _step(self, works: list[Work]) -> None:
         """Run one llama_decode and handle its result for each sequence."""
@@ -364,16 +362,13 @@ class Decoder:
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as each equals the model's own choice at its position."""
         run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
-        before, streak = run.generated, run.drafter.streak if run.drafter else 0
-        accepted = 0
+        accepted, streak = 0, run.drafter.streak if run.drafter else 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
-        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
-        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
             self._continue(run, slot.tokens[:])
             self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
@@ -441,7 +436,7 @@ class Loader:
     """Loads a model: the tuned file or the published one, with the number of threads that is fastest here. `path`,
     `settings` and `encoding` are then those in use."""
 
-    model: str
+    model_id: str
     path: Path
     settings: Settings
     sha256: str = ""
@@ -469,7 +464,7 @@ class Loader:
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
+                log.warning("model %s: the published file is used, not the tuned one: %s", self.model_id, error)
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
@@ -495,25 +490,27 @@ class Loader:
 
     @property
     def kv_dir(self) -> Path:
-        return self.settings.state_dir / "kv" / self.model
+        return self.settings.state_dir / "kv" / self.model_id
 
 
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if loading failed), and
-    `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
+    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if loading failed),
+    `ending` when it does no more work, and `ended` when everything is freed. Every submitted job gets a last event,
+    whatever happens.
     """
 
     def __init__(self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None) -> None:
-        super().__init__(name=f"worker-{loader.model}", daemon=True)
-        self.loader, self.model = loader, loader.model
+        super().__init__(name=f"worker-{loader.model_id}", daemon=True)
+        self.loader, self.model_id = loader, loader.model_id
         self.baton = baton or Baton()
         self.ready: Future[None] = Future()
+        self.ending: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
         self.memory_bytes = 0  # resident memory that loading added
-        self.llama: Llama | None = None
+        self.model: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
         self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
         self.tally = tally or ModelTally()
@@ -522,7 +519,7 @@ class Worker(threading.Thread):
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
-        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model} is being unloaded; try again")
+        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model_id} is being unloaded; try again")
         self._end = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
@@ -540,15 +537,15 @@ class Worker(threading.Thread):
         """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event loop must use a
         thread."""
         self.ready.result()
-        assert self.llama
-        job.prepare(self.llama)
+        assert self.model
+        job.prepare(self.model)
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
         """`Vocabulary.tokenize`, once the model is loaded."""
         self.ready.result()
-        assert self.llama
-        with self.llama.vocabulary.in_use() as words:
+        assert self.model
+        with self.model.vocabulary.in_use() as words:
             return words.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
@@ -585,8 +582,8 @@ class Worker(threading.Thread):
         """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
         self.stopping = True
         self.wake()
-        if self.llama:
-            self.llama.abort()
+        if self.model:
+            self.model.abort()
 
     # -- the thread
 
@@ -604,6 +601,7 @@ class Worker(threading.Thread):
                 self._serve(decoder)
             except Exception as error:
                 self._end = self._failure(error)
+            self.ending.set_result(None)
             self._close()
         finally:
             self.due = math.inf
@@ -634,7 +632,7 @@ class Worker(threading.Thread):
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
-        model = self.model
+        model = self.model_id
         if self.ready.done():
             self.stopping = True
             log.error("model %s: the worker failed; the next request loads the model again", model, exc_info=error)
@@ -642,25 +640,25 @@ class Worker(threading.Thread):
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
         if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(_log_tail)[-1000:])
+            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(llama_log.lines)[-1000:])
             return HttpError("MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}")
         log.error("model %s: loading failed", model, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
 
     def _load(self) -> Decoder:
         loader, before = self.loader, resident_bytes()
-        self.llama = loader.open(self._beat)
-        costs = loader.choose_threads(self.llama, self.baton, self._beat)
+        self.model = loader.open(self._beat)
+        costs = loader.choose_threads(self.model, self.baton, self._beat)
         settings = loader.settings
-        sequences = Sequences(self.llama, settings.sequences, settings.cache_mb * MB)
+        sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
             self._beat()
             sequences.store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
-        self.decoder = Decoder(self.llama, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
+        self.decoder = Decoder(self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
+            self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
         return self.decoder
@@ -684,16 +682,16 @@ class Worker(threading.Thread):
                     self.decoder.sequences.park(slot)
                 save_parked(self.loader.kv_dir, self.loader.key, self.decoder.sequences.store.entries, self._beat)
         self.decoder = None
-        if self.llama:
+        if self.model:
             with self._logged("freeing the model"):
-                self.llama.close()
+                self.model.close()
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
         try:
             yield
         except Exception:
-            log.exception("model %s: %s failed", self.model, step)
+            log.exception("model %s: %s failed", self.model_id, step)
 
     def _start_jobs(self, decoder: Decoder) -> None:
         """Drop cancelled jobs, and start waiting ones while slots are free."""

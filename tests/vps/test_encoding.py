@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -35,7 +34,6 @@ from cerebrum.vps.encoding import (
     FAST,
     MIN_GAIN,
     TO_Q8_0,
-    Agreement,
     Form,
     Outcome,
     Passport,
@@ -49,7 +47,7 @@ from cerebrum.vps.encoding import (
     tune,
     tuned_path,
 )
-from cerebrum.vps.gguf import Source, Tensor, read_shape
+from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import MB, ModelError, Settings, TunedFile, start_library
 
 MODEL = FILES["qwen_0_5b"]
@@ -76,7 +74,7 @@ class Script:
         self.whole = whole  # the factor of whole files, if it is another
         self.sizes: list[int] = []
         self.used: list[set[tuple[int, bool]]] = []  # by each comparison: micro-batch, flash attention
-        self.divergence = 0.001  # of the tuned file
+        self.agreement = 0.99  # of the tuned file
 
     def __call__(
         self,
@@ -90,7 +88,8 @@ class Script:
             self.sizes.append(path.stat().st_size)
             weights: dict[str, int] = {}
             tensors = Source(path).tensors
-            assert read_shape(path).layers == len({tensor.layer for tensor in tensors} - {None})
+            blocks = {tensor.layer for tensor in tensors} - {None}
+            assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
             names = {tensor.name for tensor in tensors}
             unused = "token_embd.weight" if "output.weight" in names else ""
             for tensor in tensors:
@@ -130,7 +129,7 @@ class Lab:
     def script(self, costs: Mapping[str, float], **more: Any) -> Script:
         made = Script(costs, **more)
         self.monkeypatch.setattr(encoding, "compare", made)
-        self.monkeypatch.setattr(encoding, "agreement", lambda *_: Agreement(made.divergence, 0.99, 256))
+        self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
     def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> Outcome:
@@ -150,6 +149,10 @@ class Lab:
 
 @pytest.fixture
 def lab(published: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    def needed(path: Path, forms: Sequence[Settings]) -> list[dict[str, int]]:
+        return [{"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms]
+
+    monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
     return Lab(published, settings, monkeypatch)
 
 
@@ -183,11 +186,11 @@ def test_only_matrices_that_are_multiplied_change() -> None:
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    layers = sample_layers(tensors, 24)
+    layers = sample_layers(tensors)
     assert len(layers) == 4
     assert [i % 3 == 0 for i in layers].count(True) == 1
-    assert sample_layers(tensors[:3], 3) == [0, 1, 2]
-    assert sample_layers(tensors[:1], 1) == [0]
+    assert sample_layers(tensors[:3]) == [0, 1, 2]
+    assert sample_layers(tensors[:1]) == [0]
 
 
 # -------------------------------------------------------------------------------------------- the choice
@@ -217,7 +220,6 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
         source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(), cpu_name=encoding.cpu_name(),
         cpus=len(os.sched_getaffinity(0)), threads=2, micro_batch=512, flash_attention=False, types=types,
     )  # fmt: skip
-    assert read_shape(path) == read_shape(lab.published)
     both = zip(Source(lab.published).tensors, Source(path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
@@ -263,12 +265,12 @@ def test_a_tuned_file_is_found(lab: Lab) -> None:
     assert lab.left() == []
 
 
-@pytest.mark.parametrize("divergence", [0.021, math.nan])
-def test_what_says_something_else_is_not_used(lab: Lab, divergence: float) -> None:
+@pytest.mark.parametrize("agreement", [0.89, 0.49])
+def test_what_says_something_else_is_not_used(lab: Lab, agreement: float) -> None:
     made = lab.script({**FASTER, "Q4_0": 0.5})
-    made.divergence = divergence
+    made.agreement = agreement
     assert lab.tune().tuned is None
-    assert bool(lab.tune(fast=True).tuned) == (divergence > 0)
+    assert bool(lab.tune(fast=True).tuned) == (agreement > 0.5)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -370,7 +372,7 @@ def test_the_table() -> None:
         Form(before, settings, 469 * MB, 850 * MB),
         Form(after, replace(settings, micro_batch=128), 574 * MB, 956 * MB),
         replace(Passport(**PASSPORT), cpu_name="", types={"Q5_0": "Q8_0"}),
-        Agreement(0.00123, 0.984, 256),
+        0.984,
     )
     assert outcome.table().splitlines() == [
         f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0",
@@ -387,7 +389,7 @@ def test_the_table() -> None:
         "flash attention                          off         off",
         "threads                                    2           2",
         "",
-        "agreement with the published file on 256 tokens of code: mean KLD 0.0012, same likeliest token 98.4%",
+        "same likeliest token as the published file after 98.4% of 256 tokens of code",
     ]
 
 
@@ -410,7 +412,7 @@ def test_the_figures_are_told_before_the_file_is_used(lab: Lab) -> None:
         assert lab.found() == (None, "")
 
     lab.tune(accept=accept)
-    assert told == [Agreement(0.001, 0.99, 256)]
+    assert told == [0.99]
 
 
 def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
@@ -460,7 +462,7 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing")
-    with pytest.raises(ModelError, match="not a readable GGUF file"):
+    with pytest.raises(ModelError, match="the file is damaged or cut short"):
         tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet)
     assert left_behind(settings) == []
 
@@ -610,9 +612,7 @@ def test_a_tuned_model_says_the_same(tmp_path: Path) -> None:
         return  # on this CPU nothing is faster
     start_library()
     agreements = [encoding.agreement((MODEL, settings), (found.path, found.settings), text, 1024) for text in texts()]
-    assert sum(same.positions for same in agreements) > 5000
-    assert fmean(same.divergence for same in agreements) <= 0.003
-    assert fmean(same.same_top for same in agreements) >= 0.975
+    assert fmean(agreements) >= 0.975
 
 
 def texts() -> Iterator[str]:

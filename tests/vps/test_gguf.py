@@ -17,8 +17,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
 from cerebrum.vps import gguf as gguf_module
-from cerebrum.vps.gguf import Gguf, Source, Tensor, q4_k_to_q4_1, read_shape, transcode
-from cerebrum.vps.llama import ModelError, Shape
+from cerebrum.vps.gguf import Gguf, Source, Tensor, q4_k_to_q4_1, transcode
+from cerebrum.vps.llama import ModelError, Settings
+from cerebrum.vps.memory import needed
 
 MODEL = FILES["qwen_0_5b"]
 
@@ -87,41 +88,30 @@ def header(floats: int = 0, **numbers: int) -> bytes:
     return whole.ljust(-(-len(whole) // 32) * 32, b"\0") if floats else whole
 
 
-def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
+def test_a_file_that_is_no_whole_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
-    shape = read_shape(path)
-    assert shape == Shape(layers=24, kv_width=24 * 256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
+    path.write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(ModelError, match=r"^not a readable GGUF file$"):
+        Gguf(path)
+    data = header(1000, block_count=24)
+    path.write_bytes(data + bytes(3999))
+    with pytest.raises(ModelError, match=rf"^cut short: expected {len(data) + 4000:,} bytes or more, got "):
+        Gguf(path)
+    path.write_bytes(data + bytes(4000))
+    with Gguf(path) as file:
+        assert file.text("general.architecture") == "llama"
 
 
-SIZES = {"block_count": 24, "embedding_length": 896, "attention__head_count": 14}
 NUMBER_AS_ARCHITECTURE = (
     b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<II", 4, 7)
 )
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"GGUX" + bytes(100), "not a readable GGUF file"),
-        (NUMBER_AS_ARCHITECTURE, "a GGUF file without an architecture"),
-        *((header(**SIZES | {name: 0}), "expected at least one layer, head and embedding dim") for name in SIZES),
-    ],
-)
-def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+@pytest.mark.parametrize("data", [NUMBER_AS_ARCHITECTURE, header(block_count=24), header(context_length=8)])
+def test_a_model_that_llama_cpp_cannot_load_has_no_size(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelError, match=message):
-        read_shape(tmp_path / "m.gguf")
-
-
-def test_a_file_that_is_cut_short_has_no_shape(tmp_path: Path) -> None:
-    data = header(1000, **SIZES)
-    path = tmp_path / "m.gguf"
-    path.write_bytes(data + bytes(3999))
-    with pytest.raises(ModelError, match=rf"^cut short: expected {len(data) + 4000:,} bytes or more, got "):
-        read_shape(path)
-    path.write_bytes(data + bytes(4000))
-    assert read_shape(path).layers == 24
+    with pytest.raises(ModelError, match=r"^llama\.cpp cannot load this file; it is damaged, cut short or of an unk"):
+        needed(tmp_path / "m.gguf", [Settings()])
 
 
 # ------------------------------------------------------------------------------------------------ copies
@@ -151,7 +141,6 @@ def test_some_layers_in_other_types_and_fewer_rows(
     source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
     with Gguf(path) as header:
         assert [header.text(key) for key in ("a.text", "tokenizer.ggml.model", "b")] == ["first", "no_vocab", ""]
-        assert (header.shape.layers, header.shape.vocabulary, header.shape.feed_forward) == (2, 0, 512)
     copy = {tensor.name: tensor for tensor in Source(path).tensors}
     old = {tensor.name: tensor for tensor in source.tensors}
     assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
@@ -217,4 +206,4 @@ def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch) 
     gguf_module.pypi.cache_clear()
     with pytest.raises(ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"):
         Source(MODEL)
-    assert read_shape(MODEL).layers == 24
+    assert needed(MODEL, [Settings()])[0]["weights"] == MODEL.stat().st_size
