@@ -154,7 +154,7 @@ def test_a_fault(
     [
         ("tiny", LONGER, f"{SIZE} {SIZE + 1}"),
         ("tiny", DAMAGED, f"{SUM} {sha256(DAMAGED).hexdigest()}"),
-        ("other", b"GGUX", "GGUF"),
+        ("other", b"GGUX", "damaged"),
     ],
 )
 def test_a_damaged_model(tmp_path: Path, check: Check, file: str, weights: bytes, named: str) -> None:

@@ -7,8 +7,8 @@ Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). T
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
-The *passport* is JSON in the tuned file's header: the source, machine and settings of the file. `find_tuned` refuses a
-file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and no layers.
+The *passport* is JSON beside the tuned file: the source, machine and settings of the file. `find_tuned` refuses a file
+whose passport is out of date. If no change of types is faster here, there is only a passport.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 
-from cerebrum.vps.gguf import Gguf, Source, Tensor
+from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -42,13 +42,13 @@ from cerebrum.vps.llama import (
     Slot,
     TunedFile,
     cpus,
+    write_atomically,
 )
 from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
 
-PASSPORT_KEY = "cerebrum.passport"
-PASSPORT_FORMAT = 1
+PASSPORT_FORMAT = 2
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
@@ -95,18 +95,12 @@ class Passport:
         return f"{'fast' if self.fast else 'tuned'}: {changes}"
 
 
-def read_passport(path: Path) -> Passport | None:
-    """The passport of a tuned file; None if it is missing, damaged or of another format."""
-    try:
-        with Gguf(path) as file:
-            passport = Passport(**json.loads(file.text(PASSPORT_KEY)))
-    except (ValueError, TypeError, ModelError):
-        return None
-    return passport if passport.format == PASSPORT_FORMAT else None
-
-
 def tuned_path(state_dir: Path, published: Path) -> Path:
     return state_dir / "tuned" / published.name
+
+
+def passport_path(tuned: Path) -> Path:
+    return tuned.with_name(f"{tuned.name}.json")
 
 
 def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
@@ -115,14 +109,17 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     `sha256` is the digest that the published file should have, empty if unknown. `check_digest` verifies the file.
     """
     path = tuned_path(settings.state_dir, published)
+    foreign = "expected a passport of this version; tune the model again"
     try:
-        passport = read_passport(path)
+        passport = Passport(**json.loads(passport_path(path).read_text()))
     except FileNotFoundError:
-        return None, ""
+        return None, foreign if path.exists() else ""
     except OSError as error:
-        return None, f"the file cannot be read ({error.strerror})"
-    if passport is None:
-        return None, "expected the passport of this version in the file's header, found another one or none"
+        return None, f"its passport cannot be read ({error.strerror})"
+    except (ValueError, TypeError):
+        return None, foreign
+    if passport.format != PASSPORT_FORMAT:
+        return None, foreign
     if sha256 and passport.source != sha256:
         return None, f"made from a file of sha256 {passport.source}, expected {sha256}"
     if passport.cpu != cpu_flags():
@@ -460,23 +457,16 @@ class Tuner:
             **{name: getattr(settings, name) for name in CHOSEN},
         )
 
-    def write(self, path: Path, types: Types, settings: Settings, layers: Sequence[int] | None = None) -> None:
-        """Write a tuned file, for these settings."""
-        values = {PASSPORT_KEY: json.dumps(asdict(self.passport(types, settings)))}
-        report = functools.partial(self.report, "writing") if types else lambda _done, _total: None
-        self.source.write(path, types, values, layers, report=report)
-
-    def run(self) -> tuple[Outcome, Path]:
-        """The outcome, and the file to put in place."""
+    def run(self, path: Path) -> Outcome:
+        """Write a tuned file, or none if no types are faster."""
         self.check_room()
         try:
             types, settings = self.choose()
         except ModelError as error:
             raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
-        path = self.folder / "tuned"
         variants = {"published": (self.path, self.settings)}
         if types:
-            self.write(path, types, settings)
+            self.source.write(path, types, report=functools.partial(self.report, "writing"))
             variants["tuned"] = (path, settings)
         elif settings != self.settings:
             variants["tuned"] = (self.path, settings)
@@ -499,9 +489,7 @@ class Tuner:
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings
-        if not types:  # a passport without weights
-            self.write(path, {}, settings, [])
-        return Outcome(forms["published"], tuned, self.passport(types, settings), same), path
+        return Outcome(forms["published"], tuned, self.passport(types, settings), same)
 
 
 def tune(
@@ -522,13 +510,22 @@ def tune(
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
-        outcome, path = Tuner(published, sha256, settings, folder, room, fast, report).run()
+        path = folder / "tuned"
+        outcome = Tuner(published, sha256, settings, folder, room, fast, report).run(path)
         accept(outcome)
         if not dry_run:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())  # otherwise a crash could leave a valid header without weights
-            os.replace(path, target)
+            _remove(target)
+            if outcome.passport.types:
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())  # otherwise a crash could leave a passport without weights
+                os.replace(path, target)
+            write_atomically(passport_path(target), json.dumps(asdict(outcome.passport)).encode())
     return outcome
+
+
+def _remove(tuned: Path) -> None:
+    passport_path(tuned).unlink(missing_ok=True)  # first: weights without a passport are not used
+    tuned.unlink(missing_ok=True)
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
@@ -537,8 +534,8 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
     if not target.parent.exists():
         return False
     with alone_in(target.parent):
-        found = target.exists()
-        target.unlink(missing_ok=True)
+        found = passport_path(target).exists()
+        _remove(target)
     return found
 
 

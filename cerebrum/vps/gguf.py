@@ -1,18 +1,14 @@
-"""GGUF: what the header of a model file says, and copies of the file with weights in other types.
+"""Copies of GGUF files with weights in other types, for `tune`.
 
-    from cerebrum.vps.gguf import Gguf, Source
-    with Gguf(Path("model.gguf")) as file:
-        print(file.text("general.architecture"))
+    from cerebrum.vps.gguf import Source
     Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
 
-The daemon reads a few values of headers, by llama.cpp's own reader. Only `tune` copies files, by PyPI's gguf. Types go
-by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT),
-and docs/gguf.md of ggml.
+PyPI's gguf reads and writes the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts:
+ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import math
@@ -23,91 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ModelError, keep_log
-
-# ------------------------------------------------------------------------------------------ IO: headers
-
-_VOID, _INT, _LONG, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
-
-
-class _Params(ctypes.Structure):  # struct gguf_init_params
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", _VOID))
-
-
-_FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-    "gguf_init_from_file": (_VOID, (_TEXT, _Params)),
-    "gguf_free": (None, (_VOID,)),
-    "gguf_find_key": (_LONG, (_VOID, _TEXT)),
-    "gguf_get_kv_type": (_INT, (_VOID, _LONG)),
-    "gguf_get_val_str": (_TEXT, (_VOID, _LONG)),
-    "gguf_get_n_tensors": (_LONG, (_VOID,)),
-    "gguf_find_tensor": (_LONG, (_VOID, _TEXT)),
-    "gguf_get_tensor_size": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_data_offset": (_SIZE, (_VOID,)),
-}
-GGUF_STRING = 8  # enum gguf_type
-
-
-@functools.cache
-def ggml() -> Any:
-    """ggml's base library, with the functions that llama-cpp-python does not declare."""
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    library.ggml_log_set(keep_log, None)  # for this copy too: the wheel has the library under several names
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-class Gguf:
-    """The header of a GGUF file, as a context manager. ModelError if the file is not a whole GGUF."""
-
-    def __init__(self, path: Path) -> None:
-        path.open("rb").close()  # an OSError says more than the library
-        self.lib = ggml()
-        self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _Params(True, None))
-        if not self.handle:
-            raise ModelError("not a readable GGUF file")
-        if (size := path.stat().st_size) < (length := self._length()):
-            self.__exit__()
-            raise ModelError(f"cut short: expected {length:,} bytes or more, got {size:,}")
-
-    def __enter__(self) -> Gguf:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lib.gguf_free(self.handle)
-
-    def text(self, key: str) -> str:
-        """The value of a text key, "" if there is none."""
-        place = self.lib.gguf_find_key(self.handle, key.encode())
-        if place < 0 or self.lib.gguf_get_kv_type(self.handle, place) != GGUF_STRING:
-            return ""
-        value: bytes = self.lib.gguf_get_val_str(self.handle, place)
-        return value.decode("utf-8", "replace")
-
-    def _length(self) -> int:
-        """Bytes of the whole file: to the end of its last tensor."""
-        last = self.lib.gguf_get_n_tensors(self.handle) - 1  # they lie in the header's order
-        if last < 0:
-            return 0
-        places = self.lib.gguf_get_data_offset(self.handle), self.lib.gguf_get_tensor_offset(self.handle, last)
-        return int(sum(places) + self.lib.gguf_get_tensor_size(self.handle, last))
-
-    @property
-    def tied(self) -> int:
-        """Bytes of an embedding that is also the output: llama.cpp may repack a copy of it."""
-        place = self.lib.gguf_find_tensor(self.handle, b"token_embd.weight")
-        has_output = self.lib.gguf_find_tensor(self.handle, b"output.weight") >= 0
-        return 0 if has_output or place < 0 else int(self.lib.gguf_get_tensor_size(self.handle, place))
-
-
-# ------------------------------------------------------------------------------------------- IO: copies
+from cerebrum.vps.llama import ModelError
 
 PIECE_BYTES = 1 << 22  # or weights, of a type without blocks: transcoded at once, by one thread
 Rows = npt.NDArray[Any]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks

@@ -128,7 +128,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def load_model(path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True) -> Any:
     """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp cannot load the file,
-    or `progress` returns False."""
+    or `progress` returns False. OSError if the file cannot be read."""
+    start_library()
+    path.open("rb").close()
     params = api.llama_model_default_params()
     if progress:
         params.progress_callback = api.llama_progress_callback(lambda done, _data: progress(done))

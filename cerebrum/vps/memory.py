@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 
-from cerebrum.vps.gguf import Gguf
 from cerebrum.vps.llama import (
     MAX_DRAFT,
     MB,
@@ -25,7 +24,6 @@ from cerebrum.vps.llama import (
     file_stamp,
     llama_log,
     load_model,
-    start_library,
 )
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import HttpError
@@ -87,6 +85,8 @@ def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path
 
 # ------------------------------------------------------------------------------------------ IO: llama.cpp
 
+HEADER_BYTES = 64 << 20  # a large vocabulary takes 15 MB
+OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
 # In llama.cpp's log: of a KV cache or of recurrent states, and of the compute buffers.
 KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))
 
@@ -98,12 +98,13 @@ def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second
 def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]:
-    start_library()
-    with Gguf(path) as header:
-        weights = path.stat().st_size + header.tied
     model, needs = load_model(path, weights=False), []
     try:
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        weights = path.stat().st_size
+        with path.open("rb") as file:
+            if OUTPUT_NAME not in file.read(HEADER_BYTES):  # llama.cpp may repack a copy of the embedding
+                weights += vocabulary * api.llama_model_n_embd(model) * 34 // 32  # bytes in Q8_0
         for form in forms:
             llama_log.lines.clear()
             api.llama_free(api.llama_init_from_model(model, context_params(model, form)))

@@ -17,7 +17,7 @@ import pytest
 from harness import PATIENCE
 
 from cerebrum.vps import encoding, schedule
-from cerebrum.vps.gguf import Gguf
+from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
 from cerebrum.vps.vocabulary import CompletionRequest, api
@@ -351,7 +351,22 @@ def test_memory_by_family(family: str, models: Path) -> None:
     assert sizes["compute"] > 0
 
 
-def test_a_tied_embedding_is_loaded_twice(tmp_path: Path) -> None:
-    for output, size in (("Q6_K", 0), ("", families.QUANTIZED_VOCABULARY * families.QUANTIZED_WIDTH * 210 // 256)):
-        with Gguf(families.write_quantized(tmp_path / f"m{output}", output=output)) as header:
-            assert header.tied == size
+def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
+    published, tied = models / "dense.gguf", tmp_path / "tied.gguf"
+    assert needed(published, [Settings()])[0]["weights"] == published.stat().st_size
+    source = Source(published)
+    source.tensors = [tensor for tensor in source.tensors if tensor.name != "output.weight"]
+    source.write(tied, {})
+    embedding = len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32  # bytes in Q8_0
+    assert needed(tied, [Settings()])[0]["weights"] == tied.stat().st_size + embedding
+
+
+def test_a_model_that_llama_cpp_cannot_load_has_no_size(models: Path, tmp_path: Path) -> None:
+    data, path = (models / "dense.gguf").read_bytes(), tmp_path / "m.gguf"
+    for damaged in (b"", b"GGUX" + data[4:], data[:1000], data[:-100]):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"^llama\.cpp cannot load this file; it is damaged, cut short or "):
+            needed(path, [Settings()])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        needed(path, [Settings()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
 from cerebrum.vps import gguf as gguf_module
-from cerebrum.vps.gguf import Gguf, Source, Tensor, q4_k_to_q4_1, transcode
+from cerebrum.vps.gguf import Source, Tensor, q4_k_to_q4_1, transcode
 from cerebrum.vps.llama import ModelError, Settings
 from cerebrum.vps.memory import needed
 
@@ -70,50 +69,6 @@ def test_other_types_become_q8_0_through_floats(source: str) -> None:
     assert (np.abs(got - expected) <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
 
 
-# ------------------------------------------------------------------------------------------------ header
-
-
-def header(floats: int = 0, **numbers: int) -> bytes:
-    """A GGUF with metadata only, or with these, up to a tensor of so many floats."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
-    pairs += [
-        text(f"llama.{name.replace('__', '.')}") + struct.pack("<II", 4, value) for name, value in numbers.items()
-    ]
-    tensor = text("x.weight") + struct.pack("<IQIQ", 1, floats, 0, 0) if floats else b""
-    whole = b"GGUF" + struct.pack("<IQQ", 3, floats > 0, len(pairs)) + b"".join(pairs) + tensor
-    return whole.ljust(-(-len(whole) // 32) * 32, b"\0") if floats else whole
-
-
-def test_a_file_that_is_no_whole_gguf_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(ModelError, match=r"^not a readable GGUF file$"):
-        Gguf(path)
-    data = header(1000, block_count=24)
-    path.write_bytes(data + bytes(3999))
-    with pytest.raises(ModelError, match=rf"^cut short: expected {len(data) + 4000:,} bytes or more, got "):
-        Gguf(path)
-    path.write_bytes(data + bytes(4000))
-    with Gguf(path) as file:
-        assert file.text("general.architecture") == "llama"
-
-
-NUMBER_AS_ARCHITECTURE = (
-    b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<II", 4, 7)
-)
-
-
-@pytest.mark.parametrize("data", [NUMBER_AS_ARCHITECTURE, header(block_count=24), header(context_length=8)])
-def test_a_model_that_llama_cpp_cannot_load_has_no_size(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelError, match=r"^llama\.cpp cannot load this file; it is damaged, cut short or of an unk"):
-        needed(tmp_path / "m.gguf", [Settings()])
-
-
 # ------------------------------------------------------------------------------------------------ copies
 
 
@@ -139,8 +94,8 @@ def test_some_layers_in_other_types_and_fewer_rows(
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     path = tmp_path / "a"
     source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
-    with Gguf(path) as header:
-        assert [header.text(key) for key in ("a.text", "tokenizer.ggml.model", "b")] == ["first", "no_vocab", ""]
+    header = Source(path).reader.fields
+    assert [header[key].contents() for key in ("a.text", "tokenizer.ggml.model")] == ["first", "no_vocab"]
     copy = {tensor.name: tensor for tensor in Source(path).tensors}
     old = {tensor.name: tensor for tensor in source.tensors}
     assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]

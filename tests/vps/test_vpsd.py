@@ -58,7 +58,7 @@ import vpsd
 from cerebrum.settings import load_catalog
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
-from cerebrum.vps.encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
+from cerebrum.vps.encoding import Passport, cpu_flags, cpus, passport_path, tuned_path
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import VERSION
@@ -1399,7 +1399,8 @@ def test_a_tuned_file_is_used(real_output: Path) -> None:
     )
     source = Source(published)
     types = {tensor.name: "Q8_0" for tensor in source.tensors if tensor.type == "Q5_0"}
-    source.write(file, types, {PASSPORT_KEY: json.dumps(asdict(passport))})
+    source.write(file, types)
+    passport_path(file).write_text(json.dumps(asdict(passport)))
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
     with start(real_output, MODELS) as tuned:
         assert expected.items() <= tuned.model().items()
