@@ -708,6 +708,9 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(new_environ, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
+    for model in config.models:
+        with contextlib.suppress(HttpError):  # the file is missing or damaged
+            await engine.pool.choose(model)  # llama.cpp needs half a second for a file; no request should wait for it
     try:
         await server.start(config.host, config.port, passed_sockets(os.environ))
     except ListenError as error:
