@@ -77,7 +77,6 @@ class Passport:
     source: str  # sha256 of the published file
     library: str  # version of llama-cpp-python
     cpu: str  # `cpu_flags`
-    cpu_name: str
     cpus: int  # that the process may use
     threads: int
     micro_batch: int
@@ -118,15 +117,9 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
         return None, f"its passport cannot be read ({error.strerror})"
     except (ValueError, TypeError):
         return None, foreign
-    if passport.format != PASSPORT_FORMAT:
-        return None, foreign
-    if sha256 and passport.source != sha256:
-        return None, f"made from a file of sha256 {passport.source}, expected {sha256}"
-    if passport.cpu != cpu_flags():
-        return None, f"made for a CPU with other features ({passport.cpu_name}), this one is {cpu_name()}"
-    expected = {"library": llama_cpp.__version__, "cpus": cpus()}
-    if settings.fixed_threads:
-        expected["threads"] = settings.threads
+    expected = {"format": PASSPORT_FORMAT, "library": llama_cpp.__version__, "cpu": cpu_flags(), "cpus": cpus()}
+    expected |= {"threads": settings.threads} if settings.fixed_threads else {}
+    expected |= {"source": sha256} if sha256 else {}
     for name, here in expected.items():
         if (made_for := getattr(passport, name)) != here:
             return None, f"made for {name} {made_for}, here it is {here}"
@@ -450,7 +443,6 @@ class Tuner:
             source=self.sha256,
             library=llama_cpp.__version__,
             cpu=cpu_flags(),
-            cpu_name=cpu_name(),
             cpus=cpus(),
             types=dict(sorted(changes)),
             fast=LOSSY in types.values(),

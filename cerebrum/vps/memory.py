@@ -85,7 +85,7 @@ def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path
 
 # ------------------------------------------------------------------------------------------ IO: llama.cpp
 
-HEADER_BYTES = 64 << 20  # a large vocabulary takes 15 MB
+HEADER_BYTES = 32 << 20  # a large vocabulary takes 15 MB
 OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
 # In llama.cpp's log: of a KV cache or of recurrent states, and of the compute buffers.
 KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))

@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -59,7 +59,7 @@ class Instance:
 # ------------------------------------------------------------------------------------------ policy: room
 
 
-def removable(instances: Iterable[Instance], spared: str = "") -> list[Instance]:
+def removable(instances: Collection[Instance], spared: str = "") -> list[Instance]:
     """The instances that make room, in this order: those that are leaving, then the idle ones of other models than
     `spared`, the least recently used first."""
     leaving = [one for one in instances if one.state is State.LEAVING]
@@ -68,7 +68,7 @@ def removable(instances: Iterable[Instance], spared: str = "") -> list[Instance]
 
 
 def room_for(
-    model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Iterable[Instance]
+    model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Collection[Instance]
 ) -> list[Instance]:
     """The instances to unload for a model that takes the memory of `parts`; none if it fits into `free_mb`. HttpError
     503 with the figures if it would not fit without all of them."""
@@ -267,6 +267,7 @@ class Pool:
         return [one for one in self.ready.values() if one.worker.stored_bytes]
 
     def can_relieve(self, wanted: str) -> bool:
+        """Whether `relieve` could free any memory."""
         return bool(removable(self.instances.values(), wanted) or self._saving())
 
     async def relieve(self, wanted: str) -> None:

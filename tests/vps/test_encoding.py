@@ -217,7 +217,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(path).read_text())
     assert Passport(**passport) == Passport(
-        source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(), cpu_name=encoding.cpu_name(),
+        source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(),
         cpus=len(os.sched_getaffinity(0)), threads=2, micro_batch=512, flash_attention=False, types=types,
     )  # fmt: skip
     both = zip(Source(lab.published).tensors, Source(path).tensors, strict=True)
@@ -258,7 +258,7 @@ def test_a_tuned_file_is_found(lab: Lab) -> None:
     assert found.settings == replace(lab.settings, flash_attention=True)
     assert found.encoding == "tuned: Q4_K to Q4_1, Q5_0 to Q8_0, Q6_K to Q8_0, Q6_K (output) to Q8_0"
     other = find_tuned(lab.published, lab.settings, "def")
-    assert other == (None, "made from a file of sha256 abc, expected def")
+    assert other == (None, "made for source abc, here it is def")
     assert remove_tuned(lab.published, lab.settings)
     assert lab.found() == (None, "")
     assert not remove_tuned(lab.published, lab.settings)
@@ -369,7 +369,7 @@ def test_the_table() -> None:
     outcome = Outcome(
         Form(before, settings, 469 * MB, 850 * MB),
         Form(after, replace(settings, micro_batch=128), 574 * MB, 956 * MB),
-        replace(Passport(**PASSPORT), cpu_name="", types={"Q5_0": "Q8_0"}),
+        replace(Passport(**PASSPORT), types={"Q5_0": "Q8_0"}),
         0.984,
     )
     assert outcome.table().splitlines() == [
@@ -468,7 +468,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) 
 # ----------------------------------------------------------------------------------------- what is used
 
 PASSPORT = {
-    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(), "cpu_name": "Z80",
+    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(),
     "cpus": len(os.sched_getaffinity(0)), "threads": 2, "micro_batch": 128, "flash_attention": False,
     "types": {"Q5_0": "Q8_0"}, "fast": False, "format": 2,
 }  # fmt: skip
@@ -480,10 +480,10 @@ NO_PASSPORT = "expected a passport of this version; tune the model again"
     [
         ({}, ""),
         ({"library": "0.0.1"}, f"made for library 0.0.1, here it is {llama_cpp.__version__}"),
-        ({"cpu": "z80"}, f"made for a CPU with other features (Z80), this one is {encoding.cpu_name()}"),
+        ({"cpu": "z80"}, f"made for cpu z80, here it is {encoding.cpu_flags()}"),
         ({"cpus": 99}, f"made for cpus 99, here it is {len(os.sched_getaffinity(0))}"),
         ({"threads": 3}, "made for threads 3, here it is 2"),
-        ({"format": 1}, NO_PASSPORT),
+        ({"format": 1}, "made for format 1, here it is 2"),
         ({"new": 1}, NO_PASSPORT),
     ],
 )

@@ -1390,7 +1390,6 @@ def test_a_tuned_file_is_used(real_output: Path) -> None:
         source=sha256,
         library=llama_cpp.__version__,
         cpu=cpu_flags(),
-        cpu_name="",
         cpus=cpus(),
         threads=vps_llama.usable_cores(),
         micro_batch=128,
