@@ -360,6 +360,21 @@ async def test_a_load_that_fails_without_a_client_is_remembered(house: House) ->
     assert house.engine.pool.tallies[A].failed_loads == 1
 
 
+async def test_a_request_that_comes_while_a_load_fails_does_not_load_again(house: House) -> None:
+    waiting = house.ask(A)
+    worker = await house.begun(A)
+    worker.ending.set_result(None)
+    await until(lambda: worker.stopping)
+    late = house.ask(A)
+    await asyncio.sleep(0)  # it gets as far as it can
+    worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+    worker.ended.set_result(None)
+    for completion in (waiting, late):
+        assert (await error_of(completion)).message == "it is damaged"
+        house.engine.finish(completion)
+    assert ScriptedWorker.made == [worker]
+
+
 async def test_a_worker_that_ends_by_itself_is_replaced(house: House) -> None:
     house.engine.finish(await house.loaded(A))
     failed = house.worker(A)

@@ -148,6 +148,7 @@ class Pool:
         while (instance := self.instances.get(model_id)) is None or instance.state is State.LEAVING:
             if instance:
                 await asyncio.wait([instance.freed])
+                self.check(model_id)  # its load may just have failed
             elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
                 raise error
         instance.users.add(user)
