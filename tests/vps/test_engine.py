@@ -276,9 +276,10 @@ def test_drafter_proposes_nothing_where_nothing_repeats() -> None:
     assert decode_with(drafter, FILE[200:]) == (200, 0, 0)
 
 
-@pytest.mark.parametrize("prompt", [[], [1], [1, 2], [1, 2, 3]])
-def test_drafter_of_a_short_prompt(prompt: list[int]) -> None:
-    drafter = Drafter(prompt)
+@pytest.mark.parametrize("guide", [[], [9, 8, 1, 2, 3, 4]])
+@pytest.mark.parametrize("prompt", [[], [1], [1, 2], [1, 2, 4]])
+def test_drafter_of_a_short_prompt(prompt: list[int], guide: list[int]) -> None:
+    drafter = Drafter(prompt, guide)
     assert drafter.propose(10) == []
     for token in (7, 7, 7, 7):
         drafter.advance(token)
@@ -373,8 +374,8 @@ def test_drafter_stays_before_the_end_of_its_source() -> None:
             token = draft[0] if draft and draw.random() < 0.7 else draw.randrange(alphabet)
             tokens.append(token)
             drafter.advance(token)
-            assert not drafter.streak or drafter.at < (0, len(tokens))
-        assert drafter.sources[0] == tokens
+            assert not drafter.streak or drafter.at < len(tokens)
+        assert drafter.tokens == tokens
 
 
 def test_speculation_is_lossless_for_any_draft() -> None:
