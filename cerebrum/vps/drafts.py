@@ -45,28 +45,25 @@ class Acceptance:
         self.right[key] += accepted
         self.wrong[key] += accepted < drafted
 
-    def choose(self, drafter: Drafter, room: int, greedy: bool, costs: Costs, others: int) -> list[int]:
-        """The draft to check now, of at most `room` tokens, while each of `others` decodes one token. Empty if drafting
-        does not pay here."""
+    def choose(self, drafter: Drafter, room: int, greedy: bool, costs: Costs) -> list[int]:
+        """The draft to check now, of at most `room` tokens. Empty if drafting does not pay here."""
         tokens = drafter.propose(room)
         probability = self.probability(greedy, drafter.streak) if tokens else 0.0
-        return tokens[: draft_length(probability, len(tokens), costs, others)]
+        return tokens[: draft_length(probability, len(tokens), costs)]
 
 
-def draft_length(probability: float, limit: int, costs: Costs, others: int = 0) -> int:
+def draft_length(probability: float, limit: int, costs: Costs) -> int:
     """The draft length with the most expected tokens per second; 0 if drafting does not pay.
 
-    Only `limit` and lengths that fill a decode of a calibrated size (with one token of each of `others`) are
-    considered: 28 to 31 tokens take as long as 32.
+    Only `limit` and lengths that fill a decode of a calibrated size are considered: 28 to 31 tokens take as long as 32.
     """
-    best, rate = 0, 1.03 / costs.beside(others, 1)
-    for length in (*(size - 1 - others for size in costs.sizes), limit):
+    best, rate = 0, 1.03 / costs(1)
+    for length in (*(size - 1 for size in costs.sizes), limit):
         if not 0 < length <= limit:
             continue
         expected = (1 - probability ** (length + 1)) / (1 - probability)
-        price = costs.beside(others, length + 1)
-        if expected / price > rate:
-            best, rate = length, expected / price
+        if expected / costs(length + 1) > rate:
+            best, rate = length, expected / costs(length + 1)
     return best
 
 

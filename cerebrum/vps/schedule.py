@@ -58,11 +58,6 @@ class Costs:
             return y1 + max(slope, y1 / x1 / 2) * (tokens - x1)
         return y0 + slope * (tokens - x0)
 
-    def beside(self, others: int, tokens: int) -> float:
-        """One sequence's share, in seconds, of a decode of its `tokens` and one token of each of `others`. Every
-        sequence pays an equal part of a decode of one token each; this sequence also pays for its further tokens."""
-        return self(others + tokens) - self(others + 1) * others / (others + 1)
-
     def longest(self, seconds: float) -> int:
         """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most MAX_CHUNK."""
         return max(1, bisect.bisect_right(range(1, MAX_CHUNK + 1), seconds / self.slowdown, key=self))

@@ -252,11 +252,6 @@ class Decoder:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
         return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
 
-    def _beside(self, run: Run, runs: list[Run]) -> int:
-        """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
-        streams = sum(not (other is run or other.prefilling) for other in runs)
-        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
-
     def _draft(self, run: Run, runs: list[Run]) -> list[int]:
         beside = len(runs) > 1
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
@@ -270,7 +265,7 @@ class Decoder:
             share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
         assert run.drafter
-        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, self._beside(run, runs))
+        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs)
 
     def _step(self, works: list[Work]) -> None:
         """Run one llama_decode and handle its result for each sequence."""

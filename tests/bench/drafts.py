@@ -60,7 +60,7 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
     acceptance, position, spent = Acceptance(), 1, 0.0
     drafter.advance(target[0])
     while position < len(target):
-        draft, streak, accepted = acceptance.choose(drafter, MAX_DRAFT, True, costs, 0), drafter.streak, 0
+        draft, streak, accepted = acceptance.choose(drafter, MAX_DRAFT, True, costs), drafter.streak, 0
         for drafted in [*draft, None]:
             token = target[position]
             drafter.advance(token)
