@@ -1,10 +1,7 @@
-"""Code of both Cerebrum daemons: routing tables, errors and their statuses, request ids, field checks, SSE events.
+"""Code of both Cerebrum daemons: routing tables, errors and their statuses, request ids, SSE events.
 
 Every error is an `HttpError` with a code; `STATUSES` maps each code to its HTTP status. A daemon's API is a table of
-`Route` entries, and its languages come from its `Model` entries. A table of `Field` entries checks a request.
-
-    >>> read_fields({"max_tokens": 5}, {"max_tokens": Field(int, 1, 2048, 512)})
-    {'max_tokens': 5}
+`Route` entries, and its languages come from its `Model` entries.
 
 Pure but for the clock in timestamps: no socket, no file, no environment. Standard library only.
 """
@@ -14,16 +11,12 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
-import math
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
-MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
-MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 log = logging.getLogger("cerebrum")
 
@@ -39,7 +32,7 @@ STATUSES = {
     "RESOURCE_EXHAUSTED": 503, "SHUTTING_DOWN": 503, "VERSION_NOT_SUPPORTED": 505,
 }  # fmt: skip
 REASONS = {status: code.replace("_", " ").title() for code, status in reversed(STATUSES.items())}
-REASONS |= {200: "OK", 204: "No Content", 304: "Not Modified"}
+REASONS |= {200: "OK", 204: "No Content"}
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -70,170 +63,6 @@ def timestamp(ago: float = 0.0) -> str:
 def error_body(error: HttpError) -> dict[str, Any]:
     """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`."""
     return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
-
-
-# --------------------------------------------------------------------------------- pure: JSON and fields
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):  # NaN, Infinity, and 1e999, which parse_constant never sees
-        raise ValueError("expected finite numbers")
-    return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_INTEGER_DIGITS:
-        raise ValueError(f"expected integers of at most {MAX_INTEGER_DIGITS} digits")
-    return int(text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("expected every name once in an object")
-    return members
-
-
-DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique)
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
-    most 64 levels. HttpError 400 says what is wrong."""
-    try:
-        value = DECODER.decode(body.decode("utf-8"))
-        _refuse_depth(value)
-    except UnicodeDecodeError:
-        raise HttpError("INVALID_REQUEST", "expected a body in UTF-8") from None
-    except RecursionError:
-        raise HttpError("INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels") from None
-    except json.JSONDecodeError as error:
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}") from None
-    except ValueError as error:
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object, got {describe(value)}")
-    return value
-
-
-def _refuse_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        level = [item for item in level if isinstance(item, dict | list)]
-        if not level:
-            return
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-    raise RecursionError
-
-
-SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
-
-
-def describe(value: Any) -> str:
-    """Describe a value for a message: its JSON type and the value itself. Messages are logged, and a string that is not
-    an id may be a prompt, so only the length of such a string is shown."""
-    if value is None:
-        return "null"
-    if isinstance(value, list | dict):
-        return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
-    if isinstance(value, str) and not SHOWN.fullmatch(value):
-        return f"a string of {len(value)} characters"
-    kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
-    return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
-
-
-def printable(text: str) -> str:
-    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
-    The range counts the characters of a string and the items of a list. A string, or each item of a list, is one of
-    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone."""
-
-    kind: type
-    low: float = 0
-    high: float = math.inf
-    default: Any = None
-    required: bool = False
-    choices: tuple[str, ...] = ()
-    above_low: bool = False  # the range is open at its lower end
-    pattern: str = ""
-
-    def expected(self) -> str:
-        """The expectation in words: "an integer from 1 to 2048"."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.pattern:
-            return f"{'strings' if self.kind is list else 'a string'} of the form {self.pattern}"
-        if self.kind is list:
-            return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
-        if self.high == math.inf:
-            return "a non-empty string" if self.kind is str and self.low == 1 else noun
-        unit = " characters" if self.kind is str else ""
-        return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
-
-    def accepts(self, value: Any) -> bool:
-        kinds = (int, float) if self.kind is float else self.kind
-        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
-            return False
-        size: Any = len(value) if isinstance(value, str | list) else value
-        inside = self.low < size if self.above_low else self.low <= size
-        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-        return bool(inside and size <= self.high and all(map(self._allows, texts)))
-
-    def _allows(self, text: Any) -> bool:
-        """Whether the field accepts this string or list item."""
-        if not isinstance(text, str) or (self.choices and text not in self.choices):
-            return False
-        return bool(re.fullmatch(self.pattern, text)) if self.pattern else self.kind is str or text != ""
-
-
-def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The checked fields of a request with defaults filled in; unknown members are ignored. HttpError 400 names the
-    field, what was expected and what came."""
-    values: dict[str, Any] = {}
-    for name, rule in fields.items():
-        if name not in members:
-            if rule.required:
-                raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got nothing")
-            values[name] = rule.default
-            continue
-        value = members[name]
-        if rule.kind is list and isinstance(value, str):
-            value = [value]
-        if not rule.accepts(value):
-            raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got {describe(members[name])}")
-        try:
-            "".join(value if isinstance(value, list) else [value if isinstance(value, str) else ""]).encode()
-        except UnicodeEncodeError:
-            raise HttpError("INVALID_REQUEST", f"{name}: expected Unicode text, got a lone surrogate") from None
-        values[name] = float(value) if rule.kind is float else value
-    return values
-
-
-def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field], of: str = "objects"
-) -> list[dict[str, Any]]:
-    """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
-    if not isinstance(value, list) or not low <= len(value) <= high:
-        message = f"{name}: expected an array of {low} to {high} {of}, got {describe(value)}"
-        raise HttpError("INVALID_REQUEST", message)
-    entries = []
-    for number, entry in enumerate(value):
-        if not isinstance(entry, dict):
-            raise HttpError("INVALID_REQUEST", f"{name}[{number}]: expected an object, got {describe(entry)}")
-        try:
-            entries.append(read_fields(entry, fields))
-        except HttpError as error:
-            raise HttpError("INVALID_REQUEST", f"{name}[{number}].{error.message}") from None
-    return entries
 
 
 # -------------------------------------------------------------------------------- requests and responses
@@ -323,9 +152,6 @@ class Request:
     notes: dict[str, Any] = field(default_factory=dict)
     answered: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
-    def json(self) -> dict[str, Any]:
-        return parse_json(self.body)
-
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -334,12 +160,37 @@ class Route:
     method: str
     path: str
     handler: Callable[[Any, Request], Awaitable[Response]]
-    open: bool = False  # needs no key, and is answered even over the connection limit
+    open: bool = False  # needs no key
     quiet: bool = False  # successes are logged at DEBUG: clients poll this route every few seconds
     # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its client leaves.
     json: bool = False
     # Writes errors in the form of another API; the JSON body may then have any Content-Type.
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
+
+
+Routes = Mapping[str, Mapping[str, Route]]  # by path, then by method
+
+
+def routes_of(routes: Routes, path: str) -> tuple[Mapping[str, Route], str]:
+    """The routes of a path by method, none for an unknown path, and the value of `{id}` in it."""
+    parent, _, last = path.rpartition("/")
+    if path in routes or not last:
+        return routes.get(path, {}), ""
+    return routes.get(f"{parent}/{{id}}", {}), last
+
+
+def match(methods: Mapping[str, Route], method: str) -> Route:
+    """The one of a path's routes that answers this method. HttpError 405 names the methods that it has."""
+    route = methods.get("GET" if method == "HEAD" else method)
+    if not route:
+        allow = allowed(methods)
+        raise HttpError("METHOD_NOT_ALLOWED", f"expected one of {allow}, got {method}", headers=(("Allow", allow),))
+    return route
+
+
+def allowed(methods: Iterable[str]) -> str:
+    """The value of the header Allow for routes of these methods."""
+    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
 
 
 # ------------------------------------------------------------------------------------------------ models

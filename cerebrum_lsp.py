@@ -12,15 +12,16 @@ A bad message gets the protocol's error, and the server goes on: -32700 for what
 request, -32601 for an unknown method, -32602 for bad parameters. If the Pi is away, the user is told once; until it is
 back, completions are empty.
 
-Threads: the main thread reads the messages; it alone owns the documents and changes the settings. A request that asks
-the Pi gets a thread of its own and a copy of the text. `Client` writes whole messages under a lock; `Suggestions`
-and `Server` have locks for what the threads share.
+Threads: the main thread reads the messages; it alone changes the documents and the settings. A request that asks the Pi
+gets a thread of its own and a copy of the text. `Client`, `Pi` and `Suggestions` have a lock each, for what the threads
+share; of `Jobs.running` a thread takes a job in one step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -57,8 +58,8 @@ class Settings:
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
 
 
-KINDS = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of texts", list: "a list",
-         dict: "an object"}  # fmt: skip
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts",
+         list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 MAX_TOKENS = 2048
 
 
@@ -85,12 +86,10 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     settings = replace(settings, **changed)
     try:
         address = urllib.parse.urlsplit(settings.url)
-        known = address.scheme in ("http", "https") and address.hostname is not None and address.port != 0
-        is_good = known and re.fullmatch(r"[!-~]*", settings.url) is not None
-    except ValueError:
-        is_good = False
-    if not is_good:
-        raise BadSettings("expected a url such as http://pi.local:7000")
+        if not re.fullmatch("(?i)https?://[!-~]+", settings.url) or not address.hostname or address.port == 0:
+            raise ValueError
+    except ValueError:  # also of a port that is no number
+        raise BadSettings("expected a url such as http://pi.local:7000") from None
     if not 1 <= settings.tokens <= MAX_TOKENS:
         raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
     if settings.read_ms < 0:
@@ -101,8 +100,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
 
 
 def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return KINDS.get(type(value), "a date or a time")  # of TOML
 
 
 def read_file(folder: Path) -> Any:
@@ -135,33 +133,31 @@ def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """The settings of the file, and above them those of the environment; and what is wrong with either."""
+    """The settings of the file, and above them those of the environment; and the faults of either."""
     folder = Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
-    settings, wrong = Settings(), []
+    settings, faults = Settings(), []
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
         "the environment": lambda: read_variables(environment),
     }
-    for place, read in sources.items():
+    for source, read in sources.items():
         try:
             settings = read_settings(read(), settings)
         except BadSettings as error:
-            wrong.append(f"{place}: {error}")
+            faults.append(f"{source}: {error}")
         except (OSError, ValueError):
-            wrong.append(f"{place}: expected a file of TOML or JSON, got one that cannot be read")
-    return settings, wrong
+            faults.append(f"{source}: expected a file of TOML or JSON, got one that cannot be read")
+    return settings, faults
 
 
 # ------------------------------------------------------------------------------------- pure: the documents
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-# Units of one character by the encoding of positions.
-UNITS: Mapping[str, Callable[[str], int]] = {
-    "utf-16": lambda char: 1 + (char > "\uffff"),  # the default
-    "utf-8": lambda char: len(char.encode("utf-8", "surrogatepass")),
-    "utf-32": lambda char: 1,
-}
+
+
+def utf16_units(text: str) -> int:
+    return len(text) + sum(char > "\uffff" for char in text)
 
 
 @dataclass(frozen=True)
@@ -174,52 +170,46 @@ class Gap:
 
 
 class Document:
-    """An open text, as lines with their ends. Positions are (line, character), in units of the client's encoding."""
+    """An open text, as lines with their ends. A position is LSP's: the line, and UTF-16 units of it."""
 
-    def __init__(self, text: str, version: Any, language: str, encoding: str) -> None:
+    def __init__(self, uri: str, language: str, version: int, text: str) -> None:
+        self.uri, self.language, self.version = uri, language, version
         self.lines: list[str] = LINE.findall(text)
-        self.version, self.language, self.units = version, language, UNITS[encoding]
 
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    def place(self, line: int, character: int) -> tuple[int, int]:
+    def locate(self, line: int, units: int) -> tuple[int, int]:
         """The line, and the code points before the position. A position behind an end means that end."""
         if line >= len(self.lines):
             return len(self.lines), 0
         content = self.lines[line].rstrip("\r\n")
         if content.isascii():
-            return line, min(character, len(content))
-        for index, char in enumerate(content):
-            character -= self.units(char)
-            if character < 0:  # inside a character counts as before it
-                return line, index
+            return line, min(units, len(content))
+        for column, char in enumerate(content):
+            units -= utf16_units(char)
+            if units < 0:  # inside a character counts as before it
+                return line, column
         return line, len(content)
 
-    def clamp(self, place: tuple[int, int]) -> tuple[int, int]:
+    def clamp(self, position: tuple[int, int]) -> tuple[int, int]:
         """The position, or the end that it is behind."""
-        line, column = self.place(*place)
-        return line, sum(map(self.units, "".join(self.lines[line : line + 1])[:column]))
+        line, column = self.locate(*position)
+        return line, utf16_units("".join(self.lines[line : line + 1])[:column])
 
     def between(self, start: tuple[int, int], end: tuple[int, int]) -> str:
         """The text between two positions."""
-        (first, column), (last, after) = self.place(*start), self.place(*end)
-        if first == last:
-            return "".join(self.lines[first : first + 1])[column:after]
+        (first, column), (last, after) = self.locate(*start), self.locate(*end)
         lines = self.lines[first : last + 1]
         return "".join(lines)[column : sum(map(len, lines[: last - first])) + after]
 
-    def gap(self, uri: str, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
+    def gap(self, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
         """The gap behind `inserted`, which stands for the text between two positions. It has the model's line ends."""
         before, after = self.between((0, 0), start), self.between(end, (len(self.lines), 0))
         texts = (LINE_END.sub("\n", text) if "\r" in text else text for text in (before + inserted, after))
-        return Gap(uri, *texts)
+        return Gap(self.uri, *texts)
 
     def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
         """Replace the text between two positions. The line before is read again, since \\r and \\n may meet."""
-        first, column = self.place(*start)
-        last, after = max(self.place(*end), (first, column))
+        first, column = self.locate(*start)
+        last, after = max(self.locate(*end), (first, column))
         head = "".join(self.lines[max(0, first - 1) : first]) + "".join(self.lines[first : first + 1])[:column]
         tail = "".join(self.lines[last : last + 1])[after:]
         self.lines[max(0, first - 1) : last + 1] = LINE.findall(head + text + tail)
@@ -278,6 +268,7 @@ def sent(gap: Gap) -> tuple[str, str]:
 
 TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
 CONNECT_SECONDS = 5.0
+AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
 
 
 class PiError(Exception):
@@ -295,32 +286,21 @@ class Ended(Exception):
 class Job:
     """A request of the client that a thread answers: it waits for a pause in typing, then asks the Pi."""
 
-    def __init__(self, number: Any = None, place: Any = None, pause: float = 0.0) -> None:
-        self.number, self.place, self.pause = number, place, pause  # the place: a method and a document
-        self.lock = threading.Lock()
-        self.asking = self.outdated = False
+    def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
+        self.request_id = request_id
+        self.lane = lane  # the method and the document of a completion
+        self.pause = pause  # seconds; 0: the user asked for a completion now
+        self.is_waiting = pause > 0  # for a newer request of its lane
         self.ended = threading.Event()
         self.socket: socket.socket | None = None
 
-    def wait(self) -> bool:
-        """Wait for the pause; True if the Pi is to be asked, False if a newer request has come."""
-        if self.pause:
-            self.ended.wait(self.pause)
-        with self.lock:
-            if not self.outdated:
-                self.check()
-                self.asking = True
-        return self.asking
-
-    def supersede(self) -> None:
-        """A newer request has come for the same place. The Pi itself ends a computation that is of no use."""
-        with self.lock:
-            self.outdated = bool(self.pause) and not self.asking
-            if self.outdated:
-                self.ended.set()
+    def wait(self) -> None:
+        self.ended.wait(self.pause)
+        self.check()
+        self.is_waiting = False
 
     def end(self) -> None:
-        """Stop, from another thread: the Pi sees the connection close and frees the place."""
+        """Stop, from another thread: the Pi sees the connection close and stops computing."""
         self.ended.set()
         if self.socket:
             with contextlib.suppress(OSError):
@@ -331,58 +311,76 @@ class Job:
             raise Ended
 
 
-def ask(settings: Settings, job: Job, path: str, body: Any = None) -> Any:
-    """POST the body, or GET without one, and return the answer's JSON. PiError, or Ended."""
-    url = urllib.parse.urlsplit(settings.url)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
-    headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
-    if settings.key:
-        headers["Authorization"] = f"Bearer {settings.key}"
-    data = None if body is None else json.dumps(body).encode("ascii")
-    try:
-        connection.connect()
-        job.socket = connection.sock
-        job.check()  # `end` may have come before there was a socket
-        connection.sock.settimeout(TIMEOUT_SECONDS)
-        connection.request("GET" if data is None else "POST", url.path.rstrip("/") + path, data, headers)
-        response = connection.getresponse()
-        content = response.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
-        if job.socket:  # a connection that never came about is news even if nobody waits for it any more
-            job.check()
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
-    finally:
-        connection.close()
-    try:
-        answer = json.loads(content)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise PiError(response.status, f"expected the Pi at {url.hostname}, got an answer that is not JSON")
-    if response.status != 200:
-        nested = answer.get("error")  # the dialects' form of an error
-        message = (nested if isinstance(nested, dict) else answer).get("message")
-        raise PiError(response.status, f"the Pi answers {response.status}: {message}")
-    return answer
+class Pi:
+    """The Pi that the settings name, and whether it is away. The main thread sets `settings`; all threads ask."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.lock = threading.Lock()  # of `away_until`
+        self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
+
+    def ask(self, job: Job, path: str, body: Any) -> dict[str, Any]:
+        """POST the body, and return the answer's JSON. PiError, or Ended."""
+        settings = self.settings
+        url = urllib.parse.urlsplit(settings.url)
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
+        headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
+        if settings.key:
+            headers["Authorization"] = f"Bearer {settings.key}"
+        try:
+            connection.connect()
+            job.socket = connection.sock
+            job.check()  # `end` may have come before there was a socket
+            connection.sock.settimeout(TIMEOUT_SECONDS)
+            connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
+            if job.socket:  # a connection that never came about is news even if nobody waits for it any more
+                job.check()
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
+        finally:
+            connection.close()
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise PiError(response.status, f"expected the Pi at {url.hostname}, got an answer that is not JSON")
+        if response.status != 200:
+            nested = answer.get("error")  # the dialects' form of an error
+            message = (nested if isinstance(nested, dict) else answer).get("message")
+            raise PiError(response.status, f"the Pi answers {response.status}: {message}")
+        return answer
+
+    def note_success(self) -> None:
+        with self.lock:
+            self.away_until = 0.0
+
+    def note_failure(self) -> bool:
+        """True if the user does not know yet that the Pi is away."""
+        with self.lock:
+            is_news, self.away_until = not self.away_until, time.monotonic() + AWAY_SECONDS
+        return is_news
 
 
 # ------------------------------------------------------------------------------- IO: messages of the client
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
 NOT_INITIALIZED, REQUEST_CANCELLED, REQUEST_FAILED = -32002, -32800, -32803
-MAX_MESSAGE_BYTES = 1 << 28
+CANCELLED = {"error": {"code": REQUEST_CANCELLED, "message": "cancelled"}}
 MAX_HEADER_BYTES = 4096
-LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,10})[ \t]*\r?\n", re.IGNORECASE)
+LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
 
 
 class ProtocolError(Exception):
     """What the client sent is wrong. The message says what was expected and what came."""
 
-    def __init__(self, code: int, message: str, number: Any = None) -> None:
+    def __init__(self, code: int, message: str, request_id: Any = None) -> None:
         super().__init__(message)
-        self.code, self.number = code, number
+        self.code, self.request_id = code, request_id
 
 
 def read_message(stream: BinaryIO) -> Any:
@@ -400,10 +398,6 @@ def read_message(stream: BinaryIO) -> Any:
         lines += 1
     else:
         raise EOFError
-    if length > MAX_MESSAGE_BYTES:
-        while length > 0 and (data := stream.read(min(length, 1 << 20))):
-            length -= len(data)
-        raise ProtocolError(PARSE_ERROR, f"expected a message of at most {MAX_MESSAGE_BYTES} bytes")
     data = stream.read(length)
     if len(data) < length:
         raise EOFError
@@ -414,11 +408,11 @@ def read_message(stream: BinaryIO) -> Any:
 
 
 class Client:
-    """The editor: whole messages to it, by any thread."""
+    """The editor. Any thread may send it messages."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.lock, self.number = stream, threading.Lock(), 0
-        self.asked: dict[str, Callable[[Any], None]] = {}  # requests by id: what to do with the result
+        self.stream, self.lock, self.numbers = stream, threading.Lock(), itertools.count(1)
+        self.reactions: dict[Any, Callable[[Any], None]] = {}  # by the id of a request without a response
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
@@ -426,404 +420,35 @@ class Client:
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
 
-    def request(self, method: str, params: Any, react: Callable[[Any], None] = lambda _: None) -> None:
+    def request(self, method: str, params: Any, react: Callable[[Any], None]) -> None:
         """Send a request. The main thread calls `react` with the result, which is None after an error."""
-        with self.lock:
-            self.number += 1
-            number = f"cerebrum-{self.number}"
-            self.asked[number] = react
-        self.send(id=number, method=method, params=params)
+        request_id = f"cerebrum-{next(self.numbers)}"
+        self.reactions[request_id] = react
+        self.send(id=request_id, method=method, params=params)
 
-    def fail(self, number: Any, code: int, message: str) -> None:
-        self.send(id=number, error={"code": code, "message": message})
-
-    def show(self, kind: int, message: str) -> None:
+    def show(self, level: int, message: str) -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
-        self.send(method="window/showMessage", params={"type": kind, "message": f"Cerebrum: {message}"})
+        self.send(method="window/showMessage", params={"type": level, "message": f"Cerebrum: {message}"})
 
 
-# -------------------------------------------------------------------------------------- state: the server
+def outcome(work: Callable[[], Any]) -> dict[str, Any]:
+    """The members of a response: the result of this work, or its error."""
+    try:
+        return {"result": work()}
+    except Ended:
+        return CANCELLED
+    except ProtocolError as error:
+        code, text = error.code, str(error)
+    except PiError as error:
+        code, text = REQUEST_FAILED, str(error)
+    except Exception as fault:  # its text may quote the user's code
+        code, text = INTERNAL_ERROR, f"internal error ({type(fault).__name__})"
+    return {"error": {"code": code, "message": text}}
 
-SLOW_SECONDS = 1.5  # after which the user is told that the editor waits
-POLL_SECONDS = 2.0  # between two looks whether the model is loaded
-AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
-PREDICT_MS = 1500  # a completion that has a line ends after this time
-BUSY = (409, 429)  # statuses that pass by themselves
+
+# --------------------------------------------------------------------------------- pure: members of messages
+
 ACCEPTED, INSTRUCT = "cerebrum.accepted", "cerebrum.instruct"  # the commands
-TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
-WORD = re.compile(r"\w*\Z")
-MAX_WORD = 100  # characters
-LATER = object()  # the result of a request that a thread answers
-
-
-class Server:
-    """One editor's session. The main thread runs `handle`; `later` runs work in threads."""
-
-    def __init__(self, client: Client, settings: Settings, wrong: list[str]) -> None:
-        self.client, self.settings, self.wrong = client, settings, wrong
-        self.suggestions = Suggestions()
-        self.documents: dict[str, Document] = {}
-        self.encoding = "utf-16"
-        self.has_progress = self.has_configuration = self.has_versions = False  # what the client can do
-        self.ready = self.stopping = False
-        self.lock = threading.Lock()  # of what follows
-        self.jobs: dict[Any, Job] = {}
-        self.progresses: dict[threading.Event, str] = {}  # tokens of what is shown, by the event that ends it
-        self.silent_until = 0.0  # of time.monotonic(): the Pi did not answer
-        self.told = False  # the user knows
-
-    # ----------------------------------------------------------------------------------------- dispatching
-
-    def serve(self, stream: BinaryIO) -> int:
-        """Read messages until the client says `exit` or its end closes. Returns the exit status."""
-        while True:
-            try:
-                message = read_message(stream)
-                if isinstance(message, dict) and message.get("method") == "exit":
-                    raise EOFError
-                self.handle(message)
-            except ProtocolError as error:
-                self.client.fail(error.number, error.code, str(error))
-            except EOFError:
-                return 0 if self.stopping else 1
-
-    def handle(self, message: Any) -> None:
-        if not isinstance(message, dict):
-            raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
-        number, method = message.get("id"), message.get("method")
-        if "method" not in message and ("result" in message or "error" in message):
-            if react := self.client.asked.pop(str(number), None):
-                self.outcome(lambda: react(message.get("result")))
-            return
-        is_valid = type(number) in (int, str)
-        if not isinstance(method, str) or ("id" in message and not is_valid):
-            wrong = "expected a method, and an id that is a number or text"
-            raise ProtocolError(INVALID_REQUEST, wrong, number if is_valid else None)
-        answer = self.outcome(lambda: self.run(method, message.get("params"), number))
-        if number is None:
-            if "error" in answer:
-                self.log(f"{method}: {answer['error']['message']}")
-        elif answer.get("result") is not LATER:
-            self.client.send(id=number, **answer)
-
-    def outcome(self, work: Callable[[], Any]) -> dict[str, Any]:
-        """The members of a response: the result of this work, or its error."""
-        try:
-            return {"result": work()}
-        except Ended:
-            code, text = REQUEST_CANCELLED, "cancelled"
-        except ProtocolError as wrong:
-            code, text = wrong.code, str(wrong)
-        except PiError as failed:
-            code, text = REQUEST_FAILED, str(failed)
-        except Exception as fault:  # its text may quote the user's code
-            code, text = INTERNAL_ERROR, f"internal error ({type(fault).__name__})"
-        return {"error": {"code": code, "message": text}}
-
-    def run(self, method: str, params: Any, number: Any) -> Any:
-        if number is None:
-            if (notified := NOTIFICATIONS.get(method)) and self.ready:
-                notified(self, params)
-            return None
-        if not self.ready and method != "initialize":
-            raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
-        if self.stopping or (self.ready and method == "initialize"):
-            raise ProtocolError(INVALID_REQUEST, f"{method} came {'after shutdown' if self.stopping else 'twice'}")
-        if not (requested := REQUESTS.get(method)):
-            raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
-        return requested(self, params, number)
-
-    def log(self, message: str) -> None:
-        self.client.send(method="window/logMessage", params={"type": 4, "message": f"Cerebrum: {message}"})
-
-    def later(self, job: Job, work: Callable[[Job], Any]) -> Any:
-        """Answer the request with the result of `work` in a thread."""
-
-        def run() -> None:
-            answer = self.outcome(lambda: work(job))
-            if self.take(job.number, job):
-                self.client.send(id=job.number, **answer)
-
-        with self.lock:
-            self.jobs[job.number] = job
-        threading.Thread(target=run, daemon=True).start()
-        return LATER
-
-    def take(self, number: Any, job: Job | None = None) -> Job | None:
-        """Take the unanswered job of this id, if it is this one: who gets it answers the client."""
-        with self.lock:
-            found = self.jobs.get(number)
-            return self.jobs.pop(number) if found and job in (None, found) else None
-
-    # --------------------------------------------------------------------------------------- the life cycle
-
-    def initialize(self, params: Any, _number: Any) -> Any:
-        able = get(params, "capabilities", dict, {})
-        offered = get(able, "general.positionEncodings", list, ["utf-16"])
-        self.encoding = next((name for name in offered if isinstance(name, str) and name in UNITS), "utf-16")
-        self.has_progress = get(able, "window.workDoneProgress", bool, False)
-        self.has_configuration = get(able, "workspace.configuration", bool, False)
-        self.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
-        for message in self.wrong:
-            self.client.show(1, message)
-        self.configure(get(params, "initializationOptions", dict, None))
-        self.ready = True
-        capabilities = {
-            "positionEncoding": self.encoding,
-            "textDocumentSync": {"openClose": True, "change": 2},
-            "inlineCompletionProvider": {},
-            "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
-        }
-        if self.settings.completion:
-            capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
-        return {"capabilities": capabilities, "serverInfo": {"name": "cerebrum", "version": VERSION}}
-
-    def configure(self, given: Any) -> None:
-        """Apply the client's settings; bad ones are told to the user and change nothing."""
-        try:
-            self.settings = read_settings(given, self.settings)
-        except BadSettings as error:
-            self.client.show(1, str(error))
-        with self.lock:
-            self.told, self.silent_until = False, 0.0
-
-    def change_configuration(self, params: Any) -> None:
-        if (given := get(params, "settings", dict, None)) is not None:
-            self.configure(given)
-        elif self.has_configuration:
-            items = {"items": [{"section": "cerebrum"}]}
-            self.client.request("workspace/configuration", items, lambda found: self.configure(found and found[0]))
-
-    def shutdown(self, _params: Any, _number: Any) -> None:
-        self.stopping = True
-        for number in [*self.jobs]:
-            self.cancel({"id": number})
-
-    def cancel(self, params: Any) -> None:
-        """Answer a request before its job has ended: a connection may be slow to come about."""
-        number = params.get("id") if isinstance(params, dict) else None
-        if type(number) in (int, str) and (job := self.take(number)):
-            self.client.fail(job.number, REQUEST_CANCELLED, "cancelled")
-            job.end()
-
-    # ------------------------------------------------------------------------------------------- documents
-
-    def open(self, params: Any) -> None:
-        uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
-        language = get(params, "textDocument.languageId", str, "")
-        self.documents[uri] = Document(text, get(params, "textDocument.version", int, 0), language, self.encoding)
-
-    def change(self, params: Any) -> None:
-        uri = get(params, "textDocument.uri", str)
-        document = self.documents.pop(uri, None)
-        if not document:
-            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
-        for one in get(params, "contentChanges", list):  # after a bad one the text is unknown, and the document closed
-            text = get(one, "text", str)
-            if get(one, "range", dict, None) is None:
-                document.lines = LINE.findall(text)
-            else:
-                document.edit(*positions(one), text)
-        document.version = get(params, "textDocument.version", int, document.version)
-        self.documents[uri] = document
-
-    def close(self, params: Any) -> None:
-        self.documents.pop(get(params, "textDocument.uri", str), None)
-
-    def document(self, params: Any) -> tuple[str, Document]:
-        uri = get(params, "textDocument.uri", str)
-        if not (document := self.documents.get(uri)):
-            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
-        return uri, document
-
-    # ----------------------------------------------------------------------------------------- completions
-
-    def inline_completion(self, params: Any, number: Any) -> Any:
-        uri, document = self.document(params)
-        start = end = position(get(params, "position", dict), "position")
-        chosen, selected = get(params, "context.selectedCompletionInfo", dict, None), ""
-        if chosen:  # what the editor's own menu would insert
-            selected, (start, end) = get(chosen, "text", str), positions(chosen)
-
-        def items(text: str) -> dict[str, Any]:
-            item = {"insertText": selected + text, "range": span(start, end), "command": accepted(text)}
-            return {"items": [item] if text else []}
-
-        automatic = get(params, "context.triggerKind", int, 2) != 1
-        gap = document.gap(uri, start, end, selected)
-        return self.complete(number, ("inline", uri), gap, document.language, automatic, items)
-
-    def completion(self, params: Any, number: Any) -> Any:
-        """The same for a client without inline completion, as one entry of its menu."""
-        uri, document = self.document(params)
-        place = document.clamp(position(get(params, "position", dict), "position"))
-        gap, (line, character) = document.gap(uri, place, place), place
-        word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
-        begin = line, max(0, character - sum(map(document.units, word)))
-
-        def items(text: str) -> dict[str, Any]:
-            entry = {
-                "label": (word + text).strip().partition("\n")[0],
-                "detail": "Cerebrum",
-                "documentation": {"kind": "markdown", "value": f"```{document.language}\n{word}{text}\n```"},
-                "filterText": word + text,
-                "sortText": "\0",
-                "preselect": True,
-                "textEdit": {"range": span(begin, place), "newText": word + text},
-                "command": accepted(text),
-            }
-            return {"isIncomplete": True, "items": [entry] if text.strip() else []}
-
-        return self.complete(number, ("menu", uri), gap, document.language, True, items)
-
-    def complete(
-        self, number: Any, place: Any, gap: Gap, language: str, automatic: bool, items: Callable[[str], Any]
-    ) -> Any:
-        """Complete at the gap: by what was suggested already, or by asking the Pi in a thread."""
-        with self.lock:
-            others = [job for job in self.jobs.values() if job.place == place]
-        for other in others:
-            other.supersede()
-        settings = self.settings
-        if language in settings.off:
-            return items("")
-        if (rest := self.rest(gap, automatic)) is not None:
-            return items(rest)
-        if automatic and time.monotonic() < self.silent_until:
-            return items("")
-
-        def work(job: Job) -> Any:
-            if not job.wait():
-                return items("")
-            if (rest := self.rest(gap, automatic)) is not None:  # of an older request that was still running
-                return items(rest)
-            return items(self.infill(settings, job, gap, automatic))
-
-        return self.later(Job(number, place, self.suggestions.pause() if automatic else 0.0), work)
-
-    def rest(self, gap: Gap, automatic: bool) -> str | None:
-        """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
-        rest = self.suggestions.rest(gap)
-        return rest if rest or automatic else None
-
-    def infill(self, settings: Settings, job: Job, gap: Gap, automatic: bool) -> str:
-        """The Pi's text for the gap; "" if it has none now. Ended, if the call was ended."""
-        before, after = sent(gap)
-        body = {
-            "input_prefix": before,
-            "input_suffix": after,
-            "filename": os.path.basename(urllib.parse.unquote(gap.uri)),
-            "n_predict": settings.tokens,
-            "t_max_prompt_ms": settings.read_ms if automatic else 0,
-            "t_max_predict_ms": PREDICT_MS,
-            "cache_prompt": True,
-        }
-        begin, done = time.monotonic(), threading.Event()
-        slow = threading.Timer(SLOW_SECONDS, self.watch_loading, [settings, done])
-        slow.daemon = True
-        if self.has_progress:
-            slow.start()
-        try:
-            answer = ask(settings, job, "/infill", body)
-            if not isinstance(text := answer.get("content"), str):
-                raise PiError(200, "expected a completion, got another answer: the url is perhaps not the Pi's")
-        except PiError as error:
-            self.failed(error, automatic)
-            return ""
-        finally:
-            slow.cancel()
-            self.end_progress(done)  # before the result: lsp-mode 10 drops what comes together with it, after it
-        with self.lock:
-            self.told, self.silent_until = False, 0.0
-        if not answer.get("replaced"):
-            self.suggestions.add(gap, text, time.monotonic() - begin)
-        return text
-
-    def failed(self, error: PiError, automatic: bool) -> None:
-        """Tell the user that the Pi cannot help: once until it can, unless the user asked."""
-        if error.status in BUSY:
-            return
-        with self.lock:
-            tell = not (self.told and automatic)
-            self.told, self.silent_until = True, time.monotonic() + AWAY_SECONDS
-        if tell:
-            self.client.show(2, str(error))
-
-    def watch_loading(self, settings: Settings, done: threading.Event) -> None:
-        """Show a progress while no model is in memory, until one is or the request is done."""
-        with contextlib.suppress(PiError, Ended, ProtocolError):
-            while not self.has_model(settings):
-                with self.lock:
-                    if done.is_set():
-                        return
-                    if not self.progresses:
-                        token = self.progresses[done] = f"cerebrum-{time.monotonic_ns()}"
-                        self.client.request("window/workDoneProgress/create", {"token": token})
-                        value = {"kind": "begin", "title": "Cerebrum", "message": "a model is loading"}
-                        self.client.send(method="$/progress", params={"token": token, "value": value})
-                done.wait(POLL_SECONDS)
-        self.end_progress(done)
-
-    def has_model(self, settings: Settings) -> bool:
-        models = get(ask(settings, Job(), "/v1/models"), "models", list)
-        return any(get(model, "loaded", bool, False) for model in models)
-
-    def end_progress(self, done: threading.Event) -> None:
-        with self.lock:
-            done.set()
-            if token := self.progresses.pop(done, None):
-                self.client.send(method="$/progress", params={"token": token, "value": {"kind": "end"}})
-
-    # -------------------------------------------------------------------------------------------- commands
-
-    def execute(self, params: Any, number: Any) -> Any:
-        command, arguments = get(params, "command", str), get(params, "arguments", list, [])
-        if command not in (ACCEPTED, INSTRUCT):
-            raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
-        given = arguments[0] if arguments else None
-        if command == ACCEPTED:
-            body, settings = {"characters": get(given, "characters", int)}, self.settings
-
-            def report(job: Job) -> None:
-                with contextlib.suppress(PiError):  # only a count
-                    ask(settings, job, "/v1/accepted", body)
-
-            return self.later(Job(number), report)
-        return self.instruct(given, number)
-
-    def instruct(self, given: Any, number: Any) -> Any:
-        """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
-        uri, document = self.document({"textDocument": given})
-        start, end = positions(given)
-        old, version, chosen = document.text, document.version, document.between(start, end)
-        line_end = LINE_END.search(chosen) or LINE_END.search(old)
-        body = {
-            "prompt": LINE_END.sub("\n", chosen),
-            "instruction": get(given, "instruction", str),
-            "language": document.language.replace("react", ""),  # javascriptreact, typescriptreact
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0.0,
-        }
-        settings = self.settings
-
-        def work(job: Job) -> None:
-            answer = ask(settings, job, "/v1/complete", body)
-            if lacking := lacks(answer):
-                raise PiError(200, f"{lacking}; nothing was changed")
-            if document.text != old or self.documents.get(uri) is not document:
-                raise PiError(200, "the text has changed meanwhile; nothing was changed")
-            text = LINE_END.sub(line_end[0] if line_end else "\n", answer["completion"].rstrip("\r\n"))
-            text += chosen[len(chosen.rstrip("\r\n")) :]
-            edits = [{"range": span(start, end), "newText": text}]
-            changed = {"textDocument": {"uri": uri, "version": version}, "edits": edits}
-            edit = {"documentChanges": [changed]} if self.has_versions else {"changes": {uri: edits}}
-            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
-
-        return self.later(Job(number), work)
-
-    def applied(self, result: Any) -> None:
-        if not get(result, "applied", bool, False):
-            self.client.show(2, "the editor did not apply the change")
 
 
 def get(value: Any, path: str, kind: type, *default: Any) -> Any:
@@ -868,26 +493,343 @@ def positions(holder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     return start, end
 
 
-def span(*places: tuple[int, int]) -> dict[str, dict[str, int]]:
+def span(*ends: tuple[int, int]) -> dict[str, dict[str, int]]:
     """A range from one position to another, as LSP writes it."""
-    start, end = ({"line": line, "character": character} for line, character in places)
+    start, end = ({"line": line, "character": character} for line, character in ends)
     return {"start": start, "end": end}
 
 
-REQUESTS: Mapping[str, Callable[[Server, Any, Any], Any]] = {
-    "initialize": Server.initialize,
-    "shutdown": Server.shutdown,
-    "textDocument/inlineCompletion": Server.inline_completion,
-    "textDocument/completion": Server.completion,
-    "workspace/executeCommand": Server.execute,
-}
-NOTIFICATIONS: Mapping[str, Callable[[Server, Any], None]] = {
-    "$/cancelRequest": Server.cancel,
-    "workspace/didChangeConfiguration": Server.change_configuration,
-    "textDocument/didOpen": Server.open,
-    "textDocument/didChange": Server.change,
-    "textDocument/didClose": Server.close,
-}
+# -------------------------------------------------------------------------------------- state: the session
+
+PREDICT_MS = 1500  # a completion that has a line ends after this time
+BUSY = (409, 429)  # statuses that pass by themselves
+TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
+WORD = re.compile(r"\w*\Z")
+MAX_WORD = 100  # characters
+LATER = object()  # the result of a request that a thread answers
+
+
+class Jobs:
+    """The requests that threads answer. Whoever removes a job from `running` sends its one response."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.running = client, set[Job]()
+
+    def start(self, job: Job, work: Callable[[Job], Any]) -> Any:
+        """Respond with the result of `work` in a thread."""
+        self.running.add(job)
+        threading.Thread(target=lambda: self.respond(job, outcome(lambda: work(job))), daemon=True).start()
+        return LATER
+
+    def respond(self, job: Job, response: dict[str, Any]) -> None:
+        """Respond before the thread has ended: its connection may be slow to come about."""
+        with contextlib.suppress(KeyError):  # another thread has responded
+            self.running.remove(job)
+            self.client.send(id=job.request_id, **response)
+            job.end()
+
+    def end(self, is_meant: Callable[[Job], bool], response: dict[str, Any]) -> None:
+        for job in [*self.running]:
+            if is_meant(job):
+                self.respond(job, response)
+
+
+class Documents:
+    """The open documents, by uri."""
+
+    def __init__(self) -> None:
+        self.by_uri: dict[str, Document] = {}
+
+    def find(self, params: Any) -> Document:
+        if not (document := self.by_uri.get(get(params, "textDocument.uri", str))):
+            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
+        return document
+
+    def open(self, params: Any) -> None:
+        uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
+        language, version = get(params, "textDocument.languageId", str, ""), get(params, "textDocument.version", int, 0)
+        self.by_uri[uri] = Document(uri, language, version, text)
+
+    def change(self, params: Any) -> None:
+        document = self.find(params)
+        del self.by_uri[document.uri]  # until all is done: after a bad change the text is unknown
+        for one in get(params, "contentChanges", list):
+            text = get(one, "text", str)
+            if get(one, "range", dict, None) is None:
+                document.lines = LINE.findall(text)
+            else:
+                document.edit(*positions(one), text)
+        document.version = get(params, "textDocument.version", int, document.version)
+        self.by_uri[document.uri] = document
+
+    def close(self, params: Any) -> None:
+        self.by_uri.pop(get(params, "textDocument.uri", str), None)
+
+
+class Completions:
+    """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
+
+    def __init__(self, client: Client, documents: Documents, jobs: Jobs, pi: Pi) -> None:
+        self.client, self.documents, self.jobs, self.pi = client, documents, jobs, pi
+        self.suggestions = Suggestions()
+
+    def inline(self, params: Any, request_id: Any) -> Any:
+        document = self.documents.find(params)
+        start = end = position(get(params, "position", dict), "position")
+        chosen, inserted = get(params, "context.selectedCompletionInfo", dict, None), ""
+        if chosen:  # what the editor's own menu would insert
+            inserted, (start, end) = get(chosen, "text", str), positions(chosen)
+
+        def items(text: str) -> dict[str, Any]:
+            item = {"insertText": inserted + text, "range": span(start, end), "command": accepted(text)}
+            return {"items": [item] if text else []}
+
+        is_automatic = get(params, "context.triggerKind", int, 2) != 1
+        job = Job(request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0)
+        return self.complete(job, document, document.gap(start, end, inserted), items)
+
+    def menu(self, params: Any, request_id: Any) -> Any:
+        """The same for a client without inline completion, as one entry of its menu."""
+        document = self.documents.find(params)
+        end = document.clamp(position(get(params, "position", dict), "position"))
+        gap, (line, units) = document.gap(end, end), end
+        word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
+        start = line, max(0, units - utf16_units(word))
+
+        def items(text: str) -> dict[str, Any]:
+            entry = {
+                "label": (word + text).strip().partition("\n")[0],
+                "detail": "Cerebrum",
+                "documentation": {"kind": "markdown", "value": f"```{document.language}\n{word}{text}\n```"},
+                "filterText": word + text,
+                "sortText": "\0",
+                "preselect": True,
+                "textEdit": {"range": span(start, end), "newText": word + text},
+                "command": accepted(text),
+            }
+            return {"isIncomplete": True, "items": [entry] if text.strip() else []}
+
+        return self.complete(Job(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items)
+
+    def complete(self, job: Job, document: Document, gap: Gap, items: Callable[[str], Any]) -> Any:
+        # The Pi itself ends a computation that is of no use any more.
+        self.jobs.end(lambda older: older.is_waiting and older.lane == job.lane, {"result": items("")})
+        if document.language in self.pi.settings.off:
+            return items("")
+        if (rest := self.rest(job, gap)) is not None:
+            return items(rest)
+        if job.pause and time.monotonic() < self.pi.away_until:
+            return items("")
+
+        def work(job: Job) -> Any:
+            job.wait()
+            rest = self.rest(job, gap)  # of an older request that was still running
+            return items(self.infill(job, gap) if rest is None else rest)
+
+        return self.jobs.start(job, work)
+
+    def rest(self, job: Job, gap: Gap) -> str | None:
+        """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
+        rest = self.suggestions.rest(gap)
+        return rest if rest or job.pause else None
+
+    def infill(self, job: Job, gap: Gap) -> str:
+        """The Pi's text for the gap; "" if it has none now. Ended, if the job was ended."""
+        before, after = sent(gap)
+        body = {
+            "input_prefix": before,
+            "input_suffix": after,
+            "filename": os.path.basename(urllib.parse.unquote(gap.uri)),
+            "n_predict": self.pi.settings.tokens,
+            "t_max_prompt_ms": self.pi.settings.read_ms if job.pause else 0,
+            "t_max_predict_ms": PREDICT_MS,
+            "cache_prompt": True,
+        }
+        began = time.monotonic()
+        try:
+            answer = self.pi.ask(job, "/infill", body)
+            if not isinstance(text := answer.get("content"), str):
+                raise PiError(200, "expected a completion, got another answer: the url is perhaps not the Pi's")
+        except PiError as error:
+            if error.status not in BUSY and (self.pi.note_failure() or not job.pause):
+                self.client.show(2, str(error))
+            return ""
+        self.pi.note_success()
+        if not answer.get("replaced"):
+            self.suggestions.add(gap, text, time.monotonic() - began)
+        return text
+
+
+class Commands:
+    """What the client asks for by `workspace/executeCommand`."""
+
+    def __init__(self, client: Client, documents: Documents, jobs: Jobs, pi: Pi) -> None:
+        self.client, self.documents, self.jobs, self.pi = client, documents, jobs, pi
+        self.has_versions = False  # the client checks the version that an edit is for
+
+    def execute(self, params: Any, request_id: Any) -> Any:
+        command, arguments = get(params, "command", str), get(params, "arguments", list, [])
+        argument = arguments[0] if arguments else None
+        if command == ACCEPTED:
+            return self.report(argument, request_id)
+        if command == INSTRUCT:
+            return self.instruct(argument, request_id)
+        raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
+
+    def report(self, argument: Any, request_id: Any) -> Any:
+        """Have the Pi count what the user accepted: {"characters"}."""
+        body = {"characters": get(argument, "characters", int)}
+
+        def work(job: Job) -> None:
+            with contextlib.suppress(PiError):  # only a count
+                self.pi.ask(job, "/v1/accepted", body)
+
+        return self.jobs.start(Job(request_id), work)
+
+    def instruct(self, argument: Any, request_id: Any) -> Any:
+        """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
+        document = self.documents.find({"textDocument": argument})
+        start, end = positions(argument)
+        old, version, selection = [*document.lines], document.version, document.between(start, end)
+        line_end = LINE_END.search(selection) or LINE_END.search("".join(old[:1]))
+        body = {
+            "prompt": LINE_END.sub("\n", selection),
+            "instruction": get(argument, "instruction", str),
+            "language": document.language.replace("react", ""),  # javascriptreact, typescriptreact
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0.0,
+        }
+
+        def work(job: Job) -> None:
+            answer = self.pi.ask(job, "/v1/complete", body)
+            if lacking := lacks(answer):
+                raise PiError(200, f"{lacking}; nothing was changed")
+            if document.lines != old or self.documents.by_uri.get(document.uri) is not document:
+                raise PiError(200, "the text has changed meanwhile; nothing was changed")
+            text = LINE_END.sub(line_end[0] if line_end else "\n", answer["completion"].rstrip("\r\n"))
+            text += selection[len(selection.rstrip("\r\n")) :]
+            edits = [{"range": span(start, end), "newText": text}]
+            versioned = {"textDocument": {"uri": document.uri, "version": version}, "edits": edits}
+            edit = {"documentChanges": [versioned]} if self.has_versions else {"changes": {document.uri: edits}}
+            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
+
+        return self.jobs.start(Job(request_id), work)
+
+    def applied(self, result: Any) -> None:
+        if not get(result, "applied", bool, False):
+            self.client.show(2, "the editor did not apply the change")
+
+
+class Server:
+    """One editor's session: its beginning and end, its settings, and who handles which message."""
+
+    def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
+        self.client, self.pi, self.faults = client, Pi(settings), faults
+        self.documents, self.jobs = Documents(), Jobs(client)
+        self.completions = Completions(client, self.documents, self.jobs, self.pi)
+        self.commands = Commands(client, self.documents, self.jobs, self.pi)
+        self.is_ready = self.is_stopping = False
+        self.has_configuration = False  # the client can be asked for its settings
+        self.requests: Mapping[str, Callable[[Any, Any], Any]] = {  # of params and the id
+            "initialize": self.initialize,
+            "shutdown": self.shutdown,
+            "textDocument/inlineCompletion": self.completions.inline,
+            "textDocument/completion": self.completions.menu,
+            "workspace/executeCommand": self.commands.execute,
+        }
+        self.notifications: Mapping[str, Callable[[Any], None]] = {
+            "$/cancelRequest": self.cancel,
+            "workspace/didChangeConfiguration": self.change_configuration,
+            "textDocument/didOpen": self.documents.open,
+            "textDocument/didChange": self.documents.change,
+            "textDocument/didClose": self.documents.close,
+        }
+
+    def serve(self, stream: BinaryIO) -> int:
+        """Read messages until the client says `exit` or its end closes. Returns the exit status."""
+        while True:
+            try:
+                message = read_message(stream)
+                if isinstance(message, dict) and message.get("method") == "exit":
+                    raise EOFError
+                self.handle(message)
+            except ProtocolError as error:
+                self.client.send(id=error.request_id, error={"code": error.code, "message": str(error)})
+            except EOFError:
+                return 0 if self.is_stopping else 1
+
+    def handle(self, message: Any) -> None:
+        if not isinstance(message, dict):
+            raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
+        request_id, method = message.get("id"), message.get("method")
+        if "method" not in message and ("result" in message or "error" in message):
+            if react := self.client.reactions.pop(str(request_id), None):
+                outcome(lambda: react(message.get("result")))
+            return
+        is_valid = type(request_id) in (int, str)
+        if not isinstance(method, str) or ("id" in message and not is_valid):
+            expected = "expected a method, and an id that is a number or text"
+            raise ProtocolError(INVALID_REQUEST, expected, request_id if is_valid else None)
+        response = outcome(lambda: self.run(method, message.get("params"), request_id))
+        if request_id is not None and response.get("result") is not LATER:
+            self.client.send(id=request_id, **response)
+        elif "error" in response:  # of a notification
+            message = f"Cerebrum: {method}: {response['error']['message']}"
+            self.client.send(method="window/logMessage", params={"type": 4, "message": message})
+
+    def run(self, method: str, params: Any, request_id: Any) -> Any:
+        if request_id is None:
+            if (notified := self.notifications.get(method)) and self.is_ready:
+                notified(params)
+            return None
+        if not self.is_ready and method != "initialize":
+            raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
+        if self.is_stopping or (self.is_ready and method == "initialize"):
+            raise ProtocolError(INVALID_REQUEST, f"{method} came {'after shutdown' if self.is_stopping else 'twice'}")
+        if not (requested := self.requests.get(method)):
+            raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
+        return requested(params, request_id)
+
+    def initialize(self, params: Any, _request_id: Any) -> Any:
+        able = get(params, "capabilities", dict, {})
+        self.has_configuration = get(able, "workspace.configuration", bool, False)
+        self.commands.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
+        for fault in self.faults:
+            self.client.show(1, fault)
+        self.configure(get(params, "initializationOptions", dict, None))
+        self.is_ready = True
+        capabilities = {
+            "positionEncoding": "utf-16",  # every client must know it
+            "textDocumentSync": {"openClose": True, "change": 2},
+            "inlineCompletionProvider": {},
+            "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
+        }
+        if self.pi.settings.completion:
+            capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
+        return {"capabilities": capabilities, "serverInfo": {"name": "cerebrum", "version": VERSION}}
+
+    def configure(self, given: Any) -> None:
+        """Apply the client's settings; bad ones are shown to the user and change nothing."""
+        try:
+            self.pi.settings = read_settings(given, self.pi.settings)
+        except BadSettings as error:
+            self.client.show(1, str(error))
+        self.pi.note_success()  # the next request tries
+
+    def change_configuration(self, params: Any) -> None:
+        if (given := get(params, "settings", dict, None)) is not None:
+            self.configure(given)
+        elif self.has_configuration:
+            items = {"items": [{"section": "cerebrum"}]}
+            self.client.request("workspace/configuration", items, lambda found: self.configure(found and found[0]))
+
+    def cancel(self, params: Any) -> None:
+        request_id = params.get("id") if isinstance(params, dict) else None
+        self.jobs.end(lambda job: bool(job.request_id == request_id), CANCELLED)
+
+    def shutdown(self, _params: Any, _request_id: Any) -> None:
+        self.is_stopping = True
+        self.jobs.end(lambda _: True, CANCELLED)
 
 
 HELP = """Usage: cerebrum_lsp.py [--stdio]

@@ -16,7 +16,7 @@ URL=${CEREBRUM_URL-} # empty: see find_pi
 KEY=${CEREBRUM_CM4_API_KEY:-}
 HISTORY=${XDG_STATE_HOME:-${HOME-}/.local/state}/cerebrum/repl_history
 HISTSIZE=1000
-HISTTIMEFORMAT='' # `history` shows no times; the file has them, since they keep pasted lines together
+HISTTIMEFORMAT='' # the file has times, since they keep pasted lines together
 
 LANGUAGE=python
 MODEL='' # empty: the server chooses by the language
@@ -39,7 +39,7 @@ LAST=$WORK/none
 FILE=''        # the file of the last result, for :write; empty after a plain prompt
 UNFIT=''       # why the last result must not be written to $FILE; empty if it may be
 INTERRUPTED='' # set by Ctrl-C
-BAR=''         # set while a progress bar is on the screen
+PROGRESS=''    # set while progress is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
 MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK='' # PLAIN_INK ends a colour; all are empty without colours
 
@@ -84,41 +84,36 @@ print_token() {
 	fi
 }
 
-# print_file PATH [INK]
 print_file() {
 	[[ -t 1 ]] || { cat "$1"; return; }
-	print_part "$1" "${2-}"
+	print_part "$1"
 	! lacks_newline "$1" || echo
 }
 
-# print_part PATH [INK]: prints a file on the terminal. The dot saves the newlines before it from $().
+# print_part PATH: prints a file on the terminal. The dot saves the newlines before it from $().
 print_part() {
 	local text
 	text=$(tr -d '\0' <"$1" && echo .)
-	print_text "${text%.}" "${2-}"
+	print_text "${text%.}"
 }
 
-# draw_bar STAGE DONE TOTAL: draws progress on stderr if that is a terminal. Waiting in the queue has no bar,
-# since nobody knows how long it takes.
-draw_bar() {
-	local label number='^[0-9]{1,9}$' bar='########################'
+# show_progress STAGE PERCENT: on stderr, if that is a terminal. Nobody knows how long waiting in the queue takes.
+show_progress() {
+	local label
 	[[ -t 2 ]] || return 0
 	case $1 in
 		queued) label='waiting for a free slot' ;;
-		loading) label='loading the model' ;;
-		prefill) label='reading the prompt' ;;
+		loading) label="loading the model, $2 %" ;;
+		prefill) label="reading the prompt, $2 %" ;;
 		*) return 0 ;; # decode: the tokens themselves are the progress
 	esac
-	BAR=shown
+	PROGRESS=shown
 	printf '\r\e[K%s' "$label" >&2
-	if [[ $1 != queued && $2 =~ $number && $3 =~ $number ]] && ((10#$3 > 0 && 10#$2 <= 10#$3)); then
-		printf ' [%-*.*s] %d %%' ${#bar} $((${#bar} * 10#$2 / 10#$3)) "$bar" $((100 * 10#$2 / 10#$3)) >&2
-	fi
 }
 
-clear_bar() {
-	[[ -z $BAR ]] || printf '\r\e[K' >&2
-	BAR=''
+clear_progress() {
+	[[ -z $PROGRESS ]] || printf '\r\e[K' >&2
+	PROGRESS=''
 }
 
 # -------------------------------------------------------------------------------------------------- JSON
@@ -140,7 +135,7 @@ print(json.dumps({name: value for name, value in members.items() if value != ""}
 
 # json_events: turns server-sent events, or the JSON error that came in their place, into lines, each
 # printed at once:
-#     token TEXT · progress STAGE DONE TOTAL · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
+#     token TEXT · progress STAGE PERCENT · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
 # KEPT is "all", or "part" if the prompt was too long for the model and was sent in part. In TEXT a
 # backslash is \0134, a newline \n and NUL \0000, for printf %b. The "status" line that curl adds at the
 # end passes unchanged.
@@ -154,7 +149,8 @@ def event(e):
     if "token" in e:
         return "token " + escaped(e["token"])
     if "progress" in e:
-        return "progress {stage} {done} {total}".format(**e["progress"])
+        now = e["progress"]
+        return "progress {stage} {0}".format(100 * now["done"] // max(1, now["total"]), **now)
     if e.get("done"):
         kept = "all" if e.get("kept", {}).get("parts", ["all"]) == ["all"] else "part"
         e = {"mode": "complete", "finish_reason": "stop", **e, "kept": kept}
@@ -173,13 +169,11 @@ for line in sys.stdin.buffer:
     sys.stdout.flush()'
 }
 
-# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, their languages, or its members
-# (VIEW is models, languages or members). CHOSEN is marked. For an error, prints the reason and fails.
+# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, of which CHOSEN is marked, their
+# languages, or its members (VIEW is models, languages or members). For an error, prints the reason and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
-LINE = 78  # characters
-FEW = 8  # a model with more languages than this, and with all of them, is listed with "all languages"
 view, chosen = sys.argv[1:]
 answer = json.load(sys.stdin)
 if answer.get("error"):
@@ -187,41 +181,25 @@ if answer.get("error"):
     sys.exit(1)
 models = answer["models"] if view != "members" else []
 away = "not there" if answer.get("vps_available", True) else "unknown"
-served = sorted({language for m in models for language in m.get("languages", [])})
-
-def mark(name):
-    return "* " if name == chosen else "  "
 
 def state(m):
     if not m.get("loaded"):
         return away if m.get("available") is False else "on the VPS"
     return "loaded, {:.0f} MB".format(m["memory_mb"]) if "memory_mb" in m else "loaded"
 
-def encoding(m):  # "tuned: Q5_0 to Q8_0, Q4_K to Q4_1" in one word
-    return m.get("encoding", "published").split(":")[0].replace("published", "")
-
-def backend(b):
-    figures = "{requests_active} of {max_concurrent} places taken, {requests_total} requests, {requests_failed} failed"
-    return "{}; {}".format("there" if b["available"] else b["message"], figures.format(**b))
-
-def languages(m):
-    names = m.get("languages", [])
-    return "all {} languages".format(len(served)) if len(set(names)) == len(served) > FEW else " ".join(names)
-
 if view == "models":
-    rows = [(mark(m["id"]) + m["id"], state(m), m.get("parameters", ""), encoding(m), languages(m)) for m in models]
+    mark = {chosen: "* "}
+    rows = [(mark.get(m["id"], "  ") + m["id"], state(m), m.get("parameters", "")) for m in models]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width) for row in rows]
     lines += ["the VPS cannot be reached"] * (away == "unknown")
     lines += ["preferred for {}: {}".format(kind, ", ".join(ids)) for kind, ids in answer.get("prefer", {}).items()]
 elif view == "languages":
-    width = max(map(len, served), default=0) + 4
-    count = max(1, LINE // width)
-    cells = [(mark(name) + name).ljust(width) for name in served]
-    lines = ["".join(cells[i : i + count]) for i in range(0, len(cells), count)]
+    served = {language for m in models for language in m.get("languages", [])}
+    lines = [" ".join(sorted(served))] * bool(served)
 else:
-    members = [(k, v) for k, v in answer.items() if k != "backends"]
-    members += [("backend " + b["id"], backend(b)) for b in answer.get("backends", [])]
+    backends = {"backend " + b["id"]: b for b in answer.pop("backends", [])}
+    members = {**answer, **backends}.items()
     lines = ["{:24} {}".format(k, v if isinstance(v, str) else json.dumps(v)) for k, v in members]
 for line in lines:
     print(line.rstrip())' "$@"
@@ -280,7 +258,7 @@ prepare() {
 # makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
 # json_object's form. Fails unless the completion came to its end.
 ask() {
-	local mode=$1 file=$2 language=$3 line kind rest stage part whole
+	local mode=$1 file=$2 language=$3 line kind rest stage percent
 	local finished='' reason='' kept='' tokens='' seconds='' model='' status='' message='' full=''
 	shift 3
 	[[ -z $INTERRUPTED ]] || { complain "interrupted"; return; }
@@ -295,13 +273,13 @@ ask() {
 			rest=${line#* }
 			case $kind in
 				token)
-					clear_bar
+					clear_progress
 					printf '%b' "$rest" >&3 || full=yes
 					print_token "$rest"
 					;;
 				progress)
-					read -r stage part whole <<<"$rest"
-					draw_bar "$stage" "$part" "$whole"
+					read -r stage percent <<<"$rest"
+					show_progress "$stage" "$percent"
 					;;
 				done)
 					read -r mode reason kept tokens seconds model <<<"$rest"
@@ -311,7 +289,7 @@ ask() {
 				status) status=$rest ;;
 			esac
 		done 3>"$NEXT/completion"
-	clear_bar
+	clear_progress
 	[[ ! -s $NEXT/completion ]] || { [[ -n $FILTER && ! -t 1 ]] || echo; }
 
 	if [[ -n $INTERRUPTED ]]; then
@@ -386,36 +364,15 @@ sys.stdout.buffer.write(b"".join(line + end for line, end in zip(lines[1], ends)
 
 # ------------------------------------------------------------------------------------------------- files
 
-# language_of PATH: prints the language of a file by its name, or the current language if the name is not in the
-# table. The server's table is in cerebrum/text/languages.py. LC_ALL, because in Turkish a small I is another letter.
+# language_of PATH: prints the language of a file by its name, as the server lists names, or else the current language.
 language_of() {
-	local LC_ALL=C name=${1##*/}
-	case ${name,,} in
-		*.py | *.pyi | *.pyw) echo python ;;
-		*.js | *.jsx | *.mjs | *.cjs) echo javascript ;;
-		*.ts | *.tsx | *.mts | *.cts) echo typescript ;;
-		*.rs) echo rust ;;
-		*.c | *.h) echo c ;;
-		*.cpp | *.cc | *.cxx | *.hpp | *.hh | *.hxx) echo cpp ;;
-		*.go) echo go ;;
-		*.java) echo java ;;
-		*.cs | *.csx) echo csharp ;;
-		*.kt | *.kts) echo kotlin ;;
-		*.swift) echo swift ;;
-		*.php | *.phtml) echo php ;;
-		*.rb | *.rake | *.gemspec | *.ru | rakefile | gemfile) echo ruby ;;
-		*.lua) echo lua ;;
-		*.sh | *.bash | *.zsh | *.ksh | .bashrc | .profile | .zshrc | .bash_profile) echo shell ;;
-		*.sql) echo sql ;;
-		*.html | *.htm | *.xhtml) echo html ;;
-		*.css | *.scss | *.less) echo css ;;
-		*.json | *.jsonc | *.json5 | *.geojson | *.webmanifest) echo json ;;
-		*.yaml | *.yml) echo yaml ;;
-		*.toml | pipfile) echo toml ;;
-		*.md | *.markdown | *.mdx) echo markdown ;;
-		*.dockerfile | dockerfile | containerfile | dockerfile.* | containerfile.*) echo dockerfile ;;
-		*) printf '%s' "$LANGUAGE" ;;
-	esac
+	call_api /v1/models -m "$LIST_SECONDS" 2>/dev/null | python3 -ISc '
+import json, sys
+name, language = sys.argv[1].rpartition("/")[2].lower(), sys.argv[2]
+for one in json.load(sys.stdin)["languages"]:
+    if name in one["filenames"] or name[name.rfind("."):] in one["endings"]:
+        language = one["id"]
+print(language)' "$1" "$LANGUAGE" 2>/dev/null || printf '%s' "$LANGUAGE"
 }
 
 expand_home() {
@@ -520,11 +477,9 @@ cmd_help() {
 	  :tokens [N]           show or set the maximum length of a completion
 	  :temp [T]             show or set the temperature, 0 to 1
 	  :stats                show the state of the server
-	  :history              show what you typed
-	  :clear                clear the screen
 	  :exit                 leave; so does Ctrl-D
 
-	Ctrl-C stops a completion. On a terminal with colours, what the model wrote and what a difference adds and
+	Ctrl-C stops a completion. On a terminal with colours, what the model writes and what a difference adds and
 	removes are coloured, unless $NO_COLOR is set.
 	EOF
 }
@@ -608,17 +563,10 @@ cmd_write() {
 
 cmd_last() {
 	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
-	if [[ -s $LAST/before || -s $LAST/after ]] && [[ -n $MODEL_INK ]]; then
-		print_part "$LAST/before"
-		print_part "$LAST/completion" "$MODEL_INK"
-		print_part "$LAST/after"
-		! lacks_newline "$LAST/result" || echo
-	else
-		print_file "$LAST/result" "$MODEL_INK"
-	fi
+	print_file "$LAST/result"
 }
 
-# cmd_save PATH [FORCE]
+# cmd_save PATH [!]
 cmd_save() {
 	local path reason
 	path=$(expand_home "$1")
@@ -630,7 +578,7 @@ cmd_save() {
 }
 
 cmd_lang() {
-	if [[ -n $1 ]]; then LANGUAGE=$1; else print_table /v1/models languages "$LANGUAGE"; fi
+	if [[ -n $1 ]]; then LANGUAGE=$1; else print_table /v1/models languages; fi
 	echo "language: $LANGUAGE"
 }
 
@@ -644,22 +592,16 @@ cmd_model() {
 }
 
 cmd_tokens() {
-	if [[ -n $1 ]]; then
-		if [[ ! $1 =~ ^[1-9][0-9]{0,3}$ ]] || (($1 > MAX_TOKENS)); then
-			complain "tokens: expected a whole number from 1 to $MAX_TOKENS, got $1"
-			return
-		fi
-		TOKENS=$1
-	fi
+	[[ -z $1 ]] || { [[ $1 =~ ^[1-9][0-9]{0,3}$ ]] && (($1 <= MAX_TOKENS)); } ||
+		{ complain "tokens: expected a whole number from 1 to $MAX_TOKENS, got $1"; return; }
+	TOKENS=${1:-$TOKENS}
 	echo "tokens: $TOKENS"
 }
 
 cmd_temp() {
-	if [[ -n $1 ]]; then
-		[[ $1 =~ ^(0|0?\.[0-9]+|1|1\.0+)$ ]] ||
-			{ complain "temperature: expected a number from 0 to 1, got $1"; return; }
-		TEMPERATURE=${1/#./0.}
-	fi
+	[[ -z $1 || $1 =~ ^(0|0?\.[0-9]+|1|1\.0+)$ ]] ||
+		{ complain "temperature: expected a number from 0 to 1, got $1"; return; }
+	[[ -z $1 ]] || TEMPERATURE=${1/#./0.}
 	echo "temperature: $TEMPERATURE"
 }
 
@@ -740,15 +682,12 @@ run_line() {
 		:do) cmd_do "$argument" ;;
 		:write) cmd_write ;;
 		:last) cmd_last ;;
-		:save) cmd_save "$argument" ;;
-		:save!) cmd_save "$argument" force ;;
+		:save | :save!) cmd_save "$argument" "${name#:save}" ;;
 		:lang) cmd_lang "$argument" ;;
 		:model) cmd_model "$argument" ;;
 		:tokens) cmd_tokens "$argument" ;;
 		:temp) cmd_temp "$argument" ;;
 		:stats) print_table /v1/stats members ;;
-		:history) history ;;
-		:clear) printf '\e[H\e[2J\e[3J' ;;
 		:exit | :quit) exit 0 ;;
 		:[a-z]*) complain "no such command: $name; see :help" ;;
 		*) [[ $1 != *[![:space:]]* ]] || cmd_prompt "$1" ;;

@@ -8,7 +8,7 @@
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete` runs every
 completion, and yields pairs of (kind, value): `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
-answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Reading` follows a completion for one
+answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one
 of their clients: identical requests share one completion, an editor that types on ends its older infill, and text that
 the last completion predicted is served without a backend.
 
@@ -45,26 +45,31 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cerebrum_common as common
+from cerebrum.fields import Field, describe, parse_json, read_fields
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
-from cerebrum.pi.backend import BREAKER_OPEN, MAX_BUSY_SECONDS, SUPERSEDED, WITHOUT_MODEL, Backend, Job
-from cerebrum.pi.breaker import BREAKER_STATES
+from cerebrum.pi.backend import Backend
+from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
+from cerebrum.pi.broadcast import Broadcasts, Subscriber
+from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
 from cerebrum.pi.counting import ACCEPTED, Counting
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
-from cerebrum.pi.page import Page
-from cerebrum.pi.sharing import Reading, Sharing, Warming
-from cerebrum.pi.upstream import PASSED_ON, BackendConfig, BackendFailure, Loop, Pair, TooLong
+from cerebrum.pi.page import page_of
+from cerebrum.pi.upstream import BackendConfig, Loop, Pair
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import Field, HttpError, Model, Request, Response, Route, compact, describe, log
+from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
 
 HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------- configuration
@@ -142,7 +147,7 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
     more = members.get("suffix") or members.get("instruction")
-    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = common.served_languages(models)
     if fields["language"] not in languages:
         raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
@@ -158,43 +163,39 @@ def session_of(address: str, session: str | None) -> str:
     return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
 
 
-def native_fields(asked: dialects.Asked, models: Collection[Model]) -> dict[str, Any]:
+def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[str, Any]:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
     an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
     unsaid: dict[str, Any] = {"prompt": "", "filename": "", "extra": [], "stop_at": "auto", "progress": False}
-    fields = unsaid | asked.fields
+    fields = unsaid | wanted.fields
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
-    language = "" if asked.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
+    language = "" if wanted.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
 # ------------------------------------------------------------------------------------------- the gateway
 
-RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
 MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8 MB of tokens
 MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
-FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
 
 
 class Gateway:
-    """Owns the jobs that hold or await a place, and connects the owners of other state; `Server` has the sockets."""
+    """Connects the owners of state, and runs every completion; `Server` has the sockets."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.active: list[Job] = []  # jobs that hold a place, maybe at a backend that has left models.toml
         self.started, self.created = time.monotonic(), int(time.time())
         self.reconfigured = 0
-        self.line: dict[Job, asyncio.Event] = {}  # jobs that wait for a place, in order of arrival
-        self.warming = Warming(self._choose_to_warm, self._answer)
-        self.sharing = Sharing(self.complete, self.beginning, self.warming.add, self._call_next)
-        self.counting = Counting(self.sharing, config.models)
-        self.fleet = Fleet(self.sharing.is_fair, self._probed)
+        self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
+        self.dispatcher = Dispatcher(self.fleet)
+        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning)
+        self.counting = Counting(self.broadcasts, config.models)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.page: Page | None = None  # everything else works without it
+        self.page: Response | None = None  # everything else works without it
         try:
-            self.page = Page((HERE / "cerebrum/pi/page.html").read_bytes())
+            self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
 
@@ -205,48 +206,24 @@ class Gateway:
         self.config = config
         self.reconfigured += 1
         self.counting.add_models(config.models)
-        self._call_next()
+        self.dispatcher.reconfigured()
 
-    def _probed(self, backend: Backend) -> None:
-        """Called after each probe: a backend may be back, so waiting jobs may get a place."""
-        self.counting.sample()
-        if not backend.trouble:
-            self._call_next()
+    async def probe_forever(self) -> None:
+        """Probe the backends. One may be back, so those that wait may get a place."""
 
-    # Places.
+        def probed() -> None:
+            self.counting.sample()
+            self.dispatcher.advance()
 
-    def _assign(self, job: Job) -> bool:
-        """Give the job a place; False if all are taken. Raises the HttpError of `Fleet.choose`."""
-        if not (chosen := self.fleet.choose(job)):
-            return False
-        model, backend = chosen
-        backend.take(job, model)
-        self.active.append(job)
-        self.fleet.remember_served(job, backend)
-        return True
+        await self.fleet.probe_forever(probed)
 
-    def _choose_to_warm(self, job: Job) -> Backend | None:
-        """Choose a backend to read a prompt ahead, and set the job's model; None if no backend is free for it now. A
-        prompt is forgotten if none of its backends reads ahead."""
-        if not any(one.warms for _, having in self.fleet.who_may(job.fields, True) for one in having):
-            self.warming.waiting.pop(job.client, None)
-            return None
-        with contextlib.suppress(HttpError):  # no backend may be asked
-            if not self.line and (chosen := self.fleet.choose(job)) and chosen[1].may_warm:
-                job.model, backend = chosen
-                self.fleet.remember_served(job, backend)
-                return backend
-        return None
-
-    # Completing.
-
-    async def complete(self, job: Job) -> AsyncGenerator[Pair, None]:
+    async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
             ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
                                 still be an HTTP status. The pair comes again if another backend takes over.
             ("idle", None)      nothing new, but the backend is alive
-            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the job asks for progress
+            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
             ("done", dict)      last: the result, a native done event without its member `done`
 
@@ -255,166 +232,56 @@ class Gateway:
         """
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(job.fields))
-        async with self.counting.completion(job):
+            log.info("prompt: %s", prompt_of(completion.request.fields))
+        async with self.counting.completion(completion):
             while True:
-                backend = await self._enter(job)
+                attempt = await self.dispatcher.enter(completion)
                 try:
-                    async with self._place(job, backend), contextlib.aclosing(self._answer(job, backend)) as pairs:
+                    async with (
+                        self.dispatcher.hold(attempt) as backend,
+                        contextlib.aclosing(backend.answer(attempt)) as pairs,
+                    ):
+                        has_spoken = False
                         async for kind, value in pairs:
-                            if (not begun or kind == "begun") and begun != (now := self.beginning(job)):
+                            if (not begun or kind == "begun") and begun != (now := self.beginning(completion)):
                                 begun = now
                                 yield "started", begun
+                            if kind == "text" and not has_spoken:
+                                has_spoken = True
+                                self.dispatcher.advance()  # a trial has succeeded: others waited for its end
+                            elif kind == "done":
+                                value = self._result(attempt, backend, value)
                             if kind != "begun":
                                 yield kind, value
                     return
                 except HttpError as error:
-                    may_fit = isinstance(error, TooLong)  # into another backend's longer context
-                    if job.came.tokens or job.superseded or not (may_fit or error.status in RETRIED):
+                    if not attempt.may_be_repeated(error):
                         raise
-                    if error.code == "RATE_LIMIT" and job.kind:
-                        job.busy.append(backend)
-                    elif error.code not in WITHOUT_MODEL or not self.fleet.has_another(backend, job):
-                        job.tried.append(backend)
-                    # An error that a backend reports outweighs another backend's failure.
-                    if not (job.failure and isinstance(error, BackendFailure)):
-                        job.failure = error
 
-    async def _enter(self, job: Job) -> Backend:
-        """Give the job a place, and return its backend. A dialect's job waits in line for a place. A job of our
-        own API gets 429 at once, as docs/api.md promises. An earlier backend's failure is raised instead."""
-        await self.fleet.know()
-        while True:
-            try:
-                if not self._assign(job) and job.kind:
-                    await self._wait_in_line(job)
-                    if not job.backend:
-                        self._assign(job)
-                break
-            except HttpError:
-                if not job.busy or job.patience() < job.pause:
-                    raise
-                await asyncio.sleep(job.pause)
-                job.busy.clear()
-                job.pause = min(2 * job.pause, MAX_BUSY_SECONDS)
-        if not job.backend:
-            there = [backend for backend in self.fleet.backends if backend.available] or self.fleet.backends
-            limit = sum(backend.limit for backend in there)
-            kept = "" if sum(len(backend.active) for backend in there) >= limit else ", one of them for an editor"
-            busy = HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
-            raise job.failure or busy
-        return job.backend
-
-    async def _wait_in_line(self, job: Job) -> None:
-        """Wait until the job has a place, no backend may be asked any more, or the job's patience runs out."""
-        called = self.line[job] = asyncio.Event()
-        try:
-            while not called.is_set() and (left := job.patience()) > 0:  # again, if another client has joined
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(left):
-                        await called.wait()
-        except asyncio.CancelledError:
-            if job.backend:
-                self._release(job, job.backend)
-            raise
-        finally:
-            self.line.pop(job, None)
-
-    @contextlib.asynccontextmanager
-    async def _place(self, job: Job, backend: Backend) -> AsyncIterator[None]:
-        """Hold the job's place, and report the outcome to the backend's breaker. A newer completion ends the older one
-        of its session, and waits for its place: the backend never works on more than `max_concurrent` requests."""
-        try:
-            for other in [*self.active] if job.session else ():
-                if other.session == job.session and other is not job and not other.superseded:
-                    other.came.reason = SUPERSEDED
-                    other.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
-            for other in [other for other in backend.active if other.superseded]:
-                await other.gone.wait()
-            await self.warming.stop(backend)
-            yield
-        except HttpError as error:
-            backend.lost(job, error)
-            raise
-        finally:
-            self._release(job, backend)
-
-    def _release(self, job: Job, backend: Backend) -> None:
-        backend.release(job)
-        self.active.remove(job)
-        self._call_next()
-
-    def _call_next(self) -> None:
-        """Give free places to waiting jobs: clients with the fewest running jobs first, then in order of arrival."""
-        clients = [job.client for job in self.active if not job.superseded]
-        for job in sorted(self.line, key=lambda job: clients.count(job.client)):
-            try:
-                is_called = self._assign(job)
-            except HttpError:
-                is_called = True  # `_enter` raises the error when the waiter wakes
-            if is_called:
-                self.line.pop(job).set()
-        self.warming.next()
-
-    async def _answer(self, job: Job, backend: Backend) -> AsyncGenerator[Pair, None]:
-        """The backend's answer as pairs. If the backend counts too many tokens, the prompt is fitted again and sent
-        once more."""
-        refused: TooLong | None = None
-        while True:
-            try:
-                async with backend.ask(job, refused) as pairs:
-                    async for kind, value in pairs:
-                        if kind == "text":
-                            job.came.size += len(value)
-                            if job.came.size > job.limit:
-                                raise BackendFailure("its completion is too long")
-                            self._tokens(job, backend, value.count(b"\n\n"))
-                        elif kind == "done":
-                            value = self._result(job, backend, value)
-                        yield kind, value
-                return
-            except HttpError as error:
-                backend.refused(job, error)
-                if job.came.tokens or refused or not isinstance(error, TooLong):
-                    raise
-                refused = error
-
-    def beginning(self, job: Job) -> dict[str, Any]:
+    def beginning(self, completion: Completion) -> dict[str, Any]:
         """The value of the pair "started"."""
-        model = job.model or self.fleet.route(job.fields)
-        return {"model": model, "n_ctx": job.n_ctx or self.fleet.n_ctx(model), "kept": job.sent.kept}
+        model = completion.model or self.fleet.route(completion.request.fields)
+        sent = completion.attempt.sent if completion.attempt else NOTHING_SENT
+        return {"model": model, "n_ctx": sent.n_ctx or self.fleet.n_ctx(model), "kept": sent.text.kept}
 
-    def _tokens(self, job: Job, backend: Backend, count: int) -> None:
-        """Count valid tokens. A whole answer without tokens (`count` is 0) is a success too."""
-        if not job.came.tokens and count:
-            job.came.first = time.perf_counter()
-        job.came.tokens += count
-        self.counting.add_tokens(count)
-        backend.count(job, count)
-        if job.came.tokens == count and self.line:  # the first token of a trial admits those that wait for its end
-            self._call_next()
-
-    def _result(self, job: Job, backend: Backend, done: Mapping[str, Any]) -> dict[str, Any]:
+    def _result(self, attempt: Attempt, backend: Backend, done: dict[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
-        told = upstream.read_result(done)
-        job.came.last, reason = time.perf_counter(), told.get("finish_reason", "stop")
-        job.came.reason = reason if reason in FINISHED else "other"
-        self.counting.work(job, told)
-        self._tokens(job, backend, max(0, told.get("total_tokens", 0) - job.came.tokens))  # one event may hold several
-        backend.prompts.learn(job, told)
-        if job.sent.cut and job.kind != "chat":  # read it all later, so that the next one need not be cut
-            self.warming.add(Job(job.fields | {"max_tokens": 0, "prompt_ms": 0}, kind=job.kind, client=job.client))
+        request, kept, spent = attempt.request, attempt.sent.text.kept, time.monotonic() - attempt.completion.started
+        self.counting.work(attempt.model, done)
+        if attempt.sent.text.cut and request.kind != "chat":  # read it all later, so that the next one need not be cut
+            fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
+            self.dispatcher.read_ahead(replace(request, fields=fields, ahead=True))
         ours = {
-            "language": job.fields["language"],
-            "model": job.model,
-            "total_tokens": told.pop("total_tokens", job.came.tokens),
-            "inference_time": round(float(told.pop("inference_time", time.perf_counter() - job.came.started)), 3),
+            "language": request.fields["language"],
+            "model": attempt.model,
+            "total_tokens": done.pop("total_tokens", attempt.tokens),
+            "inference_time": round(float(done.pop("inference_time", spent)), 3),
             "timestamp": common.timestamp(),
-            "mode": job.fields["mode"],
+            "mode": request.fields["mode"],
         }
         if len(self.fleet.backends) > 1:
             ours["backend"] = backend.id
-        return ours | told | ({"kept": job.sent.kept} if job.sent.kept else {})
+        return ours | done | ({"kept": kept} if kept else {})
 
 
 # -------------------------------------------------------------------------------------------- handlers
@@ -424,22 +291,23 @@ async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
     available. A 503 says what is wrong."""
     fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
-    backends = [{"id": one.id, "available": one.available, "message": one.message} for one in fleet.backends]
-    told = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
+    backends = [{"id": one.id, "available": one.available, "message": one.breaker.message} for one in fleet.backends]
+    state = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
     if fleet.available:
-        return Response({"status": "healthy", "timestamp": common.timestamp(), **told})
-    raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **told})
+        return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
+    raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
-def read_job(gateway: Gateway, request: Request, limit: float = math.inf) -> Job:
-    """A native request as a Job."""
-    fields = read_completion(request.json(), gateway.config.models)
-    return Job(fields, session_of(request.address, fields["session"]), request.end, limit, notes=request.notes)
+def read_native(gateway: Gateway, request: Request, limit: float = math.inf) -> Completion:
+    """A request of our own API."""
+    fields = read_completion(parse_json(request.body), gateway.config.models)
+    session = session_of(request.address, fields["session"])
+    return Completion(CompletionRequest("", fields, session=session, limit=limit), request.end, request.notes)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    pairs = gateway.complete(read_job(gateway, request))
+    pairs = gateway.complete(read_native(gateway, request))
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
@@ -455,9 +323,9 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    job = read_job(gateway, request, limit=MAX_COLLECTED_BYTES)
-    job.fields["progress"] = False
-    _, text, result = await collect(gateway.complete(job))
+    completion = read_native(gateway, request, limit=MAX_COLLECTED_BYTES)
+    completion.request.fields["progress"] = False
+    _, text, result = await collect(gateway.complete(completion))
     return Response({"completion": text, **result})
 
 
@@ -479,8 +347,7 @@ async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
         raise HttpError("NOT_FOUND", "expected the file cerebrum/pi/page.html, got none; the API works without it")
-    status, body, headers = gateway.page.respond(request.head.headers)
-    return Response(body, status, headers=headers, kind="text/html; charset=utf-8")
+    return gateway.page
 
 
 async def language_server(gateway: Gateway, request: Request) -> Response:
@@ -494,7 +361,7 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
-    return Response(gateway.counting.accept(common.read_fields(request.json(), ACCEPTED)["characters"]))
+    return Response(gateway.counting.accept(read_fields(parse_json(request.body), ACCEPTED)["characters"]))
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -537,13 +404,13 @@ async def props(gateway: Gateway, request: Request) -> Response:
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
-    fields = common.read_fields(dialects.present(request.json()), dialects.TOKENIZE)
+    fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     fault = HttpError("VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none")
     async with gateway.tokenizing:
         for backend in sorted(having, key=lambda one: not one.available):
-            if backend.breaker.admits():
+            if backend.breaker.admits:
                 try:
                     return Response(compact({"tokens": await backend.tokenize(model, fields)}))
                 except HttpError as error:
@@ -557,29 +424,29 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
     """The handler of a dialect's completions."""
 
     async def handle(gateway: Gateway, request: Request) -> Response:
-        asked = dialect.read(request.json())
-        fields = native_fields(asked, gateway.config.models)
-        job = Job(fields, limit=MAX_COLLECTED_BYTES, kind=asked.kind, client=request.address, notes=request.notes)
+        wanted = dialect.read(parse_json(request.body))
+        fields = native_fields(wanted, gateway.config.models)
+        wanted = replace(wanted, fields=fields, client=request.address, limit=MAX_COLLECTED_BYTES)
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
-        reading = Reading(gateway.sharing, job, asked, editor)
-        reply_to = functools.partial(dialect.reply, asked, request.head.request_id, int(time.time()))
-        if not asked.stream:
-            begun, text, result = await collect(reading.pairs())
+        pairs = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor).pairs()
+        reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
+        if not wanted.stream:
+            begun, text, result = await collect(pairs)
             whole = text if result.get("finish_reason") != "replaced" else ""
             return Response(reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"]))
         response = Response()
-        response.events = dialect_stream(reading, reply_to, response)
+        response.events = dialect_stream(pairs, reply_to, response)
         return response
 
     return handle
 
 
 async def dialect_stream(
-    reading: Reading, reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
+    whole: AsyncGenerator[Pair, None], reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     begun = False
-    async with contextlib.aclosing(reading.pairs()) as pairs:
+    async with contextlib.aclosing(whole) as pairs:
         async for kind, value in pairs:
             if kind == "started":
                 reply, response.headers = reply_to(value), kept_headers(value["kept"])
@@ -613,36 +480,38 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     fleet, counting = gateway.fleet, gateway.counting
     counting.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
-    away = [f"{one.id} is away: {one.message}" for one in fleet.backends if fleet.available and one.message]
-    told = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away, **counting.history.describe()}
-    return Response({"timestamp": common.timestamp(), **statistics(gateway), **told})
+    away = [
+        f"{one.id} is away: {one.breaker.message}" for one in fleet.backends if fleet.available and one.breaker.message
+    ]
+    more = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away, **counting.history.describe()}
+    return Response({"timestamp": common.timestamp(), **statistics(gateway), **more})
 
 
 def statistics(gateway: Gateway) -> dict[str, Any]:
     """The members of /v1/stats."""
-    subjects, first = things(gateway), gateway.fleet.first
+    measured, first = subjects(gateway), gateway.fleet.first
     return {
         "uptime": round(time.monotonic() - gateway.started, 1),
-        **write_stats(METRICS, subjects),
+        **write_stats(METRICS, measured),
         "vps_available": gateway.fleet.available,
         "vps_response_time_ms": first.response_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": subjects["backend"][first.id]["breaker"],
-        "backends": [*subjects["backend"].values()],
+        "breaker": measured["backend"][first.id]["breaker"],
+        "backends": [*measured["backend"].values()],
     }
 
 
-def describe_backend(backend: Backend) -> dict[str, Any]:
-    """A backend's entry in /v1/stats."""
+def describe_backend(backend: Backend, active: int) -> dict[str, Any]:
+    """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
     return {
         "id": backend.id,
         "api": backend.config.api,
         "available": backend.available,
-        "message": backend.message,
+        "message": backend.breaker.message,
         "response_time_ms": backend.response_ms,
         "requests_total": backend.requests_total,
-        "requests_active": len(backend.active),
+        "requests_active": active,
         "requests_failed": backend.requests_failed,
         "max_concurrent": backend.limit,
         "tokens_total": backend.tokens,
@@ -660,12 +529,13 @@ METRICS = {
                "counting.requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
-               lambda pi: len(pi.active), "requests_active"),
-        Metric("cerebrum_completions_waiting", "Completions that wait for a place.", lambda pi: len(pi.line)),
-        Metric("cerebrum_shared_total", "Requests that shared a completion.", "sharing.shared", "shared"),
-        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "sharing.replaced", "replaced"),
+               "dispatcher.active", "requests_active"),
+        Metric("cerebrum_completions_waiting", "Completions that wait for a place.",
+               lambda pi: len(pi.dispatcher.state.line)),
+        Metric("cerebrum_shared_total", "Requests that shared a completion.", "broadcasts.shared", "shared"),
+        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "broadcasts.replaced", "replaced"),
         Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
-               "sharing.type_through", "type_through"),
+               "broadcasts.type_through", "type_through"),
         Metric("cerebrum_accepted_completions_total", "Completions that users accepted, as editors report.",
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
@@ -698,16 +568,17 @@ METRICS = {
 }  # fmt: skip
 
 
-def things(gateway: Gateway) -> dict[str, dict[str, Any]]:
+def subjects(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
-    backends = {backend.id: describe_backend(backend) for backend in gateway.fleet.backends}
+    active = Counter(attempt.backend for attempt in gateway.dispatcher.state.places if not attempt.request.ahead)
+    backends = {backend.id: describe_backend(backend, active[backend.id]) for backend in gateway.fleet.backends}
     return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
     server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, things(gateway)), kind=CONTENT_TYPE)
+    return Response(server + write_metrics(METRICS, subjects(gateway)), kind=CONTENT_TYPE)
 
 
 async def openapi(gateway: Gateway, request: Request) -> Response:
@@ -715,7 +586,7 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
 
     config = gateway.config
-    return Response(compact(write_openapi(ROUTES, FIELDS, config.models, PASSED_ON, bool(config.client_keys))))
+    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, bool(config.client_keys))))
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -762,7 +633,7 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"))
 
     service = Service(reload, gateway.fleet.stuck)
-    probing = asyncio.create_task(gateway.fleet.probe_forever())
+    probing = asyncio.create_task(gateway.probe_forever())
     await server.start(config.host, config.port)
     log.info("listening on %s", server.url)
     failed = await service.run(probing)

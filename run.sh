@@ -102,24 +102,15 @@ requirements() {
 	EOF
 }
 
-# with_clock LABEL COMMAND...: runs a long silent command and shows the elapsed time.
-with_clock() {
-	local label=$1 log=$STATE/setup.log pid
+# quietly LABEL COMMAND...: runs a long command, whose output goes to a log.
+quietly() {
+	local label=$1 log=$STATE/setup.log
 	shift
+	note "$label"
 	SECONDS=0
 	setsid "$@" >"$log" 2>&1 </dev/null &
-	pid=$!
-	PIDS+=("$pid")
-	[[ -t 2 ]] || note "$label"
-	while kill -0 "$pid" 2>/dev/null; do
-		[[ ! -t 2 ]] || printf '\r\e[K%s ... %d s' "$label" "$SECONDS" >&2
-		sleep 1
-	done
-	[[ ! -t 2 ]] || printf '\r\e[K' >&2
-	if ! wait "$pid"; then
-		tail -n 30 "$log" >&2
-		die "failed: $label; the whole output is in $log"
-	fi
+	PIDS+=($!)
+	wait $! || { tail -n 30 "$log" >&2; die "failed: $label; the whole output is in $log"; }
 	PIDS=()
 	note "$label: done in $SECONDS s"
 }
@@ -127,17 +118,15 @@ with_clock() {
 # make_venv SET: the packages of one of pyproject.toml's groups, or of "run".
 make_venv() {
 	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
-	if [[ -e $installed ]] && ! have_llama; then # made for another Python
+	if [[ -e $installed ]] && ! { have_llama && can_decode; }; then # made for another Python or, like pip's wheel, CPU
 		python3 -m venv --clear .venv
-	elif [[ -e $installed ]] && ! can_decode; then # built for another CPU, as is the wheel that pip keeps
-		"$PYTHON" -m pip cache remove llama_cpp_python >/dev/null
-		python3 -m venv --clear .venv
+		"$PYTHON" -m pip cache remove llama_cpp_python &>/dev/null || true # pip may keep nothing
 	fi
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
 	have_llama || label='building llama.cpp (about four minutes, once)'
-	with_clock "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
+	quietly "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
 	mv "$wanted" "$installed"
 }
 
@@ -149,10 +138,10 @@ setup() {
 	[[ $1 == run ]] || options=(--no-tune) # test results must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
 	if [[ $1 == @(engines|nightly) ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
-		with_clock "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
+		quietly "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
 	elif [[ $1 == scale ]]; then
-		with_clock 'vLLM and Ray (installed once, about four minutes)' "$PYTHON" tests/scale.py
+		quietly 'vLLM and Ray (installed once, about four minutes)' "$PYTHON" tests/scale.py
 		note "$(<"$STATE/setup.log")"
 	fi
 }

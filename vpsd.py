@@ -53,8 +53,9 @@ import psutil
 
 import cerebrum_common as common
 from cerebrum import metrics
+from cerebrum.fields import Field, parse_json, read_fields, read_objects
 from cerebrum.http import Access, ListenError, Server, own_names
-from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Table, Things
+from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -65,7 +66,7 @@ from cerebrum.vps.memory import available_mb, check_memory
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Worker
-from cerebrum_common import Field, HttpError, Model, Request, Response, Route, log
+from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -183,16 +184,16 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs. Without a `mode`, the
     other fields imply the mode."""
     around = members.get("suffix") is not None or members.get("extra")
-    fields = common.read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
+    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = None
     if "messages" in members:
-        messages = common.read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
     if fields["messages"] and fields["suffix"] is not None:
         raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
-    extra = common.read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
+    extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
     if not fields["mode"]:
         fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
@@ -518,7 +519,7 @@ def write_events(batch: Sequence[Event]) -> bytes:
 async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
     """A completion's events up to the done event, in batches; an empty one while there are no events. HttpError if the
     completion is refused or fails. Ends early if a worker hangs: the Pi then counts a failure of this backend."""
-    completion, patience = engine.admit(parse_inference(request.json()), request.notes), HEAD_SECONDS
+    completion, patience = engine.admit(parse_inference(parse_json(request.body)), request.notes), HEAD_SECONDS
     try:
         while True:
             batch: list[Event] = []
@@ -540,7 +541,7 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
 
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
-    return Response({"tokens": await engine.tokenize(common.read_fields(request.json(), TOKENIZE))})
+    return Response({"tokens": await engine.tokenize(read_fields(parse_json(request.body), TOKENIZE))})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -579,7 +580,7 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
-    figures = metrics.write_stats(METRICS, measured(engine))
+    figures = metrics.write_stats(METRICS, subjects(engine))
     used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
     known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": common.VERSION}
     return Response({**figures, **known})
@@ -589,7 +590,7 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
     keeps llama-server's name and meaning, with the model as a label."""
     server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + metrics.write_metrics(METRICS, measured(engine)), kind=metrics.CONTENT_TYPE)
+    return Response(server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -657,7 +658,7 @@ METRICS: Table = {
 }  # fmt: skip
 
 
-def measured(engine: Engine) -> Things:
+def subjects(engine: Engine) -> Subjects:
     """The objects that the rows of METRICS read."""
     return {"": {"": engine}, "model": engine.pool.tallies}
 

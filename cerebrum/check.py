@@ -27,8 +27,9 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+from cerebrum.fields import printable
 from cerebrum.settings import ConfigError, Environment, read_environment
-from cerebrum_common import VERSION, HttpError, Model, log, printable
+from cerebrum_common import VERSION, HttpError, Model, log
 
 Load = Callable[[Environment], Any]  # load_config: raises ConfigError
 Make = Callable[[Any, Sequence[Model]], Any]  # cm4d's Backend
@@ -161,10 +162,10 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
     """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
     only if no other backend can serve a completion."""
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
-    asked = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
-    wait((future for _, future in asked), BACKEND_SECONDS)
+    answers = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
+    wait((future for _, future in answers), BACKEND_SECONDS)
     seen = []
-    for one, future in asked:
+    for one, future in answers:
         try:
             seen.append((one, *future.result(0.0)))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
@@ -192,10 +193,10 @@ async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple
     socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for a look-up that hangs
     backend, version = make(config, models), "an unknown version"
     await backend.probe()
-    if config.api == "cerebrum" and not backend.trouble:
+    if config.api == "cerebrum" and not backend.breaker.trouble:
         with contextlib.suppress(HttpError):
             version = str((await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version))
-    return backend, version, backend.trouble
+    return backend, version, backend.breaker.trouble
 
 
 # ------------------------------------------------------------------------------------------------ the VPS

@@ -11,8 +11,8 @@ Strategy
 - Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
   client can always tell a finished stream from a broken one.
 
-The server refuses what exceeds the limits below, clients that are slow or take more than their share of the
-connections, and pages of foreign origins. No TLS, no HTTP/2; standard library only.
+The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A connection beyond the
+limit takes the place of an older one that waits for its client. No TLS, no HTTP/2; standard library only.
 Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cerebrum_common as common
-from cerebrum_common import Head, HttpError, Request, Response, Route, describe, internal_error, log, request_id_var
+from cerebrum.fields import describe
+from cerebrum_common import Head, HttpError, Request, Response, Route, internal_error, log, request_id_var
 
 # ---------------------------------------------------------------------------------------------- limits
 
@@ -50,15 +51,12 @@ MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memor
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
 MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
-MAX_CONNECTIONS_PER_CLIENT = 128  # one address cannot take them all
-MAX_OVERFLOW = 64  # connections over the limit that may still ask for /health or another open route
 MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
 HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
 BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
-IDLE_SECONDS = 60.0  # between two requests of a kept connection
-OVERFLOW_SECONDS = 2.0  # for a connection over the limit to ask for an open route
+IDLE_SECONDS = 60.0  # until a connection's first or next request begins
 WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
 KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client, before the kernel starts to probe the connection
 KEEPALIVE_PROBE_SECONDS = 5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
@@ -78,10 +76,6 @@ class ClientGone(ConnectionError):
 def malformed(message: str, code: str = "INVALID_REQUEST") -> HttpError:
     """An error after which the connection is closed, such as a framing error."""
     return HttpError(code, message, close=True)
-
-
-def too_busy() -> HttpError:
-    return malformed("too many connections; try again later", "OVERLOADED")
 
 
 def shutting_down() -> HttpError:
@@ -254,11 +248,6 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
-        if self._step is BodyDecoder._size and not (self.rest or self._limit):
-            match = CHUNK_SIZE.match(data)  # a token nearly always comes alone, in one whole chunk
-            start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
-            if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
-                return data[start:-2]
         pieces: list[bytes] = []
         try:
             self._decode(self.rest + data, pieces)
@@ -311,16 +300,16 @@ class BodyDecoder:
         return at + 2
 
     def _trailers(self, buffer: bytes, at: int) -> int | None:
-        section = buffer[at : at + MAX_TRAILER_BYTES]
-        end = 0 if section.startswith(b"\r\n") else section.find(b"\r\n\r\n") + 2  # 1: not found
-        if FORBIDDEN_IN_HEAD.search(section, 0, MAX_TRAILER_BYTES if end == 1 else end + 2):
+        # The CRLF before the section makes it end with an empty line also if there are no trailers.
+        lines, end, _ = (b"\r\n" + buffer[at : at + MAX_TRAILER_BYTES]).partition(b"\r\n\r\n")
+        if FORBIDDEN_IN_HEAD.search(lines + end):
             raise malformed("expected trailers with CRLF line ends and no control characters")
-        if end == 1:
-            if len(section) == MAX_TRAILER_BYTES:
+        if not end:
+            if len(buffer) >= at + MAX_TRAILER_BYTES:
                 raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
             return None
-        parse_headers(section[:end].split(b"\r\n")[:-1])
-        return self._end(buffer, at + end + 2)
+        parse_headers(lines.split(b"\r\n")[1:])
+        return self._end(buffer, at + len(lines) + len(b"\r\n"))
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
@@ -396,10 +385,13 @@ class Connection:
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
-        self.over = False  # over a connection limit: only open routes are answered
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
-        self.patience = HEAD_SECONDS  # for the next request to begin
+
+    def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
+        """The lower, the sooner the connection makes room. `crowd` counts the connections by address."""
+        is_at_work = self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
+        return is_at_work, -crowd[self.address]
 
     async def fill(self) -> bool:
         """Read more into the buffer; False at the end of the stream."""
@@ -420,11 +412,11 @@ class Connection:
         self.idle = not self.buffer
         try:
             if self.idle:
-                async with asyncio.timeout(OVERFLOW_SECONDS if self.over else self.patience):
+                async with asyncio.timeout(IDLE_SECONDS):
                     if not await self.fill():
                         return None
             self.idle = False
-            async with asyncio.timeout(OVERFLOW_SECONDS if self.over else HEAD_SECONDS):
+            async with asyncio.timeout(HEAD_SECONDS):
                 scanned = 0
                 while (end := scan_request(self.buffer, scanned)) is None:
                     scanned = len(self.buffer)
@@ -432,8 +424,6 @@ class Connection:
                         raise ClientGone
                 return self.take(end)
         except TimeoutError:
-            if self.over:
-                raise too_busy() from None
             if self.idle:
                 return None
             raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
@@ -517,7 +507,7 @@ class Exchange:
     async def send(self, response: Response) -> None:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
-        if response.status not in (204, 304):
+        if response.status != 204:
             body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode("ascii")
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
@@ -651,7 +641,8 @@ class Server:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
         assert task is not None
-        self._admit(connection)
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self._make_room()
         self.connections[task] = connection
         try:
             while await self._serve_one(connection):
@@ -662,17 +653,15 @@ class Server:
         except Exception as exception:
             internal_error(exception)
         finally:
-            del self.connections[task]
+            self.connections.pop(task, None)
             connection.transport.abort()
 
-    def _admit(self, connection: Connection) -> None:
-        """Set `over` of a new connection. With too many over the limit, it takes the place of the oldest of them."""
-        within = Counter(one.address for one in self.connections.values() if not one.over)
-        full = within.total() >= MAX_CONNECTIONS
-        connection.over = full or within[connection.address] >= MAX_CONNECTIONS_PER_CLIENT
-        over = [task for task, one in self.connections.items() if one.over and not task.cancelling()]
-        if connection.over and len(over) >= MAX_OVERFLOW:
-            over[0].cancel()
+    def _make_room(self) -> None:
+        """Close a connection, so that no client can keep others out: one that waits for its client if possible, the
+        oldest of the address that has most of them."""
+        crowd = Counter(one.address for one in self.connections.values())
+        task = min(self.connections, key=lambda one: self.connections[one].rank(crowd))
+        self.connections.pop(task).transport.abort()
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -683,7 +672,7 @@ class Server:
             if block is None:
                 return False
             head = parse_request(block)
-            exchange.head, exchange.keep = head, head.keep_alive and not connection.over
+            exchange.head, exchange.keep = head, head.keep_alive
             exchange.started = time.perf_counter()
             request_id_var.set(head.request_id)
             await self._answer(exchange, head)
@@ -694,19 +683,16 @@ class Server:
                 exchange.log(499)
             raise
         except asyncio.CancelledError:
-            if connection.over:  # a newer connection took its place
-                await exchange.fail(too_busy())
-            elif exchange.head and self.stopping:  # the client does not read the error
+            if exchange.head:  # the daemon stops, and the client does not read the error
                 exchange.log(503)
             raise
-        connection.patience = IDLE_SECONDS
         await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 
     async def _answer(self, exchange: Exchange, head: Head) -> None:
         connection = exchange.connection
         try:
-            route, parameter = self._route(head, connection.over, exchange)
+            route, parameter = self._route(head, exchange)
             if self.stopping:
                 raise shutting_down()
             check_body(head, route)
@@ -737,28 +723,18 @@ class Server:
         finally:
             self.body_bytes -= body.tell()
 
-    def _route(self, head: Head, over: bool, exchange: Exchange) -> tuple[Route, str]:
+    def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
-        parent, _, last = head.path.rpartition("/")
-        methods, parameter = self.routes.get(head.path, {}), ""
-        if not methods and last:
-            methods, parameter = self.routes.get(f"{parent}/{{id}}", {}), last
+        methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
-        if over and not public:
-            raise too_busy()
         self.access.check(head, public)
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
-        allowed = set(methods or itertools.chain(*self.routes.values()))
-        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
         if head.method == "OPTIONS":
+            allow = common.allowed(methods or set(itertools.chain(*self.routes.values())))
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in methods:
-            message = f"expected one of {allow}, got {head.method}"
-            raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
-        return methods[method], parameter
+        return common.match(methods, head.method), parameter
 
     async def _options(self, request: Request, allow: str) -> Response:
         headers = [("Allow", allow)]

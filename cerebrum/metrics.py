@@ -1,13 +1,13 @@
 """Counts of completions, and the tables of metrics behind `/metrics` and `/v1/stats` of both daemons.
 
     >>> table = {"model": (Metric("tokens_total", "Tokens of completions.", "tokens", "tokens"),)}
-    >>> things = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
-    >>> print(write_metrics(table, things).decode(), end="")
+    >>> subjects = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
+    >>> print(write_metrics(table, subjects).decode(), end="")
     # HELP tokens_total Tokens of completions.
     # TYPE tokens_total counter
     tokens_total{model="qwen"} 40
     tokens_total{model="llama"} 2
-    >>> write_stats(table, things)
+    >>> write_stats(table, subjects)
     {'tokens': 42}
 
 A daemon counts in a `Tally` for each model and in its own fields. Its table has one row for each number, so `/metrics`
@@ -106,11 +106,11 @@ class Metric(NamedTuple):
     unit: float = 0  # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
     labels: tuple[str, ...] = ()
 
-    def samples(self, label: str, things: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """Yield (ending of the name, labels, number). `things` are the row's subjects, by the value of `label`."""
+    def samples(self, label: str, subjects: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """Yield (ending of the name, labels, number). `subjects` are the row's subjects, by the value of `label`."""
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
-        for key, thing in things.items():
-            found = read(thing)
+        for key, subject in subjects.items():
+            found = read(subject)
             for values, number in (found if isinstance(found, Mapping) else {(): found}).items():
                 labels = {label: key} | dict(zip(self.labels, values, strict=True))
                 if isinstance(number, Histogram):
@@ -122,14 +122,14 @@ class Metric(NamedTuple):
 
 
 Table = Mapping[str, Sequence[Metric]]  # rows by the label of their subjects; "": a single subject
-Things = Mapping[str, Mapping[str, Any]]  # the subjects, by the same label and its value
+Subjects = Mapping[str, Mapping[str, Any]]  # the subjects, by the same label and its value
 
 
-def write_metrics(table: Table, things: Things) -> bytes:
+def write_metrics(table: Table, subjects: Subjects) -> bytes:
     """The body of /metrics, or a part of it. All digits of a float are written, so a sum never decreases."""
     lines = []
     for row, label in ((row, label) for label, rows in table.items() for row in rows):
-        for number, (ending, labels, value) in enumerate(row.samples(label, things[label])):
+        for number, (ending, labels, value) in enumerate(row.samples(label, subjects[label])):
             if not number:
                 kind = "histogram" if ending else "counter" if row.name.endswith("_total") else "gauge"
                 lines += [f"# HELP {row.name} {row.about}", f"# TYPE {row.name} {kind}"]
@@ -138,10 +138,10 @@ def write_metrics(table: Table, things: Things) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def write_stats(table: Table, things: Things) -> dict[str, float]:
+def write_stats(table: Table, subjects: Subjects) -> dict[str, float]:
     """The table's members of /v1/stats."""
     rows = ((row, label) for label, rows in table.items() for row in rows if row.stats)
-    sums = ((row, sum(number for _, _, number in row.samples(label, things[label]))) for row, label in rows)
+    sums = ((row, sum(number for _, _, number in row.samples(label, subjects[label]))) for row, label in rows)
     return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
 
 

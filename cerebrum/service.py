@@ -26,11 +26,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cerebrum.fields import printable
 from cerebrum.settings import ConfigError
-from cerebrum_common import VERSION, log, printable, request_id_var, timestamp
+from cerebrum_common import VERSION, log, request_id_var, timestamp
 
 if TYPE_CHECKING:
     import argparse
+
 # -------------------------------------------------------------------------------------------------- logs
 
 MAX_LOG_BYTES, OLD_LOGS = 5_000_000, 3  # 20 MB in all: some 200,000 requests
@@ -226,26 +228,26 @@ class Service:
 
     def _reload_settings(self) -> None:
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        told = "reloaded"
+        status = "reloaded"
         try:
             self._reload()
-            log.info(told)
+            log.info(status)
         except ConfigError as error:
-            told = f"not reloaded, the old settings stay: {error}"
-            log.error("%s", told)
+            status = f"not reloaded, the old settings stay: {error}"
+            log.error("%s", status)
         except Exception:
-            told = "not reloaded, the old settings stay"
-            log.exception(told)
-        notify("READY=1", f"STATUS={timestamp()} {printable(told)}")  # `systemctl status` shows it
+            status = "not reloaded, the old settings stay"
+            log.exception(status)
+        notify("READY=1", f"STATUS={timestamp()} {printable(status)}")  # `systemctl status` shows it
 
     async def _feed(self) -> None:
         seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS  # see sd_watchdog_enabled(3)
-        told = ""
+        logged = ""
         while True:
             reason = self._stuck(time.monotonic())
-            if reason and reason != told:
+            if reason and reason != logged:
                 log.error("%s", reason)
             if not reason and seconds:
                 notify("WATCHDOG=1")
-            told = reason
+            logged = reason
             await asyncio.sleep(seconds or 60.0)

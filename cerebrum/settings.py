@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, read_fields
+from cerebrum.fields import Field, read_fields
+from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
 
 
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:

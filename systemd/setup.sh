@@ -119,8 +119,26 @@ setup_cm4() {
 # have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python, with what `tune` needs.
 have_llama() { as_daemon "$VENV/bin/python" -c "import llama_cpp${1-, gguf}" 2>/dev/null; }
 
+# can_decode: whether the smallest model survives a decode. Built for a CPU with more features, llama.cpp can be imported,
+# but dies of SIGILL (status 128 + 4) when it computes. Any other failure is no reason to build it anew.
+can_decode() {
+	as_daemon "$VENV/bin/python" -c '
+import glob, os, sys
+from llama_cpp import llama_cpp as llama
+for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
+    params = llama.llama_model_default_params()
+    params.use_extra_bufts = False # repacked weights would take as much memory again
+    model = llama.llama_model_load_from_file(os.fsencode(file), params)
+    params = llama.llama_context_default_params()
+    params.n_ctx = 256
+    context = llama.llama_init_from_model(model, params)
+    llama.llama_decode(context, llama.llama_batch_get_one((llama.llama_token * 2)(1, 2), 2))' "$PLACE/models" \
+		&>/dev/null || (($? != 132))
+}
+
 # build: what cerebrum-llama.service runs. The folder with the version is complete when its packages can be imported.
 build() {
+	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
 	! have_llama || return 0
 	install -d -o cerebrum -g cerebrum "$PLACE"
 	as_daemon mkdir -p "$PLACE/cache"
@@ -129,17 +147,6 @@ build() {
 		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
 	systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
 	find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
-}
-
-build_with_clock() {
-	systemctl start cerebrum-llama &
-	SECONDS=0
-	while kill -0 $! 2>/dev/null; do
-		[[ ! -t 2 ]] || printf '\r\e[Kbuilding llama.cpp, four minutes on two cores ... %d s ' "$SECONDS" >&2
-		sleep 1
-	done
-	wait $! || die "llama.cpp was not built; the next try is in 5 minutes:
-		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 }
 
 # put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes .env's or Tailscale's.
@@ -196,7 +203,9 @@ setup_backend() {
 	install -d -m 700 "${KEY%/*}"
 	[[ -s $KEY || -n $(setting CEREBRUM_API_KEY) ]] || "$LIB/generate_api_key.sh" --write "$KEY" >/dev/null
 	put_listen "$listen"
-	build_with_clock
+	echo "building llama.cpp, unless it is here: four minutes on two cores" >&2
+	systemctl start cerebrum-llama || die "llama.cpp was not built; the next try is in 5 minutes:
+		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 	if [[ -z $wanted && -z $(models +) ]]; then
 		"${RUN[@]}" fetch --list
 		model=$(models '*')
@@ -227,7 +236,10 @@ take_over() {
 		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
 	else
 		install -d "$PLACE/models"
-		[[ ! -d $OLD/models ]] || find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
+		if [[ -d $OLD/models && ! -L $OLD/models ]]; then
+			find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
+			rmdir -- "$OLD/models" && ln -s "$PLACE/models" "$OLD/models" # for the daemon that runs
+		fi
 		file=$(as_daemon "$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
 		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
 		chown -R cerebrum: "$PLACE"

@@ -26,9 +26,12 @@ from scripted import CHUNKED, MODELS, RESET, Backend, answer, backend_at, chunk,
 
 import cm4d
 from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import breaker, engines, upstream
+from cerebrum.pi import breaker, dispatcher, engines, upstream
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum_common import HttpError
+from cerebrum.pi.backend import Backend as PiBackend
+from cerebrum.pi.completion import Completion
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dispatcher import Assign, Decision, Refuse, State, Wait
 
 MARK = re.compile(rb"mark-\d+-\d+")
 AT_ONCE = 100  # clients, for some 60 places: the Pi takes 256 connections, and one outlives its client a little
@@ -356,63 +359,54 @@ async def ask(client: Client, number: int, mark: str, way: Way, leaves: bool) ->
 class Oracle:
     """Looks at each decision of a gateway, and notes those that are wrong."""
 
-    def __init__(self, gateway: cm4d.Gateway, journal: Journal) -> None:
-        self.gateway, self.journal, self.choose = gateway, journal, gateway.fleet.choose
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.decide = journal, dispatcher.decide
         self.last: dict[Any, tuple[str, int]] = {}  # by session or file: its backend, and the number of that decision
         self.decisions = Counter[str]()
-        gateway.fleet.choose = self._watch  # type: ignore[method-assign]
 
-    def _wrong(self, what: str, job: pi_backend.Job) -> None:
-        states = [
-            (one.id, len(one.active), one.limit, one.trouble, one.breaker.state) for one in self.gateway.fleet.backends
-        ]
-        self.journal.faults.append(f"{what}: {job.kind} {job.model} tried {[one.id for one in job.tried]} of {states}")
-
-    def _watch(self, job: pi_backend.Job) -> tuple[str, pi_backend.Backend] | None:
-        left = [
-            one for one in self.gateway.fleet.backends if one not in (*job.tried, *job.busy) and one.has("qwen_0_5b")
-        ]
-        left = [one for one in left if one.breaker.admits()]
-        usable = [one for one in left if not one.trouble] or left
-        free = [one for one in usable if len(one.active) < one.limit]
-        try:
-            chosen = self.choose(job)
-        except HttpError:
+    def watch(self, state: State, completion: Completion, now: float) -> Decision:
+        """Decide, and judge the decision by simpler rules."""
+        decision, request = self.decide(state, completion, now), completion.request
+        tried = {attempt.backend for attempt in completion.attempts if attempt.error}
+        left = [one for one in state.fleet.backends if one.id not in tried and one.has("qwen_0_5b")]
+        left = [one for one in left if one.breaker.admits]
+        usable = [one for one in left if not one.breaker.trouble] or left
+        free = [one for one in usable if len(state.running([one])) < one.limit]
+        wrong = ""
+        if isinstance(decision, Assign):
+            if decision.backend not in free and decision.backend.id not in tried:  # one that was busy is asked again
+                wrong = f"{decision.backend.id} may not be asked"
+            self._check_stay(request, decision.backend, [one.id for one in free])
+        elif isinstance(decision, Refuse) and not usable:
             self.decisions["nobody"] += 1
-            if usable:
-                self._wrong("refused although somebody may be asked", job)
-            raise
-        if chosen is None:
-            self.decisions["waits" if job.kind else "429"] += 1
-            if free and not (job.kind and self._leaves_a_place(job, usable)):
-                self._wrong("no place although one is free", job)
-            return None
-        backend = chosen[1]
-        if backend not in free:
-            self._wrong(f"{backend.id} may not be asked", job)
-        self._check_stay(job, backend, [one.id for one in free])
-        return chosen
-
-    def _leaves_a_place(self, job: pi_backend.Job, usable: Sequence[pi_backend.Backend]) -> bool:
-        """Whether others of its kind already have all places but one of the backends that may answer."""
-        running = [one for backend in usable for one in backend.active]
-        if job.kind == "infill":
-            alike = [one for one in running if (one.kind, one.client) == ("infill", job.client)]
         else:
-            alike = [one for one in running if one.kind in ("chat", "completion")]
+            self.decisions["waits" if isinstance(decision, Wait) else "429"] += 1
+            if free and not (request.kind and self._leaves_a_place(state, completion, usable)):
+                wrong = "no place although one is free"
+        if wrong:
+            known = [
+                (one.id, len(state.running([one])), one.limit, one.breaker.message) for one in state.fleet.backends
+            ]
+            self.journal.faults.append(f"{wrong}: {request.kind} tried {tried} of {known}")
+        return decision
+
+    def _leaves_a_place(self, state: State, completion: Completion, usable: Sequence[PiBackend]) -> bool:
+        """Whether others of its kind already have all places but one of the backends that may answer."""
+        running = [(one.completion.client, one.request.kind) for one in state.running(usable)]
+        if completion.request.kind == "infill":
+            alike = [one for one in running if one == (completion.client, "infill")]
+        else:
+            alike = [one for one in running if one[1] in ("chat", "completion")]
         return len(alike) >= sum(one.limit for one in usable) - 1
 
-    def _check_stay(self, job: pi_backend.Job, backend: pi_backend.Backend, free: Sequence[str]) -> None:
+    def _check_stay(self, request: CompletionRequest, backend: PiBackend, free: Sequence[str]) -> None:
         self.decisions["assigned"] += 1
-        number = self.decisions["assigned"]
-        who = job.session or (job.client, job.fields.get("filename") or "")
-        if who == ("", ""):
-            return
+        number, who = self.decisions["assigned"], request.file
         last, then = self.last.get(who, ("", 0))
-        if last in free and number - then < pi_fleet.MAX_SERVED:
+        if who and last in free and number - then < dispatcher.MAX_SERVED:
             self.decisions["stayed"] += 1
             if backend.id != last:
-                self._wrong(f"{who} moved from {last} to {backend.id}", job)
+                self.journal.faults.append(f"{who} moved from {last} to {backend.id}")
         self.last[who] = backend.id, number
 
 
@@ -513,13 +507,14 @@ async def simulate(clients: int = 1000, seed: int = 1) -> Result:
             for plan, engine in zip(FLEET, engines.values(), strict=True)
         ]
         pi = await stack.enter_async_context(pi_for(*configs))
-        oracle, crowd = Oracle(pi.gateway, journal), Crowd(pi.port, clients, seed)
+        oracle, crowd = Oracle(journal), Crowd(pi.port, clients, seed)
+        stack.enter_context(mock.patch.object(dispatcher, "decide", oracle.watch))
         began = time.perf_counter()
         visiting = asyncio.create_task(visit(engines[VISITOR], crowd, journal))
         await crowd.run()
         seconds = time.perf_counter() - began
         await until(lambda: not any(engine.running for engine in engines.values()), "all backends are idle")
-        await until(lambda: not len(pi.gateway.active), "all places are given back")
+        await until(lambda: not pi.gateway.dispatcher.active, "all places are given back")
         back = await visiting
         await until(lambda: not pi.server.connections, "all connections are closed")
     return Result(crowd.outcomes, engines, journal, oracle.decisions, pi.gateway, seconds, back)

@@ -6,7 +6,7 @@ from typing import Any
 
 import schemathesis
 
-from cerebrum_common import MAX_INTEGER_DIGITS
+from cerebrum.fields import MAX_INTEGER_DIGITS
 
 
 @schemathesis.hook

@@ -20,6 +20,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from typing import Any, TypeVar
 from harness import KEY, PATIENCE, ROOT, Client, until
 
 from cerebrum.http import Access, Server, own_names
+from cerebrum.pi.breaker import FAILURES_TO_OPEN, OPEN_SECONDS, Breaker
+from cerebrum.pi.completion import Attempt
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cerebrum.settings import load_catalog
 from cm4d import ROUTES, Config, Gateway
@@ -245,6 +248,14 @@ class Pi(Client):
         """Completed probes of the backend that has the fewest."""
         return min(backend.probes for backend in self.gateway.fleet.backends)
 
+    def at(self, backend: int) -> list[Attempt]:
+        """The attempts that hold a place at the backend with this number."""
+        known = self.gateway.fleet.backends[backend]
+        return [attempt for attempt, place in self.gateway.dispatcher.state.places.items() if place is known]
+
+    def reads_ahead(self, backend: int = 0) -> bool:
+        return any(attempt.request.ahead for attempt in self.at(backend))
+
     def from_address(self, address: str) -> Pi:
         """The same Pi, asked by another client."""
         return dataclasses.replace(self, address=address)
@@ -253,6 +264,13 @@ class Pi(Client):
 def backend_at(port: int, id: str = "vps", **more: Any) -> BackendConfig:
     """The configuration of a backend on this machine."""
     return BackendConfig(id=id, endpoint=parse_url(f"http://127.0.0.1:{port}", "url"), **{"key": KEY, **more})
+
+
+def open_breaker(breaker: Breaker) -> None:
+    """Let it be open, with its pause just over."""
+    past = time.monotonic() - OPEN_SECONDS - 1
+    for failure in range(FAILURES_TO_OPEN):
+        breaker.admit(past + failure / 10).failed(past + failure / 10, "it is gone")
 
 
 @contextlib.asynccontextmanager
@@ -269,7 +287,7 @@ async def pi_for(
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
     server = Server(gateway, ROUTES, Access(gateway.config.client_keys, own_names(), frozenset()))
-    task = asyncio.create_task(gateway.fleet.probe_forever()) if probing else None
+    task = asyncio.create_task(gateway.probe_forever()) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
@@ -282,4 +300,4 @@ async def pi_for(
         await server.stop(0)
         for known in gateway.fleet.backends:
             known.upstream.close()
-    assert len(gateway.active) == 0, "a slot was not given back"
+    assert gateway.dispatcher.active == 0, "a slot was not given back"

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from harness import ROOT
 
+from cerebrum.fields import Field, describe, read_fields
 from cerebrum.http import own_names
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
-from cerebrum_common import Field, HttpError, describe, error_body, error_event, read_fields, sse_event, timestamp
+from cerebrum_common import HttpError, error_body, error_event, sse_event, timestamp
 
 # ------------------------------------------------------------------------------------------------- fields
 

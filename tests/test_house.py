@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 from harness import ROOT, copy_program, program, settings
 
-BOTH = {f"cerebrum.{name}" for name in ("check", "http", "metrics", "service", "settings", "text")}
+BOTH = {f"cerebrum.{name}" for name in ("check", "fields", "http", "metrics", "service", "settings", "text")}
 MAY = {  # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
     "cerebrum_common.py": set[str](),
     "cm4d.py": BOTH | {"cerebrum.pi"},
     "vpsd.py": BOTH | {"cerebrum.vps"},
     "cerebrum_lsp.py": set[str](),  # one file on a laptop
-    "cerebrum": {"cerebrum.settings"},
-    "cerebrum/check.py": {"cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
+    "cerebrum": {"cerebrum.fields", "cerebrum.settings"},
+    "cerebrum/fields.py": set[str](),
+    "cerebrum/check.py": {"cerebrum.fields", "cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
     "cerebrum/text": set[str](),
-    "cerebrum/pi": {"cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+    "cerebrum/pi": {"cerebrum.fields", "cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
     "cerebrum/vps": {"cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
 }
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")])

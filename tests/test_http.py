@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cerebrum.fields import parse_json
 from cerebrum.http import (
     MAX_BODY_BYTES,
     MAX_HEAD_BYTES,
@@ -30,7 +31,7 @@ from cerebrum.http import (
     scan_head,
     scan_request,
 )
-from cerebrum_common import Head, HttpError, parse_json
+from cerebrum_common import Head, HttpError
 
 HEAD = b"POST /v1/complete HTTP/1.1\r\nHost: pi:7000\r\nContent-Length: 5\r\n\r\n"
 

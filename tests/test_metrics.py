@@ -149,7 +149,7 @@ async def test_the_pi_counts_what_it_does() -> None:
         await reader.readuntil(b"total_tokens")
         assert (await scrape(pi))["cerebrum_completions_active",] == 1
         writer.transport.abort()
-        await until(lambda: not pi.gateway.active)
+        await until(lambda: not pi.gateway.dispatcher.active)
         assert (await pi.complete(max_tokens=0)).status == 400
         for path in ("/nothing", "/v1/models/nothing", f"/v1/models/{SMALL}", "/v1/complete"):
             await pi.get(path)

@@ -250,7 +250,7 @@ def test_reloads_and_the_end(systemd: Systemd, caplog: pytest.LogCaptureFixture,
 async def test_a_daemon_whose_probing_fails_ends_with_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fail(_: object) -> None:
+    async def fail(*_: object) -> None:
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
@@ -286,7 +286,7 @@ async def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path:
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
         running = asyncio.create_task(pi.stream())
         await backend.begun.wait()
-        await until(lambda: pi.gateway.active[0].came.tokens)
+        await until(lambda: pi.at(0)[0].tokens)
         await pi.server.stop(0.0)
         reply = await running
         assert not reply.clean

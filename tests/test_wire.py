@@ -24,6 +24,7 @@ import pytest
 from harness import HEALTH, KEY, Daemon, Reply, connect, daemon, read_reply
 
 import cerebrum_common as common
+from cerebrum.fields import parse_json
 from cerebrum.http import Access, Server, own_names
 from cerebrum.service import LogFormatter
 from cerebrum_common import HttpError, Request, Response, Route
@@ -351,13 +352,13 @@ async def simple(state: State, request: Request) -> Response:
 
 async def complete(state: State, request: Request) -> Response:
     state.calls.append(request)
-    return Response(request.json())
+    return Response(parse_json(request.body))
 
 
 async def stream(state: State, request: Request) -> Response:
     async def events() -> AsyncIterator[bytes]:
         yield common.sse_event({"token": "ä", "total_tokens": 1})
-        match request.json().get("fail"):
+        match parse_json(request.body).get("fail"):
             case "http":
                 raise HttpError("VPS_UNAVAILABLE", "expected more")
             case "bug":

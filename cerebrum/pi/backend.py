@@ -1,31 +1,39 @@
-"""One backend: its places, breaker, ratios, known models and counters. And `Job`, one completion in progress."""
+"""One backend: its breaker, its models, the prompts that fit, and its answers. Places are the dispatcher's."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import math
-import random
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
+from cerebrum.fields import Field, printable
 from cerebrum.pi import upstream
-from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, Wanted, members_of, read_listed, read_props
+from cerebrum.pi.breaker import Admission, Breaker
+from cerebrum.pi.completion import FINISHED, SUPERSEDED, WITHOUT_MODEL, Attempt, Fitted
+from cerebrum.pi.dialects import (
+    APIS,
+    DEFAULT_TOKENS,
+    LENGTH,
+    CompletionRequest,
+    Wanted,
+    members_of,
+    read_listed,
+    read_props,
+)
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
 from cerebrum.text.languages import BY_NAME
-from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Prepared, Ratio, prepare
-from cerebrum_common import FIM_LAYOUTS, Field, HttpError, Model, log, printable
+from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
+from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
 
 # --------------------------------------------------------------------------------------------- models
 
-TOLD = {
+LISTED = {
     "n_ctx": LENGTH,
     "loaded": Field(bool),
     "encoding": Field(str, 1, 100),
@@ -35,7 +43,7 @@ TOLD = {
 
 
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Parse vpsd's /v1/models: for each available model, the valid ones of the TOLD fields.
+    """Parse vpsd's /v1/models: for each available model, the valid ones of the LISTED fields.
 
     >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
     {'m': {'loaded': False}}
@@ -43,7 +51,7 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     listed, models = answer.get("models"), dict[str, dict[str, Any]]()
     for entry in map(members_of, listed if isinstance(listed, list) else ()):
         if isinstance(entry.get("id"), str) and entry.get("available") is not False:
-            models[entry["id"]] = {name: entry[name] for name, kind in TOLD.items() if kind.accepts(entry.get(name))}
+            models[entry["id"]] = {name: entry[name] for name, kind in LISTED.items() if kind.accepts(entry.get(name))}
     return models
 
 
@@ -62,61 +70,6 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
 
 DEFAULT_N_CTX = 4096  # until a backend reports its own
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
-BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
-WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
-WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
-NEVER_ASKED = "VPS backend has not been asked yet"
-BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
-SUPERSEDED = "SUPERSEDED"
-
-
-@dataclass(slots=True)
-class Came:
-    """What a job has received, and when, in seconds of `time.perf_counter`."""
-
-    started: float = field(default_factory=time.perf_counter)  # when the job was made
-    tokens: int = 0
-    size: int = 0  # bytes of text events
-    first: float = 0.0  # when the first token came
-    last: float = 0.0  # when the backend reported the answer as complete
-    reason: str = ""  # why the answer ended: one of cm4d.py's FINISHED, "other", or SUPERSEDED
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One completion: the client's request and its progress."""
-
-    fields: dict[str, Any]  # as `read_completion` in cm4d.py returns them
-    session: str = ""  # unique across clients; "" without one
-    end: Callable[[HttpError], None] = lambda _: None  # ends the request with this error, whatever it waits for
-    limit: float = math.inf  # bytes of text events that its client's API can take
-    kind: str = ""  # of a dialect's request: "infill", "completion" or "chat"; "" for our own API
-    client: str = ""  # the client's address, for a dialect's request
-    asked: float = field(default_factory=time.perf_counter)  # when the last client that shares it asked
-    notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
-    model: str = ""  # the id of the model chosen last
-    backend: Backend | None = None  # where it holds a place
-    ticket: int = 0  # of this backend's breaker
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it gives the place back
-    tried: list[Backend] = field(default_factory=list)  # backends that failed it
-    busy: list[Backend] = field(default_factory=list)  # backends that answered 429 to a dialect's request
-    pause: float = BUSY_SECONDS  # before the busy backends are asked again
-    without: list[tuple[Backend, str]] = field(default_factory=list)  # backends, and the models they could not load
-    failure: HttpError | None = None  # the most informative error so far
-    sent: Prepared = field(default_factory=lambda: Prepared({}, {}, 0))  # the part of its text that was sent last
-    n_ctx: int = 0  # the context in tokens that it was fitted to
-    room: int = 0  # tokens left there for the answer
-    came: Came = field(default_factory=Came)
-
-    @property
-    def superseded(self) -> bool:
-        """Whether a newer request of its session has ended this job."""
-        return self.came.reason == SUPERSEDED
-
-    def patience(self) -> float:
-        """Seconds that a dialect's request may still wait for a place."""
-        return self.asked + WAIT_SECONDS[self.kind] - time.perf_counter()
-
 
 # ------------------------------------------------------------------------------------------- prompts
 
@@ -153,89 +106,91 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def prepare(self, job: Job, n_ctx: int, layout: str, refused: TooLong | None) -> dict[str, Any]:
-        """Fit the job's prompt, or fit it again after it was refused, and return the fields of vpsd's request."""
-        fields, ratio, most = job.fields, self.ratio.get(job.model), sys.maxsize
+    def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
+        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`."""
+        request, model = attempt.request, attempt.model
+        fields, ratio, most = request.fields, self.ratio.get(model), sys.maxsize
         if refused:
             n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
-            ratio, most = self._refit(job, refused.extra.get("prompt_tokens", 0))
-        longest = n_ctx // 4 if job.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
+            ratio, most = self._refit(attempt, refused.extra.get("prompt_tokens", 0))
+        longest = n_ctx // 4 if request.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
         # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
         # must send the same text as the request that follows.
-        least = DEFAULT_TOKENS if job.kind else 0
+        least = DEFAULT_TOKENS if request.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
             budget = min(int(budget / SPARE), most)
-        job.sent = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(job), layout)
-        tokens = job.sent.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
-        job.n_ctx, job.room = n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+        text = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(request, model), layout)
+        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
-        if job.session:
-            passed["session"] = job.session
+        if request.session:
+            passed["session"] = request.session
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
-        return {**passed, **job.sent.body}
+        return Fitted({**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS)
 
-    def _max_fresh(self, job: Job) -> tuple[int | None, list[str]]:
-        """(the most tokens to read for this job, or None; the texts already read for its client and model)."""
-        speed, limit = self.speed.get(job.model, FIRST_SPEED), job.fields.get("prompt_ms", 0)
-        if limit <= 1 or not job.fields["max_tokens"]:
+    def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
+        """(the most tokens to read for a request, or None; the texts already read for its client and model)."""
+        speed, limit = self.speed.get(model, FIRST_SPEED), request.fields.get("prompt_ms", 0)
+        if limit <= 1 or not request.fields["max_tokens"]:
             return None, []
-        return int(speed * limit / 1000), [text for *who, text in self._read if who == [job.client, job.model]]
+        return int(speed * limit / 1000), [text for *who, text in self._read if who == [request.client, model]]
 
-    def _refit(self, job: Job, counted: int) -> tuple[float, int]:
+    def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many tokens. If the count is
         not plausible, the prompt becomes a quarter shorter."""
-        weight, ratio = job.sent.weight, self.ratio.get(job.model)
-        if self._is_plausible(job, counted):
-            self.ratio.learn(job.model, weight, counted)
+        weight, ratio = attempt.sent.text.weight, self.ratio.get(attempt.model)
+        if self._is_plausible(attempt, counted):
+            self.ratio.learn(attempt.model, weight, counted)
             return max(REFIT * weight / counted, MIN_RATIO), sys.maxsize
         return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
 
-    def _is_plausible(self, job: Job, counted: int) -> bool:
-        """Whether the job's prompt may have this many tokens. Another engine's count may be misread."""
-        estimated = job.sent.weight / self.ratio.get(job.model)
+    def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
+        """Whether the prompt that was sent may have this many tokens. Another engine's count may be misread."""
+        estimated = attempt.sent.text.weight / self.ratio.get(attempt.model)
         return counted > 0 and (not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE)
 
-    def learn(self, job: Job, result: Mapping[str, Any]) -> None:
+    def learn(self, attempt: Attempt, result: Mapping[str, Any]) -> None:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
-        if not self._is_plausible(job, counted):
+        if not self._is_plausible(attempt, counted):
             return
-        self.ratio.learn(job.model, job.sent.weight, counted)
+        model, text = attempt.model, attempt.sent.text
+        self.ratio.learn(model, text.weight, counted)
         read = counted - result.get("cached_tokens", 0)
         if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS:
             speed = read / seconds
-            self.speed[job.model] = self.speed.get(job.model, speed) * 0.75 + speed * 0.25
-        if job.kind in ("infill", "completion"):
+            self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
+        if attempt.request.kind in ("infill", "completion"):
             # Texts with the same beginning come from the same file: keep only the newest. With the suffix first, each
             # place in a file is a text of its own, so each client keeps few.
-            mine, beginning = (job.client, job.model), job.sent.above[:SAME_BEGINNING]
+            mine, beginning = (attempt.request.client, model), text.above[:SAME_BEGINNING]
             known = [one for one in self._read if one[:2] == mine and not one[2].startswith(beginning)]
             others = [one for one in self._read if one[:2] != mine]
-            self._read = [*others, *known[1 - MAX_CACHED_EACH :], (*mine, job.sent.above)][-MAX_CACHED:]
+            self._read = [*others, *known[1 - MAX_CACHED_EACH :], (*mine, text.above)][-MAX_CACHED:]
 
 
 # ------------------------------------------------------------------------------------------- the backend
 
 
 class Backend:
-    """One backend: what we know about it, and what it does for us. Owns its places, its breaker and its counts."""
+    """One backend: what we know about it, and its answers. Owns its breaker, its list of models and its counts."""
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: vpsd
-        self.breaker = Breaker(random.random)
         self.prompts = Prompts(is_engine=self.api is not None)
-        self.active: list[Job] = []  # jobs that hold a place
-        self.requests_total = self.requests_failed = 0
-        self.tokens = 0  # generated so far
-        self.warming: tuple[Job, asyncio.Task[None]] | None = None  # the prompt that it reads ahead; `Warming` sets it
+        self.requests_total = self.requests_failed = 0  # completions that were asked for
+        self.tokens, self.answering = 0, 0  # generated so far; requests that it answers now
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began
-        self.trouble = NEVER_ASKED  # the reason why the backend cannot be used; "" if there is none
         self.response_ms: float | None = None  # of the last successful probe
+        self._forget_host()
+
+    def _forget_host(self) -> None:
+        """Know nothing about the host behind the address."""
+        self.breaker = Breaker()  # results of requests to an earlier address go to the earlier breaker
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
@@ -251,8 +206,7 @@ class Backend:
     def adopt(self, other: Backend) -> None:
         """Take over the settings of another object with the same id and API. A new address is a new, unknown host."""
         if other.config.endpoint != self.config.endpoint:
-            self.breaker.reset()
-            self.trouble, self.models, self.names, self.models_loaded = NEVER_ASKED, None, {}, []
+            self._forget_host()
         self.upstream.close()
         self._configure(other.config, other._catalog, other.upstream)
         self._models_until = 0.0
@@ -260,45 +214,20 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        return not self.trouble and self.breaker.state != "open"
+        return not self.breaker.message
 
     @property
-    def message(self) -> str:  # why the backend is not available
-        return "" if self.available else self.trouble or BREAKER_OPEN
-
-    @property
-    def warms(self) -> bool:
+    def reads_ahead(self) -> bool:
         """Whether the backend reads prompts ahead: reading costs nothing."""
         return self.api is None or self.api.warms
-
-    @property
-    def may_warm(self) -> bool:
-        """Whether the backend may read a prompt ahead now, because it is idle."""
-        return self.warms and not self.active and not self.warming and self.breaker.state == "closed"
-
-    @property
-    def is_paid(self) -> bool:
-        """Whether the backend is probably a paid cloud service."""
-        return self.config.api == "openai" and self.config.endpoint.tls
-
-    @property
-    def running(self) -> list[Job]:
-        """The jobs that hold a place, without those superseded by a newer job of their session."""
-        return [job for job in self.active if not job.superseded]
-
-    def has_place(self, job: Job) -> bool:
-        """Whether there is a place for this job, which ends the older jobs of its session."""
-        if len(self.active) < self.limit:  # as nearly always
-            return True
-        return sum(other.session != (job.session or None) for other in self.running) < self.limit
 
     def has(self, model: str) -> bool:
         """Whether the backend may have a model. Without a list only vpsd may: others need their own name for it."""
         return self.api is None if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
-        told = (self.models or {}).get(model)
-        return int(told["n_ctx"]) if told else self.config.n_ctx or DEFAULT_N_CTX
+        known = (self.models or {}).get(model)
+        return int(known["n_ctx"]) if known else self.config.n_ctx or DEFAULT_N_CTX
 
     def layout(self, model: str) -> str:
         """How a gap's prompt is laid out for a model, see `arrange_gap`. With "spmv2", a prompt ends in the middle of a
@@ -310,23 +239,23 @@ class Backend:
     # Probing.
 
     async def probe(self) -> None:
-        """Update `trouble`, `response_ms` and `models`. Do not disturb another engine while it answers, which shows
+        """Update the breaker, `response_ms` and `models`. Do not disturb another engine while it answers, which shows
         that it is up: llama_cpp.server would abort the answer, and cannot respond while it reads a prompt."""
-        self.probed = started = time.monotonic()
-        self.breaker.expire(started)
-        if self.api and self.breaker.state == "closed" and (self.active or self.warming):
+        breaker, self.probed = self.breaker, time.monotonic()
+        breaker.expire(self.probed)
+        if self.api and breaker.state == "closed" and self.answering:
             return
         try:
             loaded = await self._ask_health()
             now = time.monotonic()
-            self.response_ms = round((now - started) * 1000, 1)
-            self.breaker.healthy(now)
-            if self.trouble or now >= self._models_until or loaded != self.models_loaded:
+            self.response_ms = round((now - self.probed) * 1000, 1)
+            breaker.healthy(now)
+            if breaker.trouble or now >= self._models_until or loaded != self.models_loaded:
                 await self.learn_models()
             self.models_loaded = list(self.models or ()) if self.api else loaded
-            self.found("")
+            self._learn_trouble("")
         except HttpError as error:
-            self.found(error.message)
+            self._learn_trouble(error.message)
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
@@ -342,15 +271,16 @@ class Backend:
                 raise
         return self.models_loaded
 
-    def found(self, trouble: str) -> None:
-        if trouble != self.trouble:
+    def _learn_trouble(self, trouble: str) -> None:
+        """Note that the backend has this trouble, or none, and log a change."""
+        if trouble != self.breaker.trouble:
             level = logging.WARNING if trouble else logging.INFO
             log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
-        self.trouble = trouble
+        self.breaker.trouble = trouble
 
     async def learn_models(self) -> None:
         """Fetch the list of models; without an answer the last list stays. HttpError if an engine never sent one."""
-        if self.api and self.active:
+        if self.api and self.answering:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
         try:
@@ -374,108 +304,122 @@ class Backend:
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
 
-    # Places.
+    def forget(self, model: str) -> None:
+        """Count this model as absent until the backend's next list."""
+        if self.models:
+            self.models.pop(model, None)
 
-    def take(self, job: Job, model: str) -> None:
-        """Give the job a place for a completion by this model; the breaker must admit it."""
-        ticket = self.breaker.admit(time.monotonic())
-        assert ticket is not None
-        job.model, job.backend, job.ticket, job.gone = model, self, ticket, asyncio.Event()
-        self.active.append(job)
-        self.requests_total += 1
+    # Answering.
 
-    def release(self, job: Job) -> None:
-        """Take the job's place back."""
-        self.active.remove(job)
-        self.breaker.left(job.ticket)
-        job.gone.set()
-        job.backend = None
-
-    def count(self, job: Job, tokens: int) -> None:
-        """Count tokens that came for a job; 0 for a complete answer without any. Both show that the backend works."""
-        self.tokens += tokens
-        if job.backend and (self.trouble or self.breaker.failures or job.ticket != self.breaker.generation):
-            job.ticket = self.breaker.succeeded(job.ticket)
-            if job.ticket == self.breaker.generation:  # otherwise the token may be from another address of the backend
-                self.found("")
-
-    # Completing.
+    async def answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:
+        """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those that
+        `Gateway.complete` lists, with a result of checked members. If the backend counts too many tokens, the prompt is
+        fitted again and sent once more. Every result goes to the breaker that has admitted the attempt."""
+        refused: TooLong | None = None
+        self.requests_total += not attempt.request.ahead
+        self.answering += 1
+        try:
+            while True:
+                try:
+                    async with self._send(attempt, refused) as pairs:
+                        async for kind, value in pairs:
+                            if kind == "text":
+                                attempt.size += len(value)
+                                if attempt.size > attempt.request.limit:
+                                    raise BackendFailure("its completion is too long")
+                                self._count(attempt, value.count(b"\n\n"))
+                            elif kind == "done":
+                                value = self._finish(attempt, value)
+                            yield kind, value
+                    return
+                except HttpError as error:
+                    self._refused(attempt, error)
+                    if attempt.tokens or refused or not isinstance(error, TooLong):
+                        self.requests_failed += error.code != SUPERSEDED and not attempt.request.ahead
+                        self._failed(attempt.admission, error)
+                        raise
+                    refused = error
+        finally:
+            self.answering -= 1
 
     @contextlib.asynccontextmanager
-    async def ask(self, job: Job, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Fit the job's prompt, again if it was `refused`, send it, and yield the answer: ("begun", None) at the start,
-        then the pairs described in `Gateway.complete`."""
-        asked = self.prompts.prepare(job, self.n_ctx(job.model), self.layout(job.model), refused)
-        model = self.names.get(job.model, job.model)
+    async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
+        """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
+        layout = self.layout(attempt.model)
+        attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused)
+        model = self.names.get(attempt.model, attempt.model)
         if self.api is None:
+            body = {"model": model, **sent.fields}
             async with (
-                self.upstream.ask("/v1/inference/stream", {"model": model, **asked}, upstream.EVENT_STREAM) as answer,
+                self.upstream.ask("/v1/inference/stream", body, upstream.EVENT_STREAM) as answer,
                 contextlib.aclosing(relay(answer, self.config.key)) as pairs,
             ):
                 yield pairs
             return
-        api, marked = self.api, self.fim.get(job.model)
+        api, marked = self.api, self.fim.get(attempt.model)
         fim = marked.fim if marked else ()
-        dialect = api.chat if "messages" in asked else api.infill if "suffix" in asked else api.complete
-        body = dialect.write(Wanted(asked, model, fim, self.layout(job.model), job.room))
-        translator = Translator(dialect, asked, [mark.strip() for mark in fim])
+        dialect = api.chat if "messages" in sent.fields else api.infill if "suffix" in sent.fields else api.complete
+        body = dialect.write(Wanted(sent.fields, model, fim, layout, sent.room))
+        translator = Translator(dialect, sent.fields, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
             yield pairs
 
-    def lost(self, job: Job, error: HttpError) -> None:
-        """Record that a completion with a place has ended with this error."""
-        self.requests_failed += error.code != SUPERSEDED
-        self.failed(job.ticket, error)
+    def _count(self, attempt: Attempt, tokens: int) -> None:
+        """Count tokens that came; 0 for a whole answer without any. Both show that the backend works."""
+        now, had_trouble = time.monotonic(), self.breaker.trouble
+        if not attempt.tokens and tokens:
+            attempt.first = now
+        attempt.tokens += tokens
+        self.tokens += tokens
+        attempt.admission.succeeded(now)
+        if had_trouble and not self.breaker.trouble:
+            log.info("%s: VPS backend is available", self.id)
 
-    def failed(self, ticket: int, error: HttpError) -> None:
-        """Record that a request to this backend has ended with this error."""
-        if isinstance(error, Misfit):
-            self.found(error.message)
+    def _finish(self, attempt: Attempt, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Learn from a whole answer, and return its result, without what no backend may set."""
+        result = upstream.read_result(done)
+        attempt.last, reason = time.monotonic(), result.get("finish_reason", "stop")
+        attempt.reason = reason if reason in FINISHED else "other"
+        self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))  # one event may hold several
+        self.prompts.learn(attempt, result)
+        return result
+
+    def _failed(self, admission: Admission, error: HttpError) -> None:
+        """Report an error that ended a request to this backend."""
+        breaker = admission.breaker
+        if isinstance(error, Misfit) and breaker is self.breaker:
+            self._learn_trouble(error.message)
         elif isinstance(error, BackendFailure):
-            self.breaker.failed(ticket, time.monotonic(), error.late)
-            log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
-            self.trouble = error.message
+            admission.failed(time.monotonic(), error.message, error.late)
+            log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
             self.wake.set()  # probe at once to see whether the backend is gone
 
-    def forget(self, model: str) -> None:
-        """Count this model as absent until the backend's next list."""
-        if self.models:
-            self.models.pop(model, None)
-
-    def refused(self, job: Job, error: HttpError) -> None:
-        """Record what a refusal says about a model."""
+    def _refused(self, attempt: Attempt, error: HttpError) -> None:
+        """Learn what a refusal says about a model."""
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        n_ctx = error.extra.get("n_ctx", 0)
-        if isinstance(error, TooLong) and 0 < n_ctx < job.n_ctx and self.models and job.model in self.models:
-            self.models[job.model]["n_ctx"] = n_ctx  # until the next list
+        n_ctx, known = error.extra.get("n_ctx", 0), (self.models or {}).get(attempt.model)
+        if isinstance(error, TooLong) and known and 0 < n_ctx < attempt.sent.n_ctx:
+            known["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
-        """Tokenize a text. `fields` and the result are those of llama-server's /tokenize."""
-        ticket = self.breaker.admit(time.monotonic()) or 0
-        asked, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
+        """Tokenize a text. `fields` and the result are those of llama-server's /tokenize. The breaker must admit it."""
+        admission = self.breaker.admit(time.monotonic())
+        body, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
         if not self.api:
-            asked = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
-            asked["model"] = self.names.get(model, model)
+            body = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
+            body["model"] = self.names.get(model, model)
         try:
-            answer = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, asked)
-            self.breaker.succeeded(ticket)
+            answer = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, body)
+            admission.succeeded(time.monotonic())
         except HttpError as error:
-            self.failed(ticket, error)
+            self._failed(admission, error)
             raise
         finally:
-            self.breaker.left(ticket)
+            admission.left()
         tokens = answer.get("tokens", [])
         return tokens if isinstance(tokens, list) else []
-
-
-def notes_of(job: Job) -> dict[str, Any]:
-    """The log's fields for a completion: its model, its tokens, and the seconds to the first token."""
-    notes: dict[str, Any] = {"model": job.model} if job.model else {}
-    if job.came.first:
-        notes |= {"tokens": job.came.tokens, "ttft": f"{job.came.first - job.came.started:.2f}s"}
-    return notes

@@ -1,97 +1,82 @@
-"""Circuit breaker: decides when to stop sending requests to a backend.
+"""A backend's circuit breaker: whether the backend works, and whether requests may be sent to it.
 
-    >>> breaker = Breaker(lambda: 0.5)
-    >>> for _ in range(3): breaker.failed(breaker.admit(0.0), 0.0)
-    >>> breaker.state, breaker.admits()
+    >>> breaker = Breaker()
+    >>> for now in (0.0, 1.0, 2.0): breaker.admit(now).failed(now, "VPS backend is unavailable")
+    >>> breaker.state, breaker.admits
     ('open', False)
 
-Pure: the caller passes in the time and the random numbers. Standard library only.
+Pure: the caller passes in the time, in monotonic seconds. Standard library only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 FAILURES_TO_OPEN = 3  # consecutive
 OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles the pause
-JITTER = 0.2  # +- this share of every pause, so that several Pis do not retry in step
 TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
 BREAKER_STATES = ("closed", "open", "half-open")
+NEVER_ASKED = "VPS backend has not been asked yet"
+BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
 
 class Breaker:
     """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
 
-    From half-open, a failed or overdue trial opens the breaker again for twice as long. `admit` returns a ticket, a
-    number that grows with every failure but a timeout, and with every change of state. A failure with an older ticket
-    does not count: it comes from before the change, or has the cause of a failure that was counted, such as the death
-    of one replica with many streams. `now` is in monotonic seconds.
+    From half-open, a failed or overdue trial opens the breaker again for twice as long. Only results change the state:
+    a request reports its own through its `Admission`, a probe through `healthy` and `trouble`.
     """
 
-    def __init__(self, chance: Callable[[], float]) -> None:
+    def __init__(self) -> None:
         self.state = "closed"
+        self.trouble = NEVER_ASKED  # the reason to ask another backend first; "" if there is none
         self.failures = 0  # consecutive
         self.opens = 0  # in total
-        self.generation = 1  # the ticket of a new request
-        self._changed = 1  # the first ticket of this state
-        self._chance = chance  # returns 0 to 1
-        self._pause = 0.0  # without jitter; 0 while closed
+        self.changed = -math.inf  # when the state changed
+        self.last_failure = -math.inf  # when the last failure came that may have been the cause of others
+        self.trial: Admission | None = None  # half-open: the only request that was admitted
+        self._pause = 0.0  # seconds; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
-        self._trial = False  # half-open: a trial is under way
 
+    @property
     def admits(self) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        return self.state == "closed" or (self.state == "half-open" and not self._trial)
+        return self.state == "closed" or (self.state == "half-open" and not self.trial)
 
-    def admit(self, now: float) -> int | None:
-        """A ticket for one request, or None if the request may not be sent."""
-        if not self.admits():
-            return None
+    @property
+    def message(self) -> str:
+        """Why the backend is not available; "" if it is."""
+        return self.trouble or (BREAKER_OPEN if self.state == "open" else "")
+
+    def admit(self, now: float) -> Admission:
+        """Send one request; the breaker must admit it."""
+        admission = Admission(self, now)
         if self.state == "half-open":
-            self._trial, self._until = True, now + TRIAL_SECONDS
-        return self.generation
-
-    def succeeded(self, ticket: int) -> int:
-        """A valid token arrived. Returns the ticket that the request carries from now on."""
-        if ticket < self._changed:
-            return ticket
-        self.failures = 0
-        if self.state == "half-open":
-            self.reset()
-        return self.generation
-
-    def failed(self, ticket: int, now: float, late: bool = False) -> None:
-        """The backend, or the network to it, failed this request. `late`: by a timeout, each of which counts."""
-        if ticket != self.generation:
-            return
-        self.failures += 1
-        self.generation += not late
-        if self.state == "half-open" or self.failures >= FAILURES_TO_OPEN:
-            self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
-            self._until = now + self._pause * (1 - JITTER + 2 * JITTER * self._chance())
-            self._change("open")
-            self.opens += 1
-
-    def left(self, ticket: int) -> None:
-        """The request ended without a verdict: refused, or abandoned by its client. Another trial may start."""
-        if ticket == self.generation:
-            self._trial = False
+            self.trial, self._until = admission, now + TRIAL_SECONDS
+        return admission
 
     def expire(self, now: float) -> None:
         """Count an overdue trial as failed."""
-        if self._trial and now >= self._until:
-            self.failed(self.generation, now)
+        if self.trial and now >= self._until:
+            self.trial.failed(now, BREAKER_OPEN)
 
     def healthy(self, now: float) -> None:
         """The backend answered a probe."""
         if self.state == "open" and now >= self._until:
-            self._change("half-open")
+            self.change("half-open", now)
 
-    def reset(self) -> None:
-        """Close it: the backend works, or another one has replaced it. Results from before count as late."""
-        self.failures, self._pause = 0, 0.0
-        self._change("closed")
+    def open(self, now: float) -> None:
+        """Stop sending requests, after a failed trial for twice as long as before."""
+        self._pause = min(self._pause * 2 or OPEN_SECONDS, MAX_OPEN_SECONDS)
+        self._until = now + self._pause
+        self.opens += 1
+        self.change("open", now)
+
+    def change(self, state: str, now: float) -> None:
+        self.state, self.changed, self.trial = state, now, None
+        if state == "closed":
+            self._pause = 0.0
 
     def retry_in(self, now: float) -> float:
         """Seconds until a good /health counts; 0 unless open."""
@@ -102,7 +87,37 @@ class Breaker:
         retry = round(self.retry_in(now), 3)
         return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
 
-    def _change(self, state: str) -> None:
-        self.state, self._trial = state, False
-        self.generation += 1
-        self._changed = self.generation
+
+class Admission:
+    """One request that a breaker has admitted, and its results. `heard` is the time when the request was sent, later
+    the time of its last token: a result that is older than a change of state does not count."""
+
+    def __init__(self, breaker: Breaker, now: float) -> None:
+        self.breaker, self.heard = breaker, now
+
+    def succeeded(self, now: float) -> None:
+        """A valid token arrived, or a whole answer without any."""
+        breaker = self.breaker
+        if self.heard >= breaker.changed:
+            self.heard, breaker.failures, breaker.trouble = now, 0, ""
+            if breaker.state == "half-open":
+                breaker.change("closed", now)
+
+    def failed(self, now: float, trouble: str, late: bool = False) -> None:
+        """The backend, or the network to it, failed this request. A request that was sent before the last failure has
+        the same cause, such as the death of one replica with many streams. `late`: by a timeout; each of these counts.
+        """
+        breaker = self.breaker
+        if self.heard < max(breaker.changed, breaker.last_failure):
+            return
+        breaker.failures += 1
+        breaker.trouble = trouble
+        if not late:
+            breaker.last_failure = now
+        if breaker.state == "half-open" or breaker.failures >= FAILURES_TO_OPEN:
+            breaker.open(now)
+
+    def left(self) -> None:
+        """The request ended, maybe without a verdict: refused, or abandoned by its client. Another trial may start."""
+        if self.breaker.trial is self:
+            self.breaker.trial = None

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.backend import SUPERSEDED, Job, notes_of
-from cerebrum.pi.sharing import Sharing
+from cerebrum.pi.broadcast import Broadcasts
+from cerebrum.pi.completion import SUPERSEDED, Completion
 from cerebrum.pi.upstream import COUNT
-from cerebrum_common import Field, HttpError, Model
+from cerebrum_common import HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
 ACCEPTED = {"characters": Field(int, 1, 10**6, required=True)}  # what an editor reports
@@ -40,13 +41,14 @@ class History:
 
 
 class Counting:
-    """Owns the totals of completions. `sharing` counts those that it serves without a backend."""
+    """Owns the totals of completions. `broadcasts` counts those that it serves without a backend."""
 
-    def __init__(self, sharing: Sharing, models: Sequence[Model]) -> None:
-        self._sharing = sharing
-        self.started = self.failed = self.tokens = 0  # completions that were computed, those that failed, and tokens
+    def __init__(self, broadcasts: Broadcasts, models: Sequence[Model]) -> None:
+        self._broadcasts = broadcasts
+        self.started = self.failed = 0  # completions that were computed, and those that failed
         self.accepted = self.accepted_characters = 0  # completions that editors' users accepted, and their length
         self.tallies: dict[str, Tally] = {}  # by model
+        self.running: set[Completion] = set()
         self.history = History(time.monotonic())
         self.add_models(models)
 
@@ -57,10 +59,13 @@ class Counting:
     @property
     def requests(self) -> int:
         """Completions that were asked for, computed or not."""
-        return self.started + self._sharing.shared + self._sharing.type_through
+        return self.started + self._broadcasts.shared + self._broadcasts.type_through
 
-    def add_tokens(self, count: int) -> None:
-        self.tokens += count
+    @property
+    def tokens(self) -> int:
+        """Tokens that came, also of completions that still run."""
+        running = sum(one.attempts[-1].tokens for one in self.running if one.attempts)
+        return running + sum(tally.tokens for tally in self.tallies.values())
 
     def accept(self, characters: int) -> dict[str, int]:
         """Count an accepted completion, and return the totals."""
@@ -73,9 +78,10 @@ class Counting:
         self.history.sample(time.monotonic(), (self.requests, self.failed, self.tokens))
 
     @contextlib.asynccontextmanager
-    async def completion(self, job: Job) -> AsyncIterator[None]:
+    async def completion(self, completion: Completion) -> AsyncIterator[None]:
         """Count the start and the end of a completion, and note its figures for the log."""
         self.started += 1
+        self.running.add(completion)
         reason = CANCELLED
         try:
             yield
@@ -84,20 +90,21 @@ class Counting:
             self.failed += reason != SUPERSEDED
             raise
         finally:
-            job.notes |= notes_of(job)
-            tally, came = self.tallies.setdefault(job.model or "none", Tally()), job.came
-            tally.end(came.reason or reason)
-            tally.tokens += came.tokens
-            if came.first:
-                # The time of the last token is known only for a complete answer.
-                last, tokens = (came.last, came.tokens) if came.last else (came.first, 1)
-                tally.spoke(came.first - came.started, last - came.started, tokens)
+            self.running.discard(completion)
+            completion.notes |= completion.figures()
+            tally, last = self.tallies.setdefault(completion.model or "none", Tally()), completion.attempt
+            tally.end((last and last.reason) or reason)
+            if last and last.first:
+                tally.tokens += last.tokens
+                # The time of the last token is known only for a whole answer.
+                until, tokens = (last.last, last.tokens) if last.last else (last.first, 1)
+                tally.spoke(last.first - completion.started, until - completion.started, tokens)
 
-    def work(self, job: Job, told: Mapping[str, Any]) -> None:
-        """Count the work that the job's backend reports."""
+    def work(self, model: str, result: Mapping[str, Any]) -> None:
+        """Count the work that a backend reports."""
         names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
-        prompt, cached, drafted, accepted = (told[name] if COUNT.accepts(told.get(name)) else 0 for name in names)
-        tally = self.tallies[job.model]
+        prompt, cached, drafted, accepted = (result[name] if COUNT.accepts(result.get(name)) else 0 for name in names)
+        tally = self.tallies[model]
         tally.prompt_tokens += max(0, prompt - cached)
         tally.cached_tokens += cached
         tally.draft_tokens += drafted

@@ -1,15 +1,15 @@
 """Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
 
 A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, the
-request in fields like those of our own API (`Asked`), and the answer in the client's format (`Reply`), whole or as a
-stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content of
-each event of its stream (`Delta`).
+a `CompletionRequest` with fields like those of our own API, and the answer in the client's format (`Reply`), whole or
+as a stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content
+of each event of its stream (`Delta`).
 
     >>> from cerebrum.pi.dialects import INFILL
-    >>> asked = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
-    >>> asked.fields["prompt"]
+    >>> request = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
+    >>> request.fields["prompt"]
     'def add(a, b):\\n    return '
-    >>> reply = INFILL.reply(asked, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
+    >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:28]
     b'{"index":0,"content":"a + b"'
 
@@ -31,10 +31,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cerebrum.fields import Field, describe, read_fields, read_objects
 from cerebrum.text.prompt import arrange_gap
-from cerebrum_common import Field, HttpError, compact, describe, read_fields, read_objects, sse_block
+from cerebrum_common import HttpError, compact, sse_block
 
-# ----------------------------------------------------------------------------------------- what is asked
+# -------------------------------------------------------------------------------------------- requests
 
 MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a limit above MAX_TOKENS is lowered to it
 MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
@@ -73,16 +74,28 @@ STREAM_OPTIONS = {"include_usage": FLAG}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A client's request. `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]),
-    `extra` ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit)."""
+class CompletionRequest:
+    """What a client asks for, in a dialect or by our own API. Nobody changes it.
 
-    kind: str  # "infill", "completion" or "chat"
+    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra` ([{"filename",
+    "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit)."""
+
+    kind: str  # "infill", "completion" or "chat"; "" for our own API
     fields: dict[str, Any]
     stream: bool = False
     usage: bool = False  # the stream ends with token counts
     caching: bool = False  # the client accepts the text of an earlier completion
     only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
+    client: str = ""  # the client's address, for a dialect's request
+    session: str = ""  # unique across clients; "" without one
+    limit: float = math.inf  # bytes of text events that the client can take
+    ahead: bool = False  # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
+
+    @property
+    def file(self) -> str:
+        """A name for the session, or else for the client and its file. The backend that last served it probably has the
+        beginning of the prompt in its cache."""
+        return self.session or f"{self.client} {self.fields.get('filename') or ''}".lstrip()
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
@@ -270,17 +283,17 @@ def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -
     return ask_text(fields | names, prefix, suffix, infill=True)
 
 
-def read_text_completion(members: Mapping[str, Any]) -> Asked:
+def read_text_completion(members: Mapping[str, Any]) -> CompletionRequest:
     """POST /v1/completions: OpenAI's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
     fields = read_sampling(read, members) | {"filename": read["filename"]}
     infill = "suffix" in members  # at the end of a file, the suffix is empty
     kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"], infill)
-    return Asked(kind, fields, read["stream"], wants_usage(members))
+    return CompletionRequest(kind, fields, read["stream"], wants_usage(members))
 
 
-def read_chat(members: Mapping[str, Any]) -> Asked:
+def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
     """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, OPENAI_FIELDS)
@@ -288,7 +301,7 @@ def read_chat(members: Mapping[str, Any]) -> Asked:
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
     fields = read_sampling(read, members, temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
-    return Asked("chat", fields, read["stream"], wants_usage(members))
+    return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
 
 def read_llama(members: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,15 +321,15 @@ def read_only(members: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def read_completion(members: Mapping[str, Any]) -> Asked:
+def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
     """POST /completion: llama-server's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
     read = read_fields(members, LLAMA_FIELDS)
     kind, fields = ask_prompt(read_llama(members, read), read_prompt(members), suffix="", infill=False)
-    return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+    return CompletionRequest(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
 
 
-def read_infill(members: Mapping[str, Any]) -> Asked:
+def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
@@ -324,7 +337,7 @@ def read_infill(members: Mapping[str, Any]) -> Asked:
     fields = read_llama(members, read) | {"extra": [file for file in files if file["text"]]}
     prefix = read["input_prefix"] + read_prompt(members)
     kind, fields = ask_text(fields, prefix, read["input_suffix"], infill=True)
-    return Asked(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+    return CompletionRequest(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
 
 
 # ------------------------------------------------------------------------------------------------ replies
@@ -356,8 +369,8 @@ class Reply:
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, asked: Asked, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
-        self.asked, self.id, self.created, self.begun = asked, request_id, created, begun
+    def __init__(self, request: CompletionRequest, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
+        self.request, self.id, self.created, self.begun = request, request_id, created, begun
         self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
 
     def begin(self) -> bytes:
@@ -383,13 +396,13 @@ class Reply:
 
     def end(self, result: Mapping[str, Any]) -> bytes:
         """The events after the last text, for a native result."""
-        last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **told(result)))
-        counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.asked.usage else b""
+        last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **marks(result)))
+        counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.request.usage else b""
         return last + counts + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         """The answer in one piece."""
-        more = {"usage": usage(result), **told(result)}
+        more = {"usage": usage(result), **marks(result)}
         return compact(self.frame(self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more))
 
 
@@ -419,13 +432,13 @@ class LlamaReply(Reply):
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
         answer = self.members(text, result)
-        if self.asked.only is None:
+        if self.request.only is None:
             return compact(answer)
         chosen: dict[str, Any] = {}
         if result.get("finish_reason") == "replaced":
             del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
             chosen["replaced"] = True
-        for path in self.asked.only:
+        for path in self.request.only:
             value: Any = answer
             for name in path.split("/"):
                 value = members_of(value).get(name)
@@ -434,7 +447,7 @@ class LlamaReply(Reply):
         return compact(chosen)
 
     def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        fields, written = self.asked.fields, result.get("total_tokens", 0)
+        fields, written = self.request.fields, result.get("total_tokens", 0)
         read, cached = result.get("prompt_tokens", 0), result.get("cached_tokens", 0)
         return {
             "index": 0,
@@ -456,14 +469,14 @@ class LlamaReply(Reply):
             "stopping_word": "",
             "tokens_cached": read + written,
             "timings": timings(read - cached, written, cached, result),
-            **told(result),
+            **marks(result),
         }
 
 
-def told(result: Mapping[str, Any]) -> dict[str, Any]:
+def marks(result: Mapping[str, Any]) -> dict[str, Any]:
     """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over."""
-    marks = {"type_through": result.get("type_through"), "replaced": result.get("finish_reason") == "replaced"}
-    return {name: True for name, holds in marks.items() if holds}
+    given = {"type_through": result.get("type_through"), "replaced": result.get("finish_reason") == "replaced"}
+    return {name: True for name, holds in given.items() if holds}
 
 
 def timings(read: int, written: int, cached: int, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -683,12 +696,12 @@ OVERFLOW = re.compile(
 def read_overflow(error: Any) -> dict[str, int] | None:
     """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of {"n_ctx",
     "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a sentence, which may be misread."""
-    told = members_of(error)
-    sentence = OVERFLOW.search(text_of(told.get("message", error)))
+    members = members_of(error)
+    sentence = OVERFLOW.search(text_of(members.get("message", error)))
     n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)
-    lengths = {"n_ctx": told.get("n_ctx", n_ctx), "prompt_tokens": told.get("n_prompt_tokens", counted)}
+    lengths = {"n_ctx": members.get("n_ctx", n_ctx), "prompt_tokens": members.get("n_prompt_tokens", counted)}
     if not N_CTX.accepts(lengths["n_ctx"]):
-        if TOO_LONG not in (told.get("code"), told.get("type")):
+        if TOO_LONG not in (members.get("code"), members.get("type")):
             return None
         del lengths["n_ctx"]
     return {name: length for name, length in lengths.items() if LENGTH.accepts(length)}
@@ -702,7 +715,7 @@ class Dialect:
     """One kind of request, in both directions. An engine is asked at the first of `paths`; clients use all of them."""
 
     paths: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Asked]
+    read: Callable[[Mapping[str, Any]], CompletionRequest]
     reply: type[Reply]
     write: Callable[[Wanted], dict[str, Any]]
     read_event: Callable[[Mapping[str, Any]], Delta]

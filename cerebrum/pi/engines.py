@@ -4,8 +4,8 @@
 piece is complete, which these engines do not do.
 
     >>> from cerebrum.pi.dialects import OPENAI_TEXT
-    >>> asked = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
-    >>> translator = Translator(OPENAI_TEXT, asked, [])
+    >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
+    >>> translator = Translator(OPENAI_TEXT, fields, [])
     >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
@@ -54,23 +54,23 @@ class Characters:
 
 class Translator:
     """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at the engine's own end,
-    or earlier, where the requested piece is complete. `asked` has the fields of vpsd's request."""
+    or earlier, where the requested piece is complete. `fields` are those of vpsd's request."""
 
-    def __init__(self, dialect: Dialect, asked: Mapping[str, Any], marks: Sequence[str]) -> None:
+    def __init__(self, dialect: Dialect, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
-        turns = asked.get("messages") or ()
-        given = [asked.get("prompt", ""), asked.get("suffix", ""), *(turn["content"] for turn in turns)]
+        turns = fields.get("messages") or ()
+        given = [fields.get("prompt", ""), fields.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
         above = "" if turns else given[0]
-        where = asked["mode"], asked.get("language"), above, asked.get("suffix"), asked.get("stop_at", "auto")
+        where = fields["mode"], fields.get("language"), above, fields.get("suffix"), fields.get("stop_at", "auto")
         self.read_event = dialect.read_event
-        self.ending = Ending(*where, asked.get("indent", 0), [*asked.get("stop", ()), *marks])
+        self.ending = Ending(*where, fields.get("indent", 0), [*fields.get("stop", ()), *marks])
         self.characters = Characters()
-        self.most = asked.get("max_tokens") or MAX_TOKENS
-        self.limit = asked.get("predict_ms", 0) / 1000  # seconds; 0: none
-        self.progress = asked.get("progress", False)
+        self.most = fields.get("max_tokens") or MAX_TOKENS
+        self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
+        self.progress = fields.get("progress", False)
         self.counting: Mapping[str, Any] = {}  # the last event that counts tokens
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.began = 0.0  # when the first event with text came
@@ -113,8 +113,8 @@ class Translator:
         if members is None:
             raise BackendFailure("it sent an event that is not JSON")
         if error := members.get("error"):
-            if not self.tokens and (told := read_overflow(error)) is not None:
-                raise TooLong(upstream.LONG_PROMPT, told)
+            if not self.tokens and (lengths := read_overflow(error)) is not None:
+                raise TooLong(upstream.LONG_PROMPT, lengths)
             raise BackendFailure("it reported an error")
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
@@ -160,8 +160,8 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        told = read_counts(self.counting)
-        counts = {name: value for name, value in told.items() if upstream.ENGINE_RESULT[name].accepts(value)}
+        counts = read_counts(self.counting)
+        counts = {name: value for name, value in counts.items() if upstream.ENGINE_RESULT[name].accepts(value)}
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 
@@ -183,25 +183,27 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
         yield "idle", None
     yield "begun", None
     while not translator.done:
-        payload = None
+        block, is_silent, has_ended = b"", False, False
         try:
             async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
-                payload = await answer.read()
+                data = await answer.read()
+            has_ended = not data
+            block = events.feed(data or b"\n\n")  # some engines omit the blank line after their last event
         except TimeoutError:
-            pass
+            is_silent = True
         except BackendFailure:
             if not translator.reason:
                 raise
-        # Some engines omit the blank line after their last event.
-        block, came = events.feed(b"\n\n" if payload == b"" else payload or b""), now()
+            is_silent = True
+        came = now()
         for pair in translator.feed(block, came):
             spoke = now()
             yield pair
         silence = came - translator.lived
         if not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
             raise BackendFailure(upstream.LATE)
-        is_late = translator.reason and (payload is None or silence >= COUNTS_SECONDS)
-        if not translator.done and (payload == b"" or is_late):
+        is_late = translator.reason and (is_silent or silence >= COUNTS_SECONDS)
+        if not translator.done and (has_ended or is_late):
             yield translator.end()
         elif now() - spoke >= ALIVE_SECONDS:
             spoke = now()

@@ -1,4 +1,4 @@
-"""All backends: the list, the choice of one for a request, and the probes that keep their state up to date."""
+"""All backends: the list, the models that they have, and the probes that keep their state up to date."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cerebrum.pi.backend import BREAKER_OPEN, NEVER_ASKED, Backend, Job
+from cerebrum.pi.backend import Backend
 from cerebrum.pi.upstream import BackendConfig
-from cerebrum_common import HttpError, Model, describe
+from cerebrum_common import Model
 
 PROBE_SECONDS = 5.0  # between two probes, +- 20 %
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
-MAX_SERVED = 512  # sessions and files, each with the backend that served it last
 
 Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
 Options = Sequence[tuple[str, Sequence[Backend]]]  # models, best first, each with the backends that have it
@@ -46,27 +45,18 @@ def rank_models(
     return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
 
 
-def cache_key(job: Job) -> str:
-    """A name for the job's session, or else for its client and file. The backend that last served this key probably has
-    the beginning of the prompt in its cache."""
-    return job.session or f"{job.client} {job.fields.get('filename') or ''}".lstrip()
-
-
 def first_there(backends: Sequence[Backend]) -> Backend:
     """The first available backend, or else the first."""
     return next((backend for backend in backends if backend.available), backends[0])
 
 
 class Fleet:
-    """Owns the list of backends, and remembers which one served a file last. `is_fair` says whether a job may take one
-    of the last free places of some backends, and `probed` is called with a backend after each of its probes."""
+    """Owns the list of backends and the tasks that probe them."""
 
-    def __init__(self, is_fair: Callable[[Job, Sequence[Backend]], bool], probed: Callable[[Backend], None]) -> None:
-        self._is_fair, self._probed = is_fair, probed
+    def __init__(self) -> None:
         self.backends: list[Backend] = []
         self._catalog: Sequence[Model] = ()
         self._prefer: Preferences = {}
-        self._served: dict[str, Backend] = {}  # the last backend of each session or file, by `cache_key`
         self._replaced = asyncio.Event()
 
     def replace(self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences) -> None:
@@ -78,14 +68,11 @@ class Fleet:
             if old := known.get((new.id, new.config.api)):
                 old.adopt(new)
                 backends[number] = old
-        gone = [backend for backend in self.backends if backend not in backends]
+        removed = [backend for backend in self.backends if backend not in backends]
         self.backends, self._catalog, self._prefer = backends, catalog, prefer
-        self._served = {key: backend for key, backend in self._served.items() if backend not in gone}
-        for backend in gone:
+        for backend in removed:
             backend.wake.set()  # ends its probing
             backend.upstream.close()
-            if backend.warming:
-                backend.warming[1].cancel()
         self._replaced.set()
 
     # State.
@@ -104,8 +91,8 @@ class Fleet:
         """Why no backend is available."""
         if self.available:
             return ""
-        named = [f"{backend.id}: {backend.message}" for backend in self.backends]
-        return "; ".join(named) if len(named) > 1 else self.first.message
+        named = [f"{backend.id}: {backend.breaker.message}" for backend in self.backends]
+        return "; ".join(named) if len(named) > 1 else self.first.breaker.message
 
     @property
     def models(self) -> dict[str, dict[str, Any]] | None:
@@ -120,23 +107,23 @@ class Fleet:
 
     # Probing.
 
-    async def probe_forever(self) -> None:
-        """Keep each backend's state up to date: probe every 5 s, and when woken."""
+    async def probe_forever(self, probed: Callable[[], object]) -> None:
+        """Keep each backend's state up to date: probe every 5 s, and when woken. Call `probed` after each probe."""
         async with asyncio.TaskGroup() as group:
-            probed = set[Backend]()
+            watched = set[Backend]()
             while True:
-                for backend in set(self.backends) - probed:
-                    group.create_task(self._probe_forever(backend))
-                probed = set(self.backends)
+                for backend in set(self.backends) - watched:
+                    group.create_task(self._probe_forever(backend, probed))
+                watched = set(self.backends)
                 self._replaced.clear()
                 await self._replaced.wait()
 
-    async def _probe_forever(self, backend: Backend) -> None:
+    async def _probe_forever(self, backend: Backend, probed: Callable[[], object]) -> None:
         while backend in self.backends:
             backend.wake.clear()
             await backend.probe()
-            self._probed(backend)
-            delay = (PAID_PROBE_SECONDS if backend.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
+            probed()
+            delay = (PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
             delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -162,60 +149,12 @@ class Fleet:
 
     def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        asked, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
-        if asked is not None:
-            ids = [asked]
+        model, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
+        if model is not None:
+            ids = [model]
         else:
             ids = rank_models(self._catalog, self._prefer, language, mode, self.models, any_language)
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
             options = [(ids[0], [backend for backend in self.backends if backend.api is None])]
         return options
-
-    def choose(self, job: Job) -> tuple[str, Backend] | None:
-        """The model and the backend for a job; None if no place is free for it. HttpError if no backend may be asked.
-        Backends with a known problem are asked only if there are no others. Of the backends with a free place, take the
-        one that probably has the beginning of the prompt in its cache, or else the least busy one. A dialect's job may
-        wait for the end of another one's trial: somebody who types ends one trial after the other."""
-        options = self.who_may(job.fields, bool(job.kind))
-        able = [backend for backend in self.backends if any(backend in having for _, having in options)]
-        able = [backend for backend in able if backend not in (*job.tried, *job.busy)]
-        usable = [backend for backend in able if backend.breaker.admits()]
-        usable = [backend for backend in usable if not backend.trouble] or usable
-        if not usable:
-            if job.kind and job.patience() > 0 and any(one.breaker.state == "half-open" for one in able):
-                return None
-            raise job.failure or self._nobody(options)
-        if not self._is_fair(job, usable):
-            return None
-        last = self._served.get(cache_key(job))
-        free = [backend for backend in usable if backend.has_place(job)]
-        for model, having in options:
-            if best := [backend for backend in free if backend in having]:
-                return model, last if last in best else min(best, key=lambda one: len(one.active) / one.limit)
-        return None
-
-    def _nobody(self, options: Options) -> HttpError:
-        if any(having for _, having in options):
-            return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-        if unknown := [backend for backend in self.backends if backend.models is None]:
-            return HttpError("VPS_UNAVAILABLE", next((one.message for one in unknown if one.message), NEVER_ASKED))
-        expected, got = ", ".join(self.models or ()), describe(options[0][0])
-        return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
-
-    def remember_served(self, job: Job, backend: Backend) -> None:
-        """Remember that this backend gets the job's prompt."""
-        if key := cache_key(job):
-            self._served.pop(key, None)
-            self._served[key] = backend
-            if len(self._served) > MAX_SERVED:
-                del self._served[next(iter(self._served))]
-
-    def has_another(self, backend: Backend, job: Job) -> bool:
-        """Whether a backend that could not load the job's model has another model for this job."""
-        job.without.append((backend, job.model))
-        options = self.who_may(job.fields, bool(job.kind))
-        others = [id for id, _ in options if backend.has(id) and (backend, id) not in job.without]
-        if others:
-            backend.forget(job.model)
-        return bool(others)

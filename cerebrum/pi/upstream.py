@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cerebrum.fields import Field, parse_json
 from cerebrum.http import READ_BYTES, STATUS_LINE, BodyDecoder, is_ip_literal, parse_framing, parse_headers, scan_head
 from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, members_of, read_overflow
 from cerebrum.settings import ConfigError, Environment, read_table
-from cerebrum_common import Field, HttpError, parse_json, request_id_var, sse_event
+from cerebrum_common import HttpError, request_id_var, sse_event
 
 # --------------------------------------------------------------------------------------- configuration
 
@@ -58,6 +59,11 @@ class BackendConfig:
     ca_file: str = ""  # of a private certificate authority
     n_ctx: int = 0  # tokens; 0: as the backend reports
     infill: str = "fim"  # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether the backend is probably a paid cloud service."""
+        return self.api == "openai" and self.endpoint.tls
 
 
 def parse_url(text: str, name: str) -> Endpoint:
@@ -135,8 +141,8 @@ def blamed(reason: str) -> Iterator[None]:
 class TooLong(HttpError):
     """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
 
-    def __init__(self, message: str, told: Mapping[str, int]) -> None:
-        super().__init__("INVALID_REQUEST", message, extra=told)
+    def __init__(self, message: str, lengths: Mapping[str, int]) -> None:
+        super().__init__("INVALID_REQUEST", message, extra=lengths)
 
 
 LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
@@ -200,8 +206,8 @@ def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
         return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
     if status == 429:
         return HttpError("RATE_LIMIT", "VPS backend has too many requests; try again later")
-    if status in (400, 413, 422) and (told := read_overflow(error)) is not None:
-        return TooLong(LONG_PROMPT, told)
+    if status in (400, 413, 422) and (lengths := read_overflow(error)) is not None:
+        return TooLong(LONG_PROMPT, lengths)
     if status == 503 and members_of(error).get("message") == "Loading model":
         return Misfit("VPS_UNAVAILABLE", "VPS backend is loading its model")
     if status not in range(400, 500) and status != 501:

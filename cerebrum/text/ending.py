@@ -31,6 +31,7 @@ from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_bl
 # (`reason`; then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
+COMMENT_CHARS = 200  # a longer comment is not waited for: more often than not it is outside the block
 FUNCTION = re.compile(r"(?:async\s+)?def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
@@ -43,7 +44,8 @@ CODE = re.compile(
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
-SHELLS = frozenset({"bash", "sh", "shell", "console", "text", "plaintext", "output", "powershell", "zsh"})
+# An answer's blocks in these are not the code, unless there are no others.
+BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
 PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
@@ -137,12 +139,6 @@ class StopStrings(Stage):
             for char in stop[1:]:
                 borders.append(matched(stop, borders, borders[-1], char))
         self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
-        self.starts = {stop[0] for stop in stops}
-
-    def feed(self, piece: str) -> tuple[str, str | None]:
-        if not any(self.sizes) and self.starts.isdisjoint(piece):
-            return piece, None  # nearly every piece of a text
-        return super().feed(piece)
 
     def step(self, char: str) -> None:
         self.text.append(char)
@@ -228,8 +224,8 @@ class Block(Stage):
         function = scanner.language.function
         header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
         self.helper = re.compile(header) if function else NOTHING
-        self.unread, self.code = prompt, list[str]()  # the prompt, until it is searched; the line's code
-        self.called, self.defined = set[str](), set[str]()  # functions
+        self.code: list[str] = []  # the line's code
+        self.called, self.defined = set[str](), set(self.helper.findall(prompt))  # functions
 
     def outside(self, word: str) -> str | None:
         """The reason to end before the line that begins with `word`; "" for none; None while that is undecided."""
@@ -245,14 +241,14 @@ class Block(Stage):
         self.scanner.step(char)
         if self.scanner.language.function and not self.scanner.closer:
             self.code.append(char)
-        reason: str | None = None
+        reason: str | None = ""
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
         elif char == "\n" and not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines):
             line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
             if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
-            if not reason:
+            if reason == "":  # the line is inside; None: a comment that waits
                 self.mark = len(self.text) if line else self.mark
                 self._note_calls()
                 reason = self.ended(line)
@@ -273,18 +269,11 @@ class Block(Stage):
         """Read the calls and definitions in the code of a line."""
         line = "".join(self.code)
         self.code.clear()
-        called = set(CALL.findall(line)) - self.defined
-        if called and self.unread:
-            self.defined.update(self.helper.findall(self.unread))
-            self.unread = ""
         self.defined.update(self.helper.findall(line))
-        self.called |= called
-        self.called -= self.defined
+        self.called = (self.called | set(CALL.findall(line))) - self.defined
 
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
-        if not self.called:
-            return "block"
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
         begun = word.partition(f"{self.scanner.language.function} ")[2].lstrip()  # the start of the function's name
@@ -307,7 +296,8 @@ class LineBlock(Block):
     the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
     decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line, in SQL after
     a semicolon. If only white space precedes the cursor in its line, the indentation of the first line written shows
-    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it.
+    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it. A
+    less indented comment below a blank line waits for the next line of code and is inside if that is.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -322,6 +312,7 @@ class LineBlock(Block):
         self.closed = False  # a closing line has been written
         self.member = False  # only the next member of a class is asked for ...
         self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
+        self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
         last = prompt.rstrip().rpartition("\n")[2]
         self.open_ended = bool(language.blocks != "lines" and language.imports.match(last)) or last.startswith("#!")
         self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
@@ -358,6 +349,7 @@ class LineBlock(Block):
 
     def outside(self, word: str) -> str | None:
         scanner, language = self.scanner, self.scanner.language
+        self.waiting = False
         if scanner.in_comment and (self.base is None or not self.blank):
             return ""  # a comment right below code belongs to it
         if any(opener != word and opener.startswith(word) for opener, _ in scanner.comments):
@@ -372,6 +364,10 @@ class LineBlock(Block):
         if self.level > self.base:
             self.deep = self.begun
             return self._goes_on(word) if self.statement and self.level <= self.top else ""
+        comment = self.blank and word.startswith(language.comment_starts)
+        if comment and len(self.text) - self.mark < COMMENT_CHARS:
+            self.waiting = True
+            return None
         if self.level < self.base:
             return "block"
         if self.member and not self.deep and (not self.begun or not self.blank):
@@ -379,6 +375,9 @@ class LineBlock(Block):
         if language.colons:
             return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
         return self._closes(word)
+
+    def flush(self, whole: bool) -> str:
+        return self.cut(self.sent, self.mark if self.waiting else None)
 
     def _closes(self, word: str) -> str | None:
         """`outside` for a line that may close the block, continue it, or be the next thing."""
@@ -413,7 +412,6 @@ class BracketBlock(Block):
         self.statement = False  # the block is a statement or signature in progress
         self.clauses = False  # an `else` or the like may go on with the block
         self.call = False  # the block is an argument of a call, whose result may be used on the next line
-        self.decorator = False  # the block is an argument of a decorator
         self.closed = False  # the block has ended, but the next line may still belong to it
         language, head = scanner.language, scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket.kind == "{"]
@@ -442,7 +440,7 @@ class BracketBlock(Block):
         while depth and stack[depth - 1].kind in "([":
             depth -= 1
             self.call = True
-        self.base, self.decorator = depth, self.call and header.lstrip().startswith("@")
+        self.base = depth
 
     def step(self, char: str) -> None:
         before = len(self.scanner.stack)
@@ -460,15 +458,10 @@ class BracketBlock(Block):
             return None
         if self.directive:
             return "block"
-        if self.decorator and line.endswith(")"):
-            self.decorator, self.statement, scanner.last = False, True, ""
-            return None
         if line.startswith(("@", "#[")):
             return None
         if self.statement and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
             return "block" if not line and self.mark else None
-        if not self.statement and scanner.last in tuple(",=(&|+?.:") and scanner.language.blocks == "braces":
-            return None
         self.closed = True
         may_go_on = (self.statement or self.call) and scanner.language.line_ends and scanner.last != ";"
         return None if scanner.stack or self.clauses or may_go_on or self.called else "block"
@@ -506,9 +499,7 @@ class Meeting:
         self.remark = remark
         first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
         self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
-        # A word behind more than one blank may begin a line of its own, whose indentation is half typed.
-        self.half = bool(first) and self.blanks > 1 and re.match(r"\s*[\w@\"']", rest) is not None
-        self.whole = bool(rest.strip()) and (not first or self.half)  # whole lines are missing, line ends included
+        self.whole = bool(rest.strip()) and not first  # whole lines are missing, line ends included
         self.rest = "" if self.whole else squeezed(rest)[:LINE_CHARS]
         self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
         self.goal = [(0, self.rest)] if self.rest else []
@@ -561,9 +552,8 @@ class Meeting:
     def _match(self, size: int, edge: int, text: list[str]) -> int | None:
         """Where a match begins that goes on with this line; None if this line differs from line `size` of the goal."""
         columns, goal = self._line(size)
-        if not size and (self.rest or self.half or (self.whole and len(self.goal) > 1 and self.line != goal)):
-            fits = self.line.endswith(goal) and not (self.half and self.indent < columns)
-            return self._place(len(goal), text) if fits else None
+        if not size and (self.rest or (self.whole and len(self.goal) > 1 and self.line != goal)):
+            return self._place(len(goal), text) if self.line.endswith(goal) else None
         same = self.line == goal or (self.remark and self.line.startswith(goal + self.remark))
         return edge if same and self.indent == columns and (size or self.places[0] >= 0) else None
 
@@ -632,8 +622,6 @@ class Gap(Stage):
         # Lines of a block comment are indented by one space more than the code.
         start, *after = (columns_of(line) - line.lstrip().startswith("*") for line in (above, *below))
         self.below = after[0] if after else start * bool(self.meeting.rest)
-        if self.meeting.half:
-            self.below = max(self.below, start)
         self.bound, self.limit = min(start, self.below), max(start, self.below)
         # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
         self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
@@ -680,7 +668,7 @@ class Gap(Stage):
                 self.end("stop", self.mark if self.left is None else self.left)
                 return
         if self.ahead < 0 and self.enough is not None:
-            self.end("block", self._indented(self.enough))
+            self.end("block", self.enough)
         elif not self.reason and char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
             self.safe = max(self.safe, place)
@@ -696,11 +684,6 @@ class Gap(Stage):
             self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
         elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
             self._could_end(self.mark, REST_AHEAD_CHARS)
-
-    def _indented(self, place: int) -> int:
-        """A place behind a line, moved into the next line's indentation if the suffix has only a part of its own."""
-        lacking = (self.below - self.meeting.blanks) * self.meeting.half
-        return place + sum(1 for _ in takewhile(" ".__eq__, self.text[place : place + max(0, lacking)]))
 
     def _could_end(self, place: int, ahead: int = AHEAD_CHARS) -> None:
         self.enough = place if self.enough is None or self.inner else self.enough
@@ -752,10 +735,9 @@ class Gap(Stage):
         if place is None:
             place = self.enough if not whole else self.left if self._has_left() else None
         if place is not None:
-            place = self._indented(place) if place == self.enough else place
             return self.cut(self.sent, max(place, self.sent))
         text = self.cut(0).rstrip(" \t")
-        newline = self.meeting.whole and not self.meeting.half and bool(text.strip()) and not text.endswith("\n")
+        newline = self.meeting.whole and bool(text.strip()) and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * newline
 
 
@@ -856,8 +838,11 @@ class Fences(Stage):
 
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
-        self.language, self.scanner = language, Scanner(language) if language else None
-        self.state = "before"  # the block, "inside" it, in a "skipped" block of shell commands, or "thinking"
+        self.language = language
+        # In Markdown, a fence inside the block is counted as in a block of no language.
+        self.scanner = Scanner(language) if language and language is not LANGUAGES["markdown"] else None
+        self.state = "before"  # the block, "inside" it, in a block "beside" it, or "thinking"
+        self.beside = ""  # the first block beside it
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts
         self.line = ""  # the block's line so far, without its indentation
@@ -866,8 +851,11 @@ class Fences(Stage):
         self.begun = False  # some line was not blank, before the block or now inside it
         for char in begun:
             self.step(char)
-        if self.state == "before" or self.reason:  # `begun` has no block that is still open
+        if self.state == "beside":
+            self.state = "inside"
+        elif self.state == "before" or self.reason:  # `begun` has no block that is still open
             self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
+            self.beside = ""
         self.sent = self.safe = len(self.text)
 
     def step(self, char: str) -> None:
@@ -880,9 +868,11 @@ class Fences(Stage):
             self.safe = self.sent = 0
         elif self.state == "thinking" or (char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"):
             self.state = "thinking"
-        elif char == "\n" and self.state == "skipped":
-            self.state = "before" if self.cut(0).strip() == self.fence else "skipped"
-            self.text, self.mark = [], 0
+        elif self.state == "beside":
+            if char == "\n" and self.cut(self.mark).strip() == self.fence:
+                self.beside = self.beside or self.cut(0, self.mark)
+                self.state, self.text = "before", []
+            self.mark = len(self.text) if char == "\n" else self.mark
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
             self._before(self.cut(self.mark))
 
@@ -891,8 +881,9 @@ class Fences(Stage):
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
             self.left = self.margin = len(line) - len(line.lstrip())
-            shell = self.language and self.language is not LANGUAGES["shell"] and match[2].strip().lower() in SHELLS
-            self.state = "skipped" if shell else "inside"
+            name = match[2].strip().lower()
+            other = self.language and self.language is not LANGUAGES[BY_NAME.get(name, "shell")]
+            self.state = "beside" if other and name in BESIDE else "inside"
             return
         self.mark = len(self.text)
         first, self.begun = not self.begun, self.begun or bool(line.strip())
@@ -946,6 +937,8 @@ class Fences(Stage):
         even = len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0  # no block within this one is open
         closes = self._closes(last) or (last == "```" and even)
         closed = self.state == "inside" and self.in_code and not self.nested and closes
+        if self.state == "beside" or (self.state == "before" and self.beside):
+            return self.beside or self.cut(0).removesuffix(self.fence)
         return "" if closed or self.state == "thinking" else super().flush(whole)
 
 

@@ -51,6 +51,7 @@ class Language:
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
     colons: bool = False  # a colon at its end makes a line a header (Python)
+    expansion: re.Pattern[str] = NOTHING  # ends at a ( or quote that is code, inside a string in double quotes (shell)
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
     items: bool = False  # a line that begins with a dash is inside the line above, even at equal indentation (YAML)
     brackets: str = "([{"  # opening brackets that need a closing partner
@@ -371,6 +372,7 @@ LANGUAGES |= {
         blocks="words",
         brackets="",
         raw=frozenset("'"),
+        expansion=re.compile(r"""(?<!\\)\$(?:\(|\{[\w@*!\[\]]+[#%/][^{}'"]*['"])\Z"""),
         here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
         inside=r"|(?:else|elif|then|do)\b",
         closing=r"\}|(?:fi|done|esac)\b",

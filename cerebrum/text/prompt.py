@@ -615,18 +615,18 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
         instruction, code = split_instruction(prompt, language) or (prompt, "")
         if not code and not fits(instruction, room):  # then the lines after its first are probably code
             instruction, _, code = instruction.strip().partition("\n")
-    asked = fit_start(instruction.strip(), room // 2 if code else room)
-    sent, kept = fit(code, language, room - weigh(asked), asked)
-    if len(asked) < len(instruction.strip()):
+    instructed = fit_start(instruction.strip(), room // 2 if code else room)
+    sent, kept = fit(code, language, room - weigh(instructed), instructed)
+    if len(instructed) < len(instruction.strip()):
         kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"  # a longer fence than those in the code
     fence = f"{ticks}{fields['language']}\n"
     block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
-    text = "\n\n".join(filter(None, [asked, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
+    text = "\n\n".join(filter(None, [instructed, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
     # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so too,
     # but then a small model leaves out the comments and steps that get the code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
-    kept = {"characters": len(sent) + len(asked), "of": len(code) + len(instruction), **kept}
+    kept = {"characters": len(sent) + len(instructed), "of": len(code) + len(instruction), **kept}
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
@@ -646,19 +646,25 @@ def prepare_text(
     if not fits(after, spare):
         after = fit_start(after, max(room // SUFFIX_SHARE, spare // step * step))
     sent, kept = fit(prompt, language, room - weigh(after))
-    last = layout == "psm"  # the backend reads the suffix last
     if fresh_room is not None:
         start = above + read_first(after, layout)
         read = max((common_length(start + sent, text) for text in cached), default=0)
         fresh, for_after = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH
-        cut = fresh > fresh_room - for_after * last
-        if cut:
-            known = not last and read >= len(start)
-            extra = extra if read >= len(above) else []
-            above, after = render_extra(extra), after if last or known else fit_start(after, for_after)
-            sent, kept = fit(prompt, language, fresh_room - for_after * (not known))
-            fresh = weigh(sent)
-        after = fit_start(after, fresh_room - fresh) if last else after
+        if layout == "psm":  # the suffix is read last: it gets what the prompt leaves
+            cut = fresh > fresh_room - for_after
+            if cut:
+                sent, kept = fit(prompt, language, fresh_room - for_after)
+                fresh = weigh(sent)
+            after = fit_start(after, fresh_room - fresh)
+        else:  # the suffix is read first: what the backend has read of it stays
+            cut = fresh > fresh_room
+            if cut and read < len(start):
+                after = fit_start(after, for_after)
+                sent, kept = fit(prompt, language, fresh_room - for_after)
+            elif cut:
+                sent, kept = fit(prompt, language, fresh_room)
+        if cut and read < len(above):
+            above, extra = "", []
     if len(after) < len(suffix):
         kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
     body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}

@@ -17,7 +17,6 @@ from cerebrum.text.languages import Language
 WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
-MAX_BRANCHES = 20  # nested #if with a copy of the open brackets each; a deeper one uses the last copy
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -26,21 +25,20 @@ COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|tr
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
-REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{};+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
+REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 # PHP: `if (...):` up to `endif;`.
 ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*")
 ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
 ITEM = re.compile(r"-(?:\s|$)")  # of YAML
 INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
-DIRECTIVE = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 
 
 class Bracket(NamedTuple):
     """An open bracket."""
 
-    kind: str
+    kind: str  # with a { that opens no block: "({"; in a string of the shell that goes on behind it: '"(' or '"{'
     header: str  # of {: the statement before it
     indent: int  # of its line
     condition: bool = False  # a statement may follow its end
@@ -74,19 +72,21 @@ class Literals:
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
         self.escaped = self.in_class = False  # after a backslash; in a [] of a regex
-        self.line = ""  # of a comment or a here-document: the line so far
+        self.line = ""  # of a here-document: the line so far
         self.terminators: list[str] = []  # the lines that end the here-documents below this line
         self.tail = ""  # the last characters of the text
         # The statement so far: its code, its last character and the one before.
         self.head, self.last, self.previous = "", "", ""
         self.condition = ""  # `head` up to the parentheses of an if, if those came last
         self.stack: list[Bracket] = []  # open brackets
-        self.branches: list[list[Bracket]] = []  # the stacks at each open #if
         self.starting, self.indent = True, 0  # only white space since a line (by lines: a statement) began; its columns
 
     def _in_code(self, char: str) -> None:
         """Read a character of code."""
         raise NotImplementedError
+
+    def _add(self, code: str) -> None:
+        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
 
     @property
     def in_comment(self) -> bool:
@@ -115,8 +115,8 @@ class Literals:
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if opener == "#" and language.directives:
             return self.starting
-        if opener == "#":  # not $#, ${#x} or a part of a URL
-            return not before or not (before.isalnum() or before in "_${/")
+        if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
+            return not before or not (before.isalnum() or before in "_${/#")
         if opener in ("'", '"') and before == "\\":
             return False
         if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
@@ -127,7 +127,9 @@ class Literals:
         if opener == "/":
             if self.condition and self.head.rstrip() == self.condition:
                 return True  # behind the parentheses of an if
-            return self.last != '"' and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
+            if self.last == '"' or (self.last == "}" and not self.starting):
+                return False  # behind a string, or behind the braces of JSX
+            return REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
         return opener not in ("```", "~~~") or not self.head.strip("`~")
 
     def _in_literal(self, char: str) -> None:
@@ -147,6 +149,13 @@ class Literals:
             self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
+        elif self.opener == '"' and language.expansion.search(self.tail):  # quoting starts afresh
+            self.stack.append(Bracket('"(' if char == "(" else '"{', "", self.indent))
+            self.closer = ""
+            if char == "(":
+                self._add(char)
+            else:
+                self._enter(char, char)
         elif self.tail.endswith(self.closer) and not self.in_class and self.since - self.escaped_at >= len(self.closer):
             self._leave(char, comment)
         elif char == "\n" and not comment and self.opener not in language.multiline:
@@ -155,8 +164,6 @@ class Literals:
                 self._in_code(char)
         elif comment and self.closer == "\n" and language.alternative and self.tail.endswith("?>"):
             self._enter("?>", "<?")
-        if self.closer:
-            self.line = (self.line + char)[:LINE_CHARS]
 
     def _in_here_document(self, char: str) -> None:
         if char != "\n":
@@ -177,15 +184,6 @@ class Literals:
             self.tail = ""
         if not comment:
             self.last = '"'
-        elif self.opener == "#" and self.language.directives and (directive := DIRECTIVE.match(self.line)):
-            if directive[1] == "if":
-                deep = len(self.branches) >= MAX_BRANCHES
-                self.branches.append(self.branches[-1] if deep else self.stack.copy())
-            elif self.branches:  # each branch starts with the brackets that the first one has found
-                last = self.branches.pop()
-                if directive[1] == "el":
-                    self.branches.append(last)
-                    self.stack = last.copy()
         self.closer = ""
         if char == "\n":
             self._in_code(char)
@@ -209,7 +207,7 @@ class Scanner(Literals):
 
     @property
     def in_parens(self) -> bool:
-        return bool(self.stack) and self.stack[-1].kind[0] in "(["
+        return bool(self.stack) and self.stack[-1].kind[0] in '(["'
 
     @property
     def is_over(self) -> bool:
@@ -281,7 +279,7 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.brackets:
+        if char in self.brackets or (self.stack and not self.brackets and char in "(){}"):
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
         elif char == ":" and self.language.alternative and ALTERNATIVE.fullmatch(self.head):
@@ -312,9 +310,6 @@ class Scanner(Literals):
         """Whether a brace begins the value of a member in a C++ constructor, not a block."""
         return self.language.directives and INITIALIZER.search(self.head[-HEAD_CHARS // 4 :]) is not None
 
-    def _add(self, code: str) -> None:
-        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
-
     def _opener_of(self, char: str) -> int | None:
         """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
         for depth in range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1):
@@ -332,7 +327,10 @@ class Scanner(Literals):
             return
         bracket = self.stack[depth]
         del self.stack[depth:]
-        if char != "}" or bracket.kind == "({":
+        if bracket.kind[0] == '"':
+            self._add(char)
+            self._enter('"', '"')
+        elif char != "}" or bracket.kind == "({":
             self._add(char)
             self.condition = self.head if bracket.condition else ""
         elif self.in_parens:

@@ -18,13 +18,14 @@ from enum import Enum
 from pathlib import Path
 
 import cerebrum_common as common
+from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.encoding import Choice, choose_file
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import Loader, ModelTally, Worker
-from cerebrum_common import HttpError, Model, describe, log
+from cerebrum_common import HttpError, Model, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 LOAD_AGAIN_SECONDS = 300.0  # a file that failed to load is tried again after this time, or when it changes

@@ -197,25 +197,29 @@ def routing(count: int) -> tuple[float, float]:
     """Microseconds to choose one of `count` backends, and to take a place there and give it back."""
     from scripted import backend_at
 
-    from cerebrum.pi.backend import Job
+    from cerebrum.pi.completion import Completion
+    from cerebrum.pi.dialects import CompletionRequest
+    from cerebrum.pi.dispatcher import Assign, decide
     from cerebrum.settings import load_catalog
     from cm4d import Config, Gateway, read_completion, session_of
 
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))
     for one in gateway.fleet.backends:
-        one.models, one.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
+        one.models, one.breaker.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
     fields = read_completion({"prompt": "def f():\n" * 50, "language": "python", "session": "s"}, models)
-    job = Job(fields, session_of("127.0.0.1", "s"))
+    request = CompletionRequest("", fields, session=session_of("127.0.0.1", "s"))
+    dispatcher, completion = gateway.dispatcher, Completion(request)
 
     def take() -> None:
-        gateway._assign(job)
-        assert job.backend
-        gateway._release(job, job.backend)
+        decision = decide(dispatcher.state, completion := Completion(request), time.monotonic())
+        assert isinstance(decision, Assign)
+        dispatcher._leave(dispatcher._assign(completion, decision.model, decision.backend))
 
     take()
     times = [
-        min(timeit.repeat(what, number=10_000, repeat=5)) * 100 for what in (lambda: gateway.fleet.choose(job), take)
+        min(timeit.repeat(what, number=10_000, repeat=5)) * 100
+        for what in (lambda: decide(dispatcher.state, completion, time.monotonic()), take)
     ]
     return round(times[0], 2), round(times[1], 2)
 

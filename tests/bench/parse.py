@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cerebrum.fields import parse_json
 from cerebrum.http import BodyDecoder, parse_request, scan_request
-from cerebrum_common import parse_json
 
 HEAD = (
     b"POST /v1/complete/stream HTTP/1.1\r\n"

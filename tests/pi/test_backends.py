@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 from harness import ROOT, until
-from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, pi_for
+from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, open_breaker, pi_for
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import breaker, engines, upstream
+from cerebrum.pi import engines, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
@@ -598,8 +598,7 @@ async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
         first = pi.gateway.fleet.first
         _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
         await backend.begun.wait()
-        for _ in range(breaker.FAILURES_TO_OPEN):
-            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
+        open_breaker(first.breaker)
         await first.probe()
         assert first.breaker.state == "half-open"
         writer.transport.abort()
@@ -649,7 +648,7 @@ async def test_what_follows_the_natural_end_is_not_waited_for() -> None:
         assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
         assert result_of(reply)["finish_reason"] == "block"
         await asyncio.wait_for(backend.left.wait(), 30)
-        assert len(pi.gateway.active) == 0
+        assert pi.gateway.dispatcher.active == 0
 
 
 async def test_a_client_that_leaves_ends_the_engines_work() -> None:
@@ -659,7 +658,7 @@ async def test_a_client_that_leaves_ends_the_engines_work() -> None:
         await reader.readuntil(b"1}\n\n")
         writer.transport.abort()
         await asyncio.wait_for(backend.left.wait(), 30)
-        await until(lambda: len(pi.gateway.active) == 0)
+        await until(lambda: pi.gateway.dispatcher.active == 0)
 
 
 async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,7 +819,7 @@ async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) 
     async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         answer = asyncio.create_task(pi.complete())
         await backend.begun.wait()
-        await until(lambda: len(pi.gateway.fleet.backends[0].active) == 1)
+        await until(lambda: len(pi.at(0)) == 1)
         asked, probes = len(backend.asked), pi.probes
         pi.gateway.fleet.first.wake.set()
         await pi.gateway.fleet.first.probe()

@@ -7,20 +7,35 @@ import json
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
-from scripted import CHUNKED, DONE, GOOD, HANG, MODELS, Backend, Flood, answer, chunk, error, event, head, pi_for, token
+from scripted import (
+    CHUNKED,
+    DONE,
+    GOOD,
+    HANG,
+    MODELS,
+    Backend,
+    Flood,
+    answer,
+    chunk,
+    error,
+    event,
+    head,
+    open_breaker,
+    pi_for,
+    token,
+)
 
 import cm4d
-from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import breaker
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import upstream as pi_upstream
 from cerebrum.pi.backend import MARGIN_TOKENS, prompt_budget
+from cerebrum.pi.completion import Completion
+from cerebrum.pi.dialects import CompletionRequest
 from cerebrum.pi.upstream import BackendConfig, Endpoint, read_text
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cm4d import load_config, read_completion
@@ -187,7 +202,7 @@ async def test_the_seam_yields_pairs_that_any_api_can_render():
     script = [CHUNKED, *told, b"0\r\n\r\n"]
     async with Backend([script, [CHUNKED]]) as backend, pi_for(backend.port) as pi:
         fields = read_completion(GOOD_FIELDS, pi.gateway.config.models)
-        *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(pi_backend.Job(fields))]
+        *pairs, (kind, result) = [pair async for pair in pi.gateway.complete(Completion(CompletionRequest("", fields)))]
         begun = {"model": "qwen_0_5b", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
         assert pairs == [
             ("started", begun), ("idle", None), ("progress", progress), ("text", token("a", 1) + token("b", 2)),
@@ -195,9 +210,9 @@ async def test_the_seam_yields_pairs_that_any_api_can_render():
         assert (kind, result["model"], result["total_tokens"]) == ("done", "qwen_0_5b", 2)
         assert "done" not in result
         assert read_text(pairs[-1][1]) == "ab"
-        broken = pi.gateway.complete(pi_backend.Job(fields))
+        broken = pi.gateway.complete(Completion(CompletionRequest("", fields)))
         assert await anext(broken) == ("started", begun)
-        with pytest.raises(cm4d.BackendFailure, match="in the middle of its answer"):
+        with pytest.raises(pi_upstream.BackendFailure, match="in the middle of its answer"):
             await anext(broken)
 
 
@@ -371,10 +386,10 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, scrip
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
         _, writer = await pi.open("POST", path, GOOD_FIELDS)
         await backend.begun.wait()
-        assert len(pi.gateway.active) == 1
+        assert pi.gateway.dispatcher.active == 1
         writer.transport.abort()
         await backend.left.wait()
-        await until(lambda: len(pi.gateway.active) == 0)
+        await until(lambda: pi.gateway.dispatcher.active == 0)
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
@@ -440,7 +455,7 @@ async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session(
         await until(lambda: any(c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values()))
         assert (await pi.stream(session="editor")).clean
         await backend.left.wait()
-        assert len(pi.gateway.active) == 0
+        assert pi.gateway.dispatcher.active == 0
         writer.transport.abort()
 
 
@@ -457,7 +472,7 @@ async def test_a_flood_of_one_session_does_not_reach_the_vps_at_once():
             check_superseded(task.result(), "/v1/complete", begun=False)
         await until(lambda: backend.running == 2)
         assert backend.most_running == 2
-        assert len(pi.gateway.active) == 2
+        assert pi.gateway.dispatcher.active == 2
         for task in flood_left:
             task.cancel()
 
@@ -491,9 +506,7 @@ async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, A
         older = asyncio.create_task(pi.stream(session="editor"))
         await backend.begun.wait()
         if not more:
-            for _ in range(breaker.FAILURES_TO_OPEN):
-                first = pi.gateway.fleet.first.breaker
-                first.failed(first.admit(0.0) or 0, time.monotonic())
+            open_breaker(pi.gateway.fleet.first.breaker)
         newer = await pi.complete(session="editor", **more)
         assert (newer.status, newer.json["code"]) == (status, code)
         go.set()
@@ -508,7 +521,7 @@ async def test_what_the_vps_supersedes_is_no_failure_of_the_vps(hang: str, path:
         older = asyncio.create_task(pi.ask("POST", path, GOOD_FIELDS | {"session": "editor"}))
         await backend.begun.wait()
         if hang == "after a token":
-            await until(lambda: pi.gateway.active[0].came.tokens == 1)
+            await until(lambda: pi.at(0)[0].tokens == 1)
         assert (await other.complete(session="editor")).json["completion"] == "ab"
         check_superseded(await older, path, hang != "before its head", "a newer request of this session came")
         first = pi.gateway.fleet.first

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from harness import PATIENCE, Reply, until
-from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, pi_for, token
+from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, open_breaker, pi_for, token
 
-from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import breaker, sharing, upstream
+from cerebrum.pi import breaker, broadcast, completion, dispatcher, upstream
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.backend import Job
-from cerebrum.pi.dialects import INFILL, OPENAI_TEXT
-from cerebrum.pi.sharing import Predictions, is_typed_on
+from cerebrum.pi.completion import Completion
+from cerebrum.pi.dialects import INFILL, OPENAI_TEXT, CompletionRequest
+from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.fleet import Fleet
 from cm4d import native_fields
 
 FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
@@ -149,7 +149,7 @@ TEXTS = [
 @pytest.mark.parametrize(("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS])
 def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
     first, second = (dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other))
-    assert (is_typed_on(first, second), is_typed_on(second, first)) == (same, same)
+    assert (broadcast.is_typed_on(first, second), broadcast.is_typed_on(second, first)) == (same, same)
 
 
 # --------------------------------------------------------------------------------------------- shared
@@ -160,10 +160,10 @@ async def test_identical_requests_share_one_completion():
     async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend, pi_for(backend.port) as pi:
         body = {"prompt": "def f():\n", "suffix": "\n", "stream": True}
         asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-        await until(lambda: len(pi.gateway.sharing.readings) == 3)
-        await until(lambda: all(reading.at == 2 for reading in pi.gateway.sharing.readings))
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3)
+        await until(lambda: all(reading.at == 2 for reading in pi.gateway.broadcasts.subscribers))
         late = start(pi, "/v1/completions", body)
-        await until(lambda: len(pi.gateway.sharing.readings) == 4)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 4)
         go.set()
         for reply in await asyncio.gather(*asked, late):
             texts = [part["choices"][0]["text"] for part in data(reply)[:-1]]
@@ -179,7 +179,7 @@ async def test_samples_without_a_seed_are_computed_each(sampling: dict[str, Any]
     async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
         body = {"prompt": "x", "temperature": 0.9, **sampling}
         asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-        await until(lambda: len(pi.gateway.sharing.readings) == 3 and backend.running == computed)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3 and backend.running == computed)
         go.set()
         assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
         assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 3 - computed)
@@ -198,14 +198,14 @@ async def test_whole_answers_are_shared_too_and_other_settings_are_not():
 async def test_a_shared_completion_ends_with_its_last_reader():
     async with Backend([[CHUNKED, chunk(token("a", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
         first, second = infill(pi), infill(pi)
-        await until(lambda: len(pi.gateway.sharing.readings) == 2)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         await backend.begun.wait()
         first.cancel()
-        await until(lambda: len(pi.gateway.sharing.readings) == 1)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 1)
         assert backend.running == 1, "one of two left, and the completion ended"
         second.cancel()
         await backend.left.wait()
-        await until(lambda: not pi.gateway.active)
+        await until(lambda: not pi.gateway.dispatcher.active)
         assert (await infill(pi)).json["content"] == "ab", "a request joined what nobody computes any more"
 
 
@@ -214,7 +214,7 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
     refusal = error(503, "RESOURCE_EXHAUSTED", "too little memory")
     async with Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend, pi_for(backend.port) as pi:
         asked = [start(pi, "/v1/completions", {"prompt": "x"}) for _ in range(2)]
-        await until(lambda: len(pi.gateway.sharing.readings) == 2)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         go.set()
         wanted = {"message": "too little memory", "type": "unavailable_error", "param": None}
         for reply in await asyncio.gather(*asked):
@@ -236,7 +236,7 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         _, deaf = await pi.open("POST", "/v1/completions", body)
         await backend.begun.wait()
         other = start(pi, "/v1/completions", body)
-        await until(lambda: len(pi.gateway.sharing.readings) == 2)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         go.set()
         reply = await other
         text = "".join(part["choices"][0]["text"] for part in data(reply)[:-1])
@@ -249,19 +249,21 @@ async def test_signs_of_life_are_not_kept_and_cost_the_same_each(stream: bool):
     async def cost(count: int) -> float:
         """The CPU seconds of one completion with so many signs of life."""
 
-        async def start(job: Job) -> AsyncIterator[upstream.Pair]:
+        async def compute(_: Completion) -> AsyncIterator[upstream.Pair]:
             yield "started", {"model": "m"}
             for number in range(count):
                 yield "idle" if number % 2 else "progress", None
             yield "text", token("a", 1)
             yield "done", {"finish_reason": "stop"}
 
-        shared = sharing.Sharing(start, dict, print, print)  # type: ignore[arg-type]
+        broadcasts = broadcast.Broadcasts(Dispatcher(Fleet()), compute, dict)  # type: ignore[arg-type]
         asked = OPENAI_TEXT.read({"prompt": "x", "stream": stream})
-        reading = sharing.Reading(shared, Job(native_fields(asked, ()), kind=asked.kind), asked, "editor")
+        request = replace(asked, fields=native_fields(asked, ()))
+        subscriber = broadcast.Subscriber(broadcasts, Completion(request), "editor")
         began = time.process_time()
-        assert {kind async for kind, _ in reading.pairs()} - {"idle"} == {"started", "text", "done"}
-        assert [kind for kind, _ in reading.shared.pairs] == ["started", "text", "done"]
+        assert {kind async for kind, _ in subscriber.pairs()} - {"idle"} == {"started", "text", "done"}
+        assert subscriber.broadcast
+        assert [kind for kind, _ in subscriber.broadcast.pairs] == ["started", "text", "done"]
         return time.process_time() - began
 
     few, many = [min([await cost(count) for _ in range(3)]) for count in (3000, 12_000)]
@@ -307,11 +309,11 @@ async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatc
         await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, CHATS, {**CHAT, "seed": 5})
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
             assert (await infill(pi, prompt="    x")).json["content"] == "ab"
             assert not waiting.done()
-            monkeypatch.setattr(sharing, "EDITOR_SECONDS", 0.0)
-            pi.gateway._call_next()  # as after each probe
+            monkeypatch.setattr(dispatcher, "EDITOR_SECONDS", 0.0)
+            pi.gateway.dispatcher.advance()  # as after each probe
             await until(lambda: backend.running == 2)
         go.set()
         assert (await waiting).json["choices"][0]["message"]["content"] == "ab"
@@ -319,7 +321,7 @@ async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatc
 
 @pytest.mark.parametrize(("seen", "why"), [(True, ", one of them for an editor"), (False, "")])
 async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch, seen: bool, why: str):
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "chat", 0.05)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "chat", 0.05)
     async with Backend([GOOD] * seen + [[HANG]]) as backend, pi_for(backend.port, max_concurrent=1 + seen) as pi:
         if seen:
             await infill(pi)
@@ -328,7 +330,7 @@ async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.Mo
             message = f"expected at most {1 + seen} completions at a time{why}; try again later"
             wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
             assert (reply.status, reply.json) == (429, {"error": wanted})
-            assert pi.gateway.line == {}
+            assert pi.gateway.dispatcher.state.line == {}
 
 
 async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):
@@ -339,23 +341,23 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytes
         assert len(backend.completions) == 4
         assert (await pi.complete()).status == 429
         assert len(backend.completions) == 5
-        monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 0.1)
+        monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 0.1)
         reply = await infill(pi, prompt="    x")
         assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
 
 
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "completion", 0.5)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     async with (
         Backend([[HANG]]) as backend,
         pi_for(backend.port, max_concurrent=1) as pi,
         busy(pi, backend, CHATS, CHAT),
     ):
         first = start(pi, "/v1/completions", {"prompt": "x"})
-        await until(lambda: any(job.patience() < 0.4 for job in pi.gateway.line))
+        await until(lambda: any(one.deadline - time.monotonic() < 0.4 for one in pi.gateway.dispatcher.state.line))
         began = time.monotonic()
         replies = [await start(pi, "/v1/completions", {"prompt": "x"}), await first]
-        assert ([reply.status for reply in replies], pi.gateway.sharing.shared) == ([429, 429], 1)
+        assert ([reply.status for reply in replies], pi.gateway.broadcasts.shared) == ([429, 429], 1)
         assert time.monotonic() - began >= 0.5
 
 
@@ -363,10 +365,10 @@ async def test_a_client_that_leaves_the_line_takes_no_place():
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         async with busy(pi, backend, CHATS, CHAT):
             waiting = infill(pi)
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
             waiting.cancel()
-            await until(lambda: not pi.gateway.line)
-        assert len(pi.gateway.active) == 0
+            await until(lambda: not pi.gateway.dispatcher.state.line)
+        assert pi.gateway.dispatcher.active == 0
         assert (await infill(pi)).status == 200
 
 
@@ -376,7 +378,7 @@ async def test_an_editor_does_not_starve_another_persons():
         first = infill(pi)
         await backend.begun.wait()
         other = infill(pi.from_address("127.0.0.2"), prompt="    other")
-        await until(lambda: len(pi.gateway.line) == 1)
+        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
         newer = infill(pi, prompt="    retu")
         assert [reply.status for reply in await asyncio.gather(first, other, newer)] == [200] * 3
         prompts = [asked["prompt"].rsplit(" ", 1)[1] for asked in backend.completions]
@@ -388,7 +390,7 @@ async def test_one_editor_leaves_a_place_for_another():
         await infill(pi.from_address("127.0.0.2"))
         async with busy(pi, backend, "/infill", {**FILE, "filename": "a.py"}):
             own = infill(pi, filename="b.py")
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
             assert (await infill(pi.from_address("127.0.0.2"), prompt="    x")).status == 200
             assert not own.done()
         assert (await own).status == 200
@@ -396,16 +398,16 @@ async def test_one_editor_leaves_a_place_for_another():
 
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
     # Otherwise the end of the wait or a probe would do it.
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", PATIENCE)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "infill", PATIENCE)
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     async with Backend([GOOD, [HANG], GOOD]) as backend, pi_for(backend.port) as pi:
         await infill(pi.from_address("127.0.0.2"))
         owner = infill(pi, filename="a.py")
         await until(lambda: len(backend.completions) == 2)
         other = infill(pi.from_address("127.0.0.2"), filename="a.py")
-        await until(lambda: pi.gateway.sharing.shared == 1)
+        await until(lambda: pi.gateway.broadcasts.shared == 1)
         waiting = infill(pi, filename="b.py")
-        await until(lambda: len(pi.gateway.line) == 1)
+        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
         owner.cancel()
         assert (await waiting).status == 200
         assert not other.done()
@@ -415,9 +417,8 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(mo
 def half_open(pi: Pi) -> None:
     """As after an outage."""
     tried = pi.gateway.fleet.first.breaker
-    for _ in range(breaker.FAILURES_TO_OPEN):
-        tried.failed(tried.admit(0.0) or 0, 0.0)
-    tried.healthy(math.inf)
+    open_breaker(tried)
+    tried.healthy(time.monotonic())
 
 
 async def test_after_an_outage_a_user_who_types_starves_nobody():
@@ -430,15 +431,15 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         typed.append(infill(pi, prompt="    retx"))
         await until(lambda: len(backend.completions) == 2)
         chat = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await until(lambda: len(pi.gateway.line) == 1)
+        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
         for n in range(2, keys):
             typed.append(infill(pi, prompt="    ret" + "x" * n))
-            await until(lambda n=n: pi.gateway.sharing.replaced == n)
+            await until(lambda n=n: pi.gateway.broadcasts.replaced == n)
         assert (await chat).json["choices"][0]["message"]["content"] == "ab"
         await until(lambda: pi.gateway.fleet.first.breaker.state == "closed")
         assert [reply.status for reply in await asyncio.gather(*typed[:-1])] == [200] * (keys - 1)
         typed[-1].cancel()
-        await until(lambda: not pi.gateway.active)
+        await until(lambda: not pi.gateway.dispatcher.active)
 
 
 async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch):
@@ -449,20 +450,20 @@ async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkey
         half_open(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
             native = await pi.complete()
-            assert (native.status, native.json["message"]) == (503, pi_backend.BREAKER_OPEN)
+            assert (native.status, native.json["message"]) == (503, breaker.BREAKER_OPEN)
             begun.set()
             assert (await waiting).status == 200
 
 
 async def test_a_job_that_waits_for_a_trial_in_vain_is_told_of_the_breaker(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "completion", 0.05)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.05)
     async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
         async with busy(pi, backend, CHATS, CHAT):
             reply = await start(pi, "/v1/completions", {"prompt": "x"})
-            assert (reply.status, reply.json["error"]["message"]) == (503, pi_backend.BREAKER_OPEN)
+            assert (reply.status, reply.json["error"]["message"]) == (503, breaker.BREAKER_OPEN)
 
 
 # --------------------------------------------------------------------------------------------- warm-ups
@@ -494,12 +495,12 @@ async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
     """A request comes in the same turn of the event loop."""
     async with Backend() as backend, pi_for(backend.port) as pi:
         fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
-        pi.gateway.warming.add(Job(fields, kind="infill", client="me"))
-        assert pi.gateway.fleet.first.warming
-        async for _ in pi.gateway.complete(Job({**fields, "max_tokens": 8})):
+        pi.gateway.dispatcher.read_ahead(CompletionRequest("infill", fields, client="me", ahead=True))
+        assert pi.reads_ahead()
+        async for _ in pi.gateway.complete(Completion(CompletionRequest("", {**fields, "max_tokens": 8}))):
             pass
         await until(lambda: backend.completions[-1]["max_tokens"] == 0, "the warm-up comes behind the request")
-        await until(lambda: pi.gateway.fleet.first.warming is None)
+        await until(lambda: not pi.reads_ahead())
 
 
 async def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
@@ -507,7 +508,7 @@ async def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
         await start(pi, "/infill", WARM_UP)
         await backend.begun.wait()
         assert (await infill(pi)).json["content"] == "ab"
-        await until(lambda: len(backend.completions) == 3 and pi.gateway.fleet.first.warming is None)
+        await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
         assert [asked["max_tokens"] for asked in backend.completions] == [0, 512, 0]
         assert backend.most_running == 1
 
@@ -591,7 +592,7 @@ async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
     slow = [CHUNKED, *map(chunk, text[:2]), go.wait, chunk(text[2]), chunk(end), b"0\r\n\r\n"]
     async with Backend([slow, script("x")]) as backend, pi_for(backend.port) as pi:
         older = infill(pi)
-        await until(lambda: pi.gateway.active and pi.gateway.active[0].came.tokens == 2)
+        await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens == 2)
         newer = infill(pi, prompt="    return")
         assert (await older).json["content"] == ""
         newest = start(pi, "/infill", {**FILE, "prompt": "    return a", "stream": True})
@@ -628,18 +629,29 @@ async def test_it_is_served_while_the_vps_is_gone():
         assert (reply.status, reply.json["content"]) == (200, "rn a")
 
 
-def predicted(predictions: Predictions, prompt: str, **more: Any) -> str | None:
-    found = predictions.find("me", {"prompt": prompt, "suffix": "", **more})
-    return found[1] if found else None
+def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
+    """What is kept of an infill's text."""
+    request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more})
+    running = broadcast.Broadcast(broadcast.alike(request.fields), prompt, completion=Completion(request))
+    running.pairs = [("started", {"model": "m"}), ("text", upstream.text_event(text)), ("done", {})]
+    return broadcast.finished(running)
+
+
+def predicted(kept: broadcast.Broadcast | None, prompt: str) -> str | None:
+    """The rest of the text, for a client who got all of it and asks with this prompt."""
+    assert kept
+    request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
+    typed = broadcast.place_in(kept, request, is_reader=True)
+    return None if typed is None else kept.text[typed:]
 
 
 def test_predictions_follow_a_window_that_moves():
     """An editor sends a fixed number of lines before the cursor: after a typed line end, the first is missing."""
-    predictions, lines = Predictions(), [f"line {number}\n" for number in range(400)]
-    predictions.add("me", {"prompt": "".join(lines[:300]), "suffix": ""}, "a\nbc\n", {}, "stop")
-    assert predicted(predictions, "".join(lines[1:300]) + "a\nb") == "c\n"
-    assert predicted(predictions, "".join(lines[:300]) + "a") == "\nbc\n"
-    assert predicted(predictions, "".join(lines[1:299]) + "a") is None
+    lines = [f"line {number}\n" for number in range(400)]
+    kept = finish("".join(lines[:300]), "a\nbc\n")
+    assert predicted(kept, "".join(lines[1:300]) + "a\nb") == "c\n"
+    assert predicted(kept, "".join(lines[:300]) + "a") == "\nbc\n"
+    assert predicted(kept, "".join(lines[1:299]) + "a") is None
 
 
 TYPED = [
@@ -662,26 +674,22 @@ TYPED = [
 
 @pytest.mark.parametrize(("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED])
 def test_typed_of(asked: str, text: str, prompt: str, typed: int):
-    assert sharing.typed_of(asked, text, prompt) == typed
-    predictions = Predictions()
-    predictions.add("me", {"prompt": asked, "suffix": ""}, text + "!", {}, "stop")  # keeps the end of a long prompt
-    assert predicted(predictions, prompt) == ((text + "!")[typed:] if typed else None)
+    assert broadcast.typed_of(asked, text, prompt) == typed
+    kept = finish(asked, text + "!")  # with the end of a long prompt
+    assert predicted(kept, prompt) == ((text + "!")[typed:] if typed else None)
 
 
-def test_predictions_are_bounded():
-    predictions = Predictions()
-    predictions.add("me", {"prompt": "x", "suffix": ""}, "y" * (sharing.MAX_PREDICTED_CHARS + 1), {}, "stop")
-    assert len(predictions.recent) == 0
-    for _reader in range(2):  # of one shared completion
-        predictions.add("me", {"prompt": "x", "suffix": ""}, "yz", {}, "stop")
-    assert len(predictions.recent) == 1
+def test_what_is_kept_is_bounded():
+    assert [finish("x", text) is None for text in ("y", "y" * (broadcast.MAX_FINISHED_CHARS + 1), "yz")] == [
+        True, True, False,
+    ]  # fmt: skip
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
-    for number in range(2 * sharing.MAX_PREDICTIONS):
-        fields = {"prompt": f"{large}{number}", "suffix": large, "filename": large, "stop": [large]}
-        predictions.add("me", fields, large[: sharing.MAX_PREDICTED_CHARS], {}, "stop")
-    assert len(predictions.recent) == sharing.MAX_PREDICTIONS
-    kept = sum(sys.getsizeof(part) for one in predictions.recent for part in (one.tail, one.alike, one.text))
-    assert kept < 500_000
+    kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
+    assert kept
+    parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
+    assert sum(map(sys.getsizeof, parts)) < 33_000
+    assert kept.completion is None
+    assert broadcast.Broadcasts(Dispatcher(Fleet()), print, print).finished.maxlen == 32  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -702,7 +710,7 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
     """As long as no speed is known, 100 tokens a second. In 3 seconds 300, a quarter for the suffix."""
     async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
         await infill(pi, **IN_TIME)
-        await until(lambda: len(backend.completions) == 2 and pi.gateway.fleet.first.warming is None)
+        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
         await start(pi, CHATS, CHAT)
         await infill(pi, **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64})
         await infill(pi, **{**IN_TIME, "prompt": "xy"})
@@ -722,7 +730,7 @@ async def test_a_suffix_that_is_read_first_stays_whole_while_one_types():
     async with Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend, pi_for(backend.port) as pi:
         pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
         await infill(pi, **{**IN_TIME, "input_suffix": f"\n{AFTER}"})
-        await until(lambda: len(backend.completions) == 2 and pi.gateway.fleet.first.warming is None)
+        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
         await infill(pi, **{**IN_TIME, "prompt": "xy(", "input_suffix": f")\n{AFTER}"})
         await infill(pi, **{**IN_TIME, "prompt": "xy(", "input_suffix": f"other\n{AFTER}"})
         cut, whole, typed, changed = backend.completions[:4]
@@ -750,7 +758,7 @@ async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
     async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
         pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
         await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
-        await until(lambda: backend.completions and pi.gateway.fleet.first.warming is None)
+        await until(lambda: backend.completions and not pi.reads_ahead())
         await infill(pi, **IN_TIME, input_extra=extra)
         warm, asked = backend.completions[:2]
         assert warm["extra"] == asked["extra"] == extra[-len(warm["extra"]) :]
@@ -833,10 +841,10 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         await backend.__aexit__()
         replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
         assert [reply.status for reply in replies] == [503] * 4
-        assert replies[-1].json["error"]["message"] == pi_backend.BREAKER_OPEN
+        assert replies[-1].json["error"]["message"] == breaker.BREAKER_OPEN
     monkeypatch.setattr(upstream, "LOAD_SECONDS", 0.3)
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
         replies = await asyncio.gather(*(start(pi, "/tokenize", {"content": "a b"}) for _ in range(6)))
-        refused = [reply.json["error"]["message"] == pi_backend.BREAKER_OPEN for reply in replies]
+        refused = [reply.json["error"]["message"] == breaker.BREAKER_OPEN for reply in replies]
         assert (sum(refused), len(backend.completions)) == (2, 4)

@@ -96,8 +96,8 @@ def test_places_were_never_exceeded_and_all_were_given_back(result: Result) -> N
         assert engine.most_running <= engine.plan.places, engine.plan
         assert engine.running == 0, engine.plan
     gateway = result.gateway
-    assert [backend.active for backend in gateway.fleet.backends] == [[] for _ in FLEET]
-    assert (gateway.active, gateway.line, gateway.sharing.readings) == ([], {}, [])
+    state = gateway.dispatcher.state
+    assert (state.places, state.line, gateway.broadcasts.subscribers) == ({}, {}, [])
     assert result.decisions["nobody"] == 0
 
 

@@ -185,6 +185,8 @@ def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
         editor.type("C-n", "C-e", "a")
         editor.shows("return a + b")
         editor.type(" ")  # of what is shown
+        asked = '"textDocument/inlineCompletion"'
+        wait_until(lambda: editor.sent.read_text().count(asked) == 2, "Emacs asks again, and shows nothing meanwhile")
         editor.shows("return a + b")
         editor.type("Tab")
         wait_until(lambda: accepted(warm) == before + 1, "the accepted text is reported")

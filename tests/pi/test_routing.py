@@ -28,13 +28,13 @@ from scripted import (
     error,
     event,
     head,
+    open_breaker,
     pi_for,
     token,
 )
 
 import cm4d
-from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import breaker
+from cerebrum.pi import breaker, completion
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.fleet import rank_models
 from cerebrum.pi.upstream import parse_url
@@ -82,8 +82,8 @@ async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
     await backend.begun.wait()
     yield
     writer.transport.abort()
-    (known,) = [one for one in pi.gateway.fleet.backends if one.config.endpoint.port == backend.port]
-    await until(lambda: not known.active)
+    ports = [one.config.endpoint.port for one in pi.gateway.fleet.backends]
+    await until(lambda: not pi.at(ports.index(backend.port)))
 
 
 HANGING = [CHUNKED, HANG]
@@ -150,7 +150,7 @@ async def test_refused_only_when_all_places_are_taken() -> None:
         reply = await pi.complete()
         assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
         assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
-        assert len(pi.gateway.active) == 2
+        assert pi.gateway.dispatcher.active == 2
 
 
 async def test_a_dialects_request_waits_for_a_place_at_any_of_them() -> None:
@@ -158,7 +158,7 @@ async def test_a_dialects_request_waits_for_a_place_at_any_of_them() -> None:
     async with fleet(one, two, places=(1, 1)) as pi, running(pi, one):
         async with running(pi, two):
             waiting = asyncio.create_task(pi.ask("POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}))
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
         assert (await waiting).json["content"] == "b"
 
 
@@ -264,7 +264,7 @@ async def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
         *_, text, done = reply.events
         assert (text, done["done"], done["backend"]) == ({"token": "c", "total_tokens": 1}, True, "c")
         assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
-        assert len(pi.gateway.active) == 0
+        assert pi.gateway.dispatcher.active == 0
         assert (await pi.get("/v1/stats")).json["requests_total"] == 1
 
 
@@ -328,16 +328,15 @@ async def test_each_has_its_own_breaker(monkeypatch: pytest.MonkeyPatch) -> None
     async with fleet(one, two) as pi:
         first, second = pi.gateway.fleet.backends
         for number in range(breaker.FAILURES_TO_OPEN):
-            first.found("")
+            first.breaker.trouble = ""
             assert await answered(pi, prompt=f"{number}") == "b"
         assert (first.breaker.state, second.breaker.state) == ("open", "closed")
-        first.found("")
+        first.breaker.trouble = ""
         assert await answered(pi, prompt="new") == "b"
         assert len(one.completions) == breaker.FAILURES_TO_OPEN
-        for number in range(breaker.FAILURES_TO_OPEN):
-            second.breaker.failed(second.breaker.admit(0.0) or 0, float(number))
+        open_breaker(second.breaker)
         reply = await pi.complete()
-        assert (reply.status, reply.json["message"]) == (503, pi_backend.BREAKER_OPEN)
+        assert (reply.status, reply.json["message"]) == (503, breaker.BREAKER_OPEN)
 
 
 async def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,9 +344,9 @@ async def test_a_backend_that_comes_back_is_tried_by_one_request(monkeypatch: py
     one, two = Backend([[CHUNKED, go.wait, *script("a")[1:]]]), Backend()
     async with fleet(one, two) as pi:
         first = pi.gateway.fleet.backends[0]
-        for _ in range(breaker.FAILURES_TO_OPEN):
-            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
-        first.breaker.healthy(float("inf"))
+        open_breaker(first.breaker)
+        first.breaker.healthy(time.monotonic())
+        first.breaker.trouble = ""
         trial = asyncio.create_task(pi.complete())
         await one.begun.wait()
         assert await answered(pi, prompt="other") == "b"
@@ -363,9 +362,8 @@ async def test_a_probe_ends_an_overdue_trial_and_a_look_at_the_statistics_does_n
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with fleet(Backend()) as pi:
         first = pi.gateway.fleet.first
-        for _ in range(breaker.FAILURES_TO_OPEN):
-            first.breaker.failed(first.breaker.admit(0.0) or 0, 0.0)
-        first.breaker.healthy(float("inf"))
+        open_breaker(first.breaker)
+        first.breaker.healthy(time.monotonic())
         assert first.breaker.admit(time.monotonic())
         states = [(await pi.get("/v1/stats")).json["breaker"]["state"] for _ in range(2)]
         await first.probe()
@@ -379,7 +377,7 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
     async with fleet(one, two, places=(1, 1)) as pi:
         slow = asyncio.create_task(pi.complete())
         await two.begun.wait()
-        pi.gateway.fleet.backends[0].found("")
+        pi.gateway.fleet.backends[0].breaker.trouble = ""
         assert await answered(pi, prompt="other") == "a"
         go.set()
         assert (await slow).json["completion"] == "b"
@@ -389,25 +387,25 @@ async def test_the_failure_is_reported_if_the_others_have_no_place() -> None:
     """Not 429: the backend that has failed has a free place."""
     one, two = Backend([[RESET]]), Backend([HANGING])
     async with fleet(one, two, places=(1, 1)) as pi, running(pi, two, model="qwen_0_5b", session="s"):
-        pi.gateway.fleet.backends[0].found("")
+        pi.gateway.fleet.backends[0].breaker.trouble = ""
         reply = await pi.complete()
         assert (reply.status, reply.json["code"]) == (503, "VPS_UNAVAILABLE")
         assert "without an answer" in reply.json["message"]
 
 
 async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 0.3)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 0.3)
     asked = {"input_prefix": "x", "input_suffix": "y"}
     one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
     async with fleet(one, two, places=(1, 1)) as pi:
         async with running(pi, two, prompt="z" * 50):
-            pi.gateway.fleet.backends[0].found("")
+            pi.gateway.fleet.backends[0].breaker.trouble = ""
             reply = await pi.ask("POST", "/infill", asked)
             assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
-            pi.gateway.fleet.backends[0].found("")
-            monkeypatch.setitem(pi_backend.WAIT_SECONDS, "infill", 60.0)
+            pi.gateway.fleet.backends[0].breaker.trouble = ""
+            monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 60.0)
             waiting = asyncio.create_task(pi.ask("POST", "/infill", asked))
-            await until(lambda: len(pi.gateway.line) == 1)
+            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
         assert (await waiting).json["content"] == "b"
 
 
@@ -418,7 +416,7 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> Non
         reply = await pi.ask("POST", "/v1/completions", body)
         assert (reply.json["model"], reply.json["choices"][0]["text"]) == ("qwen_0_5b", "b")
         chat = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
-        pi.gateway.fleet.backends[0].found("")
+        pi.gateway.fleet.backends[0].breaker.trouble = ""
         reply = await pi.ask("POST", "/v1/chat/completions", chat)
         events = [event for event in reply.body.split(b"\n\n") if b'"role"' in event]
         assert len(events) == 1, "the answer began twice"
@@ -459,7 +457,7 @@ async def test_a_place_is_kept_for_infills_among_the_backends_that_may_answer() 
         assert reply.json["choices"][0]["message"]["content"] == "b"
         for writer in hanging:
             writer.transport.abort()
-        await until(lambda: not pi.gateway.active)
+        await until(lambda: not pi.gateway.dispatcher.active)
 
 
 async def test_the_models_are_asked_for_once_if_nobody_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,7 +477,7 @@ async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backen
     async with fleet(one, two) as pi:
         older = asyncio.create_task(pi.complete(session="s"))
         await one.begun.wait()
-        await until(lambda: FIRST not in hang or pi.gateway.active[0].came.tokens)
+        await until(lambda: FIRST not in hang or pi.at(0)[0].tokens)
         assert await answered(pi, session="s", model="qwen_0_5b") == "b"
         assert (await older).json["code"] == "SUPERSEDED"
         await asyncio.wait_for(one.left.wait(), 30)
@@ -507,8 +505,8 @@ LISTED = answer(200, {"data": [{"id": "qwen_0_5b"}]})
 async def test_only_an_engine_that_costs_nothing_reads_ahead(api: str, asked: int) -> None:
     async with Backend([[HANG]], models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api=api)) as pi:
         assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
-        assert bool(pi.gateway.fleet.first.warming) == bool(asked)  # a prompt that may be read is read at once
-        await until(lambda: len(backend.completions) == asked and not pi.gateway.warming.waiting)
+        assert pi.reads_ahead() == bool(asked)  # a prompt that may be read is read at once
+        await until(lambda: len(backend.completions) == asked and not pi.gateway.dispatcher.ahead)
         assert [body["n_predict"] for body in backend.completions] == [0] * asked
 
 
@@ -518,10 +516,10 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
         assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
         await one.begun.wait()
         assert await answered(pi, model="qwen_0_5b") == "b"
-        assert pi.gateway.fleet.backends[0].warming
+        assert pi.reads_ahead()
         one.scripts = [script("a")]
         assert await answered(pi, model="qwen_1_5b") == "a"
-        await until(lambda: pi.gateway.fleet.backends[0].warming is None)
+        await until(lambda: not pi.reads_ahead())
 
 
 async def test_a_backend_that_leaves_models_toml_stops_reading_ahead() -> None:
@@ -561,11 +559,11 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         assert (kept.limit, kept.config.key, kept.upstream._config.key) == (7, "another", "another")
         assert new.id == "new"
         await until(lambda: new.probes > 0)  # it is probed without a restart
-        assert len(pi.gateway.active) == 1
+        assert pi.gateway.dispatcher.active == 1
         go.set()
         reply = await running
         assert reply.clean
-        assert len(pi.gateway.active) == 0
+        assert pi.gateway.dispatcher.active == 0
         assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
         assert await answered(pi, prompt="y =") == "b"
         gateway.counting.sample()
@@ -604,10 +602,10 @@ async def test_tokens_of_an_old_address_say_nothing_of_the_new_one() -> None:
         running = asyncio.create_task(pi.stream())
         await until(lambda: backend.tokens == 1)
         gateway.reconfigure(dataclasses.replace(gateway.config, backends=(backend_at(1, "a"),)))
-        await until(lambda: "refused" in backend.trouble)
+        await until(lambda: "refused" in backend.breaker.trouble)
         go.set()
         await until(lambda: backend.tokens == 2)
-        assert (backend.available, "refused" in backend.message) == (False, True)
+        assert (backend.available, "refused" in backend.breaker.message) == (False, True)
         running.cancel()
 
 
@@ -653,8 +651,8 @@ async def test_a_backend_that_has_gone_is_forgotten() -> None:
 async def test_a_cloud_is_probed_less_often(url: str, api: str, paid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.001)
     config = cm4d.BackendConfig("cloud", parse_url(url, "url"), api)
-    monkeypatch.setattr(pi_backend.Backend, "is_paid", is_paid := pi_backend.Backend(config, []).is_paid)
-    assert is_paid is paid
+    assert config.is_paid is paid
+    monkeypatch.setattr(cm4d.BackendConfig, "is_paid", paid)
     async with Backend(models=LISTED) as backend, pi_for(backend_at(backend.port, "gpu", api="openai")) as pi:
         probes = pi.probes
         if not paid:

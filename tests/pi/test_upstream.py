@@ -575,10 +575,10 @@ async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
         with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
             await until(lambda: backend.sent > 24 << 20, seconds=1.0)
         assert 0 < backend.sent < 24 << 20
-        assert len(pi.gateway.active) == 1
+        assert pi.gateway.dispatcher.active == 1
         writer.transport.abort()
         await backend.left.wait()
-        await until(lambda: len(pi.gateway.active) == 0)
+        await until(lambda: pi.gateway.dispatcher.active == 0)
         assert reader
 
 

@@ -75,6 +75,34 @@ def f():
 »
 # Tests
 f()
+=== python block: comments at column 0 below blank lines
+def f():
+«    x = 1
+
+# note
+# more
+
+    return g(x)
+
+# what it calls
+def g(x):
+    return x
+»
+# Tests
+f()
+=== python end: a comment below a blank line, last
+def f():
+«    return 1
+»
+# Tests
+
+=== python block: a long comment below a blank line
+def f():
+«    return 1
+»
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
+# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
 === python block: a continued line
 def f():
 «    return 1 + \
@@ -181,6 +209,27 @@ f();
 === javascript block: an apostrophe in JSX
 function F({ ok }) {«
   return ok && <p>Don't</p>
+}
+»
+function g() {}
+=== javascript block: a slash between braces in JSX
+function F({ a, b, c }) {«
+  const d = <p>{a}/{c && (b)}</p>;
+  const e = <p>{b} / {c && (
+    b
+  )}</p>;
+  return (
+    <p>{a}/{c && (
+      <b>{b} / {"("}</b>
+    )}</p>
+  );
+}
+»
+function g() {}
+=== javascript block: a regex behind a block
+function f(s) {«
+  if (s) { h(); }
+  /[({]/.test(s) && h();
 }
 »
 function g() {}
@@ -744,16 +793,6 @@ env['SCRIPT_FILENAME'] = self.path
 env['REMOTE_ADDR'] = self.client_address[0]
 ‖=''
 env['SCRIPT_NAME'] = ''
-=== python block: the last line before indentation that is half typed
-def f(arr, k):
-    arr.s«ort()
- »   return arr
-
-# Test cases
-print(f([1, 2, 3], 1))
-print(f([4, 5, 6], 2))
-‖   ans = arr[-k:]
-    return ans
 === python stop: an import like the next
 import sys
 «import os»
@@ -906,15 +945,6 @@ if (x)
 else z();
 »
 f();
-=== typescript block: a decorator's class
-@Component({
-«  selector: 'a',
-})
-export class A {
-  x = 1;
-}
-»
-function f() {
 === javascript block: an else whose statement is on the next line
 if (x)
 «  y();
@@ -1088,21 +1118,7 @@ def resume():
 === c block: a macro over lines
 #define M(a) \
 «    do { a; } while (0)
-»
-int f() {
-=== c block: a brace in both branches
-int f() {
-#ifdef A
-    if (a) {
-#else
-    if (b) {
-#endif
-«        c();
-    }
-    return 1;
-}
-»
-int g() {
+»int f() {
 === javascript block: no semicolons
 const x =« f(1)
 »const y = 2
@@ -1220,6 +1236,8 @@ BEGUN = [
     ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
     ("some of the code", "```python\ndef f():\n    '''", "```\n'''\n```\n", ("```\n'''\n", "stop")),
     ("a block that is closed", "```\nx\n```\nAnd", ":\n```\ny\n```\n", ("y\n", "stop")),
+    ("another language's fence", "```bash\nls", " -l\n```\nThat is it.", (" -l\n", "stop")),
+    ("another language's block", "```bash\nls\n```\nAnd", " that is it.", (" that is it.", None)),
     ("its fence once more", "```python\n", "```python\nx = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("a longer fence", "````markdown\n", "```\nx\n```\ny\n````\n", ("```\nx\n```\ny\n", "stop")),
     ("a short fence in its place", "````markdown\n", "```\nx\n```\ny\n```", ("```\nx\n```\ny\n", None)),
@@ -1338,8 +1356,8 @@ OPENS = """def f(x):
         ("python", '    It ends here. "\n    x = 1\n    '),
         ("javascript", "const f = (text) => /`/.test(text)\n"),
         ("shell", "cut -d'\"' -f2 names\n"),
-        ("shell", 'x="$(tr -d \'"\' <names)"\nf() {\n    '),
-        ("shell", 'x="${y//\'"\'/}"\nf() {\n    '),
+        ("shell", 'x="`tr -d \'"\' <names`"\nf() {\n    '),
+        ("shell", 'x="$(case $y in a) echo "it\'s" ;; esac)"\nf() {\n    '),
     ],
 )
 def test_the_cursor_is_in_code(language: str, prompt: str) -> None:

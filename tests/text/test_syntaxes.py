@@ -20,7 +20,6 @@ from test_ending import cases, check, check_case, title
 from cerebrum.text.ending import Ending, scan
 from cerebrum.text.languages import LANGUAGES, language_of_file
 from cerebrum.text.prompt import detect_mode, prepare
-from cerebrum.text.scanner import MAX_BRANCHES, Scanner
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
 # the suffix after ‖.
@@ -468,6 +467,36 @@ f() {
 }
 »
 f
+=== shell block: a comment at column 0 below a blank line
+f() {
+«    a
+
+# note
+    b
+}
+»
+# what follows
+f a
+=== shell block: quotes within quotes
+f() {
+«    x="$(echo "$y" | tr -d '"')"
+    echo "${y//'"'/}" "${y#"$z"}" "${y//"'"/}" "$(cut -d'"' -f2 <<<"${y%/}")" it\'s "\$(it's" "${y/a}it's"
+    x="$( (cat) <<EOF # it's
+it's
+EOF
+)" y="$((1 << 2))" z="$(f "$(g '"')")" w=${y##*/} v='
+'
+}
+»
+f
+=== shell block: a cursor within quotes below quotes
+f() {
+    x="$(echo "$y" | tr -d '"')"
+    y="${x//'"'/}"
+    echo "$(«cut -d'"' -f2)"
+}
+»
+f a
 === shell block: a script ends at a blank line
 # count the lines of each file
 «wc -l -- *.txt |
@@ -861,11 +890,6 @@ def test_a_language_in_another(language: str, prompt: str, found: str) -> None:
     assert scan(LANGUAGES[language], prompt).language is LANGUAGES[found]
 
 
-def test_directives_deeper_than_are_remembered() -> None:
-    text = "void f() {\n" + "#if A\n{\n" * MAX_BRANCHES + "#if B\n#endif\n#else\n{\n"
-    assert len(Scanner(LANGUAGES["c"], text).stack) == 1 + MAX_BRANCHES
-
-
 # What is above, a definition that is repeated with a number, what is below; and what of above is sent.
 LONG = {
     "java": (
@@ -1024,9 +1048,20 @@ def test_other_names_of_a_language(name: str) -> None:
     check("complete", name, "class A {\n    int F() {\n", "", f"{body}\n    int G", (body, "block"))
 
 
-def test_an_answer_of_shell_commands() -> None:
-    check("instruct", "shell", "", "", "Here:\n```bash\nls\n```\nDone.\n", ("ls\n", "stop"))
-    check("instruct", "python", "", "", "Run:\n```bash\nls\n```\n```python\nx\n```\n", ("x\n", "stop"))
+@pytest.mark.parametrize(
+    ("language", "answer", "sent", "reason"),
+    [
+        ("shell", "Here:\n```bash\nls\n```\nDone.\n", "ls\n", "stop"),
+        ("python", "Run:\n```bash\nls\n```\n```python\nx\n```\n", "x\n", "stop"),
+        ("python", "Given:\n```json\n{}\n```\nuse:\n```\nx\n```\n", "x\n", "stop"),
+        ("python", "Run:\n```bash\nls\n```\nor\n```sh\nls -l\n```\nin a shell.\n", "ls\n", None),
+        ("python", "Run:\n```bash\nls\n```", "ls\n", None),
+        ("json", "Here:\n```json\n{}\n```\nDone.\n", "{}\n", "stop"),
+        ("markdown", "```markdown\n# T\n```sh\nls\n```\nend\n```\nDone.\n", "# T\n```sh\nls\n```\nend\n", "stop"),
+    ],
+)
+def test_the_block_of_an_answer(language: str, answer: str, sent: str, reason: str | None) -> None:
+    check("instruct", language, "", "", answer, (sent, reason))
 
 
 # --------------------------------------------------------------------------------------------- real files

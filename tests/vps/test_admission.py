@@ -13,10 +13,11 @@ import pytest
 from harness import PATIENCE, copy_program
 
 import vpsd
+from cerebrum.fields import describe
 from cerebrum.settings import ConfigError, Environment
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.memory import check_memory
-from cerebrum_common import HttpError, describe
+from cerebrum_common import HttpError
 from vpsd import CpuMeter, check_cpu, load_config, parse_inference
 
 # ------------------------------------------------------------------------------------------- the request

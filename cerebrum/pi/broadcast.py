@@ -1,0 +1,323 @@
+"""Completions and their readers: running ones that several clients share, finished ones whose text users type.
+
+A `Broadcast` is one completion, running or finished; a `Subscriber` is one client's request and its position in the
+text. `Broadcasts` finds the broadcast that a request can read, and ends an editor's older infills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any
+
+from cerebrum.pi.backend import SAMPLED_BY
+from cerebrum.pi.completion import Completion
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.upstream import Pair, read_text, text_event
+from cerebrum_common import HttpError, internal_error
+
+# ------------------------------------------------------------------------------------- policy: editors
+
+MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
+MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
+TAIL_CHARS = 1024  # of the text before the cursor: if these are equal, two cursors are at the same place
+MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
+MAX_FINISHED_CHARS = 2048
+# The answer to one request can begin the answer to another only if these fields are equal in both.
+ALIKE = ("mode", "suffix", "model", "language", "filename", *SAMPLED_BY)
+
+
+def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
+    """Whether two infills come from one place where a user types: the text before one cursor nearly continues the text
+    before the other, and the lines below are the same. Two gaps of one file do not match, nor a program's two texts."""
+    if older["filename"] != newer["filename"]:
+        return False
+    suffixes = (fields.get("suffix") or "" for fields in (older, newer))
+    # The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket.
+    one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
+    if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
+        return False
+    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
+
+
+def nearly_continues(text: str, longer: str) -> bool:
+    """Whether `longer` is `text` plus at most MAX_TYPED_CHARS. Up to MAX_RETYPED_CHARS at the end of the last line may
+    differ if the line's beginning is equal. An editor's window moves, so `longer` may begin later.
+
+    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx", "a\\ny = ")
+    (True, False)
+    """
+    line = text[text.rfind("\n") + 1 :]
+    retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
+    for end in range(len(text), len(text) - retyped - 1, -1):
+        tail = text[max(0, end - TAIL_CHARS) : end]
+        start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
+        if longer.rfind(tail, start) >= 0 if len(tail) == TAIL_CHARS else not start and longer.startswith(tail):
+            return True
+    return False
+
+
+def alike(fields: Mapping[str, Any]) -> bytes:
+    """A digest of the ALIKE fields of a request."""
+    return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
+
+
+def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
+    """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in another prompt; 0 if
+    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves: `earlier`
+    needs no more than TAIL_CHARS, after `omitted` characters. In a text that repeats itself, the lengths decide.
+
+    >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
+    3
+    """
+    tail, before, typed = prompt[-TAIL_CHARS:], earlier[-TAIL_CHARS:], len(prompt) - len(earlier) - omitted
+    if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
+        return typed
+    if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character
+        return 0
+    place = (before + text).find(tail, max(0, len(before) + 1 - TAIL_CHARS))
+    return max(0, place + TAIL_CHARS - len(before)) if place >= 0 else 0
+
+
+# ---------------------------------------------------------------------------- policy: who reads what
+
+
+@dataclass(slots=True, eq=False)
+class Broadcast:
+    """One completion for all clients that ask for it. A running one keeps all pairs but "idle" and "progress", so that
+    a late client gets the whole text. A finished one keeps its text and its prompt's end, for the clients who got it.
+    """
+
+    alike: bytes
+    prompt: str  # or its end
+    omitted: int = 0  # characters of the prompt before this end
+    pairs: list[Pair] = field(default_factory=list)
+    failure: HttpError | None = None
+    completion: Completion | None = None  # None: finished
+    task: asyncio.Task[None] | None = None  # computes it
+    kept: Broadcast | None = None  # its finished form, once a client has the whole text
+    clients: set[str] = field(default_factory=set)  # of a finished one: who got the whole text
+
+    @property
+    def text(self) -> str:
+        return read_text(b"".join(value for kind, value in self.pairs if kind == "text"))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more pairs will come."""
+        return self.task is not None and not self.task.done()
+
+
+def predicts(request: CompletionRequest) -> bool:
+    """Whether the client takes the rest of an earlier completion's text as its answer."""
+    return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
+
+
+def place_in(broadcast: Broadcast, request: CompletionRequest, is_reader: bool) -> int | None:
+    """The number of characters of a broadcast's text that precede the request's cursor: 0 if the broadcast runs for an
+    equal request; None if its text is no answer. `is_reader`: the same editor reads the running broadcast, or the same
+    client got the whole text of the finished one."""
+    running = broadcast.completion
+    if running:
+        is_sample = request.fields["temperature"] > 0 and request.fields["seed"] is None  # samples must differ
+        if running.request.fields == request.fields and not is_sample:
+            return 0
+        is_reader = is_reader and request.kind == "infill"
+    if not is_reader or not predicts(request) or broadcast.alike != alike(request.fields):
+        return None
+    text = broadcast.text
+    typed = typed_of(broadcast.prompt, text, request.fields["prompt"], broadcast.omitted)
+    return typed if 0 < typed < len(text) + bool(running) else None
+
+
+def finished(broadcast: Broadcast) -> Broadcast | None:
+    """The finished form of a complete broadcast; None if nobody may type its text. A plain completion may be a
+    program's, which relies on its limit: a text cut by the limit must not begin another answer."""
+    assert broadcast.completion
+    text, (_, result) = broadcast.text, broadcast.pairs[-1]
+    begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
+    reason = result.get("finish_reason", "stop")
+    is_cut = broadcast.completion.request.kind == "completion" and reason == "length"
+    if is_cut or not 1 < len(text) <= MAX_FINISHED_CHARS:
+        return None
+    done = {"model": begun["model"], "finish_reason": reason}  # of an answer without a backend there are no figures
+    pairs = [("started", begun), ("text", text_event(text)), ("done", done)]
+    omitted = max(0, len(broadcast.prompt) - TAIL_CHARS)
+    return Broadcast(broadcast.alike, broadcast.prompt[omitted:], omitted, pairs)
+
+
+# ------------------------------------------------------------------------------------ following a completion
+
+
+class Subscriber:
+    """One client's request in a dialect, and its position in a broadcast, which others may read too."""
+
+    def __init__(self, broadcasts: Broadcasts, completion: Completion, editor: str) -> None:
+        self.broadcasts, self.completion, self.editor = broadcasts, completion, editor
+        self.request = completion.request
+        self.broadcast: Broadcast | None = None  # once it has joined
+        self.at = 0  # pairs read
+        self.typed = self.skip = 0  # characters of the text that the client typed before; those not yet read
+        self.woken = asyncio.Event()
+        self.replaced = False  # the user has typed on, and the editor has asked again
+
+    async def pairs(self) -> AsyncGenerator[Pair, None]:
+        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or several "idle", may
+        come as one. A replaced request ends like a completion that a limit has cut, because some editors would show an
+        error to the user."""
+        try:
+            broadcast = self.broadcasts.join(self)
+            while not self.replaced:
+                if self.at < len(broadcast.pairs):
+                    kind, value = self._next(broadcast)
+                    yield kind, value
+                    if kind == "done":
+                        return
+                elif broadcast.failure:
+                    raise broadcast.failure
+                else:
+                    self.woken.clear()
+                    await self.woken.wait()
+                    if self.at == len(broadcast.pairs) and not (broadcast.failure or self.replaced):
+                        yield "idle", None
+            if not self.at:
+                yield "started", self.broadcasts.beginning(self.completion)
+            yield "done", {"finish_reason": "replaced"}
+        finally:
+            self.broadcasts.leave(self)
+
+    def _next(self, broadcast: Broadcast) -> Pair:
+        kind, value = broadcast.pairs[self.at]
+        texts = [text for _, text in takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])]
+        self.at += len(texts) or 1
+        if texts:
+            value = b"".join(texts)
+        if texts and self.skip:
+            text = read_text(value)
+            rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
+            value = text_event(rest) if rest else b""
+        elif kind == "done" and self.typed:
+            value = value | {"type_through": True}
+        if kind == "done":
+            self.broadcasts.keep(self)
+        return kind, value
+
+
+class Broadcasts:
+    """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a completion, `beginning`
+    returns the value of its pair "started"."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        compute: Callable[[Completion], AsyncGenerator[Pair, None]],
+        beginning: Callable[[Completion], dict[str, Any]],
+    ) -> None:
+        self._dispatcher, self._compute, self.beginning = dispatcher, compute, beginning
+        self.type_through = self.shared = self.replaced = 0  # requests that ended this way
+        self.subscribers: list[Subscriber] = []
+        self.finished: deque[Broadcast] = deque(maxlen=MAX_FINISHED)
+
+    def join(self, subscriber: Subscriber) -> Broadcast:
+        """The broadcast that the subscriber reads: one that is there, or a new one."""
+        request, completion = subscriber.request, subscriber.completion
+        self.subscribers.append(subscriber)
+        if request.kind == "infill":
+            self._dispatcher.saw_editor(request.client)
+        own = Broadcast(alike(request.fields), request.fields["prompt"], completion=completion)
+        if request.fields["max_tokens"] == 0:
+            self._dispatcher.read_ahead(replace(request, ahead=True))
+            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "length"})]
+            return own
+        subscriber.broadcast = broadcast = self._find(subscriber) or own
+        if broadcast is own:
+            own.task = asyncio.create_task(self._run(own, completion))
+        elif subscriber.typed:
+            self.type_through += 1
+        else:
+            self.shared += 1
+        if broadcast.completion:
+            self._dispatcher.renew(broadcast.completion)
+        else:
+            completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
+        self._replace_older(subscriber, ahead=not broadcast.completion)
+        return broadcast
+
+    def _find(self, subscriber: Subscriber) -> Broadcast | None:
+        """A finished completion whose text the client has begun to type, or a running one of an equal request, or one
+        whose text begins with what the user has typed since the editor asked for it."""
+        request = subscriber.request
+        known = [(one, request.client in one.clients) for one in reversed(self.finished)]
+        for other in self.subscribers:
+            if other.broadcast and other.broadcast.is_open:
+                known.append((other.broadcast, other.editor == subscriber.editor))
+        for broadcast, is_reader in known:
+            typed = place_in(broadcast, request, is_reader)
+            if typed is not None:
+                subscriber.typed = subscriber.skip = typed
+                return broadcast
+        return None
+
+    async def _run(self, broadcast: Broadcast, completion: Completion) -> None:
+        """Collect the pairs, and keep the error that ends them. "idle" only wakes the subscribers."""
+        try:
+            async with contextlib.aclosing(self._compute(completion)) as pairs:
+                async for kind, value in pairs:
+                    if kind in ("started", "text", "done"):
+                        broadcast.pairs.append((kind, value))
+                    self._wake(broadcast, at_end=kind == "done")
+        except Exception as error:
+            broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
+        self._wake(broadcast, at_end=True)
+
+    def _wake(self, broadcast: Broadcast, at_end: bool) -> None:
+        """Wake the subscribers. One that collects the whole text is woken only at the end."""
+        for subscriber in self.subscribers:
+            if subscriber.broadcast is broadcast and (at_end or subscriber.request.stream):
+                subscriber.woken.set()
+
+    def _replace_older(self, subscriber: Subscriber, ahead: bool) -> None:
+        """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
+        continue the newer prompt go on: an editor asks ahead for the text after a completion that it shows."""
+        newer = subscriber.request.fields
+        for other in [*self.subscribers]:
+            older = other.request.fields
+            of_editor = subscriber.request.kind == other.request.kind == "infill" and other.editor == subscriber.editor
+            goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
+            if of_editor and not goes_on and is_typed_on(older, newer):
+                self.replaced += 1
+                other.replaced = True
+                self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
+                other.woken.set()
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """Remove a subscriber that has ended or whose client has left. The last one to leave ends the completion; until
+        then, its place counts as held by a client who stays."""
+        if subscriber not in self.subscribers:
+            return
+        self.subscribers.remove(subscriber)
+        broadcast = subscriber.broadcast
+        if not broadcast or not broadcast.completion:
+            return
+        subscriber.completion.notes |= broadcast.completion.figures()
+        if others := [other for other in self.subscribers if other.broadcast is broadcast]:
+            self._dispatcher.hand_over(broadcast.completion, others[0].request.client)
+        elif broadcast.task:
+            broadcast.task.cancel()
+
+    def keep(self, subscriber: Subscriber) -> None:
+        """Remember the text that a client got as a whole, for when the user types it."""
+        broadcast, request = subscriber.broadcast, subscriber.request
+        if not broadcast or not broadcast.task or not predicts(request):
+            return
+        if not broadcast.kept and (kept := finished(broadcast)):
+            broadcast.kept = kept
+            self.finished.append(kept)
+        if broadcast.kept:
+            broadcast.kept.clients.add(request.client)

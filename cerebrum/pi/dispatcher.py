@@ -1,0 +1,343 @@
+"""Who gets a place at which backend, and when: the Pi's only owner of places.
+
+`decide` is the whole policy: one pure function. `Dispatcher` carries out what it decides, for completions that clients
+await and for prompts that are read ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from cerebrum.fields import describe
+from cerebrum.pi.backend import Backend
+from cerebrum.pi.breaker import BREAKER_OPEN, NEVER_ASKED
+from cerebrum.pi.completion import SUPERSEDED, WITHOUT_MODEL, Attempt, Completion
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.fleet import Fleet, Options
+from cerebrum_common import HttpError, internal_error, log
+
+# ------------------------------------------------------------------------------------ policy: the decision
+
+BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
+EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
+
+
+@dataclass(slots=True)
+class State:
+    """All that `decide` reads. `Dispatcher` writes it, and `Fleet` its backends."""
+
+    fleet: Fleet
+    places: dict[Attempt, Backend] = field(default_factory=dict)  # maybe at a backend that has left models.toml
+    line: dict[Completion, asyncio.Future[Attempt]] = field(default_factory=dict)  # in order of arrival
+    editors: dict[str, float] = field(default_factory=dict)  # the time of each client's last infill
+    served: dict[str, Backend] = field(default_factory=dict)  # the last backend of each `CompletionRequest.file`
+
+    def running(self, backends: Sequence[Backend]) -> list[Attempt]:
+        """The attempts that take a place at these backends: not those that are being ended or that read ahead."""
+        holders = (attempt for attempt, backend in self.places.items() if backend in backends)
+        return [attempt for attempt in holders if not (attempt.superseded or attempt.request.ahead)]
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """A place at this backend, for an answer by this model."""
+
+    model: str
+    backend: Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again when a place becomes free, at the latest at this time (monotonic seconds)."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    error: HttpError
+
+
+Decision = Assign | Wait | Refuse
+
+
+def decide(state: State, completion: Completion, now: float) -> Decision:
+    """What happens now to a completion that has no place."""
+    request, deadline = completion.request, completion.deadline
+    may_wait, resume = now < deadline, busy_until(completion)
+    # 1. Which models may answer, best first, and which backends have each of them?
+    options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
+    # 2. What has failed this completion is not asked again.
+    tried = functools.partial(is_tried, completion, is_pausing=now < resume)
+    options = [(model, [one for one in having if not tried(one.id, model)]) for model, having in options]
+    able = [backend for backend in state.fleet.backends if any(backend in having for _, having in options)]
+    # 3. Reading ahead waits for a backend that has nothing else to do, and wakes none up.
+    if request.ahead:
+        able = [backend for backend in able if backend.reads_ahead]
+        idle = [one for one in able if one.breaker.state == "closed" and one not in state.places.values()]
+        if not able or state.line or not idle:
+            return Wait(math.inf) if able else Refuse(HttpError("VPS_UNAVAILABLE", "no backend reads ahead"))
+        able = idle
+    # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is worth waiting for:
+    #    somebody who types ends one trial after the other.
+    usable = [backend for backend in able if backend.breaker.admits]
+    usable = [backend for backend in usable if not backend.breaker.trouble] or usable
+    if not usable:
+        if may_wait and now < resume <= deadline:
+            return Wait(resume)
+        if may_wait and any(backend.breaker.trial for backend in able):
+            return Wait(deadline)
+        return Refuse(completion.failure or nobody(state.fleet, options))
+    # 5. Is a place free, and may this client take it? It ends the older requests of its session.
+    free = [one for one in usable if places_taken(state, one, request.session) < one.limit]
+    if is_fair(state, completion, usable, now) or request.ahead:
+        # 6. The best model that a free backend has, where the beginning of the prompt probably is in the cache, or else
+        #    at the least busy one.
+        last = state.served.get(request.file)
+        for model, having in options:
+            if best := [backend for backend in free if backend in having]:
+                load = {one: len(state.running([one])) / one.limit for one in best}
+                return Assign(model, last if last in best else min(best, key=load.__getitem__))
+    # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
+    return Wait(deadline) if may_wait else Refuse(completion.failure or all_taken(state))
+
+
+def busy_until(completion: Completion) -> float:
+    """When to ask the backends again that answered 429 to a dialect's request. Our own API passes a 429 on."""
+    refused = [one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"]
+    if not refused or not completion.request.kind:
+        return math.inf
+    return refused[-1] + min(BUSY_SECONDS * 2.0 ** (len(refused) - 1), MAX_BUSY_SECONDS)
+
+
+def is_tried(completion: Completion, backend: str, model: str, is_pausing: bool) -> bool:
+    """Whether another attempt with this model at this backend would be in vain: the backend has failed this completion,
+    could not load this model, or was busy a moment ago."""
+    for attempt in completion.attempts:
+        if attempt.backend == backend and attempt.error:
+            code = attempt.error.code
+            if attempt.model == model if code in WITHOUT_MODEL else is_pausing or code != "RATE_LIMIT":
+                return True
+    return False
+
+
+def places_taken(state: State, backend: Backend, session: str) -> int:
+    """The places of a backend that a request of this session does not get."""
+    return sum(not session or one.request.session != session for one in state.running([backend]))
+
+
+def is_fair(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
+    """Whether a completion leaves a place for editors. After a recent infill, chats and plain completions leave one for
+    infills, and one client's infills leave one for another client's. Requests of our own API take any place."""
+    kind, client = completion.request.kind, completion.client
+    editors = {one for one, seen in state.editors.items() if now - seen < EDITOR_SECONDS}
+    if not kind or not editors - ({client} if kind == "infill" else set()):
+        return True
+    running = [attempt.completion for attempt in state.running(usable)]
+    if kind == "infill":
+        alike = [one for one in running if one.request.kind == "infill" and one.client == client]
+    else:
+        alike = [one for one in running if one.request.kind in ("chat", "completion")]
+    return len(alike) < max(1, sum(backend.limit for backend in usable) - 1)
+
+
+def all_taken(state: State) -> HttpError:
+    there = [backend for backend in state.fleet.backends if backend.available] or state.fleet.backends
+    limit = sum(backend.limit for backend in there)
+    kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
+    return HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
+
+
+def nobody(fleet: Fleet, options: Options) -> HttpError:
+    """Why no backend may be asked."""
+    if any(having for _, having in options):
+        return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
+    if unknown := [backend for backend in fleet.backends if backend.models is None]:
+        return HttpError(
+            "VPS_UNAVAILABLE", next((one.breaker.message for one in unknown if one.breaker.message), NEVER_ASKED)
+        )
+    expected, got = ", ".join(fleet.models or ()), describe(options[0][0])
+    return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
+
+
+# -------------------------------------------------------------------------------------------- the dispatcher
+
+MAX_SERVED = 512  # sessions and files, each with the backend that served it last
+MAX_AHEAD = 4  # prompts to be read ahead, one of each client
+
+
+class Dispatcher:
+    """Sole owner of the line, of the places, and of the prompts to be read ahead."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.state = State(fleet)
+        self.ahead: dict[str, Completion] = {}  # prompts to be read ahead, by client
+
+    @property
+    def active(self) -> int:
+        """Completions that hold a place."""
+        return sum(not attempt.request.ahead for attempt in self.state.places)
+
+    def saw_editor(self, client: str) -> None:
+        """A client asks for infills, so a place is kept for its next one."""
+        now, editors = time.monotonic(), self.state.editors
+        self.state.editors = {one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS} | {client: now}
+
+    def renew(self, completion: Completion) -> None:
+        """One more client awaits this completion, and may wait for a place as long as the first one."""
+        completion.requested = time.monotonic()
+
+    def hand_over(self, completion: Completion, client: str) -> None:
+        """The client of this completion has left, but another one still reads it."""
+        completion.client = client
+        self.advance()
+
+    def reconfigured(self) -> None:
+        """The list of backends has changed."""
+        state, backends = self.state, self.state.fleet.backends
+        state.served = {file: backend for file, backend in state.served.items() if backend in backends}
+        for attempt, backend in [*state.places.items()]:
+            if attempt.request.ahead and backend not in backends:
+                self._supersede(attempt)
+        self.advance()
+
+    # Places.
+
+    async def enter(self, completion: Completion) -> Attempt:
+        """Give a completion a place; it must `hold` the place at once. HttpError if there is none for it."""
+        await self.state.fleet.know()
+        while True:
+            match decide(self.state, completion, time.monotonic()):
+                case Assign(model, backend):
+                    return self._assign(completion, model, backend)
+                case Refuse(error):
+                    raise error
+                case Wait(until):
+                    if attempt := await self._wait_in_line(completion, until):
+                        return attempt
+
+    @contextlib.asynccontextmanager
+    async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
+        """Hold a place for as long as the context lasts. A backend never works on more requests than its limit: an
+        older request, which this one replaces, leaves first."""
+        places, backend = self.state.places, self.state.places[attempt]
+        try:
+            for other in [one for one, where in places.items() if where is backend and one.superseded]:
+                await other.ended.wait()
+            yield backend
+        except HttpError as error:
+            attempt.error = error
+            raise
+        finally:
+            self._leave(attempt)
+
+    async def _wait_in_line(self, completion: Completion, until: float) -> Attempt | None:
+        """The attempt that `advance` has begun for this completion, or None after a while. HttpError if it found that
+        no backend may be asked any more."""
+        called = self.state.line[completion] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([called], timeout=until - time.monotonic())
+            return called.result() if called.done() else None
+        except asyncio.CancelledError:
+            if called.done() and not called.exception():
+                self._leave(called.result())
+            raise
+        finally:
+            self.state.line.pop(completion, None)
+
+    def advance(self) -> None:
+        """Give free places to those that wait: clients with the fewest running completions first, then in order of
+        arrival. If nobody waits, idle backends read ahead."""
+        state = self.state
+        clients = Counter(attempt.completion.client for attempt in state.running([*state.places.values()]))
+        for completion in sorted(state.line, key=lambda one: clients[one.client]):
+            match decide(state, completion, time.monotonic()):
+                case Assign(model, backend):
+                    state.line.pop(completion).set_result(self._assign(completion, model, backend))
+                case Refuse(error):
+                    state.line.pop(completion).set_exception(error)
+        for completion in [*self.ahead.values()]:
+            decision = decide(state, completion, time.monotonic())
+            if not isinstance(decision, Wait):
+                del self.ahead[completion.client]
+            if isinstance(decision, Assign):
+                self._begin_reading(completion, decision)
+
+    def _assign(self, completion: Completion, model: str, backend: Backend) -> Attempt:
+        """Begin an attempt: take the place, and end the requests that it replaces, those of its session and the one
+        that reads ahead there."""
+        state, session, file = self.state, completion.request.session, completion.request.file
+        for other, where in [*state.places.items()]:
+            if other.request.session == session != "" or (other.request.ahead and where is backend):
+                self._supersede(other)
+        for older in completion.attempts:
+            if older.backend == backend.id and older.error and older.error.code in WITHOUT_MODEL:
+                backend.forget(older.model)
+        attempt = Attempt(completion, backend.id, model, backend.breaker.admit(time.monotonic()))
+        completion.attempts.append(attempt)
+        state.places[attempt] = backend
+        if file:
+            state.served.pop(file, None)
+            state.served[file] = backend
+            if len(state.served) > MAX_SERVED:
+                del state.served[next(iter(state.served))]
+        return attempt
+
+    def _supersede(self, attempt: Attempt) -> None:
+        if not attempt.superseded:
+            attempt.reason = SUPERSEDED
+            attempt.completion.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
+
+    def _leave(self, attempt: Attempt) -> None:
+        """Give the place of an attempt back."""
+        del self.state.places[attempt]
+        attempt.admission.left()
+        attempt.left = time.monotonic()
+        attempt.ended.set()
+        self.advance()
+
+    # Reading ahead.
+
+    def read_ahead(self, request: CompletionRequest) -> None:
+        """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept. Reading stops when
+        the backend gets a request, and the prompt is queued again: the backend keeps the part that it has read."""
+        self._queue(Completion(request))
+        self.advance()
+
+    def _queue(self, completion: Completion) -> None:
+        self.ahead.pop(completion.client, None)
+        self.ahead[completion.client] = completion
+        if len(self.ahead) > MAX_AHEAD:
+            del self.ahead[next(iter(self.ahead))]
+
+    def _begin_reading(self, completion: Completion, place: Assign) -> None:
+        attempt = self._assign(completion, place.model, place.backend)
+        task = asyncio.create_task(self._read(place.backend, attempt))
+
+        def end(_: HttpError) -> None:
+            task.cancel()
+
+        completion.end = end
+        task.add_done_callback(lambda _: self._has_read(attempt))  # even if it never begins
+
+    async def _read(self, backend: Backend, attempt: Attempt) -> None:
+        try:
+            async with contextlib.aclosing(backend.answer(attempt)) as pairs:
+                async for _ in pairs:
+                    pass
+        except HttpError as error:
+            log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
+        except Exception as exception:
+            internal_error(exception)
+
+    def _has_read(self, attempt: Attempt) -> None:
+        if attempt.superseded and attempt.completion.client not in self.ahead:
+            self._queue(Completion(attempt.request))
+        self._leave(attempt)

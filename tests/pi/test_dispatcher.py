@@ -1,0 +1,176 @@
+"""`decide`: what happens to a completion that has no place, as one table of cases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from scripted import backend_at
+
+from cerebrum.pi.breaker import Breaker
+from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, MAX_BUSY_SECONDS, Assign, State, Wait, decide
+from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.upstream import BackendFailure
+from cerebrum_common import HttpError, Model
+
+NOW = 1000.0
+CATALOG = (
+    Model("big", "Big", ("python",), "7B", "Q4"),
+    Model("small", "Small", ("python", "rust"), "1B", "Q4"),
+)
+CLOSED, TROUBLE, OPEN, HALF_OPEN, TRIAL = "closed", "trouble", "open", "half-open", "trial"
+FAILED = BackendFailure("connection refused")
+
+
+def breaker(health: str) -> Breaker:
+    made = Breaker()
+    made.trouble = "it is odd" if health == TROUBLE else ""
+    if health in (OPEN, HALF_OPEN, TRIAL):
+        made.open(0.0)
+    if health in (HALF_OPEN, TRIAL):
+        made.healthy(NOW)
+    if health == TRIAL:
+        made.admit(NOW)
+    return made
+
+
+def decided(
+    kind: str = "",
+    backends: Mapping[str, str] = {"a": "big small", "b": "big small"},
+    health: Mapping[str, str] = {},
+    api: Mapping[str, str] = {},
+    running: Sequence[str] = (),  # "backend kind client", for those without a place at a limit of 2
+    superseded: Sequence[str] = (),
+    attempts: Sequence[tuple[str, str, HttpError]] = (),  # backend, model, error; the last one has just ended
+    editors: Mapping[str, float] = {},
+    served: str = "",
+    prefer: Mapping[str, Sequence[str]] = {},
+    session: str = "",
+    language: str = "python",
+    model: str | None = None,
+    asked: float = NOW,
+    in_line: bool = False,
+    now: float = NOW,
+    ahead: bool = False,
+) -> str:
+    """`model@backend`, `wait SECONDS`, or the code of a refusal."""
+    fleet = Fleet()
+    fleet.replace([backend_at(1, id, api=api.get(id, "cerebrum")) for id in backends], CATALOG, prefer)
+    known = {one.id: one for one in fleet.backends}
+    for id, models in backends.items():
+        known[id].models = {model: {} for model in models.split()}
+        known[id].breaker = breaker(health.get(id, CLOSED))
+    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()})
+    for place in (*running, *superseded):
+        id, other_kind, client = (*place.split(), "")[:3]
+        other = Completion(
+            CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, ahead=kind == "ahead")
+        )
+        attempt = Attempt(other, id, "big", known[id].breaker.admit(NOW))
+        attempt.reason = SUPERSEDED if place in superseded else ""
+        state.places[attempt] = known[id]
+    fields = {"language": language, "mode": "complete", "model": model, "filename": "f.py"}
+    completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead))
+    completion.requested = asked
+    for id, name, error in attempts:
+        completion.attempts.append(Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW))
+    if served:
+        state.served[completion.request.file] = known[served]
+    if in_line:
+        state.line[Completion(completion.request)] = asyncio.Future(loop=asyncio.new_event_loop())
+    decision = decide(state, completion, now)
+    if isinstance(decision, Assign):
+        return f"{decision.model}@{decision.backend.id}"
+    return f"wait {decision.until - now:.1f}" if isinstance(decision, Wait) else decision.error.code
+
+
+TOO_MANY, MISSING = HttpError("RATE_LIMIT", "busy"), HttpError("MODEL_LOAD_FAILED", "no file")
+TWO = ["a -", "a -"]
+FULL = [*TWO, "b -", "b -"]
+ALONE = {"kind": "infill", "backends": {"a": "big"}}
+PATIENCE = WAIT_SECONDS["infill"]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        # Which model, and where.
+        ({}, "big@a"),
+        ({"language": "rust"}, "small@a"),
+        ({"language": "cobol"}, "big@a"),  # vpsd says what is missing
+        ({"kind": "infill", "language": "cobol"}, "big@a"),
+        ({"model": "small"}, "small@a"),
+        ({"prefer": {"complete": ["small"]}}, "small@a"),
+        ({"backends": {"a": "small", "b": "big"}}, "big@b"),
+        ({"backends": {"a": "small", "b": "big"}, "running": ["b -", "b -"]}, "small@a"),
+        ({"backends": {"a": "small", "b": "small"}, "api": {"a": "openai"}, "model": "big"}, "big@b"),
+        ({"backends": {"a": "small"}, "api": {"a": "openai"}, "model": "big"}, "MODEL_NOT_FOUND"),
+        # The least busy backend, or the one that has read the file.
+        ({"running": ["a -"]}, "big@b"),
+        ({"running": ["b -"], "served": "b"}, "big@b"),
+        ({"running": ["b -", "b -"], "served": "b"}, "big@a"),
+        # No place: our own API gets 429, a dialect waits as long as its clients do.
+        ({"running": FULL}, "RATE_LIMIT"),
+        ({"kind": "infill", "running": FULL}, f"wait {PATIENCE}"),
+        ({"kind": "chat", "running": FULL}, f"wait {WAIT_SECONDS['chat']}"),
+        ({"kind": "infill", "running": FULL, "asked": NOW - 1}, f"wait {PATIENCE - 1}"),
+        ({"kind": "infill", "running": FULL, "asked": NOW - PATIENCE}, "RATE_LIMIT"),
+        # A newer request of a session gets the place of the older one; so does anybody if that is being ended.
+        ({"session": "s", "running": ["a - s", "a -", "b -", "b -"]}, "big@a"),
+        ({"session": "t", "running": ["a - s", "a -", "b -", "b -"]}, "RATE_LIMIT"),
+        ({"running": ["a -", "b -", "b -"], "superseded": ["a - s"]}, "big@a"),
+        # A place is kept for an editor that was there a moment ago.
+        ({"kind": "chat", "running": ["a chat", "a chat", "b chat"]}, "big@b"),
+        ({"kind": "chat", "running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "wait 30.0"),
+        ({"kind": "chat", "running": ["a chat", "a completion", "b chat"], "editors": {"me": 5}}, "wait 30.0"),
+        ({"kind": "chat", "running": ["a chat", "a infill", "b -"], "editors": {"you": 5}}, "big@b"),
+        ({"kind": "chat", "running": ["a chat", "a chat", "b chat"], "editors": {"you": EDITOR_SECONDS}}, "big@b"),
+        ({"running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
+        ({"kind": "infill", "running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
+        ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"you": 5}}, "wait 3.0"),
+        ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"me": 5}}, "big@b"),
+        ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill you"], "editors": {"you": 5}}, "big@b"),
+        # Breakers. A backend in trouble is asked if there is no other; a trial's end is worth waiting for.
+        ({"health": {"a": OPEN}}, "big@b"),
+        ({"health": {"a": TROUBLE}}, "big@b"),
+        ({"health": {"a": TROUBLE, "b": OPEN}}, "big@a"),
+        ({"health": {"a": TROUBLE}, "running": ["b -", "b -"]}, "RATE_LIMIT"),
+        ({"health": {"a": OPEN, "b": OPEN}}, "VPS_UNAVAILABLE"),
+        ({"kind": "infill", "health": {"a": OPEN, "b": OPEN}}, "VPS_UNAVAILABLE"),
+        ({"health": {"a": HALF_OPEN, "b": OPEN}}, "big@a"),
+        ({"health": {"a": TRIAL, "b": OPEN}}, "VPS_UNAVAILABLE"),
+        ({"kind": "infill", "health": {"a": TRIAL, "b": OPEN}}, f"wait {PATIENCE}"),
+        ({"kind": "infill", "health": {"a": TRIAL, "b": OPEN}, "asked": NOW - PATIENCE}, "VPS_UNAVAILABLE"),
+        ({"health": {"a": TRIAL}}, "big@b"),
+        # What has failed is not asked again, but another model may be there.
+        ({"attempts": [("a", "big", FAILED)]}, "big@b"),
+        ({"attempts": [("a", "big", FAILED), ("b", "big", FAILED)]}, "VPS_UNAVAILABLE"),
+        ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)]}, "small@a"),
+        ({"attempts": [("a", "big", MISSING)]}, "big@b"),
+        ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"}}, "small@a"),
+        ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"}, "model": "big"}, "MODEL_LOAD_FAILED"),
+        ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)], "model": "big"}, "MODEL_LOAD_FAILED"),
+        ({"attempts": [("a", "big", FAILED)], "running": ["b -", "b -"]}, "VPS_UNAVAILABLE"),
+        # A 429 is final for our own API, and a pause for a dialect.
+        ({"attempts": [("a", "big", TOO_MANY)], "backends": {"a": "big"}}, "RATE_LIMIT"),
+        ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill"}, "big@b"),
+        ({"attempts": [("a", "big", TOO_MANY), ("b", "big", TOO_MANY)], "kind": "infill"}, f"wait {2 * BUSY_SECONDS}"),
+        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, f"wait {MAX_BUSY_SECONDS}"),
+        (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
+        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),
+        # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that wait.
+        ({"kind": "infill", "ahead": True}, "big@a"),
+        ({"kind": "infill", "ahead": True, "running": ["a -"]}, "big@b"),
+        ({"kind": "infill", "ahead": True, "running": ["a -", "b -"]}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "in_line": True}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
+        ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
+        ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
+    ],
+)  # fmt: skip
+def test_decide(case: dict[str, Any], expected: str) -> None:
+    assert decided(**case) == expected
