@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -500,7 +501,7 @@ def test_a_wanted_model_makes_no_room_for_itself() -> None:
 
 
 def request_for(model: str) -> Any:
-    return SimpleNamespace(json=lambda: {"model": model, "prompt": "x"}, notes={})
+    return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
 
 
 async def test_a_stream_that_never_started_takes_no_place(house: House) -> None:
