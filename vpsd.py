@@ -11,9 +11,9 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
 
 Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` from the start of its load until its memory
-is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
-as a `Job`, whose events come back to the loop; other calls only tokenize.
+its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` of the `Pool` (cerebrum/vps/pool.py) from the
+start of its load until its memory is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama
+context. A completion crosses over as a `Job`, whose events come back to the loop; other calls only tokenize.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,20 +53,19 @@ import psutil
 
 import cerebrum_common as common
 from cerebrum import metrics
-from cerebrum.fields import Field, describe, parse_json, read_fields, read_objects
+from cerebrum.fields import Field, parse_json, read_fields, read_objects
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.vps import llama
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, choose, digest_with_bar, fetch, offers
-from cerebrum.vps.gguf import read_shape
-from cerebrum.vps.llama import MB, ModelError, Settings
-from cerebrum.vps.schedule import Baton
+from cerebrum.vps.llama import KV_TYPES, MAX_SEED, MB, ModelError, Settings, check_digest, start_library, usable_cores
+from cerebrum.vps.memory import available_mb, check_memory
+from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import CompletionRequest
-from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Loader, ModelTally, Worker
+from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Worker
 from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
 HERE = Path(__file__).resolve().parent
@@ -105,8 +104,8 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
     hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
-    if kv_type not in llama.KV_TYPES:
-        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(llama.KV_TYPES)}, got {kv_type!r}")
+    if kv_type not in KV_TYPES:
+        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
@@ -115,7 +114,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
         engine=Settings(
-            threads=env.integer("CEREBRUM_THREADS", llama.usable_cores(), 1, 256),
+            threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
             fixed_threads=bool(env.text("CEREBRUM_THREADS")),
             n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
             sequences=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
@@ -152,7 +151,7 @@ FIELDS = {
     "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only read the prompt into the cache
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, 0.95, above_low=True),
-    "seed": Field(int, 0, llama.MAX_SEED),
+    "seed": Field(int, 0, MAX_SEED),
     "stop": Field(list, 0, 16, []),
     "suffix": Field(str),
     "filename": Field(str, 0, 1000, ""),
@@ -204,37 +203,14 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- policy: admission
 
 
-def check_memory(available_mb: float, config: Config) -> None:
-    """HttpError 503 with the figures if less than the reserve of memory is available."""
-    if available_mb < (least := config.min_free_mb):
-        figures = f"expected {least:.0f} MB of memory available, got {available_mb:.0f} MB"
-        raise HttpError("RESOURCE_EXHAUSTED", figures)
-
-
-def check_cpu(others_percent: float, config: Config) -> None:
+def check_cpu(others_percent: float, most: float) -> None:
     """HttpError 503 with the figures if other programs use more of all CPUs than they may."""
-    if others_percent > (most := config.max_cpu_percent):
+    if others_percent > most:
         wanted = f"expected other programs to use at most {most:.0f} % of the CPU"
         raise HttpError("RESOURCE_EXHAUSTED", f"{wanted}, got {others_percent:.0f} %")
 
 
 # --------------------------------------------------------------------------------- IO: the machine's load
-
-
-def available_mb() -> float:
-    return float(psutil.virtual_memory().available / MB)
-
-
-def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's file cache does not
-    count as used, since the kernel gives it back."""
-    try:
-        group = root / table.read_text().rpartition("0::/")[2].strip()
-        limit = int((group / "memory.max").read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - int((group / "memory.current").read_text()) + int(counts["file"])
-    except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
-        return math.inf
 
 
 class CpuMeter:
@@ -285,7 +261,7 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
         contexts = dict[str, str]()
         for one in config.models:
             with contextlib.suppress(ModelError, OSError):  # it is not here, or damaged
-                if (fitted := needed_mb(one, config, total_mb)[1]) != config.engine:
+                if (fitted := needed_mb(one, config, total_mb)[0]) != config.engine:
                     contexts[one.id] = fitted.context
         print(*offers(config.models, config.models_dir, room_mb, contexts), sep="\n")
         return
@@ -345,7 +321,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
             break
     else:
         raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
-    llama.check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
+    check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
     bars = dict[str, Bar]()  # by label
 
     def report(label: str, done: int, total: int) -> None:
@@ -354,7 +330,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
     def accept(outcome: Outcome) -> None:
         print(outcome.table(), file=output, flush=True)
 
-    llama.start_library()
+    start_library()
     source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
     return tune(path, source, config.engine, room, report, fast=fast, dry_run=dry_run, accept=accept)
 
@@ -363,10 +339,8 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
 
 KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
 HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
-LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
 CLEANUP_SECONDS = 30.0  # between two searches for unused models
-LOAD_AGAIN_SECONDS = 300.0  # a file that failed to load is tried again after this time, or when it changes
 DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 
 
@@ -410,86 +384,27 @@ class Completion:
         return known | figures | {"timestamp": common.timestamp()} | event
 
 
-@dataclass(eq=False)
-class Instance:
-    """A model that is being loaded, is loaded, or is being unloaded. Lives on the event loop."""
-
-    model: Model
-    worker: Worker
-    estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
-    ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
-    gone: asyncio.Task[None]  # ends when all of the model's memory is free
-    completions: set[Completion] = field(default_factory=set)  # in the worker or on the way to it: the model must stay
-    last_used: float = field(default_factory=time.monotonic)  # a clock that jumps must not unload a model
-
-    @property
-    def loaded(self) -> bool:
-        return self.ready.done() and not self.ready.exception() and not self.worker.stopping
-
-    @property
-    def saved(self) -> bool:
-        """The model has saved prompts, which can be dropped."""
-        return self.loaded and self.worker.stored_bytes > 0
-
-    @property
-    def idle(self) -> bool:
-        """No request uses the model or waits for its load, and the model is not being unloaded."""
-        return not self.completions and not self.worker.stopping
-
-
 class Engine:
-    """All bookkeeping, on the event loop: the loaded models, the running requests, the memory and CPU that are left."""
+    """All bookkeeping of requests, on the event loop; its `Pool` has the models."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.models = {model.id: model for model in config.models}
-        self.instances: dict[str, Instance] = {}
+        self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
         self.completions: dict[Completion, None] = {}
-        self.baton = Baton()
-        self.bare_bytes = metrics.resident_bytes()  # of this process without a model
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
-        self.tallies = {model.id: ModelTally() for model in config.models}  # kept when a model is unloaded
-        self.loading = asyncio.Lock()  # memory is checked for one load at a time
-        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads that have no worker yet, by model
-        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of the next try.
-        self.load_failures: dict[str, tuple[str, str, float]] = {}
-
-    # Admission.
-
-    def refusal(self, model: Model) -> HttpError | None:
-        """The error if the model cannot be used, else None: its file is missing, or loading it has failed recently, and
-        each attempt would read a large file."""
-        instance, path = self.instances.get(model.id), self.config.models_dir / model.file
-        if instance and instance.loaded:
-            return None  # a loaded model needs no file any more
-        if not os.path.isfile(path):
-            fetching = f"in the backend's folder on the VPS run: {PYTHON} vpsd.py fetch {model.id}"
-            return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
-        message, stamp, until = self.load_failures.get(model.id, ("", "", 0.0))
-        with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
-            if time.monotonic() < until and stamp == llama.file_stamp(path):
-                return HttpError("MODEL_LOAD_FAILED", message)
-        return None
-
-    def listed(self, model_id: str) -> Model:
-        """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
-        if model_id not in self.models:
-            known = ", ".join(self.models)
-            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
-        return self.models[model_id]
+        self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
-        """Apply the models and limits of new settings; running requests continue. A loaded model whose entry has
-        changed is unloaded once no request uses it. The settings of llama.cpp do not change."""
+        """Apply the models and limits of new settings; running requests continue. The settings of llama.cpp do not
+        change."""
         self.config = dataclasses.replace(config, engine=self.config.engine, models_dir=self.config.models_dir)
-        self.models = {model.id: model for model in config.models}
-        self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
+        self.pool.configure(config.models, config.min_free_mb, config.idle_minutes)
 
     def stuck(self, now: float) -> str:
         """A message that names a model whose worker hangs, or "" if none does."""
-        stuck = [instance.model.id for instance in self.instances.values() if now > instance.worker.due]
+        stuck = [instance.model.id for instance in self.pool.instances.values() if now > instance.worker.due]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
     def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
@@ -497,16 +412,13 @@ class Engine:
         all places taken, or too little memory or CPU."""
         request = {name: value for name, value in fields.items() if name not in ("model", "session")}
         model, session = fields["model"], fields["session"]
-        if refusal := self.refusal(self.listed(model)):
-            raise refusal
+        self.pool.check(model)
         older = [other for other in self.completions if session and other.session == session]
         if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        instances = self.instances.values()
-        others = [instance for instance in instances if instance.model.id != model]
-        if not (any(other.idle or other.worker.stopping for other in others) or any(one.saved for one in instances)):
-            check_memory(available_mb(), self.config)  # nothing can be unloaded or dropped for this request
-        check_cpu(self.cpu.others_percent, self.config)
+        if not self.pool.can_relieve(model):
+            check_memory(available_mb(), self.config.min_free_mb)
+        check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
         completion = Completion(model, session, CompletionRequest(**request), notes)
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(fields))
@@ -518,16 +430,20 @@ class Engine:
         completion.starter = asyncio.create_task(self._start(completion))
         return completion
 
-    async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
-        """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
-        if refusal := self.refusal(self.listed(fields["model"])):
-            raise refusal
-        completion = Completion(fields["model"], None, CompletionRequest(fields["text"], max_tokens=0), {})
+    async def _start(self, completion: Completion) -> None:
+        """Take the completion to its worker. An error on the way becomes the completion's last event."""
+        job = completion.job
         try:
-            worker = (await self._loaded(completion)).worker
-            return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
-        finally:
-            self.finish(completion)
+            await self.pool.relieve(completion.model)
+            progress = functools.partial(job.progress, "loading", total=100)
+            worker = (await self.pool.acquire(completion, completion.model, progress)).worker
+            await asyncio.to_thread(worker.prepare, job)
+            completion.worker = worker
+            worker.submit(job)
+        except HttpError as error:
+            completion.events.put_nowait([error])
+        except Exception as exception:
+            completion.events.put_nowait([common.internal_error(exception)])
 
     def finish(self, completion: Completion) -> None:
         """The completion has ended or its client has left: free its place, and stop any work for its job."""
@@ -535,227 +451,19 @@ class Engine:
         completion.job.cancelled = True
         if completion.starter:
             completion.starter.cancel()
-        instance = self.instances.get(completion.model)
-        if instance and completion in instance.completions:
-            instance.completions.discard(completion)
-            instance.last_used = time.monotonic()
-            instance.worker.cancel(completion.job)
+        self.pool.release(completion, completion.model)
+        if completion.worker:
+            completion.worker.cancel(completion.job)
 
-    # From a completion to its worker.
-
-    async def _start(self, completion: Completion) -> None:
-        """Take the completion to its worker. An error on the way becomes the completion's last event."""
+    async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
+        """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
+        model, user = fields["model"], object()
+        self.pool.check(model)
         try:
-            await self._relieve(completion.model)
-            instance = await self._loaded(completion)
-            await asyncio.to_thread(instance.worker.prepare, completion.job)
-            completion.worker = instance.worker
-            instance.worker.submit(completion.job)
-        except HttpError as error:
-            completion.events.put_nowait([error])
-        except Exception as exception:
-            completion.events.put_nowait([common.internal_error(exception)])
-
-    async def _loaded(self, completion: Completion) -> Instance:
-        """The instance of the completion's model, after loading it if needed; HttpError if the load fails."""
-        model_id, told = completion.model, -1.0
-        while (instance := self.instances.get(model_id)) is None or self._is_leaving(instance):
-            if instance:
-                await asyncio.wait([instance.gone])
-            elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
-                raise error
-        instance.completions.add(completion)
-        while not instance.ready.done():
-            if instance.worker.loader.done > told:
-                told = instance.worker.loader.done
-                completion.job.progress("loading", round(100 * told), 100)
-            await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
-        instance.ready.result()
-        return instance
-
-    def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
-        """The task that starts to load the model and returns the error if it cannot. The task outlives the completions
-        that wait for it: while somebody types, no completion lives as long as a load takes."""
-
-        async def load() -> HttpError | None:
-            try:
-                async with self.loading:
-                    await self._load(model)
-                return None
-            except Exception as exception:
-                error = exception if isinstance(exception, HttpError) else common.internal_error(exception)
-                self.remember(model, error)
-                return error
-            finally:
-                del self.starting[model.id]
-
-        if model.id not in self.starting:
-            self.starting[model.id] = asyncio.create_task(load())
-        return self.starting[model.id]
-
-    def remember(self, model: Model, error: BaseException) -> None:
-        """Remember a failed load for `refusal`."""
-        if isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
-            with contextlib.suppress(OSError):  # the file has gone
-                stamp = llama.file_stamp(self.config.models_dir / model.file)
-                self.load_failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
-
-    async def _load(self, model: Model) -> None:
-        """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        path, settings = self.config.models_dir / model.file, await self.fit(model)
-        if settings != self.config.engine:
-            log.warning("model %s: memory allows only %s", model.id, settings.context)
-        tuned, reason = await asyncio.to_thread(find_tuned, path, settings, model.sha256)
-        if tuned:  # it is larger, and used only with the context that the published file has
-            try:
-                parts = await asyncio.to_thread(self._estimate, model, tuned.path, tuned.settings)
-                if (need := sum(parts.values()) / MB) > (most := self._most_free_mb()):
-                    tuned, reason = None, f"it needs {need:.0f} MB, and {most:.0f} MB can be freed beside the reserve"
-            except HttpError as error:  # the tuned file's header is damaged
-                tuned, reason = None, error.message
-        if reason:
-            log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
-        if not tuned:
-            parts = await asyncio.to_thread(self._estimate, model, path, settings)
-        await self._make_room(model, parts)
-        tally, begun = self.tallies[model.id], time.monotonic()
-        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
-        worker = Worker(loader, self.baton, tally)
-        worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
-        ready = asyncio.wrap_future(worker.ready)
-
-        def count(future: asyncio.Future[None]) -> None:
-            error = future.exception()  # marks it as retrieved, even if no completion waits
-            if not error:
-                instance.last_used = time.monotonic()
-                tally.loads += 1
-                tally.load_seconds += instance.last_used - begun
-            elif not worker.stopping:
-                tally.failed_loads += 1
-                self.remember(model, error)
-
-        ready.add_done_callback(count)
-        gone = asyncio.create_task(self._reap(worker))
-        instance = self.instances[model.id] = Instance(model, worker, sum(parts.values()), ready, gone)
-
-    async def _reap(self, worker: Worker) -> None:
-        """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""
-        await asyncio.wait([asyncio.wrap_future(worker.ended)])
-        worker.join()  # returns at once
-        worker.llama = None
-        del self.instances[worker.model]
-        ctypes.CDLL(None).malloc_trim(0)
-
-    # Memory.
-
-    async def _relieve(self, wanted: str) -> None:
-        """While available memory is below the reserve, unload idle models other than the wanted one, then drop saved
-        prompts; HttpError 503 if that is not enough."""
-        while available_mb() < self.config.min_free_mb and await self._free_one(spared=wanted):
-            pass
-        for instance in [one for one in self.instances.values() if one.saved]:
-            if (missing := self.config.min_free_mb - available_mb()) > 0:
-                done = asyncio.wrap_future(instance.worker.shed(math.ceil(missing * MB)))
-                await asyncio.wait([done, instance.gone], return_when=asyncio.FIRST_COMPLETED)
-                ctypes.CDLL(None).malloc_trim(0)
-        check_memory(available_mb(), self.config)
-
-    async def _make_room(self, model: Model, parts: Mapping[str, int]) -> None:
-        """Unload idle models until `model`, which needs the bytes of `parts`, fits beside the reserve; HttpError 503
-        with the figures if no idle model is left to unload."""
-        need = sum(parts.values()) / MB
-        while need > (free := self._free_mb()):
-            if not await self._free_one():
-                figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
-                left = f"{max(0, free):.0f} MB are free beside the reserve of {self.config.min_free_mb:.0f} MB"
-                raise HttpError("RESOURCE_EXHAUSTED", f"model {model.id} needs {need:.0f} MB ({figures}); {left}")
-
-    async def fit(self, model: Model) -> Settings:
-        """The settings with which a model's published file fits if all idle models were unloaded."""
-        path, free = self.config.models_dir / model.file, self._most_free_mb() * MB
-
-        def need(settings: Settings) -> int:
-            return sum(self._estimate(model, path, settings).values())
-
-        return await asyncio.to_thread(llama.fit, self.config.engine, free, need)
-
-    def _estimate(self, model: Model, path: Path, settings: Settings) -> dict[str, int]:
-        try:
-            return llama.estimate_bytes(path.stat().st_size, read_shape(path), settings)
-        except (ModelError, OSError) as error:
-            reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
-            log.error("model %s: %s", model.id, error)
-            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
-
-    def _free_mb(self) -> float:
-        """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
-        instances = self.instances.values()
-        used = metrics.resident_bytes() - self.bare_bytes
-        untouched = max(0, sum(instance.estimate for instance in instances) - used)
-        return min(available_mb() - self.config.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
-
-    def _most_free_mb(self) -> float:
-        """Megabytes free for one more model if all idle models were unloaded."""
-        idle = [instance for instance in self.instances.values() if instance.idle or instance.worker.stopping]
-        return self._free_mb() + sum(instance.estimate for instance in idle) / MB
-
-    async def _free_one(self, spared: str = "") -> bool:
-        """Wait for the models that are being unloaded; without any, unload the least recently used idle model. False
-        if there is no idle model either."""
-        if ending := [instance.gone for instance in self.instances.values() if instance.worker.stopping]:
-            await asyncio.wait(ending)
-            return True
-        idle = [instance for instance in self.instances.values() if instance.idle and instance.model.id != spared]
-        if idle:
-            await self._unload(min(idle, key=lambda instance: instance.last_used))
-        return bool(idle)
-
-    async def _unload(self, instance: Instance) -> float:
-        """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
-        before = metrics.resident_bytes()
-        instance.worker.stop()
-        await asyncio.wait([instance.gone])  # which goes on if this wait is cancelled
-        return round(max(0, before - metrics.resident_bytes()) / MB, 1)
-
-    async def unload(self, model_id: str) -> float | None:
-        """Unload a model, or stop its load, and return the megabytes freed. None if there was nothing to unload;
-        HttpError 409 if a request uses the model or waits for it."""
-        if load := self.starting.get(model_id):
-            await asyncio.wait([load])
-        instance = self.instances.get(model_id)
-        if not instance or instance.worker.stopping:
-            return None
-        if not instance.idle:
-            raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
-        return await self._unload(instance)
-
-    async def unload_unused(self) -> dict[str, float]:
-        """Unload models that are outdated or unused for the configured minutes. Returns megabytes freed, by model."""
-        freed: dict[str, float] = {}
-        while unused := self._unused():  # listed anew each time, since a request may have come meanwhile
-            model_id, outdated = unused[0].model.id, self._outdated(unused[0])
-            freed[model_id] = await self._unload(unused[0])
-            reason = "models.toml has changed" if outdated else f"{self.config.idle_minutes:g} idle minutes are over"
-            log.info("model %s: unloaded, %s", model_id, reason)
-        return freed
-
-    def _unused(self) -> list[Instance]:
-        limit = time.monotonic() - 60 * self.config.idle_minutes
-        idle = [instance for instance in self.instances.values() if instance.loaded and instance.idle]
-        return [instance for instance in idle if instance.last_used <= limit or self._outdated(instance)]
-
-    def _outdated(self, instance: Instance) -> bool:
-        """Whether models.toml now lists another file for the model, or does not list the model any more."""
-        new, old = self.models.get(instance.model.id), instance.model
-        return not new or (new.file, new.sha256) != (old.file, old.sha256)
-
-    def _is_leaving(self, instance: Instance) -> bool:
-        """Whether the instance is being unloaded. Starts to unload an outdated instance that no request uses."""
-        if instance.idle and self._outdated(instance):
-            instance.worker.stop()
-        return instance.worker.stopping
-
-    # From start to stop.
+            worker = (await self.pool.acquire(user, model, lambda _percent: None)).worker
+            return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
+        finally:
+            self.pool.release(user, model)
 
     async def watch_cpu(self) -> None:
         while True:
@@ -765,18 +473,13 @@ class Engine:
     async def clean_up(self) -> None:
         while True:
             await asyncio.sleep(CLEANUP_SECONDS)
-            await self.unload_unused()
+            await self.pool.unload_unused()
 
     async def stop(self) -> None:
-        """End all requests and loads, and unload all models. Their workers save the parked sequences."""
+        """End all requests, and unload all models."""
         for completion in list(self.completions):
             self.finish(completion)
-        for load in self.starting.values():
-            load.cancel()
-        for instance in self.instances.values():
-            instance.worker.stop()
-        if ending := [instance.gone for instance in self.instances.values()]:
-            await asyncio.wait(ending)
+        await self.pool.stop()
 
 
 # ---------------------------------------------------------------------------------------------- handlers
@@ -790,7 +493,7 @@ async def health(engine: Engine, _request: Request) -> Response:
             "timestamp": common.timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(available_mb(), 1),
-            "models_loaded": [model_id for model_id, instance in engine.instances.items() if instance.loaded],
+            "models_loaded": list(engine.pool.ready),
         }
     )
 
@@ -843,27 +546,29 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
-    `encoding` describe the file that is loaded or would be loaded."""
-    folder, settings, entries = engine.config.models_dir, engine.config.engine, []
-    for model in list(engine.models.values()):
-        tuned, _ = await asyncio.to_thread(find_tuned, folder / model.file, settings, model.sha256)
-        instance = engine.instances.get(model.id)
-        worker = instance.worker if instance and instance.loaded else None
-        used, available = worker.loader if worker else tuned, engine.refusal(model) is None
-        n_ctx = worker.llama.n_ctx if worker and worker.llama else settings.n_ctx
-        if available and not worker:
+    `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context that it has or would have."""
+    pool, entries = engine.pool, []
+    for model in list(pool.models.values()):
+        instance, available = pool.ready.get(model.id), pool.refusal(model) is None
+        worker = instance.worker if instance else None
+        path, encoding, n_ctx = pool.folder / model.file, "published", pool.settings.n_ctx
+        if worker and worker.model:
+            path, encoding, n_ctx = worker.loader.path, worker.loader.encoding, worker.model.n_ctx
+        elif available:
             try:
-                n_ctx = (await engine.fit(model)).n_ctx
-            except HttpError as error:  # the file is damaged
-                engine.remember(model, error)
+                choice = await pool.choose(model)
+                n_ctx = choice.settings.n_ctx
+                if choice.tuned:
+                    path, encoding = choice.tuned.path, choice.tuned.encoding
+            except HttpError:  # the file is damaged
                 available = False
         entry: dict[str, Any] = {
             "id": model.id,
             "loaded": worker is not None,
-            "path": str(used.path if used else folder / model.file),
+            "path": str(path),
             "available": available,
             "n_ctx": n_ctx,
-            "encoding": used.encoding if used else "published",
+            "encoding": encoding,
             "fim_layout": model.fim_layout,
         }
         if worker and instance:
@@ -892,8 +597,8 @@ def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str 
     """A row with a number for each model, 0 if the model is not loaded."""
 
     def by_model(engine: Engine) -> dict[tuple[str], int]:
-        workers = {id: instance.worker for id, instance in engine.instances.items() if instance.loaded}
-        return {(id,): read(workers[id]) if id in workers else 0 for id in engine.tallies}
+        ready = engine.pool.ready
+        return {(id,): read(ready[id].worker) if id in ready else 0 for id in engine.pool.tallies}
 
     return Metric(name, about, by_model, stats, labels=("model",))
 
@@ -904,7 +609,8 @@ def running(worker: Worker) -> int:
 
 def waiting(engine: Engine, model: str) -> int:
     admitted = sum(completion.model == model for completion in engine.completions)
-    return max(0, admitted - (running(engine.instances[model].worker) if model in engine.instances else 0))
+    instance = engine.pool.instances.get(model)
+    return max(0, admitted - (running(instance.worker) if instance else 0))
 
 
 METRICS: Table = {
@@ -929,7 +635,7 @@ METRICS: Table = {
         of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", lambda one: one.stored_bytes),
         of_workers("llamacpp:requests_processing", "Completions that the model works on.", running),
         Metric("llamacpp:requests_deferred", "Completions that wait for the model.",
-               lambda vps: {(id,): waiting(vps, id) for id in vps.tallies}, labels=("model",)),
+               lambda vps: {(id,): waiting(vps, id) for id in vps.pool.tallies}, labels=("model",)),
     ),
     "model": (
         *COMPLETIONS,
@@ -954,19 +660,19 @@ METRICS: Table = {
 
 def subjects(engine: Engine) -> Subjects:
     """The objects that the rows of METRICS read."""
-    return {"": {"": engine}, "model": engine.tallies}
+    return {"": {"": engine}, "model": engine.pool.tallies}
 
 
 async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
-    model_id = engine.listed(request.parameter).id
-    freed = await engine.unload(model_id)
+    model_id = engine.pool.listed(request.parameter).id
+    freed = await engine.pool.unload(model_id)
     return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
     """POST /v1/cleanup: unload models that have been idle for long."""
-    freed = await engine.unload_unused()
+    freed = await engine.pool.unload_unused()
     return Response({"models_unloaded": list(freed), "memory_freed_mb": round(math.fsum(freed.values()), 1)})
 
 
@@ -1003,6 +709,9 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(new_environ, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
+    for model in config.models:
+        with contextlib.suppress(HttpError):  # the file is missing or damaged
+            await engine.pool.choose(model)  # llama.cpp needs half a second for a file; no request should wait for it
     try:
         await server.start(config.host, config.port, passed_sockets(os.environ))
     except ListenError as error:
@@ -1057,7 +766,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"vpsd {options.command}: {reason_of(error)}", file=sys.stderr)
         return 1
     set_up_logging(config.log_level, config.log_file)
-    llama.start_library()
+    start_library()
     return asyncio.run(serve(environ, config))
 
 

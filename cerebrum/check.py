@@ -224,8 +224,8 @@ def check_vps(folder: Path, load: Load) -> int:
 def check_state(report: Report, folder: Path) -> None:
     place = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     fits = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    told = f"{folder} can be written" if fits else f"{place} cannot be written: CEREBRUM_STATE_DIR names the folder"
-    report.add("ok" if fits else "FAIL", "state", told)
+    finding = f"{folder} can be written" if fits else f"{place} cannot be written: CEREBRUM_STATE_DIR names the folder"
+    report.add("ok" if fits else "FAIL", "state", finding)
 
 
 def check_models(report: Report, config: Any) -> None:
@@ -248,7 +248,7 @@ def check_models(report: Report, config: Any) -> None:
                 raise ModelError(f"expected {model.size} bytes, got {size}")
             if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
-            need, settings = needed_mb(model, config, total // MB)
+            settings, need = needed_mb(model, config, total // MB)
         except (ModelError, OSError) as error:
             report.add("FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again")
             continue
@@ -263,21 +263,14 @@ def check_models(report: Report, config: Any) -> None:
         report.add(level, "memory", f"{model.id} needs {need:,} MB{with_context}, {beside}{mend}")
 
 
-def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[int, Any]:
-    """A model's memory in MB and its Settings, on a machine with `total_mb` that does nothing else. ModelError or
-    OSError if a file cannot be read."""
-    from cerebrum.vps.encoding import find_tuned
-    from cerebrum.vps.gguf import read_shape
-    from cerebrum.vps.llama import estimate_bytes, fit
-
-    def need(settings: Any, path: Path = config.models_dir / model.file) -> int:
-        return sum(estimate_bytes(path.stat().st_size, read_shape(path), settings).values())
+def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
+    """The Settings with which a model fits on a machine with `total_mb` that does nothing else, and the model's memory
+    in MB. ModelError or OSError if the file cannot be used."""
+    from cerebrum.vps.encoding import choose_file
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
-    settings = fit(config.engine, free, need)
-    tuned, _ = find_tuned(config.models_dir / model.file, settings, model.sha256)
-    larger = need(tuned.settings, tuned.path) if tuned else 0
-    return -(-max(need(settings), larger if larger <= free else 0) // MB), settings
+    choice = choose_file(config.models_dir / model.file, config.engine, model.sha256, free)
+    return choice.settings, -(-sum(choice.parts.values()) // MB)
 
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
@@ -287,7 +280,7 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
     most, needs = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb)), dict[str, int]()
     for model in config.models:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
-            needs[model.id] = needed_mb(model, config, total_mb)[0]
+            needs[model.id] = needed_mb(model, config, total_mb)[1]
     limit = min(most, sum(needs.values()) + BARE_MB + SPARE_MB) if needs else most
     comments = [f"# {id}: {need} MB with its prompts (CEREBRUM_CACHE_MB)" for id, need in needs.items()]
     beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"

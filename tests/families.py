@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 from harness import ROOT
 
-from cerebrum.vps.gguf import Gguf, Source, ggml  # harness has set the path to it
+from cerebrum.vps.gguf import Source  # harness has set the path to it
 from cerebrum.vps.llama import start_library
-from cerebrum.vps.vocabulary import llama
+from cerebrum.vps.vocabulary import api
 
 assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
@@ -194,6 +195,14 @@ def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:
     lib.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
 
 
+def ggml() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+
+
+class GgufParams(ctypes.Structure):  # struct gguf_init_params
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
 def make(path: Path, family: Family, seed: int = 1) -> Path:
     """Write the model's file."""
     header = path.with_suffix(".header")
@@ -201,15 +210,18 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     lib, silent = ggml(), silent_tokens(family)
     lib.ggml_get_name.restype, lib.ggml_get_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
 
-    @llama.llama_model_set_tensor_data_t  # type: ignore[untyped-decorator]
+    @api.llama_model_set_tensor_data_t  # type: ignore[untyped-decorator]
     def give(tensor: int, _data: object) -> None:
         fill(tensor, lib.ggml_get_name(tensor).decode(), seed, silent)
 
-    with Gguf(header) as file:
-        model = llama.llama_model_init_from_user(file.handle, give, None, llama.llama_model_default_params())
-        assert model, f"llama.cpp cannot make a model of {family.architecture}"
-        llama.llama_model_save_to_file(model, str(path).encode())
-        llama.llama_model_free(model)
+    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = ctypes.c_void_p, (ctypes.c_char_p, GgufParams)
+    lib.gguf_free.argtypes = (ctypes.c_void_p,)
+    file = lib.gguf_init_from_file(str(header).encode(), GgufParams(True, None))
+    model = api.llama_model_init_from_user(file, give, None, api.llama_model_default_params())
+    assert model, f"llama.cpp cannot make a model of {family.architecture}"
+    api.llama_model_save_to_file(model, str(path).encode())
+    api.llama_model_free(model)
+    lib.gguf_free(file)
     header.unlink()
     if family.template:  # which the library does not save
         plain = path.rename(path.with_suffix(".plain"))

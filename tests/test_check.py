@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
@@ -14,20 +15,23 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import families
 import llama_cpp
 import psutil
 import pytest
 from harness import KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
 from scripted import MODELS, Backend, answer, in_a_thread
-from test_gguf import header
 
 import cerebrum_lsp
 import cm4d
 import vpsd
 from cerebrum import check as cerebrum_check
+from cerebrum.vps.llama import start_library
 from cerebrum_common import VERSION
 
-WEIGHTS = header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2)
+start_library()
+with tempfile.TemporaryDirectory() as folder:
+    WEIGHTS = families.make(Path(folder) / "tiny.gguf", families.FAMILIES["dense"]).read_bytes()
 DAMAGED, LONGER = WEIGHTS[:-1] + b"x", WEIGHTS + b"x"
 SIZE, SUM = len(WEIGHTS), sha256(WEIGHTS).hexdigest()
 MEMORY = psutil.virtual_memory()._replace(total=4000 << 20, available=3000 << 20)
@@ -38,7 +42,7 @@ ENV = ROOT / ".env"
 # Findings as `assert_found` expects them.
 VALID = f"ok settings {ENV} models.toml"
 CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
-NEEDS = "memory tiny 486 CEREBRUM_MIN_FREE_MB"
+NEEDS = "memory tiny 274 CEREBRUM_MIN_FREE_MB"
 
 
 def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
@@ -131,8 +135,8 @@ FAULTS = [
     ("vpsd", "STATE_DIR", "/dev/null/x", ["FAIL state /dev/null CEREBRUM_STATE_DIR"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
     ("vpsd", "MIN_FREE_MB", "2900", [f"warn {NEEDS} 100 1,100"]),
-    ("vpsd", "MIN_FREE_MB", "3900", ["FAIL memory tiny 327 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"]),
-    ("vpsd", "MIN_FREE_MB", "3190", ["warn memory tiny 407 2,560 2 0 810 CEREBRUM_MIN_FREE_MB"]),
+    ("vpsd", "MIN_FREE_MB", "3900", ["FAIL memory tiny 264 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"]),
+    ("vpsd", "MIN_FREE_MB", "3332", ["warn memory tiny 268 2,560 2 0 668 CEREBRUM_MIN_FREE_MB"]),
 ]  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def test_a_fault(
     [
         ("tiny", LONGER, f"{SIZE} {SIZE + 1}"),
         ("tiny", DAMAGED, f"{SUM} {sha256(DAMAGED).hexdigest()}"),
-        ("other", b"GGUX", "GGUF"),
+        ("other", b"GGUX", "damaged"),
     ],
 )
 def test_a_damaged_model(tmp_path: Path, check: Check, file: str, weights: bytes, named: str) -> None:
@@ -235,7 +239,7 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setenv(name, value)
     (tmp_path / "models/other.gguf").write_bytes(b"GGUX")  # is not counted
     beside = "# beside models: 662 MB; at most 3000 MB: 4000 without CEREBRUM_MIN_FREE_MB"
-    assert memory("1000") == ["1148", "# tiny: 486 MB with its prompts (CEREBRUM_CACHE_MB)", beside]
+    assert memory("1000") == ["936", "# tiny: 274 MB with its prompts (CEREBRUM_CACHE_MB)", beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()
     assert memory("1000") == ["3000", beside]

@@ -25,7 +25,7 @@ MAY = {  # what a file, or else each file of a folder, may import beside its own
     "cerebrum/check.py": {"cerebrum.fields", "cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
     "cerebrum/text": set[str](),
     "cerebrum/pi": {"cerebrum.fields", "cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
-    "cerebrum/vps": {"cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+    "cerebrum/vps": {"cerebrum.fields", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
 }
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")])
 

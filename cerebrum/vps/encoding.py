@@ -7,8 +7,8 @@ Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). T
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
 
-The *passport* is JSON in the tuned file's header: the source, machine and settings of the file. `find_tuned` refuses a
-file whose passport is out of date. If no change of types is faster here, the tuned file has a passport and no layers.
+The *passport* is JSON beside the tuned file: the source, machine and settings of the file. `find_tuned` refuses a file
+whose passport is out of date. If no change of types is faster here, there is only a passport.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -31,10 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
-import numpy as np
-import numpy.typing as npt
 
-from cerebrum.vps.gguf import Gguf, Source, Tensor
+from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -45,13 +42,13 @@ from cerebrum.vps.llama import (
     Slot,
     TunedFile,
     cpus,
-    estimate_bytes,
+    write_atomically,
 )
+from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
 
-PASSPORT_KEY = "cerebrum.passport"
-PASSPORT_FORMAT = 1
+PASSPORT_FORMAT = 2
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
@@ -80,7 +77,6 @@ class Passport:
     source: str  # sha256 of the published file
     library: str  # version of llama-cpp-python
     cpu: str  # `cpu_flags`
-    cpu_name: str
     cpus: int  # that the process may use
     threads: int
     micro_batch: int
@@ -98,18 +94,12 @@ class Passport:
         return f"{'fast' if self.fast else 'tuned'}: {changes}"
 
 
-def read_passport(path: Path) -> Passport | None:
-    """The passport of a tuned file; None if it is missing, damaged or of another format."""
-    try:
-        with Gguf(path) as file:
-            passport = Passport(**json.loads(file.text(PASSPORT_KEY)))
-    except (ValueError, TypeError, ModelError):
-        return None
-    return passport if passport.format == PASSPORT_FORMAT else None
-
-
 def tuned_path(state_dir: Path, published: Path) -> Path:
     return state_dir / "tuned" / published.name
+
+
+def passport_path(tuned: Path) -> Path:
+    return tuned.with_name(f"{tuned.name}.json")
 
 
 def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
@@ -118,21 +108,18 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     `sha256` is the digest that the published file should have, empty if unknown. `check_digest` verifies the file.
     """
     path = tuned_path(settings.state_dir, published)
+    foreign = "expected a passport of this version; tune the model again"
     try:
-        passport = read_passport(path)
+        passport = Passport(**json.loads(passport_path(path).read_text()))
     except FileNotFoundError:
-        return None, ""
+        return None, foreign if path.exists() else ""
     except OSError as error:
-        return None, f"the file cannot be read ({error.strerror})"
-    if passport is None:
-        return None, "expected the passport of this version in the file's header, found another one or none"
-    if sha256 and passport.source != sha256:
-        return None, f"made from a file of sha256 {passport.source}, expected {sha256}"
-    if passport.cpu != cpu_flags():
-        return None, f"made for a CPU with other features ({passport.cpu_name}), this one is {cpu_name()}"
-    expected = {"library": llama_cpp.__version__, "cpus": cpus()}
-    if settings.fixed_threads:
-        expected["threads"] = settings.threads
+        return None, f"its passport cannot be read ({error.strerror})"
+    except (ValueError, TypeError):
+        return None, foreign
+    expected = {"format": PASSPORT_FORMAT, "library": llama_cpp.__version__, "cpu": cpu_flags(), "cpus": cpus()}
+    expected |= {"threads": settings.threads} if settings.fixed_threads else {}
+    expected |= {"source": sha256} if sha256 else {}
     for name, here in expected.items():
         if (made_for := getattr(passport, name)) != here:
             return None, f"made for {name} {made_for}, here it is {here}"
@@ -140,14 +127,38 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
 
 
+class Choice(NamedTuple):
+    """What to load of a model."""
+
+    settings: Settings  # the given ones, with a context that fits into memory
+    tuned: TunedFile | None
+    parts: Parts  # the memory that this takes
+    reason: str  # why the tuned file cannot be used, "" if it can or there is none
+
+
+def choose_file(published: Path, settings: Settings, sha256: str, free: float) -> Choice:
+    """What to load of a model into `free` bytes of memory. The tuned file is larger, and used only with the context
+    that the published file has. ModelError or OSError if the published file cannot be used."""
+    settings, parts = fit(settings, free, functools.partial(needed, published))
+    tuned, reason = find_tuned(published, settings, sha256)
+    if tuned:
+        try:
+            (larger,) = needed(tuned.path, [tuned.settings])
+            if (need := sum(larger.values())) <= free:
+                return Choice(settings, tuned, larger, "")
+            reason = f"it needs {need / MB:.0f} MB, and {free / MB:.0f} MB can be freed beside the reserve"
+        except (ModelError, OSError) as error:
+            reason = str(error)
+    return Choice(settings, None, parts, reason)
+
+
 # ------------------------------------------------------------------------------------- policy: the choice
 
 READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
 DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
 MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
-# Mean KLD in nats: a larger one means a faulty kernel. `vpsd.py tune` measures 0.0011 for the 0.5B and 0.0017 for the
-# 1.5B, on an Intel Xeon with AMX.
-MAX_DIVERGENCE = 0.02
+MIN_AGREEMENT = 0.9  # share of tokens; less, or less than MIN_LOSSY_AGREEMENT with --fast, means a faulty kernel
+MIN_LOSSY_AGREEMENT = 0.5
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
@@ -192,24 +203,15 @@ def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
     return types
 
 
-def sample_layers(tensors: Sequence[Tensor], layers: int) -> list[int]:
+def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
     """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole model."""
     types: dict[int, list[str]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
-    alike = sorted(range(layers), key=lambda layer: (types[layer], layer))
-    count = min(SAMPLE_LAYERS, layers)
-    return sorted(alike[(2 * i + 1) * layers // (2 * count)] for i in range(count))
-
-
-class Agreement(NamedTuple):
-    """How well the predictions of two files agree: mean Kullback-Leibler divergence in nats, and the share of positions
-    at which both have the same likeliest token."""
-
-    divergence: float
-    same_top: float
-    positions: int
+    alike = sorted(types, key=lambda layer: (types[layer], layer))
+    count = min(SAMPLE_LAYERS, len(alike))
+    return sorted(alike[(2 * i + 1) * len(alike) // (2 * count)] for i in range(count))
 
 
 class Form(NamedTuple):
@@ -228,7 +230,7 @@ class Outcome:
     published: Form  # with the usual settings
     tuned: Form | None  # None: nothing here is faster
     passport: Passport
-    agreement: Agreement | None  # None: the weights are the published ones
+    agreement: float | None  # None: the weights are the published ones
 
     def table(self) -> str:
         old, new = self.published, self.tuned or self.published
@@ -248,10 +250,10 @@ class Outcome:
         lines += [f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times]
         lines += [f"{name:34}{a:>10}{b:>12}" for name, a, b in others]
         lines.append("")
-        if same := self.agreement:
+        if self.agreement is not None:
+            tokens = AGREEMENT_TOKENS - AGREEMENT_SKIP
             lines.append(
-                f"agreement with the published file on {same.positions} tokens of code: "
-                f"mean KLD {same.divergence:.4f}, same likeliest token {same.same_top:.1%}"
+                f"same likeliest token as the published file after {self.agreement:.1%} of {tokens} tokens of code"
             )
         if self.passport.fast:
             lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
@@ -325,26 +327,22 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / len(tokens), times)
 
 
-def log_probabilities(variant: Variant, text: str, count: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Log probabilities of the next token after each of the first `count` tokens except the first AGREEMENT_SKIP:
-    float32[vocabulary]."""
+def likeliest(variant: Variant, text: str, count: int) -> list[int]:
+    """The likeliest token after each of the first `count` tokens of a text, except the first AGREEMENT_SKIP."""
+    found, slot = list[int](), Slot(0)
     with opened(*variant) as model:
-        tokens, slot = model.vocabulary.tokenize(text, True)[:count], Slot(0)
+        tokens = model.vocabulary.tokenize(text, True)[:count]
         for start in range(0, len(tokens), OUTPUTS):
             chunk = tokens[start : start + OUTPUTS]
             decode(model, slot, chunk, len(chunk))
-            for i in range(len(chunk) if start >= AGREEMENT_SKIP else 0):
-                logits = model.logits(i)
-                yield logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
+            found += map(model.greedy, range(len(chunk)))
+    return found[AGREEMENT_SKIP:]
 
 
-def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> Agreement:
-    """Compare the predictions of two files on the first `count` tokens of a text."""
-    expected, divergences, same = list(log_probabilities(published, text, count)), [], 0
-    for one, other in zip(expected, log_probabilities(tuned, text, count), strict=True):
-        divergences.append(float((np.exp(one) * (one - other)).sum()))
-        same += int(one.argmax() == other.argmax())
-    return Agreement(sum(divergences) / len(divergences), same / len(divergences), len(divergences))
+def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> float:
+    """The share of a text's first `count` tokens after which two files have the same likeliest token."""
+    pairs = list(zip(likeliest(published, text, count), likeliest(tuned, text, count), strict=True))
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 Progress = Callable[[str, int, int], None]  # label, done, total
@@ -379,15 +377,13 @@ class Tuner:
     ) -> None:
         self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
         self.room, self.report = room, report
-        with Gguf(path) as file:
-            self.shape, self.architecture = file.shape, file.architecture
-        self.source, self.size = Source(path), path.stat().st_size
+        self.source = Source(path)
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first one changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
-        self.layers = sample_layers(self.tensors, self.shape.layers)
+        self.layers = sample_layers(self.tensors)
         self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
         if not settings.fixed_threads and cpus() != settings.threads:
             self.knobs.append(replace(settings, threads=cpus()))
@@ -401,13 +397,13 @@ class Tuner:
         """Bytes of memory that the model takes in these types."""
         changed = (tensor for tensor in self.tensors if tensor.name in types)
         grown = sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed)
-        return sum(estimate_bytes(self.size + grown, self.shape, settings).values())
+        return grown + sum(needed(self.path, [settings])[0].values())
 
     def check_room(self) -> None:
         """TuneError with the figures if the memory or the disk is too small."""
         if (need := self.memory({}, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        need = 3 * self.size // 2  # for a tuned file of the usual types; samples take less
+        need = 3 * self.path.stat().st_size // 2  # for a tuned file of the usual types; samples take less
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
 
@@ -415,8 +411,8 @@ class Tuner:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         values: dict[str, str | int] = {
-            f"{self.architecture}.block_count": len(layers),
-            f"{self.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.shape.vocabulary),
+            f"{self.source.architecture}.block_count": len(layers),
+            f"{self.source.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
         }
         self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
@@ -447,30 +443,22 @@ class Tuner:
             source=self.sha256,
             library=llama_cpp.__version__,
             cpu=cpu_flags(),
-            cpu_name=cpu_name(),
             cpus=cpus(),
             types=dict(sorted(changes)),
             fast=LOSSY in types.values(),
             **{name: getattr(settings, name) for name in CHOSEN},
         )
 
-    def write(self, path: Path, types: Types, settings: Settings, layers: Sequence[int] | None = None) -> None:
-        """Write a tuned file, for these settings."""
-        values = {PASSPORT_KEY: json.dumps(asdict(self.passport(types, settings)))}
-        report = functools.partial(self.report, "writing") if types else lambda _done, _total: None
-        self.source.write(path, types, values, layers, report=report)
-
-    def run(self) -> tuple[Outcome, Path]:
-        """The outcome, and the file to put in place."""
+    def run(self, path: Path) -> Outcome:
+        """Write a tuned file, or none if no types are faster."""
         self.check_room()
         try:
             types, settings = self.choose()
         except ModelError as error:
             raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
-        path = self.folder / "tuned"
         variants = {"published": (self.path, self.settings)}
         if types:
-            self.write(path, types, settings)
+            self.source.write(path, types, report=functools.partial(self.report, "writing"))
             variants["tuned"] = (path, settings)
         elif settings != self.settings:
             variants["tuned"] = (self.path, settings)
@@ -489,13 +477,11 @@ class Tuner:
         if tuned and types:
             code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
-            if not same.divergence <= (math.inf if LOSSY in types.values() else MAX_DIVERGENCE):  # or NaN
+            if same < (MIN_LOSSY_AGREEMENT if LOSSY in types.values() else MIN_AGREEMENT):
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings
-        if not types:  # a passport without weights
-            self.write(path, {}, settings, [])
-        return Outcome(forms["published"], tuned, self.passport(types, settings), same), path
+        return Outcome(forms["published"], tuned, self.passport(types, settings), same)
 
 
 def tune(
@@ -516,13 +502,22 @@ def tune(
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
-        outcome, path = Tuner(published, sha256, settings, folder, room, fast, report).run()
+        path = folder / "tuned"
+        outcome = Tuner(published, sha256, settings, folder, room, fast, report).run(path)
         accept(outcome)
         if not dry_run:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())  # otherwise a crash could leave a valid header without weights
-            os.replace(path, target)
+            _remove(target)
+            if outcome.passport.types:
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())  # otherwise a crash could leave a passport without weights
+                os.replace(path, target)
+            write_atomically(passport_path(target), json.dumps(asdict(outcome.passport)).encode())
     return outcome
+
+
+def _remove(tuned: Path) -> None:
+    passport_path(tuned).unlink(missing_ok=True)  # first: weights without a passport are not used
+    tuned.unlink(missing_ok=True)
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
@@ -531,8 +526,8 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
     if not target.parent.exists():
         return False
     with alone_in(target.parent):
-        found = target.exists()
-        target.unlink(missing_ok=True)
+        found = passport_path(target).exists()
+        _remove(target)
     return found
 
 

@@ -18,8 +18,8 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.gguf import read_shape
-from cerebrum.vps.llama import MB, ModelError, file_digest
+from cerebrum.vps.llama import MB, ModelError, file_digest, load_model
+from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
 
 
@@ -51,9 +51,9 @@ class Bar:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a GGUF file has all the bytes that its header announces."""
+    """Whether llama.cpp finds all parts of a model in a file."""
     try:
-        read_shape(path)
+        api.llama_model_free(load_model(path, weights=False))
     except (ModelError, OSError):
         return False
     return True

@@ -1,18 +1,14 @@
-"""GGUF: what the header of a model file says, and copies of the file with weights in other types.
+"""Copies of GGUF files with weights in other types, for `tune`.
 
-    from cerebrum.vps.gguf import Gguf, Source
-    with Gguf(Path("model.gguf")) as file:
-        print(file.shape)
+    from cerebrum.vps.gguf import Source
     Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
 
-The daemon reads a few values of headers, by llama.cpp's own reader. Only `tune` copies files, by PyPI's gguf. Types go
-by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT),
-and docs/gguf.md of ggml.
+PyPI's gguf reads and writes the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts:
+ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import math
@@ -23,170 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ROLLBACK, ROLLING_BACK, ModelError, Shape, file_stamp, keep_log
-
-# ------------------------------------------------------------------------------------------ IO: headers
-
-_VOID, _INT, _LONG, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
-
-
-class _Params(ctypes.Structure):  # struct gguf_init_params
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", _VOID))
-
-
-_FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-    "gguf_init_from_file": (_VOID, (_TEXT, _Params)),
-    "gguf_free": (None, (_VOID,)),
-    "gguf_find_key": (_LONG, (_VOID, _TEXT)),
-    "gguf_get_kv_type": (_INT, (_VOID, _LONG)),
-    "gguf_get_val_u32": (ctypes.c_uint32, (_VOID, _LONG)),
-    "gguf_get_val_str": (_TEXT, (_VOID, _LONG)),
-    "gguf_get_arr_n": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_arr_type": (_INT, (_VOID, _LONG)),
-    "gguf_get_arr_data": (ctypes.POINTER(ctypes.c_uint32), (_VOID, _LONG)),
-    "gguf_get_n_tensors": (_LONG, (_VOID,)),
-    "gguf_find_tensor": (_LONG, (_VOID, _TEXT)),
-    "gguf_get_tensor_size": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_tensor_offset": (_SIZE, (_VOID, _LONG)),
-    "gguf_get_data_offset": (_SIZE, (_VOID,)),
-}
-# Each so-many-th layer attends to all tokens, the others to a window (set_swa_pattern in llama.cpp's models).
-WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
-GGUF_UINT32, GGUF_INT32, GGUF_STRING, GGUF_ARRAY = 4, 5, 8, 9  # enum gguf_type
-
-
-@functools.cache
-def ggml() -> Any:
-    """ggml's base library, with the functions that llama-cpp-python does not declare."""
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    library.ggml_log_set(keep_log, None)  # for this copy too: the wheel has the library under several names
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-class Gguf:
-    """The header of a GGUF file, as a context manager. ModelError if the file is not a GGUF."""
-
-    def __init__(self, path: Path) -> None:
-        path.open("rb").close()  # an OSError says more than the library
-        self.lib = ggml()
-        self.handle = self.lib.gguf_init_from_file(os.fsencode(path), _Params(True, None))
-        if not self.handle:
-            raise ModelError("not a readable GGUF file")
-
-    def __enter__(self) -> Gguf:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lib.gguf_free(self.handle)
-
-    def _place(self, key: str, kind: int) -> int:
-        """The index of the key's pair, -1 if the key is missing or its value is of another kind."""
-        place = int(self.lib.gguf_find_key(self.handle, key.encode()))
-        return place if place >= 0 and self.lib.gguf_get_kv_type(self.handle, place) == kind else -1
-
-    def number(self, key: str, default: int) -> int:
-        place = self._place(key, GGUF_UINT32)
-        return int(self.lib.gguf_get_val_u32(self.handle, place)) if place >= 0 else default
-
-    def layered(self, key: str, layers: int, default: int) -> list[int]:
-        """A number for each layer: the header has one for all, or an array."""
-        place = self._place(key, GGUF_ARRAY)
-        if place < 0 or self.lib.gguf_get_arr_type(self.handle, place) not in (GGUF_UINT32, GGUF_INT32):
-            return [self.number(key, default)] * layers
-        count = int(self.lib.gguf_get_arr_n(self.handle, place))
-        values = self.lib.gguf_get_arr_data(self.handle, place)
-        return [int(values[layer]) if layer < count else default for layer in range(layers)]
-
-    def text(self, key: str) -> str:
-        """The value of a text key, "" if there is none."""
-        place = self._place(key, GGUF_STRING)
-        value: bytes = self.lib.gguf_get_val_str(self.handle, place) if place >= 0 else b""
-        return value.decode("utf-8", "replace")
-
-    @property
-    def length(self) -> int:
-        """Bytes of the whole file: to the end of its last tensor."""
-        last = self.lib.gguf_get_n_tensors(self.handle) - 1  # they lie in the header's order
-        if last < 0:
-            return 0
-        places = self.lib.gguf_get_data_offset(self.handle), self.lib.gguf_get_tensor_offset(self.handle, last)
-        return int(sum(places) + self.lib.gguf_get_tensor_size(self.handle, last))
-
-    @property
-    def architecture(self) -> str:
-        if name := self.text("general.architecture"):
-            return name
-        raise ModelError("a GGUF file without an architecture")
-
-    @property
-    def shape(self) -> Shape:
-        """ModelError if a dimension is missing or impossible."""
-        arch = self.architecture
-        layers, width = self.number(f"{arch}.block_count", 0), self.number(f"{arch}.embedding_length", 0)
-        state = self._state(arch, width)
-        heads = max(self.layered(f"{arch}.attention.head_count", layers, 0 if state else 1), default=0)
-        if min(layers, width) < 1 or not (heads or state):
-            raise ModelError("expected at least one layer, head and embedding dimension in the header")
-        kv_heads = self.layered(f"{arch}.attention.head_count_kv", layers, heads)
-        if every := self.number(f"{arch}.full_attention_interval", 0):  # only every so many layers attend
-            kv_heads = [count * ((layer + 1) % every == 0) for layer, count in enumerate(kv_heads)]
-        # Where some layers attend, the others are recurrent; where all do, all may be both.
-        recurrent = kv_heads.count(0) or layers
-        copies = 1 + ROLLBACK * (arch in ROLLING_BACK)
-        tied = self.lib.gguf_find_tensor(self.handle, b"token_embd.weight")
-        if self.lib.gguf_find_tensor(self.handle, b"output.weight") >= 0:
-            tied = -1
-        period = WINDOW_PERIODS.get(arch, 1)  # 1: no layer has a window, or it is unknown which
-        tokens = self._place("tokenizer.ggml.tokens", GGUF_ARRAY)
-        k_width = self.number(f"{arch}.attention.key_length", width // max(1, heads))
-        v_width = self.number(f"{arch}.attention.value_length", width // max(1, heads))
-        feed_forward = max(self.layered(f"{arch}.feed_forward_length", layers, 0)) or 4 * width
-        expert = self.number(f"{arch}.expert_feed_forward_length", feed_forward)
-        return Shape(
-            layers=layers,
-            kv_width=sum(kv_heads) * (k_width + v_width),
-            heads=max(1, heads),
-            embedding=width,
-            feed_forward=max(feed_forward, self.number(f"{arch}.expert_used_count", 0) * expert),
-            vocabulary=int(self.lib.gguf_get_arr_n(self.handle, tokens)) if tokens >= 0 else 0,
-            window=self.number(f"{arch}.attention.sliding_window", 0),
-            window_width=sum(kv_heads[i] for i in range(layers) if (i + 1) % period) * (k_width + v_width),
-            tied=int(self.lib.gguf_get_tensor_size(self.handle, tied)) if tied >= 0 else 0,
-            state=recurrent * state * copies,
-        )
-
-    def _state(self, arch: str, width: int) -> int:
-        """Bytes of one layer's recurrent state (`llama_hparams::n_embd_r` and `n_embd_s` of llama.cpp, in floats)."""
-        if cached := self.number(f"{arch}.shortconv.l_cache", 0):
-            return 4 * width * (cached - 1)
-        if size := self.number(f"{arch}.wkv.head_size", 0):
-            return 4 * width * (2 + size)
-        names = "conv_kernel", "inner_size", "group_count", "state_size"
-        kernel, inner, groups, size = (self.number(f"{arch}.ssm.{name}", 0) for name in names)
-        return 4 * (max(0, kernel - 1) * (inner + 2 * groups * size) + size * inner)
-
-
-def read_shape(path: Path) -> Shape:
-    """The dimensions in a GGUF's header. ModelError if the file is not a whole GGUF."""
-    return _read_shape(path, file_stamp(path))
-
-
-@functools.lru_cache(64)  # reading a large vocabulary takes a tenth of a second
-def _read_shape(path: Path, _stamp: str) -> Shape:
-    with Gguf(path) as file:
-        if (size := path.stat().st_size) < file.length:
-            raise ModelError(f"cut short: expected {file.length:,} bytes or more, got {size:,}")
-        return file.shape
-
-
-# ------------------------------------------------------------------------------------------- IO: copies
+from cerebrum.vps.llama import ModelError
 
 PIECE_BYTES = 1 << 22  # or weights, of a type without blocks: transcoded at once, by one thread
 Rows = npt.NDArray[Any]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
@@ -295,6 +131,7 @@ class Source:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
         self.tensors = [Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors]
+        self.architecture: str = self.reader.fields["general.architecture"].contents()
         self.vocabulary = next((len(one.data) for one in self.tensors if one.name == "token_embd.weight"), 0)
 
     def write(
@@ -312,7 +149,7 @@ class Source:
         tensors. ModelError if the header cannot be copied.
         """
         kinds, values = pypi().GGUFValueType, values or {}
-        writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
+        writer = pypi().GGUFWriter(path, self.architecture)
         left_out = ("GGUF.", "general.architecture", "general.alignment", *([] if layers is None else ["tokenizer."]))
         for name, field in self.reader.fields.items():
             kind, item = field.types[0], field.types[-1]

@@ -1,4 +1,4 @@
-"""llama.cpp through the ctypes API of llama-cpp-python: settings, memory, a model with its sequences, sampling.
+"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences, sampling.
 
 A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run (CVE-2024-34359);
 llama.cpp's own table of templates is used.
@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, llama
+from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
 # ---------------------------------------------------------------------------------- settings and requests
 
-KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
+KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
-FLASH_ATTENTION = (llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+FLASH_ATTENTION = (api.LLAMA_FLASH_ATTN_TYPE_DISABLED, api.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 
 
 def cpus() -> int:
@@ -79,61 +81,10 @@ class TunedFile:
     encoding: str  # in words, for messages
 
 
-# ---------------------------------------------------------------------------------------------------- policy: memory
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The dimensions in a GGUF's header that decide how much memory the model needs."""
-
-    layers: int
-    kv_width: int  # elements of K and V of one token in all layers
-    heads: int
-    embedding: int
-    feed_forward: int
-    vocabulary: int
-    window: int = 0  # tokens that a layer with a sliding window keeps of each sequence
-    window_width: int = 0  # the part of kv_width that these layers have
-    tied: int = 0  # bytes of an embedding that is also the output: llama.cpp may repack a copy of it
-    state: int = 0  # bytes of one sequence's recurrent states, with those that can be gone back to
-
-
-def estimate_bytes(file_size: int, shape: Shape, settings: Settings) -> dict[str, int]:
-    """Bytes that a model will need in time: its weights, KV cache, compute buffers and saved prompts."""
-    element = 2.0 if settings.kv_type == "f16" else 34 / 32  # q8_0: 32 values and a scale in 34 bytes
-    cells, outputs = settings.sequences * settings.n_ctx, settings.sequences * (MAX_DRAFT + 1)
-    per_cell = 2 if settings.uses_flash_attention else 4 * shape.heads + 2  # bytes; without it, scores of all cells
-    window = settings.sequences * min(settings.n_ctx, -(-(shape.window + settings.micro_batch) // 256) * 256)
-    elements = cells * (shape.kv_width - shape.window_width) + window * shape.window_width
-    per_token = 4 * (8 * shape.embedding + 3 * shape.feed_forward) + per_cell * cells
-    return {
-        "weights": file_size + shape.tied,
-        "kv": int(elements * element) + settings.sequences * shape.state,
-        "compute": settings.micro_batch * per_token + 2 * 4 * outputs * shape.vocabulary,
-        "prompts": settings.cache_mb * MB,
-    }
-
-
-def fit(settings: Settings, free: float, need: Callable[[Settings], int]) -> Settings:
-    """The settings with the longest context that fits into `free` bytes: MIN_FIT_TOKENS a sequence or more, else fewer
-    sequences. `need` returns the bytes that settings take. If nothing fits, the least settings."""
-    least, shorter = min(MIN_FIT_TOKENS, settings.n_ctx), (settings.n_ctx - 1) // FIT_STEP_TOKENS * FIT_STEP_TOKENS
-    for sequences in range(settings.sequences, 0, -1):
-        for n_ctx in (settings.n_ctx, *range(shorter, least - 1, -FIT_STEP_TOKENS)):
-            fitted = replace(settings, n_ctx=n_ctx, sequences=sequences)
-            if need(fitted) <= free:
-                return fitted
-    return fitted
-
-
-MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
-FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
-
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 MAX_DRAFT = 63
-ROLLBACK = 4  # drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between:
-ROLLING_BACK = ("qwen35", "qwen35moe", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe")
+ROLLBACK = 4  # drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between
 # ---------------------------------------------------------------------------------------- IO: llama.cpp
 
 
@@ -141,18 +92,26 @@ class ModelError(Exception):
     """A model file that llama.cpp cannot load. The message is fit for a client."""
 
 
-_log_tail: deque[str] = deque(maxlen=20)  # llama.cpp's latest messages, logged when a load fails
+class _Log(threading.local):
+    """llama.cpp's latest messages on this thread."""
+
+    def __init__(self) -> None:
+        self.lines = deque[str](maxlen=1000)
 
 
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
+llama_log = _Log()
+
+
+@api.llama_log_callback  # type: ignore[untyped-decorator]
 def keep_log(_level: int, text: bytes, _data: Any) -> None:
-    _log_tail.append(text.decode("utf-8", "replace").rstrip())
+    llama_log.lines.append(text.decode("utf-8", "replace").rstrip())
 
 
+@functools.cache
 def start_library() -> None:
-    """Set up llama.cpp: once in a process, before the first worker starts."""
-    llama.llama_log_set(keep_log, None)
-    llama.llama_backend_init()
+    """Set up llama.cpp, once in a process."""
+    api.llama_log_set(keep_log, None)
+    api.llama_backend_init()
 
 
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
@@ -165,6 +124,56 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     while start < limit and a[start : start + 64] == b[start : start + 64]:
         start += 64
     return next((place for place in range(start, limit) if a[place] != b[place]), limit)
+
+
+def load_model(path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True) -> Any:
+    """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp cannot load the file,
+    or `progress` returns False. OSError if the file cannot be read."""
+    start_library()
+    path.open("rb").close()
+    params = api.llama_model_default_params()
+    if progress:
+        params.progress_callback = api.llama_progress_callback(lambda done, _data: progress(done))
+    # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
+    # mapped pages as available memory, so a second model would seem to fit.
+    params.load_mode = api.LLAMA_LOAD_MODE_NONE
+    params.no_alloc = not weights
+    if model := api.llama_model_load_from_file(os.fsencode(path), params):
+        return model
+    raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether a llama_model has recurrent states, alone or beside a KV cache."""
+    return bool(api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
+
+
+def context_params(model: Any, settings: Settings) -> Any:
+    """llama.cpp's parameters of a context for a llama_model."""
+    n_ctx = min(settings.n_ctx, int(api.llama_model_n_ctx_train(model)) or settings.n_ctx)
+    params = api.llama_context_default_params()
+    params.n_ctx = n_ctx * settings.sequences
+    params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
+    params.n_seq_max = settings.sequences
+    # One token and its draft for every slot. By default the logits buffer would take 300 MB.
+    params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
+    params.n_threads = params.n_threads_batch = settings.threads
+    params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
+    params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+    # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
+    # the size of all sequences together; cells that two sequences share never leave a window, which would fill up;
+    # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
+    heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
+    head = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
+    size = 0 if is_recurrent(model) else 4 * n_ctx * heads * head  # of a sequence's K and V, two bytes each
+    large = 0 < settings.cache_mb * MB < size
+    architecture = metadata(model, "general.architecture")
+    original = int(metadata(model, f"{architecture}.rope.scaling.original_context_length") or 0)
+    params.kv_unified = not (api.llama_model_n_swa(model) or large or n_ctx <= original < params.n_ctx)
+    params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
+    params.n_rs_seq = ROLLBACK
+    params.no_perf = True
+    return params
 
 
 class Llama:
@@ -181,71 +190,41 @@ class Llama:
         fim: Sequence[str] = (),
         layout: str = "psm",
     ) -> None:
-        callback = llama.llama_progress_callback(lambda done, _data: progress(done))
-        params = llama.llama_model_default_params()
-        params.progress_callback = callback
-        # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
-        # mapped pages as available memory, so a second model would seem to fit.
-        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        self.model = llama.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.model:
-            raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
+        self.model = load_model(path, progress)
         self.vocabulary = Vocabulary(self.model, fim, layout)
-        self.n_vocab = int(llama.llama_vocab_n_tokens(self.vocabulary.vocab))
+        self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
-        self.n_ctx = min(settings.n_ctx, int(llama.llama_model_n_ctx_train(self.model)) or settings.n_ctx)
-        self.window = int(llama.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
+        self.window = int(api.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
         # A recurrent state can take back only its last few tokens, right after they were decoded.
-        self.recurrent = bool(llama.llama_model_is_recurrent(self.model) or llama.llama_model_is_hybrid(self.model))
+        self.recurrent = is_recurrent(self.model)
         # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
         # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
-        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama.ggml_abort_callback)
-        self.batch = llama.llama_batch_init(MAX_CHUNK, 0, 1)
+        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
+        self.batch = api.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
-        params = llama.llama_context_default_params()
-        params.n_ctx = self.n_ctx * settings.sequences
-        params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
-        params.n_seq_max = settings.sequences
-        # One token and its draft for every slot. By default the logits buffer would take 300 MB.
-        params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
-        params.n_threads = params.n_threads_batch = settings.threads
-        params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
-        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-        # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
-        # the size of all sequences together; cells that two sequences share never leave a window, which would fill up;
-        # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
-        heads = int(llama.llama_model_n_layer(self.model)) * int(llama.llama_model_n_head_kv(self.model))
-        head = int(llama.llama_model_n_embd(self.model)) // max(1, int(llama.llama_model_n_head(self.model)))
-        size = 0 if self.recurrent else 4 * self.n_ctx * heads * head  # of a sequence's K and V, two bytes each
-        large = 0 < settings.cache_mb * MB < size
-        architecture = self.vocabulary.metadata("general.architecture")
-        original = int(self.vocabulary.metadata(f"{architecture}.rope.scaling.original_context_length") or 0)
-        self.unified = not (self.window or large or self.n_ctx <= original < params.n_ctx)
-        params.kv_unified = self.unified
-        params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
-        params.n_rs_seq = ROLLBACK
-        params.no_perf = True
+        params = context_params(self.model, settings)
+        self.n_ctx, self.unified = params.n_ctx // settings.sequences, bool(params.kv_unified)
         params.abort_callback = self._strlen
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
-        self.context = llama.llama_init_from_model(self.model, params)
+        self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
-        self.memory = llama.llama_get_memory(self.context)
-        self.max_draft = int(llama.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
+        self.memory = api.llama_get_memory(self.context)
+        self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
         with self.vocabulary.lock:
             self.vocabulary.closed = True
-        llama.llama_batch_free(self.batch)
+        api.llama_batch_free(self.batch)
         if self.context:
-            llama.llama_free(self.context)
-        llama.llama_model_free(self.model)
+            api.llama_free(self.context)
+        api.llama_model_free(self.model)
 
     def use_threads(self, count: int) -> None:
-        llama.llama_set_n_threads(self.context, count, count)
+        api.llama_set_n_threads(self.context, count, count)
 
     def abort(self) -> None:
         """Make a running `decode` end soon. Called by any thread."""
@@ -264,11 +243,11 @@ class Llama:
                 batch.logits[index] = i >= len(tokens) - outputs
                 index += 1
         batch.n_tokens = index
-        return int(llama.llama_decode(self.context, batch))
+        return int(api.llama_decode(self.context, batch))
 
     def logits(self, index: int) -> Any:
         """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next decode."""
-        logits = llama.llama_get_logits_ith(self.context, index)
+        logits = api.llama_get_logits_ith(self.context, index)
         row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
         return np.frombuffer(row, np.float32)
 
@@ -290,13 +269,13 @@ class Llama:
 
     def computed(self, slot: Slot) -> int:
         """Number of tokens in the slot's KV cells. After an abort they include the decode's finished micro-batches."""
-        return int(llama.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
+        return int(api.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
     def trim(self, slot: Slot, length: int) -> bool:
         """Drop the slot's cells from position `length` on. False if what is left cannot be continued: a recurrent state
         has gone further, or a sliding window lacks cells."""
-        done = bool(llama.llama_memory_seq_rm(self.memory, slot.id, length, -1))
-        first = int(llama.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
+        done = bool(api.llama_memory_seq_rm(self.memory, slot.id, length, -1))
+        first = int(api.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
         return done and 0 <= first <= max(0, length - self.window)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -309,23 +288,23 @@ class Llama:
         """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
         if not self.unified:  # llama.cpp would copy only at the next decode, when the source may be another sequence
             return self.restore(target, self.save(source))
-        llama.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
+        api.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
         return True
 
     def state_size(self, slot: Slot) -> int:
         """Bytes of the slot's KV state."""
-        return int(llama.llama_state_seq_get_size(self.context, slot.id))
+        return int(api.llama_state_seq_get_size(self.context, slot.id))
 
     def save(self, slot: Slot) -> memoryview:
         """The slot's KV state, for `restore`. It can have hundreds of megabytes, so nothing copies it again."""
         state = np.empty(self.state_size(slot), np.uint8)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return state[: llama.llama_state_seq_get_data(self.context, data, len(state), slot.id)].data
+        return state[: api.llama_state_seq_get_data(self.context, data, len(state), slot.id)].data
 
     def restore(self, slot: Slot, state: bytes | memoryview) -> bool:
         """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp rejects the state."""
         data = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return int(llama.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(state)
+        return int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(state)
 
 
 class Sampler:
@@ -341,26 +320,26 @@ class Sampler:
         self.chain = None
         if self.greedy:
             return
-        self.chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
         for sampler in (
-            llama.llama_sampler_init_top_k(40),
-            llama.llama_sampler_init_top_p(request.top_p, 1),
-            llama.llama_sampler_init_min_p(0.05, 1),
-            llama.llama_sampler_init_temp(request.temperature),
-            llama.llama_sampler_init_dist(seed),
+            api.llama_sampler_init_top_k(40),
+            api.llama_sampler_init_top_p(request.top_p, 1),
+            api.llama_sampler_init_min_p(0.05, 1),
+            api.llama_sampler_init_temp(request.temperature),
+            api.llama_sampler_init_dist(seed),
         ):
-            llama.llama_sampler_chain_add(self.chain, sampler)
+            api.llama_sampler_chain_add(self.chain, sampler)
 
     def sample(self, model: Llama, index: int) -> int:
         if self.greedy:
             return model.greedy(index)
-        return int(llama.llama_sampler_sample(self.chain, model.context, index))
+        return int(api.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
         chain, self.chain = self.chain, None
         if chain:
-            llama.llama_sampler_free(chain)
+            api.llama_sampler_free(chain)
 
 
 @dataclass(slots=True)

@@ -119,15 +119,13 @@ class Sequences:
         if entry and from_store:
             if self.model.restore(slot, entry.state):
                 slot.tokens = entry.tokens[:]
-        elif not in_place and live >= MIN_PREFIX and self._copy(nearest, slot, live):
-            slot.tokens = nearest.tokens[:]
+        elif not in_place and live >= MIN_PREFIX:
+            # A copy between separate caches takes memory for a while: not more than saved prompts may.
+            fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget
+            if fits and self.model.copy_prefix(nearest, slot, live):
+                slot.tokens = nearest.tokens[:]
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide
-
-    def _copy(self, source: Slot, target: Slot, length: int) -> bool:
-        """`Llama.copy_prefix`, unless the copy takes more memory than saved prompts may."""
-        fits = self.model.unified or self.model.state_size(source) <= self.store.budget
-        return fits and self.model.copy_prefix(source, target, length)
 
     def is_coming(self, prompt: list[int]) -> bool:
         """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""

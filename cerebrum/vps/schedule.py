@@ -15,17 +15,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, ModelError, Slot, write_atomically
+from cerebrum.vps.llama import MAX_CHUNK, Llama, ModelError, Slot, write_atomically
 
 # ------------------------------------------------------------------------------------- policy: schedule
 
 CALIBRATION_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CALIBRATION_SECONDS = 0.4  # spent on each size; at least two decodes
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
-UNDERCUT = 5  # single tokens in a row that take much less than in the table
 LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
-DISTURBED = 0.7  # a slowdown below this means that the machine was busy during calibration
 PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read
 PAUSE_TOKENS = 6  # the time of this many of its own tokens may pass too, if that is longer
 # Longest chunk when no stream is running. Progress is reported after each chunk, but short chunks are read slower.
@@ -45,22 +43,12 @@ class Costs:
         # More tokens never take less time: a point above a later one was measured while the machine was busy.
         self.seconds = [min(table[later] for later in self.sizes[place:]) for place in range(len(self.sizes))]
         self.slowdown = 1.0
-        # How often in a row reality undercut the table. A table that falls by far was disturbed from the start.
-        falls = any(table[size] > kept / DISTURBED for size, kept in zip(self.sizes, self.seconds, strict=True))
-        self.undercut = UNDERCUT * falls
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether the machine was busy while the table was measured."""
-        return self.slowdown <= DISTURBED or self.undercut >= UNDERCUT
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Adjust the slowdown: a decode of `tokens` took `seconds`."""
         if tokens >= LEARN_FROM_TOKENS:
             seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
             self.slowdown += LEARNING_RATE * (seen - self.slowdown)
-        elif tokens == 1 and self.undercut < UNDERCUT:
-            self.undercut = self.undercut + 1 if seconds < DISTURBED * self(1) else 0
 
     def __call__(self, tokens: int) -> float:
         right = min(max(bisect.bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
@@ -69,11 +57,6 @@ class Costs:
         if tokens > x1:  # a disturbed point must not make long chunks cheap
             return y1 + max(slope, y1 / x1 / 2) * (tokens - x1)
         return y0 + slope * (tokens - x0)
-
-    def beside(self, others: int, tokens: int) -> float:
-        """One sequence's share, in seconds, of a decode of its `tokens` and one token of each of `others`. Every
-        sequence pays an equal part of a decode of one token each; this sequence also pays for its further tokens."""
-        return self(others + tokens) - self(others + 1) * others / (others + 1)
 
     def longest(self, seconds: float) -> int:
         """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most MAX_CHUNK."""
@@ -163,13 +146,9 @@ def load_costs(model: Llama, path: Path, baton: Baton, give_up: Callable[[], boo
     return calibrate(model, path, baton, give_up)
 
 
-class GivenUp(ModelError):
-    """The calibration has stopped, because a job has come or the worker is to stop."""
-
-
 def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool]) -> Costs:
-    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the best of several. GivenUp, or
-    ModelError if llama.cpp fails.
+    """Measure and write the seconds of one decode of each of CALIBRATION_SIZES tokens, the least of several. ModelError
+    if llama.cpp fails or `give_up` returns True.
 
     Every size gets about the same total time, so small sizes, whose differences matter most, are measured most often.
     Another model may decode between two measurements.
@@ -179,15 +158,15 @@ def calibrate(model: Llama, path: Path, baton: Baton, give_up: Callable[[], bool
     tokens = [7919 * place % model.n_vocab for place in range(max(CALIBRATION_SIZES))]  # of many experts
     while missing := [size for size, seen in times.items() if len(seen) < 2 or sum(seen) < CALIBRATION_SECONDS]:
         if give_up():
-            raise GivenUp
+            raise ModelError("cancelled")
         size = min(missing, key=lambda size: sum(times[size]))
         with baton:
             begin = time.perf_counter()
             code = model.decode([(slot, tokens[:size], size)])
             seconds = time.perf_counter() - begin
         model.trim(slot, 0)
-        if code:  # ABORTED by a stop, or by the late cancellation of a job
-            raise GivenUp if code == ABORTED else ModelError("llama.cpp cannot evaluate this model")
+        if code:
+            raise ModelError("llama.cpp cannot evaluate this model")
         if warm:
             times[size].append(seconds)
         warm = True

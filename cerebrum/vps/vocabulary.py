@@ -20,7 +20,7 @@ import llama_cpp.llama_cpp as _llama
 from cerebrum.text.prompt import arrange_gap, steady_suffix
 from cerebrum_common import HttpError
 
-llama: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
+api: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 # ---------------------------------------------------------------------------------------------------- policy
 
 
@@ -86,6 +86,13 @@ MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
 # --------------------------------------------------------------------------------------- IO: llama.cpp
 
 
+def metadata(model: Any, key: str) -> str:
+    """A value in the header of a llama_model, "" if there is none."""
+    buffer = ctypes.create_string_buffer(256)
+    api.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode()
+
+
 class Vocabulary:
     """The tokens of one loaded model, given by its llama_model pointer.
 
@@ -93,22 +100,22 @@ class Vocabulary:
     """
 
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
-        self.model, self.vocab = model, llama.llama_model_get_vocab(model)
+        self.model, self.vocab = model, api.llama_model_get_vocab(model)
         self.piece: Callable[[int], bytes] = functools.cache(self._piece)
         self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
         self.lock, self.closed = threading.Lock(), False
-        self.kind = llama.llama_vocab_type(self.vocab)
-        spaces = self.metadata("tokenizer.ggml.add_space_prefix") != "false"
-        self.dummy_space = spaces and self.kind == llama.LLAMA_VOCAB_TYPE_SPM
+        self.kind = api.llama_vocab_type(self.vocab)
+        spaces = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
+        self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
         # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
         names = ("pre", "suf", "mid")
-        self.fim = [int(getattr(llama, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
+        self.fim = [int(getattr(api, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
         if min(self.fim) < 0 and fim:
             self.fim = [self.mark(name) if name else -1 for name in fim]
         # Without a last mark, nothing would part the suffix from the prefix behind it.
         self.layout = layout if layout != "spmv2" or self.fim[2] >= 0 else "psm"
-        self.file_mark = max(int(llama.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
+        self.file_mark = max(int(api.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
@@ -118,22 +125,16 @@ class Vocabulary:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
             yield self
 
-    def metadata(self, key: str) -> str:
-        """A value of the model's header, "" if there is none."""
-        buffer = ctypes.create_string_buffer(256)
-        llama.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode()
-
     def _piece(self, token: int) -> bytes:
         """A token's bytes. Control tokens have none."""
         buffer = ctypes.create_string_buffer(MAX_PIECE_BYTES)
-        size = int(llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
+        size = int(api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
         return buffer.raw[: max(0, size)]
 
     def _is_end(self, token: int) -> bool:
         """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
-        text = (llama.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
-        kinds = llama.llama_vocab_is_eog(self.vocab, token), llama.llama_vocab_is_control(self.vocab, token)
+        text = (api.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
+        kinds = api.llama_vocab_is_eog(self.vocab, token), api.llama_vocab_is_control(self.vocab, token)
         return any(kinds) or END_MARK.fullmatch(text) is not None
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
@@ -141,8 +142,8 @@ class Vocabulary:
         the names of control tokens in the text become those tokens."""
         data = text.encode() if isinstance(text, str) else text
         room = len(data) + 8
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
+        tokens = (api.llama_token * room)()
+        count = api.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
         return list(tokens[: max(0, count)])
 
     def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
@@ -155,7 +156,7 @@ class Vocabulary:
 
     def mark(self, name: str) -> int:
         """The token that is written so, -1 if there is none."""
-        if self.kind == llama.LLAMA_VOCAB_TYPE_NONE:
+        if self.kind == api.LLAMA_VOCAB_TYPE_NONE:
             return -1  # a sample of `tune`, where llama.cpp would end the process
         tokens = self.tokenize(name.strip(), False, special=True)
         return tokens[0] if len(tokens) == 1 else -1
@@ -170,7 +171,7 @@ class Vocabulary:
             prompt = request.prompt or ""
             if request.special:
                 return self.tokenize(prompt, True, special=True), b"", 0
-            if request.heal and self.kind == llama.LLAMA_VOCAB_TYPE_BPE:
+            if request.heal and self.kind == api.LLAMA_VOCAB_TYPE_BPE:
                 start = heal_from(prompt)
                 tokens, before = self._encode_text(request, prompt[:start])
                 if tokens:
@@ -214,7 +215,7 @@ class Vocabulary:
         that message. A base model, which has no template, goes on with the messages as a text."""
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
-        template: bytes = llama.llama_model_chat_template(self.model, None) or b""
+        template: bytes = api.llama_model_chat_template(self.model, None) or b""
         if not template and self.mark("<|im_start|>") < 0:
             return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
         shown = self._apply(template, [role for role, _ in messages])
@@ -236,11 +237,11 @@ class Vocabulary:
 
     def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
         """The chat template's text for messages of these roles, with numbered placeholders as contents."""
-        turns = [llama.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
-        chat = (llama.llama_chat_message * len(turns))(*turns)
+        turns = [api.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
+        chat = (api.llama_chat_message * len(turns))(*turns)
         buffer = ctypes.create_string_buffer(4096 + 128 * len(turns))
         for name in (template, b"chatml"):
-            size = llama.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
+            size = api.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
             if size >= 0:
                 break
         return buffer.raw[:size]

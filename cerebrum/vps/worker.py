@@ -52,19 +52,18 @@ from cerebrum.vps.llama import (
     Settings,
     Slot,
     TunedFile,
-    _log_tail,
     check_digest,
     cpus,
     file_stamp,
+    llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, GivenUp, calibrate, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, load_costs, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
-MAX_RECALIBRATIONS = 3  # on a machine that is never quiet, more would not help
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
@@ -143,7 +142,6 @@ class Run:
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
-        self.beside = 0  # other streams' tokens in the same decode
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
         self.has_line = False  # a line end has been generated
         self.outbox: list[Event | HttpError] = []
@@ -247,18 +245,12 @@ class Decoder:
             end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
-        run.beside = self._beside(run, runs)
         draft = self._draft(run, runs)
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
         return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
-
-    def _beside(self, run: Run, runs: list[Run]) -> int:
-        """Number of other streams that share the run's decode; 0 if separate decodes cost no more."""
-        streams = sum(not (other is run or other.prefilling) for other in runs)
-        return streams if self.costs(streams + 1) < (streams + 1) * self.costs(1) else 0
 
     def _draft(self, run: Run, runs: list[Run]) -> list[int]:
         beside = len(runs) > 1
@@ -273,7 +265,7 @@ class Decoder:
             share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
         assert run.drafter
-        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs, run.beside)
+        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs)
 
     def _step(self, works: list[Work]) -> None:
         """Run one llama_decode and handle its result for each sequence."""
@@ -365,16 +357,13 @@ class Decoder:
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as each equals the model's own choice at its position."""
         run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
-        before, streak = run.generated, run.drafter.streak if run.drafter else 0
-        accepted = 0
+        accepted, streak = 0, run.drafter.streak if run.drafter else 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1
-        cost = self.costs.beside(run.beside, drafted + 1) / self.costs.beside(run.beside, 1)
-        self.acceptance.spend(cost, run.generated - before - cost if drafted else 0.0)
         if drafted:
             self._continue(run, slot.tokens[:])
             self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
@@ -442,7 +431,7 @@ class Loader:
     """Loads a model: the tuned file or the published one, with the number of threads that is fastest here. `path`,
     `settings` and `encoding` are then those in use."""
 
-    model: str
+    model_id: str
     path: Path
     settings: Settings
     sha256: str = ""
@@ -470,7 +459,7 @@ class Loader:
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                log.warning("model %s: the published file is used, not the tuned one: %s", self.model, error)
+                log.warning("model %s: the published file is used, not the tuned one: %s", self.model_id, error)
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
@@ -496,26 +485,27 @@ class Loader:
 
     @property
     def kv_dir(self) -> Path:
-        return self.settings.state_dir / "kv" / self.model
+        return self.settings.state_dir / "kv" / self.model_id
 
 
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if loading failed), and
-    `ended` when everything is freed. Every submitted job gets a last event, whatever happens.
+    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if loading failed),
+    `ending` when it does no more work, and `ended` when everything is freed. Every submitted job gets a last event,
+    whatever happens.
     """
 
     def __init__(self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None) -> None:
-        super().__init__(name=f"worker-{loader.model}", daemon=True)
-        self.loader, self.model = loader, loader.model
+        super().__init__(name=f"worker-{loader.model_id}", daemon=True)
+        self.loader, self.model_id = loader, loader.model_id
         self.baton = baton or Baton()
         self.ready: Future[None] = Future()
+        self.ending: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.stopping = False
-        self.recalibrations = 0
         self.memory_bytes = 0  # resident memory that loading added
-        self.llama: Llama | None = None
+        self.model: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
         self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
         self.tally = tally or ModelTally()
@@ -524,7 +514,7 @@ class Worker(threading.Thread):
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
-        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model} is being unloaded; try again")
+        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model_id} is being unloaded; try again")
         self._end = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
@@ -542,15 +532,15 @@ class Worker(threading.Thread):
         """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event loop must use a
         thread."""
         self.ready.result()
-        assert self.llama
-        job.prepare(self.llama)
+        assert self.model
+        job.prepare(self.model)
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
         """`Vocabulary.tokenize`, once the model is loaded."""
         self.ready.result()
-        assert self.llama
-        with self.llama.vocabulary.in_use() as words:
+        assert self.model
+        with self.model.vocabulary.in_use() as words:
             return words.tokenize(text, first, special)
 
     def submit(self, job: Job) -> None:
@@ -587,8 +577,8 @@ class Worker(threading.Thread):
         """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
         self.stopping = True
         self.wake()
-        if self.llama:
-            self.llama.abort()
+        if self.model:
+            self.model.abort()
 
     # -- the thread
 
@@ -606,6 +596,7 @@ class Worker(threading.Thread):
                 self._serve(decoder)
             except Exception as error:
                 self._end = self._failure(error)
+            self.ending.set_result(None)
             self._close()
         finally:
             self.due = math.inf
@@ -632,12 +623,11 @@ class Worker(threading.Thread):
             if runs:
                 decoder.turn(runs)
             else:
-                self._recalibrate(decoder)
                 self._rest(decoder.sequences)
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
-        model = self.model
+        model = self.model_id
         if self.ready.done():
             self.stopping = True
             log.error("model %s: the worker failed; the next request loads the model again", model, exc_info=error)
@@ -645,25 +635,25 @@ class Worker(threading.Thread):
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
         if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(_log_tail)[-1000:])
+            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(llama_log.lines)[-1000:])
             return HttpError("MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}")
         log.error("model %s: loading failed", model, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
 
     def _load(self) -> Decoder:
         loader, before = self.loader, resident_bytes()
-        self.llama = loader.open(self._beat)
-        costs = loader.choose_threads(self.llama, self.baton, self._beat)
+        self.model = loader.open(self._beat)
+        costs = loader.choose_threads(self.model, self.baton, self._beat)
         settings = loader.settings
-        sequences = Sequences(self.llama, settings.sequences, settings.cache_mb * MB)
+        sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
             self._beat()
             sequences.store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
-        self.decoder = Decoder(self.llama, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
+        self.decoder = Decoder(self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
+            self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
         return self.decoder
@@ -687,16 +677,16 @@ class Worker(threading.Thread):
                     self.decoder.sequences.park(slot)
                 save_parked(self.loader.kv_dir, self.loader.key, self.decoder.sequences.store.entries, self._beat)
         self.decoder = None
-        if self.llama:
+        if self.model:
             with self._logged("freeing the model"):
-                self.llama.close()
+                self.model.close()
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
         try:
             yield
         except Exception:
-            log.exception("model %s: %s failed", self.model, step)
+            log.exception("model %s: %s failed", self.model_id, step)
 
     def _start_jobs(self, decoder: Decoder) -> None:
         """Drop cancelled jobs, and start waiting ones while slots are free."""
@@ -717,20 +707,6 @@ class Worker(threading.Thread):
                 for slot in free:  # any of them may be half prepared
                     decoder.sequences.cut(slot, 0)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
-
-    def _recalibrate(self, decoder: Decoder) -> None:
-        """Calibrate again if the last calibration ran on a busy machine and no model has a running sequence now."""
-        busy = any(slot.run for slot in self.slots) or self.baton.fastest_other(decoder) < math.inf
-        if not decoder.costs.disturbed or busy or self.recalibrations >= MAX_RECALIBRATIONS:
-            return
-        self.recalibrations += 1
-        for slot in self.slots:
-            decoder.sequences.park(slot)
-        decoder.model.abort_flag[0] = b"\x00"
-        with contextlib.suppress(GivenUp):
-            decoder.costs = calibrate(
-                decoder.model, self.loader.calibration, self.baton, lambda: self._beat() or self._alarm.is_set()
-            )
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens

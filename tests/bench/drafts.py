@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from typing import Any
 
 from servers import FILES, rewrite
 
 from cerebrum.vps import llama as vps_llama
-from cerebrum.vps.drafts import STREAKS, Acceptance, Drafter, draft_length
+from cerebrum.vps.drafts import Acceptance, Drafter
+from cerebrum.vps.llama import MAX_DRAFT
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.vocabulary import llama
+from cerebrum.vps.vocabulary import api
 
 SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
 CHANGES: dict[str, Callable[[str], str]] = {
@@ -34,22 +36,21 @@ FILE_COUNT, LINES = 8, 70
 class Forgetful(Drafter):
     """Finds where a copy continues after a change, but never expects the same change again."""
 
-    def _realign(self) -> None:
-        super()._realign()
-        self.changes.clear()
+    def _remember_change(self, *_: Any) -> None:
+        pass
 
 
 def tokenizer(model: str) -> Callable[[str], list[int]]:
     vps_llama.start_library()
-    params = llama.llama_model_default_params()
+    params = api.llama_model_default_params()
     params.vocab_only = True
-    loaded = llama.llama_model_load_from_file(str(FILES[model]).encode(), params)
-    vocab = llama.llama_model_get_vocab(loaded)
+    loaded = api.llama_model_load_from_file(str(FILES[model]).encode(), params)
+    vocab = api.llama_model_get_vocab(loaded)
 
     def tokenize(text: str) -> list[int]:
         data = text.encode()
-        buffer = (llama.llama_token * (len(data) + 8))()
-        return list(buffer[: llama.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)])
+        buffer = (api.llama_token * (len(data) + 8))()
+        return list(buffer[: api.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)])
 
     return tokenize
 
@@ -59,10 +60,7 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
     acceptance, position, spent = Acceptance(), 1, 0.0
     drafter.advance(target[0])
     while position < len(target):
-        draft, streak = drafter.propose(vps_llama.MAX_DRAFT), drafter.streak
-        allowed = draft and (acceptance.credit > 0 or streak >= STREAKS[-1])
-        draft = draft[: draft_length(acceptance.probability(True, streak), len(draft), costs)] if allowed else []
-        accepted, start = 0, position
+        draft, streak, accepted = acceptance.choose(drafter, MAX_DRAFT, True, costs), drafter.streak, 0
         for drafted in [*draft, None]:
             token = target[position]
             drafter.advance(token)
@@ -71,8 +69,6 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
             if token != drafted or position == len(target):
                 break
         spent += costs(len(draft) + 1)
-        cost = costs(len(draft) + 1) / costs(1)
-        acceptance.spend(cost, position - start - cost if draft else 0.0)
         if draft:
             acceptance.learn(True, streak, len(draft), accepted)
     return spent

@@ -27,39 +27,39 @@ from servers import FILES, prose, vpsd
 def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
     from cerebrum.vps.llama import np, start_library
-    from cerebrum.vps.vocabulary import llama  # the package sets how long llama.cpp's threads spin
+    from cerebrum.vps.vocabulary import api  # the package sets how long llama.cpp's threads spin
 
     start_library()
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
-    vocab = llama.llama_model_get_vocab(model)
-    n_vocab = llama.llama_vocab_n_tokens(vocab)
-    params = llama.llama_context_default_params()
+    model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+    vocab = api.llama_model_get_vocab(model)
+    n_vocab = api.llama_vocab_n_tokens(vocab)
+    params = api.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 8192, 512, 512
     params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_perf = True
-    context = llama.llama_init_from_model(model, params)
+    context = api.llama_init_from_model(model, params)
     buffer = ctypes.create_string_buffer(256)
     print("[]", flush=True)
     for line in sys.stdin:
         prompt, most = json.loads(line)
         data = prompt.encode()
-        todo = (llama.llama_token * (len(data) + 8))()
-        count = llama.llama_tokenize(vocab, data, len(data), todo, len(todo), True, True)
-        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        todo = (api.llama_token * (len(data) + 8))()
+        count = api.llama_tokenize(vocab, data, len(data), todo, len(todo), True, True)
+        api.llama_memory_clear(api.llama_get_memory(context), True)
         text, produced, begin = b"", 0, 0.0
         while produced < most:
-            llama.llama_decode(context, llama.llama_batch_get_one(todo, count))
-            logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (n_vocab,))
+            api.llama_decode(context, api.llama_batch_get_one(todo, count))
+            logits = np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (n_vocab,))
             token = int(logits.argmax())
             begin = begin or time.perf_counter()
-            if llama.llama_vocab_is_eog(vocab, token):
+            if api.llama_vocab_is_eog(vocab, token):
                 break
             produced += 1
             end = time.perf_counter()
-            size = llama.llama_token_to_piece(vocab, token, buffer, 256, 0, False)
+            size = api.llama_token_to_piece(vocab, token, buffer, 256, 0, False)
             text += buffer.raw[:size]
-            todo, count = (llama.llama_token * 1)(token), 1
+            todo, count = (api.llama_token * 1)(token), 1
         print(json.dumps([(produced - 1) / (end - begin), text.decode("utf-8", "replace")]), flush=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -35,7 +34,6 @@ from cerebrum.vps.encoding import (
     FAST,
     MIN_GAIN,
     TO_Q8_0,
-    Agreement,
     Form,
     Outcome,
     Passport,
@@ -43,13 +41,13 @@ from cerebrum.vps.encoding import (
     TuneError,
     change_types,
     find_tuned,
-    read_passport,
+    passport_path,
     remove_tuned,
     sample_layers,
     tune,
     tuned_path,
 )
-from cerebrum.vps.gguf import Source, Tensor, read_shape
+from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import MB, ModelError, Settings, TunedFile, start_library
 
 MODEL = FILES["qwen_0_5b"]
@@ -76,7 +74,7 @@ class Script:
         self.whole = whole  # the factor of whole files, if it is another
         self.sizes: list[int] = []
         self.used: list[set[tuple[int, bool]]] = []  # by each comparison: micro-batch, flash attention
-        self.divergence = 0.001  # of the tuned file
+        self.agreement = 0.99  # of the tuned file
 
     def __call__(
         self,
@@ -90,7 +88,8 @@ class Script:
             self.sizes.append(path.stat().st_size)
             weights: dict[str, int] = {}
             tensors = Source(path).tensors
-            assert read_shape(path).layers == len({tensor.layer for tensor in tensors} - {None})
+            blocks = {tensor.layer for tensor in tensors} - {None}
+            assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
             names = {tensor.name for tensor in tensors}
             unused = "token_embd.weight" if "output.weight" in names else ""
             for tensor in tensors:
@@ -130,7 +129,7 @@ class Lab:
     def script(self, costs: Mapping[str, float], **more: Any) -> Script:
         made = Script(costs, **more)
         self.monkeypatch.setattr(encoding, "compare", made)
-        self.monkeypatch.setattr(encoding, "agreement", lambda *_: Agreement(made.divergence, 0.99, 256))
+        self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
     def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> Outcome:
@@ -150,6 +149,10 @@ class Lab:
 
 @pytest.fixture
 def lab(published: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    def needed(path: Path, forms: Sequence[Settings]) -> list[dict[str, int]]:
+        return [{"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms]
+
+    monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
     return Lab(published, settings, monkeypatch)
 
 
@@ -183,11 +186,11 @@ def test_only_matrices_that_are_multiplied_change() -> None:
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    layers = sample_layers(tensors, 24)
+    layers = sample_layers(tensors)
     assert len(layers) == 4
     assert [i % 3 == 0 for i in layers].count(True) == 1
-    assert sample_layers(tensors[:3], 3) == [0, 1, 2]
-    assert sample_layers(tensors[:1], 1) == [0]
+    assert sample_layers(tensors[:3]) == [0, 1, 2]
+    assert sample_layers(tensors[:1]) == [0]
 
 
 # -------------------------------------------------------------------------------------------- the choice
@@ -212,12 +215,11 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     path = lab.path
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
-    passport = read_passport(path)
-    assert passport == Passport(
-        source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(), cpu_name=encoding.cpu_name(),
+    passport = json.loads(passport_path(path).read_text())
+    assert Passport(**passport) == Passport(
+        source="abc", library=llama_cpp.__version__, cpu=encoding.cpu_flags(),
         cpus=len(os.sched_getaffinity(0)), threads=2, micro_batch=512, flash_attention=False, types=types,
     )  # fmt: skip
-    assert read_shape(path) == read_shape(lab.published)
     both = zip(Source(lab.published).tensors, Source(path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
@@ -226,7 +228,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert pairs["output.weight"] == ("Q6_K", "Q8_0")
     assert pairs["token_embd.weight"] == ("Q6_K", "Q6_K")  # only looked up
     assert (outcome.published.file, outcome.tuned.file) == (lab.published.stat().st_size, path.stat().st_size)
-    assert lab.left() == ["m.gguf"]
+    assert lab.left() == ["m.gguf", "m.gguf.json"]
     steps = [(done, total) for label, done, total in told if label == "measuring"]
     assert steps[-1][0] == steps[-1][1]
     assert len({total for _, total in steps}) == 1
@@ -256,19 +258,19 @@ def test_a_tuned_file_is_found(lab: Lab) -> None:
     assert found.settings == replace(lab.settings, flash_attention=True)
     assert found.encoding == "tuned: Q4_K to Q4_1, Q5_0 to Q8_0, Q6_K to Q8_0, Q6_K (output) to Q8_0"
     other = find_tuned(lab.published, lab.settings, "def")
-    assert other == (None, "made from a file of sha256 abc, expected def")
+    assert other == (None, "made for source abc, here it is def")
     assert remove_tuned(lab.published, lab.settings)
     assert lab.found() == (None, "")
     assert not remove_tuned(lab.published, lab.settings)
     assert lab.left() == []
 
 
-@pytest.mark.parametrize("divergence", [0.021, math.nan])
-def test_what_says_something_else_is_not_used(lab: Lab, divergence: float) -> None:
+@pytest.mark.parametrize("agreement", [0.89, 0.49])
+def test_what_says_something_else_is_not_used(lab: Lab, agreement: float) -> None:
     made = lab.script({**FASTER, "Q4_0": 0.5})
-    made.divergence = divergence
+    made.agreement = agreement
     assert lab.tune().tuned is None
-    assert bool(lab.tune(fast=True).tuned) == (divergence > 0)
+    assert bool(lab.tune(fast=True).tuned) == (agreement > 0.5)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -289,9 +291,7 @@ def test_what_hardly_pays_is_not_worth_a_file(lab: Lab, gain: float) -> None:
     assert outcome.tuned is None
     assert outcome.passport.encoding == "published"
     assert "nothing is 3% faster here than the published file, which is used as it is" in outcome.table()
-    assert (
-        lab.path.stat().st_size < lab.published.stat().st_size / 4
-    )  # it only records that nothing better was found here
+    assert lab.left() == ["m.gguf.json"]  # it only records that nothing better was found here
     found, reason = lab.found()
     assert (reason, found.path, found.settings, found.encoding) == ("", lab.published, lab.settings, "published")
 
@@ -369,8 +369,8 @@ def test_the_table() -> None:
     outcome = Outcome(
         Form(before, settings, 469 * MB, 850 * MB),
         Form(after, replace(settings, micro_batch=128), 574 * MB, 956 * MB),
-        replace(Passport(**PASSPORT), cpu_name="", types={"Q5_0": "Q8_0"}),
-        Agreement(0.00123, 0.984, 256),
+        replace(Passport(**PASSPORT), types={"Q5_0": "Q8_0"}),
+        0.984,
     )
     assert outcome.table().splitlines() == [
         f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0",
@@ -387,7 +387,7 @@ def test_the_table() -> None:
         "flash attention                          off         off",
         "threads                                    2           2",
         "",
-        "agreement with the published file on 256 tokens of code: mean KLD 0.0012, same likeliest token 98.4%",
+        "same likeliest token as the published file after 98.4% of 256 tokens of code",
     ]
 
 
@@ -410,7 +410,7 @@ def test_the_figures_are_told_before_the_file_is_used(lab: Lab) -> None:
         assert lab.found() == (None, "")
 
     lab.tune(accept=accept)
-    assert told == [Agreement(0.001, 0.99, 256)]
+    assert told == [0.99]
 
 
 def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
@@ -435,7 +435,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
     lab.monkeypatch.setattr(Tensor, "convert", convert)
     with pytest.raises(OSError, match="No space left on device"):
         lab.tune()
-    assert lab.left() == ["m.gguf"]
+    assert lab.left() == ["m.gguf", "m.gguf.json"]
     assert lab.path.read_bytes() == before
 
 
@@ -446,7 +446,7 @@ def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
     (left / "tuned").write_bytes(b"half")
     assert lab.found() == (None, "")
     lab.tune()
-    assert lab.left() == ["m.gguf"]
+    assert lab.left() == ["m.gguf", "m.gguf.json"]
 
 
 def test_only_one_process_tunes(lab: Lab) -> None:
@@ -460,7 +460,7 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing")
-    with pytest.raises(ModelError, match="not a readable GGUF file"):
+    with pytest.raises(ModelError, match="the file is damaged or cut short"):
         tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet)
     assert left_behind(settings) == []
 
@@ -468,11 +468,11 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) 
 # ----------------------------------------------------------------------------------------- what is used
 
 PASSPORT = {
-    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(), "cpu_name": "Z80",
+    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(),
     "cpus": len(os.sched_getaffinity(0)), "threads": 2, "micro_batch": 128, "flash_attention": False,
-    "types": {"Q5_0": "Q8_0"}, "fast": False, "format": 1,
+    "types": {"Q5_0": "Q8_0"}, "fast": False, "format": 2,
 }  # fmt: skip
-NO_PASSPORT = "expected the passport of this version in the file's header, found another one or none"
+NO_PASSPORT = "expected a passport of this version; tune the model again"
 
 
 @pytest.mark.parametrize(
@@ -480,10 +480,10 @@ NO_PASSPORT = "expected the passport of this version in the file's header, found
     [
         ({}, ""),
         ({"library": "0.0.1"}, f"made for library 0.0.1, here it is {llama_cpp.__version__}"),
-        ({"cpu": "z80"}, f"made for a CPU with other features (Z80), this one is {encoding.cpu_name()}"),
+        ({"cpu": "z80"}, f"made for cpu z80, here it is {encoding.cpu_flags()}"),
         ({"cpus": 99}, f"made for cpus 99, here it is {len(os.sched_getaffinity(0))}"),
         ({"threads": 3}, "made for threads 3, here it is 2"),
-        ({"format": 2}, NO_PASSPORT),
+        ({"format": 1}, "made for format 1, here it is 2"),
         ({"new": 1}, NO_PASSPORT),
     ],
 )
@@ -492,22 +492,24 @@ def test_a_tuned_file_is_used_only_where_it_was_made(
 ) -> None:
     path = tuned_path(settings.state_dir, published)
     path.parent.mkdir(parents=True)
-    Source(published).write(path, {}, {"cerebrum.passport": json.dumps(PASSPORT | change)})
+    passport_path(path).write_text(json.dumps(PASSPORT | change))
     found, why = find_tuned(published, settings)
     assert (found is None, why) == (bool(reason), reason)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(100), bytes(20_000), b"x" * 60])
-def test_a_damaged_tuned_file_is_not_used(tmp_path: Path, settings: Settings, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", None])
+def test_a_damaged_passport_is_not_used(tmp_path: Path, settings: Settings, content: bytes | None) -> None:
     path = tuned_path(settings.state_dir, tmp_path / "m.gguf")
     path.parent.mkdir(parents=True)
-    path.write_bytes(content)
+    path.write_bytes(b"GGUF")
+    if content is not None:
+        passport_path(path).write_bytes(content)
     assert find_tuned(tmp_path / "m.gguf", settings) == (None, NO_PASSPORT)
 
 
-def test_an_unreadable_tuned_file_is_not_used(tmp_path: Path, settings: Settings) -> None:
-    tuned_path(settings.state_dir, tmp_path / "m.gguf").mkdir(parents=True)
-    assert find_tuned(tmp_path / "m.gguf", settings) == (None, "the file cannot be read (Is a directory)")
+def test_an_unreadable_passport_is_not_used(tmp_path: Path, settings: Settings) -> None:
+    passport_path(tuned_path(settings.state_dir, tmp_path / "m.gguf")).mkdir(parents=True)
+    assert find_tuned(tmp_path / "m.gguf", settings) == (None, "its passport cannot be read (Is a directory)")
 
 
 def test_the_cpu_is_told_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,9 +612,7 @@ def test_a_tuned_model_says_the_same(tmp_path: Path) -> None:
         return  # on this CPU nothing is faster
     start_library()
     agreements = [encoding.agreement((MODEL, settings), (found.path, found.settings), text, 1024) for text in texts()]
-    assert sum(same.positions for same in agreements) > 5000
-    assert fmean(same.divergence for same in agreements) <= 0.003
-    assert fmean(same.same_top for same in agreements) >= 0.975
+    assert fmean(agreements) >= 0.975
 
 
 def texts() -> Iterator[str]:

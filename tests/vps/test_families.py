@@ -7,7 +7,6 @@ import contextlib
 import queue
 import random
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +17,11 @@ import pytest
 from harness import PATIENCE
 
 from cerebrum.vps import encoding, schedule
-from cerebrum.vps import llama as vps_llama
-from cerebrum.vps.gguf import Gguf, read_shape
-from cerebrum.vps.llama import (
-    MB,
-    Llama,
-    ModelError,
-    Settings,
-    Slot,
-    estimate_bytes,
-    start_library,
-)
-from cerebrum.vps.vocabulary import CompletionRequest, llama
-from cerebrum.vps.worker import MAX_RECALIBRATIONS, Job, Loader, Worker
+from cerebrum.vps.gguf import Source
+from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log, start_library
+from cerebrum.vps.memory import needed
+from cerebrum.vps.vocabulary import CompletionRequest, api
+from cerebrum.vps.worker import Job, Loader, Worker
 from cerebrum_common import HttpError
 
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -165,7 +156,6 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
     worker = Worker(Loader("tiny", models / "dense.gguf", settings))
     worker.start()
     worker.ready.result(PATIENCE)
-    worker.recalibrations = MAX_RECALIBRATIONS  # on a busy machine, measuring again would empty the slots
     read = []
     for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
         before = worker.tally.prompt_tokens
@@ -189,7 +179,7 @@ def opened(path: Path, **fim: Any) -> Iterator[Llama]:
 def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
     """The tokens as text, marks by their names."""
     names = [
-        (model.vocabulary.piece(token), llama.llama_vocab_get_text(model.vocabulary.vocab, token)) for token in tokens
+        (model.vocabulary.piece(token), api.llama_vocab_get_text(model.vocabulary.vocab, token)) for token in tokens
     ]
     return b"".join(name if name.decode() in marks or not piece else piece for piece, name in names).decode()
 
@@ -343,37 +333,40 @@ def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: st
 # ------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize(
-    ("family", "kv", "state"),
-    [
-        ("dense", 2 * 2 * 64, 0),
-        ("window", 6 * 2 * 64, 0),  # of which 5 keep a window
-        ("hybrid", 2 * 2 * 64, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),  # two of four layers attend
-        ("recurrent", 0, 2 * 4 * (3 * (128 + 2 * 16) + 16 * 128)),
-        ("rollback", 2 * 2 * 64, 5 * 2 * 4 * 2 * 64),  # five copies of each state
-        ("delta", 2 * 2 * 64, 5 * 2 * 4 * (3 * (64 + 2 * 32) + 32 * 64)),
-    ],
-)
-def test_memory_by_family(family: str, kv: int, state: int, tmp_path: Path) -> None:
-    families.write_header(tmp_path / "header.gguf", families.FAMILIES[family])
-    with Gguf(tmp_path / "header.gguf") as file:
-        shape = file.shape
-    assert (shape.kv_width, shape.state) == (kv, state)
-    assert estimate_bytes(1, shape, Settings(n_ctx=512))["kv"] == 2 * 512 * 2 * kv + 2 * state
-    left = 2 * 2 * 5 * 2 * 64 * (8192 - 512) if family == "window" else 0  # a window of 192 tokens, 256 to be computed
-    assert estimate_bytes(1, shape, Settings(n_ctx=8192))["kv"] == 2 * 8192 * 2 * kv + 2 * state - left
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_memory_by_family(family: str, models: Path) -> None:
+    """The sizes of what llama.cpp really allocates, from its log, are those that it reports without allocating."""
+    settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type="q8_0" if family == "dense" else "f16")
+    (need,) = needed(models / f"{family}.gguf", [settings])
+    llama_log.lines.clear()
+    model = Llama(models / f"{family}.gguf", settings, lambda _: True)
+    log = "\n".join(llama_log.lines)
+    sizes = {
+        name: sum(map(float, re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log)))
+        for name in ("KV|RS", "compute")
+    }
+    outputs = 2 * 2 * 64 * 4 * model.n_vocab
+    model.close()
+    assert sizes == pytest.approx({"KV|RS": need["kv"] / MB, "compute": (need["compute"] - outputs) / MB}, abs=0.02)
+    assert sizes["compute"] > 0
 
 
-def test_a_tied_embedding_is_loaded_twice(tmp_path: Path) -> None:
-    for output, size in (("Q6_K", 0), ("", families.QUANTIZED_VOCABULARY * families.QUANTIZED_WIDTH * 210 // 256)):
-        assert read_shape(families.write_quantized(tmp_path / f"m{output}", output=output)).tied == size
+def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
+    published, tied = models / "dense.gguf", tmp_path / "tied.gguf"
+    assert needed(published, [Settings()])[0]["weights"] == published.stat().st_size
+    source = Source(published)
+    source.tensors = [tensor for tensor in source.tensors if tensor.name != "output.weight"]
+    source.write(tied, {})
+    embedding = len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32  # bytes in Q8_0
+    assert needed(tied, [Settings()])[0]["weights"] == tied.stat().st_size + embedding
 
 
-def test_the_cells_of_a_window(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's own figures, from its log, are those of the estimate."""
-    log = deque[str]()
-    monkeypatch.setattr(vps_llama, "_log_tail", log)
-    Llama(models / "window.gguf", Settings(threads=1), lambda _: True).close()
-    sizes = [float(size) for line in log for size in re.findall(r"CPU KV buffer size = +([\d.]+) MiB", line)]
-    estimate = estimate_bytes(1, read_shape(models / "window.gguf"), Settings())["kv"]
-    assert (len(sizes), sum(sizes)) == (2, estimate / MB)
+def test_a_model_that_llama_cpp_cannot_load_has_no_size(models: Path, tmp_path: Path) -> None:
+    data, path = (models / "dense.gguf").read_bytes(), tmp_path / "m.gguf"
+    for damaged in (b"", b"GGUX" + data[4:], data[:1000], data[:-100]):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"^llama\.cpp cannot load this file; it is damaged, cut short or "):
+            needed(path, [Settings()])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        needed(path, [Settings()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
 from cerebrum.vps import gguf as gguf_module
-from cerebrum.vps.gguf import Gguf, Source, Tensor, q4_k_to_q4_1, read_shape, transcode
-from cerebrum.vps.llama import ModelError, Shape
+from cerebrum.vps.gguf import Source, Tensor, q4_k_to_q4_1, transcode
+from cerebrum.vps.llama import ModelError, Settings
+from cerebrum.vps.memory import needed
 
 MODEL = FILES["qwen_0_5b"]
 
@@ -69,61 +69,6 @@ def test_other_types_become_q8_0_through_floats(source: str) -> None:
     assert (np.abs(got - expected) <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
 
 
-# ------------------------------------------------------------------------------------------------ header
-
-
-def header(floats: int = 0, **numbers: int) -> bytes:
-    """A GGUF with metadata only, or with these, up to a tensor of so many floats."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
-    pairs += [
-        text(f"llama.{name.replace('__', '.')}") + struct.pack("<II", 4, value) for name, value in numbers.items()
-    ]
-    tensor = text("x.weight") + struct.pack("<IQIQ", 1, floats, 0, 0) if floats else b""
-    whole = b"GGUF" + struct.pack("<IQQ", 3, floats > 0, len(pairs)) + b"".join(pairs) + tensor
-    return whole.ljust(-(-len(whole) // 32) * 32, b"\0") if floats else whole
-
-
-def test_the_shape_of_a_model_is_read_from_its_header(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(block_count=24, embedding_length=896, attention__head_count=14, attention__head_count_kv=2))
-    shape = read_shape(path)
-    assert shape == Shape(layers=24, kv_width=24 * 256, heads=14, embedding=896, feed_forward=3584, vocabulary=0)
-
-
-SIZES = {"block_count": 24, "embedding_length": 896, "attention__head_count": 14}
-NUMBER_AS_ARCHITECTURE = (
-    b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<II", 4, 7)
-)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"GGUX" + bytes(100), "not a readable GGUF file"),
-        (NUMBER_AS_ARCHITECTURE, "a GGUF file without an architecture"),
-        *((header(**SIZES | {name: 0}), "expected at least one layer, head and embedding dim") for name in SIZES),
-    ],
-)
-def test_a_bad_header_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
-    (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelError, match=message):
-        read_shape(tmp_path / "m.gguf")
-
-
-def test_a_file_that_is_cut_short_has_no_shape(tmp_path: Path) -> None:
-    data = header(1000, **SIZES)
-    path = tmp_path / "m.gguf"
-    path.write_bytes(data + bytes(3999))
-    with pytest.raises(ModelError, match=rf"^cut short: expected {len(data) + 4000:,} bytes or more, got "):
-        read_shape(path)
-    path.write_bytes(data + bytes(4000))
-    assert read_shape(path).layers == 24
-
-
 # ------------------------------------------------------------------------------------------------ copies
 
 
@@ -149,9 +94,8 @@ def test_some_layers_in_other_types_and_fewer_rows(
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     path = tmp_path / "a"
     source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
-    with Gguf(path) as header:
-        assert [header.text(key) for key in ("a.text", "tokenizer.ggml.model", "b")] == ["first", "no_vocab", ""]
-        assert (header.shape.layers, header.shape.vocabulary, header.shape.feed_forward) == (2, 0, 512)
+    header = Source(path).reader.fields
+    assert [header[key].contents() for key in ("a.text", "tokenizer.ggml.model")] == ["first", "no_vocab"]
     copy = {tensor.name: tensor for tensor in Source(path).tensors}
     old = {tensor.name: tensor for tensor in source.tensors}
     assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
@@ -217,4 +161,4 @@ def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch) 
     gguf_module.pypi.cache_clear()
     with pytest.raises(ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"):
         Source(MODEL)
-    assert read_shape(MODEL).layers == 24
+    assert needed(MODEL, [Settings()])[0]["weights"] == MODEL.stat().st_size

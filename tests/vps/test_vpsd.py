@@ -58,9 +58,9 @@ import vpsd
 from cerebrum.settings import load_catalog
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
-from cerebrum.vps.encoding import PASSPORT_KEY, Passport, cpu_flags, cpus, tuned_path
+from cerebrum.vps.encoding import Passport, cpu_flags, cpus, passport_path, tuned_path
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.vocabulary import llama
+from cerebrum.vps.vocabulary import api
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
@@ -218,7 +218,7 @@ def loaded(output: Path, models: Path, quicker: float) -> Iterator[Vps]:
 
     Its costs of decoding are those of a quiet machine instead of measured ones. The schedule of two streams and the
     length of drafts then do not depend on the other load of this machine. The costs are divided until they are below
-    those of any machine: they are then corrected while decoding, but never measured again.
+    those of any machine, and corrected while decoding.
     """
     with start(output, models) as vps:
         vps.complete("a", max_tokens=1)
@@ -298,24 +298,24 @@ class Reference:
     def __init__(self, path: Path, threads: int, tie: float) -> None:
         self.tie = tie
         vps_llama.start_library()
-        self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-        self.vocab = llama.llama_model_get_vocab(self.model)
-        self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
-        params = llama.llama_context_default_params()
+        self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        self.vocab = api.llama_model_get_vocab(self.model)
+        self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = llama.llama_init_from_model(self.model, params)
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = api.llama_init_from_model(self.model, params)
         self.known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
 
     def close(self) -> None:
-        llama.llama_free(self.context)
-        llama.llama_model_free(self.model)
+        api.llama_free(self.context)
+        api.llama_model_free(self.model)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         data = text.encode()
-        buffer = (llama.llama_token * (len(data) + 8))()
-        return list(buffer[: llama.llama_tokenize(self.vocab, data, len(data), buffer, len(buffer), True, special)])
+        buffer = (api.llama_token * (len(data) + 8))()
+        return list(buffer[: api.llama_tokenize(self.vocab, data, len(data), buffer, len(buffer), True, special)])
 
     @functools.cached_property
     def pieces(self) -> set[bytes]:
@@ -324,22 +324,22 @@ class Reference:
 
     def piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
-        size = llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
+        size = api.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
         return buffer.raw[:size]
 
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], list[float]]:
         """At most `most` tokens, and for each its lead in logits over the second likeliest."""
-        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
+        api.llama_memory_clear(api.llama_get_memory(self.context), True)
         tokens, gaps, todo = list[int](), list[float](), prompt
         while True:
             for start in range(0, len(todo), 512):
-                part = (llama.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
-                assert llama.llama_decode(self.context, llama.llama_batch_get_one(part, len(part))) == 0
-            logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
+                part = (api.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
+                assert api.llama_decode(self.context, api.llama_batch_get_one(part, len(part))) == 0
+            logits = np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
             token = int(logits.argmax())
             second, first = np.partition(logits, -2)[-2:]
             gaps.append(float(first - second))
-            if llama.llama_vocab_is_eog(self.vocab, token):
+            if api.llama_vocab_is_eog(self.vocab, token):
                 return tokens, gaps
             tokens.append(token)
             if len(tokens) == most:
@@ -1390,7 +1390,6 @@ def test_a_tuned_file_is_used(real_output: Path) -> None:
         source=sha256,
         library=llama_cpp.__version__,
         cpu=cpu_flags(),
-        cpu_name="",
         cpus=cpus(),
         threads=vps_llama.usable_cores(),
         micro_batch=128,
@@ -1399,7 +1398,8 @@ def test_a_tuned_file_is_used(real_output: Path) -> None:
     )
     source = Source(published)
     types = {tensor.name: "Q8_0" for tensor in source.tensors if tensor.type == "Q5_0"}
-    source.write(file, types, {PASSPORT_KEY: json.dumps(asdict(passport))})
+    source.write(file, types)
+    passport_path(file).write_text(json.dumps(asdict(passport)))
     expected = {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}
     with start(real_output, MODELS) as tuned:
         assert expected.items() <= tuned.model().items()

@@ -1,0 +1,123 @@
+"""How much memory a model takes, how much there is, and which context fits.
+
+llama.cpp itself reports what a model takes: it makes the model and its context without allocating them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from cerebrum.vps.llama import (
+    MAX_DRAFT,
+    MB,
+    ModelError,
+    Settings,
+    context_params,
+    file_stamp,
+    llama_log,
+    load_model,
+)
+from cerebrum.vps.vocabulary import api
+from cerebrum_common import HttpError
+
+MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
+FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
+FIT_STEPS = 16  # contexts of different length that are tried
+
+Parts = dict[str, int]  # bytes that a model takes in time: weights, KV cache, compute buffers and saved prompts
+
+
+def shorter(settings: Settings) -> list[Settings]:
+    """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more, then fewer
+    sequences."""
+    least = min(MIN_FIT_TOKENS, settings.n_ctx)
+    step = FIT_STEP_TOKENS * max(1, (settings.n_ctx - least) // (FIT_STEPS * FIT_STEP_TOKENS))
+    lengths = [settings.n_ctx, *reversed(range(least, settings.n_ctx, step))]
+    forms = [(sequences, n_ctx) for sequences in range(settings.sequences, 0, -1) for n_ctx in lengths]
+    return [replace(settings, sequences=sequences, n_ctx=n_ctx) for sequences, n_ctx in forms[1:]]
+
+
+def fit(
+    settings: Settings, free: float, need: Callable[[Sequence[Settings]], Sequence[Parts]]
+) -> tuple[Settings, Parts]:
+    """The settings with the longest context that fits into `free` bytes, and what they take. `need` returns what each
+    of several settings takes. If nothing fits, the least settings."""
+    for forms in ([settings], shorter(settings)):
+        for form, parts in zip(forms, need(forms), strict=True):
+            if sum(parts.values()) <= free:
+                return form, parts
+    return form, parts
+
+
+def check_memory(available_mb: float, least_mb: float) -> None:
+    """HttpError 503 with the figures if less than the reserve of memory is available."""
+    if available_mb < least_mb:
+        figures = f"expected {least_mb:.0f} MB of memory available, got {available_mb:.0f} MB"
+        raise HttpError("RESOURCE_EXHAUSTED", figures)
+
+
+# ---------------------------------------------------------------------------------------- IO: the machine
+
+
+def available_mb() -> float:
+    return float(psutil.virtual_memory().available / MB)
+
+
+def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's file cache does not
+    count as used, since the kernel gives it back."""
+    try:
+        group = root / table.read_text().rpartition("0::/")[2].strip()
+        limit = int((group / "memory.max").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - int((group / "memory.current").read_text()) + int(counts["file"])
+    except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
+        return math.inf
+
+
+# ------------------------------------------------------------------------------------------ IO: llama.cpp
+
+HEADER_BYTES = 32 << 20  # a large vocabulary takes 15 MB
+OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
+# In llama.cpp's log: of a KV cache or of recurrent states, and of the compute buffers.
+KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))
+
+
+def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
+    """What a model file takes with each of these settings. OSError or ModelError if the file cannot be used."""
+    return _needed(path, file_stamp(path), tuple(forms))
+
+
+@functools.lru_cache(64)  # a large vocabulary takes half a second
+def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]:
+    model, needs = load_model(path, weights=False), []
+    try:
+        vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        weights = path.stat().st_size
+        with path.open("rb") as file:
+            if OUTPUT_NAME not in file.read(HEADER_BYTES):  # llama.cpp may repack a copy of the embedding
+                weights += vocabulary * api.llama_model_n_embd(model) * 34 // 32  # bytes in Q8_0
+        for form in forms:
+            llama_log.lines.clear()
+            api.llama_free(api.llama_init_from_model(model, context_params(model, form)))
+            log = "\n".join(llama_log.lines)
+            kv, compute = (sum(map(float, size.findall(log))) for size in (KV_SIZE_MB, COMPUTE_SIZE_MB))
+            if not compute:
+                raise ModelError("llama.cpp cannot make a context for this model")
+            logits = 2 * 4 * form.sequences * (MAX_DRAFT + 1) * vocabulary  # in two buffers
+            compute = math.ceil(compute * MB) + logits
+            needs.append(
+                {"weights": weights, "kv": math.ceil(kv * MB), "compute": compute, "prompts": form.cache_mb * MB}
+            )
+    finally:
+        api.llama_model_free(model)
+        ctypes.CDLL(None).malloc_trim(0)
+    return needs

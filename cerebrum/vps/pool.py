@@ -1,0 +1,327 @@
+"""The models in memory: loading and unloading them, and room for them.
+
+Everything here is on the event loop. A model is an `Instance` from the start of its load until its memory is free
+again. `room_for` and `removable` decide, `Pool` acts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import cerebrum_common as common
+from cerebrum.fields import describe
+from cerebrum.metrics import resident_bytes
+from cerebrum.vps.encoding import Choice, choose_file
+from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
+from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
+from cerebrum.vps.schedule import Baton
+from cerebrum.vps.worker import Loader, ModelTally, Worker
+from cerebrum_common import HttpError, Model, log
+
+LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
+LOAD_AGAIN_SECONDS = 300.0  # a file that failed to load is tried again after this time, or when it changes
+
+State = Enum("State", "LOADING READY LEAVING")
+
+
+@dataclass(eq=False)
+class Instance:
+    """A model whose worker has memory. Whoever uses the model or waits for its load is in `users`."""
+
+    model: Model
+    worker: Worker
+    estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
+    ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
+    freed: asyncio.Task[None]  # ends when all of the model's memory is free
+    state: State = State.LOADING
+    users: set[object] = field(default_factory=set)
+    last_used: float = field(default_factory=time.monotonic)  # a clock that jumps must not unload a model
+
+    @property
+    def idle(self) -> bool:
+        return not self.users and self.state is not State.LEAVING
+
+    def leave(self) -> None:
+        """Stop the worker, without waiting for it."""
+        if self.state is not State.LEAVING:
+            self.state = State.LEAVING
+            self.worker.stop()
+
+
+# ------------------------------------------------------------------------------------------ policy: room
+
+
+def removable(instances: Collection[Instance], spared: str = "") -> list[Instance]:
+    """The instances that make room, in this order: those that are leaving, then the idle ones of other models than
+    `spared`, the least recently used first."""
+    leaving = [one for one in instances if one.state is State.LEAVING]
+    idle = [one for one in instances if one.idle and one.model.id != spared]
+    return leaving + sorted(idle, key=lambda one: one.last_used)
+
+
+def room_for(
+    model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Collection[Instance]
+) -> list[Instance]:
+    """The instances to unload for a model that takes the memory of `parts`; none if it fits into `free_mb`. HttpError
+    503 with the figures if it would not fit without all of them."""
+    need, going = sum(parts.values()) / MB, list[Instance]()
+    for one in removable(instances):
+        if need <= free_mb + sum(one.estimate for one in going) / MB:
+            break
+        going.append(one)
+    if need > (most := free_mb + sum(one.estimate for one in going) / MB):
+        figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
+        left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
+        raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
+    return going
+
+
+class Pool:
+    """The models in memory and on the way there, and the memory that is left."""
+
+    def __init__(self, folder: Path, settings: Settings, fetch: str) -> None:
+        self.folder, self.settings, self.fetch = folder, settings, fetch  # the command that downloads a model
+        self.models: Mapping[str, Model] = {}  # of models.toml
+        self.tallies: dict[str, ModelTally] = {}  # kept when a model is unloaded
+        self.min_free_mb = self.idle_seconds = 0.0
+        self.instances: dict[str, Instance] = {}
+        self.baton = Baton()
+        self.bare_bytes = resident_bytes()  # of this process without a model
+        self.loading = asyncio.Lock()  # memory is checked for one load at a time
+        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads that have no worker yet, by model
+        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of the next try.
+        self.failures: dict[str, tuple[str, str, float]] = {}
+
+    def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
+        """Apply models and limits. A loaded model whose entry has changed is unloaded once it is idle."""
+        self.models = {model.id: model for model in models}
+        self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
+        self.min_free_mb, self.idle_seconds = min_free_mb, 60 * idle_minutes
+        for instance in self.instances.values():
+            self._retire(instance)
+
+    @property
+    def ready(self) -> dict[str, Instance]:
+        """The loaded models."""
+        return {model_id: one for model_id, one in self.instances.items() if one.state is State.READY}
+
+    def listed(self, model_id: str) -> Model:
+        """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
+        if model_id not in self.models:
+            known = ", ".join(self.models)
+            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+        return self.models[model_id]
+
+    def refusal(self, model: Model) -> HttpError | None:
+        """The error if the model cannot be used, else None: its file is missing, or loading it has failed recently, and
+        each attempt would read a large file."""
+        path = self.folder / model.file
+        if model.id in self.ready:
+            return None  # a loaded model needs no file any more
+        if not os.path.isfile(path):
+            fetching = f"in the backend's folder on the VPS run: {self.fetch} {model.id}"
+            return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
+        message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
+        with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
+            if time.monotonic() < until and stamp == file_stamp(path):
+                return HttpError("MODEL_LOAD_FAILED", message)
+        return None
+
+    def check(self, model_id: str) -> None:
+        """HttpError if the model is unknown or cannot be used."""
+        if refusal := self.refusal(self.listed(model_id)):
+            raise refusal
+
+    # Loading.
+
+    async def acquire(self, user: object, model_id: str, progress: Callable[[int], None]) -> Instance:
+        """The model's instance, after loading it if needed; HttpError if the load fails. `progress` gets percentages.
+        `release` must follow in any case."""
+        while (instance := self.instances.get(model_id)) is None or instance.state is State.LEAVING:
+            if instance:
+                await asyncio.wait([instance.freed])
+                self.check(model_id)  # its load may just have failed
+            elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
+                raise error
+        instance.users.add(user)
+        reported = -1
+        while not instance.ready.done():
+            if (percent := round(100 * instance.worker.loader.done)) > reported:
+                reported = percent
+                progress(percent)
+            await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
+        instance.ready.result()
+        return instance
+
+    def release(self, user: object, model_id: str) -> None:
+        instance = self.instances.get(model_id)
+        if instance and user in instance.users:
+            instance.users.remove(user)
+            instance.last_used = time.monotonic()
+            self._retire(instance)
+
+    def _retire(self, instance: Instance) -> None:
+        """Unload an idle instance if models.toml now lists another file for its model, or no longer lists it."""
+        new, old = self.models.get(instance.model.id), instance.model
+        if instance.idle and (not new or (new.file, new.sha256) != (old.file, old.sha256)):
+            log.info("model %s: unloaded, models.toml has changed", old.id)
+            instance.leave()
+
+    def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
+        """The task that starts to load the model and returns the error if it cannot. The task outlives the users that
+        wait for it: while somebody types, no completion lives as long as a load takes."""
+
+        async def load() -> HttpError | None:
+            try:
+                async with self.loading:
+                    await self._load(model)
+                return None
+            except HttpError as error:
+                if error.code == "MODEL_LOAD_FAILED":
+                    log.error("%s", error.message)
+                    self._remember(model, error)
+                return error
+            except Exception as exception:
+                return common.internal_error(exception)
+            finally:
+                del self.starting[model.id]
+
+        if model.id not in self.starting:
+            self.starting[model.id] = asyncio.create_task(load())
+        return self.starting[model.id]
+
+    def _remember(self, model: Model, error: HttpError) -> None:
+        """Remember a failed load for `refusal`."""
+        with contextlib.suppress(OSError):  # the file has gone
+            stamp = file_stamp(self.folder / model.file)
+            self.failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
+
+    async def choose(self, model: Model) -> Choice:
+        """What would be loaded of the model if all idle models were unloaded. HttpError if the file cannot be used."""
+        free_mb = self._free_mb() + sum(one.estimate for one in removable(self.instances.values())) / MB
+        path = self.folder / model.file
+        try:
+            return await asyncio.to_thread(choose_file, path, self.settings, model.sha256, free_mb * MB)
+        except (ModelError, OSError) as error:
+            reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
+            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
+
+    async def _load(self, model: Model) -> None:
+        """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
+        settings, tuned, parts, reason = await self.choose(model)
+        if settings != self.settings:
+            log.warning("model %s: memory allows only %s", model.id, settings.context)
+        if reason:
+            log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
+        while going := room_for(model.id, parts, self._free_mb(), self.min_free_mb, self.instances.values()):
+            await self._unload(going[0])
+        begun, tally = time.monotonic(), self.tallies[model.id]
+        path = self.folder / model.file
+        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
+        worker = Worker(loader, self.baton, tally)
+        worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
+        ready, ending = asyncio.wrap_future(worker.ready), asyncio.wrap_future(worker.ending)
+        instance = Instance(model, worker, sum(parts.values()), ready, asyncio.create_task(self._reap(worker)))
+
+        def loaded(future: asyncio.Future[None]) -> None:
+            error = future.exception()  # marks it as retrieved, even if nobody waits
+            if not error:
+                if instance.state is State.LOADING:
+                    instance.state = State.READY
+                instance.last_used = time.monotonic()
+                tally.loads += 1
+                tally.load_seconds += instance.last_used - begun
+            elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
+                tally.failed_loads += 1
+                self._remember(model, error)
+
+        ready.add_done_callback(loaded)
+        ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
+        self.instances[model.id] = instance
+
+    async def _reap(self, worker: Worker) -> None:
+        """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""
+        await asyncio.wait([asyncio.wrap_future(worker.ended)])
+        worker.join()  # returns at once
+        worker.model = None
+        del self.instances[worker.model_id]
+        ctypes.CDLL(None).malloc_trim(0)
+
+    # Memory.
+
+    def _free_mb(self) -> float:
+        """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
+        used = resident_bytes() - self.bare_bytes
+        untouched = max(0, sum(instance.estimate for instance in self.instances.values()) - used)
+        return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
+
+    def _saving(self) -> list[Instance]:
+        """The instances with saved prompts, which can be dropped."""
+        return [one for one in self.ready.values() if one.worker.stored_bytes]
+
+    def can_relieve(self, wanted: str) -> bool:
+        """Whether `relieve` could free any memory."""
+        return bool(removable(self.instances.values(), wanted) or self._saving())
+
+    async def relieve(self, wanted: str) -> None:
+        """While available memory is below the reserve, unload idle models other than the wanted one, then drop saved
+        prompts; HttpError 503 if that is not enough."""
+        while available_mb() < self.min_free_mb and (going := removable(self.instances.values(), wanted)):
+            await self._unload(going[0])
+        for instance in self._saving():
+            if (missing := self.min_free_mb - available_mb()) > 0:
+                done = asyncio.wrap_future(instance.worker.shed(math.ceil(missing * MB)))
+                await asyncio.wait([done, instance.freed], return_when=asyncio.FIRST_COMPLETED)
+                ctypes.CDLL(None).malloc_trim(0)
+        check_memory(available_mb(), self.min_free_mb)
+
+    # Unloading.
+
+    async def _unload(self, instance: Instance) -> float:
+        """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
+        before = resident_bytes()
+        instance.leave()
+        await asyncio.wait([instance.freed])  # which goes on if this wait is cancelled
+        return round(max(0, before - resident_bytes()) / MB, 1)
+
+    async def unload(self, model_id: str) -> float | None:
+        """Unload a model, or stop its load, and return the megabytes freed. None if there was nothing to unload;
+        HttpError 409 if a request uses the model or waits for it."""
+        if load := self.starting.get(model_id):
+            await asyncio.wait([load])
+        instance = self.instances.get(model_id)
+        if not instance or instance.state is State.LEAVING:
+            return None
+        if instance.users:
+            raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
+        return await self._unload(instance)
+
+    async def unload_unused(self) -> dict[str, float]:
+        """Unload models that were unused for the configured minutes. Returns megabytes freed, by model."""
+        freed: dict[str, float] = {}
+        while unused := self.unused():  # listed anew each time, since a request may have come meanwhile
+            freed[unused[0].model.id] = await self._unload(unused[0])
+            log.info("model %s: unloaded, %g idle minutes are over", unused[0].model.id, self.idle_seconds / 60)
+        return freed
+
+    def unused(self) -> list[Instance]:
+        limit = time.monotonic() - self.idle_seconds
+        return [one for one in self.ready.values() if one.idle and one.last_used <= limit]
+
+    async def stop(self) -> None:
+        """End all loads, and unload all models. Their workers save the parked sequences."""
+        for load in self.starting.values():
+            load.cancel()
+        for instance in self.instances.values():
+            instance.leave()
+        if ending := [instance.freed for instance in self.instances.values()]:
+            await asyncio.wait(ending)
