@@ -363,7 +363,7 @@ class Backend:
         fim = marked.fim if marked else ()
         dialect = api.chat if "messages" in sent.fields else api.infill if "suffix" in sent.fields else api.complete
         body = dialect.write(Wanted(sent.fields, model, fim, layout, sent.room))
-        translator = Translator(dialect, sent.fields, [mark.strip() for mark in fim])
+        translator = Translator(sent.fields, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,

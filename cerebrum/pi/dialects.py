@@ -3,7 +3,7 @@
 A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, a
 `CompletionRequest` with fields like those of our own API, and the answer in the client's format (`Reply`), whole or
 as a stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content
-of each event of its stream (`Delta`).
+of each event of its stream.
 
     >>> from cerebrum.pi.dialects import INFILL
     >>> request = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
@@ -545,15 +545,6 @@ class Wanted:
     room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """The content of one event of an engine's stream."""
-
-    text: str = ""
-    reason: str | None = None  # why the text has ended, as `read_reason` returns it
-    thought: bool = False  # the model is thinking; its thoughts are not part of the answer
-
-
 def write_sampling(wanted: Wanted, limit: str) -> dict[str, Any]:
     """The members that every request has. `limit` is the engine's name for the maximum number of tokens."""
     fields = wanted.fields
@@ -616,9 +607,18 @@ def text_of(value: Any) -> str:
 FINISH_REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
 
 
-def read_reason(value: Any) -> str | None:
-    """An engine's reason for the end of its text, in our words: "stop", "length", or "error" if it is incomplete."""
-    return FINISH_REASONS.get(value, "stop") if isinstance(value, str) and value else None
+def read_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None before the end of
+    the text, then "stop", "length", or "error" if the text is incomplete. A model's thoughts are not part of the text.
+    """
+    choices = members.get("choices")
+    choice = members_of(choices[0]) if isinstance(choices, list) and choices else members
+    delta = members_of(choice.get("delta", choice.get("message", choice)))
+    reason = text_of(choice.get("finish_reason"))
+    if choice.get("stop") is True:  # the last event of llama-server
+        reason = text_of(choice.get("stop_type")) or "stop"
+    text = text_of(choice.get("text")) or text_of(delta.get("content"))
+    return text, FINISH_REASONS.get(reason, "stop") if reason else None
 
 
 MILLISECONDS = Field(float, 0, 10**12)
@@ -642,22 +642,6 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
     return {name: value for name, value in counts.items() if value is not None}
-
-
-def read_openai_event(members: Mapping[str, Any]) -> Delta:
-    """An event of OpenAI's two calls. An event with only `usage` has no choice, a chat's choice has no `text`."""
-    choices = members.get("choices")
-    choice = members_of(choices[0]) if isinstance(choices, list) and choices else {}
-    delta = members_of(choice.get("delta", choice.get("message")))
-    thought = delta.get("reasoning_content") or delta.get("reasoning")
-    text = text_of(choice.get("text")) or text_of(delta.get("content"))
-    return Delta(text, read_reason(choice.get("finish_reason")), bool(thought))
-
-
-def read_llama_event(members: Mapping[str, Any]) -> Delta:
-    """An event of llama-server's own calls."""
-    reason = read_reason(members.get("stop_type")) or "stop" if members.get("stop") is True else None
-    return Delta(text_of(members.get("content")), reason)
 
 
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -718,18 +702,13 @@ class Dialect:
     read: Callable[[Mapping[str, Any]], CompletionRequest]
     reply: type[Reply]
     write: Callable[[Wanted], dict[str, Any]]
-    read_event: Callable[[Mapping[str, Any]], Delta]
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
-OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_text_completion, Reply, write_text_completion, read_openai_event
-)
-OPENAI_CHAT = Dialect(
-    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat, read_openai_event
-)
-COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama, read_llama_event)
-INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama, read_llama_event)
+OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_text_completion, Reply, write_text_completion)
+OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
 
 

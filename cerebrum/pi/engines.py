@@ -3,9 +3,8 @@
 `translate` reads the answer, a `Translator` parses its events. The Translator also ends the text where the requested
 piece is complete, which these engines do not do.
 
-    >>> from cerebrum.pi.dialects import OPENAI_TEXT
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
-    >>> translator = Translator(OPENAI_TEXT, fields, [])
+    >>> translator = Translator(fields, [])
     >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
@@ -15,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from cerebrum.pi import upstream
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, Dialect, members_of, read_counts, read_overflow
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, members_of, read_counts, read_event, read_overflow
 from cerebrum.pi.upstream import Answer, BackendFailure, Events, Pair, TooLong, Upstream, text_event
 from cerebrum_common import HttpError
 
@@ -56,7 +56,7 @@ class Translator:
     """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at the engine's own end,
     or earlier, where the requested piece is complete. `fields` are those of vpsd's request."""
 
-    def __init__(self, dialect: Dialect, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
+    def __init__(self, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
@@ -65,7 +65,6 @@ class Translator:
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
         above = "" if turns else given[0]
         where = fields["mode"], fields.get("language"), above, fields.get("suffix"), fields.get("stop_at", "auto")
-        self.read_event = dialect.read_event
         self.ending = Ending(*where, fields.get("indent", 0), [*fields.get("stop", ()), *marks])
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
@@ -76,7 +75,7 @@ class Translator:
         self.began = 0.0  # when the first event with text came
         self.has_line = False  # a line end has been generated
         self.heard = False  # an event came
-        self.lived = 0.0  # when the engine last made progress; once its text has ended, when it ended
+        self.lived = 0.0  # when the last event came; once the engine has ended its text, when it did
         self.reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
@@ -84,14 +83,8 @@ class Translator:
         """The pairs of a block of whole events, up to the pair "done". The block came at `now` (seconds, monotonic).
         BackendFailure for an event that is an error or not JSON."""
         for event in block.split(b"\n\n"):
-            if self.done or not event:
-                continue
-            try:
+            if event and not self.done:
                 yield from self._event(event, now)
-            except BackendFailure:
-                if self.reason is None:
-                    raise
-                yield self.end()  # the text is complete; only its token counts were still to come
 
     def end(self) -> Pair:
         """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for the end of its text:
@@ -119,29 +112,20 @@ class Translator:
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
         self.heard = True
-        piece = self.read_event(members)
-        if self.reason is None and (piece.text or piece.thought or piece.reason or "prompt_progress" in members):
-            self.lived = now
-        if piece.reason == "error":
-            raise BackendFailure("it gave up")
         if self.reason is None:
-            yield from self._text(piece.text, piece.reason, now)
-        if self.done:
-            return
-        if members.get("stop") is True:  # the last event of llama-server's own calls
-            yield self._done(self.reason or "stop")
-        elif self.progress and not self.tokens:
+            self.lived = now
+            yield from self._text(*read_event(members), now)
+        if self.progress and not self.tokens:
             progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
             read, total = progress.get("processed"), progress.get("total")
             if upstream.COUNT.accepts(read) and upstream.COUNT.accepts(total):
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
+        if reason == "error":
+            raise BackendFailure("it gave up")
         if text and self.tokens == self.most:  # an event has at least one token: the engine ignores its limit
-            if rest := self.ending.flush(whole=False):
-                yield "text", text_event(rest, self.tokens)
-            yield self._done("length")
-            return
+            text, reason = "", "length"
         if text:
             self.began = self.began if self.tokens else now
             self.tokens += 1
@@ -176,35 +160,30 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
     sends no comments: during its silence, ("idle", None) comes every ALIVE_SECONDS or a little later. Once the engine
     has ended its text, the text is complete, whatever follows."""
     events, now = Events(), asyncio.get_running_loop().time
-    spoke = translator.lived = now()  # `spoke`: when the client last got something
     while not await client.begin(answer, ALIVE_SECONDS, upstream.EVENT_STREAM):
-        if now() - translator.lived > READING_SECONDS:
-            raise BackendFailure(upstream.LATE)
         yield "idle", None
     yield "begun", None
+    spoke = translator.lived = now()  # `spoke`: when the client last got something
     while not translator.done:
-        block, is_silent, has_ended = b"", False, False
+        data = None
         try:
-            async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
-                data = await answer.read()
-            has_ended = not data
-            block = events.feed(data or b"\n\n")  # some engines omit the blank line after their last event
-        except TimeoutError:
-            is_silent = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
+                    data = await answer.read()
+            came = now()
+            block = b"" if data is None else events.feed(data or b"\n\n")  # some engines omit the last blank line
+            for pair in translator.feed(block, came):
+                spoke = now()
+                yield pair
         except BackendFailure:
             if not translator.reason:
                 raise
-            is_silent = True
-        came = now()
-        for pair in translator.feed(block, came):
-            spoke = now()
-            yield pair
+            came, data = now(), b""
         silence = came - translator.lived
-        if not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
-            raise BackendFailure(upstream.LATE)
-        is_late = translator.reason and (is_silent or silence >= COUNTS_SECONDS)
-        if not translator.done and (has_ended or is_late):
+        if not translator.done and (data == b"" or (translator.reason and silence >= COUNTS_SECONDS)):
             yield translator.end()
+        elif not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
+            raise BackendFailure(upstream.LATE)
         elif now() - spoke >= ALIVE_SECONDS:
             spoke = now()
             yield "idle", None

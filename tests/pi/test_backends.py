@@ -25,7 +25,7 @@ from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import engines, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
-from cerebrum.pi.dialects import APIS, COMPLETION, OPENAI_CHAT, OPENAI_TEXT, Wanted, read_overflow, read_props
+from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
 from cerebrum.pi.engines import Characters, Translator
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
 from cerebrum.settings import ConfigError, Environment, load_catalog
@@ -311,9 +311,9 @@ END = b"data: [DONE]\n\n"
 LAST = {"index": 0, "content": "", "stop": True, "stop_type": "eos", "tokens_predicted": 2, "tokens_evaluated": 9}
 
 
-def stream(*events: bytes, text: str = "1", dialect: Any = OPENAI_TEXT, asked: Any = None, **result: Any) -> Any:
-    """The dialect, the request, what an engine streams, the text that a client gets, and the result."""
-    return dialect, asked or {}, b"".join(events), text, {"finish_reason": "stop", "total_tokens": 1} | result
+def stream(*events: bytes, text: str = "1", asked: Any = None, **result: Any) -> Any:
+    """The request, what an engine streams, the text that a client gets, and the result."""
+    return asked or {}, b"".join(events), text, {"finish_reason": "stop", "total_tokens": 1} | result
 
 
 ONE = text_chunk("1", "stop")
@@ -340,8 +340,6 @@ STREAMS = {
         data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
     ),
     "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
-    "a fault behind the end": stream(ONE, data({"error": "boom"}), text_chunk("2")),
-    "no JSON behind the end": stream(ONE, b"data: {oops\n\n"),
     "more than was asked for": stream(
         *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
     ),
@@ -351,7 +349,7 @@ STREAMS = {
     ),
     "numbers that nobody can count": stream(
         llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST),
-        dialect=COMPLETION, prompt_tokens=9, total_tokens=2,
+        prompt_tokens=9, total_tokens=2,
     ),
     "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
     "the natural end": stream(
@@ -379,33 +377,33 @@ STREAMS = {
     "a chat": stream(
         chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
         chat_chunk("stop"), USAGE, END,
-        text="Hi!", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=9, total_tokens=3,
+        text="Hi!", asked=SAYING, prompt_tokens=9, total_tokens=3,
     ),
     "thoughts are no answer": stream(
         chat_chunk(reasoning_content="hm"), chat_chunk(content=None), chat_chunk("stop", content="Hi"),
-        text="Hi", dialect=OPENAI_CHAT, asked=SAYING,
+        text="Hi", asked=SAYING,
     ),
     "the code of an instruction alone": stream(
         chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
         chat_chunk(content="`\nBye"), chat_chunk(content="."),
-        text="x = 1\n", dialect=OPENAI_CHAT, total_tokens=3,
+        text="x = 1\n", total_tokens=3,
         asked={"messages": SAID, "mode": "instruct", "language": "python"},
     ),
     "a chat in one piece": stream(
         data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
-        text="Hi", dialect=OPENAI_CHAT, asked=SAYING, prompt_tokens=3,
+        text="Hi", asked=SAYING, prompt_tokens=3,
     ),
     "llama-server": stream(
         llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}),
-        text="12", dialect=COMPLETION, total_tokens=2, **COUNTED,
+        text="12", total_tokens=2, **COUNTED,
     ),
     "llama-server at its limit": stream(
         llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}),
-        dialect=COMPLETION, finish_reason="length", prompt_tokens=9, total_tokens=2,
+        finish_reason="length", prompt_tokens=9, total_tokens=2,
     ),
     "llama-server before its end": stream(
         *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
-        text=BODY, dialect=COMPLETION, asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED,
+        text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED,
     ),
 }  # fmt: skip
 
@@ -414,8 +412,8 @@ BASE = {"prompt": "x =", "mode": "complete"}
 
 def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
     """The text and the result of a stream that is read in pieces of `cut` bytes."""
-    dialect, asked, stream, _, _ = STREAMS[name]
-    translator, events = Translator(dialect, BASE | asked, []), Events()
+    asked, stream, _, _ = STREAMS[name]
+    translator, events = Translator(BASE | asked, []), Events()
     pairs = []
     for start in range(0, len(stream), cut):
         pairs += translator.feed(events.feed(stream[start : start + cut]), 0.0)
@@ -451,7 +449,7 @@ def test_a_stream_of_an_engine(name: str, cut: int) -> None:
     ],
 )
 def test_a_stream_that_fails(stream: bytes, message: str) -> None:
-    translator = Translator(OPENAI_TEXT, BASE, [])
+    translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
         [*translator.feed(stream, 0.0), translator.end()]
     assert caught.value.message == f"VPS backend is unavailable ({message})"
@@ -459,12 +457,12 @@ def test_a_stream_that_fails(stream: bytes, message: str) -> None:
 
 def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
     with pytest.raises(HttpError) as caught:
-        list(Translator(OPENAI_TEXT, BASE, []).feed(data(LONG), 0.0))
+        list(Translator(BASE, []).feed(data(LONG), 0.0))
     assert (caught.value.code, caught.value.extra) == ("INVALID_REQUEST", {"n_ctx": 512, "prompt_tokens": 800})
 
 
 def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
-    translator = Translator(OPENAI_TEXT, BASE | {"predict_ms": 500}, [])
+    translator = Translator(BASE | {"predict_ms": 500}, [])
     assert list(translator.feed(text_chunk("1"), 10.0))[-1][0] == "text"
     assert list(translator.feed(text_chunk("2"), 10.9))[-1][0] == "text"
     assert list(translator.feed(text_chunk("3\n"), 11.0))[-1] == (
@@ -476,9 +474,9 @@ def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
 def test_progress_is_passed_on_if_asked_for() -> None:
     event = data({"content": "", "stop": False, "prompt_progress": {"total": 90, "cache": 0, "processed": 64}})
     odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
-    wanted = Translator(COMPLETION, BASE | {"progress": True}, [])
+    wanted = Translator(BASE | {"progress": True}, [])
     assert list(wanted.feed(event + odd, 0.0)) == [("progress", {"stage": "prefill", "done": 64, "total": 90})]
-    assert list(Translator(COMPLETION, BASE, []).feed(event, 0.0)) == []
+    assert list(Translator(BASE, []).feed(event, 0.0)) == []
 
 
 @pytest.mark.parametrize(
@@ -607,7 +605,9 @@ async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
 async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
     whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
+    faults = [data({"error": "boom"}) + text_chunk("2"), b"data: {oops\n\n"]
     scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
+    scripts += [[CHUNKED, chunk(text_chunk("1", "stop") + fault), HANG] for fault in faults]
     async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         for _ in scripts:
             reply = await pi.complete()
@@ -615,10 +615,10 @@ async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.M
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
-@pytest.mark.parametrize("life", [b": PROCESSING\n\n", text_chunk(""), chat_chunk(content="")])
-async def test_an_engine_that_only_keeps_alive_is_given_up(life: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_only_keeps_alive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
-    async with Backend([[CHUNKED, Flood(chunk(life))]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    script = [CHUNKED, Flood(chunk(b": PROCESSING\n\n"))]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (it did not answer in time)")
 
