@@ -26,7 +26,7 @@ from cerebrum.pi.dialects import (
     read_props,
 )
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
-from cerebrum.pi.upstream import BackendConfig, BackendFailure, Misfit, Pair, TooLong, Upstream, relay
+from cerebrum.pi.upstream import BackendConfig, BackendFailure, Pair, TooLong, Unusable, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
@@ -293,7 +293,7 @@ class Backend:
                 with contextlib.suppress(HttpError):  # the server's /props can be turned off
                     props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
         except HttpError as error:
-            if isinstance(error, Misfit) or (self.api and self.models is None):
+            if isinstance(error, Unusable) or (self.api and self.models is None):
                 self._models_until = 0.0
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
@@ -393,7 +393,7 @@ class Backend:
     def _failed(self, admission: Admission, error: HttpError) -> None:
         """Report an error that ended a request to this backend."""
         breaker = admission.breaker
-        if isinstance(error, Misfit) and breaker is self.breaker:
+        if isinstance(error, Unusable) and breaker is self.breaker:
             self._learn_trouble(error.message)
         elif isinstance(error, BackendFailure):
             admission.failed(time.monotonic(), error.message, error.late)

@@ -607,7 +607,7 @@ def text_of(value: Any) -> str:
 FINISH_REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
 
 
-def read_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
+def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
     """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None before the end of
     the text, then "stop", "length", or "error" if the text is incomplete. A model's thoughts are not part of the text.
     """

@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from cerebrum.pi import upstream
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, members_of, read_counts, read_event, read_overflow
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, members_of, read_counts, read_engine_event, read_overflow
 from cerebrum.pi.upstream import Answer, BackendFailure, Events, Pair, TooLong, Upstream, text_event
 from cerebrum_common import HttpError
 
@@ -102,19 +102,18 @@ class Translator:
             return
         if not data:
             return
-        members = upstream.parse_leniently(data)
-        if members is None:
-            raise BackendFailure("it sent an event that is not JSON")
+        with upstream.blamed("it sent an event that is not JSON"):
+            members = upstream.parse_leniently(data)
         if error := members.get("error"):
             if not self.tokens and (lengths := read_overflow(error)) is not None:
-                raise TooLong(upstream.LONG_PROMPT, lengths)
+                raise TooLong(lengths)
             raise BackendFailure("it reported an error")
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
         self.heard = True
         if self.reason is None:
             self.lived = now
-            yield from self._text(*read_event(members), now)
+            yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
             progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
             read, total = progress.get("processed"), progress.get("total")

@@ -65,6 +65,10 @@ class BackendConfig:
         """Whether the backend is probably a paid cloud service."""
         return self.api == "openai" and self.endpoint.tls
 
+    def parse(self, body: bytes) -> dict[str, Any]:
+        """Parse the backend's JSON object: vpsd's strictly, another engine's leniently. HttpError if it is none."""
+        return parse_json(body) if self.api == "cerebrum" else parse_leniently(body)
+
 
 def parse_url(text: str, name: str) -> Endpoint:
     """Parse `http://host[:port][/prefix]` into an Endpoint; ConfigError names the setting."""
@@ -141,15 +145,14 @@ def blamed(reason: str) -> Iterator[None]:
 class TooLong(HttpError):
     """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
 
-    def __init__(self, message: str, lengths: Mapping[str, int]) -> None:
+    def __init__(
+        self, lengths: Mapping[str, int], message: str = "expected a shorter prompt, got one that exceeds the context"
+    ) -> None:
         super().__init__("INVALID_REQUEST", message, extra=lengths)
 
 
-LONG_PROMPT = "expected a shorter prompt, got one that exceeds the context"
-
-
-class Misfit(HttpError):
-    """A backend is up, but does not fit our configuration or is still loading: not counted by its breaker."""
+class Unusable(HttpError):
+    """A backend is up, but refuses our key or its host, or is still loading: not counted by its breaker."""
 
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
@@ -166,8 +169,8 @@ ERROR_CODE = Field(str, pattern=r"[A-Z][A-Z_]{0,63}")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
-def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | None:
-    """(code, the client's error) if this JSON object has the error format of our daemons, else None."""
+def our_error(members: Mapping[str, Any], key: str) -> HttpError | None:
+    """The client's error if this JSON object has the error format of our daemons, else None."""
     message, code = members.get("message"), members.get("code", "")
     if members.get("error") is not True or not isinstance(message, str) or not ERROR_CODE.accepts(code):
         return None
@@ -175,54 +178,49 @@ def our_error(members: Mapping[str, Any], key: str) -> tuple[str, HttpError] | N
     message = (message.replace(key, "***") if key else message)[:MAX_MESSAGE_CHARACTERS]
     more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
     if code == "INVALID_REQUEST" and len(more) == 2:
-        return code, TooLong(message, more)
-    return code, HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
+        return TooLong(more, message)
+    return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
 
 
-def refusal(status: int, body: bytes, key: str, key_env: str) -> HttpError:
-    """The client's error if one of our own backends answers with this status. BackendFailure if none of ours would."""
-    try:
-        ours = our_error(parse_json(body), key)
-    except HttpError:
-        ours = None
-    if ours is None or status < 400:
+def refusal(status: int, body: bytes, config: BackendConfig) -> HttpError:
+    """The client's error if a backend answers with this status. BackendFailure if no working backend would."""
+    members, key_env = dict[str, Any](), config.key_env or "the variable of key_env"
+    with contextlib.suppress(HttpError):
+        members = config.parse(body)
+    if config.api != "cerebrum":
+        return engine_refusal(status, members.get("error"), key_env)
+    error = our_error(members, config.key)
+    if error is None or status < 400:
         return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
-    code, error = ours
-    if code in PASSED_ON:
-        return error
-    if status in EXPLAINED:
-        return Misfit("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env or "key_env"))
-    return HttpError("VPS_UNAVAILABLE", f"VPS backend answered {status} {code}")
+    return Unusable("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env)) if status in EXPLAINED else error
 
 
-def engine_refusal(status: int, body: bytes, key_env: str) -> HttpError:
+def engine_refusal(status: int, error: Any, key_env: str) -> HttpError:
     """`refusal` for another engine. A client never gets the engine's own text, which may contain a path or a key. For
     an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
-    error = (parse_leniently(body) or {}).get("error")
     if status in (401, 403):
-        where = key_env or "a variable that key_env names"
-        return Misfit("VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {where}")
+        return Unusable("VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {key_env}")
     if status == 404:
         return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
     if status == 429:
         return HttpError("RATE_LIMIT", "VPS backend has too many requests; try again later")
     if status in (400, 413, 422) and (lengths := read_overflow(error)) is not None:
-        return TooLong(LONG_PROMPT, lengths)
+        return TooLong(lengths)
     if status == 503 and members_of(error).get("message") == "Loading model":
-        return Misfit("VPS_UNAVAILABLE", "VPS backend is loading its model")
+        return Unusable("VPS_UNAVAILABLE", "VPS backend is loading its model")
     if status not in range(400, 500) and status != 501:
         return BackendFailure(f"it answered {status}")
     return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
 
 
-def parse_leniently(data: bytes) -> dict[str, Any] | None:
-    """Parse an engine's JSON object; None if `data` is anything else. Bytes that are not UTF-8 become lone surrogates,
-    since an engine may cut its text inside a character."""
-    try:
+def parse_leniently(data: bytes) -> dict[str, Any]:
+    """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8 become lone
+    surrogates, since an engine may cut its text inside a character."""
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(data.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            return value
+    raise HttpError("INVALID_REQUEST", "expected a JSON object")
 
 
 # ----------------------------------------------------------------------------------------- HTTP answers
@@ -343,10 +341,7 @@ def read_event(event: bytes, key: str) -> Pair | None:
     with blamed("it sent an event that is not JSON"):
         members = parse_json(data)
     if "error" in members:
-        ours = our_error(members, key)
-        if ours is None:
-            raise BackendFailure("it sent an error without message and code")
-        raise ours[1]
+        raise our_error(members, key) or BackendFailure("it sent an error without message and code")
     if members.get("done") is True:
         return "done", members
     if isinstance(members.get("token"), str):
@@ -630,24 +625,19 @@ class Upstream:
     async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
         HttpError if the backend refuses, BackendFailure if its answer is malformed."""
-        with blamed("its answer is not HTTP/1.1"):
-            try:
-                async with asyncio.timeout(seconds):
+        body = b""
+        try:
+            async with asyncio.timeout(seconds):
+                with blamed("its answer is not HTTP/1.1"):
                     await answer.read_head(kind)
-            except TimeoutError:
+                if answer.status == 200:
+                    return True
+                with contextlib.suppress(BackendFailure):  # the status may be enough
+                    body = await answer.read_all(MAX_ERROR_BYTES)
+        except TimeoutError:
+            if answer.status < 200:
                 return False
-            if answer.status == 200:
-                return True
-            config, refused = self._config, b""
-            try:
-                async with asyncio.timeout(seconds):
-                    refused = await answer.read_all(MAX_ERROR_BYTES)
-            except (BackendFailure, TimeoutError):  # for another engine, the status is enough
-                if config.api == "cerebrum":
-                    raise
-        if config.api == "cerebrum":
-            raise refusal(answer.status, refused, config.key, config.key_env)
-        raise engine_refusal(answer.status, refused, config.key_env)
+        raise refusal(answer.status, body, self._config)
 
     @contextlib.asynccontextmanager
     async def ask(
@@ -665,11 +655,7 @@ class Upstream:
         async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
             with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    whole = await answer.read_all(limit)
-                members = parse_json(whole) if self._config.api == "cerebrum" else parse_leniently(whole)
-        if members is None:
-            raise BackendFailure("its answer is not JSON")
-        return members
+                    return self._config.parse(await answer.read_all(limit))
 
     async def _connect(self) -> Reader:
         host, port, loop = self._config.endpoint.host, self._config.endpoint.port, asyncio.get_running_loop()

@@ -278,7 +278,7 @@ LONG = {"error": {"message": LONG_MESSAGE}}
     ],
 )
 def test_a_refusal_of_an_engine(status: int, body: Any, code: str, message: str, counted: bool) -> None:
-    error = engine_refusal(status, json.dumps(body).encode(), "GPU_KEY")
+    error = engine_refusal(status, body.get("error"), "GPU_KEY")
     assert (error.code, error.message, isinstance(error, BackendFailure)) == (code, message, counted)
 
 
