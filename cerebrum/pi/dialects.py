@@ -47,24 +47,25 @@ MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest toke
 TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
-SAMPLING = {
+CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
+    "max_completion_tokens": INTEGER,
+    "max_tokens": INTEGER,
     "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
 }
-OPENAI_FIELDS = SAMPLING | {"max_tokens": INTEGER, "max_completion_tokens": INTEGER}
-TEXT_FIELDS = OPENAI_FIELDS | {"suffix": TEXT, "filename": FILE_NAME}
-LLAMA_FIELDS = SAMPLING | {
+CODE_FIELDS = CHAT_FIELDS | {
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
     "t_max_prompt_ms": Field(int, -math.inf, default=0),
     "t_max_predict_ms": Field(int, -math.inf, default=0),
     "filename": FILE_NAME,
 }
-INFILL_FIELDS = LLAMA_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
+TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
+INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
 EXTRA = {"filename": FILE_NAME, "text": TEXT}
@@ -117,40 +118,45 @@ def present(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
+    """A member that is a string or an array of strings, as a list; empty without this member."""
+    value = members.get(name, [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise wrong(name, "a string, or an array of strings", value)
+    return texts
+
+
 def read_sampling(
-    read: Mapping[str, Any], members: Mapping[str, Any], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
+    read: Mapping[str, Any], stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
 ) -> dict[str, Any]:
     """The fields of our API that every request has. `temperature` and `limit` (tokens) are the defaults."""
-    limits = (read.get(name) for name in ("max_completion_tokens", "max_tokens", "n_predict"))
+    limits = (read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict"))
     limit = next((given for given in limits if given is not None), limit)
-    top_p, seed, prompt = read["top_p"], read["seed"], members.get("prompt")
-    prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
+    top_p, seed = read["top_p"], read["seed"]
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
         "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
         "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
-        "stop": read_stops(members.get("stop", []), isinstance(prompt, str) and bool(NEXT_EDIT.search(prompt))),
+        "stop": stops,
     }
 
 
-def read_stops(value: Any, special: bool = False) -> list[str]:
+def read_stops(members: Mapping[str, Any], special: bool = False) -> list[str]:
     """`stop` as a list, without the names of special tokens, which our text contains only if it is about them."""
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise wrong("stop", "a string, or an array of strings", value)
-    stops = [stop for stop in stops if stop and (special or not SPECIAL.fullmatch(stop))]
-    return list(read_fields({"stop": stops}, {"stop": Field(list, 0, MAX_STOPS)})["stop"])
+    stops = [stop for stop in read_texts(members, "stop") if stop and (special or not SPECIAL.fullmatch(stop))]
+    if len(stops) > MAX_STOPS:
+        raise wrong("stop", f"at most {MAX_STOPS} strings", stops)
+    return stops
 
 
 def read_prompt(members: Mapping[str, Any]) -> str:
-    """`prompt`: a string, or an array of one string."""
-    value = members.get("prompt", "")
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if not isinstance(value, str):
-        raise wrong("prompt", "a string, or an array of one string", value)
-    return value
+    texts = read_texts(members, "prompt") or [""]
+    if len(texts) > 1:
+        raise wrong("prompt", "one string", texts)
+    return texts[0]
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
@@ -171,11 +177,8 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
-    """`stream_options`"""
-    options = members.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise wrong("stream_options", 'an object such as {"include_usage": true}', options)
-    return bool(read_fields(options, STREAM_OPTIONS)["include_usage"])
+    (options,) = read_objects([members.get("stream_options", {})], "stream_options", 1, 1, STREAM_OPTIONS)
+    return bool(options["include_usage"])
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
@@ -283,61 +286,48 @@ def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -
     return ask_text(fields | names, prefix, suffix, infill=True)
 
 
-def read_text_completion(members: Mapping[str, Any]) -> CompletionRequest:
-    """POST /v1/completions: OpenAI's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
-    members = present(members)
-    read = read_fields(members, TEXT_FIELDS)
-    fields = read_sampling(read, members) | {"filename": read["filename"]}
-    infill = "suffix" in members  # at the end of a file, the suffix is empty
-    kind, fields = ask_prompt(fields, read_prompt(members), read["suffix"], infill)
-    return CompletionRequest(kind, fields, read["stream"], wants_usage(members))
+def read_code(members: Mapping[str, Any], read: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """The fields of our API that every request for code has."""
+    stops = read_stops(members, special=bool(NEXT_EDIT.search(prompt)))
+    limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
+    return read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
 
 
-def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
-    """POST /v1/chat/completions: OpenAI's chat."""
-    members = present(members)
-    read = read_fields(members, OPENAI_FIELDS)
-    if members.get("tools", []) != [] and members.get("tool_choice") != "none":
-        raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
-    fields = read_sampling(read, members, temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
-    fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
-    return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
-
-
-def read_llama(members: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of our API that both of llama-server's own requests have."""
-    limits = {"indent": read["n_indent"]}
-    limits |= {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
-    return read_sampling(read, members) | limits | {"filename": read["filename"]}
-
-
-def read_only(members: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """`response_fields`"""
-    if "response_fields" not in members:
-        return None
-    value = members["response_fields"]
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise wrong("response_fields", "an array of strings", value)
-    return tuple(value)
+def code_request(
+    members: Mapping[str, Any], read: Mapping[str, Any], kind: str, fields: dict[str, Any]
+) -> CompletionRequest:
+    only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
+    return CompletionRequest(kind, fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
 
 
 def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
-    """POST /completion: llama-server's completion of a text. `prompt` may carry fill-in-the-middle tokens."""
+    """POST /v1/completions and /completion: a text to complete. `prompt` may carry fill-in-the-middle tokens."""
     members = present(members)
-    read = read_fields(members, LLAMA_FIELDS)
-    kind, fields = ask_prompt(read_llama(members, read), read_prompt(members), suffix="", infill=False)
-    return CompletionRequest(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+    read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
+    infill = "suffix" in members  # at the end of a file, the suffix is empty
+    asked = ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
+    return code_request(members, read, *asked)
 
 
 def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
     members = present(members)
-    read = read_fields(members, INFILL_FIELDS)
+    read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
-    fields = read_llama(members, read) | {"extra": [file for file in files if file["text"]]}
-    prefix = read["input_prefix"] + read_prompt(members)
-    kind, fields = ask_text(fields, prefix, read["input_suffix"], infill=True)
-    return CompletionRequest(kind, fields, read["stream"], False, read["cache_prompt"], read_only(members))
+    fields = read_code(members, read, prompt) | {"extra": [file for file in files if file["text"]]}
+    asked = ask_text(fields, read["input_prefix"] + prompt, read["input_suffix"], infill=True)
+    return code_request(members, read, *asked)
+
+
+def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
+    """POST /v1/chat/completions: OpenAI's chat."""
+    members = present(members)
+    read = read_fields(members, CHAT_FIELDS)
+    if members.get("tools", []) != [] and members.get("tool_choice") != "none":
+        raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
+    fields = read_sampling(read, read_stops(members), temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
+    fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
+    return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
 
 # ------------------------------------------------------------------------------------------------ replies
@@ -705,7 +695,7 @@ class Dialect:
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
-OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_text_completion, Reply, write_text_completion)
+OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Reply, write_text_completion)
 OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama)

@@ -68,11 +68,11 @@ EXTRA = {"type": ["array", "null"], "items": object_of(dialects.EXTRA, True), "m
 USAGE = object_of(dialects.STREAM_OPTIONS, True) | {"type": ["object", "null"]}
 SAID = object_of(dialects.MESSAGE, content=TEXTS | {"items": object_of(dialects.PART, True)})
 MESSAGES = {"type": "array", "items": SAID, "minItems": 1, "maxItems": dialects.MAX_MESSAGES}
-CHAT = object_of(dialects.OPENAI_FIELDS, True, messages=MESSAGES, stop=TEXTS, stream_options=USAGE)
+CHAT = object_of(dialects.CHAT_FIELDS, True, messages=MESSAGES, stop=TEXTS, stream_options=USAGE)
 REQUESTS = {
     dialects.OPENAI_TEXT: object_of(dialects.TEXT_FIELDS, True, **PROMPT, stream_options=USAGE),
     dialects.OPENAI_CHAT: CHAT | {"required": ["messages"]},
-    dialects.COMPLETION: object_of(dialects.LLAMA_FIELDS, True, **LLAMA),
+    dialects.COMPLETION: object_of(dialects.TEXT_FIELDS, True, **LLAMA),
     dialects.INFILL: object_of(dialects.INFILL_FIELDS, True, **LLAMA, input_extra=EXTRA),
 }
 

@@ -20,7 +20,7 @@ from cerebrum.pi.dialects import (
     OPENAI_TEXT,
     Dialect,
     Reply,
-    read_text_completion,
+    read_completion,
     split_fim,
     timings,
     write_error,
@@ -43,12 +43,12 @@ BASES: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------- what a request asks for
 
 PLAIN = {"model": "", "max_tokens": 512, "temperature": 0.0, "top_p": None, "seed": None, "stop": []}
-LLAMA = PLAIN | {"filename": "", "indent": 0, "prompt_ms": 0, "predict_ms": 0}
+CODE = PLAIN | {"filename": "", "indent": 0, "prompt_ms": 0, "predict_ms": 0}
 DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": ("completion", PLAIN | {"filename": "", "prompt": "x", "mode": "complete"}),
+    "text": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
     "chat": ("chat", PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"}),
-    "completion": ("completion", LLAMA | {"prompt": "x", "mode": "complete"}),
-    "infill": ("infill", LLAMA | {"extra": [], "prompt": "x", "mode": "complete"}),
+    "completion": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
+    "infill": ("infill", CODE | {"extra": [], "prompt": "x", "mode": "complete"}),
 }
 NULLED = [
     *("model", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "seed", "stop", "stream"),
@@ -126,8 +126,8 @@ LIMITS: list[tuple[str, dict[str, Any], int]] = [
     ("chat", {"max_tokens": 5}, 5),
     ("chat", {"max_tokens": 0}, 0),
     ("chat", {"n_predict": 0}, 0),
-    ("completion", {"max_tokens": 5}, 512),
-    ("infill", {"n_predict": 128, "max_tokens": 5}, 128),
+    ("completion", {"max_tokens": 5}, 5),
+    ("infill", {"n_predict": 128}, 128),
 ]
 
 
@@ -146,6 +146,7 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("text", {"prompt": "  a\n"}, "completion", {"prompt": "  a\n"}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": None}, "completion", {"prompt": "", "suffix": ""} | FILLS),
+    ("text", {"prompt": []}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": None}, "completion", {"prompt": "a"}),
     ("text", {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""}, "infill",
@@ -228,7 +229,7 @@ def test_messages(given: dict[str, Any], expected: tuple[str, str]) -> None:
         ("chat", {"stream_options": {}, "cache_prompt": True}, (False, False, False, None)),
         ("completion", {"cache_prompt": True}, (False, False, True, None)),
         ("completion", {"stream": True, "response_fields": []}, (True, False, False, ())),
-        ("infill", {"response_fields": [""], "stream_options": 5}, (False, False, False, ("",))),
+        ("infill", {"response_fields": [""]}, (False, False, False, ("",))),
         ("infill", {"cache_prompt": True, "response_fields": ["a", "b/c"]}, (False, False, True, ("a", "b/c"))),
     ],
 )
@@ -262,14 +263,13 @@ def test_half_an_emoji_becomes_a_replacement_character(name: str, members: dict[
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
-ONE_PROMPT = "prompt: expected a string, or an array of one string, got "
+TEXTS = "prompt: expected a string, or an array of strings, got "
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("text", {"prompt": ["a", "b"]}, ONE_PROMPT + "an array of 2"),
-    ("text", {"prompt": []}, ONE_PROMPT + "an array of 0"),
-    ("text", {"prompt": [1]}, ONE_PROMPT + "the number 1"),
-    ("text", {"prompt": [[1, 2]]}, ONE_PROMPT + "an array of 2"),
-    ("text", {"prompt": 5}, ONE_PROMPT + "the number 5"),
-    ("completion", {"prompt": {"prompt_string": "a"}}, ONE_PROMPT + "an object of 1"),
+    ("text", {"prompt": ["a", "b"]}, "prompt: expected one string, got an array of 2"),
+    ("text", {"prompt": [1]}, TEXTS + "an array of 1"),
+    ("text", {"prompt": [[1, 2]]}, TEXTS + "an array of 1"),
+    ("text", {"prompt": 5}, TEXTS + "the number 5"),
+    ("completion", {"prompt": {"prompt_string": "a"}}, TEXTS + "an object of 1"),
     ("infill", {"input_prefix": 1}, "input_prefix: expected a string, got the number 1"),
     ("text", {"suffix": ["b"]}, "suffix: expected a string, got an array of 1"),
     ("text", {"max_tokens": 1.5}, "max_tokens: expected an integer, got the number 1.5"),
@@ -279,11 +279,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"stream": 1}, "stream: expected true or false, got the number 1"),
     ("text", {"stop": 5}, "stop: expected a string, or an array of strings, got the number 5"),
     ("text", {"stop": ["a", 5]}, "stop: expected a string, or an array of strings, got an array of 2"),
-    ("text", {"stop": [str(n) for n in range(17)]},
-     "stop: expected a string, or an array of 0 to 16 non-empty strings, got an array of 17"),
-    ("text", {"stream_options": True},
-     'stream_options: expected an object such as {"include_usage": true}, got the boolean true'),
-    ("chat", {"stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got the number 1"),
+    ("text", {"stop": [str(n) for n in range(17)]}, "stop: expected at most 16 strings, got an array of 17"),
+    ("text", {"stream_options": True}, "stream_options[0]: expected an object, got the boolean true"),
+    ("chat", {"stream_options": {"include_usage": 1}},
+     "stream_options[0].include_usage: expected true or false, got the number 1"),
     ("chat", {"messages": []}, "messages: expected an array of 1 to 1000 objects, got an array of 0"),
     ("chat", {"messages": "hi"}, 'messages: expected an array of 1 to 1000 objects, got the string "hi"'),
     ("chat", {"messages": SAID * 1001}, "messages: expected an array of 1 to 1000 objects, got an array of 1001"),
@@ -306,7 +305,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("infill", {"input_extra": [{}] * 257}, "input_extra: expected an array of 0 to 256 objects, got an array of 257"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text: expected a string, got the number 1"),
     ("infill", {"n_indent": 1001}, "n_indent: expected an integer from 0 to 1000, got the number 1001"),
-    ("infill", {"response_fields": "a"}, 'response_fields: expected an array of strings, got the string "a"'),
+    ("infill", {"response_fields": 5}, "response_fields: expected a string, or an array of strings, got the number 5"),
 ]  # fmt: skip
 
 
@@ -668,7 +667,7 @@ FIRST_ZETA = (
 def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str, in_array: bool) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     given = [prompt] if in_array else prompt
-    asked = read_text_completion({"prompt": given, "stop": stops, "max_tokens": 512})
+    asked = read_completion({"prompt": given, "stop": stops, "max_tokens": 512})
     fields = {name: asked.fields[name] for name in ("prompt", "mode", "stop_at", "special", "stop")}
     assert fields == {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True, "stop": stops}
     assert "suffix" not in asked.fields
@@ -684,6 +683,6 @@ def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str, in_array: bool)
     ],
 )
 def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str) -> None:
-    asked = read_text_completion({"prompt": prompt, "stop": "<|file_sep|>"})
+    asked = read_completion({"prompt": prompt, "stop": "<|file_sep|>"})
     assert "special" not in asked.fields
     assert asked.fields["stop"] == []
