@@ -10,8 +10,8 @@ of each event of its stream.
     >>> request.fields["prompt"]
     'def add(a, b):\\n    return '
     >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
-    >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:28]
-    b'{"index":0,"content":"a + b"'
+    >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:18]
+    b'{"content":"a + b"'
 
 Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a limit above ours is
 lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
@@ -414,53 +414,34 @@ class LlamaReply(Reply):
     """llama-server's own form: {"content", "stop", …}."""
 
     def chunk(self, text: str) -> dict[str, Any]:
-        return {"index": 0, "content": text, "stop": False, "id_slot": 0}
+        return {"content": text, "stop": False}
 
     def end(self, result: Mapping[str, Any]) -> bytes:
         return sse_block(self.whole("", result))
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
-        answer = self.members(text, result)
-        if self.request.only is None:
-            return compact(answer)
-        chosen: dict[str, Any] = {}
-        if result.get("finish_reason") == "replaced":
-            del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
-            chosen["replaced"] = True
-        for path in self.request.only:
-            value: Any = answer
-            for name in path.split("/"):
-                value = members_of(value).get(name)
-            if value is not None:
-                chosen[path] = value
-        return compact(chosen)
-
-    def members(self, text: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        fields, written = self.request.fields, result.get("total_tokens", 0)
-        read, cached = result.get("prompt_tokens", 0), result.get("cached_tokens", 0)
-        return {
-            "index": 0,
+        read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
+        answer = {
             "content": text,
-            "id_slot": 0,
             "stop": True,
             "model": self.begun["model"],
             "tokens_predicted": written,
             "tokens_evaluated": read,
-            "generation_settings": {
-                "n_ctx": self.begun["n_ctx"],
-                "n_predict": fields["max_tokens"],
-                "temperature": fields["temperature"],
-                "stop": fields["stop"],
-            },
-            "has_new_line": "\n" in text,
+            "generation_settings": {"n_ctx": self.begun["n_ctx"]},
             "truncated": bool(self.begun.get("kept")) and self.begun["kept"].get("parts") != ["all"],
             "stop_type": "limit" if finish_reason(result) == "length" else "eos",
-            "stopping_word": "",
             "tokens_cached": read + written,
-            "timings": timings(read - cached, written, cached, result),
+            "timings": timings(result),
             **marks(result),
         }
+        if self.request.only is None:
+            return compact(answer)
+        if "replaced" in answer:
+            del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
+        for outer in ("generation_settings", "timings"):
+            answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
+        return compact({name: answer[name] for name in ("replaced", *self.request.only) if name in answer})
 
 
 def marks(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -469,9 +450,10 @@ def marks(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: True for name, holds in given.items() if holds}
 
 
-def timings(read: int, written: int, cached: int, result: Mapping[str, Any]) -> dict[str, Any]:
+def timings(result: Mapping[str, Any]) -> dict[str, Any]:
     """llama-server's `timings`, in milliseconds."""
-    seconds = result.get("ttft") or 0.0
+    seconds, written, cached = result.get("ttft") or 0.0, result.get("total_tokens", 0), result.get("cached_tokens", 0)
+    read = result.get("prompt_tokens", 0) - cached
     rest = max(0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds)
     figures: dict[str, Any] = {"cache_n": cached}
     for name, count, spent in (("prompt", read, seconds), ("predicted", written, rest)):
@@ -535,21 +517,20 @@ class Wanted:
     room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
-def write_sampling(wanted: Wanted, limit: str) -> dict[str, Any]:
+def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> dict[str, Any]:
     """The members that every request has. `limit` is the engine's name for the maximum number of tokens."""
     fields = wanted.fields
-    given = {name: fields[name] for name in ("temperature", "top_p", "seed", "stop") if name in fields}
+    given = {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if given.get("top_p", 0) >= 1:
         del given["top_p"]  # 1 leaves all tokens; TGI refuses 1
-    if not given.get("stop"):
-        given.pop("stop", None)  # some engines refuse an empty list; in others it replaces the model's own stops
+    if stops := fields.get("stop"):  # some engines refuse an empty list; in others it replaces the model's own stops
+        given["stop"] = stops[:most_stops]
     return {"model": wanted.model, "stream": True, limit: min(fields["max_tokens"], max(1, wanted.room)), **given}
 
 
 def write_openai(wanted: Wanted) -> dict[str, Any]:
     """The members of both of OpenAI's requests."""
-    members = write_sampling(wanted, "max_tokens") | {"stream_options": {"include_usage": True}}
-    return members | ({"stop": members["stop"][:OPENAI_STOPS]} if "stop" in members else {})
+    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | {"stream_options": {"include_usage": True}}
 
 
 def write_files(fields: Mapping[str, Any]) -> str:
