@@ -13,7 +13,6 @@ from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import SUPERSEDED, Completion
-from cerebrum.pi.upstream import COUNT
 from cerebrum_common import HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
@@ -103,7 +102,7 @@ class Counting:
     def work(self, model: str, result: Mapping[str, Any]) -> None:
         """Count the work that a backend reports."""
         names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
-        prompt, cached, drafted, accepted = (result[name] if COUNT.accepts(result.get(name)) else 0 for name in names)
+        prompt, cached, drafted, accepted = (result.get(name, 0) for name in names)
         tally = self.tallies[model]
         tally.prompt_tokens += max(0, prompt - cached)
         tally.cached_tokens += cached

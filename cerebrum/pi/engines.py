@@ -143,8 +143,7 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = read_counts(self.counting)
-        counts = {name: value for name, value in counts.items() if upstream.ENGINE_RESULT[name].accepts(value)}
+        counts = upstream.read_result(read_counts(self.counting))
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 

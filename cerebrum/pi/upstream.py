@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import re
-import select
 import socket
 import ssl
 import threading
@@ -246,10 +245,9 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
-RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens"), COUNT)
-RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft"), SECONDS)
+RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens"), COUNT)
+RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft", "tokens_per_second"), SECONDS)
 RESULT |= {"finish_reason": Field(str, 1, 40)}
-ENGINE_RESULT = RESULT | {"tokens_per_second": SECONDS, "draft_tokens": COUNT, "accepted_tokens": COUNT}
 # Members that we write into results and errors ourselves: no backend may set them.
 OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
 OURS |= {"done", "token", "error", "message", "code"}
@@ -264,8 +262,7 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in done.items()
-        if name not in OURS
-        and (name not in RESULT or RESULT[name].accepts(value) or (name, value) == ("ttft", None))  # no token came
+        if name not in OURS and (name not in RESULT or RESULT[name].accepts(value))
     }
 
 
@@ -288,7 +285,6 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
-        self._first = True  # a byte order mark may precede the first event (the SSE standard, section 9.2.6)
         self._cr = b""  # a final CR, perhaps half of a CRLF
 
     @property
@@ -312,8 +308,6 @@ class Events:
         # The last byte of an unfinished event may be the first of its two line ends.
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        if block and self._first:
-            self._first, block = False, block.removeprefix(b"\xef\xbb\xbf")
         return block
 
 
@@ -385,22 +379,18 @@ class Loop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: dict[tuple[Any, ...], tuple[float, list[Any]]] = {}  # (expiry, addresses)
-        self._asked: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # lookups in progress
+        self._names: dict[tuple[Any, ...], asyncio.Future[list[Any]]] = {}  # addresses, or a lookup in progress
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
         key = (host, port, *sorted(how.items()))
-        until, found = self.names.get(key, (0.0, []))
-        if self.time() < until:
-            return found
-        if key not in self._asked:
-            self._asked[key] = self.create_future()
+        if key not in self._names:
+            self._names[key] = self.create_future()
             threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
-        answer: list[Any] | OSError = await asyncio.shield(self._asked[key])
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        return await asyncio.shield(self._names[key])
+
+    def forget_names(self) -> None:
+        self._names = {key: found for key, found in self._names.items() if not found.done()}
 
     def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
         try:
@@ -411,9 +401,13 @@ class Loop(asyncio.SelectorEventLoop):
             self.call_soon_threadsafe(self._learn, key, found)
 
     def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
-        self._asked.pop(key).set_result(found)
-        if not isinstance(found, OSError):
-            self.names[key] = self.time() + NAME_SECONDS, found
+        if isinstance(found, OSError):
+            failed = self._names.pop(key)
+            failed.set_exception(found)
+            failed.exception()  # counts as retrieved: perhaps nobody waits any more
+        else:
+            self._names[key].set_result(found)
+            self.call_later(NAME_SECONDS, self.forget_names)
 
 
 class Reader(asyncio.Protocol):
@@ -571,14 +565,10 @@ class Upstream:
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
-            spare = self._spare = await self._connect()
-            try:
-                await asyncio.sleep(SPARE_SECONDS)
-            finally:
-                if self._spare is spare:  # otherwise a request has taken it
-                    self._spare = None
-                    spare.transport.abort()
+            self._spare = await self._connect()
+            await asyncio.sleep(SPARE_SECONDS)
         self._keeper = None
+        self._drop_spare()
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
@@ -586,13 +576,10 @@ class Upstream:
         if spare is None:
             return None
         self._drop_spare()  # cancels its keeper
-        if not spare.ended and not spare.unread:
-            poll = select.poll()
-            poll.register(spare.transport.get_extra_info("socket"), select.POLLIN)
-            if not poll.poll(0):
-                return spare
-        spare.transport.abort()
-        return None
+        if spare.ended or spare.unread:
+            spare.transport.abort()
+            return None
+        return spare
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
@@ -668,7 +655,7 @@ class Upstream:
                     )
             except OSError as error:
                 if isinstance(loop, Loop):
-                    loop.names.clear()  # the backend may have moved
+                    loop.forget_names()  # the backend may have moved
                 if isinstance(error, ConnectionRefusedError):
                     raise BackendFailure("connection refused") from None
                 raise

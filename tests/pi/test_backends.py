@@ -343,7 +343,6 @@ STREAMS = {
     "more than was asked for": stream(
         *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
     ),
-    "a mark of the bytes' order": stream(b"\xef\xbb\xbf", ONE),
     "an empty count behind the real one": stream(
         ONE, USAGE, data({"choices": [], "usage": None}), END, prompt_tokens=9, total_tokens=3
     ),
