@@ -639,13 +639,9 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TOO_LONG = "context_length_exceeded"  # OpenAI's code
-# OpenAI's and vLLM's sentences. The count of later vLLMs ("at least 3585 input tokens", "You passed 3585") is ignored:
-# they stop counting at the first token that does not fit.
-OVERFLOW = re.compile(
-    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
-    r"(?:.*?(?:\(|has )(\d{1,8}) in)?",
-    re.DOTALL,
-)
+# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at the first token that
+# does not fit.
+OVERFLOW = re.compile(r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b")
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:
@@ -653,13 +649,11 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a sentence, which may be misread."""
     members = members_of(error)
     sentence = OVERFLOW.search(text_of(members.get("message", error)))
-    n_ctx, counted = map(int, sentence.groups("0")) if sentence else (0, 0)
-    lengths = {"n_ctx": members.get("n_ctx", n_ctx), "prompt_tokens": members.get("n_prompt_tokens", counted)}
-    if not N_CTX.accepts(lengths["n_ctx"]):
-        if TOO_LONG not in (members.get("code"), members.get("type")):
-            return None
-        del lengths["n_ctx"]
-    return {name: length for name, length in lengths.items() if LENGTH.accepts(length)}
+    n_ctx, counted = members.get("n_ctx", int(sentence[1]) if sentence else 0), members.get("n_prompt_tokens")
+    lengths = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
+    if not lengths and TOO_LONG not in (members.get("code"), members.get("type")):
+        return None
+    return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
 
 
 # ---------------------------------------------------------------------------------------------- the dialects

@@ -224,15 +224,6 @@ async def test_whole(name: str, split: bool):
         assert (await pi.complete()).json["completion"] == "ab"
 
 
-@pytest.mark.parametrize("path", ["/v1/complete", "/v1/completions"])
-async def test_comments_alone_do_not_keep_a_client_for_ever(path: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "STILL_SECONDS", 0.1)
-    script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000))]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.ask("POST", path, {"prompt": "x", "language": "python"})
-        assert (reply.status, b"VPS backend is unavailable (it makes no progress)" in reply.body) == (503, True)
-
-
 async def test_a_flood_of_comments_reaches_the_client_as_a_few():
     script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000), 100), B, chunk(DONE), END]
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
