@@ -266,8 +266,7 @@ class Backend:
             loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get("models_loaded")
             return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
         try:
-            async with self.upstream.ask(self.api.health, None, upstream.JSON, upstream.ASIDE_SECONDS):
-                pass
+            await self.upstream.get(self.api.health, upstream.MAX_JSON_BYTES)
         except HttpError as error:
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
@@ -354,8 +353,8 @@ class Backend:
         if self.api is None:
             body = {"model": model, **sent.fields}
             async with (
-                self.upstream.ask("/v1/inference/stream", body, upstream.EVENT_STREAM) as answer,
-                contextlib.aclosing(relay(answer, self.config.key)) as pairs,
+                self.upstream.send("/v1/inference/stream", body, upstream.IDLE_SECONDS) as answer,
+                contextlib.aclosing(relay(self.upstream, answer, self.config.key)) as pairs,
             ):
                 yield pairs
             return

@@ -625,20 +625,13 @@ class Upstream:
                 return False
         raise refusal(answer.status, body, self._config)
 
-    @contextlib.asynccontextmanager
-    async def ask(
-        self, path: str, body: Mapping[str, Any] | None, kind: str, seconds: float = 0.0
-    ) -> AsyncIterator[Answer]:
-        """Send one request and `begin` its answer. BackendFailure if that takes over `seconds` (0: HEAD_SECONDS)."""
-        async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
-            if not await self.begin(answer, seconds or HEAD_SECONDS, kind):
-                raise BackendFailure(LATE)
-            yield answer
-
     async def get(self, path: str, limit: int, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
         because the backend may have to load a model first."""
-        async with self.ask(path, body, JSON, ASIDE_SECONDS if body is None else LOAD_SECONDS) as answer:
+        seconds = ASIDE_SECONDS if body is None else LOAD_SECONDS
+        async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
+            if not await self.begin(answer, seconds, JSON):
+                raise BackendFailure(LATE)
             with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     return self._config.parse(await answer.read_all(limit))
@@ -675,12 +668,14 @@ class Upstream:
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
 
 
-async def relay(answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
+async def relay(client: Upstream, answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
     """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of the event) last.
     The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
     depend on how its bytes were split. Every other end is a BackendFailure."""
     events = Events()
     done: dict[str, Any] | None = None
+    if not await client.begin(answer, HEAD_SECONDS, EVENT_STREAM):
+        raise BackendFailure(LATE)
     yield "begun", None
     while payload := await answer.read():
         if done is None and not events.inside and TOKENS.fullmatch(payload):  # nearly always
