@@ -187,7 +187,7 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = None
     if "messages" in members:
-        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE, of="messages")
+        messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")

@@ -164,13 +164,11 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict
     return values
 
 
-def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field], of: str = "objects"
-) -> list[dict[str, Any]]:
+def read_objects(value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]) -> list[dict[str, Any]]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
     if not isinstance(value, list) or not low <= len(value) <= high:
-        message = f"{name}: expected an array of {low} to {high} {of}, got {describe(value)}"
-        raise HttpError("INVALID_REQUEST", message)
+        expected = f"expected an array of {low} to {high} objects"
+        raise HttpError("INVALID_REQUEST", f"{name}: {expected}, got {describe(value)}")
     entries = []
     for number, entry in enumerate(value):
         if not isinstance(entry, dict):

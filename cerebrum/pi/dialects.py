@@ -466,6 +466,7 @@ def timings(result: Mapping[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ errors, models, props
 
+
 ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     500: "server_error", 503: "unavailable_error",
@@ -540,13 +541,13 @@ def write_files(fields: Mapping[str, Any]) -> str:
 
 def write_text_completion(wanted: Wanted) -> dict[str, Any]:
     """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model has none."""
-    fields, files, members = wanted.fields, write_files(wanted.fields), write_openai(wanted)
-    if "suffix" not in fields:
-        return members | {"prompt": files + fields["prompt"]}
-    if not wanted.fim:
-        return members | {"prompt": files + fields["prompt"], "suffix": fields["suffix"]}
-    parts = arrange_gap(wanted.layout, wanted.fim, fields["prompt"], fields["suffix"])
-    return members | {"prompt": "".join([files, *parts])}
+    fields, members = wanted.fields, write_openai(wanted)
+    text, suffix = fields["prompt"], fields.get("suffix")
+    if suffix is not None and wanted.fim:
+        text = "".join(arrange_gap(wanted.layout, wanted.fim, text, suffix))
+    elif suffix is not None:
+        members["suffix"] = suffix
+    return members | {"prompt": write_files(fields) + text}
 
 
 def write_chat(wanted: Wanted) -> dict[str, Any]:

@@ -97,10 +97,7 @@ class Translator:
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
         data = upstream.data_of(event)
-        if data.strip() == b"[DONE]":
-            yield self.end()
-            return
-        if not data:
+        if data.strip() in (b"", b"[DONE]"):
             return
         with upstream.blamed("it sent an event that is not JSON"):
             members = upstream.parse_leniently(data)

@@ -564,10 +564,14 @@ class Upstream:
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
-            self._spare = await self._connect()
-            await asyncio.sleep(SPARE_SECONDS)
+            spare = self._spare = await self._connect()
+            try:
+                await asyncio.sleep(SPARE_SECONDS)
+            finally:
+                if self._spare is spare:  # otherwise a request has taken it
+                    self._spare = None
+                    spare.transport.abort()
         self._keeper = None
-        self._drop_spare()
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
