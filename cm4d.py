@@ -51,7 +51,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cerebrum_common as common
-from cerebrum.fields import Field, describe, parse_json, read_fields
+from cerebrum.fields import Field, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, ListenError, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
@@ -150,7 +150,7 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages = common.served_languages(models)
     if fields["language"] not in languages:
-        raise dialects.wrong("language", f"one of {', '.join(languages)}", fields["language"])
+        raise wrong("language", f"one of {', '.join(languages)}", fields["language"])
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
         raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}")

@@ -141,40 +141,42 @@ class Field:
         return bool(re.fullmatch(self.pattern, text)) if self.pattern else self.kind is str or text != ""
 
 
-def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+def wrong(name: str, expected: str, got: Any) -> HttpError:
+    return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
+
+
+def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field], where: str = "") -> dict[str, Any]:
     """The checked fields of a request with defaults filled in; unknown members are ignored. HttpError 400 names the
-    field, what was expected and what came."""
+    field, after `where`, what was expected and what was found."""
     values: dict[str, Any] = {}
     for name, rule in fields.items():
         if name not in members:
             if rule.required:
-                raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got nothing")
+                raise HttpError("INVALID_REQUEST", f"{where}{name}: expected {rule.expected()}, got nothing")
             values[name] = rule.default
             continue
         value = members[name]
         if rule.kind is list and isinstance(value, str):
             value = [value]
         if not rule.accepts(value):
-            raise HttpError("INVALID_REQUEST", f"{name}: expected {rule.expected()}, got {describe(members[name])}")
+            raise wrong(where + name, rule.expected(), members[name])
         try:
             "".join(value if isinstance(value, list) else [value if isinstance(value, str) else ""]).encode()
         except UnicodeEncodeError:
-            raise HttpError("INVALID_REQUEST", f"{name}: expected Unicode text, got a lone surrogate") from None
+            raise HttpError("INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate") from None
         values[name] = float(value) if rule.kind is float else value
     return values
+
+
+def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The checked members of an object within a request."""
+    if not isinstance(value, dict):
+        raise wrong(name, "an object", value)
+    return read_fields(value, fields, f"{name}.")
 
 
 def read_objects(value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]) -> list[dict[str, Any]]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
     if not isinstance(value, list) or not low <= len(value) <= high:
-        expected = f"expected an array of {low} to {high} objects"
-        raise HttpError("INVALID_REQUEST", f"{name}: {expected}, got {describe(value)}")
-    entries = []
-    for number, entry in enumerate(value):
-        if not isinstance(entry, dict):
-            raise HttpError("INVALID_REQUEST", f"{name}[{number}]: expected an object, got {describe(entry)}")
-        try:
-            entries.append(read_fields(entry, fields))
-        except HttpError as error:
-            raise HttpError("INVALID_REQUEST", f"{name}[{number}].{error.message}") from None
-    return entries
+        raise wrong(name, f"an array of {low} to {high} objects", value)
+    return [read_object(entry, f"{name}[{number}]", fields) for number, entry in enumerate(value)]

@@ -1,11 +1,9 @@
 """Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
 
-A `Dialect` is one kind of request, in both directions. For a client: in, the JSON members of its request; out, a
-`CompletionRequest` with fields like those of our own API, and the answer in the client's format (`Reply`), whole or
-as a stream. For a backend: in, the fields of vpsd's request; out, the members of the engine's request, and the content
-of each event of its stream.
+A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own API, and writes the
+answer in the client's format (`Reply`), whole or as a stream. For a backend it writes the fields of vpsd's request as
+the engine's; `read_engine_event` and its neighbours read what the engine answers.
 
-    >>> from cerebrum.pi.dialects import INFILL
     >>> request = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
     >>> request.fields["prompt"]
     'def add(a, b):\\n    return '
@@ -14,9 +12,8 @@ of each event of its stream.
     b'{"content":"a + b"'
 
 Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a limit above ours is
-lowered, and of several completions the first is returned. HttpError 400 names the field that cannot be served:
-pictures, tools, a prompt of token numbers, several prompts at once. From an engine, only members of the right type
-count; the rest is absent.
+lowered, and of several completions the first is returned. HttpError 400 names a field that cannot be served. From an
+engine, only members of the right type count; the rest is absent.
 
 Pure: no socket, no clock, no state. Standard library only. The formats come from the clients' sources (llama.vim,
 llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from the documentation of OpenAI,
@@ -31,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, describe, read_fields, read_objects
+from cerebrum.fields import Field, read_fields, read_object, read_objects, wrong
 from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import HttpError, compact, sse_block
 
@@ -97,10 +94,6 @@ class CompletionRequest:
         """A name for the session, or else for the client and its file. The backend that last served it probably has the
         beginning of the prompt in its cache."""
         return self.session or f"{self.client} {self.fields.get('filename') or ''}".lstrip()
-
-
-def wrong(name: str, expected: str, got: Any) -> HttpError:
-    return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
 LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
@@ -177,8 +170,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
-    (options,) = read_objects([members.get("stream_options", {})], "stream_options", 1, 1, STREAM_OPTIONS)
-    return bool(options["include_usage"])
+    return bool(read_object(members.get("stream_options", {}), "stream_options", STREAM_OPTIONS)["include_usage"])
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
@@ -240,13 +232,13 @@ def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
         first, second = (before, after) if body.startswith(before) else (after, before)
         one, found, two = body[len(first) :].partition(second)
         prefix, suffix = (one, two) if first == before else (two, one)
-        behind = behind if behind.strip() or not prefix.strip() else ""  # a template's last line end
-        if not found or (behind and prefix.strip()):
+        if not found or (behind.strip() and prefix.strip()):
             continue
         if before == "<PRE>":  # this family writes a space after the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
             behind = behind.removeprefix(" ")
-        return behind or prefix, suffix, *split_files(preamble)
+        prefix = prefix if prefix.strip() else behind or prefix  # behind a prefix is a template's last line end
+        return prefix, suffix, *split_files(preamble)
     return None
 
 
@@ -305,8 +297,8 @@ def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
     members = present(members)
     read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
     infill = "suffix" in members  # at the end of a file, the suffix is empty
-    asked = ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
-    return code_request(members, read, *asked)
+    kind, fields = ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
+    return code_request(members, read, kind, fields)
 
 
 def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
@@ -315,8 +307,8 @@ def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     fields = read_code(members, read, prompt) | {"extra": [file for file in files if file["text"]]}
-    asked = ask_text(fields, read["input_prefix"] + prompt, read["input_suffix"], infill=True)
-    return code_request(members, read, *asked)
+    kind, fields = ask_text(fields, read["input_prefix"] + prompt, read["input_suffix"], infill=True)
+    return code_request(members, read, kind, fields)
 
 
 def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
