@@ -367,6 +367,7 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
+ENDED, BROKEN, EXPIRED = "it ended", "the connection broke", "it stopped"  # why no more bytes come, also in messages
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
@@ -416,8 +417,7 @@ class Reader(asyncio.Protocol):
     transport: asyncio.Transport  # once connected
 
     def __init__(self) -> None:
-        self.ended = self.broken = False  # no more bytes will come; the connection has failed
-        self.expired = False  # `watch` has cut the connection
+        self.end = ""  # ENDED, BROKEN, or EXPIRED if `watch` has cut the connection; "" before its end
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self.unread = b""  # bytes that have come and that nobody has read
         self._waiter: asyncio.Future[None] | None = None
@@ -427,13 +427,13 @@ class Reader(asyncio.Protocol):
     def watch(self, idle: float) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
         rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
-        if not self.ended:  # otherwise no read waits
+        if not self.end:  # otherwise no read waits
             self._timer = self._loop.call_later(idle, self._check, idle, self._loop.time() + STREAM_SECONDS)
 
     def _check(self, idle: float, end: float) -> None:
         left = min(self._since + idle, end) - self._loop.time()
         if left <= 0:
-            self.expired = True
+            self.end = EXPIRED
             self.transport.abort()
         else:
             self._timer = self._loop.call_later(min(left, idle), self._check, idle, end)
@@ -449,13 +449,13 @@ class Reader(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.ended, self.broken = True, exc is not None
+        self.end = self.end or (BROKEN if exc else ENDED)
         if self._timer:
             self._timer.cancel()
         self._wake()
 
     def eof_received(self) -> None:
-        self.ended = True
+        self.end = self.end or ENDED
         self._wake()
 
     def _wake(self) -> None:
@@ -464,13 +464,13 @@ class Reader(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
-        if not self.unread and not self.ended:
+        if not self.unread and not self.end:
             self._waiter = self._loop.create_future()
             self._since = min(self._since, self._loop.time())  # the wait of a cancelled read still counts
             await self._waiter
             self._since = math.inf
         data, self.unread = self.unread[:READ_BYTES], self.unread[READ_BYTES:]
-        if len(data) == READ_BYTES and not self.ended:
+        if len(data) == READ_BYTES and not self.end:
             self.transport.resume_reading()
         return data
 
@@ -493,10 +493,11 @@ class Answer:
             while (end := scan_head(self._ahead, self._scanned)) is None:
                 self._scanned = len(self._ahead)
                 data = await self.reader.read()
-                if not (data or self._ahead or self._skipped or self.reader.expired) and self._again:
+                late = self.reader.end == EXPIRED
+                if not (data or self._ahead or self._skipped or late) and self._again:
                     self.reader, self._again = await self._again(), None
                 elif not data:
-                    raise BackendFailure(LATE if self.reader.expired else NO_ANSWER)
+                    raise BackendFailure(LATE if late else NO_ANSWER)
                 self._ahead += data
             self.status, self.body = parse_answer(self._ahead[:end], kind)
             self._ahead, self._scanned, self._skipped = self._ahead[end:], 0, self._skipped + 1
@@ -512,10 +513,9 @@ class Answer:
             if payload := body.feed(data):
                 return payload
             if not data:
-                cut = "it stopped" if self.reader.expired else "the connection broke" if self.reader.broken else ""
-                if body.may_end and not cut:
+                if body.may_end and self.reader.end == ENDED:
                     return b""
-                raise BackendFailure(f"{cut or 'it ended'} in the middle of its answer")
+                raise BackendFailure(f"{self.reader.end} in the middle of its answer")
         if body.fault:
             raise BackendFailure("it sent a malformed chunk")
         return b""
@@ -579,7 +579,7 @@ class Upstream:
         if spare is None:
             return None
         self._drop_spare()  # cancels its keeper
-        if spare.ended or spare.unread:
+        if spare.end or spare.unread:
             spare.transport.abort()
             return None
         return spare

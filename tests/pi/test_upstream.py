@@ -540,7 +540,7 @@ def test_a_silent_vps_is_cut_but_our_own_pauses_do_not_count(monkeypatch: pytest
     assert not clock.cut
     reader._since = clock.now
     clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
-    assert (clock.cut, reader.expired) == (True, True)
+    assert (clock.cut, reader.end) == (True, upstream.EXPIRED)
 
 
 def test_a_stream_that_goes_on_for_ever_is_cut(monkeypatch: pytest.MonkeyPatch):
@@ -647,7 +647,7 @@ def test_events_are_the_same_for_every_split(line_end: bytes):
 class Pieces:
     """A Reader that reads these pieces."""
 
-    broken = expired = False
+    end = upstream.ENDED
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = list(pieces)
