@@ -631,7 +631,6 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
 
 
-TOO_LONG = "context_length_exceeded"  # OpenAI's code
 # OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at the first token that
 # does not fit.
 OVERFLOW = re.compile(r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b")
@@ -644,7 +643,7 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     sentence = OVERFLOW.search(text_of(members.get("message", error)))
     n_ctx, counted = members.get("n_ctx", int(sentence[1]) if sentence else 0), members.get("n_prompt_tokens")
     lengths = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-    if not lengths and TOO_LONG not in (members.get("code"), members.get("type")):
+    if not lengths and "context_length_exceeded" not in (members.get("code"), members.get("type")):  # OpenAI's code
         return None
     return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
 
