@@ -19,7 +19,6 @@ import ssl
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cerebrum.fields import Field, parse_json
@@ -109,8 +108,8 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
     endpoint = parse_url(given.pop("url"), f"{where}: url")
     if given["api"] != "cerebrum":  # the address that such an engine gives its users often ends in /v1
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
-    if given["ca_file"] and not (endpoint.tls and Path(given["ca_file"]).is_file()):
-        raise ConfigError(f"{where}: ca_file: expected a file, and a url with https, got {given['ca_file']!r}")
+    if given["ca_file"] and not endpoint.tls:
+        raise ConfigError(f"{where}: ca_file: expected a url with https for {given['ca_file']!r}")
     return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
 
 
@@ -286,11 +285,7 @@ class Events:
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
         self._cr = b""  # a final CR, perhaps half of a CRLF
-
-    @property
-    def inside(self) -> bool:
-        """Whether an event has begun and has not ended."""
-        return bool(self._rest or self._cr)
+        self.inside = False  # an event has begun and has not ended
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
@@ -305,6 +300,7 @@ class Events:
         end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
         block = bytes(self._rest[:end]) if end > 1 else b""
         del self._rest[: len(block)]
+        self.inside = bool(self._rest or self._cr)
         # The last byte of an unfinished event may be the first of its two line ends.
         if begun and (block.index(b"\n\n") if block else len(self._rest) - 1) > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
@@ -586,9 +582,9 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
-        """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`. The
-        backend may close a spare connection just as a request goes out on it. Only then is a request sent once more: it
-        has no effect but its answer, which nobody got (RFC 9110, section 9.2.2)."""
+        """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`. A
+        request is sent once more only if the backend closes a spare connection just as the request goes out: its one
+        effect is its answer, which nobody got (RFC 9110, section 9.2.2)."""
 
         async def write(reader: Reader | None = None) -> Reader:
             reader = reader or await self._connect()
