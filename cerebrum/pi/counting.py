@@ -101,10 +101,8 @@ class Counting:
 
     def work(self, model: str, result: Mapping[str, Any]) -> None:
         """Count the work that a backend reports."""
-        names = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
-        prompt, cached, drafted, accepted = (result.get(name, 0) for name in names)
-        tally = self.tallies[model]
-        tally.prompt_tokens += max(0, prompt - cached)
+        tally, cached = self.tallies[model], result.get("cached_tokens", 0)
+        tally.prompt_tokens += max(0, result.get("prompt_tokens", 0) - cached)
         tally.cached_tokens += cached
-        tally.draft_tokens += drafted
-        tally.accepted_tokens += accepted
+        tally.draft_tokens += result.get("draft_tokens", 0)
+        tally.accepted_tokens += result.get("accepted_tokens", 0)

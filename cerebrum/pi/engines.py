@@ -63,8 +63,7 @@ class Translator:
         turns = fields.get("messages") or ()
         given = [fields.get("prompt", ""), fields.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
-        above = "" if turns else given[0]
-        where = fields["mode"], fields.get("language"), above, fields.get("suffix"), fields.get("stop_at", "auto")
+        where = fields["mode"], fields.get("language"), given[0], fields.get("suffix"), fields.get("stop_at", "auto")
         self.ending = Ending(*where, fields.get("indent", 0), [*fields.get("stop", ()), *marks])
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
