@@ -68,6 +68,8 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
+    """End the completion with this error."""
+
     error: HttpError
 
 
@@ -118,7 +120,7 @@ def choose(state: State, request: CompletionRequest, options: Options, free: Seq
     last = state.served.get(request.file)
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
-            return Assign(model, last if last in best else min(best, key=lambda one: state.load(one)))
+            return Assign(model, last if last in best else min(best, key=state.load))
     return None
 
 
@@ -127,7 +129,8 @@ def is_idle(state: State, backend: Backend) -> bool:
 
 
 def busy_until(completion: Completion) -> float:
-    """When to ask the backends again that answered 429 to a dialect's request. Our own API passes a 429 on."""
+    """When to ask the backends again that answered 429 to a dialect's request; infinity if none did. Our own API passes
+    a 429 on."""
     refused = [one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"]
     if not refused or not completion.request.kind:
         return math.inf
@@ -176,10 +179,8 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
     """Why no backend may be asked."""
     if any(having for _, having in options):
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
-    if unknown := [backend for backend in fleet.backends if backend.models is None]:
-        return HttpError(
-            "VPS_UNAVAILABLE", next((one.breaker.message for one in unknown if one.breaker.message), NEVER_ASKED)
-        )
+    if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
+        return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
     expected, got = ", ".join(fleet.models or ()), describe(options[0][0])
     return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
 
