@@ -180,8 +180,7 @@ class Backend:
         self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: vpsd
         self.prompts = Prompts(is_engine=self.api is not None)
-        self.requests_total = self.requests_failed = 0  # requests for completions
-        self.tokens = 0  # generated so far
+        self.requests_total = self.requests_failed = self.tokens = 0  # requests for completions; tokens that came
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began
@@ -256,8 +255,7 @@ class Backend:
             self.models_loaded, trouble = list(self.models or ()) if self.api else loaded, ""
         except HttpError as error:
             trouble = error.message
-        if breaker is self.breaker:  # otherwise the address has changed meanwhile
-            self._learn_trouble(trouble)
+        self._learn_trouble(breaker, trouble)  # an earlier one, if the address has changed meanwhile
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
@@ -272,12 +270,12 @@ class Backend:
                 raise
         return self.models_loaded
 
-    def _learn_trouble(self, trouble: str) -> None:
+    def _learn_trouble(self, breaker: Breaker, trouble: str) -> None:
         """Note that the backend has this trouble, or none, and log a change."""
-        if trouble != self.breaker.trouble:
+        if trouble != breaker.trouble:
             level = logging.WARNING if trouble else logging.INFO
             log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
-        self.breaker.trouble = trouble
+        breaker.trouble = trouble
 
     async def learn_models(self) -> None:
         """Fetch the list of models; without an answer the last list stays. HttpError if an engine never sent one."""
@@ -392,8 +390,8 @@ class Backend:
     def _failed(self, admission: Admission, error: HttpError) -> None:
         """Report an error that ended a request to this backend."""
         breaker = admission.breaker
-        if isinstance(error, Unusable) and breaker is self.breaker:
-            self._learn_trouble(error.message)
+        if isinstance(error, Unusable):
+            self._learn_trouble(breaker, error.message)
         elif isinstance(error, BackendFailure):
             admission.failed(time.monotonic(), error.message, error.late)
             log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
