@@ -321,12 +321,7 @@ class Broadcasts:
         if not broadcast or not broadcast.task or not predicts(request):
             return
         if not broadcast.kept and (kept := finished(broadcast)):
-            same = (
-                one
-                for one in self.finished
-                if (one.alike, one.prompt, one.pairs) == (kept.alike, kept.prompt, kept.pairs)
-            )
-            broadcast.kept = next(same, kept)
+            broadcast.kept = next((one for one in self.finished if one.is_like(kept)), kept)
             if broadcast.kept is kept:
                 self.finished.append(kept)
         if broadcast.kept:

@@ -80,6 +80,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     """What happens now to a completion that has no place."""
     request, deadline = completion.request, completion.deadline
     may_wait, resume = now < deadline, busy_until(completion)
+    until = resume if now < resume <= deadline else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
     # 2. What has failed this completion is not asked again.
@@ -96,10 +97,8 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     usable = [backend for backend in able if backend.breaker.admits]
     usable = [backend for backend in usable if not backend.breaker.trouble] or usable
     if not usable:
-        if may_wait and now < resume <= deadline:
-            return Wait(resume)
-        if may_wait and any(backend.breaker.trial for backend in able):
-            return Wait(deadline)
+        if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
+            return Wait(until)
         return Refuse(completion.failure or nobody(state.fleet, options))
     # 5. Is a place free, and may this client take it? It ends the older requests of its session.
     #    Reading ahead takes no place.
@@ -109,9 +108,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     if chosen and (not request.ahead or is_idle(state, chosen.backend)):
         return chosen
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
-    if may_wait:
-        return Wait(resume if now < resume <= deadline else deadline)
-    return Refuse(completion.failure or all_taken(state))
+    return Wait(until) if may_wait else Refuse(completion.failure or all_taken(state))
 
 
 def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
