@@ -291,7 +291,7 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
         found = remove_tuned(config.models_dir / model.file, config.engine)
         print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
         return
-    outcome = tune_model(model, config, sys.stdout, fast=options.fast, dry_run=options.dry_run)
+    outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
         print(f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back")
 
@@ -308,7 +308,7 @@ def reason_of(error: Exception) -> str:
     return str(error)
 
 
-def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = False, dry_run: bool = False) -> Outcome:
+def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
     """Tune a downloaded model, with a progress bar. The table is printed to `output` before the tuned file is put in
     place. TuneError if the file is missing or the machine is too busy to measure anything."""
     path = config.models_dir / model.file
@@ -332,7 +332,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, fast: bool = Fal
 
     start_library()
     source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
-    return tune(path, source, config.engine, room, report, fast=fast, dry_run=dry_run, accept=accept)
+    return tune(path, source, config.engine, room, report, dry_run=dry_run, accept=accept)
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -742,7 +742,6 @@ def main(arguments: Sequence[str]) -> int:
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")
-    tuning.add_argument("--fast", action="store_true", help="also try Q4_0, which is faster and loses some quality")
     for command in (fetching, tuning):
         command.add_argument("model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """The encoding of the weights: find the tensor types that this machine computes fastest, and write a file in them.
 
 `tune` tries a few recipes of types on this CPU, and writes the *tuned file*: the published model in the fastest types.
-Without `--fast` it makes only changes that preserve the weights (`FAITHFUL`). The changes must pay (`MIN_GAIN`).
+It makes only changes that preserve the weights (`FAITHFUL`), and only those that pay (`MIN_GAIN`).
 
 - A *sample* is the model with a few layers and a small vocabulary. Each recipe that fits into memory is timed on one.
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
@@ -82,7 +82,6 @@ class Passport:
     micro_batch: int
     flash_attention: bool
     types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
-    fast: bool = False  # made by --fast: the weights differ slightly
     format: int = PASSPORT_FORMAT
 
     @property
@@ -90,8 +89,7 @@ class Passport:
         """The changed types in words, as shown by `/v1/models`."""
         if not self.types:
             return "published"
-        changes = ", ".join(f"{old} to {new}" for old, new in self.types.items())
-        return f"{'fast' if self.fast else 'tuned'}: {changes}"
+        return "tuned: " + ", ".join(f"{old} to {new}" for old, new in self.types.items())
 
 
 def tuned_path(state_dir: Path, published: Path) -> Path:
@@ -157,8 +155,7 @@ def choose_file(published: Path, settings: Settings, sha256: str, free: float) -
 READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
 DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
 MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
-MIN_AGREEMENT = 0.9  # share of tokens; less, or less than MIN_LOSSY_AGREEMENT with --fast, means a faulty kernel
-MIN_LOSSY_AGREEMENT = 0.5
+MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
 KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
@@ -166,8 +163,6 @@ KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, 
 # fp16. The steps of Q8_0 are 1/127 of a block's largest weight, which changes less than the rounding in kernels.
 TO_Q8_0 = {"Q5_0": "Q8_0", "Q6_K": "Q8_0"}
 FAITHFUL = TO_Q8_0 | {"Q4_K": "Q4_1"}
-LOSSY = "Q4_0"
-FAST = dict.fromkeys(("Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"), LOSSY)  # only with --fast
 
 
 class Timing(NamedTuple):
@@ -193,14 +188,9 @@ def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
 
 
 def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
-    """Apply a recipe. The matrix that gives the logits never becomes LOSSY."""
-    matrices, output = multiplied(tensors)
-    types = {}
-    for tensor in matrices:
-        used = FAITHFUL if recipe is FAST and tensor is output else recipe
-        if tensor.type in used and tensor.can_be(used[tensor.type]):
-            types[tensor.name] = used[tensor.type]
-    return types
+    """Apply a recipe."""
+    changing = [tensor for tensor in multiplied(tensors)[0] if tensor.type in recipe]
+    return {tensor.name: recipe[tensor.type] for tensor in changing if tensor.can_be(recipe[tensor.type])}
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
@@ -255,8 +245,6 @@ class Outcome:
             lines.append(
                 f"same likeliest token as the published file after {self.agreement:.1%} of {tokens} tokens of code"
             )
-        if self.passport.fast:
-            lines.append("made by --fast: answers differ slightly; run tune without --fast to go back")
         if not self.tuned:
             lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
         return "\n".join(lines)
@@ -372,15 +360,13 @@ class TuneError(Exception):
 class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
-    def __init__(
-        self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, fast: bool, report: Progress
-    ) -> None:
+    def __init__(self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress) -> None:
         self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
         self.room, self.report = room, report
         self.source = Source(path)
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first one changes nothing
-        for recipe in ({}, TO_Q8_0, FAITHFUL, FAST)[: 4 if fast else 3]:
+        for recipe in ({}, TO_Q8_0, FAITHFUL):
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
@@ -445,7 +431,6 @@ class Tuner:
             cpu=cpu_flags(),
             cpus=cpus(),
             types=dict(sorted(changes)),
-            fast=LOSSY in types.values(),
             **{name: getattr(settings, name) for name in CHOSEN},
         )
 
@@ -477,7 +462,7 @@ class Tuner:
         if tuned and types:
             code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
-            if same < (MIN_LOSSY_AGREEMENT if LOSSY in types.values() else MIN_AGREEMENT):
+            if same < MIN_AGREEMENT:
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings
@@ -491,7 +476,6 @@ def tune(
     room: int,
     report: Progress,
     *,
-    fast: bool = False,
     dry_run: bool = False,
     accept: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> Outcome:
@@ -503,7 +487,7 @@ def tune(
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
         path = folder / "tuned"
-        outcome = Tuner(published, sha256, settings, folder, room, fast, report).run(path)
+        outcome = Tuner(published, sha256, settings, folder, room, report).run(path)
         accept(outcome)
         if not dry_run:
             _remove(target)
