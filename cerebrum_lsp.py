@@ -14,7 +14,7 @@ back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A request that asks the Pi
 gets a thread of its own and a copy of the text. `Client`, `Pi` and `Suggestions` have a lock each, for what the threads
-share; of `Jobs.running` a thread takes a job in one step.
+share; of `Calls.running` a thread takes a call in one step.
 """
 
 from __future__ import annotations
@@ -280,10 +280,10 @@ class PiError(Exception):
 
 
 class Ended(Exception):
-    """The job was ended by `Job.end`."""
+    """The call was ended by `Call.end`."""
 
 
-class Job:
+class Call:
     """A request of the client that a thread answers: it waits for a pause in typing, then asks the Pi."""
 
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
@@ -319,7 +319,7 @@ class Pi:
         self.lock = threading.Lock()  # of `away_until`
         self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
 
-    def ask(self, job: Job, path: str, body: Any) -> dict[str, Any]:
+    def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
         url = urllib.parse.urlsplit(settings.url)
@@ -330,15 +330,15 @@ class Pi:
             headers["Authorization"] = f"Bearer {settings.key}"
         try:
             connection.connect()
-            job.socket = connection.sock
-            job.check()  # `end` may have come before there was a socket
+            call.socket = connection.sock
+            call.check()  # `end` may have come before there was a socket
             connection.sock.settimeout(TIMEOUT_SECONDS)
             connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
-            if job.socket:  # a connection that never came about is news even if nobody waits for it any more
-                job.check()
+            if call.socket:  # a connection that never came about is news even if nobody waits for it any more
+                call.check()
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
         finally:
@@ -509,29 +509,29 @@ MAX_WORD = 100  # characters
 LATER = object()  # the result of a request that a thread answers
 
 
-class Jobs:
-    """The requests that threads answer. Whoever removes a job from `running` sends its one response."""
+class Calls:
+    """The requests that threads answer. Whoever removes a call from `running` sends its one response."""
 
     def __init__(self, client: Client) -> None:
-        self.client, self.running = client, set[Job]()
+        self.client, self.running = client, set[Call]()
 
-    def start(self, job: Job, work: Callable[[Job], Any]) -> Any:
+    def start(self, call: Call, work: Callable[[Call], Any]) -> Any:
         """Respond with the result of `work` in a thread."""
-        self.running.add(job)
-        threading.Thread(target=lambda: self.respond(job, outcome(lambda: work(job))), daemon=True).start()
+        self.running.add(call)
+        threading.Thread(target=lambda: self.respond(call, outcome(lambda: work(call))), daemon=True).start()
         return LATER
 
-    def respond(self, job: Job, response: dict[str, Any]) -> None:
+    def respond(self, call: Call, response: dict[str, Any]) -> None:
         """Respond before the thread has ended: its connection may be slow to come about."""
         with contextlib.suppress(KeyError):  # another thread has responded
-            self.running.remove(job)
-            self.client.send(id=job.request_id, **response)
-            job.end()
+            self.running.remove(call)
+            self.client.send(id=call.request_id, **response)
+            call.end()
 
-    def end(self, is_meant: Callable[[Job], bool], response: dict[str, Any]) -> None:
-        for job in [*self.running]:
-            if is_meant(job):
-                self.respond(job, response)
+    def end(self, is_meant: Callable[[Call], bool], response: dict[str, Any]) -> None:
+        for call in [*self.running]:
+            if is_meant(call):
+                self.respond(call, response)
 
 
 class Documents:
@@ -569,8 +569,8 @@ class Documents:
 class Completions:
     """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
 
-    def __init__(self, client: Client, documents: Documents, jobs: Jobs, pi: Pi) -> None:
-        self.client, self.documents, self.jobs, self.pi = client, documents, jobs, pi
+    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
+        self.client, self.documents, self.calls, self.pi = client, documents, calls, pi
         self.suggestions = Suggestions()
 
     def inline(self, params: Any, request_id: Any) -> Any:
@@ -585,8 +585,8 @@ class Completions:
             return {"items": [item] if text else []}
 
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
-        job = Job(request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0)
-        return self.complete(job, document, document.gap(start, end, inserted), items)
+        call = Call(request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0)
+        return self.complete(call, document, document.gap(start, end, inserted), items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu."""
@@ -609,49 +609,49 @@ class Completions:
             }
             return {"isIncomplete": True, "items": [entry] if text.strip() else []}
 
-        return self.complete(Job(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items)
+        return self.complete(Call(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items)
 
-    def complete(self, job: Job, document: Document, gap: Gap, items: Callable[[str], Any]) -> Any:
+    def complete(self, call: Call, document: Document, gap: Gap, items: Callable[[str], Any]) -> Any:
         # The Pi itself ends a computation that is of no use any more.
-        self.jobs.end(lambda older: older.is_waiting and older.lane == job.lane, {"result": items("")})
+        self.calls.end(lambda older: older.is_waiting and older.lane == call.lane, {"result": items("")})
         if document.language in self.pi.settings.off:
             return items("")
-        if (rest := self.rest(job, gap)) is not None:
+        if (rest := self.rest(call, gap)) is not None:
             return items(rest)
-        if job.pause and time.monotonic() < self.pi.away_until:
+        if call.pause and time.monotonic() < self.pi.away_until:
             return items("")
 
-        def work(job: Job) -> Any:
-            job.wait()
-            rest = self.rest(job, gap)  # of an older request that was still running
-            return items(self.infill(job, gap) if rest is None else rest)
+        def work(call: Call) -> Any:
+            call.wait()
+            rest = self.rest(call, gap)  # of an older request that was still running
+            return items(self.infill(call, gap) if rest is None else rest)
 
-        return self.jobs.start(job, work)
+        return self.calls.start(call, work)
 
-    def rest(self, job: Job, gap: Gap) -> str | None:
+    def rest(self, call: Call, gap: Gap) -> str | None:
         """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
         rest = self.suggestions.rest(gap)
-        return rest if rest or job.pause else None
+        return rest if rest or call.pause else None
 
-    def infill(self, job: Job, gap: Gap) -> str:
-        """The Pi's text for the gap; "" if it has none now. Ended, if the job was ended."""
+    def infill(self, call: Call, gap: Gap) -> str:
+        """The Pi's text for the gap; "" if it has none now. Ended, if the call was ended."""
         before, after = sent(gap)
         body = {
             "input_prefix": before,
             "input_suffix": after,
             "filename": os.path.basename(urllib.parse.unquote(gap.uri)),
             "n_predict": self.pi.settings.tokens,
-            "t_max_prompt_ms": self.pi.settings.read_ms if job.pause else 0,
+            "t_max_prompt_ms": self.pi.settings.read_ms if call.pause else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
         }
         began = time.monotonic()
         try:
-            answer = self.pi.ask(job, "/infill", body)
+            answer = self.pi.ask(call, "/infill", body)
             if not isinstance(text := answer.get("content"), str):
                 raise PiError(200, "expected a completion, got another answer: the url is perhaps not the Pi's")
         except PiError as error:
-            if error.status not in BUSY and (self.pi.note_failure() or not job.pause):
+            if error.status not in BUSY and (self.pi.note_failure() or not call.pause):
                 self.client.show(2, str(error))
             return ""
         self.pi.note_success()
@@ -663,8 +663,8 @@ class Completions:
 class Commands:
     """What the client asks for by `workspace/executeCommand`."""
 
-    def __init__(self, client: Client, documents: Documents, jobs: Jobs, pi: Pi) -> None:
-        self.client, self.documents, self.jobs, self.pi = client, documents, jobs, pi
+    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
+        self.client, self.documents, self.calls, self.pi = client, documents, calls, pi
         self.has_versions = False  # the client checks the version that an edit is for
 
     def execute(self, params: Any, request_id: Any) -> Any:
@@ -680,11 +680,11 @@ class Commands:
         """Have the Pi count what the user accepted: {"characters"}."""
         body = {"characters": get(argument, "characters", int)}
 
-        def work(job: Job) -> None:
+        def work(call: Call) -> None:
             with contextlib.suppress(PiError):  # only a count
-                self.pi.ask(job, "/v1/accepted", body)
+                self.pi.ask(call, "/v1/accepted", body)
 
-        return self.jobs.start(Job(request_id), work)
+        return self.calls.start(Call(request_id), work)
 
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
@@ -700,8 +700,8 @@ class Commands:
             "temperature": 0.0,
         }
 
-        def work(job: Job) -> None:
-            answer = self.pi.ask(job, "/v1/complete", body)
+        def work(call: Call) -> None:
+            answer = self.pi.ask(call, "/v1/complete", body)
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
             if document.lines != old or self.documents.by_uri.get(document.uri) is not document:
@@ -713,7 +713,7 @@ class Commands:
             edit = {"documentChanges": [versioned]} if self.has_versions else {"changes": {document.uri: edits}}
             self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
 
-        return self.jobs.start(Job(request_id), work)
+        return self.calls.start(Call(request_id), work)
 
     def applied(self, result: Any) -> None:
         if not get(result, "applied", bool, False):
@@ -725,9 +725,9 @@ class Server:
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
         self.client, self.pi, self.faults = client, Pi(settings), faults
-        self.documents, self.jobs = Documents(), Jobs(client)
-        self.completions = Completions(client, self.documents, self.jobs, self.pi)
-        self.commands = Commands(client, self.documents, self.jobs, self.pi)
+        self.documents, self.calls = Documents(), Calls(client)
+        self.completions = Completions(client, self.documents, self.calls, self.pi)
+        self.commands = Commands(client, self.documents, self.calls, self.pi)
         self.is_ready = self.is_stopping = False
         self.has_configuration = False  # the client can be asked for its settings
         self.requests: Mapping[str, Callable[[Any, Any], Any]] = {  # of params and the id
@@ -825,11 +825,11 @@ class Server:
 
     def cancel(self, params: Any) -> None:
         request_id = params.get("id") if isinstance(params, dict) else None
-        self.jobs.end(lambda job: bool(job.request_id == request_id), CANCELLED)
+        self.calls.end(lambda call: bool(call.request_id == request_id), CANCELLED)
 
     def shutdown(self, _params: Any, _request_id: Any) -> None:
         self.is_stopping = True
-        self.jobs.end(lambda _: True, CANCELLED)
+        self.calls.end(lambda _: True, CANCELLED)
 
 
 HELP = """Usage: cerebrum_lsp.py [--stdio]

@@ -286,7 +286,7 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
 
 
 def test_a_request_that_the_user_made_is_not_ended_by_a_newer_one(editor: Editor, pi: Pi) -> None:
-    assert (cerebrum_lsp.Job(1).is_waiting, cerebrum_lsp.Job(2, pause=0.1).is_waiting) == (False, True)
+    assert (cerebrum_lsp.Call(1).is_waiting, cerebrum_lsp.Call(2, pause=0.1).is_waiting) == (False, True)
     editor.start()
     editor.open("x = ")
     pi.hold.clear()
@@ -560,7 +560,7 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
     """Who types on cancels at each key, and would never hear of it."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         settings = Settings(url=f"http://127.0.0.1:{gone.getsockname()[1]}")
-    job = cerebrum_lsp.Job(1)
+    job = cerebrum_lsp.Call(1)
     job.end()
     with pytest.raises(cerebrum_lsp.PiError, match="does not answer"):
         cerebrum_lsp.Pi(settings).ask(job, "/infill", {})
