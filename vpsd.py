@@ -709,16 +709,15 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(new_environ, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
-    for model in config.models:
-        with contextlib.suppress(HttpError):  # the file is missing or damaged
-            await engine.pool.choose(model)  # llama.cpp needs half a second for a file; no request should wait for it
     try:
         await server.start(config.host, config.port, passed_sockets(os.environ))
     except ListenError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     log.info("listening on %s", server.url)
+    measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up()))
+    measuring.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon

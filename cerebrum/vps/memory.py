@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,9 +92,13 @@ OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a nam
 KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))
 
 
+_asking = threading.Lock()
+
+
 def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
     """What a model file takes with each of these settings. OSError or ModelError if the file cannot be used."""
-    return _needed(path, file_stamp(path), tuple(forms))
+    with _asking:  # two threads that ask about one file would both wait for llama.cpp
+        return _needed(path, file_stamp(path), tuple(forms))
 
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second

@@ -215,6 +215,12 @@ class Pool:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
             raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
 
+    async def measure(self) -> None:
+        """Let llama.cpp say what each model takes, half a second for a file, before a request has to wait for it."""
+        for model in list(self.models.values()):
+            with contextlib.suppress(HttpError):  # the file is missing or damaged
+                await self.choose(model)
+
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
         settings, tuned, parts, reason = await self.choose(model)
