@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files.
+# Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files: the key between the
+# Pi and the VPS, and the keys of the Pi's clients, each with a name.
 #
 # No key is passed as an argument or variable, which `ps` would show. Every draft is on the disk before a
 # file is replaced, and each file is replaced in one step: a bad path, a full disk or a power cut loses no key.
@@ -7,11 +8,19 @@ set -euo pipefail
 export LC_ALL=C # copies an .env byte for byte, whatever its encoding
 umask 077
 
+HERE=$(dirname -- "$(readlink -f -- "$0")")
+MAX_CLIENTS=32 # the daemon reads no more
+MAX_PLACES=64
+
 usage() {
 	cat <<-EOF
 	Usage: ${0##*/}                    print a new key
 	       ${0##*/} --write FILE...    write a new key; a key that FILE has stays valid behind it: "new,old"
 	       ${0##*/} --set FILE...      write the key typed at the prompt, or the first line of stdin
+	       ${0##*/} --client NAME [PLACES]
+	                                              make a key for a client of the Pi, and print it; with PLACES a
+	                                              guest, who gets so many places at most
+	       ${0##*/} --revoke NAME      take a client's key back
 
 	A FILE that is named like a variable, /etc/credstore/CEREBRUM_API_KEY, holds the key alone. Any other is
 	an .env, which keeps its other lines and has the key as CEREBRUM_API_KEY. Each FILE is created if absent
@@ -19,6 +28,9 @@ usage() {
 
 	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither prints the
 	key. --set accepts a line "CEREBRUM_API_KEY=...", as an .env has it, and takes the first key of "new,old".
+
+	The clients' keys are in \$CEREBRUM_CM4_KEYS_FILE, which the settings beside this script may also name, or else in
+	client-keys beside this script. Once that file exists, every client of the Pi needs a key.
 	EOF
 }
 
@@ -75,25 +87,50 @@ with_key() {
 	printf '%s\n' "${lines[@]}"
 }
 
-drafts=()
+# with_client NAME KEY PLACES FILE: copies the FILE of clients' keys from stdin to stdout with this client behind the others.
+with_client() {
+	local line name _ count=0
+	while IFS= read -r line || [[ -n $line ]]; do
+		read -r name _ <<<"$line"
+		[[ $name != "$1" ]] || die "$4: $1 has a key already; first --revoke $1"
+		[[ -z $name || $name == '#'* ]] || ((++count))
+		printf '%s\n' "$line"
+	done
+	((count < MAX_CLIENTS)) || die "$4: has $MAX_CLIENTS names, which is the most; --revoke one first"
+	printf '%s\n' "$1 $2${3:+ $3}"
+}
+
+# without_client NAME FILE: copies it in the same way without this client.
+without_client() {
+	local line name _ found=''
+	while IFS= read -r line || [[ -n $line ]]; do
+		read -r name _ <<<"$line"
+		if [[ $name == "$1" ]]; then found=yes; else printf '%s\n' "$line"; fi
+	done
+	[[ -n $found ]] || die "$2: there is no client $1"
+}
+
+targets=() drafts=() # the files to replace, and beside each the file that replaces it
 trap '((${#drafts[@]} == 0)) || rm -f -- "${drafts[@]}"' EXIT
 
-# put_key --write|--set FILE...
-put_key() {
-	local command=$1 key file source target draft i targets=()
-	shift
-	(($# > 0)) || die "$command needs at least one FILE" 2
-	if [[ $command == --write ]]; then key=$(new_key); else key=$(read_key); fi
-	for file in "$@"; do
-		target=$(readlink -f -- "$file") || die "$file: no such directory"
-		[[ ! -e $target || (-f $target && -r $target) ]] || die "$file: expected a regular file that can be read"
-		draft=$(mktemp -- "$target.XXXXXX" 2>/dev/null) || die "$file: cannot write in its directory"
-		targets+=("$target")
-		drafts+=("$draft")
-		if [[ -e $target ]]; then source=$target; else source=/dev/null; fi
-		with_key "$command" "$key" "$file" <"$source" >"$draft"
-		[[ ! -e $target ]] || chown --reference="$target" -- "$draft" 2>/dev/null || die "$file: belongs to another user"
-	done
+# edit FILE OWNERS COMMAND...: makes the draft of a FILE: what COMMAND prints, which reads the present FILE. A new FILE gets the
+# owner of the file OWNERS.
+edit() {
+	local file=$1 target draft source=/dev/null
+	target=$(readlink -f -- "$file") || die "$file: no such directory"
+	[[ ! -e $target || (-f $target && -r $target) ]] || die "$file: expected a regular file that can be read"
+	draft=$(mktemp -- "$target.XXXXXX" 2>/dev/null) || die "$file: cannot write in its directory"
+	targets+=("$target")
+	drafts+=("$draft")
+	[[ ! -e $target ]] || source=$target
+	"${@:3}" <"$source" >"$draft"
+	[[ $source != /dev/null || ! -e $2 ]] || target=$2
+	[[ ! -e $target ]] || chown --reference="$target" -- "$draft" 2>/dev/null || die "$target: belongs to another user"
+}
+
+# replace: puts the drafts into the places of their files.
+replace() {
+	local i target
 	sync -- "${drafts[@]}"
 	for i in "${!targets[@]}"; do
 		mv -f -- "${drafts[i]}" "${targets[i]}"
@@ -101,12 +138,64 @@ put_key() {
 	for target in "${targets[@]}"; do
 		sync -- "${target%/*}/" # the new name
 	done
+}
+
+# put_key --write|--set FILE...
+put_key() {
+	local command=$1 key file
+	shift
+	(($# > 0)) || die "$command needs at least one FILE" 2
+	if [[ $command == --write ]]; then key=$(new_key); else key=$(read_key); fi
+	for file in "$@"; do
+		edit "$file" "$file" with_key "$command" "$key" "$file"
+	done
+	replace
 	echo "key set in: $*"
+}
+
+# setting NAME: prints the daemon's setting, from the environment or from the .env beside this script.
+setting() {
+	if [[ -n ${!1-} ]]; then
+		printf '%s\n' "${!1}"
+	elif [[ -e $HERE/.env ]]; then
+		sed -nE "s/^[[:space:]]*(export[[:space:]]+)?$1=[\"']?([^\"']*)[\"']?[[:space:]]*\$/\2/p" "$HERE/.env" | tail -n 1
+	fi
+}
+
+# put_client --client|--revoke NAME [PLACES]
+put_client() {
+	local command=$1 name=${2-} places=${3-} usage='nothing' key file url
+	[[ $command != --client ]] || usage="a number of places from 1 to $MAX_PLACES"
+	[[ $name =~ ^[A-Za-z0-9._-]{1,32}$ ]] ||
+		die "expected a name of 1 to 32 letters, digits and ._- after $command, got '$name'" 2
+	[[ $# == 2 || ($command == --client && $# == 3 && $places =~ ^[1-9][0-9]?$ && $places -le MAX_PLACES) ]] ||
+		die "expected $usage, got '${*:3}' after the name" 2
+	file=$(setting CEREBRUM_CM4_KEYS_FILE)
+	file=${file:-$HERE/client-keys}
+	[[ -e $file ]] || echo "$file is new: while it exists, all clients need a key" >&2
+	if [[ $command == --client ]]; then
+		key=$(new_key)
+		edit "$file" "$HERE/.env" with_client "$name" "$key" "$places" "$file"
+	else
+		edit "$file" "$HERE/.env" without_client "$name" "$file"
+	fi
+	replace
+	if [[ $command == --client ]]; then
+		url=$(setting CEREBRUM_CM4_TLS_CERT)
+		url=http${url:+s}://$(uname -n).local:$(setting CEREBRUM_CM4_PORT | grep . || echo 7000)
+		cat <<-EOF
+		address: $url
+		key:     $key
+		setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page at the address shows others
+		EOF
+	fi
+	echo "apply it:  sudo systemctl reload cerebrum-cm4" >&2
 }
 
 case "${1-}" in
 	"") new_key ;;
 	--write | --set) put_key "$@" ;;
+	--client | --revoke) put_client "$@" ;;
 	-h | --help) usage ;;
 	*) usage >&2; exit 2 ;;
 esac

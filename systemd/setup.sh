@@ -234,6 +234,7 @@ take_over() {
 	if [[ $NAME == cerebrum-cm4 ]]; then
 		install -d -o cerebrum -g adm -m 2750 /var/log/cerebrum
 		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
+		[[ ! -e $OLD/client-keys ]] || install -m 600 -o cerebrum -g cerebrum "$OLD/client-keys" "/etc/$NAME/client-keys"
 	else
 		install -d "$PLACE/models"
 		if [[ -d $OLD/models && ! -L $OLD/models ]]; then

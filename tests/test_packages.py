@@ -383,8 +383,10 @@ def test_setup_is_roots(cerebrum: Machine) -> None:
 
 
 def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
-    modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)}")
-    assert modes == "600 root\n600 cerebrum\n600 cerebrum"
+    clients = "/etc/cerebrum-cm4/client-keys"
+    cerebrum.run("/usr/lib/cerebrum-cm4/generate_api_key.sh --client anna")
+    modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)} {clients}; rm {clients}")
+    assert modes == "600 root" + "\n600 cerebrum" * 3
     everywhere = "/proc/[0-9]*/cmdline /proc/[0-9]*/environ /var/log/cerebrum/* /etc/systemd/system/cerebrum*"
     assert cerebrum.run(f"grep -raFlf {KEY} {everywhere} || (($? == 1))") == ""
     assert cerebrum.run(f"journalctl --no-pager | grep -cFf {KEY}", check=False) == "0"

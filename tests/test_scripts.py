@@ -23,6 +23,7 @@ import termios
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1075,9 +1076,15 @@ def test_ctrl_c_drops_what_multi_has(terminal: Callable[..., Terminal], backend:
 # ----------------------------------------------------------------------------------------------- key
 
 
-def keygen(*args: str, stdin: str = "", path: str = os.environ["PATH"]) -> tuple[int, str, str]:
+def keygen(*args: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
     result = subprocess.run(
-        [KEYGEN, *args], env={"PATH": path}, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
+        [KEYGEN, *args],
+        env={"PATH": os.environ["PATH"], **environ},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     return result.returncode, result.stdout, result.stderr
 
@@ -1186,14 +1193,15 @@ def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     path = small_disk / ".env"
-    path.write_text("CEREBRUM_API_KEY=old\n")
+    path.write_text("CEREBRUM_API_KEY=old\nanna key\n")
     with (small_disk / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
         while rest.write(bytes(4096)):
             pass
-    code, out, err = keygen("--write", str(path))
-    assert (code, out) == (1, "")
-    assert "No space left on device" in err
-    assert path.read_text() == "CEREBRUM_API_KEY=old\n"
+    for args in (["--write", str(path)], ["--client", "ben"], ["--revoke", "anna"]):
+        code, out, err = keygen(*args, CEREBRUM_CM4_KEYS_FILE=str(path))
+        assert (code, out) == (1, "")
+        assert "No space left on device" in err
+        assert path.read_text() == "CEREBRUM_API_KEY=old\nanna key\n"
     assert sorted(os.listdir(small_disk)) == [".env", "rest"]
 
 
@@ -1205,8 +1213,8 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(t
         spy.write_text(f'#!/bin/bash\n{{ echo "CALL {tool} $*"; env; }} >>{log}\nexec {shutil.which(tool)} "$@"\n')
         spy.chmod(0o755)
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    assert keygen("--set", *map(str, files), stdin="the-old-key", path=path)[0] == 0
-    assert keygen("--write", *map(str, files), path=path)[0] == 0
+    assert keygen("--set", *map(str, files), stdin="the-old-key", PATH=path)[0] == 0
+    assert keygen("--write", *map(str, files), PATH=path)[0] == 0
     new, _, old = files[1].read_text().strip().partition(",")
     assert (len(new), old) == (43, "the-old-key")
     seen = log.read_text()
@@ -1217,6 +1225,83 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(t
     for begin in (0, 5):
         moves = [f"{draft} {file}" for draft, file in zip(steps[begin][1].split(), files, strict=True)]
         assert [arguments for _, arguments in steps[begin + 1 : begin + 3]] == moves
+    log.unlink()
+    clients = tmp_path / "client-keys"
+    assert keygen("--client", "anna", PATH=path, CEREBRUM_CM4_KEYS_FILE=str(clients))[0] == 0
+    assert keygen("--client", "ben", PATH=path, CEREBRUM_CM4_KEYS_FILE=str(clients))[0] == 0
+    assert keygen("--revoke", "ben", PATH=path, CEREBRUM_CM4_KEYS_FILE=str(clients))[0] == 0
+    assert clients.read_text().split()[1] not in log.read_text()
+    assert re.findall(r"CALL (sync|mv)", log.read_text()) == ["sync", "mv", "sync"] * 3
+
+
+APPLY = "apply it:  sudo systemctl reload cerebrum-cm4\n"
+
+
+def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
+    """The script with a daemon's settings beside it, and the file that they name behind a link."""
+    script, settings, file = (tmp_path / name for name in (Path(KEYGEN).name, ".env", "client-keys"))
+    shutil.copy(KEYGEN, script)
+    settings.write_text("CEREBRUM_CM4_PORT=7001\nCEREBRUM_CM4_TLS_CERT='/etc/pi.pem'\n")
+    owners = [1234, 1235] if os.geteuid() == 0 else [os.geteuid()] * 2
+    os.chown(settings, owners[0], -1)
+    (tmp_path / "etc").mkdir()
+    file.symlink_to("etc/keys")
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
+    first, second = (run([script, "--client", *args]) for args in (["anna"], ["gast.2", "1"]))
+    address, key, setting = first.stdout.splitlines()
+    assert address == f"address: https://{os.uname().nodename}.local:7001"
+    assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
+    assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
+    assert first.stderr == f"{file} is new: while it exists, all clients need a key\n{APPLY}"
+    assert second.stderr == APPLY
+    assert file.read_text() == f"anna {key.split()[1]}\ngast.2 {second.stdout.split()[3]} 1\n"
+    assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (owners[0], 0o600)
+    file.write_text("# ours\n\n" + file.read_text().rstrip())
+    os.chown(file, owners[1], -1)
+    assert run([script, "--revoke", "gast.2"]).stderr == APPLY
+    assert file.read_text() == f"# ours\n\nanna {key.split()[1]}\n"
+    assert file.stat().st_uid == owners[1]
+    assert file.is_symlink()
+    assert os.listdir(tmp_path / "etc") == ["keys"]
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["--client"], 2, "expected a name of 1 to 32 letters, digits and ._- after --client, got ''"),
+        (["--client", "an na"], 2, "expected a name of 1 to 32 letters, digits and ._- after --client, got 'an na'"),
+        (
+            ["--revoke", "n" * 33],
+            2,
+            f"expected a name of 1 to 32 letters, digits and ._- after --revoke, got '{'n' * 33}'",
+        ),
+        (["--client", "x", "65"], 2, "expected a number of places from 1 to 64, got '65' after the name"),
+        (["--client", "x", "0"], 2, "expected a number of places from 1 to 64, got '0' after the name"),
+        (["--revoke", "n0", "n1"], 2, "expected nothing, got 'n1' after the name"),
+        (["--client", "n0"], 1, "FILE: n0 has a key already; first --revoke n0"),
+        (["--client", "x"], 1, "FILE: has 32 names, which is the most; --revoke one first"),
+        (["--revoke", "#"], 2, "expected a name of 1 to 32 letters, digits and ._- after --revoke, got '#'"),
+        (["--revoke", "x"], 1, "FILE: there is no client x"),
+    ],
+)
+def test_what_cannot_be_done_to_a_client_changes_nothing(
+    tmp_path: Path, args: list[str], status: int, said: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(before := "# 32\n" + "".join(f"n{number} key\n" for number in range(32)))
+    refusal = f"generate_api_key.sh: {said.replace('FILE', str(file))}\n"
+    assert keygen(*args, CEREBRUM_CM4_KEYS_FILE=str(file)) == (status, "", refusal)
+    assert file.read_text() == before
+    assert os.listdir(tmp_path) == ["keys"]
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [(".", "expected a regular file that can be read"), ("a/b", "no such directory")]
+)
+def test_a_file_of_keys_that_cannot_be_written(tmp_path: Path, file: str, said: str) -> None:
+    place = f"{tmp_path}/{file}"
+    code, out, err = keygen("--client", "anna", CEREBRUM_CM4_KEYS_FILE=place)
+    assert (code, out, err.splitlines()[-1]) == (1, "", f"generate_api_key.sh: {place}: {said}")
 
 
 # --------------------------------------------------------------------------------------------- run.sh
