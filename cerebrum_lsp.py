@@ -26,6 +26,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -50,7 +51,7 @@ class BadSettings(Exception):
 class Settings:
     """The user's settings. Their names are those of the file and of `initializationOptions`."""
 
-    url: str = "http://localhost:7000"  # of the Pi
+    url: str = ""  # of the Pi; empty: see Pi.find
     key: str = field(default="", repr=False)  # if the Pi asks for one
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
@@ -85,8 +86,8 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
     settings = replace(settings, **changed)
     try:
-        address = urllib.parse.urlsplit(settings.url)
-        if not re.fullmatch("(?i)https?://[!-~]+", settings.url) or not address.hostname or address.port == 0:
+        address = urllib.parse.urlsplit(url := settings.url or LOCAL)
+        if not re.fullmatch("(?i)https?://[!-~]+", url) or not address.hostname or address.port == 0:
             raise ValueError
     except ValueError:  # also of a port that is no number
         raise BadSettings("expected a url such as http://pi.local:7000") from None
@@ -268,6 +269,7 @@ def sent(gap: Gap) -> tuple[str, str]:
 
 TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
 CONNECT_SECONDS = 5.0
+UNAGREED = "the key is not sent to {}, which Avahi found; if that is your Pi, set url to this address"
 AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
 
 
@@ -311,18 +313,62 @@ class Call:
             raise Ended
 
 
-class Pi:
-    """The Pi that the settings name, and whether it is away. The main thread sets `settings`; all threads ask."""
+LOCAL = "http://localhost:7000"  # this machine, where Avahi finds no Pi
+FOUND = re.compile(r"(?m)^=;[^;]*;IPv4;[^;]*;_cerebrum\._tcp;[^;]*;([^;\n]*);([0-9.]+);([0-9]+);")
+BROWSE_SECONDS = 5.0
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+
+def browse() -> list[str]:
+    """The url of each Pi that Avahi finds on this network, in a second. By address, since its name may be unknown."""
+    command, found = ["avahi-browse", "-prt", "_cerebrum._tcp"], ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=BROWSE_SECONDS)
+        found = done.stdout.decode("utf-8", "replace")
+    return [*{one[1]: f"http://{one[2]}:{one[3]}" for one in FOUND.finditer(found)}.values()]
+
+
+class Pi:
+    """The Pi that is set or found, and whether it is away. The main thread sets `settings`; all threads ask."""
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        self.settings, self.client = settings, client
         self.lock = threading.Lock()  # of `away_until`
         self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
+        self.finding = threading.Lock()  # one thread looks, the others wait for what it finds
+        self.found = ""  # the url for settings without one, until nobody answers there
+        self.agreed: dict[str, bool] = {}  # by the url that was found: the user lets it have the key
+
+    def find(self, has_key: bool) -> str:
+        """The url where the settings have none: the Pi's that Avahi finds, or else this machine's. Anybody on a network
+        can say that they are the Pi, so the user is asked before a key goes there; PiError until the user agrees."""
+        with self.finding:
+            if not self.found:
+                urls = browse()
+                if len(urls) > 1:
+                    raise PiError(0, f"found {' and '.join(urls)}; the setting url chooses one")
+                self.found = urls[0] if urls else LOCAL
+                if urls and not has_key:
+                    self.client.show(3, f"completions come from {self.found}, which Avahi found")
+            url = self.found
+            if not has_key or url == LOCAL or self.agreed.get(url):
+                return url
+            if url not in self.agreed:
+                self.agreed[url] = False
+                message = f"Cerebrum: send the key to {url}, which Avahi found?"
+                question = {"type": 3, "message": message, "actions": [{"title": "Yes"}, {"title": "No"}]}
+                self.client.request("window/showMessageRequest", question, lambda chosen: self.agree(url, chosen))
+        raise PiError(BUSY[0], UNAGREED.format(url))
+
+    def agree(self, url: str, chosen: Any) -> None:
+        if get(chosen, "title", str, "") == "Yes":
+            self.agreed[url] = True
+        else:
+            self.client.show(2, UNAGREED.format(url))
 
     def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
-        url = urllib.parse.urlsplit(settings.url)
+        url = urllib.parse.urlsplit(settings.url or self.find(bool(settings.key)))
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
         headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
@@ -339,6 +385,7 @@ class Pi:
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
             if call.socket:  # a connection that never came about is news even if nobody waits for it any more
                 call.check()
+            self.found = ""
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
         finally:
@@ -724,7 +771,7 @@ class Server:
     """One editor's session: its beginning and end, its settings, and who handles which message."""
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
-        self.client, self.pi, self.faults = client, Pi(settings), faults
+        self.client, self.pi, self.faults = client, Pi(settings, client), faults
         self.documents, self.calls = Documents(), Calls(client)
         self.completions = Completions(client, self.documents, self.calls, self.pi)
         self.commands = Commands(client, self.documents, self.calls, self.pi)
@@ -840,8 +887,8 @@ A language server: code completions as ghost text from Cerebrum, for an editor t
   -h, --help
   --version
 
-CEREBRUM_URL is the address of the Raspberry Pi, and CEREBRUM_CM4_API_KEY its key, if it has one. Other settings are in
-~/.config/cerebrum/lsp.toml."""
+CEREBRUM_URL is the address of the Raspberry Pi, if Avahi does not find it, and CEREBRUM_CM4_API_KEY your key, if
+you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:

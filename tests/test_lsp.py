@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import random
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -563,7 +566,7 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
     job = cerebrum_lsp.Call(1)
     job.end()
     with pytest.raises(cerebrum_lsp.PiError, match="does not answer"):
-        cerebrum_lsp.Pi(settings).ask(job, "/infill", {})
+        cerebrum_lsp.Pi(settings, cerebrum_lsp.Client(BytesIO())).ask(job, "/infill", {})
 
 
 def test_a_busy_pi_is_no_news(editor: Editor, pi: Pi) -> None:
@@ -715,6 +718,104 @@ def test_a_projects_url_gets_no_key(pi: Pi, tmp_path: Path) -> None:
         editor.open("x = ")
         editor.ghost(0, 4)
         assert "Authorization" not in pi.asked.get(timeout=PATIENCE)[2]
+
+
+def announce(folder: Path, *addresses: str) -> str:
+    """A PATH with an avahi-browse that finds these."""
+    (folder / "bin").mkdir()
+    lines = ["+;eth0;IPv4;pi;_cerebrum._tcp;local", "=;eth0;IPv6;pi;_cerebrum._tcp;local;pi.local;fe80::1;7000;"]
+    lines += [f"=;eth0;IPv4;pi;_cerebrum._tcp;local;{one.replace(':', ';')};" for one in addresses]
+    tool = folder / "bin/avahi-browse"
+    tool.write_text("#!/bin/sh\ntest \"$*\" = '-prt _cerebrum._tcp' && cat <<'END'\n" + "\n".join([*lines, "END\n"]))
+    tool.chmod(0o755)
+    return f"{tool.parent}:/usr/bin:/bin"
+
+
+def test_a_pi_that_avahi_finds_is_asked(pi: Pi, tmp_path: Path) -> None:
+    address = pi.url.removeprefix("http://")
+    with editing(tmp_path, "", PATH=announce(tmp_path, f"pi:{address}", f"pi:{address}")) as editor:
+        editor.start()
+        editor.open("x = ")
+        number = editor.at(0, 4)
+        assert editor.next(shown)["params"] == {
+            "type": 3,
+            "message": f"Cerebrum: completions come from {pi.url}, which Avahi found",
+        }
+        assert editor.answer(number)["result"]["items"][0]["insertText"] == "a + b"
+        assert "Authorization" not in pi.asked.get(timeout=PATIENCE)[2]
+
+
+def test_a_pi_that_avahi_finds_gets_the_key_only_if_the_user_agrees(pi: Pi, tmp_path: Path) -> None:
+    """Unasked, refused and left without a choice, the Pi gets neither the key nor the text."""
+    path = announce(tmp_path, "pi:" + pi.url.removeprefix("http://"))
+    refusal = (
+        f"Cerebrum: the key is not sent to {pi.url}, which Avahi found; if that is your Pi, set url to this address"
+    )
+    for chosen in (None, {"title": "No"}, {"title": "Yes"}):
+        with editing(tmp_path, "", PATH=path, CEREBRUM_CM4_API_KEY="secret") as editor:
+            editor.start()
+            editor.open("x = ")
+            number = editor.at(0, 4)
+            question = editor.next(lambda message: message.get("method") == "window/showMessageRequest")
+            assert question["params"] == {
+                "type": 3,
+                "message": f"Cerebrum: send the key to {pi.url}, which Avahi found?",
+                "actions": [{"title": "Yes"}, {"title": "No"}],
+            }
+            assert editor.answer(number)["result"] == {"items": []}
+            editor.send({"jsonrpc": "2.0", "id": question["id"], "result": chosen})
+            if chosen != {"title": "Yes"}:
+                assert editor.next(shown)["params"] == {"type": 2, "message": refusal}
+                assert editor.ghost(0, 4) == ""  # and nothing is asked again
+                assert (editor.came.empty(), pi.asked.empty()) == (True, True)
+            else:
+                assert editor.ghost(0, 4) == "a + b"
+                assert pi.asked.get(timeout=PATIENCE)[2]["Authorization"] == "Bearer secret"
+
+
+def test_where_avahi_finds_no_pi_or_several(pi: Pi, tmp_path: Path) -> None:
+    """This machine is asked, or the user chooses. With a url of the settings nobody looks."""
+    found = ["pi:192.0.2.7:7000", "desk:192.0.2.8:7001"]
+    several = "Cerebrum: found http://192.0.2.7:7000 and http://192.0.2.8:7001; the setting url chooses one"
+    for name, addresses, url, said in [
+        ("none", [], "", None),
+        ("several", found, "", several),
+        ("set", found, pi.url, None),
+    ]:
+        (folder := tmp_path / name).mkdir()
+        here = f"cerebrum_lsp.LOCAL = {pi.url!r}"
+        with editing(folder, url, here, PATH=announce(folder, *addresses), CEREBRUM_CM4_API_KEY="k") as editor:
+            editor.start()
+            editor.open("x = ")
+            number = editor.at(0, 4)
+            if said:
+                assert editor.next(shown)["params"]["message"] == said
+            assert bool(editor.answer(number)["result"]["items"]) == (said is None)
+            assert editor.came.empty()
+
+
+def test_https(pi: Pi, tmp_path: Path) -> None:
+    """The Pi's certificate must be signed by somebody whom this machine trusts."""
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("needs openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=pi -keyout {key} -out {certificate}"
+    alternative = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([openssl, *make.split(), *alternative], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    pi.socket = context.wrap_socket(pi.socket, server_side=True)
+    url = pi.url.replace("http:", "https:")
+    with editing(tmp_path, url) as editor:
+        editor.start()
+        editor.open("x = ")
+        editor.at(0, 4)
+        assert "CERTIFICATE_VERIFY_FAILED" in editor.next(shown)["params"]["message"]
+    with editing(tmp_path, url, SSL_CERT_FILE=str(certificate), CEREBRUM_CM4_API_KEY="secret") as editor:
+        editor.start()
+        editor.open("x = ")
+        assert editor.ghost(0, 4) == "a + b"
+        assert pi.asked.get(timeout=PATIENCE)[2]["Authorization"] == "Bearer secret"
 
 
 def test_a_client_that_is_asked_for_its_settings(editor: Editor, pi: Pi) -> None:
