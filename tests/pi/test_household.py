@@ -17,6 +17,7 @@ from harness import KEY, Reply, daemon, run, run_to_the_end, until, wait_until
 from scripted import CHUNKED as HEAD
 from scripted import GOOD, HANG, Backend, Pi, chunk, in_a_thread, pi_for, token
 
+from cerebrum.check import has_health
 from cerebrum.settings import Client, ConfigError, Environment
 
 ANNA, BEN, TOM = "annas-key", "bens-key", "toms-key"
@@ -207,6 +208,7 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             assert curl(mine, pi.port, "/v1/complete", "--json", body)[1].count("UNAUTHORIZED") == 1
             assert curl("", pi.port, "/health", scheme="http")[0] in (52, 56)
             assert curl(other, pi.port, "/health")[0] == 60
+            assert has_health("127.0.0.1", pi.port, "vps_available")
             for name in ("crt", "key"):  # a renewed certificate, in the same files
                 os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")
             keys.write_text(f"ben {BEN}\n")
