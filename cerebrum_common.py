@@ -141,13 +141,15 @@ SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`, `address`
-    the client's address. `end(error)` cancels the handler from outside and answers with the error instead. `notes` are
-    added to the request's log line as `name=value`. `answered` is the count kept by `Server`."""
+    the client's address, `client` the name of its key or else its address. `end(error)` cancels the handler from
+    outside and answers with the error instead. `notes` are added to the request's log line as `name=value`. `answered`
+    is the count kept by `Server`."""
 
     head: Head
     body: bytes
     parameter: str = ""
     address: str = ""
+    client: str = ""
     end: Callable[[HttpError], None] = lambda _: None
     notes: dict[str, Any] = field(default_factory=dict)
     answered: Mapping[tuple[str, int], int] = field(default_factory=dict)

@@ -44,6 +44,7 @@ import functools
 import hashlib
 import math
 import re
+import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -66,7 +67,7 @@ from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
 from cerebrum.pi.upstream import BackendConfig, Loop, Pair
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
-from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
+from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
@@ -77,9 +78,35 @@ HERE = Path(__file__).resolve().parent
 HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
 
 
+class Tls:
+    """A certificate and its key in PEM files, for https. ConfigError if they cannot be used."""
+
+    def __init__(self, certificate: str, key: str) -> None:
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.files = certificate, key
+        self.load(self)
+
+    def load(self, new: Tls) -> None:
+        """Use another certificate from the next connection on."""
+        try:
+            self.context.load_cert_chain(*new.files, password=b"")  # never ask for one at the terminal
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ConfigError(
+                f"CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected PEM files that fit each other: {reason}"
+            ) from None
+
+
+def read_tls(environ: Environment) -> Tls | None:
+    certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
+    if bool(certificate) != bool(key):
+        raise ConfigError("CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both or neither, got one")
+    return Tls(certificate, key) if certificate else None
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The settings. Clients must send one of `client_keys`; without any, they need no key."""
+    """The settings. Clients must send one of `client_keys` or of `clients`; with neither, they need no key."""
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
@@ -87,15 +114,23 @@ class Config:
     host: str = "0.0.0.0"
     port: int = 7000
     client_keys: tuple[str, ...] = ()
+    clients: Mapping[str, Client] | None = None  # by their keys; None: no client has a name
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     log_level: str = "INFO"
     log_file: str = ""
     log_prompts: bool = False
+    tls: Tls | None = None
 
     @property
     def access(self) -> Access:
-        return Access(self.client_keys, own_names(self.hosts), self.origins)
+        named = None if self.clients is None else {key: client.name for key, client in self.clients.items()}
+        return Access(self.client_keys, own_names(self.hosts), self.origins, named)
+
+    @property
+    def names(self) -> dict[str, Client]:
+        """The clients by name."""
+        return {client.name: client for client in (self.clients or {}).values()}
 
 
 def load_config(environ: Environment) -> Config:
@@ -113,11 +148,13 @@ def load_config(environ: Environment) -> Config:
         host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         client_keys=environ.keys("CEREBRUM_CM4_API_KEY"),
+        clients=environ.clients("CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"),
         hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
         origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
         log_level=environ.log_level(),
         log_file=environ.text("CEREBRUM_LOG_FILE", str(logs / "cerebrum.log") if logs.is_dir() else ""),
         log_prompts=environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+        tls=read_tls(environ),
     )
 
 
@@ -157,10 +194,10 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
     return fields | {"mode": detect_mode(fields)}
 
 
-def session_of(address: str, session: str | None) -> str:
+def session_of(client: str, session: str | None) -> str:
     """A session name that is unique across clients, or "" without a session. Two clients may choose the same string,
     and a backend sees only the Pi's address."""
-    return hashlib.sha256(f"{address} {session}".encode()).hexdigest() if session else ""
+    return hashlib.sha256(f"{client} {session}".encode()).hexdigest() if session else ""
 
 
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[str, Any]:
@@ -191,7 +228,8 @@ class Gateway:
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.dispatcher = Dispatcher(self.fleet, lambda model, result: self.counting.work(model, result))
         self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning)
-        self.counting = Counting(self.broadcasts, config.models)
+        self.counting = Counting(self.broadcasts)
+        self.counting.configure(config.models, config.names)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self.page: Response | None = None  # everything else works without it
         try:
@@ -205,8 +243,13 @@ class Gateway:
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
         self.reconfigured += 1
-        self.counting.add_models(config.models)
+        self.counting.configure(config.models, config.names)
         self.dispatcher.reconfigured()
+
+    def who(self, request: Request) -> dict[str, Any]:
+        """The fields of a CompletionRequest that say who asks."""
+        named = self.config.names.get(request.client)
+        return {"client": request.client, "guest": named.places if named else 0}
 
     async def probe_forever(self) -> None:
         """Probe the backends. One may be back, so those that wait may get a place."""
@@ -303,8 +346,9 @@ def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> C
     """A request of our own API, for an answer in one piece or for a stream."""
     fields = read_completion(parse_json(request.body), gateway.config.models)
     fields, limit = (fields | {"progress": False}, MAX_COLLECTED_BYTES) if is_whole else (fields, math.inf)
-    session = session_of(request.address, fields["session"])
-    return Completion(CompletionRequest("", fields, session=session, limit=limit), request.end, request.notes)
+    session = session_of(request.client, fields["session"])
+    wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
+    return Completion(wanted, request.end, request.notes)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
@@ -361,7 +405,8 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
-    return Response(gateway.counting.accept(read_fields(parse_json(request.body), ACCEPTED)["characters"]))
+    characters = read_fields(parse_json(request.body), ACCEPTED)["characters"]
+    return Response(gateway.counting.accept(request.client, characters))
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -428,7 +473,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
     async def handle(gateway: Gateway, request: Request) -> Response:
         wanted = dialect.read(parse_json(request.body))
         fields = native_fields(wanted, gateway.config.models)
-        wanted = replace(wanted, fields=fields, client=request.address, limit=MAX_COLLECTED_BYTES)
+        wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
         editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
         pairs = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor).pairs()
         reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
@@ -501,6 +546,7 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
         "load_avg": [round(load, 2) for load in os.getloadavg()],
         "breaker": measured["backend"][first.id]["breaker"],
         "backends": [*measured["backend"].values()],
+        "clients": gateway.counting.people.describe(),
     }
 
 
@@ -552,6 +598,12 @@ METRICS = {
         Metric("cerebrum_draft_tokens_total", "Tokens that drafts proposed.", "draft_tokens"),
         Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.", "accepted_tokens"),
     ),
+    "client": (
+        Metric("cerebrum_client_completions_total", "Completions that ended, by the name of a key.", "completions"),
+        Metric("cerebrum_client_tokens_total", "Tokens of these completions.", "tokens"),
+        Metric("cerebrum_client_seconds_total", "Time in which these completions held a place.", "seconds"),
+        Metric("cerebrum_client_accepted_total", "Completions that its user accepted.", "accepted"),
+    ),
     "backend": (  # read from a backend's entry in /v1/stats
         Metric("cerebrum_backend_up", "Whether it is available.", lambda one: one["available"]),
         Metric("cerebrum_backend_places", "Completions that it takes at a time.", lambda one: one["max_concurrent"]),
@@ -574,7 +626,8 @@ def subjects(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
     active = Counter(attempt.backend for attempt in gateway.dispatcher.state.places if not attempt.request.ahead)
     backends = {backend.id: describe_backend(backend, active[backend.id]) for backend in gateway.fleet.backends}
-    return {"": {"": gateway}, "model": gateway.counting.tallies, "backend": backends}
+    counting = gateway.counting
+    return {"": {"": gateway}, "model": counting.tallies, "client": counting.people.total, "backend": backends}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -628,15 +681,17 @@ async def serve(environ: Environment, config: Config) -> int:
     def reload() -> None:
         new_environ = read_environment(os.environ, HERE)
         new = load_config(new_environ)
+        if config.tls and new.tls:
+            config.tls.load(new.tls)
         gateway.reconfigure(new)
-        server.access = new.access
+        server.use(new.access)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
         environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"))
 
     service = Service(reload, gateway.fleet.stuck)
     probing = asyncio.create_task(gateway.probe_forever())
-    await server.start(config.host, config.port)
+    await server.start(config.host, config.port, tls=config.tls.context if config.tls else None)
     log.info("listening on %s", server.url)
     failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)

@@ -163,6 +163,7 @@ FIELDS = {
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "special": Field(bool, default=False),  # the names of control tokens in `prompt` are these tokens
     "progress": Field(bool, default=False),
+    "priority": Field(str, default="normal", choices=("normal", "low")),  # low: its prompt is read in idle moments
     "session": Field(str, 1, 200),
 }
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str)}  # at the start of a file there is nothing before the cursor
@@ -440,6 +441,8 @@ class Engine:
             await asyncio.to_thread(worker.prepare, job)
             completion.worker = worker
             worker.submit(job)
+            for instance in self.pool.instances.values() if not job.low else ():
+                instance.worker.give_way()
         except HttpError as error:
             completion.events.put_nowait([error])
         except Exception as exception:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -130,8 +131,14 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
 
 
 def has_health(host: str, port: int, member: str) -> bool:
-    """Whether the answer to GET /health at an address of this machine has this member."""
-    connection = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
+    """Whether the answer to GET /health at an address of this machine has this member, with TLS or without."""
+    unchecked = ssl._create_unverified_context()  # this machine's own certificate names another host
+    plain = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
+    secure = http.client.HTTPSConnection(host, port, timeout=ASK_SECONDS, context=unchecked)
+    return any(_answers(connection, member) for connection in (plain, secure))
+
+
+def _answers(connection: http.client.HTTPConnection, member: str) -> bool:
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health", headers={"Host": "localhost"})
         return f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES)
@@ -147,6 +154,7 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
     if found := read_settings(report, folder, load):
         environ, config = found
         check_key(report, environ, "CEREBRUM_CM4_API_KEY")
+        check_clients(report, config)
         needed = {one.key_env or "key_env" for one in config.backends if one.key_env or one.api == "cerebrum"}
         for name in sorted(needed):
             check_key(report, environ, name, SET_KEY)
@@ -156,6 +164,14 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
         report.add("warn" if wanted else "ok", "memory", f"{available:,} MB are available{wanted}")
         check_backends(report, config, make)
     return report.status
+
+
+def check_clients(report: Report, config: Any) -> None:
+    """Check who else can see the clients' keys."""
+    if config.clients is not None:
+        report.add("ok", "key", f"{len(config.clients)} clients have names: {', '.join(config.names) or 'none yet'}")
+    if (config.client_keys or config.clients) and not config.tls:
+        report.add("warn", "key", "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them")
 
 
 def check_backends(report: Report, config: Any, make: Make) -> None:

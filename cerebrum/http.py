@@ -12,7 +12,7 @@ Strategy
   client can always tell a finished stream from a broken one.
 
 The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A connection beyond the
-limit takes the place of an older one that waits for its client. No TLS, no HTTP/2; standard library only.
+limit takes the place of an older one that waits for its client. No HTTP/2; standard library only.
 Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
@@ -27,6 +27,7 @@ import json
 import logging
 import re
 import socket
+import ssl
 import sys
 import time
 import uuid
@@ -328,15 +329,17 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of one of `keys` (none: anyone), who call us by an IP address or one of `hosts`, and in
-    a browser come from one of `origins`."""
+    """Who may ask: the holders of one of `keys` or of `named` (neither: anyone), who call us by an IP address or one of
+    `hosts`, and in a browser come from one of `origins`."""
 
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
+    named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
 
-    def check(self, head: Head, public: bool) -> None:
-        """HttpError 421, 403 or 401 if this request may not be answered. Keys are compared in constant time."""
+    def check(self, head: Head, public: bool) -> str:
+        """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be answered. Keys are
+        compared in constant time."""
         # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
         # where a short LAN name is harmless: nobody can register a short name.
         for host in (head.host, head.authority if "." in head.authority else ""):
@@ -346,18 +349,21 @@ class Access:
         if "origin" in head.headers and not self.allows_origin(head):
             got = describe(head.headers["origin"])
             raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
-        if public or not self.keys or head.is_preflight:
-            return
+        keys, named = self.keys, self.named or {}
+        if public or head.is_preflight or not (keys or self.named is not None):
+            return ""
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
-        if not any(hmac.compare_digest(given.encode("latin-1"), key.encode("utf-8")) for key in self.keys):
+        data = given.encode("latin-1")
+        if not (found := [key for key in (*keys, *named) if hmac.compare_digest(data, key.encode("utf-8"))]):
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
+        return named.get(found[0], "")
 
     def allows_origin(self, head: Head) -> bool:
-        origin = head.headers.get("origin", "").lower()
-        return origin in self.origins or origin == f"http://{head.headers.get('host', '').lower()}"
+        origin, host = head.headers.get("origin", "").lower(), head.headers.get("host", "").lower()
+        return origin in self.origins or origin in (f"http://{host}", f"https://{host}")
 
 
 def is_ip_literal(host: str) -> bool:
@@ -476,10 +482,14 @@ class Connection:
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(high=0)
             await self.drain()
-            self.writer.write_eof()
             async with asyncio.timeout(LINGER_SECONDS):
-                while await self.reader.read(READ_BYTES):
-                    pass
+                if self.writer.can_write_eof():
+                    self.writer.write_eof()
+                    while await self.reader.read(READ_BYTES):
+                        pass
+                else:  # TLS says good-bye, and has no half-close
+                    self.writer.close()
+                    await self.writer.wait_closed()
 
 
 class Exchange:
@@ -489,6 +499,7 @@ class Exchange:
         self.connection, self.server = connection, server
         self.head: Head | None = None  # None: not read yet, or malformed
         self.keep = False
+        self.client = ""  # the name of the client's key
         self.route: Route | None = None  # some route of the requested path; None until matched
         self.frame: Callable[[bytes], bytes] | None = None  # encodes an event for sending; None until a stream begins
         self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
@@ -594,12 +605,17 @@ class Server:
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
 
-    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
+    async def start(
+        self, host: str, port: int, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
+    ) -> int:
         """Listen on `sockets`, or on the address if there are none; ListenError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
+        more: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HEAD_SECONDS} if tls else {}
         try:
             for place in places:
-                listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
+                listener = await asyncio.start_server(
+                    self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place, **more
+                )
                 self._listeners.append(listener)
         except OSError as error:
             raise ListenError(error.errno, error.strerror) from None
@@ -618,8 +634,19 @@ class Server:
                 twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
         bound, port = listening[0].getsockname()[:2]
         host = bound if sockets else host
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         return int(port)
+
+    def use(self, access: Access) -> None:
+        """Apply new access. The running requests of a client whose key is no longer valid end."""
+        self.access = access
+        for connection in self.connections.values():
+            exchange = connection.exchange
+            if exchange and exchange.head and exchange.client:
+                try:
+                    access.check(exchange.head, public=False)
+                except HttpError as error:
+                    exchange.end(error)
 
     async def stop(self, grace: float) -> None:
         """Stop listening, and let running answers end within `grace` seconds. Requests on kept connections get
@@ -718,7 +745,8 @@ class Server:
         try:
             await (connection.read_body(head, hold) if route.json else connection.read_body(head))
             whole, notes, answered = body.getvalue(), exchange.notes, self.answered
-            request = Request(head, whole, parameter, connection.address, exchange.end, notes, answered)
+            client = exchange.client or connection.address
+            request = Request(head, whole, parameter, connection.address, client, exchange.end, notes, answered)
             await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
             self.body_bytes -= body.tell()
@@ -728,7 +756,8 @@ class Server:
         methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
         public = head.path == "*" or any(route.open for route in methods.values())
-        self.access.check(head, public)
+        if client := self.access.check(head, public):
+            exchange.client = exchange.notes["client"] = client
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
         if head.method == "OPTIONS":

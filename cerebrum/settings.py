@@ -38,6 +38,16 @@ class ConfigError(ValueError):
 
 KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for space and comma; a header can carry the key as it is
 MAX_KEYS = 2  # a forgotten old key should not stay valid
+CLIENT = re.compile(rf"([A-Za-z0-9._-]{{1,32}}) ({KEY.pattern})(?: ([0-9]{{1,2}}))?")
+MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A person with a key. A guest (`places` above 0) has so many places at most, and only what the others leave."""
+
+    name: str
+    places: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,36 @@ class Environment:
         if len(keys) > MAX_KEYS:
             raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
         return keys
+
+    def clients(self, name: str, default: Path) -> dict[str, Client] | None:
+        """The named clients, by their keys, in the file that this variable names or in the default one; None if there
+        is no such file."""
+        path = Path(self.text(name, str(default))).expanduser()
+        try:
+            lines = path.read_text("utf-8").split("\n")
+            if path.stat().st_mode & 0o077:
+                log.warning("%s: expected mode 600: others can read the keys", path)
+        except FileNotFoundError:
+            if self.text(name):
+                raise ConfigError(f"{name}: expected a file, got none at {path}") from None
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: {path}: {getattr(error, 'strerror', 'expected UTF-8')}") from None
+        found = dict[str, Client]()
+        for number, line in enumerate(lines, 1):
+            if not (words := line.split()) or words[0].startswith("#"):
+                continue
+            match = CLIENT.fullmatch(" ".join(words))
+            if not match or int(match[3] or 1) not in range(
+                1, MAX_CLIENT_PLACES + 1
+            ):  # never show the line: it has a key
+                raise ConfigError(f"{name}: {path}: line {number}: expected NAME KEY [PLACES], got something else")
+            if match[2] in found or any(match[1] == one.name for one in found.values()):
+                raise ConfigError(f"{name}: {path}: line {number}: expected each name and each key once")
+            found[match[2]] = Client(match[1], int(match[3] or 0))
+        if len(found) > MAX_CLIENTS:
+            raise ConfigError(f"{name}: {path}: expected at most {MAX_CLIENTS} names, got {len(found)}")
+        return found
 
     def key(self, name: str) -> str:
         """The key to send: the new one of two, "" if there is none."""

@@ -293,7 +293,7 @@ def program(name: str, command: list[str], folder: Path, environment: Mapping[st
         )
     started = Daemon(name, process, folder)
     try:
-        started.port = int(started.wait_for_line(r"listening on http://[^ ]*:(\d+)$")[1])
+        started.port = int(started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")[1])
         started.start_seconds = time.perf_counter() - began
         yield started
         process.terminate()

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from harness import KEY, PATIENCE, ROOT, Client, until
 
-from cerebrum.http import Access, Server, own_names
+from cerebrum.http import Server
 from cerebrum.pi.breaker import FAILURES_TO_OPEN, OPEN_SECONDS, Breaker
 from cerebrum.pi.completion import Attempt
 from cerebrum.pi.upstream import BackendConfig, parse_url
@@ -286,7 +286,7 @@ async def pi_for(
     ]
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
-    server = Server(gateway, ROUTES, Access(gateway.config.client_keys, own_names(), frozenset()))
+    server = Server(gateway, ROUTES, gateway.config.access)
     task = asyncio.create_task(gateway.probe_forever()) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:

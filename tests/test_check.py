@@ -42,6 +42,7 @@ ENV = ROOT / ".env"
 # Findings as `assert_found` expects them.
 VALID = f"ok settings {ENV} models.toml"
 CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
+IN_CLEAR = "warn key LAN CEREBRUM_CM4_TLS_CERT"
 NEEDS = "memory tiny 274 CEREBRUM_MIN_FREE_MB"
 
 
@@ -111,7 +112,9 @@ def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
         environment = given(tmp_path, **own, CEREBRUM_CM4_PORT=str(pi.port), CEREBRUM_MIN_FREE_MB="0")
         before = sorted(tmp_path.rglob("*"))
         address, backend = f"ok address 127.0.0.1 {pi.port}", "ok backend vps ms"
-        assert_found(check("cm4d"), VALID, CM4_KEY, OUR_KEY, address, "ok memory MB", backend, "ok models tiny")
+        assert_found(
+            check("cm4d"), VALID, CM4_KEY, IN_CLEAR, OUR_KEY, address, "ok memory MB", backend, "ok models tiny"
+        )
         address, state = f"ok address 127.0.0.1 {vps.port}", f"ok state {tmp_path}/state"
         assert_found(check("vpsd"), VALID, OUR_KEY, address, state, "ok models tiny MB", f"ok {NEEDS}")
         assert sorted(tmp_path.rglob("*")) == before, "a check changes nothing"
@@ -121,9 +124,12 @@ def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
 FAULTS = [
     ("cm4d", "API_KEY", "another-key-of-the-tests",
      ["FAIL backend vps 127.0.0.1:{port} CEREBRUM_API_KEY generate_api_key.sh"]),
-    ("cm4d", "API_KEY", "", [CM4_KEY, "FAIL key CEREBRUM_API_KEY generate_api_key.sh"]),
+    ("cm4d", "API_KEY", "", [CM4_KEY, IN_CLEAR, "FAIL key CEREBRUM_API_KEY generate_api_key.sh"]),
     ("cm4d", "CM4_API_KEY", "", [CM4_KEY, OUR_KEY]),
-    ("cm4d", "CM4_API_KEY", "0123456789abcde", ["warn key CEREBRUM_CM4_API_KEY generate_api_key.sh", OUR_KEY]),
+    ("cm4d", "CM4_API_KEY", "0123456789abcde",
+     ["warn key CEREBRUM_CM4_API_KEY generate_api_key.sh", IN_CLEAR, OUR_KEY]),
+    ("cm4d", "CM4_KEYS_FILE", "{house}", [CM4_KEY, "ok key 1 anna", IN_CLEAR, OUR_KEY]),
+    ("cm4d", "CM4_KEYS_FILE", "/none", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE /none {ENV} models.toml"]),
     ("cm4d", "CM4_PORT", "0", ["ok address 127.0.0.1 0"]),
     ("cm4d", "CM4_PORT", "{port}", ["FAIL address 127.0.0.1 {port} ss"]),
     ("cm4d", "CM4_HOST", "192.0.2.1", ["FAIL address 192.0.2.1 CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"]),
@@ -144,7 +150,8 @@ FAULTS = [
 def test_a_fault(
     vps: Daemon, tmp_path: Path, check: Check, daemon: str, name: str, value: str, found: list[str]
 ) -> None:
-    value, *found = (text.replace("{port}", str(vps.port)) for text in (value, *found))
+    (house := tmp_path / "house").write_text("anna annas-key\n")
+    value, *found = (text.format(port=vps.port, house=house) for text in (value, *found))
     own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", f"CEREBRUM_{name}": value}
     assert_found(check(daemon, given(tmp_path, **own), found[0].split()[1]), *found)
 

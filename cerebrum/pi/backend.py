@@ -125,6 +125,8 @@ class Prompts:
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if request.session:
             passed["session"] = request.session
+        if request.guest:
+            passed["priority"] = "low"
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
         return Fitted({**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS)

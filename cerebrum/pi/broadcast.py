@@ -130,7 +130,8 @@ def place_in(broadcast: Broadcast, request: CompletionRequest, digest: bytes, is
     running = broadcast.completion
     if running:
         is_sample = request.fields["temperature"] > 0 and request.fields["seed"] is None  # samples must differ
-        if running.request.fields == request.fields and not is_sample:
+        same_rank = bool(running.request.guest) == bool(request.guest)
+        if running.request.fields == request.fields and same_rank and not is_sample:
             return 0
         is_reader = is_reader and request.kind == "infill"
     if not is_reader or not predicts(request) or broadcast.alike != digest:
@@ -232,7 +233,7 @@ class Broadcasts:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
         request, completion = subscriber.request, subscriber.completion
         self.subscribers.append(subscriber)
-        if request.kind == "infill":
+        if request.kind == "infill" and not request.guest:
             self._dispatcher.saw_editor(request.client)
         own = Broadcast(alike(request.fields), request.fields["prompt"], completion=completion)
         if request.fields["max_tokens"] == 0:

@@ -50,6 +50,7 @@ class Attempt:
     last: float = 0.0  # when the backend reported the answer as complete
     reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED
     error: HttpError | None = None
+    begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -39,21 +41,61 @@ class History:
         return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
 
 
+@dataclass(slots=True)
+class Usage:
+    """What one client has used."""
+
+    completions: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # that its completions held a place
+    accepted: int = 0  # completions
+
+
+class People:
+    """What each named client has used, since the start and today, by this machine's clock."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Usage] = {}
+        self._today: dict[str, Usage] = {}
+        self._day = date.today()
+
+    def configure(self, names: Collection[str]) -> None:
+        self.total = {name: self.total.get(name, Usage()) for name in names}
+
+    def add(self, name: str, used: Usage) -> None:
+        """Count what a client has used, if it has a name."""
+        for table in (self.total, self._of_today()) if name in self.total else ():
+            old = table.setdefault(name, Usage())
+            table[name] = Usage(*(a + b for a, b in zip(astuple(old), astuple(used), strict=True)))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The member `clients` of /v1/stats."""
+        today = self._of_today()
+        days = {name: asdict(today.get(name, Usage())) for name in self.total}
+        return [{"name": name, **asdict(used), "today": days[name]} for name, used in self.total.items()]
+
+    def _of_today(self) -> dict[str, Usage]:
+        if self._day != date.today():
+            self._day, self._today = date.today(), {}
+        return self._today
+
+
 class Counting:
     """Owns the totals of completions. `broadcasts` counts those that it serves without a backend."""
 
-    def __init__(self, broadcasts: Broadcasts, models: Sequence[Model]) -> None:
+    def __init__(self, broadcasts: Broadcasts) -> None:
         self._broadcasts = broadcasts
         self.started = self.failed = 0  # completions that were computed, and those that failed
         self.accepted = self.accepted_characters = 0  # completions that editors' users accepted, and their length
         self.tallies: dict[str, Tally] = {}  # by model
         self.running: set[Completion] = set()
         self.history = History(time.monotonic())
-        self.add_models(models)
+        self.people = People()
 
-    def add_models(self, models: Sequence[Model]) -> None:
-        """Count for these models too, from now on."""
+    def configure(self, models: Sequence[Model], names: Collection[str]) -> None:
+        """Count for these models too, from now on, and for the clients of these names alone."""
         self.tallies = {model.id: Tally() for model in models} | self.tallies
+        self.people.configure(names)
 
     @property
     def requests(self) -> int:
@@ -66,8 +108,9 @@ class Counting:
         running = sum(one.attempts[-1].tokens for one in self.running if one.attempts)
         return running + sum(tally.tokens for tally in self.tallies.values())
 
-    def accept(self, characters: int) -> dict[str, int]:
-        """Count an accepted completion, and return the totals."""
+    def accept(self, client: str, characters: int) -> dict[str, int]:
+        """Count a completion that a client accepted, and return the totals."""
+        self.people.add(client, Usage(accepted=1))
         self.accepted += 1
         self.accepted_characters += characters
         return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
@@ -91,6 +134,9 @@ class Counting:
         finally:
             self.running.discard(completion)
             completion.notes |= completion.figures()
+            tokens = sum(attempt.tokens for attempt in completion.attempts)
+            seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
+            self.people.add(completion.client, Usage(1, tokens, round(seconds, 3)))
             tally, last = self.tallies.setdefault(completion.model or "none", Tally()), completion.attempt
             tally.end((last and last.reason) or reason)
             if last and last.first:

@@ -84,16 +84,18 @@ class CompletionRequest:
     usage: bool = False  # the stream ends with token counts
     caching: bool = False  # the client accepts the text of an earlier completion
     only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
-    client: str = ""  # the client's address, for a dialect's request
+    client: str = ""  # the name of the client's key, or else its address
+    guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
     session: str = ""  # unique across clients; "" without one
     limit: float = math.inf  # bytes of text events that the client can take
     ahead: bool = False  # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
 
     @property
     def file(self) -> str:
-        """A name for the session, or else for the client and its file. The backend that last served it probably has the
-        beginning of the prompt in its cache."""
-        return self.session or f"{self.client} {self.fields.get('filename') or ''}".lstrip()
+        """A name for the session, or else for the file, in a dialect together with its client. The backend that last
+        served it probably has the beginning of the prompt in its cache."""
+        filename = self.fields.get("filename") or ""
+        return self.session or (f"{self.client} {filename}" if self.kind else filename)
 
 
 LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs

@@ -37,7 +37,9 @@ class State:
     fleet: Fleet
     places: dict[Attempt, Backend] = field(default_factory=dict)  # maybe at a backend that has left models.toml
     line: dict[Completion, asyncio.Future[Attempt]] = field(default_factory=dict)  # in order of arrival
-    editors: dict[str, float] = field(default_factory=dict)  # the time of each client's last infill
+    editors: dict[str, float] = field(default_factory=dict)  # the time of each client's last infill, but for guests
+    turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
+    regular: float = -math.inf  # when a client that is no guest last got a place
     served: dict[str, Backend] = field(default_factory=dict)  # the last backend of each `CompletionRequest.file`
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
@@ -103,12 +105,13 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     # 5. Is a place free, and may this client take it? It ends the older requests of its session.
     #    Reading ahead takes no place.
     free = [one for one in usable if request.ahead or places_taken(state, one, request.session) < one.limit]
-    chosen = choose(state, request, options, free) if request.ahead or is_fair(state, completion, usable, now) else None
+    may_take = request.ahead or (is_fair(state, completion, usable, now) and is_left(state, completion, usable, now))
+    chosen = choose(state, request, options, free) if may_take else None
     # 6. A prompt is read where its next request will go, once that backend has nothing else to do.
     if chosen and (not request.ahead or is_idle(state, chosen.backend)):
         return chosen
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
-    return Wait(until) if may_wait else Refuse(completion.failure or all_taken(state))
+    return Wait(until) if may_wait else Refuse(completion.failure or all_taken(state, request.guest))
 
 
 def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
@@ -165,9 +168,31 @@ def is_fair(state: State, completion: Completion, usable: Sequence[Backend], now
     return len(alike) < max(1, sum(backend.limit for backend in usable) - 1)
 
 
-def all_taken(state: State) -> HttpError:
+def is_left(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
+    """Whether the others leave a place to a guest: nobody else waits, and after a recent completion of somebody else,
+    guests together leave one place. A guest has no more than its own number of places."""
+    request = completion.request
+    if not request.guest:
+        return True
+    guests = [one for one in state.running(state.fleet.backends) if one.request.guest]
+    own = sum(one.completion.client == completion.client for one in guests)
+    spared = now - state.regular < EDITOR_SECONDS
+    most = max(1, sum(backend.limit for backend in usable) - spared)
+    return own < request.guest and len(guests) < most and all(other.request.guest for other in state.line)
+
+
+def whose_turn(state: State, running: Mapping[str, int], completion: Completion) -> tuple[bool, int, float, bool]:
+    """The lower, the sooner a completion that waits gets a place: guests come last; then people take turns, those with
+    the fewest places first, then those whose last turn is the longest ago; of one person's, infills come first."""
+    request, client = completion.request, completion.client
+    return request.guest > 0, running[client], state.turns.get(client, -math.inf), request.kind != "infill"
+
+
+def all_taken(state: State, guest: int) -> HttpError:
     there = [backend for backend in state.fleet.backends if backend.available] or state.fleet.backends
     limit = sum(backend.limit for backend in there)
+    if guest:
+        return HttpError("RATE_LIMIT", f"expected at most {guest} completions at a time, and a place that others leave")
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
     return HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
 
@@ -184,8 +209,16 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
 
 # -------------------------------------------------------------------------------------------- the dispatcher
 
-MAX_SERVED = 512  # sessions and files, each with the backend that served it last
+MAX_SERVED = 512  # sessions and files with the backend that served them last, and clients with their last turn
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
+
+
+def remember(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set the newest of at most MAX_SERVED entries."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > MAX_SERVED:
+        del table[next(iter(table))]
 
 
 class Dispatcher:
@@ -269,13 +302,15 @@ class Dispatcher:
             self.state.line.pop(completion, None)
 
     def advance(self) -> None:
-        """Give free places to those that wait: clients with the fewest running completions first, then in order of
-        arrival. If nobody waits, idle backends read ahead."""
-        state = self.state
-        clients = Counter(attempt.completion.client for attempt in state.running([*state.places.values()]))
-        for completion in sorted(state.line, key=lambda one: clients[one.client]):
+        """Give free places to those that wait, in turns. If nobody waits, idle backends read ahead."""
+        state, waiting = self.state, [*self.state.line]
+        running = Counter(attempt.completion.client for attempt in state.running([*state.places.values()]))
+        while waiting:
+            completion = min(waiting, key=functools.partial(whose_turn, state, running))
+            waiting.remove(completion)
             match decide(state, completion, time.monotonic()):
                 case Assign(model, backend):
+                    running[completion.client] += 1
                     state.line.pop(completion).set_result(self._assign(completion, model, backend))
                 case Refuse(error):
                     state.line.pop(completion).set_exception(error)
@@ -296,14 +331,15 @@ class Dispatcher:
         for older in completion.attempts:
             if older.backend == backend.id and older.error and older.error.code in WITHOUT_MODEL:
                 backend.forget(older.model)
-        attempt = Attempt(completion, backend.id, model, backend.breaker.admit(time.monotonic()))
+        now = time.monotonic()
+        attempt = Attempt(completion, backend.id, model, backend.breaker.admit(now))
         completion.attempts.append(attempt)
         state.places[attempt] = backend
+        if not completion.request.ahead:
+            remember(state.turns, completion.client, now)
+            state.regular = state.regular if completion.request.guest else now
         if file:
-            state.served.pop(file, None)
-            state.served[file] = backend
-            if len(state.served) > MAX_SERVED:
-                del state.served[next(iter(state.served))]
+            remember(state.served, file, backend)
         return attempt
 
     def _supersede(self, attempt: Attempt) -> None:

@@ -127,15 +127,16 @@ class Sequences:
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide
 
-    def is_coming(self, prompt: list[int]) -> bool:
-        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now."""
+    def is_coming(self, prompt: list[int], low: bool = False) -> bool:
+        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now. One
+        of low priority may take long, and only another of low priority waits for it."""
         if self.model.recurrent:
             return False  # a state cannot be shared
         have = max(self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots))
         return any(
             min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
             for run in (slot.run for slot in self.slots)
-            if run and run.prefilling
+            if run and run.prefilling and (low or not run.job.low)
         )
 
     def keep(self, slot: Slot) -> None:

@@ -51,6 +51,7 @@ class CompletionRequest:
     heal: bool = False
     special: bool = False  # the names of control tokens in the prompt are these tokens
     progress: bool = False
+    priority: str = "normal"  # or low: the prompt is read while no other request needs the CPU
 
 
 def begun_answer(messages: Sequence[tuple[str, str]]) -> str:

@@ -65,6 +65,7 @@ from cerebrum_common import HttpError, log, request_id_var
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
+GIVE_WAY_SECONDS = 0.05  # before a prompt of low priority asks again whether another model still works
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 
@@ -83,6 +84,7 @@ class Job:
         unread: Callable[[], int] = lambda: 0,
     ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
+        self.low = request.priority == "low"
         self.prompt: list[int] = []
         self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
@@ -227,14 +229,18 @@ class Decoder:
             # A later prompt has this one's beginning, or all of it; its last token may be another one.
             slot.run.marks = [mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX]
 
-    def turn(self, runs: list[Run]) -> None:
-        """Collect the next work of every run, and decode the works in the cheapest grouping."""
+    def turn(self, runs: list[Run]) -> bool:
+        """Collect the next work of every run, and decode the works in the cheapest grouping. False if there is none:
+        prompts of low priority are read only while no other request needs the CPU."""
+        is_busy = not all(run.job.low for run in runs) or self.baton.fastest_other(self) < math.inf
+        runs = [run for run in runs if not (is_busy and run.job.low and run.prefilling)]
         works: list[Work] = []
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
         for group in group_by_cost([len(work.tokens) for work in works], self.costs):
             self._step([works[i] for i in group])
+        return bool(runs)
 
     def next_work(self, run: Run, runs: list[Run]) -> Work:
         prompt, slot = run.prompt, run.slot
@@ -561,6 +567,14 @@ class Worker(threading.Thread):
         if (decoder := self.decoder) and (running := decoder.running) and all(run.job.cancelled for run in running):
             decoder.model.abort()
 
+    def give_way(self) -> None:
+        """Abort a running decode that only reads prompts of low priority: another request has come. What has been read
+        stays, but for a recurrent model, which would have to begin again."""
+        decoder = self.decoder
+        running = decoder.running if decoder and not decoder.model.recurrent else []
+        if decoder and running and all(run.job.low and run.prefilling for run in running):
+            decoder.model.abort()
+
     def shed(self, size: int) -> Future[None]:
         """Drop the least recently used parked sequences, of `size` bytes or more, or all. The future is set after that,
         but never if the thread ends before."""
@@ -619,11 +633,11 @@ class Worker(threading.Thread):
                 continue  # more jobs may have come while a sequence was parked, which takes milliseconds
             # Without those whose clients do not keep up.
             runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
-            self.baton.note(decoder, decoder.costs(1) if runs else None)
-            if runs:
-                decoder.turn(runs)
-            else:
+            self.baton.note(decoder, decoder.costs(1) if not all(run.job.low for run in runs) else None)
+            if not runs:
                 self._rest(decoder.sequences)
+            elif not decoder.turn(runs):
+                self._alarm.wait(GIVE_WAY_SECONDS)
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
@@ -695,7 +709,7 @@ class Worker(threading.Thread):
                 decoder.release(slot.run, CANCELLED)
         for job in list(self.waiting):
             free = [slot for slot in self.slots if not slot.run]
-            if not job.cancelled and (not free or decoder.sequences.is_coming(job.prompt)):
+            if not job.cancelled and (not free or decoder.sequences.is_coming(job.prompt, job.low)):
                 continue
             self.waiting.remove(job)
             if job.cancelled:

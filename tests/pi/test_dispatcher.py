@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +15,16 @@ from scripted import backend_at
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, MAX_BUSY_SECONDS, Assign, State, Wait, decide
+from cerebrum.pi.dispatcher import (
+    BUSY_SECONDS,
+    EDITOR_SECONDS,
+    MAX_BUSY_SECONDS,
+    Assign,
+    State,
+    Wait,
+    decide,
+    whose_turn,
+)
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
@@ -56,6 +68,8 @@ def decided(
     in_line: bool = False,
     now: float = NOW,
     ahead: bool = False,
+    guest: int = 0,
+    regular: float = math.inf,  # seconds since somebody else got a place
 ) -> str:
     """`model@backend`, `wait SECONDS`, or the code of a refusal."""
     fleet = Fleet()
@@ -64,24 +78,26 @@ def decided(
     for id, models in backends.items():
         known[id].models = {model: {} for model in models.split()}
         known[id].breaker = breaker(health.get(id, CLOSED))
-    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()})
+    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()}, regular=NOW - regular)
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
         other = Completion(
-            CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, ahead=kind == "ahead")
+            CompletionRequest(
+                other_kind.strip("-"), {}, client=client, session=client, ahead=kind == "ahead", guest=client in GUESTS
+            )
         )
         attempt = Attempt(other, id, "big", known[id].breaker.admit(NOW))
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
     fields = {"language": language, "mode": "complete", "model": model, "filename": "f.py"}
-    completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead))
+    completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead, guest=guest))
     completion.requested = asked
     for id, name, error in attempts:
         completion.attempts.append(Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW))
     if served:
         state.served[completion.request.file] = known[served]
     if in_line:
-        state.line[Completion(completion.request)] = asyncio.Future(loop=asyncio.new_event_loop())
+        state.line[Completion(replace(completion.request, guest=0))] = asyncio.Future(loop=asyncio.new_event_loop())
     decision = decide(state, completion, now)
     if isinstance(decision, Assign):
         return f"{decision.model}@{decision.backend.id}"
@@ -93,6 +109,8 @@ TWO = ["a -", "a -"]
 FULL = [*TWO, "b -", "b -"]
 ALONE = {"kind": "infill", "backends": {"a": "big"}}
 PATIENCE = WAIT_SECONDS["infill"]
+GUESTS = ("me", "tom")  # where `guest` is given
+GUEST = {"kind": "infill", "guest": 3}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,28 @@ PATIENCE = WAIT_SECONDS["infill"]
         ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
+        # A guest has so many places, and only what the others leave: nobody else waits, and one place stays free.
+        (GUEST, "big@a"),
+        (GUEST | {"guest": 1, "running": ["a - me"]}, "wait 3.0"),
+        (GUEST | {"guest": 1, "running": ["a - tom"]}, "big@b"),
+        ({"guest": 1, "running": ["a - me"]}, "RATE_LIMIT"),
+        (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": EDITOR_SECONDS}, "big@b"),
+        (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": 5}, "wait 3.0"),
+        (GUEST | {"running": ["a - me", "a - tom", "b - you"], "regular": 5}, "big@b"),
+        (GUEST | {"in_line": True}, "wait 3.0"),
+        ({"kind": "infill", "running": ["a - me", "a - tom", "b - me"], "in_line": True}, "big@b"),
     ],
 )  # fmt: skip
 def test_decide(case: dict[str, Any], expected: str) -> None:
     assert decided(**case) == expected
+
+
+def test_people_take_turns() -> None:
+    """Those who wait, in the order in which they would get places: name, kind, places held, seconds since a turn."""
+    state, held = State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9}), {"dora": 1}
+    line = [("tom", "infill"), ("dora", "infill"), ("anna", "chat"), ("anna", "infill"), ("ben", "chat"), ("cora", "")]
+    waiting = [Completion(CompletionRequest(kind, {}, client=name, guest=name == "tom")) for name, kind in line]
+    waiting.sort(key=lambda one: whose_turn(state, Counter(held), one))
+    assert [f"{one.client} {one.request.kind}".strip() for one in waiting] == [
+        "cora", "ben chat", "anna infill", "anna chat", "dora infill", "tom infill",
+    ]  # fmt: skip

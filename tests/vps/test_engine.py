@@ -1112,6 +1112,43 @@ def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.W
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
 
 
+def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker: vps_worker.Worker) -> None:
+    model: Any = worker.model
+    model.hold, model.abort, sizes, aborted = threading.Event(), lambda: aborted.append(1), [], []
+    real = model.decode
+    model.decode = lambda parts: (sizes.append([len(tokens) for _, tokens, _ in parts]), real(parts))[1]
+    low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
+    assert model.decoding.wait(PATIENCE)
+    normal = ask(worker, "x", max_tokens=3)
+    worker.give_way()
+    assert aborted
+    model.hold.set()
+    assert [normal.outcome()[0], low.outcome()[0]] == ["yza", "m"]
+    assert sizes == [[512], [1], [1], [1], [512], [76]]
+    model.hold.clear()
+    model.decoding.clear()
+    ask(worker, "x", max_tokens=1)
+    assert model.decoding.wait(PATIENCE)
+    worker.give_way()  # no decode of normal priority is aborted
+    assert len(aborted) == 1
+    model.hold.set()
+
+
+def test_a_prompt_of_low_priority_waits_for_another_model(worker: vps_worker.Worker) -> None:
+    job = Ask("x" * 400, priority="low").job
+    worker.prepare(job)
+    decoder, slot = worker.decoder, worker.slots[0]
+    assert decoder
+    slot.run = run = Run(job, slot, 0, [])
+    other: Any = object()
+    worker.baton.note(other, 0.01)
+    assert not decoder.turn([run])
+    worker.baton.note(other, None)
+    assert decoder.turn([run])
+    assert len(slot.tokens) == 400
+    decoder.fail(run, HttpError("SHUTTING_DOWN", ""))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES["qwen_0_5b"].exists(), reason="the 0.5B is missing: python3 vpsd.py fetch")
 def test_the_script_in_the_docstring_completes_code(capsys: pytest.CaptureFixture[str]) -> None:
