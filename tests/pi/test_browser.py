@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 from harness import FILES, KEY, PATIENCE, ROOT, daemon, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
+from test_page import settings_for_editors
 from test_peers import needs
 
-from cerebrum.settings import load_catalog
+from cerebrum.settings import Client, load_catalog
 
 pytestmark = pytest.mark.clients
 
@@ -996,6 +997,7 @@ async def test_an_accessibility_checker_finds_nothing(
         await visit.find("#key").fill(KEY)
         await visit.press("Enter")
         await expect(visit.find("#light")).to_have_class("up")
+        await visit.find("#recipes summary").click()
         await visit.check_accessibility()
         await visit.complete("x = 1\n", "y = 1\n")
         await visit.check_accessibility()
@@ -1027,6 +1029,61 @@ async def test_the_state_of_the_pi_and_of_its_models(chrome: Any) -> None:
         assert await visit.find("#plot svg").get_attribute("role") == "img"
         assert await visit.find("#plot path.bar").count() == 1
         await expect(visit.find("#facts")).to_contain_text("Running: 0 · up for 0 min · the VPS answers in ")
+
+
+async def test_who_uses_it(chrome: Any) -> None:
+    clients = {KEY: Client("anna"), "toms-key": Client("tom", 1)}
+    async with visiting(chrome, wait=False, clients=clients) as visit:
+        await visit.find("#key").fill(KEY)
+        await visit.press("Enter")
+        await expect(visit.find("#light")).to_have_class("up")
+        await visit.complete(CODE, "a + b")
+        rows = visit.find("#clients tr:has(td)")
+        figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
+        await expect(rows.nth(0)).to_have_text(re.compile(f"^anna{figures}{figures}$"))
+        unused = "0 completions, 0 accepted, 0 tokens, 0.0 s"
+        await expect(rows.nth(1)).to_have_text(f"tom{unused}{unused}")
+    async with visiting(chrome) as visit:
+        await expect(visit.find("#facts")).to_be_visible()
+        await expect(visit.find("#people")).to_be_hidden()
+
+
+async def test_the_settings_for_an_editor_have_the_address_and_the_key(
+    chrome: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    permissions = {"permissions": ["clipboard-read", "clipboard-write"]}
+    async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=permissions) as visit:
+
+        async def shown(key: str) -> list[str]:
+            """The settings for each editor, as if the Pi were pi.local and the key KEY."""
+            texts = []
+            for option in await visit.find("#recipe-editor option").all_text_contents():
+                await visit.find("#recipe-editor").select_option(option)
+                text = await visit.find("#recipe").text_content()
+                assert text.replace(visit.url[:-1], "").count(key)
+                texts.append(text.replace(visit.url[:-1], "http://pi.local:7000").replace(key, "KEY"))
+            return texts
+
+        await visit.find("#recipes summary").click()
+        await expect(visit.find("#recipe")).to_contain_text("none")
+        for key, filled_in in (("odd'key", "KEY"), (KEY, KEY)):
+            await visit.page.evaluate("sessionStorage.clear()")
+            await visit.page.reload()
+            await visit.find("#key").fill(key)
+            await visit.press("Enter")
+            await expect(visit.find("#light")).to_have_class("up")
+            await visit.find("#recipes summary").click()
+            assert sorted(await shown(filled_in)) == sorted(settings_for_editors())
+            there = expect(visit.find("#recipe-note"))
+            await (there.to_be_hidden() if key == KEY else there.to_have_text("Put your key in place of KEY."))
+        await visit.find("#recipe-editor").select_option("Helix, language server")
+        await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
+        await visit.find("#recipe-copy").click()
+        await visit.see("#recipe-copied", "Copied.")
+        copied = await visit.page.evaluate("navigator.clipboard.readText()")
+        assert copied == str(await visit.find("#recipe").text_content()).rstrip()
+        assert KEY in copied
+        assert KEY not in visit.page.url + str(visit.asked) + caplog.text
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
