@@ -83,8 +83,11 @@ EVENTS = ({"token": "a", "total_tokens": 1}, {"progress": {"stage": "load", "don
           {"done": True, **RESULT}, {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"})  # fmt: skip
 EVENT = STRING | {"contentMediaType": "application/json", "contentSchema": {"anyOf": [*map(like, EVENTS)]}}
 STATE = {"id": "vps", "available": True, "message": ""}
+USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1}
+CLIENT = {"name": "anna", **USED, "today": USED}
 STATS = {"uptime": 1.5, "requests_total": 1, "requests_active": 0, "vps_available": True,
-         "vps_response_time_ms": None, "memory_mb": 25.5, "load_avg": [0.5], "backends": [STATE]}  # fmt: skip
+         "vps_response_time_ms": None, "memory_mb": 25.5, "load_avg": [0.5], "backends": [STATE],
+         "clients": [CLIENT]}  # fmt: skip
 LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "parameters": "7B", "quantization": "Q4",
           "available": True, "backends": ["vps"], "loaded?": True, "n_ctx?": 4096}  # fmt: skip
 MODEL = dialects.write_model("qwen_7b", 1)
