@@ -480,7 +480,7 @@ class Connection:
         """Send all buffered bytes, half-close, and read on up to LINGER_SECONDS (RFC 9112 section 9.6). Closing a
         socket with unread bytes resets the connection, and a reset can destroy the answer on its way."""
         with contextlib.suppress(OSError):
-            self.transport.set_write_buffer_limits(high=0)
+            self.transport.set_write_buffer_limits(high=1)  # 0 would stop a TLS transport that has nothing to send
             await self.drain()
             async with asyncio.timeout(LINGER_SECONDS):
                 if self.writer.can_write_eof():

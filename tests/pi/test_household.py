@@ -209,6 +209,7 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             assert curl("", pi.port, "/health", scheme="http")[0] in (52, 56)
             assert curl(other, pi.port, "/health")[0] == 60
             assert has_health("127.0.0.1", pi.port, "vps_available")
+            assert "pause_writing" not in pi.stdout()  # a client that has left is no fault
             for name in ("crt", "key"):  # a renewed certificate, in the same files
                 os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")
             keys.write_text(f"ben {BEN}\n")
