@@ -11,6 +11,7 @@ umask 077
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 MAX_CLIENTS=32 # the daemon reads no more
 MAX_PLACES=64
+FIRST_WORD='^[[:space:]]*([^[:space:]]*)'
 
 usage() {
 	cat <<-EOF
@@ -89,9 +90,9 @@ with_key() {
 
 # with_client NAME KEY PLACES FILE: copies the FILE of clients' keys from stdin to stdout with this client behind the others.
 with_client() {
-	local line name _ count=0
+	local line name count=0
 	while IFS= read -r line || [[ -n $line ]]; do
-		read -r name _ <<<"$line"
+		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[1]}
 		[[ $name != "$1" ]] || die "$4: $1 has a key already; first --revoke $1"
 		[[ -z $name || $name == '#'* ]] || ((++count))
 		printf '%s\n' "$line"
@@ -102,9 +103,9 @@ with_client() {
 
 # without_client NAME FILE: copies it in the same way without this client.
 without_client() {
-	local line name _ found=''
+	local line name found=''
 	while IFS= read -r line || [[ -n $line ]]; do
-		read -r name _ <<<"$line"
+		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[1]}
 		if [[ $name == "$1" ]]; then found=yes; else printf '%s\n' "$line"; fi
 	done
 	[[ -n $found ]] || die "$2: there is no client $1"
@@ -113,8 +114,8 @@ without_client() {
 targets=() drafts=() # the files to replace, and beside each the file that replaces it
 trap '((${#drafts[@]} == 0)) || rm -f -- "${drafts[@]}"' EXIT
 
-# edit FILE OWNERS COMMAND...: makes the draft of a FILE: what COMMAND prints, which reads the present FILE. A new FILE gets the
-# owner of the file OWNERS.
+# edit FILE SIBLING COMMAND...: makes the draft of a FILE, from what COMMAND prints; COMMAND reads the present FILE. A new
+# FILE gets the owner of its SIBLING, if there is one.
 edit() {
 	local file=$1 target draft source=/dev/null
 	target=$(readlink -f -- "$file") || die "$file: no such directory"
@@ -172,8 +173,8 @@ put_client() {
 		die "expected $usage, got '${*:3}' after the name" 2
 	file=$(setting CEREBRUM_CM4_KEYS_FILE)
 	file=${file:-$HERE/client-keys}
-	[[ -e $file ]] || echo "$file is new: while it exists, all clients need a key" >&2
 	if [[ $command == --client ]]; then
+		[[ -e $file ]] || echo "$file is new: while it exists, all clients need a key" >&2
 		key=$(new_key)
 		edit "$file" "$HERE/.env" with_client "$name" "$key" "$places" "$file"
 	else
@@ -183,11 +184,8 @@ put_client() {
 	if [[ $command == --client ]]; then
 		url=$(setting CEREBRUM_CM4_TLS_CERT)
 		url=http${url:+s}://$(uname -n).local:$(setting CEREBRUM_CM4_PORT | grep . || echo 7000)
-		cat <<-EOF
-		address: $url
-		key:     $key
-		setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page at the address shows others
-		EOF
+		printf '%s\n' "address: $url" "key:     $key" \
+			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others"
 	fi
 	echo "apply it:  sudo systemctl reload cerebrum-cm4" >&2
 }
