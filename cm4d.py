@@ -125,7 +125,7 @@ class Config:
     @property
     def access(self) -> Access:
         named = None if self.clients is None else {key: client.name for key, client in self.clients.items()}
-        return Access(self.client_keys, own_names(self.hosts), self.origins, named)
+        return Access(self.client_keys, own_names(self.hosts), self.origins, named, "https" if self.tls else "http")
 
     @property
     def names(self) -> dict[str, Client]:
@@ -240,6 +240,8 @@ class Gateway:
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
         changed."""
+        if self.config.clients is not None and config.clients is None and not config.client_keys:
+            raise ConfigError("CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in")
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
         self.reconfigured += 1
@@ -474,7 +476,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         wanted = dialect.read(parse_json(request.body))
         fields = native_fields(wanted, gateway.config.models)
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
-        editor = f"{request.address} {request.head.headers.get('user-agent', '')}"
+        editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
         pairs = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor).pairs()
         reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
         if not wanted.stream:
@@ -641,7 +643,8 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
 
     config = gateway.config
-    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, bool(config.client_keys))))
+    keyed = bool(config.client_keys) or config.clients is not None
+    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, keyed)))
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -687,7 +690,8 @@ async def serve(environ: Environment, config: Config) -> int:
         server.use(new.access)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"))
+        tls = ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY") if bool(config.tls) != bool(new.tls) else ()
+        environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
 
     service = Service(reload, gateway.fleet.stuck)
     probing = asyncio.create_task(gateway.probe_forever())

@@ -153,7 +153,8 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
     report = Report()
     if found := read_settings(report, folder, load):
         environ, config = found
-        check_key(report, environ, "CEREBRUM_CM4_API_KEY")
+        if config.client_keys or config.clients is None:
+            check_key(report, environ, "CEREBRUM_CM4_API_KEY")
         check_clients(report, config)
         needed = {one.key_env or "key_env" for one in config.backends if one.key_env or one.api == "cerebrum"}
         for name in sorted(needed):
@@ -169,7 +170,9 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
 def check_clients(report: Report, config: Any) -> None:
     """Check who else can see the clients' keys."""
     if config.clients is not None:
-        report.add("ok", "key", f"{len(config.clients)} clients have names: {', '.join(config.names) or 'none yet'}")
+        short = [client.name for key, client in config.clients.items() if len(key) < MIN_KEY_CHARACTERS]
+        told = f"{len(config.clients)} clients have names: {', '.join(config.names) or 'none yet'}"
+        report.add("warn" if short else "ok", "key", told + "".join(f"; the key of {name} is short" for name in short))
     if (config.client_keys or config.clients) and not config.tls:
         report.add("warn", "key", "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them")
 

@@ -51,7 +51,7 @@ MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can co
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack; the unit allows 256 MB
+MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack or with TLS; the unit allows 256 MB
 MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
@@ -90,7 +90,7 @@ REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 HEADER_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
-ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
 QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
@@ -336,6 +336,7 @@ class Access:
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
+    scheme: str = "http"  # of our own origin
 
     def check(self, head: Head, public: bool) -> str:
         """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be answered. Keys are
@@ -363,7 +364,7 @@ class Access:
 
     def allows_origin(self, head: Head) -> bool:
         origin, host = head.headers.get("origin", "").lower(), head.headers.get("host", "").lower()
-        return origin in self.origins or origin in (f"http://{host}", f"https://{host}")
+        return origin in self.origins or origin == f"{self.scheme}://{host}"
 
 
 def is_ip_literal(host: str) -> bool:
@@ -393,6 +394,15 @@ class Connection:
         self.address = str((writer.get_extra_info("peername") or ("?",))[0])
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
+
+    async def encrypt(self, tls: ssl.SSLContext) -> None:
+        """Shake hands. asyncio would do so before it calls us, and handshakes would not count as connections."""
+        try:
+            await self.writer.start_tls(tls, ssl_handshake_timeout=HEAD_SECONDS)
+        except OSError:
+            raise ClientGone from None
+        self.transport = self.writer.transport
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
 
     def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
         """The lower, the sooner the connection makes room. `crowd` counts the connections by address."""
@@ -482,12 +492,13 @@ class Connection:
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(high=1)  # 0 would stop a TLS transport that has nothing to send
             await self.drain()
-            async with asyncio.timeout(LINGER_SECONDS):
-                if self.writer.can_write_eof():
+            half = self.writer.can_write_eof()
+            async with asyncio.timeout(LINGER_SECONDS if half else WRITE_SECONDS):
+                if half:
                     self.writer.write_eof()
                     while await self.reader.read(READ_BYTES):
                         pass
-                else:  # TLS says good-bye, and has no half-close
+                else:  # TLS says good-bye behind bytes that `drain` does not know of, and has no half-close
                     self.writer.close()
                     await self.writer.wait_closed()
 
@@ -604,18 +615,17 @@ class Server:
         self.stopping = False
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
+        self._tls: ssl.SSLContext | None = None
 
     async def start(
         self, host: str, port: int, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
     ) -> int:
         """Listen on `sockets`, or on the address if there are none; ListenError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
-        more: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HEAD_SECONDS} if tls else {}
+        self._tls = tls
         try:
             for place in places:
-                listener = await asyncio.start_server(
-                    self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place, **more
-                )
+                listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
                 self._listeners.append(listener)
         except OSError as error:
             raise ListenError(error.errno, error.strerror) from None
@@ -672,6 +682,8 @@ class Server:
             self._make_room()
         self.connections[task] = connection
         try:
+            if self._tls:
+                await connection.encrypt(self._tls)
             while await self._serve_one(connection):
                 pass
             await connection.close()
@@ -688,7 +700,11 @@ class Server:
         oldest of the address that has most of them."""
         crowd = Counter(one.address for one in self.connections.values())
         task = min(self.connections, key=lambda one: self.connections[one].rank(crowd))
-        self.connections.pop(task).transport.abort()
+        connection = self.connections.pop(task)
+        if connection.exchange:
+            connection.transport.abort()
+        else:
+            task.cancel()  # asyncio cannot abort a handshake
 
     async def _serve_one(self, connection: Connection) -> bool:
         """Serve one request. True if the connection is kept for another request."""
@@ -792,6 +808,8 @@ class Server:
         """Call the handler and send what it returns. Any exception becomes an answer here."""
         exchange.task = asyncio.current_task()
         try:
+            if exchange.client:
+                self.access.check(request.head, public=False)  # it may have been revoked while the body came
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no cancel can intervene.

@@ -75,6 +75,8 @@ class Environment:
         """The named clients, by their keys, in the file that this variable names or in the default one; None if there
         is no such file."""
         path = Path(self.text(name, str(default))).expanduser()
+        if re.search(r"\s", self.text(name)):
+            raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")  # perhaps the keys
         try:
             lines = path.read_text("utf-8").split("\n")
             if path.stat().st_mode & 0o077:

@@ -160,7 +160,7 @@ class Prompts:
         model, text = attempt.model, attempt.sent.text
         self.ratio.learn(model, text.weight, counted)
         read = counted - result.get("cached_tokens", 0)
-        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS:
+        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS and not attempt.request.guest:  # who stood still
             speed = read / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if attempt.request.kind in ("infill", "completion"):

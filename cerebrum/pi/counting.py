@@ -61,6 +61,7 @@ class People:
 
     def configure(self, names: Collection[str]) -> None:
         self.total = {name: self.total.get(name, Usage()) for name in names}
+        self._today = {name: used for name, used in self._today.items() if name in names}
 
     def add(self, name: str, used: Usage) -> None:
         """Count what a client has used, if it has a name."""

@@ -175,6 +175,7 @@ def is_left(state: State, completion: Completion, usable: Sequence[Backend], now
     if not request.guest:
         return True
     guests = [one for one in state.running(state.fleet.backends) if one.request.guest]
+    guests = [one for one in guests if not request.session or one.request.session != request.session]
     own = sum(one.completion.client == completion.client for one in guests)
     spared = now - state.regular < EDITOR_SECONDS
     most = max(1, sum(backend.limit for backend in usable) - spared)

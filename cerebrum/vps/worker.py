@@ -247,7 +247,8 @@ class Decoder:
         if run.pending is None:
             stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
             reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
-            pace = self._pace(own=len(reading) < len(runs))
+            # What is read of low priority must end soon when another request comes.
+            pace = self._pace(own=run.job.low or len(reading) < len(runs))
             end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)

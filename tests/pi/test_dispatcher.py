@@ -205,6 +205,7 @@ GUEST = {"kind": "infill", "guest": 3}
         (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": 5}, "wait 3.0"),
         (GUEST | {"running": ["a - me", "a - tom", "b - you"], "regular": 5}, "big@b"),
         (GUEST | {"in_line": True}, "wait 3.0"),
+        ({"guest": 1, "session": "me", "running": ["a - me"]}, "big@b"),  # which ends the older one
         ({"kind": "infill", "running": ["a - me", "a - tom", "b - me"], "in_line": True}, "big@b"),
     ],
 )  # fmt: skip

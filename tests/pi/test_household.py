@@ -6,18 +6,21 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, Reply, daemon, run, run_to_the_end, until, wait_until
+from harness import KEY, Reply, connect, daemon, post, read_reply, run, run_to_the_end, until, wait_until
 from scripted import CHUNKED as HEAD
 from scripted import GOOD, HANG, Backend, Pi, chunk, in_a_thread, pi_for, token
 
 from cerebrum.check import has_health
+from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
 from cerebrum.settings import Client, ConfigError, Environment
 
 ANNA, BEN, TOM = "annas-key", "bens-key", "toms-key"
@@ -114,6 +117,16 @@ def test_a_revoked_client_ends_and_the_others_go_on() -> None:
             assert (await asked[1]).events[-1]["done"]
             assert (await ask(pi, ANNA)).status == 401
             assert await figures(pi, BEN) == {"benjamin": [0, 0, 0]}
+            with pytest.raises(ConfigError, match="CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone"):
+                pi.gateway.reconfigure(replace(config, clients=None))  # everybody would be let in
+            body = b'{"prompt": "x =", "language": "python"}'
+            async with connect(pi.port) as (reader, writer):  # revoked while its body comes
+                raw = post("/v1/complete", body).replace(KEY.encode(), BEN.encode())
+                writer.write(raw[:-5])
+                await until(lambda: any(one.exchange and one.exchange.client for one in pi.server.connections.values()))
+                pi.server.use(replace(config, clients={}).access)
+                writer.write(raw[-5:])
+                assert (await read_reply(reader)).status == 401
             pi.server.use(replace(config, clients={}).access)  # the last name has gone: nobody has a key
             assert (await pi.complete()).status == 401
 
@@ -197,16 +210,27 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
     body = '{"prompt": "x =", "language": "python"}'
     header = tmp_path / "header"
     header.write_text(f"X-API-Key: {ANNA}\n")
-    post = ("-N", "-H", f"@{header}", "--json", body)
+    completion = ("-N", "-H", f"@{header}", "--json", body)
     with in_a_thread(Backend()) as vps:
         more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
         with daemon("cm4d", tmp_path, **first, **more, CEREBRUM_CM4_KEYS_FILE=str(keys)) as pi:
             mine, other = first["CEREBRUM_CM4_TLS_CERT"], second["CEREBRUM_CM4_TLS_CERT"]
             wait_until(lambda: '"healthy"' in curl(mine, pi.port, "/health")[1])
-            status, text = curl(mine, pi.port, "/v1/complete/stream", *post)
+            status, text = curl(mine, pi.port, "/v1/complete/stream", *completion)
             assert (status, '"token": "a"' in text, '"done": true' in text) == (0, True, True)
             assert curl(mine, pi.port, "/v1/complete", "--json", body)[1].count("UNAUTHORIZED") == 1
             assert curl("", pi.port, "/health", scheme="http")[0] in (52, 56)
+            begun = time.monotonic()
+            assert (
+                curl(mine, pi.port, "/v1/complete/stream", "-0", *completion)[0] == 0
+            )  # the connection's end is the body's
+            assert time.monotonic() - begun < WRITE_SECONDS
+            strangers = [socket.create_connection(("127.0.0.1", pi.port)) for _ in range(MAX_CONNECTIONS + 40)]
+            files = Path(f"/proc/{pi.process.pid}/fd")
+            wait_until(lambda: len([*files.iterdir()]) < MAX_CONNECTIONS + 20)  # handshakes count as connections
+            assert curl(mine, pi.port, "/health")[0] == 0
+            for one in strangers:
+                one.close()
             assert curl(other, pi.port, "/health")[0] == 60
             assert has_health("127.0.0.1", pi.port, "vps_available")
             assert "pause_writing" not in pi.stdout()  # a client that has left is no fault
@@ -216,7 +240,11 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             pi.process.send_signal(signal.SIGHUP)
             pi.wait_for_line("reloaded")
             assert curl(mine, pi.port, "/health")[0] == 0
-            assert curl(mine, pi.port, "/v1/complete", *post)[1].count("UNAUTHORIZED") == 1
+            assert curl(mine, pi.port, "/v1/complete", *completion)[1].count("UNAUTHORIZED") == 1
+            keys.unlink()
+            pi.process.send_signal(signal.SIGHUP)
+            pi.wait_for_line("not reloaded, the old settings stay: CEREBRUM_CM4_KEYS_FILE: expected a file, got none")
+            keys.write_text("")
             (tmp_path / "first.key").write_text("no key")
             pi.process.send_signal(signal.SIGHUP)
             pi.wait_for_line("not reloaded, the old settings stay: CEREBRUM_CM4_TLS_CERT")
