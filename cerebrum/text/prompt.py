@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import re
 import string
-from bisect import bisect_left, bisect_right
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice, takewhile
@@ -189,227 +188,17 @@ def weigh(text: str) -> int:
     return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
 
 
-# ------------------------------------------------------------------------------------------------- what a file defines
+# ---------------------------------------------------------------------------------------------------- fitting a prompt
 
 LEFT_OUT = "... lines left out"
-MAX_NESTING, MAX_DEFINITIONS, MAX_IMPORTS = 8, 20_000, 1000  # 1 MiB of ordinary code has fewer
-MAX_MEMBERS = 40  # members of a class that its outline lists
-MAX_COMMENT = 800  # characters: a longer comment above a definition is left out, a longer signature around a piece too
-MAX_SIGNATURE = 4000  # characters: if a bracket is still open then, the signature is its first line
-INDENT = re.compile(r"[ \t]{0,80}")
+MAX_IMPORTS, MAX_DEFINITIONS = 1000, 20_000  # 1 MiB of ordinary code has fewer
+IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
 LINE_START = re.compile(
     r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
     r"|rescue|ensure|end|fi|done|esac|then|do)\b|</)",
     re.M,
 )
-DOCSTRING = re.compile(r"""[ \t]{0,80}[rRuU]?(?:"{3}[^"]{0,600}"{3}|'{3}[^']{0,600}'{3})""")
 DOCSTRING_MARK = '"""'
-LEADS = ("@", "#[", "template")  # starts of lines, besides comments, that belong to the definition below
-
-
-@dataclass(slots=True, eq=False)
-class Definition:
-    """A line that defines a name."""
-
-    name: str
-    start: int  # of the line
-    indent: int  # characters
-    parent: Definition | None  # the definition around it
-    members: list[Definition] = field(default_factory=list)  # the first MAX_MEMBERS
-
-    def chain(self) -> tuple[Definition, ...]:
-        """The definitions around this one and itself, outermost first."""
-        return (*(self.parent.chain() if self.parent else ()), self)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A range of the text to send, and the definitions around it, whose signatures go with it."""
-
-    start: int
-    end: int
-    around: tuple[Definition, ...] = ()
-    name: str = field(default="", compare=False)  # of its definition; "" for an import
-
-
-class Source:
-    """A text in a language and the definitions in it. All positions are character offsets into `text`."""
-
-    def __init__(self, text: str, language: Language) -> None:
-        self.text, self.language = text, language
-        self.mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
-        self.definitions: list[Definition] = []
-        self.by_name: dict[str, list[Definition]] = {}
-        stack: list[Definition] = []
-        for match in islice(language.defines.finditer(text), MAX_DEFINITIONS):
-            start, name = match.start(), match[match.lastindex or 0]
-            indent = len(self.indent(start))
-            while stack and (stack[-1].indent >= indent or len(stack) > MAX_NESTING):
-                stack.pop()
-            parent = stack[-1] if stack else None
-            stack.append(Definition(name, start, indent, parent))
-            if parent and len(parent.members) < MAX_MEMBERS:
-                parent.members.append(stack[-1])
-            self.definitions.append(stack[-1])
-            self.by_name.setdefault(name, []).append(stack[-1])
-
-    def indent(self, start: int) -> str:
-        match = INDENT.match(self.text, start)
-        return match[0] if match else ""
-
-    def line_end(self, position: int) -> int:
-        return self.text.find("\n", position) + 1 or len(self.text)
-
-    def statement(self, start: int, stop: int) -> int:
-        """The start of the first of the least indented statements in the range; if none, of a line; else `start`."""
-        text, comment = self.text, self.language.block_comment
-        inside = ""  # the closing mark of a docstring or comment in which the range begins
-        if self.language.indented:
-            inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
-        elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
-            inside = comment[1]
-        if inside and (end := text.find(inside, start, stop)) >= 0:
-            start = min(self.line_end(end), stop)
-        found = min(LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None)
-        return found.start() if found else text.find("\n", start, stop) + 1 or start
-
-    def signature_end(self, definition: Definition) -> int:
-        """The position after the last line of a signature, which may take several lines."""
-        start = definition.start
-        first = end = self.line_end(start)
-        for _ in range(20):
-            if end > start + MAX_SIGNATURE:
-                end = first
-                break
-            if self.text.count("(", start, end) <= self.text.count(")", start, end):
-                break
-            end = self.line_end(end)
-        if not self.language.indented and self.text.startswith("{", end + len(self.indent(end))):
-            end = self.line_end(end)
-        return end
-
-    def signature(self, definition: Definition) -> str:
-        return self.text[definition.start : self.signature_end(definition)]
-
-    def lead(self, definition: Definition) -> int:
-        """Where the comments, decorators and attributes right above a definition begin."""
-        text, start, comment = self.text, definition.start, self.language.block_comment
-        for _ in range(12):
-            lowest = max(0, start - MAX_COMMENT - 2)
-            above = text.rfind("\n", lowest, max(0, start - 1)) + 1
-            line = text[above : min(start, above + 200)].strip()
-            if comment and line.endswith(comment[1]):
-                above = text.rfind("\n", lowest, max(0, text.rfind(comment[0], lowest, start))) + 1
-            elif not line.startswith((*LEADS, *self.language.comment_starts)):
-                break
-            if above >= start or start - above > MAX_COMMENT:
-                break
-            start = above
-        return start
-
-    def leaves(self, definition: Definition, start: int, stop: int) -> re.Match[str] | None:
-        """The first line in the range that is not inside the definition, judged by indentation in every language.
-
-        Closing brackets, Python's comments, an opening brace on a line of its own, labels and `where` are still inside.
-        A closing brace is outside, and its line is the block's last.
-        """
-        inside = r"[\s#)\]}]" if self.language.indented else r"[\s#){\]]|where\b|\w+:\s*$"
-        outside = rf"^[ \t]{{0,{definition.indent}}}(?!{inside}{self.language.inside})."
-        return re.compile(outside, re.M).search(self.text, start, stop)
-
-    def whole(self, definition: Definition, limit: int) -> Piece | None:
-        """The definition, with the comments and decorators above it; None if it has over `limit` characters."""
-        start, body, language = self.lead(definition), self.signature_end(definition), self.language
-        stop = min(start + limit, len(self.text))
-        left = self.leaves(definition, body, stop)
-        if body > stop or (left is None and stop < len(self.text)):
-            return None
-        around = definition.chain()[:-1]
-        if left and not language.indented and re.compile(language.closing).match(self.text, left.end() - 1):
-            return Piece(start, self.line_end(left.start()), around, definition.name)
-        lines = self.text[body : left.start() if left else stop].splitlines(keepends=True)
-        while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith(language.comment_starts)):
-            lines.pop()  # a comment after the last line of code may be about the next definition
-        return Piece(start, body + sum(map(len, lines)), around, definition.name)
-
-    def outline(self, definition: Definition) -> list[Piece]:
-        """A definition that is too large to send whole: its signature, its docstring, its members' signatures."""
-        body, around, members = self.signature_end(definition), definition.chain(), definition.members
-        docstring = DOCSTRING.match(self.text, body) if self.language.indented else None
-        end = self.line_end(docstring.end()) if docstring else body
-        signatures = (Piece(one.start, self.signature_end(one), around, one.name) for one in members)
-        return [Piece(body, end, around, definition.name), *signatures]
-
-    def has_block(self, definition: Definition) -> bool:
-        """Whether a signature opens a block that must be closed."""
-        signature = self.signature(definition)
-        if self.language.close == "end":
-            return re.match(r"\s*(?:\w+\s+)?(?:def|class|module|local\s+function|function)\b", signature) is not None
-        return "{" in signature
-
-    def enclosing(self, position: int) -> tuple[Definition, ...]:
-        """The definitions around a position, outermost first."""
-        index = bisect_left(self.definitions, position, key=lambda definition: definition.start) - 1
-        found: list[Definition] = []
-        # A line that begins here may itself be outside.
-        stop = self.line_end(position) if self.text[position - 1 : position] == "\n" else position
-        for definition in self.definitions[index].chain() if index >= 0 else ():
-            if self.leaves(definition, max(self.signature_end(definition), position - 65_536), stop):
-                break
-            if self.signature_end(definition) - definition.start <= MAX_COMMENT:
-                found.append(definition)
-        return tuple(found)
-
-    def imports(self, stop: int) -> Iterator[Piece]:
-        """The imports before `stop`, each with all its lines."""
-        end = 0
-        for match in islice(self.language.imports.finditer(self.text, 0, stop), MAX_IMPORTS):
-            if match.start() < end:
-                continue
-            end = self.line_end(match.end())
-            line = self.text[match.start() : end]
-            for opening, closing in ("()", "{}"):
-                if line.count(opening) > line.count(closing):
-                    found = self.text.find(closing, end, min(end + 4000, stop))
-                    end = self.line_end(found) if found >= 0 else end
-            yield Piece(match.start(), end)
-
-    def spans(self, pieces: Iterable[Piece]) -> list[tuple[int, int, tuple[Definition, ...]]]:
-        """(start, end, definitions open at the end) of the pieces and their signatures, in the text's order."""
-        found = {(piece.start, piece.end, piece.around) for piece in pieces}
-        for _, _, around in list(found):
-            for depth, one in enumerate(around, 1):
-                found.add((one.start, self.signature_end(one), around[:depth]))
-        return sorted(found, key=lambda span: (span[0], -span[1], len(span[2])))
-
-    def render(self, pieces: Iterable[Piece], window: int) -> str:
-        """The pieces in the text's order with the signatures around them, up to where the window starts.
-
-        A mark replaces the lines left out between pieces, and a brace or `end` closes each block that the text leaves.
-        """
-        opened: tuple[Definition, ...] = ()
-        out, at = list[str](), 0
-        for start, end, around in self.spans([*pieces, Piece(window, window, self.enclosing(window))]):
-            if start < at:
-                continue  # inside an earlier span
-            common = sum(one is other for one, other in zip(opened, around, strict=False))
-            closed, gap = opened[common:], self.text[at:start]
-            if not gap.strip():
-                out.append(gap[-200:])
-            elif closed and gap.strip(" \t\r\n}"):
-                out += [self.indent(opened[-1].start), "    ", self.mark]
-            elif not closed:
-                out += [self.indent(start), self.mark]
-            if close := "" if self.language.indented else self.language.close:
-                blocks = (one for one in reversed(closed) if self.has_block(one))
-                out += [f"{self.indent(one.start)}{close}\n" for one in blocks]
-            out.append(self.text[start:end])
-            opened, at = around, end
-        return "".join(out)
-
-
-# ---------------------------------------------------------------------------------------------------- fitting a prompt
-
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
@@ -419,11 +208,9 @@ MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a 
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # vpsd takes a hundred messages
-MAX_CANDIDATES = 250  # definitions tried for a window; 10,000 characters of ordinary code name fewer than 100
 CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
 ADDED = re.compile(r"\A[)\]}>\"'`;:,]+(?=\r?\n|\Z)")
-NAME = re.compile(r"(\.|->|::)?([^\W\d]\w+)")
-WORDS = re.compile(r"[^\W\d]\w{2,}")
+NAME = re.compile(r"[^\W\d]\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,133 +224,74 @@ class Prepared:
     cut: bool = False  # the text was cut to limit the prefill; otherwise there would be room for more
 
 
-class Fit:
-    """Selects the parts of a text that is too long: imports, needed definitions, and a window up to the text's end.
-
-    While someone types at the end, only the end of the prompt may change: whatever follows the first change must be
-    prefilled again. So every choice depends only on the text before `still`, a position that moves in steps of about a
-    quarter of the room; the text after `still` is sent unchanged.
-    """
-
-    def __init__(self, source: Source, room: int, about: str) -> None:
-        self.source, self.room, self.about = source, room, about
-        text = source.text
-        step = 1 << max(7, (room // 4).bit_length() - 1)
-        behind = (step + step // 4) * 9 // 8  # the weight allowed for the text after `still`
-        while True:
-            self.cell = step // 4
-            self.still = max(0, len(text) - self.cell) // step * step
-            if step <= 128 or weigh(text[self.still :]) <= behind:
-                break
-            step //= 2  # digits or rare characters
-        self.taken: dict[Piece, None] = {}  # pieces to send besides the window, in the order of choice
-        self.paid: set[Definition] = set()  # definitions whose signatures are sent around a piece
-        room -= behind
-        self.start = self.window_start(room * (3 if about else 5) // 8)
-        self.select(room)
-        self.start = self.window_start(room - weigh(source.render(self.taken, self.start)))
-        self.taken = {piece: None for piece in self.taken if piece.end <= self.start}
-
-    def window_start(self, room: int) -> int:
-        """The first statement from which the text up to `still` fits into the room."""
-        text, cell = self.source.text, self.cell
-        grid = range(max(0, self.still - 3 * max(room, 0)) // cell * cell, self.still, cell)
-        for position in grid[bisect_left(grid, -room, key=lambda position: -weigh(text[position : self.still])) :]:
-            start = self.source.statement(position, position + cell // 2) if position else 0
-            if weigh(text[start : self.still]) <= room:
-                return start
-        return self.still
-
-    def select(self, room: int) -> None:
-        """Take text above the window: definitions that resemble the instruction, imports, and needed definitions."""
-        text = self.source.text
-        if self.about:
-            self.take(self.resembling(), room * 3 // 8)
-        found = takewhile(lambda match: match.start() < self.still, NAME.finditer(text, self.start))
-        # The window's names, the last first, and whether each is a member: `a.b` gives ("b", True), ("a", False).
-        names = list(dict.fromkeys((match[2], bool(match[1])) for match in found))[::-1]
-        used = {name for name, _ in names}
-        imports = list(self.source.imports(self.start))
-        imports.sort(key=lambda piece: used.isdisjoint(WORDS.findall(text, piece.start, piece.end)))
-        self.take(([[piece]] for piece in imports), room // 8)
-        around = self.source.enclosing(self.start)
-        needed = (one for name, member in names for one in self.named(name, member, around))
-        self.take(map(self.forms, islice(needed, MAX_CANDIDATES)), room // 4)
-
-    def take(self, wanted: Iterable[Iterable[list[Piece]]], room: int) -> None:
-        """For each wanted item, take the first form that fits the room."""
-        for forms in wanted:
-            for pieces in forms:
-                new = [piece for piece in pieces if piece not in self.taken]
-                around = {definition for piece in new for definition in piece.around} - self.paid
-                texts = [self.source.text[piece.start : piece.end] for piece in new]
-                texts += [self.source.signature(definition) for definition in around]
-                cost = sum(weigh(text) + len(self.source.mark) for text in texts)
-                if cost <= room:
-                    room -= cost
-                    self.taken |= dict.fromkeys(new)
-                    self.paid |= around
-                    break
-            if room < 60:
-                break
-
-    def named(self, name: str, member: bool, around: tuple[Definition, ...]) -> list[Definition]:
-        """The definitions that a name means, if they are above the window and at most three. A member of a class counts
-        only where it is named as a member (`a.b`)."""
-        named = (one for one in self.source.by_name.get(name, ()) if one.start < self.still)
-        known = [one for one in named if member or not one.indent or one.parent in around]
-        if not known or known[-1].start >= self.start or len(known) > 3:
-            return []
-        return known[-1:] if self.source.language.indented else known
-
-    def forms(self, definition: Definition) -> Iterator[list[Piece]]:
-        """A whole definition; then, if it has a block, its outline, and its signature and docstring alone."""
-        if whole := self.source.whole(definition, self.room // (3 if self.about else 12)):
-            yield [whole]
-        signature, blocks = self.source.signature(definition).rstrip(), self.source.language.blocks
-        if signature.endswith((":", "{")) or (blocks == "words" and self.source.has_block(definition)):
-            outline = self.source.outline(definition)
-            yield from (outline, outline[:1])
-
-    def resembling(self) -> Iterator[Iterable[list[Piece]]]:
-        """Forms of definitions above the window, ranked by the instruction's words in them; rare words count more."""
-        definitions, text = self.source.definitions, self.source.text
-        text = text.lower() if text.isascii() else text  # outside ASCII, lower() may change the length
-        starts = [definition.start for definition in definitions if definition.start < self.start]
-        scores: Counter[int] = Counter()
-        for word in sorted({word.lower() for word in WORDS.findall(self.about, 0, 2000)})[:40]:
-            found = islice(re.finditer(re.escape(word), text), 2000)
-            units = {bisect_right(starts, match.start()) - 1 for match in found} - {-1}
-            for unit in units:
-                scores[unit] += 100 // len(units) + 100 * (definitions[unit].name.lower() == word)
-        for unit in sorted(scores, key=lambda unit: (-scores[unit], unit))[:40]:
-            yield self.forms(definitions[unit])
-
-    def kept(self) -> dict[str, Any]:
-        """What is kept, for a person, as in `prepare`. `lines` counts the lines of the window."""
-        imports = any(not piece.name for piece in self.taken)
-        names = list(dict.fromkeys(piece.name for piece in self.taken if piece.name))
-        parts = ["imports"] * imports + ["definitions"] * bool(names) + ["window"]
-        lines = len(self.source.text[self.start :].splitlines())
-        return {"parts": parts, "lines": lines, "definitions": names}
-
-
 def fits(text: str, room: int) -> bool:
     return len(text) <= 3 * room and weigh(text) <= room
 
 
-def fit(text: str, language: Language, room: int, about: str = "") -> tuple[str, dict[str, Any]]:
-    """Parts of `text` that weigh at most `room`, and a summary as in `Fit.kept`. A text that fits stays unchanged."""
+def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
+    """The imports of `text` and a window up to its end, which weigh at most `room`, and a summary as in `prepare`.
+
+    While someone types at the end, only the end of the prompt may change: whatever follows the first change must be
+    prefilled again. So the window starts at the first statement behind a multiple of `step`, and the imports depend on
+    the text before another multiple. A text that fits stays unchanged.
+    """
     if fits(text, room):
         return text, {"parts": ["all"]}
-    source, share = Source(text, language), room
-    while share > 600:
-        fitted = Fit(source, share, about)
-        result = source.render(fitted.taken, fitted.start) + text[fitted.start :]
-        if weigh(result) <= room:
-            return result, fitted.kept()
-        share //= 2
-    return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
+    step = 1 << max(4, (room // 4).bit_length() - 1)
+    while step > 16 and weigh(text[(len(text) // step - 1) * step :][:step]) > room // 3:
+        step //= 2  # digits or rare characters
+    mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
+    imports = choose_imports(text, language, len(text) // step * step, room)
+    for_imports = sum(weigh(text[start:end]) for start, end in imports)
+    grid = range(max(0, len(text) - 3 * room) // step * step, len(text), step)  # a character weighs a third at least
+    place = bisect_left(grid, for_imports + weigh(mark) - room, key=lambda position: -weigh(text[position:]))
+    if place == len(grid):
+        return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
+    window = find_statement(text, language, grid[place], grid[place] + step // 2)
+    head = "".join(text[start:end] for start, end in sorted(imports) if end <= window)
+    kept = {"parts": ["imports"] * bool(head) + ["window"], "lines": len(text[window:].splitlines())}
+    return head + mark + text[window:], kept
+
+
+def choose_imports(text: str, language: Language, stop: int, room: int) -> list[tuple[int, int]]:
+    """The imports before `stop` that fit into their share of the room: first those of names in the text before `stop`
+    that the window will hold."""
+    used = set(NAME.findall(text, max(0, stop - room), stop))
+    found = sorted(find_imports(text, language, stop), key=lambda one: used.isdisjoint(NAME.findall(text, *one)))
+    return found[: count_fitting((weigh(text[start:end]) for start, end in found), room // IMPORTS_SHARE)]
+
+
+def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int, int]]:
+    """Where the imports before `stop` start and end, each with all its lines."""
+    end = 0
+    for match in islice(language.imports.finditer(text, 0, stop), MAX_IMPORTS):
+        if match.start() < end:
+            continue
+        end = line_end(text, match.end())
+        line = text[match.start() : end]
+        for opening, closing in ("()", "{}"):
+            if line.count(opening) > line.count(closing):
+                found = text.find(closing, end, min(end + 4000, stop))
+                end = line_end(text, found) if found >= 0 else end
+        yield match.start(), end
+
+
+def find_statement(text: str, language: Language, start: int, stop: int) -> int:
+    """The start of the first of the least indented statements in the range; if none, of a line; else `start`."""
+    comment = language.block_comment
+    inside = ""  # the closing mark of a docstring or comment in which the range begins
+    if language.indented:
+        inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
+    elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
+        inside = comment[1]
+    if inside and (end := text.find(inside, start, stop)) >= 0:
+        start = min(line_end(text, end), stop)
+    found = min(LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None)
+    return found.start() if found else text.find("\n", start, stop) + 1 or start
+
+
+def line_end(text: str, position: int) -> int:
+    return text.find("\n", position) + 1 or len(text)
 
 
 def fit_start(text: str, room: int) -> str:
@@ -588,8 +316,8 @@ def prepare(
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
     `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that fits is sent unchanged,
-    byte for byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["imports",
-    "definitions", "window"], "lines": 158, "definitions": ["Account"]}`. If nothing is left out, `parts` is ["all"].
+    byte for byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "window"],
+    "lines": 158}`, where `lines` is the window's. If nothing is left out, `parts` is ["all"].
 
     `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled; the longest start
     that the prompt shares with one of them does not count. `layout` is that of the model's gaps, see `arrange_gap`.
@@ -616,7 +344,11 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
         if not code and not fits(instruction, room):  # then the lines after its first are probably code
             instruction, _, code = instruction.strip().partition("\n")
     instructed = fit_start(instruction.strip(), room // 2 if code else room)
-    sent, kept = fit(code, language, room - weigh(instructed), instructed)
+    room -= weigh(instructed)
+    near = code if fits(code, room) else code[: end_of_named(code, language, instructed, room)]
+    sent, kept = fit(near, language, room)
+    if sent == near != code:
+        kept["parts"] = ["window"]
     if len(instructed) < len(instruction.strip()):
         kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"  # a longer fence than those in the code
@@ -630,6 +362,16 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
+def end_of_named(code: str, language: Language, instruction: str, room: int) -> int:
+    """Where the text to fit into `room` ends: half of it below the first definition of the longest name that the
+    instruction has; if it names none, at the end of the code."""
+    words, found = set(NAME.findall(instruction)), dict[str, int]()
+    for match in islice(language.defines.finditer(code), MAX_DEFINITIONS):
+        if (name := match[match.lastindex or 0]) in words:
+            found.setdefault(name, match.start())
+    return line_end(code, max(room, found[max(found, key=len)] + room // 2)) if found else len(code)
+
+
 def prepare_text(
     fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str], layout: str
 ) -> Prepared:
@@ -639,13 +381,14 @@ def prepare_text(
         size = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
         return Prepared({"mode": mode, "prompt": prompt}, size, weigh(prompt), prompt)
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
-    above, cut = render_extra(extra), False
+    above = render_extra(extra)
     room -= weigh(above)
     step, spare = max(1, room // SPARE_STEPS), room - weigh(prompt[: 3 * room])
     after = suffix if mode == "infill" else ""
     if not fits(after, spare):
         after = fit_start(after, max(room // SUFFIX_SHARE, spare // step * step))
     sent, kept = fit(prompt, language, room - weigh(after))
+    cut = False
     if fresh_room is not None:
         start = above + read_first(after, layout)
         read = max((common_length(start + sent, text) for text in cached), default=0)
@@ -654,14 +397,13 @@ def prepare_text(
             cut = fresh > fresh_room - for_after
             if cut:
                 sent, kept = fit(prompt, language, fresh_room - for_after)
-                fresh = weigh(sent)
-            after = fit_start(after, fresh_room - fresh)
-        else:  # the suffix is read first: what the backend has read of it stays
+            after = fit_start(after, fresh_room - (weigh(sent) if cut else fresh))
+        else:  # the suffix is read first: it stays if the backend has read it
             cut = fresh > fresh_room
             if cut and read < len(start):
+                fresh_room -= for_after
                 after = fit_start(after, for_after)
-                sent, kept = fit(prompt, language, fresh_room - for_after)
-            elif cut:
+            if cut:
                 sent, kept = fit(prompt, language, fresh_room)
         if cut and read < len(above):
             above, extra = "", []

@@ -7,6 +7,7 @@ import ast
 import doctest
 import itertools
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from cerebrum.text import prompt
+from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import Prepared, Ratio, arrange_gap, common_length, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
 
@@ -221,62 +223,57 @@ def test_an_instruction_is_answered_by_code(prompt: str, instruction: str | None
     assert turns == [{"role": "user", "content": content}, {"role": "assistant", "content": "```python\n"}]
 
 
-def long_file() -> str:
-    """40 KB whose last screens need a function, a constant and a class that are at its top."""
-    top = "import os\nfrom decimal import (\n    Decimal,\n)\n\nRATE_OF_TAX = Decimal('0.19')\n\n\n"
-    top += "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n\n\n"
-    top += "class Invoice:\n    '''One bill.'''\n\n    def __init__(self, net):\n        self.net = net\n\n\n"
-    unit = "def step_{n}(a, b):\n    c = a * {n}\n    return c + b if a else helper(c)\n\n\n"
-    body = "".join(unit.format(n=n) for n in range(560))
-    use = "def total(bills):\n    first = Invoice(RATE_OF_TAX)\n    return sum(map(gross_of, bills))\n\n\n"
-    return top + body + use + "".join(unit.format(n=n) for n in range(560, 600)) + "def step_600("
+# The imports of a file, and a statement that fills it.
+LONG = {
+    "python": ("import os\nfrom decimal import (\n    Decimal,\n)\n", "def f%d(a):\n    return a\n\n\n"),
+    "javascript": ("import fs from 'fs'\n", "function f%d(a) {\n  return a\n}\n\n"),
+    "typescript": ("import {\n  a,\n  b,\n} from './a'\n", "function f%d(a: number): number {\n  return a\n}\n\n"),
+    "rust": ("use std::fmt;\n", "pub fn f%d(a: u64) -> u64 {\n    a\n}\n\n"),
+    "c": ("#include <stdio.h>\n", "static int f%d(int a)\n{\n    return a;\n}\n\n"),
+    "cpp": ("#include <vector>\n", "template <typename T>\nT f%d(T a) {\n    return a;\n}\n\n"),
+    "go": ('import (\n\t"fmt"\n\t"os"\n)\n', "func f%d(a int) int {\n\treturn a\n}\n\n"),
+    "java": ("import java.util.List;\n", "    int f%d(int x) {\n        return x;\n    }\n\n"),
+    "csharp": ("using System;\n", "    int F%d(int x)\n    {\n        return x;\n    }\n\n"),
+    "kotlin": ("import java.io.File\n", "fun f%d(x: Int): Int {\n    return x\n}\n\n"),
+    "swift": ("import Foundation\n", "func f%d(x: Int) -> Int {\n    return x\n}\n\n"),
+    "php": ("<?php\nuse A\\B;\n", "function f%d($x) {\n    return $x;\n}\n\n"),
+    "ruby": ("require 'json'\n", "def f%d(x)\n  x\nend\n\n"),
+    "lua": ("local json = require 'json'\n", "local function f%d(x)\n  return x\nend\n\n"),
+    "shell": ("set -e\n", "f%d() {\n    echo 1\n}\n\n"),
+    "sql": ("USE shop;\n", "INSERT INTO f VALUES (%d);\n\n"),
+    "html": ("", "<p>%d</p>\n"),
+    "css": ("@charset 'utf-8';\n", "p%d {\n  width: 1px;\n}\n\n"),
+    "json": ("", '  "f%d": 1,\n'),
+    "yaml": ("", "f%d:\n  x: 1\n\n"),
+    "toml": ("", "x%d = 1\n"),
+    "markdown": ("", "Text %d.\n\n"),
+    "dockerfile": ("FROM golang AS build\nARG VERSION=1\n", "RUN echo %d\n"),
+}
 
 
-def test_a_long_file_keeps_what_the_cursor_needs() -> None:
-    text = long_file()
-    result = prepared(text)
-    prompt = result.body["prompt"]
-    assert len(text) > 40_000
-    assert prompt.startswith("import os\nfrom decimal import (\n    Decimal,\n)\n")
-    assert "@cached\ndef gross_of(net):\n    '''With tax.'''\n    return net * (1 + RATE_OF_TAX)\n" in prompt
-    assert "RATE_OF_TAX = Decimal('0.19')\n" in prompt
-    assert "class Invoice:\n    '''One bill.'''\n" in prompt
-    assert prompt.endswith(text[text.index("def total(") :])
-    assert "# ... lines left out\n" in prompt
-    assert result.kept["parts"] == ["imports", "definitions", "window"]
-    assert {"gross_of", "RATE_OF_TAX", "Invoice"} <= set(result.kept["definitions"])
-    assert result.kept["of"] == len(text)
-    assert len(prompt) == result.kept["characters"]
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language: str) -> None:
+    imports, statement = LONG[language]
+    text = "".join([imports, "\n", *(statement % n for n in range(2000)), "cursor"])
+    result = prepared(text, language, budget=1200)
+    head, mark, window = result.body["prompt"].partition(LANGUAGES[language].remark("... lines left out") + "\n")
+    assert (head, bool(mark)) == (imports, True)
+    assert text.endswith(window)
+    number = re.search(r"\d+", window)
+    assert number
+    assert window.startswith(statement % int(number[0]))
+    assert 2400 < result.weight <= 3588
+    parts = ["imports"] * bool(imports) + ["window"]
+    size = {"characters": len(result.body["prompt"]), "of": len(text)}
+    assert result.kept == {**size, "parts": parts, "lines": len(window.splitlines())}
 
 
-@pytest.mark.parametrize(
-    ("language", "top", "unit", "end"),
-    [
-        ("javascript", "import fs from 'fs'\n\nfunction grossOf(net) {\n  return net * 2\n}\n\n",
-         "function step_{n}(a) {{\n  const b = a + {n}\n  return b\n}}\n\n", "const x = grossOf("),
-        ("typescript", "import {\n  a,\n  b,\n} from './a'\n\nexport interface Bill {\n  net: number\n}\n\n",
-         "export function step_{n}(a: number): number {{\n  return a + {n}\n}}\n\n", "const x: Bill = "),
-        ("rust", "use std::fmt;\n\n#[derive(Debug)]\npub struct Bill {\n    net: u64,\n}\n\n",
-         "pub fn step_{n}(a: u64) -> u64 {{\n    a + {n}\n}}\n\n", "fn total(b: &Bill) -> "),
-        ("c", "#include <stdio.h>\n\ntypedef struct {\n    long net;\n} bill_t;\n\n#define RATE 19\n\n",
-         "static int step_{n}(int a)\n{{\n    return a + {n};\n}}\n\n", "long total(bill_t *b) {\n    return RATE * "),
-        ("cpp", "#include <vector>\n\nnamespace shop {\nclass Bill {\npublic:\n    long net;\n};\n}\n\n",
-         "template <typename T>\nT step_{n}(T a) {{\n    return a + {n};\n}}\n\n", "long total(const shop::Bill& b) {"),
-        ("go", "package shop\n\nimport (\n\t\"fmt\"\n\t\"os\"\n)\n\n// Bill is.\ntype Bill struct {\n\tNet int\n}\n\n",
-         "func step_{n}(a int) int {{\n\treturn a + {n}\n}}\n\n", "func total(b Bill) int {\n\treturn "),
-    ],
-)  # fmt: skip
-def test_imports_and_definitions_of_each_language(language: str, top: str, unit: str, end: str) -> None:
-    filler = ["".join(unit.format(n=n) for n in range(start, start + 900)) for start in (0, 900)]
-    text = f"{top}{filler[0]}{end}\n{filler[1][-1400:]}"
-    result = prepared(text, language, budget=2000)
-    prompt = result.body["prompt"]
-    assert result.kept["parts"] == ["imports", "definitions", "window"], result.kept
-    flat = prompt.replace("// ", "")
-    for block in top.strip().split("\n\n"):
-        assert block.removeprefix("// ").removeprefix("namespace shop {\n").removesuffix("\n}") in flat
-    assert prompt.endswith(unit.format(n=899) + text[text.rindex(end) :])
-    assert "// ... lines left out\n" in prompt
+def test_imports_of_names_near_the_cursor_are_first() -> None:
+    imports = [f"import module_{n}\n" for n in range(400)]
+    text = "".join([*imports, *("x = 1\n" for _ in range(2000)), "module_333.run()\nmodule_222.run()\n" * 40])
+    head = prepared(text).body["prompt"].partition("# ...")[0].splitlines()
+    assert {"import module_222", "import module_333"} < set(head)
+    assert len(head) < 100
 
 
 def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
@@ -294,12 +291,15 @@ def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
 
 
 def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
-    text = PYTHON_FILE + "\n\nx = 1\n" * 300
+    text = PYTHON_FILE + "\n\nx = 1\n" * 3000
     result = prepared(text, mode="instruct", instruction="Let FileType open gzip files as well")
     message, _ = result.body["messages"]
     assert "class FileType(object):" in message["content"]
-    assert "FileType" in result.kept["definitions"]
     assert "Let FileType open gzip files as well" in message["content"]
+    assert result.kept["parts"] == ["imports", "window"]
+    top = prepared(f"def first():\n    pass\n\n\n{text}", mode="instruct", instruction="Document first")
+    assert top.body["messages"][0]["content"].startswith("```python\ndef first():\n    pass\n")
+    assert top.kept["parts"] == ["window"]
     huge = prepared("", mode="instruct", instruction="Write a stack. " * 60_000)
     assert huge.body["messages"][0]["content"].startswith("Write a stack. Write")
     assert huge.kept["parts"] == ["instruction"]

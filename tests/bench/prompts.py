@@ -1,0 +1,244 @@
+"""Does another choice of what is sent of a long file complete more lines? Files newer than the models' training.
+
+    python tests/bench/prompts.py FILE.jsonl --arms plain=FOLDER,other=FOLDER REPOSITORY… [--model ID] [--cases 300]
+
+REPOSITORY is a folder with a git repository, bare or not; FOLDER a checkout of this project (`git worktree add`), whose
+`prepare` makes the arm's prompts. The files were added in or after 2025 and have 600 lines or more. A case is a line in
+the last third of a file that uses a name which the file defines only above the first arm's window. The line is cut
+where a word begins, and the model gets the text above and below (`infill`, greedy). Each arm has the same room of 1,000
+tokens, which two cores read in five to ten seconds with the 1.5B. An answer is right if its first line is the rest of
+the line.
+
+FILE.jsonl gets one line for each answer; a later run asks only for what is missing. The VPS uses the tuned file of
+CEREBRUM_STATE_DIR if that is set. Prints one line of JSON: for each arm its cases, the right ones, the mean tokens of a
+prompt, and `ratio`, its right ones over the first arm's with the 95 % interval of a bootstrap over the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import KEY, MODELS, daemon
+from quality import Tiers
+
+SINCE = "2025-01-01"
+LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
+# A line that defines a name at the top level of a file or as a member of a class.
+DEFINES = {
+    "python": r"^[ \t]*(?:async )?(?:def|class) (\w+)|^(\w+)(?: *:[^=\n]+)? *=(?!=)",
+    "typescript": r"^(?:export |default |declare |abstract |async )*"
+    r"(?:function\*? |class |interface |type |enum |const )(\w+)"
+    r"|^[ \t]+(?:public |private |protected |static |async )*"
+    r"(?!(?:if|for|while|switch|catch|return)\b)(\w+)\([^;\n]*\{$",
+    "go": r"^func (?:\([^)\n]*\) )?(\w+)|^(?:type|var|const) (\w+)",
+    "rust": r"^[ \t]*(?:pub(?:\([^)\n]*\))? )?(?:async |unsafe |const )*"
+    r"(?:fn|struct|enum|trait|type|const|static) (\w+)",
+}
+COMMENT = re.compile(r"\s*(?:#|//|/?\*|\"|')|.*(?:\bimport\b|\bfrom [\"'])")
+UNUSUAL = re.compile(
+    r"(?i)(^|[/_.-])(tests?|spec|(ex|s)amples?|docs?|gen|generated|migrations|vendor|cookbook)([/_.-]|$)"
+)
+WORD = re.compile(r"[A-Za-z_]\w*")
+MIN_LINES, MAX_FILE_BYTES, MAX_PER_FILE = 600, 200_000, 2
+BUDGET, RATIO, LAYOUT = 1000, 3.5, "spmv2"  # tokens; weight per token, as `Ratio` learns it for Qwen
+TOKENS = 30
+DRAWS = 10_000
+
+Prepare = Callable[..., Any]  # `cerebrum.text.prompt.prepare`
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file with a hole from `offset` to the end of the line; `name` is the name that the line uses."""
+
+    repository: str
+    path: str
+    text: str
+    offset: int
+    name: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.repository} {self.path} {self.offset}"
+
+    @property
+    def expected(self) -> str:
+        return self.text[self.offset :].partition("\n")[0].rstrip()
+
+    def fields(self) -> dict[str, Any]:
+        below = self.text[self.text.index("\n", self.offset) :]
+        language = LANGUAGES[PurePosixPath(self.path).suffix]
+        return {"language": language, "prompt": self.text[: self.offset], "suffix": below}
+
+
+# ------------------------------------------------------------------------------------------- the cases
+
+
+def git(repository: str, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, check=True)
+    return done.stdout.decode("utf-8", "replace")
+
+
+def files(repository: str) -> Iterator[tuple[str, str]]:
+    """(path, text) of the new files, always in the same order. A file that was only renamed is not new."""
+    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
+    rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
+    sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
+    known = {path for path in added.splitlines() if MIN_LINES * 10 < sizes.get(path, 0) < MAX_FILE_BYTES}
+    paths = sorted(path for path in known if PurePosixPath(path).suffix in LANGUAGES and not UNUSUAL.search(path))
+    random.Random(1).shuffle(paths)
+    for path in paths:
+        text = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n")
+        if text.count("\n") >= MIN_LINES:
+            yield path, text
+
+
+def cases_of(repository: str, prepare: Prepare) -> Iterator[Case]:
+    for path, text in files(repository):
+        generator, found = random.Random(path), 0
+        defined: dict[str, list[int]] = defaultdict(list)
+        for match in re.finditer(DEFINES[LANGUAGES[PurePosixPath(path).suffix]], text, re.M):
+            defined[next(filter(None, match.groups()))].append(match.start())
+        lines = text.splitlines(keepends=True)
+        for number in generator.sample(range(2 * len(lines) // 3, len(lines) - 5), len(lines) // 6):
+            start = sum(map(len, lines[:number]))
+            here = range(start, start + len(lines[number]))
+            bare = lines[number].strip()
+            if not 12 <= len(bare) <= 90 or COMMENT.match(lines[number]) or text.count('"""', 0, start) % 2:
+                continue
+            words = list(WORD.finditer(lines[number]))
+            names = [word[0] for word in words if len(word[0]) > 3 and 0 < len(defined.get(word[0], ())) <= 3]
+            if not names or any(place in here for name in names for place in defined[name]):
+                continue
+            name = generator.choice(names)
+            first = len(lines[number]) - len(lines[number].lstrip())
+            offset = start + generator.choice(sorted({first, *(word.start() for word in words)}))
+            case = Case(Path(repository).parent.name, path, text, offset, name)
+            if len(case.expected) >= 4 and max(defined[name]) < window_start(case, prepare):
+                yield case
+                found += 1
+            if found == MAX_PER_FILE:
+                break
+
+
+def window_start(case: Case, prepare: Prepare) -> int:
+    """Where the window of a prompt starts; 0 if nothing is left out."""
+    kept, above = prepare_case(prepare, case).kept, case.text[: case.offset].splitlines(keepends=True)
+    return len("".join(above[: -kept["lines"]])) if "lines" in kept else 0
+
+
+# ------------------------------------------------------------------------------------------- the arms
+
+
+def load(folder: str) -> Prepare:
+    """The `prepare` of a checkout."""
+    sys.path.insert(0, folder)
+    mine = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("cerebrum")}
+    try:
+        prepare: Prepare = importlib.import_module("cerebrum.text.prompt").prepare
+    finally:
+        sys.path.remove(folder)
+        for name in [name for name in sys.modules if name.startswith("cerebrum")]:
+            del sys.modules[name]
+        sys.modules.update(mine)
+    return prepare
+
+
+def prepare_case(prepare: Prepare, case: Case) -> Any:
+    return prepare(case.fields(), "infill", BUDGET, RATIO, None, (), LAYOUT)
+
+
+def ask(tiers: Tiers, body: dict[str, Any]) -> dict[str, Any]:
+    return tiers.raw(**body, max_tokens=TOKENS, stop=["\n"])
+
+
+# ------------------------------------------------------------------------------------------- the report
+
+
+def ratio(pairs: list[tuple[bool, bool]]) -> list[float]:
+    """Right answers of an arm over those of the first one, and the 95 % interval, by resampling the cases."""
+    generator, counts = random.Random(1), Counter(pairs)
+    kinds, weights, found = list(counts), list(counts.values()), list[float]()
+    for _ in range(DRAWS):
+        sample = generator.choices(kinds, weights, k=len(pairs))
+        found.append(sum(new for new, _ in sample) / max(1, sum(old for _, old in sample)))
+    found.sort()
+    whole = sum(new for new, _ in pairs) / max(1, sum(old for _, old in pairs))
+    return [round(one, 3) for one in (whole, found[DRAWS // 40], found[-DRAWS // 40 - 1])]
+
+
+def report(answers: list[dict[str, Any]], first: str) -> dict[str, Any]:
+    arms: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for one in answers:
+        arms[one["arm"]][one["case"]] = one
+    result = {}
+    for arm, rows in arms.items():
+        pairs = [(row["right"], arms[first][key]["right"]) for key, row in rows.items() if key in arms[first]]
+        result[arm] = {
+            "cases": len(rows),
+            "right": sum(row["right"] for row in rows.values()),
+            "tokens": round(sum(row["tokens"] for row in rows.values()) / len(rows)),
+            "ratio": ratio(pairs),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("repositories", nargs="+")
+    parser.add_argument("--arms", required=True, help="NAME=FOLDER,…")
+    parser.add_argument("--model", default="qwen_1_5b")
+    parser.add_argument("--cases", type=int, default=300, help="of all repositories together")
+    options = parser.parse_args()
+    arms = {name: load(folder) for name, _, folder in (arm.partition("=") for arm in options.arms.split(","))}
+    first = next(iter(arms))
+    answers = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    asked = {(one["case"], one["arm"]) for one in answers}
+    turns = zip_longest(*(cases_of(repository, arms[first]) for repository in options.repositories))
+    cases = list(islice((case for turn in turns for case in turn if case), options.cases))
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
+    if "CEREBRUM_STATE_DIR" in os.environ:
+        easy["CEREBRUM_STATE_DIR"] = os.environ["CEREBRUM_STATE_DIR"]
+    with tempfile.TemporaryDirectory() as folder, daemon("vpsd", Path(folder), inherited=os.environ, **easy) as vps:
+        tiers = Tiers(f"http://127.0.0.1:{vps.port}", "", KEY, options.model)
+        print("encoding", tiers.encoding(), "cases", len(cases), file=sys.stderr)
+        for count, case in enumerate(cases, 1):
+            known: dict[str, dict[str, Any]] = {}  # arms that agree about a case are asked once
+            for arm, prepare in arms.items():
+                if (case.key, arm) in asked:
+                    continue
+                body = prepare_case(prepare, case).body
+                if (same := json.dumps(body)) not in known:
+                    known[same] = ask(tiers, body)
+                answer = known[same]
+                text = answer["completion"].partition("\n")[0]
+                row = {"case": case.key, "arm": arm, "name": case.name, "expected": case.expected, "text": text}
+                row |= {"right": text.rstrip() == case.expected, "tokens": answer["prompt_tokens"]}
+                answers.append(row)
+                with options.file.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+            if count % 10 == 0:
+                print(count, json.dumps(report(answers, first)), file=sys.stderr, flush=True)
+    print(json.dumps({"benchmark": "prompts", "model": options.model, "arms": report(answers, first)}))
+
+
+if __name__ == "__main__":
+    main()
