@@ -94,7 +94,7 @@ class Language:
     def literals(self) -> list[tuple[str, str]]:
         """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and `"#`."""
         openings = (*self.strings, *self.texts)
-        return [(opening, opening.lstrip("$@r")[::-1].translate(_CLOSINGS)) for opening in openings]
+        return [(opening, opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS)) for opening in openings]
 
     @property
     def comment_starts(self) -> tuple[str, ...]:
@@ -192,7 +192,8 @@ LANGUAGES: dict[str, Language] = {
         strings=(), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, ambiguous="'", endings=(".rs",), aliases=("rs",),
     ),
     "c": replace(_CPP, types="extern", names=r"enum|(?:struct|union)\b(?=[^()=;{]*(?:\{|$))", endings=(".c", ".h")),
-    "cpp": replace(_CPP, endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"), aliases=("c++", "cc")),
+    "cpp": replace(_CPP, texts=('R"',), raw=('R"',), endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+                   aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
         texts=("`",), raw=("`",), line_ends=True, endings=(".go",), aliases=("golang",),

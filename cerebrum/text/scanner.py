@@ -14,16 +14,17 @@ from cerebrum.text.languages import Language
 
 # ------------------------------------------------------------------------------------------------------- following code
 
-WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER and REGEX_BEFORE and the character before it
+WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
 OPENER_CHARS = 6  # the longest opening of a literal
-TAIL_CHARS = 8  # the longest opening or end of a literal, and the character before it
+TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
 PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
-# The code before a quote that opens a string right after a letter, and before a regex.
+# The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
 QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
+RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
@@ -59,8 +60,8 @@ class Literals:
         literals = [*language.literals, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # Characters that cannot change the state inside a literal or comment: all but ends and escapes.
-        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\"))
+        # Characters that cannot change the state inside a literal or comment: all but ends, escapes, R"( of C++.
+        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\("))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
@@ -115,6 +116,8 @@ class Literals:
         if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
+        if opener == 'R"':
+            return RAW_BEFORE.search(self.head[-WORD_CHARS:]) is not None
         if opener == "/":  # not behind a string, nor behind the braces of JSX
             value = self.last == '"' or (self.last == "}" and not self.starting)
             return not value and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
@@ -133,6 +136,8 @@ class Literals:
             self.escaped, self.escaped_at = False, self.since
         elif char == "\\" and self.opener not in language.raw and (not comment or language.directives):
             self.escaped = True
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
         elif self.tail.endswith(self.closer) and self.since - self.escaped_at >= len(self.closer):
             self._leave(char, comment)
         elif char == "\n" and not comment and self.opener not in language.texts:

@@ -390,6 +390,13 @@ int f() {
 }
 »
 int main() {
+=== cpp block: a raw string with a long name in the prompt
+const char *page = R"delimiter12(a " b {)delimiter12";
+int f() {
+«    return 1;
+}
+»
+int main() {
 === cpp block: a class
 template <typename T>
 class Queue {
