@@ -736,7 +736,7 @@ def a_request(draw: random.Random) -> tuple[str, str, Any, int]:
     short = {"prompt": prompt, "max_tokens": draw.randint(1, 4), "temperature": draw.choice((0, 0.5))}
     infill = {"input_prefix": f"def {prompt}", "input_suffix": "\n", "n_predict": 2}
     kinds: list[tuple[float, str, str, Any, int]] = [
-        (2, "POST", "/v1/complete", NATIVE | short, 200),
+        (2, "POST", "/v1/complete", NATIVE | short | {"language": "java"}, 200),
         (2, "POST", "/v1/complete/stream", NATIVE | short, 200),
         (1, "POST", "/v1/completions", short, 200),
         (1, "POST", "/v1/completions", short | {"stream": True}, 200),

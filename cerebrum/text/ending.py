@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import takewhile
 
-from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, OPENED, Language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_blank
 
 # ------------------------------------------------------------------------------------------------------ the natural end
@@ -294,10 +294,10 @@ class LineBlock(Block):
 
     That block is the outermost function open at the cursor (a class is completed method by method). Without one, it is
     the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
-    decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line, in SQL after
-    a semicolon. If only white space precedes the cursor in its line, the indentation of the first line written shows
-    which blocks are open. Except in Python and YAML, a closing line at the block's own indentation belongs to it. A
-    less indented comment below a blank line waits for the next line of code and is inside if that is.
+    decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line. If only white
+    space precedes the cursor in its line, the indentation of the first line written shows which blocks are open. Except
+    in Python, a closing line at the block's own indentation belongs to it. A less indented comment below a blank line
+    waits for the next line of code and is inside if that is.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -308,18 +308,18 @@ class LineBlock(Block):
         self.top = 0  # with `base` -1: the indentation of the statement being completed
         self.clauses = False  # an `else` or the like may go on with the block
         self.statement = False  # the block is a statement outside all blocks
-        self.blank = self.over = False  # the last line was blank; the last one that was not ends a statement
+        self.blank = False  # the last line was blank
         self.closed = False  # a closing line has been written
         self.member = False  # only the next member of a class is asked for ...
         self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
         self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
         last = prompt.rstrip().rpartition("\n")[2]
-        self.open_ended = bool(language.blocks != "lines" and language.imports.match(last)) or last.startswith("#!")
+        self.open_ended = bool(language.imports.match(last)) or last.startswith("#!")
         self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
-        self.closing = re.compile(rf"(?:{language.closing})" if not language.colons and language.closing else r"(?!)")
-        self.inside = re.compile(language.inside.removeprefix("|") or r"(?!)")
+        self.closing = re.compile(language.closing)
+        self.inside = re.compile(rf"(?:{language.clauses or '(?!)'})\b")
         head = scanner.head.strip()
-        if language.colons and (head or scanner.fresh):
+        if language.indented and (head or scanner.fresh):
             blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
             self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks, bool(head))
 
@@ -334,16 +334,15 @@ class LineBlock(Block):
         self.top = scanner.indent
         if self.announced and not functions and not others and not typed:
             self.base, self.member = scanner.indent, True
-        self.clauses = language.colons and not DEFINITION.match(header)
-        self.statement = self.base == -1 and (typed or not language.colons) and not self.open_ended
+        self.clauses = language.indented and not DEFINITION.match(header)
+        self.statement = self.base == -1 and (typed or not language.indented) and not self.open_ended
 
     def ended(self, line: str) -> str | None:
         blocks, self.blank = self.scanner.blocks, not line
         language = self.scanner.language
         if line:
-            self.over = not line.endswith(":") if language is LANGUAGES["markdown"] else line.endswith(";")
             self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
-        if self.base == -1 and language.colons and blocks and DEFINITION.match(blocks[0][1]):
+        if self.base == -1 and language.indented and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
         return "block" if self.closed else None
 
@@ -357,13 +356,12 @@ class LineBlock(Block):
         if self.base is None:
             self._choose(scanner.enclosing(scanner.indent), False)
         assert self.base is not None
-        if language.items and word in ("-", "--"):
-            return None
         if word[-1] != "\n":
-            self.level = scanner.level(word)
+            self.level = scanner.indent
         if self.level > self.base:
             self.deep = self.begun
-            return self._goes_on(word) if self.statement and self.level <= self.top else ""
+            over = self.statement and self.level <= self.top and self.mark and self.blank
+            return self._closes(word) if over else ""
         comment = self.blank and word.startswith(language.comment_starts)
         if comment and len(self.text) - self.mark < COMMENT_CHARS:
             self.waiting = True
@@ -372,7 +370,7 @@ class LineBlock(Block):
             return "block"
         if self.member and not self.deep and (not self.begun or not self.blank):
             return ""
-        if language.colons:
+        if language.indented:
             return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
         return self._closes(word)
 
@@ -386,15 +384,7 @@ class LineBlock(Block):
         if word[0] in PAIRS or self.closing.match(word):
             self.closed = self.level == self.base
             return ""
-        unfinished = self.scanner.language.blocks == "statements" and not self.over
-        return "" if unfinished or self.inside.match(word) else "block"
-
-    def _goes_on(self, word: str) -> str | None:
-        """`outside` for a line of a statement outside all blocks."""
-        language = self.scanner.language
-        colon = language is LANGUAGES["markdown"] and not self.over  # announces what follows
-        over = self.over if language.blocks == "statements" else self.blank and not colon
-        return self._closes(word) if self.mark and over else ""
+        return "" if self.inside.match(word) else "block"
 
 
 class BracketBlock(Block):
@@ -839,8 +829,7 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        # In Markdown, a fence inside the block is counted as in a block of no language.
-        self.scanner = Scanner(language) if language and language is not LANGUAGES["markdown"] else None
+        self.scanner = Scanner(language) if language else None
         self.state = "before"  # the block, "inside" it, in a block "beside" it, or "thinking"
         self.beside = ""  # the first block beside it
         self.fence, self.margin, self.nested = "```", 0, 0
@@ -898,7 +887,7 @@ class Fences(Stage):
         if not language or not line or PROSE.fullmatch(line):
             return False
         starts = (*language.comment_starts, "@", "#include", "#define", *(language.block_comment or ())[:1])
-        known = language.imports.match(line) or (not language.items and language.defines.match(line))
+        known = language.imports.match(line) or (not language.commands and language.defines.match(line))
         return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
 
     def _inside(self, char: str) -> None:
@@ -953,24 +942,16 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
 
 
 def scan(language: Language, prompt: str) -> Scanner:
-    """A scanner at the prompt's end. In a Markdown fence of a known language it is one of that language."""
-    for quotes in ('"""', "'''") if language.colons else ():
+    """A scanner at the prompt's end."""
+    for quotes in ('"""', "'''") if language.indented else ():
         if quotes in prompt and starts_in_docstring(prompt, quotes):
             prompt = quotes + prompt
             break
-    if language is LANGUAGES["php"] and prompt.lstrip().startswith("<") and not prompt.lstrip().startswith("<?"):
-        prompt = f"?>{prompt}"
     scanner = Scanner(language, prompt)
-    if scanner.closer == "<?":
-        return Scanner(LANGUAGES["html"], prompt[len(prompt) - scanner.since :])
-    if scanner.opener in language.multiline and scanner.closer and language is not LANGUAGES["markdown"]:
+    if scanner.opener in language.texts and scanner.closer:
         headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))
         again = Scanner(language, prompt[max(headers, default=0) :])  # in code: a quote above was misread
         return scanner if again.closer else again
-    if scanner.closer and language is LANGUAGES["markdown"]:
-        *_, last = [None, *OPENED.finditer(prompt)]
-        if last and (inner := BY_NAME.get(last[1].lower())):
-            return Scanner(LANGUAGES[inner], prompt[last.end() :])
     return scanner
 
 

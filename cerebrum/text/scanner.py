@@ -1,4 +1,4 @@
-"""Follows source code: its strings, comments, brackets and blocks, in 23 languages.
+"""Follows source code: its strings, comments, brackets and blocks, in any language of languages.py.
 
 A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of brackets, below
 which less indented lines. All it knows of a language is the language's row in languages.py. No text is refused, however
@@ -27,18 +27,13 @@ QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
-# PHP: `if (...):` up to `endif;`.
-ALTERNATIVE = re.compile(r"(?:<\?)?(?:php\s)?\s*(?:if|for|foreach|while|switch)\b[^{}]*\)\s*")
-ALTERNATIVE_END = re.compile(r"end(?:if|for|foreach|while|switch)\s*$")
-ITEM = re.compile(r"-(?:\s|$)")  # of YAML
-INITIALIZER = re.compile(r"\)\s*(?:noexcept\s*)?:(?!:)[^;{?]*(?:\{[^;{]*\}[^;{?]*)*\w$")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 
 
 class Bracket(NamedTuple):
     """An open bracket."""
 
-    kind: str  # with a { that opens no block: "({"; in a string of the shell that goes on behind it: '"(' or '"{'
+    kind: str  # with a { that opens no block: "({"
     header: str  # of {: the statement before it
     indent: int  # of its line
     condition: bool = False  # a statement may follow its end
@@ -62,16 +57,15 @@ class Literals:
         self.comments = [(language.line_comment, "\n")] if language.line_comment else []
         self.comments += [*filter(None, [language.block_comment]), *language.other_comments]
         self.comments += [("#", "\n")] * language.directives
-        literals = [*language.strings, *((mark, mark) for mark in language.ambiguous)]
+        literals = [*language.literals, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # Characters that cannot change the state inside a literal or comment: all but ends, escapes, the brackets of a
-        # regex or a raw string, and ?> of PHP.
-        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\[](>"))
+        # Characters that cannot change the state inside a literal or comment: all but ends, escapes, R"( of C++.
+        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\("))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
-        self.escaped = self.in_class = False  # after a backslash; in a [] of a regex
+        self.escaped = False  # after a backslash
         self.line = ""  # of a here-document: the line so far
         self.terminators: list[str] = []  # the lines that end the here-documents below this line
         self.tail = ""  # the last characters of the text
@@ -95,7 +89,7 @@ class Literals:
     def _enter(self, opener: str, closer: str) -> None:
         """Enter a literal or a comment after the last character."""
         self.opener, self.closer, self.since, self.escaped_at = opener, closer, 0, 0
-        self.escaped = self.in_class = self.starting = False
+        self.escaped = self.starting = False
         self.line = ""
 
     def _opening(self) -> tuple[str, str] | None:
@@ -124,13 +118,10 @@ class Literals:
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
         if opener == 'R"':
             return RAW_BEFORE.search(self.head[-WORD_CHARS:]) is not None
-        if opener == "/":
-            if self.condition and self.head.rstrip() == self.condition:
-                return True  # behind the parentheses of an if
-            if self.last == '"' or (self.last == "}" and not self.starting):
-                return False  # behind a string, or behind the braces of JSX
-            return REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
-        return opener not in ("```", "~~~") or not self.head.strip("`~")
+        if opener == "/":  # not behind a string, nor behind the braces of JSX
+            value = self.last == '"' or (self.last == "}" and not self.starting)
+            return not value and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
+        return True
 
     def _in_literal(self, char: str) -> None:
         language, comment = self.language, self.in_comment
@@ -145,25 +136,13 @@ class Literals:
             self.escaped, self.escaped_at = False, self.since
         elif char == "\\" and self.opener not in language.raw and (not comment or language.directives):
             self.escaped = True
-        elif self.opener == "/" and char in "[]":
-            self.in_class = char == "["
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-        elif self.opener == '"' and language.expansion.search(self.tail):  # quoting starts afresh
-            self.stack.append(Bracket('"(' if char == "(" else '"{', "", self.indent))
-            self.closer = ""
-            if char == "(":
-                self._add(char)
-            else:
-                self._enter(char, char)
-        elif self.tail.endswith(self.closer) and not self.in_class and self.since - self.escaped_at >= len(self.closer):
+        elif self.tail.endswith(self.closer) and self.since - self.escaped_at >= len(self.closer):
             self._leave(char, comment)
-        elif char == "\n" and not comment and self.opener not in language.multiline:
-            if not self.tail.endswith("\\z\n"):  # a Lua string continues after \z
-                self.closer = ""  # an unclosed string ends with its line
-                self._in_code(char)
-        elif comment and self.closer == "\n" and language.alternative and self.tail.endswith("?>"):
-            self._enter("?>", "<?")
+        elif char == "\n" and not comment and self.opener not in language.texts:
+            self.closer = ""  # an unclosed string ends with its line
+            self._in_code(char)
 
     def _in_here_document(self, char: str) -> None:
         if char != "\n":
@@ -194,8 +173,7 @@ class Scanner(Literals):
 
     def __init__(self, language: Language, text: str = "") -> None:
         super().__init__(language)
-        self.brackets = {*language.brackets, *(closing for closing, one in PAIRS.items() if one in language.brackets)}
-        self.by_lines = language.blocks not in ("braces", "brackets")
+        self.by_lines = language.by_lines
         self.code_run = run_of(self.opener_ends | set("()[]{}\n;:<"))
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
@@ -207,7 +185,7 @@ class Scanner(Literals):
 
     @property
     def in_parens(self) -> bool:
-        return bool(self.stack) and self.stack[-1].kind[0] in '(["'
+        return bool(self.stack) and self.stack[-1].kind[0] in "(["
 
     @property
     def is_over(self) -> bool:
@@ -226,10 +204,6 @@ class Scanner(Literals):
         if self.language.indented and self.head.strip():
             return self.indent if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip()) else None
         return self.blocks[-1][0] if self.fresh else None
-
-    def level(self, line: str) -> int:
-        """The indentation of a line that starts with `line`. A YAML item is in its key even at equal indentation."""
-        return self.indent + (self.language.items and ITEM.match(line) is not None)
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
         """The open blocks around a statement at this indentation."""
@@ -279,15 +253,10 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.brackets or (self.stack and not self.brackets and char in "(){}"):
+        if char in "()[]{}" and (not self.by_lines or self.language.indented):
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
-        elif char == ":" and self.language.alternative and ALTERNATIVE.fullmatch(self.head):
-            self.stack.append(Bracket("{", self.head, self.indent))
-            self.head, char = "", "{"
         elif char == ";" and not self.by_lines and not self.in_parens:
-            if self.language.alternative and ALTERNATIVE_END.search(self.head):
-                self._close("}")
             self.head = ""
         else:
             self._add(char)
@@ -297,18 +266,13 @@ class Scanner(Literals):
     def _bracket(self, char: str) -> None:
         if char in PAIRS:
             self._close(char)
-        elif char == "{" and not self.by_lines and not self._initializes():
+        elif char == "{" and not self.by_lines:
             self.stack.append(Bracket(char, self.head, self.indent))
             self.head = ""
         else:
             condition = char == "(" and CONDITION.search(self.head[-WORD_CHARS:]) is not None
-            kind = "({" if char == "{" else char  # not a block
-            self.stack.append(Bracket(kind, "", self.indent, condition=condition))
+            self.stack.append(Bracket("({" if char == "{" else char, "", self.indent, condition))
             self._add(char)
-
-    def _initializes(self) -> bool:
-        """Whether a brace begins the value of a member in a C++ constructor, not a block."""
-        return self.language.directives and INITIALIZER.search(self.head[-HEAD_CHARS // 4 :]) is not None
 
     def _opener_of(self, char: str) -> int | None:
         """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
@@ -327,10 +291,7 @@ class Scanner(Literals):
             return
         bracket = self.stack[depth]
         del self.stack[depth:]
-        if bracket.kind[0] == '"':
-            self._add(char)
-            self._enter('"', '"')
-        elif char != "}" or bracket.kind == "({":
+        if char != "}" or bracket.kind == "({":
             self._add(char)
             self.condition = self.head if bracket.condition else ""
         elif self.in_parens:
@@ -356,8 +317,8 @@ class Scanner(Literals):
         """By lines: a statement has ended."""
         head = self.head.strip()
         if head and head.lower() != "r":  # not a comment or a docstring, which may have the prefix r
-            level, header, indented = self.level(head), self.last == ":", self.language.indented
-            self.blocks, self.fresh = self.enclosing(level), header and indented
-            self.blocks += [(level, head)] * (header or not indented)
+            header, indented = self.last == ":", self.language.indented
+            self.blocks, self.fresh = self.enclosing(self.indent), header and indented
+            self.blocks += [(self.indent, head)] * (header or not indented)
             self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
         self.starting, self.indent, self.head, self.last = True, 0, "", ""

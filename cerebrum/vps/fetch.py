@@ -22,6 +22,8 @@ from cerebrum.vps.llama import MB, ModelError, file_digest, load_model
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
 
+MAX_NAMED = 7  # languages of a model that its line names; more are counted
+
 
 class FetchError(Exception):
     """A download that failed. The message says what was expected and what came."""
@@ -112,7 +114,9 @@ def offers(models: Sequence[Model], folder: Path, room_mb: float, contexts: Mapp
         size = f"{one.size / 1e9:.1f} GB to fetch, " if one.size else ""
         memory = f"{one.memory_mb / 1e3:.1f} GB of memory or more, " if one.memory_mb else ""
         context = f"with {contexts[one.id]}, " if one.id in contexts else ""
-        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}{context}for {' '.join(one.languages)}")
+        count = len(one.languages)
+        languages = " ".join(one.languages) if count <= MAX_NAMED else f"{count} languages"
+        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}{context}for {languages}")
     return lines
 
 

@@ -52,7 +52,8 @@ ONLY_CLOSERS = re.compile(r"^[ \t]*(?:[\])};,]|end\b|fi\b|done\b|</[\w-]+>)+[ \t
 CLAUSE = re.compile(r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|when|while|then|do)\b")
 IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
 DEEP_ENDS = ("{", ":")  # the last character of a header
-WORDS = ("ruby", "lua", "shell", "html", "yaml")  # whose headers end with anything
+WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")  # whose headers end with anything
+UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
 
 
 class Line(NamedTuple):
@@ -108,7 +109,7 @@ class Source:
                 last, closed = place, CLOSER.match(line.text) is not None and not line.text.endswith(DEEP_ENDS)
             else:
                 break
-        ends = self.syntax.blocks == "indent" or CLOSER.match(self.lines[last].text)
+        ends = self.language in UNCLOSED or CLOSER.match(self.lines[last].text)
         return last if ends and last > number else None
 
     def is_header(self, number: int) -> bool:

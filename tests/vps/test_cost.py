@@ -45,7 +45,7 @@ UNITS = [
     'R"a(', 'r#"', "please ", "x" * 300 + "\n", "return 1\n\n", "async ", "#if a {\n",
 ]  # fmt: skip
 MORE_UNITS = [  # of languages beside the first seven
-    "end ", "end\n", "do |x| ", "%w[", "#{", "<<A", "<<A\n", "A\n", "<?php ", "?>", "if (a): ", "endif; ", "case a in ",
+    "end ", "end\n", "do |x| ", "%w[", "#{", "<<A", "<<A\n", "A\n", "case a in ",
     "create procedure is ", "create ", "is ", "begin ", "$a$", "<a>", "</a>", "<script>", "- a: |\n", "a: &b ",
     "--[==[", "\\(", "--- ", "````a\n", "RUN a \\\n",
 ]  # fmt: skip
