@@ -17,9 +17,10 @@ socket, no clock, no environment. Standard library only.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import takewhile
+from typing import NamedTuple
 
 from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, OPENED, Language
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner, after_blank
@@ -57,16 +58,15 @@ PERIOD_LINES = 24  # the longest such block
 PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
 LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, searched for lines like the suffix's first ones
+GOAL_LINES = 40  # of the suffix, searched for the same
 MEET_LINES = 6  # compared at most of the suffix
 MEET_CHARS = 7  # the compared lines have at least this many, unless the suffix has fewer
 REST_WEIGHT = 3  # letters and digits in the rest of the cursor's line
 END_WEIGHT = 6  # letters and digits in one line at the text's end
 CLOSERS_CHARS = 4000  # of the suffix, searched for closing brackets
 # How far an infill that could have ended goes on to meet the suffix, in characters without white space ...
-AHEAD_CHARS = 400  # ... usually
-LEFT_AHEAD_CHARS = 140  # ... after a line or a bracket that does not belong to the gap
-REST_AHEAD_CHARS = 80  # ... after a line that lacks the rest of the cursor's line
-OUTSIDE_AHEAD_CHARS = 40  # ... below a blank line or at a comment outside the cursor's block
+AHEAD_CHARS = 300  # ... if whole lines are missing
+REST_AHEAD_CHARS = 80  # ... if the suffix begins with the rest of the cursor's line
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest, or a blank line instead
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
@@ -133,11 +133,7 @@ class StopStrings(Stage):
 
     def __init__(self, stops: Sequence[str]) -> None:
         super().__init__()
-        # (string, for each of its prefixes the length of the longest shorter prefix that it ends with)
-        self.stops = [(stop, [0]) for stop in stops]
-        for stop, borders in self.stops:
-            for char in stop[1:]:
-                borders.append(matched(stop, borders, borders[-1], char))
+        self.stops = [(stop, borders_of(stop)) for stop in stops]
         self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
 
     def step(self, char: str) -> None:
@@ -151,9 +147,17 @@ class StopStrings(Stage):
 
 def matched(text: str, borders: list[int], size: int, char: str) -> int:
     """The length of a match with the start of a text, which was `size`, after one more character."""
-    while size and text[size] != char:
+    while size and (size == len(text) or text[size] != char):
         size = borders[size - 1]
     return size + (text[size] == char)
+
+
+def borders_of(text: str) -> list[int]:
+    """For each prefix of a text: the length of the longest shorter prefix that it ends with."""
+    borders = [0]
+    for char in text[1:]:
+        borders.append(matched(text, borders, borders[-1], char))
+    return borders
 
 
 class Typed(Stage):
@@ -397,10 +401,18 @@ class LineBlock(Block):
         return self._closes(word) if self.mark and over else ""
 
 
-class BracketBlock(Block):
-    """Blocks in braces: ends after the line that closes the block that was asked for.
+class Goal(NamedTuple):
+    """What a completion in braces ends with."""
 
-    That block is the outermost open block that is not a container: a function with everything in it. Without one, it is
+    kind: str  # a "block", a "call" with a block among its arguments, a "statement", a "directive" or "data"
+    depth: int  # it is complete when no more brackets than these are open
+    clauses: bool = False  # an `else` or the like may go on with it
+
+
+class BracketBlock(Block):
+    """Blocks in braces: ends after the line that completes the goal.
+
+    The goal is the outermost open block that is not a container: a function with everything in it. Without one, it is
     the statement or signature in progress, or what a comment or decorator above the cursor announces; then the
     innermost class, impl or namespace; then the first function or class that the model writes. Closing brackets on
     their own lines after the block belong to it.
@@ -408,337 +420,369 @@ class BracketBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.base: int | None = None  # the block has ended at this depth of brackets; None: it has not begun
-        self.statement = False  # the block is a statement or signature in progress
-        self.clauses = False  # an `else` or the like may go on with the block
-        self.call = False  # the block is an argument of a call, whose result may be used on the next line
-        self.closed = False  # the block has ended, but the next line may still belong to it
-        language, head = scanner.language, scanner.head.strip()
-        braces = [depth for depth, bracket in enumerate(scanner.stack) if bracket.kind == "{"]
-        things = [depth for depth in braces if not language.containers.search(scanner.stack[depth].header)]
+        self.goal: Goal | None = None  # None: it has not begun
+        self.complete = False  # the goal is complete, but the next line may still belong to it
+        language, stack, head = scanner.language, scanner.stack, scanner.head.strip()
+        braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
+        things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         imported = bool(head) and language.imports.match(head.rpartition("\n")[2]) is not None
-        self.directive = (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(("\\\n", "\\\r\n"))
         begun = bool(head) and not imported and not (braces and scanner.is_over)
         announced = is_announced(language, prompt) and bool(braces or language.defines.search(prompt))
-        if language.blocks == "brackets" and scanner.stack:
-            self.base = len(scanner.stack) - 1
+        if language.blocks == "brackets" and stack:
+            self.goal = Goal("data", len(stack) - 1)
         elif things:
-            self._open(things[0])
-        elif begun or announced or self.directive or scanner.in_parens:
-            self.statement, self.base = True, braces[-1] + 1 if braces else 0
-            self.clauses = bool(CONTROL.search(head))
+            self._choose(things[0])
+        elif (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(("\\\n", "\\\r\n")):
+            self.goal = Goal("directive", len(braces))
+        elif begun or announced or scanner.in_parens:
+            self.goal = Goal("statement", braces[-1] + 1 if braces else 0, CONTROL.search(head) is not None)
             if announced and not head.startswith(("@", "#[", "[")):
                 scanner.last = ""
         elif braces:
-            self._open(braces[-1])
+            self._choose(braces[-1])
 
-    def _open(self, depth: int) -> None:
+    def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
-        stack = self.scanner.stack
-        header = stack[depth].header
-        self.clauses = bool(CONTROL.search(header))
-        while depth and stack[depth - 1].kind in "([":
-            depth -= 1
-            self.call = True
-        self.base = depth
+        stack, outer = self.scanner.stack, depth
+        while outer and stack[outer - 1].kind in "([":
+            outer -= 1
+        clauses = CONTROL.search(stack[depth].header) is not None
+        self.goal = Goal("block" if outer == depth else "call", outer, clauses)
 
     def step(self, char: str) -> None:
         before = len(self.scanner.stack)
         super().step(char)
         stack, language = self.scanner.stack, self.scanner.language
-        if self.base is None and before == 0 and len(stack) == 1:
+        if self.goal is None and before == 0 and len(stack) == 1:
             header = stack[0].header
             defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
             if defines or language.blocks == "brackets":
-                self._open(0)
+                self._choose(0)
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether the line after the goal may use its value: in a statement or a call without a semicolon."""
+        assert self.goal
+        return self.goal.kind in ("statement", "call") and self.scanner.language.line_ends
 
     def ended(self, line: str) -> str | None:
-        scanner = self.scanner
-        if self.base is None or len(scanner.stack) > self.base:
+        scanner, goal = self.scanner, self.goal
+        if goal is None or len(scanner.stack) > goal.depth:
             return None
-        if self.directive:
+        if goal.kind == "directive":
             return "block"
         if line.startswith(("@", "#[")):
             return None
-        if self.statement and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
+        if goal.kind == "statement" and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
             return "block" if not line and self.mark else None
-        self.closed = True
-        may_go_on = (self.statement or self.call) and scanner.language.line_ends and scanner.last != ";"
-        return None if scanner.stack or self.clauses or may_go_on or self.called else "block"
+        self.complete = True
+        goes_on = self._may_go_on and scanner.last != ";"
+        return None if scanner.stack or goal.clauses or goes_on or self.called else "block"
 
     def outside(self, word: str) -> str | None:
-        if not self.closed:
+        if not self.complete or self.goal is None:
             return ""
-        goes_on = word[0] in GOES_ON and (self.statement or self.call) and self.scanner.language.line_ends
-        if word[0] in PAIRS or word[0] == "{" or goes_on:
+        if word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on):
             reason: str | None = ""
         else:
-            reason = continues(word) if self.clauses else self.helps(word)
-        self.closed = reason != ""
+            reason = continues(word) if self.goal.clauses else self.helps(word)
+        self.complete = reason != ""
         return reason
 
 
-def squeezed(line: str) -> str:
-    """A line without its white space."""
-    return "".join(line.split())
+Line = tuple[int, str]  # (indentation in columns, text without its white space)
 
 
-def line_end(text: list[str], whole: bool) -> int:
-    """Where the last line of a text ends, which a line end has just completed; `whole`: behind that line end."""
-    return len(text) if whole else len(text) - 1 - (text[-2:-1] == ["\r"])
+def line_of(line: str) -> Line:
+    return columns_of(line), "".join(line.split())[:LINE_CHARS]
+
+
+def lines_of(text: str) -> list[Line]:
+    """The first lines of a text, blank ones left out."""
+    return [line_of(line) for line in text.split("\n", GOAL_LINES)[:GOAL_LINES] if line.strip()]
 
 
 class Meeting:
-    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines.
+    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, the `goal`.
 
-    As many lines are compared as are found nowhere else around the cursor. White space within lines and blank lines do
-    not count, but indentation does. Nor do remarks count that a model adds to a line; `remark` begins one.
+    A subclass finds the first of them. As many lines are compared as are found nowhere else around the cursor. White
+    space within lines and blank lines do not count, but indentation does. A remark that a model adds to a line does not
+    count either.
     """
 
-    def __init__(self, prompt: str, suffix: str, remark: str = "") -> None:
-        self.remark = remark
-        first, (rest, _, after) = prompt[prompt.rfind("\n") + 1 :], suffix.partition("\n")
-        self.blanks = len(rest) - len(rest.lstrip())  # before the suffix's part of the cursor's line
-        self.whole = bool(rest.strip()) and not first  # whole lines are missing, line ends included
-        self.rest = "" if self.whole else squeezed(rest)[:LINE_CHARS]
-        self.below = [line for line in (suffix if self.whole else after).split("\n", 40)[:40] if line.strip()]
-        self.goal = [(0, self.rest)] if self.rest else []
-        self.goal += [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in self.below]
-        self.weight = sum(map(str.isalnum, self._line(0)[1]))  # letters and digits in the first line of the goal
-        self.sure = self._choose(prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1])
-        # The line so far, its indentation, and where its characters are, white space not counted.
-        self.line, self.indent = squeezed(first)[:LINE_CHARS], columns_of(first)
-        self.places = [-1] * len(self.line)
+    whole = False  # whole lines are missing, line ends included
+
+    def __init__(self, prompt: str, lines: list[Line], fewest: int, remark: str) -> None:
+        above = [line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()]
+        around = above + lines[1:]
+        self.goal, self.sure = lines[:MEET_LINES], False
+        for size in range(1, len(self.goal) + 1):
+            goal = lines[:size]
+            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (size == len(lines) and size >= fewest)
+            if long and all(goal != around[at : at + size] for at in range(len(around))):
+                self.goal, self.sure = goal, True  # found nowhere else
+                break
+        self.weight = sum(map(str.isalnum, lines[0][1]))  # letters and digits in the first line of the goal
+        self.remark = remark or "\n"  # what begins one; no line has a line end
+        self.indent, self.line = line_of(prompt.rpartition("\n")[2])  # of the text so far
         self.edge = 0  # where the text would be cut if the suffix began with this line
-        self.found: list[tuple[int, int]] = []  # (number of lines of the goal above, where their first begins)
+        self.borders = borders_of(lines[0][1])
+        self.size = 0  # characters of the goal's first line that the line so far ends with
+        self.places = [-1]  # of the line end above, and of the line's characters that are not white space
+        self.found: list[tuple[int, int]] = []  # (lines of the goal above, where their first begins), longest first
 
-    def _choose(self, above: list[str]) -> bool:
-        """Limit the goal to the lines that are found nowhere else; return whether there are such lines."""
-        goal = self.goal
-        around = [(columns_of(line), squeezed(line)[:LINE_CHARS]) for line in above if line.strip()] + goal[1:]
-        for size in range(1, min(MEET_LINES, len(goal)) + 1):
-            self.goal, places = goal[:size], range(len(around) - size + 1)
-            whole = size == len(goal) and not (self.rest and size == 1)
-            long = sum(len(text) for _, text in self.goal) >= MEET_CHARS
-            if (whole or long) and self.goal not in (around[at : at + size] for at in places):
-                return True
-        return False
+    def has_first(self) -> bool:
+        """Whether the line so far is, or ends with, the first line of the goal."""
+        raise NotImplementedError
 
-    def step(self, char: str, position: int, text: list[str]) -> int | None:
-        """Read a character; if the whole goal stands there now, where it begins."""
-        if not char.isspace():
-            if len(self.line) < LINE_CHARS:
-                self.line += char
-                self.places.append(position)
-        elif char != "\n":
-            self.indent = self.indent if self.line else after_blank(self.indent, char)
-        else:
+    def start(self, text: list[str]) -> int:
+        """Where the first line of the goal may begin; the text's end if it cannot yet."""
+        raise NotImplementedError
+
+    def step(self, char: str, text: list[str]) -> int | None:
+        """Read the last character of the text; if the whole goal stands there now, return where it begins."""
+        if char == "\n":
             if self.line:
-                matches = [(0, self.edge), *self.found]
-                self.found = [
-                    (size + 1, at) for size, edge in matches if (at := self._match(size, edge, text)) is not None
-                ]
+                self.found = self._matches(text, self.is_line)
             if self.line or self.whole:
-                self.edge = line_end(text, self.whole)
-            self.line, self.indent, self.places = "", 0, []
-            if self.found and self.found[-1][0] == len(self.goal):
-                return self.found[-1][1]
+                self.edge = len(text) if self.whole else len(text) - 1 - (text[-2:-1] == ["\r"])
+            self.line, self.indent, self.size, self.places = "", 0, 0, [len(text) - 1]
+            return self.found[0][1] if self.found and self.found[0][0] == len(self.goal) else None
+        if not char.isspace():
+            self.line += char if len(self.line) < LINE_CHARS else ""
+            self.size = matched(self.goal[0][1], self.borders, self.size, char)
+            self.places.append(len(text) - 1)
+        elif not self.line:
+            self.indent = after_blank(self.indent, char)
         return None
 
-    def _line(self, number: int) -> tuple[int, str]:
-        """(indentation, text) of a line of the goal; behind its last line one that no line equals."""
-        return self.goal[number] if number < len(self.goal) else (0, "\n")
+    def is_line(self, number: int) -> bool:
+        """Whether the line so far is this line of the goal."""
+        indent, line = self.goal[number]
+        return self.indent == indent and f"{self.line}\n".startswith((line + "\n", line + self.remark))
 
-    def _match(self, size: int, edge: int, text: list[str]) -> int | None:
-        """Where a match begins that goes on with this line; None if this line differs from line `size` of the goal."""
-        columns, goal = self._line(size)
-        if not size and (self.rest or (self.whole and len(self.goal) > 1 and self.line != goal)):
-            return self._place(len(goal), text) if self.line.endswith(goal) else None
-        same = self.line == goal or (self.remark and self.line.startswith(goal + self.remark))
-        return edge if same and self.indent == columns and (size or self.places[0] >= 0) else None
+    def may_be(self, number: int) -> bool:
+        """Whether the line so far may become this line of the goal."""
+        indent, line = self.goal[number]
+        line += self.remark
+        return not self.line or (self.indent == indent and line.startswith(self.line[: len(line)]))
 
-    def _place(self, size: int, text: list[str]) -> int | None:
-        """Where the last characters of the line begin, with the white space that the suffix has before them."""
-        place, blanks = self.places[-size], self.blanks
-        while blanks and place > 0 and text[place - 1] in " \t":
-            place, blanks = place - 1, blanks - 1
-        return place if place >= 0 else None
+    def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
+        """`found` with the line so far."""
+        found = [(size + 1, at) for size, at in self.found if size < len(self.goal) and agrees(size)]
+        return [*found, (1, self.start(text))] if self.has_first() else found
 
     def held(self, text: list[str]) -> int:
         """Text from here on may turn out to be the suffix."""
-        matches = [(0, self.edge), *self.found] if self.goal else []
-        places = [len(text)]
-        for size, edge in matches:
-            columns, goal = self._line(size)
-            goal += self.remark
-            begun = self.line[: len(goal)] if self.remark else self.line  # a remark may go on to the line's end
-            if not self.line or (self.indent == columns and goal.startswith(begun)):
-                places.append(edge)
-        first = self.goal[0][1] if self.rest or self.whole else ""
-        at = max(0, len(self.line) - len(first)) if first else -1
-        while at >= 0 and not first.startswith(self.line[at:]):
-            at = self.line.find(first[0], at + 1)
-        if 0 <= at < len(self.line):
-            place = self._place(len(self.line) - at, text)
-            places += [] if place is None else [place]
-        elif self.blanks and self.rest:
-            blank = len(text) - len("".join(text[-self.blanks :]).rstrip(" \t")) if text else 0
-            places.append(len(text) - min(self.blanks, blank))
-        return min(places)
+        begun = [at for size, at in self.found if size < len(self.goal) and self.may_be(size)]
+        return min([self.start(text), *begun])
 
-    def at_end(self, text: list[str], closed: bool) -> int | None:
-        """Where the suffix begins, if the text ends in its first lines. `closed`: the cursor's literal has ended."""
-        for size, edge in [*reversed(self.found), (0, self.edge)] if self.goal else []:
-            lines, place = size, edge
-            if self.line:
-                at = self._match(size, edge, text)
-                begun = bool(size) and self._line(size)[1].startswith(self.line)
-                lines, place = size + (at is not None or begun), edge if at is None else at
-            elif not size:
-                continue
-            closes = self.rest[:1] in tuple("\"'`)]}") or (self.rest.isalnum() and len(self.rest) < 3)
-            sure = lines > 1 or self.weight >= END_WEIGHT or (self.rest and (closed or not closes))
-            if lines > size - bool(not self.line) and sure:
-                return place
-        return None
+    def at_end(self, text: list[str]) -> tuple[int, int]:
+        """(lines of the goal that the text ends with, where they begin); the last line may be cut off."""
+        found = self._matches(text, self.may_be) if self.line else self.found
+        return found[0] if found else (0, 0)
+
+
+class LinesBelow(Meeting):
+    """Whole lines of the suffix: those below the cursor's or, with `whole`, the cursor's own too, which is empty."""
+
+    def __init__(self, prompt: str, lines: list[Line], whole: bool, remark: str) -> None:
+        super().__init__(prompt, lines, 1, remark)
+        self.whole = whole
+        self.indent = -1 if self.line else self.indent  # a line that begins in the prompt is none of the suffix's
+        self.within = whole and len(self.goal) > 1  # the suffix may begin in the middle of a word
+
+    def has_first(self) -> bool:
+        return self.is_line(0) or (self.within and self.line != self.goal[0][1] and self.size == len(self.goal[0][1]))
+
+    def start(self, text: list[str]) -> int:
+        return self.edge if self.may_be(0) else self.places[-self.size] if self.within and self.size else len(text)
+
+
+class RestOfLine(Meeting):
+    """The rest of the cursor's line, which may be the end of any line of the text, and the lines below it."""
+
+    def __init__(self, prompt: str, rest: str, below: list[Line], remark: str) -> None:
+        super().__init__(prompt, [(0, line_of(rest)[1]), *below], 2, remark)
+        self.blanks = len(rest) - len(rest.lstrip())  # before the rest
+
+    def has_first(self) -> bool:
+        return self.size == len(self.goal[0][1])
+
+    def start(self, text: list[str]) -> int:
+        place = self.places[-self.size] if self.size else len(text)
+        return max(place - self.blanks, self.places[-self.size - 1] + 1)
 
 
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
 
-    The suffix could follow the first line that leaves no bracket or header open and is not indented less than the
-    suffix, the text before a bracket that only the suffix closes, and a line above one that is indented less than
-    cursor and suffix. What the model writes after such a place waits: it is sent if the model soon meets the suffix,
-    or ends by itself. How soon depends on what has been written (`AHEAD_CHARS` and the four below it). Many gaps of
-    several lines go on after a line that could have ended them, so waiting is worth its tokens. A client in a hurry
-    sets `predict_ms`.
+    Each event has its rule: the text meets the suffix (in `step`), a line begins (`on_start`), a line ends (`on_line`),
+    a blank line ends (`on_blank_line`), the text leaves the cursor's surroundings (`on_leaving`), the model writes no
+    more (`flush`). The rules note in `enough` where the infill could end. What the model writes behind that place is
+    sent if the model meets the suffix before the `patience` is used up, or ends by itself: many gaps go on after a line
+    that could have ended them, so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
-    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+    inner = False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
+
+    def __init__(self, scanner: Scanner, meeting: Meeting, suffix: str, patience: int) -> None:
         super().__init__()
-        self.scanner, self.meeting = scanner, Meeting(prompt, suffix, scanner.language.line_comment)
-        first, below = prompt[prompt.rfind("\n") + 1 :], self.meeting.below[:1]
-        above = first if first.strip() else prompt.rstrip().rpartition("\n")[2]
-        # Lines of a block comment are indented by one space more than the code.
-        start, *after = (columns_of(line) - line.lstrip().startswith("*") for line in (above, *below))
-        self.below = after[0] if after else start * bool(self.meeting.rest)
-        self.bound, self.limit = min(start, self.below), max(start, self.below)
-        # The suffix begins with a blank line and is indented less: the gap is at the end of its block.
-        self.final = bool(below) and self.below < start and not "".join(suffix.split("\n", 2)[:2]).strip()
-        self.blank = False  # the last line was blank
-        self.literal = scanner.closer
-        self.unmatched, self.depth = scanner.unmatched, len(scanner.stack)
+        self.scanner, self.meeting = scanner, meeting
+        # Around the cursor: its literal, the open brackets, and how many of these the suffix leaves open.
+        self.literal, self.depth, self.unmatched = scanner.closer, len(scanner.stack), scanner.unmatched
         closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-        self.floor = min(self.depth, closers)  # brackets that the suffix closes
-        self.started = bool(first.strip())  # the line has characters other than white space
-        self.indent = scanner.indent  # of the line
-        self.mark = 0  # the end of the last line that is not blank
-        self.lines = 0  # that are not blank
+        self.closed_below = min(self.depth, closers)
         self.enough: int | None = None  # the infill could end here ...
         self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
-        self.ahead = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
-        # The text is in a block that ends before the suffix, so all of it belongs to the gap.
-        closes = bool(below) and below[0].lstrip()[0] in PAIRS and bool(scanner.stack) and not self.literal
-        deeper = scanner.by_lines and self.started and self.indent > self.below
-        self.inner = not self.meeting.rest and (closes or deeper)
+        self.patience = patience  # characters left before the infill ends at `enough`, white space not counted
+
+    def on_start(self) -> None:
+        """A line begins: its first character that is not white space has come."""
+
+    def on_line(self) -> None:
+        """A line has ended."""
+        raise NotImplementedError
+
+    def on_blank_line(self) -> None:
+        """A blank line has ended."""
+
+    def on_leaving(self, place: int) -> None:
+        """The text has left the surroundings of the cursor at a place."""
+        if self.left is None:
+            self.left, self.inner = place, False
+            self.could_end(place)
 
     def step(self, char: str) -> None:
-        position, meeting, scanner = len(self.text), self.meeting, self.scanner
+        scanner, meeting, begun = self.scanner, self.meeting, bool(self.meeting.line)
         self.text.append(char)
         scanner.step(char)
-        if (place := meeting.step(char, position, self.text)) is not None:
-            if meeting.sure:
-                self.end("stop", place)
-                return
-            self._could_end(place)
-        if char == "\n":
-            self.blank = not self.started
-            if self.started:
-                self.mark, self.lines, self.started = line_end(self.text, meeting.whole), self.lines + 1, False
-                if meeting.rest:
-                    self._end_line()
-                elif self._fits():
-                    self._could_end(self.mark)
-            elif meeting.rest and self.enough is not None:
-                self.ahead = min(self.ahead, WRITTEN_AHEAD_CHARS)  # few gaps within a line continue after a blank one
+        place = meeting.step(char, self.text)
+        if place is not None and meeting.sure:
+            self.end("stop", place)
+            return
+        if place is not None:
+            self.could_end(place)
+        if char == "\n" and begun:
+            self.on_line()
+        elif char == "\n":
+            self.on_blank_line()
         elif not char.isspace():
-            self._read(char, position)
-            self.started, self.ahead = True, self.ahead - (self.enough is not None and not self.inner)
+            if not begun:
+                self.on_start()
+            if char in PAIRS and not scanner.closer and self.has_left():
+                self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
+            self.patience -= self.enough is not None and not self.inner
             if meeting.line == "```" and scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]:
-                self.end("stop", self.mark if self.left is None else self.left)
-                return
-        if self.ahead < 0 and self.enough is not None:
+                self.end("stop", meeting.edge if self.left is None else self.left)
+        if self.reason:
+            return
+        if self.patience < 0 and self.enough is not None:
             self.end("block", self.enough)
-        elif not self.reason and char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
-            place = min(meeting.held(self.text), len(self.text) if self.enough is None else self.enough)
-            self.safe = max(self.safe, place)
+        elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
+            place = meeting.held(self.text)
+            self.safe = max(self.safe, place if self.enough is None else min(place, self.enough))
 
-    def _end_line(self) -> None:
-        """A line has ended, with or without the rest of the cursor's line."""
-        written = next((place for size, place in self.meeting.found if size == 1), None)
-        sure = self.left is not None or "=" in self.meeting.rest or self.meeting.weight >= REST_WEIGHT
-        closes = self.meeting.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
-        if written is not None and self._has_closed():
-            self.end("stop", written)
-        elif written is not None and sure:
-            self.enough, self.ahead = written, min(self.ahead, WRITTEN_AHEAD_CHARS)
-        elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
-            self._could_end(self.mark, REST_AHEAD_CHARS)
+    def could_end(self, place: int) -> None:
+        if self.enough is None or self.inner:
+            self.enough = place
 
-    def _could_end(self, place: int, ahead: int = AHEAD_CHARS) -> None:
-        self.enough = place if self.enough is None or self.inner else self.enough
-        self.ahead = min(self.ahead, ahead)
-
-    def _read(self, char: str, position: int) -> None:
-        """Note whether a character leaves the surroundings of the cursor."""
-        scanner = self.scanner
-        inside = bool(scanner.closer and scanner.since)
-        if not self.started and not inside:
-            self.indent = scanner.indent
-        if char in PAIRS and not scanner.closer and self._has_left():
-            self._leave(position if self.started or self.meeting.rest else self.mark)
-        elif not (self.started or inside or scanner.in_parens):
-            if scanner.by_lines and not self.meeting.rest and (self.inner or not self.lines):
-                self.inner = scanner.indent > self.below
-            if self.blank and self.final and self.enough is not None and scanner.indent <= self.below:
-                self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)
-            if self.lines and scanner.indent < self.bound:
-                self._leave(self.mark)
-                if scanner.by_lines and char in {start[0] for start in scanner.language.comment_starts}:
-                    self.ahead = min(self.ahead, OUTSIDE_AHEAD_CHARS)  # usually the first of some examples
-
-    def _leave(self, place: int) -> None:
-        if self.left is None:
-            self.left = place
-            self._could_end(place, REST_AHEAD_CHARS if self.meeting.rest else LEFT_AHEAD_CHARS)
-            self.inner = False
-
-    def _has_left(self) -> bool:
+    def has_left(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
-        return len(self.scanner.stack) < self.floor or self.scanner.unmatched > self.unmatched
+        return len(self.scanner.stack) < self.closed_below or self.scanner.unmatched > self.unmatched
 
-    def _has_closed(self) -> bool:
-        """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        return bool(self.literal) and not self.scanner.closer and self.meeting.rest.startswith(self.literal)
-
-    def _fits(self) -> bool:
-        """Whether the suffix could follow the line that has ended."""
-        scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer or self._has_left() or (scanner.by_lines and self.indent > self.limit):
-            return bool(self.literal and scanner.closer)
-        if len(scanner.stack) > self.depth:
-            return False
-        return self.below <= self.indent or scanner.in_parens if opened is None else opened < self.below
+    def is_suffix(self, lines: int) -> bool:
+        """Whether a text that ends with so many lines of the goal has come to the suffix."""
+        return lines > 1 or (lines == 1 and self.meeting.weight >= END_WEIGHT)
 
     def flush(self, whole: bool) -> str:
-        place = self.meeting.at_end(self.text, self._has_closed())
-        if place is None:
-            place = self.enough if not whole else self.left if self._has_left() else None
-        if place is not None:
-            return self.cut(self.sent, max(place, self.sent))
+        lines, place = self.meeting.at_end(self.text)
+        end = place if self.is_suffix(lines) else self.enough if not whole else self.left if self.has_left() else None
+        if end is not None:
+            return self.cut(self.sent, max(end, self.sent))
         text = self.cut(0).rstrip(" \t")
         newline = self.meeting.whole and bool(text.strip()) and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * newline
+
+
+class GapOfLines(Gap):
+    """A gap above whole lines. The suffix could follow the first line that leaves no bracket or header open and is not
+    indented less than the suffix, and the text above a line that is indented less than cursor and suffix."""
+
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+        first, (rest, _, after) = prompt.rpartition("\n")[2], suffix.partition("\n")
+        whole = bool(rest.strip())
+        lines = lines_of(suffix if whole else after)
+        super().__init__(scanner, LinesBelow(prompt, lines, whole, scanner.language.line_comment), suffix, AHEAD_CHARS)
+        above = line_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
+        # Lines of a block comment are indented by one space more than the code.
+        self.above, self.below = (indent - line.startswith("*") for indent, line in (above, lines[0]))
+        self.indent = scanner.indent  # of the line
+        self.mark: int | None = None  # the end of the last line that is not blank
+        closes = lines[0][1][0] in PAIRS and bool(scanner.stack) and not self.literal
+        self.inner = closes or (scanner.by_lines and bool(first.strip()) and self.indent > self.below)
+
+    def on_start(self) -> None:
+        scanner = self.scanner
+        if scanner.closer and scanner.since:
+            return  # inside a literal
+        self.indent = scanner.indent
+        if not scanner.in_parens:
+            if scanner.by_lines:
+                self.inner = self.indent > self.below and (self.inner or self.mark is None)
+            if self.mark is not None and self.indent < min(self.above, self.below):
+                self.on_leaving(self.mark)
+
+    def on_line(self) -> None:
+        self.mark, scanner, opened = self.meeting.edge, self.scanner, self.scanner.opened
+        if scanner.closer or self.has_left():
+            fits = bool(self.literal and scanner.closer)
+        elif len(scanner.stack) > self.depth:
+            fits = False
+        elif opened is None:
+            fits = self.below <= self.indent or scanner.in_parens
+        else:
+            fits = opened < self.below
+        if fits:
+            self.could_end(self.mark)
+
+
+class GapInLine(Gap):
+    """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could follow a line that
+    lacks this rest and leaves no bracket open, or replace a rest that the model has written itself."""
+
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+        rest, _, after = suffix.partition("\n")
+        meeting = RestOfLine(prompt, rest, lines_of(after), scanner.language.line_comment)
+        super().__init__(scanner, meeting, suffix, REST_AHEAD_CHARS)
+        self.rest = meeting.goal[0][1]
+
+    def on_line(self) -> None:
+        lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
+        closes = self.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
+        if lines == 1 and self._has_closed():
+            self.end("stop", written)
+        elif lines == 1 and ("=" in self.rest or self.meeting.weight >= REST_WEIGHT):
+            self.enough, self.patience = written, min(self.patience, WRITTEN_AHEAD_CHARS)
+        elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+            self.could_end(self.meeting.edge)
+
+    def on_blank_line(self) -> None:
+        if self.enough is not None:  # few gaps within a line continue after a blank one
+            self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
+
+    def _has_closed(self) -> bool:
+        """Whether the text has closed the literal around the cursor, which the suffix closes."""
+        return bool(self.literal) and not self.scanner.closer and self.rest.startswith(self.literal)
+
+    def is_suffix(self, lines: int) -> bool:
+        closes = self.rest[0] in "\"'`)]}" or (self.rest.isalnum() and len(self.rest) < 3)
+        return super().is_suffix(lines) or (lines == 1 and (self._has_closed() or not closes))
+
+
+def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
+    in_line = prompt.rpartition("\n")[2] and suffix.partition("\n")[0].strip()
+    return GapInLine(scanner, prompt, suffix) if in_line else GapOfLines(scanner, prompt, suffix)
 
 
 class Blanks(Stage):
@@ -1008,7 +1052,7 @@ class Ending:
                 if scanner.starting and scanner.indent:
                     self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))
                 block = LineBlock if scanner.by_lines else BracketBlock
-                self.stages.append(Gap(scanner, prompt, suffix) if gap else block(scanner, prompt))
+                self.stages.append(gap_of(scanner, prompt, suffix) if gap else block(scanner, prompt))
             else:
                 self.stages.append(Blanks())
         if indent > 0:
