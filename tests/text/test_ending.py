@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerebrum.text import ending
-from cerebrum.text.ending import Ending, StopStrings
+from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.stages import StopStrings
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -563,7 +564,7 @@ print(f(3, 5))
 def f(a):
     r«eturn a»
 
-    return [x + 1 for x in sorted(a)]
+    return [x + 1 for x in sorted(a) if x > 0 and is_even(x) and not is_prime(x) and x not in seen_before(a)]
 ‖for x in a]
 === python stop: a line of a dictionary
 names = {
@@ -876,6 +877,7 @@ void f(int x) {«
 
 void h() {
     another();
+    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);
 ‖}
 
 int main() {
