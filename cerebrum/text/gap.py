@@ -35,7 +35,8 @@ def line_of(line: str) -> Line:
 
 
 def lines_of(text: str) -> list[Line]:
-    """The first lines of a text, blank ones left out."""
+    """The first lines of a text, blank ones left out; at least one if the text is not blank."""
+    text = text[text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1 :]
     return [line_of(line) for line in text.split("\n", GOAL_LINES)[:GOAL_LINES] if line.strip()]
 
 
@@ -53,6 +54,7 @@ class Meeting:
         above = [line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()]
         around = above + lines[1:]
         self.goal, self.sure = lines[:MEET_LINES], False
+        # `fewest` lines of a short suffix are enough: the rest of a line alone, as ), is found in any text.
         for size in range(1, len(self.goal) + 1):
             goal = lines[:size]
             long = sum(len(text) for _, text in goal) >= MEET_CHARS or (size == len(lines) and size >= fewest)
@@ -166,7 +168,7 @@ class Gap(Stage):
     def __init__(self, scanner: Scanner, meeting: Meeting, suffix: str, patience: int) -> None:
         super().__init__()
         self.scanner, self.meeting = scanner, meeting
-        # Around the cursor: its literal, the open brackets, and how many of these the suffix leaves open.
+        # Around the cursor: its literal, the open brackets, and how many of these the suffix closes.
         self.literal, self.depth, self.unmatched = scanner.closer, len(scanner.stack), scanner.unmatched
         closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         self.closed_below = min(self.depth, closers)
@@ -303,7 +305,7 @@ class GapInLine(Gap):
         return bool(self.literal) and not self.scanner.closer and self.rest.startswith(self.literal)
 
     def is_suffix(self, lines: int) -> bool:
-        closes = self.rest[0] in "\"'`)]}" or (self.rest.isalnum() and len(self.rest) < 3)
+        closes = self.rest[0] in "\"'`)]}" or (self.rest.isalnum() and len(self.rest) < REST_CHARS)
         return super().is_suffix(lines) or (lines == 1 and (self._has_closed() or not closes))
 
 

@@ -1310,6 +1310,10 @@ def test_line_ends_of_windows(prompt: str, text: str, suffix: str, sent: str, re
     check("infill", "python", prompt, suffix, text, (sent, reason))
 
 
+def test_the_suffix_is_below_many_blank_lines() -> None:
+    check("infill", "python", "x = 1\n", "\n" * 50 + "  z = 3\n", "y = 2\n\n  z = 3\nw", ("y = 2", "stop"))
+
+
 @pytest.mark.parametrize(
     ("line", "sent", "reason"),
     [
