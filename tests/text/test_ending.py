@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerebrum.text import ending
-from cerebrum.text.ending import Ending, StopStrings
+from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.stages import StopStrings
 
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
@@ -563,7 +564,7 @@ print(f(3, 5))
 def f(a):
     r«eturn a»
 
-    return [x + 1 for x in sorted(a)]
+    return [x + 1 for x in sorted(a) if x > 0 and is_even(x) and not is_prime(x) and x not in seen_before(a)]
 ‖for x in a]
 === python stop: a line of a dictionary
 names = {
@@ -725,9 +726,11 @@ another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 
 def add(a, b):
     return «a + b»
 
-print(add(5, 3))
-print(add(7, 0))
-print(add(-1, 1))
+print(add(3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19))
+print(add(21, 28, 35, 42, 49, 56, 63, 70, 77, 84, 91, 98, 105, 112, 119, 126, 133))
+print(add(33, 44, 55, 66, 77, 88, 99, 110, 121, 132, 143, 154, 165, 176, 187, 198, 209))
+print(add(69, 92, 115, 138, 161, 184, 207, 230, 253, 276, 299, 322, 345, 368, 391, 414, 437))
+print(add(123, 164, 205, 246, 287, 328, 369, 410, 451, 492, 533, 574, 615, 656, 697, 738, 779))
 ‖
 
 
@@ -747,7 +750,11 @@ def f(text):
 »
 # Test the function
 print(f(""))
-print(f("abcba"))
+print(f(3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19))
+print(f(21, 28, 35, 42, 49, 56, 63, 70, 77, 84, 91, 98, 105, 112, 119, 126, 133))
+print(f(33, 44, 55, 66, 77, 88, 99, 110, 121, 132, 143, 154, 165, 176, 187, 198, 209))
+print(f(69, 92, 115, 138, 161, 184, 207, 230, 253, 276, 299, 322, 345, 368, 391, 414, 437))
+print(f(123, 164, 205, 246, 287, 328, 369, 410, 451, 492, 533, 574, 615, 656, 697, 738, 779))
 ‖    return True
 === python stop: a fence below a gap
 def f(xs):
@@ -870,6 +877,7 @@ void f(int x) {«
 
 void h() {
     another();
+    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);
 ‖}
 
 int main() {
@@ -1278,6 +1286,10 @@ def check(
 )
 def test_line_ends_of_windows(prompt: str, text: str, suffix: str, sent: str, reason: str) -> None:
     check("infill", "python", prompt, suffix, text, (sent, reason))
+
+
+def test_the_suffix_is_below_many_blank_lines() -> None:
+    check("infill", "python", "x = 1\n", "\n" * 50 + "  z = 3\n", "y = 2\n\n  z = 3\nw", ("y = 2", "stop"))
 
 
 @pytest.mark.parametrize(

@@ -689,8 +689,6 @@ def test_gaps(case: tuple[str, str, str, str, str | None]) -> None:
         assert sent == gap
 
 
-
-
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_an_instruction_about_each_language(language: str) -> None:
     """Its answer is code alone, in any language, even between fences of shells."""

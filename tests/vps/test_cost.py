@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from cerebrum.text.ending import Ending, StopStrings
+from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 from cerebrum.text.scanner import HEAD_CHARS
+from cerebrum.text.stages import StopStrings
 
 QUICK = ("python", "javascript", "cpp")
 SLOW = ("ruby", "php", "shell", "sql", "html", "yaml", "markdown", "csharp", "lua", "swift", "json", "dockerfile")

@@ -1,0 +1,206 @@
+"""The stages that a completion passes through, and those of them that know no syntax.
+
+A stage reads one character at a time, so the outcome does not depend on how tokens split the text. It decides how much
+of the text may go out (`safe`) and whether the completion is over (`reason`; then `safe` is where it ends). Text that
+is not decided yet waits, usually only the start of a line. Pure; standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import reduce
+from itertools import takewhile
+
+from cerebrum.text.scanner import after_blank
+
+# Against models that go round in circles. tests/bench/ending.py has none: 0 % of its cases depend on these.
+REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
+REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
+REPEATED_COPIES = 4  # the same for a block of two or more lines
+PERIOD_LINES = 24  # the longest such block
+PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
+LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
+
+
+class Stage:
+    """Text goes in and comes out, until there is a `reason` to end. All positions count characters of `text`."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
+        self.safe = 0  # text before this position may be sent
+        self.sent = 0  # text before this position has been sent
+        self.reason: str | None = None
+
+    def cut(self, start: int, stop: int | None = None) -> str:
+        return "".join(self.text[start:stop])
+
+    def step(self, char: str) -> None:
+        """Read the last character of `text`; move `safe`, or call `end`."""
+        raise NotImplementedError
+
+    def end(self, reason: str, at: int) -> None:
+        """End the completion at a position, though never before text that may have been sent."""
+        self.reason, self.safe = reason, max(at, self.safe)
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        """(text that may be sent now, why the completion is over or None)."""
+        for char in piece:
+            self.text.append(char)
+            self.step(char)
+            if self.reason:
+                break
+        out, self.sent = self.cut(self.sent, self.safe), self.safe
+        return out, self.reason
+
+    def flush(self, whole: bool) -> str:
+        """The text left to send when no more tokens come: the model has ended (`whole`) or may write no more."""
+        return self.cut(self.sent)
+
+
+class StopStrings(Stage):
+    """Ends the text before the first stop string, and holds back the possible start of one.
+
+    The first complete stop string counts, however tokens split the text; of two at the same place, the longer. Each has
+    its own Knuth-Morris-Pratt search. No stop string may be empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        self.stops = [(stop, borders_of(stop)) for stop in stops]
+        self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
+
+    def step(self, char: str) -> None:
+        self.sizes = [matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)]
+        self.safe = len(self.text) - max(self.sizes, default=0)
+        complete = [size for (stop, _), size in zip(self.stops, self.sizes, strict=True) if size == len(stop)]
+        if complete:
+            self.end("stop", len(self.text) - max(complete))
+
+
+def matched(text: str, borders: list[int], size: int, char: str) -> int:
+    """The length of a match with the start of a text, which was `size`, after one more character."""
+    while size and (size == len(text) or text[size] != char):
+        size = borders[size - 1]
+    return size + (text[size] == char)
+
+
+def borders_of(text: str) -> list[int]:
+    """For each prefix of a text: the length of the longest shorter prefix that it ends with."""
+    borders = [0]
+    for char in text[1:]:
+        borders.append(matched(text, borders, borders[-1], char))
+    return borders
+
+
+class Typed(Stage):
+    """Removes the indentation already typed, which models often repeat.
+
+    The cursor is in `column`, below white space alone; the line needs indentation up to the column `due`.
+    """
+
+    def __init__(self, column: int, due: int) -> None:
+        super().__init__()
+        self.column, self.due, self.starting = column, due, True
+
+    def step(self, char: str) -> None:
+        if self.starting and char in " \t":
+            column = after_blank(self.column, char)
+            if column > self.due:
+                self.text.pop()
+                return
+            self.column = column
+        else:
+            self.starting = False
+        self.safe = len(self.text)
+
+
+def columns_of(line: str) -> int:
+    """The indentation of a line in columns."""
+    return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
+
+
+class Blanks(Stage):
+    """Code of an unknown language: ends before two blank lines in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = 0  # the end of the last line that is not blank
+        self.lines = 0  # line ends since the last other character
+
+    def step(self, char: str) -> None:
+        if not char.isspace():
+            self.lines, self.safe = 0, len(self.text)
+        elif char == "\n":
+            self.lines += 1
+            if self.lines == 1:
+                self.mark = len(self.text)
+            elif self.lines == 3 and self.safe:
+                self.end("block", self.mark)
+
+
+class Indent(Stage):
+    """Ends before the first line, except the cursor's own, that is indented by fewer than `least` characters."""
+
+    def __init__(self, least: int, whole: bool) -> None:
+        super().__init__()
+        self.least, self.whole = least, whole
+        self.indent: int | None = None  # of the line that begins; None: it has begun
+        self.mark = 0  # where the text ends if that line is outside
+
+    def step(self, char: str) -> None:
+        if char == "\n":
+            if self.indent is None:
+                self.mark = len(self.text) - (not self.whole)
+            self.indent = 0
+        elif self.indent is not None and char in " \t":
+            self.indent += 1
+        elif self.indent is not None and not char.isspace():
+            if self.indent < self.least:
+                self.end("block", self.mark)
+                return
+            self.indent = None
+        if self.indent is None:
+            self.safe = len(self.text)
+
+
+class Repeat(Stage):
+    """The last stage: ends a text that repeats the same line or block of lines, indentation included.
+
+    Two copies go out. Later ones wait: enough copies end the text after the second copy; a differing line frees them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line: list[str] = []  # the characters of the line so far
+        self.lines: list[tuple[str, bool]] = []  # (line, whether it is data or only closes something)
+        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: consecutive lines that each equal the line n before
+        self.hold: int | None = None  # where the third copy may have begun
+
+    def step(self, char: str) -> None:
+        position = len(self.text)
+        if char != "\n":
+            self.line.append(char)
+            if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
+                tail = "".join(self.line[-PERIOD_CHARS:])
+                if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
+                    self.end("repeat", position)
+        else:
+            if line := "".join(self.line).rstrip():
+                self._ended(line, position)
+            self.line.clear()
+        if self.hold is None and not self.reason:
+            self.safe = position
+
+    def _ended(self, line: str, position: int) -> None:
+        lines, runs = self.lines, self.runs
+        lines.append((line, LIGHT.fullmatch(line) is not None))
+        for period in range(1, min(PERIOD_LINES + 1, len(lines))):
+            runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
+        periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
+        self.hold = (self.hold or position) if periods else None
+        for period in periods:
+            light = all(data for _, data in lines[-period:])
+            most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
+            if runs[period] + period >= most:
+                self.end("repeat", self.hold or position)
