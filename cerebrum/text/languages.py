@@ -134,16 +134,6 @@ class Language:
         """A pattern of the start of the line that ends a definition."""
         return rf"\}}|{self.closers}" if self.closers else r"\}"
 
-    @property
-    def close(self) -> str:
-        """Closes a block when only its header is sent."""
-        return "end" if "end" in self.closers else "}"
-
-    @property
-    def inside(self) -> str:
-        """More alternatives of a pattern: starts of unindented lines that still belong to a definition."""
-        return rf"|(?:{self.clauses})\b" if self.clauses else ""
-
     def remark(self, text: str) -> str:
         """The text as a one-line comment."""
         if self.line_comment or not self.block_comment:

@@ -247,11 +247,14 @@ LONG = {
     "yaml": ("", "f%d:\n  x: 1\n\n"),
     "toml": ("", "x%d = 1\n"),
     "markdown": ("", "Text %d.\n\n"),
-    "dockerfile": ("FROM golang AS build\nARG VERSION=1\n", "RUN echo %d\n"),
+    "dockerfile": ("", "RUN echo %d\n"),
+    "perl": ("use strict;\n", "sub f%d {\n    return 1;\n}\n\n"),
+    "haskell": ("import Data.List\n", "f%d x = x\n\n"),
+    "julia": ("using Dates\n", "function f%d(x)\n    x\nend\n\n"),
 }
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", LONG)
 def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language: str) -> None:
     imports, statement = LONG[language]
     text = "".join([imports, "\n", *(statement % n for n in range(2000)), "cursor"])
