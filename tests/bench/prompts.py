@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,7 @@ def main() -> None:
     easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
     if "CEREBRUM_STATE_DIR" in os.environ:
         easy["CEREBRUM_STATE_DIR"] = os.environ["CEREBRUM_STATE_DIR"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let the context managers end the daemon
     with tempfile.TemporaryDirectory() as folder, daemon("vpsd", Path(folder), inherited=os.environ, **easy) as vps:
         tiers = Tiers(f"http://127.0.0.1:{vps.port}", "", KEY, options.model)
         print("encoding", tiers.encoding(), "cases", len(cases), file=sys.stderr)
