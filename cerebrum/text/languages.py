@@ -61,6 +61,7 @@ class Language:
 
     uses: str = ""  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
+    data: str = ""  # the same, but the definition is no completion by itself: a function usually follows
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
@@ -109,7 +110,8 @@ class Language:
     @cached_property
     def defines(self) -> re.Pattern[str]:
         """Matches at a line that defines a name: the last group that took part."""
-        inside, outside = _any(self.types, self.function), _any(self.types, self.function, self.names)
+        inside = _any(self.types, self.data, self.function)
+        outside = _any(inside, self.names)
         starts = [rf"[ \t]{{1,200}}+{_MODIFIERS}(?:{inside})"] if inside else []
         starts += [rf"{_MODIFIERS}(?:{outside})"] if outside else []
         patterns = _any(rf"(?:{_any(*starts)}){_NAME}" if starts else "", self.also)
@@ -121,7 +123,7 @@ class Language:
         if not self.types:
             return ANYTHING if self.blocks == "tree" else NOTHING
         words = r"(?:template\s*<[^{}()]*>\s*)?(?:@?[\w.]+(?:\([^()\n]*\))?\s+){0,12}"
-        return re.compile(rf"^[^\S\n]*{words}(?:{self.types})\b", re.M)
+        return re.compile(rf"^[^\S\n]*{words}(?:{_any(self.types, self.data)})\b", re.M)
 
     @cached_property
     def definition(self) -> re.Pattern[str]:
@@ -156,7 +158,8 @@ _JS = Language(
 )  # fmt: skip
 _CPP = Language(
     uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t]",
-    types=r"(?:class|struct|union|namespace|extern)\b(?=[^()=;{]*(?:\{|$))", names=r"enum|concept|using",
+    types=r"(?:class|namespace|extern)\b(?=[^()=;{]{0,200}(?:\{|$))",
+    data=r"(?:struct|union)\b(?=[^()=;{]{0,200}(?:\{|$))", names=r"enum|concept|using",
     also=rf"[ \t]*#[ \t]*define[ \t]+(\w+)|typedef\b[^\n;{{]{{0,80}}\{{[^{{}}]{{0,1500}}\}}[ \t]*(\w+)[ \t]*;"
          rf"|typedef[ \t][^\n;({{]{{0,160}}\b(\w+)[ \t]*;|{_METHOD}"
          rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_ARGUMENTS}"
@@ -181,7 +184,7 @@ LANGUAGES: dict[str, Language] = {
         names=r"struct|enum|union|type|static(?:[ \t]+mut)?|const|macro_rules!",
         strings=(), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, ambiguous="'", endings=(".rs",), aliases=("rs",),
     ),
-    "c": replace(_CPP, types="extern", names=r"enum|(?:struct|union)\b(?=[^()=;{]*(?:\{|$))", endings=(".c", ".h")),
+    "c": replace(_CPP, endings=(".c", ".h")),
     "cpp": replace(_CPP, texts=('R"',), raw=('R"',), endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
                    aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
