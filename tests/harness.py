@@ -323,10 +323,11 @@ def copy_program(name: str, folder: Path) -> None:
 
 def link_tuned(folder: Path, tuned: Path) -> None:
     """Let the vpsd of this folder use a tuned file of another state."""
-    place = folder / "state/tuned" / tuned.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        place.symlink_to(tuned)
+    place = folder / "state/tuned"
+    place.mkdir(parents=True, exist_ok=True)
+    for file in (tuned, tuned.with_name(f"{tuned.name}.json")):  # and its passport
+        if not (place / file.name).exists():
+            (place / file.name).symlink_to(file)
 
 
 def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
