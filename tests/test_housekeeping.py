@@ -74,6 +74,9 @@ class ScriptedWorker:
     def submit(self, job: Any) -> None:
         self.submitted.append(job)
 
+    def give_way(self) -> None:
+        pass
+
     def cancel(self, job: Any) -> None:
         self.cancelled.append(job)
 

@@ -86,6 +86,7 @@ def test_request_defaults() -> None:
         "heal": False,
         "special": False,
         "progress": False,
+        "priority": "normal",
         "session": None,
         "extra": [],
         "predict_ms": 0,
