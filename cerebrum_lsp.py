@@ -8,8 +8,7 @@ One file, Python 3.9 or newer, standard library only. The server speaks LSP 3.18
 `Content-Length`, JSON-RPC 2.0. `textDocument/inlineCompletion` is the method for ghost text; a client that lacks it can
 turn on `textDocument/completion` instead. The completions are the answers of the Pi's `POST /infill`.
 
-A bad message gets the protocol's error, and the server goes on: -32700 for what is not JSON, -32600 for what is no
-request, -32601 for an unknown method, -32602 for bad parameters. If the Pi is away, the user is told once; until it is
+A bad message gets the protocol's error, and the server goes on. If the Pi is away, the user is told once; until it is
 back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A request that asks the Pi
@@ -360,9 +359,8 @@ class Pi:
         raise PiError(BUSY[0], UNAGREED.format(url))
 
     def agree(self, url: str, chosen: Any) -> None:
-        if get(chosen, "title", str, "") == "Yes":
-            self.agreed[url] = True
-        else:
+        self.agreed[url] = get(chosen, "title", str, "") == "Yes"
+        if not self.agreed[url]:
             self.client.show(2, UNAGREED.format(url))
 
     def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
@@ -879,16 +877,11 @@ class Server:
         self.calls.end(lambda _: True, CANCELLED)
 
 
-HELP = """Usage: cerebrum_lsp.py [--stdio]
+HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]
 
-A language server: code completions as ghost text from Cerebrum, for an editor that starts this command.
-
-  --stdio    speak LSP on stdin and stdout, as without an option
-  -h, --help
-  --version
-
-CEREBRUM_URL is the address of the Raspberry Pi, if Avahi does not find it, and CEREBRUM_CM4_API_KEY your key, if
-you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
+A language server on stdin and stdout: code completions as ghost text from Cerebrum, for an editor that starts this
+command. CEREBRUM_URL is the address of the Raspberry Pi, if Avahi does not find it, and CEREBRUM_CM4_API_KEY your key,
+if you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:
