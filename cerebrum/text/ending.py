@@ -37,7 +37,7 @@ CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
-CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
+CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
@@ -167,10 +167,9 @@ class Block(Stage):
 
 def continues(word: str) -> str | None:
     """`outside` for the line after a block that may have an `else`: "" for such a clause, None while it may be one."""
-    name = re.match(r"\w*", word)
-    if name and name[0] != word:
-        return "" if name[0] in CLAUSES else "block"
-    return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
+    if re.match(rf"(?:{CLAUSES})\W", word):
+        return ""
+    return None if any(clause.startswith(word) for clause in CLAUSES.split("|")) else "block"
 
 
 class LineBlock(Block):
@@ -218,10 +217,8 @@ class LineBlock(Block):
         self.statement = self.base == -1 and (typed or not language.indented) and not self.open_ended
 
     def ended(self, line: str) -> str | None:
-        blocks, self.blank = self.scanner.blocks, not line
-        language = self.scanner.language
-        if line:
-            self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
+        blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
+        self.begun |= bool(line) and not line.startswith(("@", *language.comment_starts))
         if self.base == -1 and language.indented and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
         return "block" if self.closed else None
@@ -470,10 +467,8 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end."""
-    for quotes in ('"""', "'''") if language.indented else ():
-        if quotes in prompt and starts_in_docstring(prompt, quotes):
-            prompt = quotes + prompt
-            break
+    marks = ('"""', "'''") if language.indented else ()
+    prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = Scanner(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
         headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))
