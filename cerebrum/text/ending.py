@@ -134,7 +134,10 @@ class Block(Stage):
                 reason = self.outside(f"{line}\n")
             if reason == "":  # the line is inside; None: a comment that waits
                 self.mark = len(self.text) if line else self.mark
-                self._note_calls()
+                code = "".join(self.code)
+                self.code.clear()
+                self.defined.update(self.helper.findall(code))
+                self.called = (self.called | set(CALL.findall(code))) - self.defined
                 reason = self.ended(line)
         else:
             if char == "\n":
@@ -148,13 +151,6 @@ class Block(Stage):
                 self.safe = len(self.text) - self.ticks
         if reason:
             self.end(reason, self.mark)
-
-    def _note_calls(self) -> None:
-        """Read the calls and definitions in the code of a line."""
-        line = "".join(self.code)
-        self.code.clear()
-        self.defined.update(self.helper.findall(line))
-        self.called = (self.called | set(CALL.findall(line))) - self.defined
 
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
@@ -190,15 +186,14 @@ class LineBlock(Block):
         self.level = 0  # indentation of the line that begins
         self.top = 0  # with `base` -1: the indentation of the statement being completed
         self.clauses = False  # an `else` or the like may go on with the block
-        self.statement = False  # the block is a statement outside all blocks
         self.blank = False  # the last line was blank
         self.closed = False  # a closing line has been written
-        self.member = False  # only the next member of a class is asked for ...
-        self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
+        self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
         last = prompt.rstrip().rpartition("\n")[2]
-        self.open_ended = bool(language.imports.match(last)) or last.startswith("#!")
-        self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
+        # The block is a statement outside all blocks, or the next member of a class, of which no deeper line has come.
+        self.statement = not language.imports.match(last) and not last.startswith("#!")
+        self.member = is_announced(language, prompt) and bool(language.defines.search(prompt))
         head = scanner.head.strip()
         if language.indented and (head or scanner.fresh):
             blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
@@ -211,10 +206,11 @@ class LineBlock(Block):
         nothing = (scanner.indent - 1, "def")  # a prompt from the middle of a file may lack the block's header
         self.base, header = (functions or others or blocks[-1:] or [nothing])[0]
         self.top = scanner.indent
-        if self.announced and not functions and not others and not typed:
-            self.base, self.member = scanner.indent, True
+        self.member = self.member and not functions and not others and not typed
+        if self.member:
+            self.base = scanner.indent
         self.clauses = language.indented and not DEFINITION.match(header)
-        self.statement = self.base == -1 and (typed or not language.indented) and not self.open_ended
+        self.statement = self.statement and self.base == -1 and (typed or not language.indented)
 
     def ended(self, line: str) -> str | None:
         blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
@@ -236,7 +232,7 @@ class LineBlock(Block):
         if word[-1] != "\n":
             self.level = scanner.indent
         if self.level > self.base:
-            self.deep = self.begun
+            self.member = self.member and not self.begun
             over = self.statement and self.level <= self.top and self.mark and self.blank
             return self._closes(word) if over else ""
         comment = self.blank and word.startswith(language.comment_starts)
@@ -245,7 +241,7 @@ class LineBlock(Block):
             return None
         if self.level < self.base:
             return "block"
-        if self.member and not self.deep and (not self.begun or not self.blank):
+        if self.member and (not self.begun or not self.blank):
             return ""
         if language.indented:
             return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
@@ -308,10 +304,9 @@ class BracketBlock(Block):
         self.clauses = CONTROL.search(stack[depth].header) is not None
 
     def step(self, char: str) -> None:
-        before = len(self.scanner.stack)
         super().step(char)
         stack, language = self.scanner.stack, self.scanner.language
-        if not self.goal and before == 0 and len(stack) == 1:
+        if not self.goal and char in "{[" and len(stack) == 1:
             header = stack[0].header
             defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
             if defines or language.blocks == "brackets":
@@ -339,10 +334,8 @@ class BracketBlock(Block):
     def outside(self, word: str) -> str | None:
         if not self.complete:
             return ""
-        if word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on):
-            reason: str | None = ""
-        else:
-            reason = continues(word) if self.clauses else self.helps(word)
+        goes_on = word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on)
+        reason = "" if goes_on else continues(word) if self.clauses else self.helps(word)
         self.complete = reason != ""
         return reason
 
