@@ -195,7 +195,7 @@ class Repeat(Stage):
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
         self.hold = (self.hold or position) if periods else None
         for period in periods:
-            light = all(map(LIGHT.fullmatch, lines[-period:]))
+            light = all(LIGHT.fullmatch(copied) for copied in lines[-period:])
             most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
             if runs[period] + period >= most:
                 self.end("repeat", self.hold or position)
