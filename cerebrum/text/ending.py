@@ -255,7 +255,7 @@ class LineBlock(Block):
         if re.fullmatch(r"[\w<]{1,20}", word):
             return None
         language = self.scanner.language
-        if word[0] in PAIRS or re.match(language.closing, word):
+        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
             self.closed = self.level == self.base
             return ""
         return "" if re.match(rf"(?:{language.clauses or '(?!)'})\b", word) else "block"
