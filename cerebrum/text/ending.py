@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
@@ -38,7 +37,7 @@ CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
-CLAUSES = ("else", "elif", "elseif", "except", "finally", "catch", "while")  # continue a statement after its block
+CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
@@ -104,8 +103,7 @@ class Block(Stage):
         self.line = prompt.rpartition("\n")[2].lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line is held back: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
-        self.fences = scanner.language is not LANGUAGES["markdown"]  # a fence ends the code
-        self.ticks = 0  # backticks in a row: a fence is no code in any language
+        self.ticks = 0  # backticks in a row: a fence is no code in any language but Markdown
         function = scanner.language.function
         header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
         self.helper = re.compile(header) if function else NOTHING
@@ -121,9 +119,11 @@ class Block(Stage):
         raise NotImplementedError
 
     def step(self, char: str) -> None:
-        self.ticks = self.ticks + 1 if char == "`" and self.fences and (self.ticks or not self.scanner.closer) else 0
+        language = self.scanner.language
+        ticks = char == "`" and (self.ticks or not self.scanner.closer) and language is not LANGUAGES["markdown"]
+        self.ticks = self.ticks + 1 if ticks else 0
         self.scanner.step(char)
-        if self.scanner.language.function and not self.scanner.closer:
+        if language.function and not self.scanner.closer:
             self.code.append(char)
         reason: str | None = ""
         if self.ticks == len("```"):
@@ -134,7 +134,10 @@ class Block(Stage):
                 reason = self.outside(f"{line}\n")
             if reason == "":  # the line is inside; None: a comment that waits
                 self.mark = len(self.text) if line else self.mark
-                self._note_calls()
+                code = "".join(self.code)
+                self.code.clear()
+                self.defined.update(self.helper.findall(code))
+                self.called = (self.called | set(CALL.findall(code))) - self.defined
                 reason = self.ended(line)
         else:
             if char == "\n":
@@ -149,13 +152,6 @@ class Block(Stage):
         if reason:
             self.end(reason, self.mark)
 
-    def _note_calls(self) -> None:
-        """Read the calls and definitions in the code of a line."""
-        line = "".join(self.code)
-        self.code.clear()
-        self.defined.update(self.helper.findall(line))
-        self.called = (self.called | set(CALL.findall(line))) - self.defined
-
     def helps(self, word: str) -> str | None:
         """`outside` for the line after a whole function: "" if it defines a missing one."""
         if match := self.helper.match(word):
@@ -167,10 +163,9 @@ class Block(Stage):
 
 def continues(word: str) -> str | None:
     """`outside` for the line after a block that may have an `else`: "" for such a clause, None while it may be one."""
-    name = re.match(r"\w*", word)
-    if name and name[0] != word:
-        return "" if name[0] in CLAUSES else "block"
-    return None if any(clause.startswith(word) for clause in CLAUSES) else "block"
+    if re.match(rf"(?:{CLAUSES})\W", word):
+        return ""
+    return None if any(clause.startswith(word) for clause in CLAUSES.split("|")) else "block"
 
 
 class LineBlock(Block):
@@ -191,17 +186,14 @@ class LineBlock(Block):
         self.level = 0  # indentation of the line that begins
         self.top = 0  # with `base` -1: the indentation of the statement being completed
         self.clauses = False  # an `else` or the like may go on with the block
-        self.statement = False  # the block is a statement outside all blocks
         self.blank = False  # the last line was blank
         self.closed = False  # a closing line has been written
-        self.member = False  # only the next member of a class is asked for ...
-        self.begun = self.deep = False  # ... and it has begun, and a deeper line follows
+        self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
         last = prompt.rstrip().rpartition("\n")[2]
-        self.open_ended = bool(language.imports.match(last)) or last.startswith("#!")
-        self.announced = is_announced(language, prompt) and bool(language.defines.search(prompt))
-        self.closing = re.compile(language.closing)
-        self.inside = re.compile(rf"(?:{language.clauses or '(?!)'})\b")
+        # The block is a statement outside all blocks, or the next member of a class, of which no deeper line has come.
+        self.statement = not language.imports.match(last) and not last.startswith("#!")
+        self.member = is_announced(language, prompt) and bool(language.defines.search(prompt))
         head = scanner.head.strip()
         if language.indented and (head or scanner.fresh):
             blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
@@ -211,21 +203,18 @@ class LineBlock(Block):
         scanner, language = self.scanner, self.scanner.language
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
-        # A prompt from the middle of a file may lack the header of its outermost block.
-        margin = scanner.indent if scanner.margin is None else scanner.margin
-        nothing = (min(margin, scanner.indent) - 1, "def")
+        nothing = (scanner.indent - 1, "def")  # a prompt from the middle of a file may lack the block's header
         self.base, header = (functions or others or blocks[-1:] or [nothing])[0]
         self.top = scanner.indent
-        if self.announced and not functions and not others and not typed:
-            self.base, self.member = scanner.indent, True
+        self.member = self.member and not functions and not others and not typed
+        if self.member:
+            self.base = scanner.indent
         self.clauses = language.indented and not DEFINITION.match(header)
-        self.statement = self.base == -1 and (typed or not language.indented) and not self.open_ended
+        self.statement = self.statement and self.base == -1 and (typed or not language.indented)
 
     def ended(self, line: str) -> str | None:
-        blocks, self.blank = self.scanner.blocks, not line
-        language = self.scanner.language
-        if line:
-            self.begun = self.begun or not line.startswith(("@", *language.comment_starts))
+        blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
+        self.begun |= bool(line) and not line.startswith(("@", *language.comment_starts))
         if self.base == -1 and language.indented and blocks and DEFINITION.match(blocks[0][1]):
             self.base, self.clauses = 0, False
         return "block" if self.closed else None
@@ -243,7 +232,7 @@ class LineBlock(Block):
         if word[-1] != "\n":
             self.level = scanner.indent
         if self.level > self.base:
-            self.deep = self.begun
+            self.member = self.member and not self.begun
             over = self.statement and self.level <= self.top and self.mark and self.blank
             return self._closes(word) if over else ""
         comment = self.blank and word.startswith(language.comment_starts)
@@ -252,7 +241,7 @@ class LineBlock(Block):
             return None
         if self.level < self.base:
             return "block"
-        if self.member and not self.deep and (not self.begun or not self.blank):
+        if self.member and (not self.begun or not self.blank):
             return ""
         if language.indented:
             return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
@@ -265,18 +254,11 @@ class LineBlock(Block):
         """`outside` for a line that may close the block, continue it, or be the next thing."""
         if re.fullmatch(r"[\w<]{1,20}", word):
             return None
-        if word[0] in PAIRS or self.closing.match(word):
+        language = self.scanner.language
+        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
             self.closed = self.level == self.base
             return ""
-        return "" if self.inside.match(word) else "block"
-
-
-class Goal(NamedTuple):
-    """What a completion in braces ends with."""
-
-    kind: str  # a "block", a "call" with a block among its arguments, a "statement" or a "directive"
-    depth: int  # it is complete when no more brackets than these are open
-    clauses: bool = False  # an `else` or the like may go on with it
+        return "" if re.match(rf"(?:{language.clauses or '(?!)'})\b", word) else "block"
 
 
 class BracketBlock(Block):
@@ -290,7 +272,9 @@ class BracketBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.goal: Goal | None = None  # None: it has not begun
+        # The goal: a "block", a "call" with a block among its arguments, a "statement" or a "directive". It is complete
+        # when no more than `depth` brackets are open; with `clauses`, an `else` or the like may go on with it.
+        self.goal, self.depth, self.clauses = "", 0, False  # "": it has not begun
         self.complete = False  # the goal is complete, but the next line may still belong to it
         language, stack, head = scanner.language, scanner.stack, scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
@@ -299,13 +283,14 @@ class BracketBlock(Block):
         begun = bool(head) and not imported and not (braces and scanner.is_over)
         announced = is_announced(language, prompt) and bool(braces or language.defines.search(prompt))
         if language.blocks == "brackets" and stack:
-            self.goal = Goal("block", len(stack) - 1)
+            self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
         elif (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(("\\\n", "\\\r\n")):
-            self.goal = Goal("directive", len(braces))
+            self.goal, self.depth = "directive", len(braces)
         elif begun or announced or scanner.in_parens:
-            self.goal = Goal("statement", braces[-1] + 1 if braces else 0, CONTROL.search(head) is not None)
+            self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
+            self.clauses = CONTROL.search(head) is not None
             if announced and not head.startswith(("@", "#[", "[")):
                 scanner.last = ""
         elif braces:
@@ -313,17 +298,15 @@ class BracketBlock(Block):
 
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
-        stack, outer = self.scanner.stack, depth
-        while outer and stack[outer - 1].kind in "([":
-            outer -= 1
-        clauses = CONTROL.search(stack[depth].header) is not None
-        self.goal = Goal("block" if outer == depth else "call", outer, clauses)
+        stack, self.goal, self.depth = self.scanner.stack, "block", depth
+        while self.depth and stack[self.depth - 1].kind in "([":
+            self.goal, self.depth = "call", self.depth - 1
+        self.clauses = CONTROL.search(stack[depth].header) is not None
 
     def step(self, char: str) -> None:
-        before = len(self.scanner.stack)
         super().step(char)
         stack, language = self.scanner.stack, self.scanner.language
-        if self.goal is None and before == 0 and len(stack) == 1:
+        if not self.goal and char in "{[" and len(stack) == 1:
             header = stack[0].header
             defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
             if defines or language.blocks == "brackets":
@@ -332,30 +315,27 @@ class BracketBlock(Block):
     @property
     def _may_go_on(self) -> bool:
         """Whether the line after the goal may use its value: in a statement or a call without a semicolon."""
-        assert self.goal
-        return self.goal.kind in ("statement", "call") and self.scanner.language.line_ends
+        return self.goal in ("statement", "call") and self.scanner.language.line_ends
 
     def ended(self, line: str) -> str | None:
-        scanner, goal = self.scanner, self.goal
-        if goal is None or len(scanner.stack) > goal.depth:
+        scanner = self.scanner
+        if not self.goal or len(scanner.stack) > self.depth:
             return None
-        if goal.kind == "directive":
+        if self.goal == "directive":
             return "block"
         if line.startswith(("@", "#[")):
             return None
-        if goal.kind == "statement" and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
+        if self.goal == "statement" and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
             return "block" if not line and self.mark else None
         self.complete = True
         goes_on = self._may_go_on and scanner.last != ";"
-        return None if scanner.stack or goal.clauses or goes_on or self.called else "block"
+        return None if scanner.stack or self.clauses or goes_on or self.called else "block"
 
     def outside(self, word: str) -> str | None:
-        if not self.complete or self.goal is None:
+        if not self.complete:
             return ""
-        if word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on):
-            reason: str | None = ""
-        else:
-            reason = continues(word) if self.goal.clauses else self.helps(word)
+        goes_on = word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on)
+        reason = "" if goes_on else continues(word) if self.clauses else self.helps(word)
         self.complete = reason != ""
         return reason
 
@@ -480,10 +460,8 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end."""
-    for quotes in ('"""', "'''") if language.indented else ():
-        if quotes in prompt and starts_in_docstring(prompt, quotes):
-            prompt = quotes + prompt
-            break
+    marks = ('"""', "'''") if language.indented else ()
+    prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = Scanner(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
         headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))

@@ -43,40 +43,53 @@ def lines_of(text: str) -> list[Line]:
 class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, the `goal`.
 
-    A subclass finds the first of them. As many lines are compared as are found nowhere else around the cursor. White
-    space within lines and blank lines do not count, but indentation does. A remark that a model adds to a line does not
-    count either.
+    As many lines are compared as are found nowhere else around the cursor. White space within lines and blank lines do
+    not count, but indentation does. A remark that a model adds to a line does not count either. With `in_line`, the
+    suffix begins with the rest of the cursor's line, which may be the end of any line of the text.
     """
 
-    whole = False  # whole lines are missing, line ends included
-
-    def __init__(self, prompt: str, lines: list[Line], fewest: int, remark: str) -> None:
+    def __init__(self, prompt: str, suffix: str, in_line: bool, remark: str) -> None:
+        rest, _, after = suffix.partition("\n")
+        self.in_line = in_line
+        self.whole = not in_line and bool(rest.strip())  # whole lines are missing, line ends included
+        lines = [(0, line_of(rest)[1]), *lines_of(after)] if in_line else lines_of(suffix if self.whole else after)
         above = [line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()]
         around = above + lines[1:]
         self.goal, self.sure = lines[:MEET_LINES], False
-        # `fewest` lines of a short suffix are enough: the rest of a line alone, as ), is found in any text.
+        # A short suffix is compared whole, but the rest of a line alone, as ), is found in any text.
         for size in range(1, len(self.goal) + 1):
             goal = lines[:size]
-            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (size == len(lines) and size >= fewest)
+            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (size == len(lines) and size > in_line)
             if long and all(goal != around[at : at + size] for at in range(len(around))):
                 self.goal, self.sure = goal, True  # found nowhere else
                 break
-        self.weight = sum(map(str.isalnum, lines[0][1]))  # letters and digits in the first line of the goal
+        self.first = self.goal[0][1]
+        self.within = in_line or (self.whole and len(self.goal) > 1)  # it may begin in the middle of a line
+        self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
+        self.weight = sum(map(str.isalnum, self.first))  # letters and digits
         self.remark = remark or "\n"  # what begins one; no line has a line end
         self.indent, self.line = line_of(prompt.rpartition("\n")[2])  # of the text so far
+        if self.line and not in_line:
+            self.indent = -1  # a line that begins in the prompt is none of the suffix's
         self.edge = 0  # where the text would be cut if the suffix began with this line
-        self.borders = borders_of(lines[0][1])
-        self.size = 0  # characters of the goal's first line that the line so far ends with
+        self.borders = borders_of(self.first)
+        self.size = 0  # characters of `first` that the line so far ends with
         self.places = [-1]  # of the line end above, and of the line's characters that are not white space
         self.found: list[tuple[int, int]] = []  # (lines of the goal above, where their first begins), longest first
 
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
-        raise NotImplementedError
+        ends = self.within and self.size == len(self.first)
+        return ends if self.in_line else self.is_line(0) or (ends and self.line != self.first)
 
     def start(self, text: list[str]) -> int:
         """Where the first line of the goal may begin; the text's end if it cannot yet."""
-        raise NotImplementedError
+        if not self.in_line and self.may_be(0):
+            return self.edge
+        if not self.within:
+            return len(text)
+        place = self.places[-self.size] if self.size else len(text)
+        return max(place - self.blanks, self.places[-self.size - 1] + 1)
 
     def step(self, char: str, text: list[str]) -> int | None:
         """Read the last character of the text; if the whole goal stands there now, return where it begins."""
@@ -89,7 +102,7 @@ class Meeting:
             return self.found[0][1] if self.found and self.found[0][0] == len(self.goal) else None
         if not char.isspace():
             self.line += char if len(self.line) < LINE_CHARS else ""
-            self.size = matched(self.goal[0][1], self.borders, self.size, char)
+            self.size = matched(self.first, self.borders, self.size, char)
             self.places.append(len(text) - 1)
         elif not self.line:
             self.indent = after_blank(self.indent, char)
@@ -122,37 +135,6 @@ class Meeting:
         return found[0] if found else (0, 0)
 
 
-class LinesBelow(Meeting):
-    """Whole lines of the suffix: those below the cursor's or, with `whole`, the cursor's own too, which is empty."""
-
-    def __init__(self, prompt: str, lines: list[Line], whole: bool, remark: str) -> None:
-        super().__init__(prompt, lines, 1, remark)
-        self.whole = whole
-        self.indent = -1 if self.line else self.indent  # a line that begins in the prompt is none of the suffix's
-        self.within = whole and len(self.goal) > 1  # the suffix may begin in the middle of a word
-
-    def has_first(self) -> bool:
-        return self.is_line(0) or (self.within and self.line != self.goal[0][1] and self.size == len(self.goal[0][1]))
-
-    def start(self, text: list[str]) -> int:
-        return self.edge if self.may_be(0) else self.places[-self.size] if self.within and self.size else len(text)
-
-
-class RestOfLine(Meeting):
-    """The rest of the cursor's line, which may be the end of any line of the text, and the lines below it."""
-
-    def __init__(self, prompt: str, rest: str, below: list[Line], remark: str) -> None:
-        super().__init__(prompt, [(0, line_of(rest)[1]), *below], 2, remark)
-        self.blanks = len(rest) - len(rest.lstrip())  # before the rest
-
-    def has_first(self) -> bool:
-        return self.size == len(self.goal[0][1])
-
-    def start(self, text: list[str]) -> int:
-        place = self.places[-self.size] if self.size else len(text)
-        return max(place - self.blanks, self.places[-self.size - 1] + 1)
-
-
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
 
@@ -165,16 +147,19 @@ class Gap(Stage):
 
     inner = False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
 
-    def __init__(self, scanner: Scanner, meeting: Meeting, suffix: str, patience: int) -> None:
+    in_line = False  # the suffix begins with the rest of the cursor's line
+    patience = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
+
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
-        self.scanner, self.meeting = scanner, meeting
+        self.scanner = scanner
+        self.meeting = Meeting(prompt, suffix, self.in_line, scanner.language.line_comment)
         # Around the cursor: its literal, the open brackets, and how many of these the suffix closes.
         self.literal, self.depth, self.unmatched = scanner.closer, len(scanner.stack), scanner.unmatched
         closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         self.closed_below = min(self.depth, closers)
         self.enough: int | None = None  # the infill could end here ...
         self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
-        self.patience = patience  # characters left before the infill ends at `enough`, white space not counted
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -243,16 +228,14 @@ class GapOfLines(Gap):
     indented less than the suffix, and the text above a line that is indented less than cursor and suffix."""
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
-        first, (rest, _, after) = prompt.rpartition("\n")[2], suffix.partition("\n")
-        whole = bool(rest.strip())
-        lines = lines_of(suffix if whole else after)
-        super().__init__(scanner, LinesBelow(prompt, lines, whole, scanner.language.line_comment), suffix, AHEAD_CHARS)
+        super().__init__(scanner, prompt, suffix)
+        first, below = prompt.rpartition("\n")[2], self.meeting.goal[0]
         above = line_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
         # Lines of a block comment are indented by one space more than the code.
-        self.above, self.below = (indent - line.startswith("*") for indent, line in (above, lines[0]))
+        self.above, self.below = (indent - line.startswith("*") for indent, line in (above, below))
         self.indent = scanner.indent  # of the line
         self.mark: int | None = None  # the end of the last line that is not blank
-        closes = lines[0][1][0] in PAIRS and bool(scanner.stack) and not self.literal
+        closes = below[1][0] in PAIRS and bool(scanner.stack) and not self.literal
         self.inner = closes or (scanner.by_lines and bool(first.strip()) and self.indent > self.below)
 
     def on_start(self) -> None:
@@ -284,28 +267,26 @@ class GapInLine(Gap):
     """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could follow a line that
     lacks this rest and leaves no bracket open, or replace a rest that the model has written itself."""
 
-    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
-        rest, _, after = suffix.partition("\n")
-        meeting = RestOfLine(prompt, rest, lines_of(after), scanner.language.line_comment)
-        super().__init__(scanner, meeting, suffix, REST_AHEAD_CHARS)
-        self.rest = meeting.goal[0][1]
+    in_line = True
+    patience = REST_AHEAD_CHARS
 
     def on_line(self) -> None:
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
-        closes = self.rest[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
+        closes = self.meeting.first[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
         if lines == 1 and self._has_closed():
             self.end("stop", written)
-        elif lines == 1 and len(self.rest) >= REST_CHARS:
+        elif lines == 1 and len(self.meeting.first) >= REST_CHARS:
             self.enough, self.patience = written, min(self.patience, WRITTEN_AHEAD_CHARS)
         elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        return bool(self.literal) and not self.scanner.closer and self.rest.startswith(self.literal)
+        return bool(self.literal) and not self.scanner.closer and self.meeting.first.startswith(self.literal)
 
     def is_suffix(self, lines: int) -> bool:
-        closes = self.rest[0] in "\"'`)]}" or (self.rest.isalnum() and len(self.rest) < REST_CHARS)
+        rest = self.meeting.first
+        closes = rest[0] in "\"'`)]}" or (rest.isalnum() and len(rest) < REST_CHARS)
         return super().is_suffix(lines) or (lines == 1 and (self._has_closed() or not closes))
 
 

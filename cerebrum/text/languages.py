@@ -131,11 +131,6 @@ class Language:
         keywords = _any(self.types, self.function)
         return re.compile(rf"\b(?:{keywords})\b|\(") if keywords else ANYTHING
 
-    @property
-    def closing(self) -> str:
-        """A pattern of the start of the line that ends a definition."""
-        return rf"\}}|{self.closers}" if self.closers else r"\}"
-
     def remark(self, text: str) -> str:
         """The text as a one-line comment."""
         if self.line_comment or not self.block_comment:

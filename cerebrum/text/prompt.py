@@ -392,19 +392,16 @@ def prepare_text(
     if fresh_room is not None:
         start = above + read_first(after, layout)
         read = max((common_length(start + sent, text) for text in cached), default=0)
-        fresh, for_after = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH
-        if layout == "psm":  # the suffix is read last: it gets what the prompt leaves
-            cut = fresh > fresh_room - for_after
-            if cut:
-                sent, kept = fit(prompt, language, fresh_room - for_after)
+        fresh, for_after, last = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH, layout == "psm"
+        cut = fresh > fresh_room - for_after * last
+        if not last and read >= len(start):  # the backend has read the suffix: it stays
+            for_after = 0
+        if cut:
+            sent, kept = fit(prompt, language, fresh_room - for_after)
+        if last:  # the suffix is read last: it gets what the prompt leaves
             after = fit_start(after, fresh_room - (weigh(sent) if cut else fresh))
-        else:  # the suffix is read first: it stays if the backend has read it
-            cut = fresh > fresh_room
-            if cut and read < len(start):
-                fresh_room -= for_after
-                after = fit_start(after, for_after)
-            if cut:
-                sent, kept = fit(prompt, language, fresh_room)
+        elif cut and for_after:
+            after = fit_start(after, for_after)
         if cut and read < len(above):
             above, extra = "", []
     if len(after) < len(suffix):

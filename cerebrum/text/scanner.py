@@ -180,7 +180,6 @@ class Scanner(Literals):
         # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
         self.blocks: list[tuple[int, str]] = []
         self.fresh = False
-        self.margin: int | None = None  # the least indentation of any statement
         self.feed(text)
 
     @property
@@ -320,5 +319,4 @@ class Scanner(Literals):
             header, indented = self.last == ":", self.language.indented
             self.blocks, self.fresh = self.enclosing(self.indent), header and indented
             self.blocks += [(self.indent, head)] * (header or not indented)
-            self.margin = min(self.indent, self.indent if self.margin is None else self.margin)
         self.starting, self.indent, self.head, self.last = True, 0, "", ""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import reduce
-from itertools import takewhile
 
 from cerebrum.text.scanner import after_blank
 
@@ -117,7 +115,7 @@ class Typed(Stage):
 
 def columns_of(line: str) -> int:
     """The indentation of a line in columns."""
-    return reduce(after_blank, takewhile(" \t".__contains__, line), 0)
+    return len(line[: len(line) - len(line.lstrip(" \t"))].expandtabs(8))
 
 
 class Blanks(Stage):
@@ -125,18 +123,15 @@ class Blanks(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mark = 0  # the end of the last line that is not blank
-        self.lines = 0  # line ends since the last other character
+        self.ends: list[int] = []  # of the lines since the last character that is not white space
 
     def step(self, char: str) -> None:
         if not char.isspace():
-            self.lines, self.safe = 0, len(self.text)
+            self.ends, self.safe = [], len(self.text)
         elif char == "\n":
-            self.lines += 1
-            if self.lines == 1:
-                self.mark = len(self.text)
-            elif self.lines == 3 and self.safe:
-                self.end("block", self.mark)
+            self.ends.append(len(self.text))
+            if len(self.ends) == 3 and self.safe:
+                self.end("block", self.ends[0])
 
 
 class Indent(Stage):
@@ -173,7 +168,7 @@ class Repeat(Stage):
     def __init__(self) -> None:
         super().__init__()
         self.line: list[str] = []  # the characters of the line so far
-        self.lines: list[tuple[str, bool]] = []  # (line, whether it is data or only closes something)
+        self.lines: list[str] = []  # those that are not blank
         self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: consecutive lines that each equal the line n before
         self.hold: int | None = None  # where the third copy may have begun
 
@@ -194,13 +189,13 @@ class Repeat(Stage):
 
     def _ended(self, line: str, position: int) -> None:
         lines, runs = self.lines, self.runs
-        lines.append((line, LIGHT.fullmatch(line) is not None))
+        lines.append(line)
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
-            runs[period] = runs[period] + 1 if line == lines[-1 - period][0] else 0
+            runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
         self.hold = (self.hold or position) if periods else None
         for period in periods:
-            light = all(data for _, data in lines[-period:])
+            light = all(LIGHT.fullmatch(copied) for copied in lines[-period:])
             most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
             if runs[period] + period >= most:
                 self.end("repeat", self.hold or position)
