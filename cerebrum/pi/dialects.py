@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, read_fields, read_object, read_objects, wrong
+from cerebrum.fields import Field, members_of, read_fields, read_object, read_objects, wrong
 from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import HttpError, compact, sse_block
 
@@ -560,10 +560,6 @@ def write_llama(wanted: Wanted) -> dict[str, Any]:
         return members | {"prompt": write_files(fields) + fields["prompt"]}
     gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
     return members | gap | {"input_extra": list(fields.get("extra", ()))}
-
-
-def members_of(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def text_of(value: Any) -> str:
