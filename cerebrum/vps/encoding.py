@@ -32,18 +32,7 @@ from typing import Any, NamedTuple
 import llama_cpp
 
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import (
-    MAX_CHUNK,
-    MAX_DRAFT,
-    MB,
-    Llama,
-    ModelError,
-    Settings,
-    Slot,
-    TunedFile,
-    cpus,
-    write_atomically,
-)
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, cpus, write_atomically
 from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
@@ -90,6 +79,16 @@ class Passport:
         if not self.types:
             return "published"
         return "tuned: " + ", ".join(f"{old} to {new}" for old, new in self.types.items())
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFile:
+    """The model in an encoding that is faster on this machine."""
+
+    path: Path  # the published file itself, if only the settings differ
+    settings: Settings
+    source: str  # sha256 that the published file must have
+    encoding: str  # in words, for messages
 
 
 def tuned_path(state_dir: Path, published: Path) -> Path:

@@ -42,6 +42,7 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Acceptance, Drafter
+from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import (
     ABORTED,
     MAX_DRAFT,
@@ -51,7 +52,6 @@ from cerebrum.vps.llama import (
     Sampler,
     Settings,
     Slot,
-    TunedFile,
     check_digest,
     cpus,
     file_stamp,

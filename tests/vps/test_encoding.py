@@ -37,6 +37,7 @@ from cerebrum.vps.encoding import (
     Outcome,
     Passport,
     Timing,
+    TunedFile,
     TuneError,
     change_types,
     find_tuned,
@@ -47,7 +48,7 @@ from cerebrum.vps.encoding import (
     tuned_path,
 )
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import MB, ModelError, Settings, TunedFile, start_library
+from cerebrum.vps.llama import MB, ModelError, Settings, start_library
 
 MODEL = FILES["qwen_0_5b"]
 WIDTH, FEED = families.QUANTIZED_WIDTH, families.QUANTIZED_FEED
