@@ -328,12 +328,9 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     def report(label: str, done: int, total: int) -> None:
         bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(done, last=done >= total)
 
-    def accept(outcome: Outcome) -> None:
-        print(outcome.table(), file=output, flush=True)
-
     start_library()
     source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
-    return tune(path, source, config.engine, room, report, dry_run=dry_run, accept=accept)
+    return tune(path, source, config.engine, room, report, output, dry_run)
 
 
 # -------------------------------------------------------------------------------------------- the engine

@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
@@ -469,25 +469,18 @@ class Tuner:
 
 
 def tune(
-    published: Path,
-    sha256: str,
-    settings: Settings,
-    room: int,
-    report: Progress,
-    *,
-    dry_run: bool = False,
-    accept: Callable[[Outcome], None] = lambda _outcome: None,
+    published: Path, sha256: str, settings: Settings, room: int, report: Progress, output: TextIO, dry_run: bool = False
 ) -> Outcome:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` is called with the
-    outcome before the file is used. After a TuneError, ModelError or OSError nothing has changed.
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table of the outcome is
+    printed to `output` before the file is used. After a TuneError, ModelError or OSError nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
         path = folder / "tuned"
         outcome = Tuner(published, sha256, settings, folder, room, report).run(path)
-        accept(outcome)
+        print(outcome.table(), file=output, flush=True)
         if not dry_run:
             _remove(target)
             if outcome.passport.types:
