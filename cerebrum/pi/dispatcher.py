@@ -373,11 +373,7 @@ class Dispatcher:
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
         attempt = self._assign(completion, place.model, place.backend)
         task = asyncio.create_task(self._read(place.backend, attempt))
-
-        def end(_: HttpError) -> None:
-            task.cancel()
-
-        completion.end = end
+        completion.end = lambda _: task.cancel()
         task.add_done_callback(functools.partial(self._has_read, attempt))  # even if it never begins
 
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
