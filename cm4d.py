@@ -253,14 +253,10 @@ class Gateway:
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
 
-    async def probe_forever(self) -> None:
-        """Probe the backends. One may be back, so those that wait may get a place."""
-
-        def probed() -> None:
-            self.counting.sample()
-            self.dispatcher.advance()
-
-        await self.fleet.probe_forever(probed)
+    def probed(self) -> None:
+        """A backend was probed. It may be back, so those that wait may get a place."""
+        self.counting.sample()
+        self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
@@ -700,7 +696,7 @@ async def serve(environ: Environment, config: Config) -> int:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1  # systemd tries again: an interface may come up late at boot
     log.info("listening on %s", server.url)
-    failed = await service.run(asyncio.create_task(gateway.probe_forever()))
+    failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:
         backend.upstream.close()

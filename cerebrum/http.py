@@ -571,7 +571,7 @@ class Exchange:
         headers = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("X-Request-ID", request_id_var.get()),
-            *([] if any(name == "Cache-Control" for name, _ in more) else [("Cache-Control", "no-store")]),
+            ("Cache-Control", "no-store"),
             *more,
         ]
         if self.head and "origin" in self.head.headers and self.server.access.allows_origin(self.head):
