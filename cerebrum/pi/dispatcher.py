@@ -233,10 +233,6 @@ class Dispatcher:
         now, editors = time.monotonic(), self.state.editors
         self.state.editors = {one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS} | {client: now}
 
-    def renew(self, completion: Completion) -> None:
-        """One more client awaits this completion, and may wait for a place as long as the first one."""
-        completion.requested = time.monotonic()
-
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
         completion.client = client
