@@ -437,7 +437,7 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing")
     with pytest.raises(ModelError, match="the file is damaged or cut short"):
-        tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet)
+        tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet, io.StringIO())
     assert left_behind(settings) == []
 
 
