@@ -53,7 +53,7 @@ from typing import Any
 
 import cerebrum_common as common
 from cerebrum.fields import Field, describe, parse_json, read_fields, wrong
-from cerebrum.http import Access, ListenError, Server, own_names
+from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
 from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import Backend
@@ -253,14 +253,10 @@ class Gateway:
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
 
-    async def probe_forever(self) -> None:
-        """Probe the backends. One may be back, so those that wait may get a place."""
-
-        def probed() -> None:
-            self.counting.sample()
-            self.dispatcher.advance()
-
-        await self.fleet.probe_forever(probed)
+    def probed(self) -> None:
+        """A backend was probed. It may be back, so those that wait may get a place."""
+        self.counting.sample()
+        self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
@@ -694,10 +690,13 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
 
     service = Service(reload, gateway.fleet.stuck)
-    probing = asyncio.create_task(gateway.probe_forever())
-    await server.start(config.host, config.port, tls=config.tls.context if config.tls else None)
+    try:
+        await server.start(config.host, config.port, tls=config.tls.context if config.tls else None)
+    except OSError as error:
+        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+        return 1  # systemd tries again: an interface may come up late at boot
     log.info("listening on %s", server.url)
-    failed = await service.run(probing)
+    failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:
         backend.upstream.close()
@@ -729,9 +728,6 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2
-    except ListenError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
-        return 1
 
 
 if __name__ == "__main__":

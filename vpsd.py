@@ -54,7 +54,7 @@ import psutil
 import cerebrum_common as common
 from cerebrum import metrics
 from cerebrum.fields import Field, parse_json, read_fields, read_objects
-from cerebrum.http import Access, ListenError, Server, own_names
+from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
@@ -328,12 +328,9 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     def report(label: str, done: int, total: int) -> None:
         bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(done, last=done >= total)
 
-    def accept(outcome: Outcome) -> None:
-        print(outcome.table(), file=output, flush=True)
-
     start_library()
     source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
-    return tune(path, source, config.engine, room, report, dry_run=dry_run, accept=accept)
+    return tune(path, source, config.engine, room, report, output, dry_run)
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -714,7 +711,7 @@ async def serve(environ: Environment, config: Config) -> int:
     service = Service(reload, engine.stuck)
     try:
         await server.start(config.host, config.port, passed_sockets(os.environ))
-    except ListenError as error:
+    except OSError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1
     log.info("listening on %s", server.url)

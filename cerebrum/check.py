@@ -135,13 +135,11 @@ def has_health(host: str, port: int, member: str) -> bool:
     unchecked = ssl._create_unverified_context()  # this machine's own certificate names another host
     plain = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
     secure = http.client.HTTPSConnection(host, port, timeout=ASK_SECONDS, context=unchecked)
-    return any(_answers(connection, member) for connection in (plain, secure))
-
-
-def _answers(connection: http.client.HTTPConnection, member: str) -> bool:
-    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-        connection.request("GET", "/health", headers={"Host": "localhost"})
-        return f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES)
+    for connection in (plain, secure):
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health", headers={"Host": "localhost"})
+            if f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES):
+                return True
     return False
 
 

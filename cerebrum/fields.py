@@ -73,6 +73,11 @@ def _refuse_depth(value: Any) -> None:
     raise RecursionError
 
 
+def members_of(value: Any) -> Mapping[str, Any]:
+    """The members of a JSON object; none of any other value."""
+    return value if isinstance(value, dict) else {}
+
+
 SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 
 

@@ -66,10 +66,6 @@ PAGE_SECONDS = 0.1  # between a stream's error and the cut, when a browser drops
 LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset could destroy it
 
 
-class ListenError(OSError):
-    """Listening failed. The cause may be temporary: an interface not up yet at boot, or a port still in use."""
-
-
 class ClientGone(ConnectionError):
     """The client closed, reset, or stopped reading. Not our fault, and never logged as an error."""
 
@@ -575,7 +571,7 @@ class Exchange:
         headers = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("X-Request-ID", request_id_var.get()),
-            *([] if any(name == "Cache-Control" for name, _ in more) else [("Cache-Control", "no-store")]),
+            ("Cache-Control", "no-store"),
             *more,
         ]
         if self.head and "origin" in self.head.headers and self.server.access.allows_origin(self.head):
@@ -620,15 +616,12 @@ class Server:
     async def start(
         self, host: str, port: int, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
     ) -> int:
-        """Listen on `sockets`, or on the address if there are none; ListenError if that fails. Returns the port."""
+        """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         self._tls = tls
-        try:
-            for place in places:
-                listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
-                self._listeners.append(listener)
-        except OSError as error:
-            raise ListenError(error.errno, error.strerror) from None
+        for place in places:
+            listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
+            self._listeners.append(listener)
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
             # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.

@@ -92,9 +92,7 @@ class Environment:
             if not (words := line.split()) or words[0].startswith("#"):
                 continue
             match = CLIENT.fullmatch(" ".join(words))
-            if not match or int(match[3] or 1) not in range(
-                1, MAX_CLIENT_PLACES + 1
-            ):  # never show the line: it has a key
+            if not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES:  # never show the line: it has a key
                 raise ConfigError(f"{name}: {path}: line {number}: expected NAME KEY [PLACES], got something else")
             if match[2] in found or any(match[1] == one.name for one in found.values()):
                 raise ConfigError(f"{name}: {path}: line {number}: expected each name and each key once")

@@ -31,7 +31,8 @@ from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import Backend as PiBackend
 from cerebrum.pi.completion import Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import Assign, Decision, Refuse, State, Wait
+from cerebrum.pi.dispatcher import Assign, Decision, State, Wait
+from cerebrum_common import HttpError
 
 MARK = re.compile(rb"mark-\d+-\d+")
 AT_ONCE = 100  # clients, for some 60 places: the Pi takes 256 connections, and one outlives its client a little
@@ -377,7 +378,7 @@ class Oracle:
             if decision.backend not in free and decision.backend.id not in tried:  # one that was busy is asked again
                 wrong = f"{decision.backend.id} may not be asked"
             self._check_stay(request, decision.backend, [one.id for one in free])
-        elif isinstance(decision, Refuse) and not usable:
+        elif isinstance(decision, HttpError) and not usable:
             self.decisions["nobody"] += 1
         else:
             self.decisions["waits" if isinstance(decision, Wait) else "429"] += 1

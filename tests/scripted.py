@@ -287,7 +287,7 @@ async def pi_for(
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
-    task = asyncio.create_task(gateway.probe_forever()) if probing else None
+    task = asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:

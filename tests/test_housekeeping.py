@@ -26,7 +26,8 @@ from harness import FILES, PATIENCE, ROOT, until
 import vpsd
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding, memory, pool
-from cerebrum.vps.llama import MB, Settings, TunedFile
+from cerebrum.vps.encoding import TunedFile
+from cerebrum.vps.llama import MB, Settings
 from cerebrum.vps.pool import Instance
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError

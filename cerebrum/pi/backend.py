@@ -11,20 +11,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
-from cerebrum.fields import Field, printable
+from cerebrum.fields import Field, members_of, printable
 from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import FINISHED, SUPERSEDED, WITHOUT_MODEL, Attempt, Fitted
-from cerebrum.pi.dialects import (
-    APIS,
-    DEFAULT_TOKENS,
-    LENGTH,
-    CompletionRequest,
-    Wanted,
-    members_of,
-    read_listed,
-    read_props,
-)
+from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, CompletionRequest, Wanted, read_listed, read_props
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Pair, TooLong, Unusable, Upstream, relay
 from cerebrum.text.languages import BY_NAME

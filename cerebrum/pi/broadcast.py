@@ -248,7 +248,7 @@ class Broadcasts:
         else:
             self.shared += 1
         if broadcast.completion:
-            self._dispatcher.renew(broadcast.completion)
+            broadcast.completion.requested = completion.started  # it may wait for a place as long as the first one
         else:
             completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
         self._replace_older(subscriber, ahead=not broadcast.completion)

@@ -73,11 +73,11 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client, the time and the attempts; `Counting` and `Broadcasts` add
-    notes. Times are monotonic seconds."""
+    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` when it was last requested;
+    both `Counting` and `Broadcasts` add notes. Times are monotonic seconds."""
 
     request: CompletionRequest
-    end: Callable[[HttpError], None] = lambda _: None  # ends the client's request with this error, whatever it awaits
+    end: Callable[[HttpError], object] = lambda _: None  # ends the client's request with this error, whatever it awaits
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
     attempts: list[Attempt] = field(default_factory=list)

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, read_fields, read_object, read_objects, wrong
+from cerebrum.fields import Field, members_of, read_fields, read_object, read_objects, wrong
 from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import HttpError, compact, sse_block
 
@@ -260,38 +260,34 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 # ---------------------------------------------------------------------------------------- reading requests
 
 
-def ask_text(fields: dict[str, Any], prefix: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
-    """(kind, fields) of a completion, or of an infill if the client asks for one. At the end of a file there is no gap:
-    the text before the cursor is completed."""
-    mode = "infill" if suffix.strip() or not prefix else "complete"
-    behind = {"suffix": suffix} if mode == "infill" else {}
-    return "infill" if infill else "completion", fields | {"prompt": prefix, "mode": mode} | behind
-
-
-def ask_prompt(fields: dict[str, Any], prompt: str, suffix: str, infill: bool) -> tuple[str, dict[str, Any]]:
-    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
-    if not suffix and NEXT_EDIT.search(prompt):
-        return "completion", fields | {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True}
-    split = None if suffix else split_fim(prompt)
-    if not split:
-        return ask_text(fields, prompt, suffix, infill)
-    prefix, suffix, filename, extra = split
-    names = {"filename": filename or fields["filename"], "extra": extra}
-    return ask_text(fields | names, prefix, suffix, infill=True)
-
-
-def read_code(members: Mapping[str, Any], read: Mapping[str, Any], prompt: str) -> dict[str, Any]:
-    """The fields of our API that every request for code has."""
+def read_code(members: Mapping[str, Any], read: Mapping[str, Any], prompt: str) -> CompletionRequest:
+    """A request for code, without its text."""
     stops = read_stops(members, special=bool(NEXT_EDIT.search(prompt)))
     limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
-    return read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
-
-
-def code_request(
-    members: Mapping[str, Any], read: Mapping[str, Any], kind: str, fields: dict[str, Any]
-) -> CompletionRequest:
+    fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
-    return CompletionRequest(kind, fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
+    return CompletionRequest("completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
+
+
+def ask_text(request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any) -> CompletionRequest:
+    """Ask for a completion, or for an infill if the client does. At the end of a file there is no gap: the text before
+    the cursor is completed."""
+    mode = "infill" if suffix.strip() or not prefix else "complete"
+    more |= {"suffix": suffix} if mode == "infill" else {}
+    fields = request.fields | more | {"prompt": prefix, "mode": mode}
+    return replace(request, kind="infill" if infill else "completion", fields=fields)
+
+
+def ask_prompt(request: CompletionRequest, prompt: str, suffix: str, infill: bool) -> CompletionRequest:
+    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
+    if not suffix and NEXT_EDIT.search(prompt):
+        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    split = None if suffix else split_fim(prompt)
+    if not split:
+        return ask_text(request, prompt, suffix, infill)
+    prefix, suffix, filename, extra = split
+    filename = filename or request.fields["filename"]
+    return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
 
 
 def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
@@ -299,8 +295,7 @@ def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
     members = present(members)
     read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
     infill = "suffix" in members  # at the end of a file, the suffix is empty
-    kind, fields = ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
-    return code_request(members, read, kind, fields)
+    return ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
 
 
 def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
@@ -308,9 +303,8 @@ def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     members = present(members)
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
-    fields = read_code(members, read, prompt) | {"extra": [file for file in files if file["text"]]}
-    kind, fields = ask_text(fields, read["input_prefix"] + prompt, read["input_suffix"], infill=True)
-    return code_request(members, read, kind, fields)
+    request, extra = read_code(members, read, prompt), [file for file in files if file["text"]]
+    return ask_text(request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra)
 
 
 def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
@@ -560,10 +554,6 @@ def write_llama(wanted: Wanted) -> dict[str, Any]:
         return members | {"prompt": write_files(fields) + fields["prompt"]}
     gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
     return members | gap | {"input_extra": list(fields.get("extra", ()))}
-
-
-def members_of(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def text_of(value: Any) -> str:

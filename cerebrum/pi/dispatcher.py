@@ -68,14 +68,7 @@ class Wait:
     until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """End the completion with this error."""
-
-    error: HttpError
-
-
-Decision = Assign | Wait | Refuse
+Decision = Assign | Wait | HttpError  # an error ends the completion
 
 
 def decide(state: State, completion: Completion, now: float) -> Decision:
@@ -93,7 +86,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     if request.ahead:
         able = [backend for backend in able if backend.reads_ahead]
         if not able or state.line:
-            return Wait(math.inf) if able else Refuse(nobody(state.fleet, options))
+            return Wait(math.inf) if able else nobody(state.fleet, options)
     # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is worth waiting for:
     #    somebody who types ends one trial after the other.
     usable = [backend for backend in able if backend.breaker.admits]
@@ -101,7 +94,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     if not usable:
         if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
             return Wait(until)
-        return Refuse(completion.failure or nobody(state.fleet, options))
+        return completion.failure or nobody(state.fleet, options)
     # 5. Is a place free, and may this client take it? It ends the older requests of its session.
     #    Reading ahead takes no place.
     free = [one for one in usable if request.ahead or places_taken(state, one, request.session) < one.limit]
@@ -111,7 +104,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     if chosen and (not request.ahead or is_idle(state, chosen.backend)):
         return chosen
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
-    return Wait(until) if may_wait else Refuse(completion.failure or all_taken(state, request.guest))
+    return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
 def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
@@ -240,10 +233,6 @@ class Dispatcher:
         now, editors = time.monotonic(), self.state.editors
         self.state.editors = {one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS} | {client: now}
 
-    def renew(self, completion: Completion) -> None:
-        """One more client awaits this completion, and may wait for a place as long as the first one."""
-        completion.requested = time.monotonic()
-
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
         completion.client = client
@@ -267,7 +256,7 @@ class Dispatcher:
             match decide(self.state, completion, time.monotonic()):
                 case Assign(model, backend):
                     return self._assign(completion, model, backend)
-                case Refuse(error):
+                case HttpError() as error:
                     raise error
                 case Wait(until):
                     if attempt := await self._wait_in_line(completion, until):
@@ -313,7 +302,7 @@ class Dispatcher:
                 case Assign(model, backend):
                     running[completion.client] += 1
                     state.line.pop(completion).set_result(self._assign(completion, model, backend))
-                case Refuse(error):
+                case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
         for completion in [*self.ahead.values()]:
             decision = decide(state, completion, time.monotonic())
@@ -373,11 +362,7 @@ class Dispatcher:
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
         attempt = self._assign(completion, place.model, place.backend)
         task = asyncio.create_task(self._read(place.backend, attempt))
-
-        def end(_: HttpError) -> None:
-            task.cancel()
-
-        completion.end = end
+        completion.end = lambda _: task.cancel()
         task.add_done_callback(functools.partial(self._has_read, attempt))  # even if it never begins
 
     async def _read(self, backend: Backend, attempt: Attempt) -> None:

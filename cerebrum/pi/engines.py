@@ -19,8 +19,9 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
+from cerebrum.fields import members_of
 from cerebrum.pi import upstream
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, members_of, read_counts, read_engine_event, read_overflow
+from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, read_counts, read_engine_event, read_overflow
 from cerebrum.pi.upstream import Answer, BackendFailure, Events, Pair, TooLong, Upstream, text_event
 from cerebrum_common import HttpError
 

@@ -21,9 +21,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, parse_json
+from cerebrum.fields import Field, members_of, parse_json
 from cerebrum.http import READ_BYTES, STATUS_LINE, BodyDecoder, is_ip_literal, parse_framing, parse_headers, scan_head
-from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, members_of, read_overflow
+from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, read_overflow
 from cerebrum.settings import ConfigError, Environment, read_table
 from cerebrum_common import HttpError, request_id_var, sse_event
 

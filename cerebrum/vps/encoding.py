@@ -27,23 +27,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import (
-    MAX_CHUNK,
-    MAX_DRAFT,
-    MB,
-    Llama,
-    ModelError,
-    Settings,
-    Slot,
-    TunedFile,
-    cpus,
-    write_atomically,
-)
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, cpus, write_atomically
 from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
@@ -90,6 +79,16 @@ class Passport:
         if not self.types:
             return "published"
         return "tuned: " + ", ".join(f"{old} to {new}" for old, new in self.types.items())
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFile:
+    """The model in an encoding that is faster on this machine."""
+
+    path: Path  # the published file itself, if only the settings differ
+    settings: Settings
+    source: str  # sha256 that the published file must have
+    encoding: str  # in words, for messages
 
 
 def tuned_path(state_dir: Path, published: Path) -> Path:
@@ -470,25 +469,18 @@ class Tuner:
 
 
 def tune(
-    published: Path,
-    sha256: str,
-    settings: Settings,
-    room: int,
-    report: Progress,
-    *,
-    dry_run: bool = False,
-    accept: Callable[[Outcome], None] = lambda _outcome: None,
+    published: Path, sha256: str, settings: Settings, room: int, report: Progress, output: TextIO, dry_run: bool = False
 ) -> Outcome:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. `accept` is called with the
-    outcome before the file is used. After a TuneError, ModelError or OSError nothing has changed.
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table of the outcome is
+    printed to `output` before the file is used. After a TuneError, ModelError or OSError nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
         path = folder / "tuned"
         outcome = Tuner(published, sha256, settings, folder, room, report).run(path)
-        accept(outcome)
+        print(outcome.table(), file=output, flush=True)
         if not dry_run:
             _remove(target)
             if outcome.passport.types:

@@ -71,16 +71,6 @@ class Settings:
         return f"a context of {self.n_ctx:,} tokens and {self.sequences} at a time"
 
 
-@dataclass(frozen=True, slots=True)
-class TunedFile:
-    """The model in an encoding that is faster on this machine; see encoding.py."""
-
-    path: Path  # the published file itself, if only the settings differ
-    settings: Settings
-    source: str  # sha256 that the published file must have
-    encoding: str  # in words, for messages
-
-
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 MAX_DRAFT = 63

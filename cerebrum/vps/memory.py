@@ -16,16 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from cerebrum.vps.llama import (
-    MAX_DRAFT,
-    MB,
-    ModelError,
-    Settings,
-    context_params,
-    file_stamp,
-    llama_log,
-    load_model,
-)
+from cerebrum.vps.llama import MAX_DRAFT, MB, ModelError, Settings, context_params, file_stamp, llama_log, load_model
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import HttpError
 

@@ -42,6 +42,7 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Acceptance, Drafter
+from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import (
     ABORTED,
     MAX_DRAFT,
@@ -51,7 +52,6 @@ from cerebrum.vps.llama import (
     Sampler,
     Settings,
     Slot,
-    TunedFile,
     check_digest,
     cpus,
     file_stamp,
@@ -68,6 +68,7 @@ MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unrea
 GIVE_WAY_SECONDS = 0.05  # before a prompt of low priority asks again whether another model still works
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+Deliver = Callable[[list[Event | HttpError]], object]
 
 
 class Job:
@@ -77,12 +78,7 @@ class Job:
     thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other threads set `cancelled`.
     """
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        deliver: Callable[[list[Event | HttpError]], None],
-        unread: Callable[[], int] = lambda: 0,
-    ) -> None:
+    def __init__(self, request: CompletionRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.low = request.priority == "low"
         self.prompt: list[int] = []

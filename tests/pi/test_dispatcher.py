@@ -101,7 +101,7 @@ def decided(
     decision = decide(state, completion, now)
     if isinstance(decision, Assign):
         return f"{decision.model}@{decision.backend.id}"
-    return f"wait {decision.until - now:.1f}" if isinstance(decision, Wait) else decision.error.code
+    return f"wait {decision.until - now:.1f}" if isinstance(decision, Wait) else decision.code
 
 
 TOO_MANY, MISSING = HttpError("RATE_LIMIT", "busy"), HttpError("MODEL_LOAD_FAILED", "no file")

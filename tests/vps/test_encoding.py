@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from cerebrum.vps.encoding import (
     Outcome,
     Passport,
     Timing,
+    TunedFile,
     TuneError,
     change_types,
     find_tuned,
@@ -47,7 +49,7 @@ from cerebrum.vps.encoding import (
     tuned_path,
 )
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import MB, ModelError, Settings, TunedFile, start_library
+from cerebrum.vps.llama import MB, ModelError, Settings, start_library
 
 MODEL = FILES["qwen_0_5b"]
 WIDTH, FEED = families.QUANTIZED_WIDTH, families.QUANTIZED_FEED
@@ -132,7 +134,7 @@ class Lab:
         return made
 
     def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> Outcome:
-        return tune(self.published, "abc", self.settings, room, told, **more)
+        return tune(self.published, "abc", self.settings, room, told, **{"output": io.StringIO(), **more})
 
     @property
     def path(self) -> Path:
@@ -239,7 +241,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
 def test_a_tied_output_matrix_and_few_layers(lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]) -> None:
     lab.script({**FASTER, "Q6_K": 3.0})
     path = families.write_quantized(tmp_path / "m.gguf", layers, output="", types=types)
-    assert tune(path, "abc", lab.settings, ROOM, quiet).tuned
+    assert tune(path, "abc", lab.settings, ROOM, quiet, io.StringIO()).tuned
     after = {tensor.name: tensor.type for tensor in Source(tuned_path(lab.settings.state_dir, path)).tensors}
     assert after["token_embd.weight"] == "Q8_0"
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"Q4_1", "Q8_0"}
@@ -272,7 +274,7 @@ def test_what_says_something_else_is_not_used(lab: Lab, agreement: float) -> Non
 def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str) -> None:
     made = lab.script({"F16": 4.0, "Q8_0": 2.0, "Q5_0": 1.0, "Q4_0": 0.5})
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
-    tune(path, "abc", lab.settings, ROOM, quiet)
+    tune(path, "abc", lab.settings, ROOM, quiet, io.StringIO())
     assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1].values())
 
 
@@ -380,14 +382,11 @@ def test_a_dry_run_changes_nothing(lab: Lab) -> None:
 
 def test_the_figures_are_told_before_the_file_is_used(lab: Lab) -> None:
     lab.script(FASTER)
-    told = []
-
-    def accept(outcome: Outcome) -> None:
-        told.append(outcome.agreement)
-        assert lab.found() == (None, "")
-
-    lab.tune(accept=accept)
-    assert told == [0.99]
+    output = io.StringIO()
+    lab.monkeypatch.setattr(os, "replace", lambda *_: told.append(output.getvalue()))
+    told: list[str] = []
+    outcome = lab.tune(output=output)
+    assert told[0] == outcome.table() + "\n"
 
 
 def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
@@ -438,7 +437,7 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing")
     with pytest.raises(ModelError, match="the file is damaged or cut short"):
-        tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet)
+        tune(tmp_path / "m.gguf", "abc", settings, ROOM, quiet, io.StringIO())
     assert left_behind(settings) == []
 
 
@@ -555,7 +554,7 @@ def test_llama_cpp_measures_samples(tmp_path: Path, settings: Settings, monkeypa
         monkeypatch.setattr(encoding, name, 1e-9)
     start_library()
     model = families.make(tmp_path / "dense.gguf", families.FAMILIES["dense"])
-    tune(model, "abc", settings, ROOM, quiet)
+    tune(model, "abc", settings, ROOM, quiet, io.StringIO())
     assert find_tuned(model, settings)[0]
 
 

@@ -29,6 +29,7 @@ import vpsd
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
+from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit
 from cerebrum.vps.prefixes import (
@@ -954,7 +955,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     monkeypatch.setattr(vps_worker, "Llama", loads)
     monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
     settings = llama.Settings(state_dir=tmp_path / "state")
-    tuned = llama.TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
+    tuned = TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, "tuned: Q4_K to Q4_1")
     with running(vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
