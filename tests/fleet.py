@@ -39,7 +39,7 @@ AT_ONCE = 100  # clients, for some 60 places: the Pi takes 256 connections, and 
 CALM, CALM_AT_ONCE = 100, 10  # clients that come back when the rush is over
 ADDRESSES = 8
 COMES_AGAIN = 60.0  # seconds for which a client that gets 429 does so
-SILENCE = 1.0  # seconds after which the gateway gives a silent backend up
+SILENCE = 3.0  # seconds after which the gateway gives a silent backend up
 TIMES: dict[Any, dict[str, float]] = {
     pi_fleet: {"PROBE_SECONDS": 0.1},
     breaker: {"OPEN_SECONDS": 0.3, "MAX_OPEN_SECONDS": 1.0},
