@@ -84,12 +84,12 @@ class Tls:
     def __init__(self, certificate: str, key: str) -> None:
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.files = certificate, key
-        self.load(self)
+        self.load(certificate, key)
 
-    def load(self, new: Tls) -> None:
-        """Use another certificate from the next connection on."""
+    def load(self, certificate: str, key: str) -> None:
+        """Use this certificate from the next connection on."""
         try:
-            self.context.load_cert_chain(*new.files, password=b"")  # never ask for one at the terminal
+            self.context.load_cert_chain(certificate, key, password=b"")  # never ask for one at the terminal
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise ConfigError(
@@ -240,7 +240,7 @@ class Gateway:
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
         changed."""
-        if self.config.clients is not None and config.clients is None and not config.client_keys:
+        if self.config.clients is not None and not config.access.needs_key:
             raise ConfigError("CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in")
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
@@ -639,8 +639,7 @@ async def openapi(gateway: Gateway, request: Request) -> Response:
     from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
 
     config = gateway.config
-    keyed = bool(config.client_keys) or config.clients is not None
-    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, keyed)))
+    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, config.access.needs_key)))
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -681,7 +680,7 @@ async def serve(environ: Environment, config: Config) -> int:
         new_environ = read_environment(os.environ, HERE)
         new = load_config(new_environ)
         if config.tls and new.tls:
-            config.tls.load(new.tls)
+            config.tls.load(*new.tls.files)
         gateway.reconfigure(new)
         server.use(new.access)
         set_up_logging(new.log_level, new.log_file)

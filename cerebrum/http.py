@@ -334,6 +334,10 @@ class Access:
     named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
     scheme: str = "http"  # of our own origin
 
+    @property
+    def needs_key(self) -> bool:
+        return bool(self.keys) or self.named is not None
+
     def check(self, head: Head, public: bool) -> str:
         """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be answered. Keys are
         compared in constant time."""
@@ -346,14 +350,13 @@ class Access:
         if "origin" in head.headers and not self.allows_origin(head):
             got = describe(head.headers["origin"])
             raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
-        keys, named = self.keys, self.named or {}
-        if public or head.is_preflight or not (keys or self.named is not None):
+        if public or head.is_preflight or not self.needs_key:
             return ""
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
-        data = given.encode("latin-1")
-        if not (found := [key for key in (*keys, *named) if hmac.compare_digest(data, key.encode("utf-8"))]):
+        data, named = given.encode("latin-1"), self.named or {}
+        if not (found := [key for key in (*self.keys, *named) if hmac.compare_digest(data, key.encode("utf-8"))]):
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
         return named.get(found[0], "")
