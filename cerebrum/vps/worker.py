@@ -65,8 +65,8 @@ from cerebrum_common import HttpError, log, request_id_var
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
-GIVE_WAY_SECONDS = 0.05  # before a prompt of low priority asks again whether another model still works
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
+GIVE_WAY_SECONDS = 0.05  # until a run whose prompt stands still looks again whether another model still works
 Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Deliver = Callable[[list[Event | HttpError]], object]
 
@@ -561,15 +561,17 @@ class Worker(threading.Thread):
         """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
         job.cancelled = True
         self.wake()
-        if (decoder := self.decoder) and (running := decoder.running) and all(run.job.cancelled for run in running):
-            decoder.model.abort()
+        self._abort_if(lambda run: run.job.cancelled)
 
     def give_way(self) -> None:
         """Abort a running decode that only reads prompts of low priority: another request has come. What has been read
         stays, but for a recurrent model, which would have to begin again."""
-        decoder = self.decoder
-        running = decoder.running if decoder and not decoder.model.recurrent else []
-        if decoder and running and all(run.job.low and run.prefilling for run in running):
+        if self.model and not self.model.recurrent:
+            self._abort_if(lambda run: run.job.low and run.prefilling)
+
+    def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
+        """Abort a running decode that is for such runs alone."""
+        if (decoder := self.decoder) and (running := decoder.running) and all(map(is_meant, running)):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
