@@ -71,9 +71,9 @@ class People:
 
     def describe(self) -> list[dict[str, Any]]:
         """The member `clients` of /v1/stats."""
-        today = self._of_today()
-        days = {name: asdict(today.get(name, Usage())) for name in self.total}
-        return [{"name": name, **asdict(used), "today": days[name]} for name, used in self.total.items()]
+        today, nothing = self._of_today(), Usage()
+        named = self.total.items()
+        return [{"name": name, **asdict(used), "today": asdict(today.get(name, nothing))} for name, used in named]
 
     def _of_today(self) -> dict[str, Usage]:
         if self._day != date.today():

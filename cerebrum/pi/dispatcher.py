@@ -183,10 +183,10 @@ def whose_turn(state: State, running: Mapping[str, int], completion: Completion)
 
 
 def all_taken(state: State, guest: int) -> HttpError:
-    there = [backend for backend in state.fleet.backends if backend.available] or state.fleet.backends
-    limit = sum(backend.limit for backend in there)
     if guest:
         return HttpError("RATE_LIMIT", f"expected at most {guest} completions at a time, and a place that others leave")
+    there = [backend for backend in state.fleet.backends if backend.available] or state.fleet.backends
+    limit = sum(backend.limit for backend in there)
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
     return HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
 
