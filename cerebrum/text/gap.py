@@ -22,7 +22,7 @@ AHEAD_CHARS = 330  # written while the suffix is awaited, white space not counte
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
-# Limits to what is searched; 0 %.
+# Limits to what is searched; longer searches end no gap elsewhere.
 CLOSERS_CHARS = 4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's first ones
 GOAL_LINES = 40  # of the suffix, for the same
@@ -146,7 +146,6 @@ class Gap(Stage):
     """
 
     inner = False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
-
     in_line = False  # the suffix begins with the rest of the cursor's line
     patience = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
 
