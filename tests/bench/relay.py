@@ -5,15 +5,15 @@
 A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s each, then flat
 out. This process reads them directly, through cm4d.py, through a relay on asyncio streams that does nothing else,
 and through nginx with buffering off if it is installed, in turn, several rounds in one run, so that a busy
-machine slows all of them. A second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one
-line of JSON:
+machine slows all of them. A second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp, a
+third one with TLS. Prints one line of JSON:
 
     added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile without a relay
     cpu_us_per_token     of the relay's process, from the scheduler's own clock, while paced
     flat_out_tok_s       both streams together; many one-event chunks in each write of the backend
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (median of 5)
-    openai, llama        the same figures in these dialects; `more_cpu_us` is per token, over the native stream
+    tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token, over plain native
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import re
 import selectors
 import shutil
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,12 @@ FLAT_OUT = 200_000  # tokens in each stream
 DIALECT_FLAT_OUT = 2048  # a completion in a dialect is kept as a whole, so its size is limited
 TOKENS_PER_WRITE = 400
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
-PATHS = {"cm4d": "/v1/complete/stream", "openai": "/v1/completions", "llama": "/completion"}
+PATHS = {
+    "cm4d": "/v1/complete/stream",
+    "tls": "/v1/complete/stream",
+    "openai": "/v1/completions",
+    "llama": "/completion",
+}
 TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 STREAM_HEAD = HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 
@@ -173,11 +179,11 @@ class Target:
         return PATHS.get(self.name, "/v1/inference/stream")
 
 
-def cm4d(python: str, folder: Path, vps: int) -> contextlib.AbstractContextManager[Daemon]:
+def cm4d(python: str, folder: Path, vps: int, **settings: str) -> contextlib.AbstractContextManager[Daemon]:
     from harness import daemon
 
     url = f"http://127.0.0.1:{vps}"
-    more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": str(STREAMS + 1)}  # one is kept for infills
+    more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": str(STREAMS + 1)} | settings  # one is for infills
     return daemon("cm4d", folder, python, CEREBRUM_VPS_URL=url, **more)
 
 
@@ -221,6 +227,8 @@ def ask(target: Target, kind: str, count: int, number: int) -> socket.socket:
     body = json.dumps({"prompt": f"# {kind} {count} {number}\nx =", "language": "python", "stream": True}).encode()
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if target.name == "tls":
+        peer = ssl._create_unverified_context().wrap_socket(peer)
     lines = [f"POST {target.path()} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", "Content-Type: application/json"]
     peer.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     return peer
@@ -233,11 +241,14 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             selector.register(peer, selectors.EVENT_READ)
         while selector.get_map():
             for key, _ in selector.select():
-                data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
+                peer: socket.socket = key.fileobj  # type: ignore[assignment]
+                data = peer.recv(1 << 18)
+                while isinstance(peer, ssl.SSLSocket) and peer.pending():  # read already, so select does not tell
+                    data += peer.recv(1 << 18)
                 yield time.monotonic_ns(), data
                 if not data:
                     selector.unregister(key.fileobj)
-                    key.fileobj.close()  # type: ignore[union-attr]
+                    peer.close()
 
 
 def run_paced(target: Target, seconds: float) -> None:
@@ -283,7 +294,7 @@ def report(targets: dict[str, Target]) -> dict[str, object]:
             "peak_rss_mb": round(target.peak_rss_mb(), 1),
         }
     figures["cm4d"]["start_s"] = round(statistics.median(targets["cm4d"].start_s), 3)
-    for name in ("openai", "llama"):
+    for name in ("tls", "openai", "llama"):
         figures[name]["more_cpu_us"] = round(figures[name]["cpu_us_per_token"] - figures["cm4d"]["cpu_us_per_token"], 1)
     for name in figures.keys() - PATHS.keys():
         ratios = {key: round(figures["cm4d"][key] / value, 2) for key, value in figures[name].items() if value > 0}
@@ -297,6 +308,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", default=sys.executable, help="the Python that runs cm4d.py and the bare relay")
     options = parser.parse_args()
+    from harness import certificate
+
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         backend = stack.enter_context(part("direct", folder, sys.executable, "backend"))
@@ -304,6 +317,9 @@ def main() -> None:
         relay = stack.enter_context(part("bare", folder, options.python, "bare", str(backend.port)))
         targets = {one.name: Target(one.name, one.process.pid, one.port) for one in (backend, pi, relay)}
         other = stack.enter_context(cm4d(options.python, folder / "dialects", backend.port))
+        secured = certificate(folder, "relay")
+        tls = stack.enter_context(cm4d(options.python, folder / "tls", backend.port, **secured))
+        targets["tls"] = Target("tls", tls.process.pid, tls.port)
         targets |= {name: Target(name, other.process.pid, other.port) for name in ("openai", "llama")}
         if shutil.which("nginx"):
             targets["nginx"] = stack.enter_context(nginx(folder, backend.port))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, Reply, connect, daemon, post, read_reply, run, run_to_the_end, until, wait_until
+from harness import KEY, Reply, certificate, connect, daemon, post, read_reply, run, run_to_the_end, until, wait_until
 from scripted import CHUNKED as HEAD
 from scripted import GOOD, HANG, Backend, Pi, chunk, in_a_thread, pi_for, token
 
@@ -174,26 +174,6 @@ def test_a_guest_gets_no_second_place_by_our_own_api() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ https
-
-
-def certificate(folder: Path, name: str) -> Mapping[str, str]:
-    """The settings of a fresh certificate for this machine."""
-    files = folder / f"{name}.crt", folder / f"{name}.key"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "1",
-    ]
-    command += ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
-    return {"CEREBRUM_CM4_TLS_CERT": str(files[0]), "CEREBRUM_CM4_TLS_KEY": str(files[1])}
 
 
 def curl(authority: Path | str, port: int, path: str, *more: str, scheme: str = "https") -> tuple[int, str]:
