@@ -6,7 +6,7 @@ BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they sha
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor household lsp drafts prepare parse page fleet))
 
-.PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz deb clean
+.PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
@@ -62,6 +62,10 @@ bench: ## run the benchmarks without llama-server, one line of JSON each
 fuzz: ## send random bytes to both daemons
 	@./run.sh setup test
 	$(PYTHON) tests/fuzz_sockets.py
+
+mutants: ## run the tests against changed lines of the product, to see what they catch (an hour)
+	@./run.sh setup test
+	$(PYTHON) mutants/run.py
 
 # In a copy: debhelper cleans whatever folder it builds in, .venv too.
 deb: ## build Debian packages for the Pi, the VPS and a laptop, in the folder dist
