@@ -4,8 +4,8 @@
     .venv/bin/python mutants/run.py [--results FILE] [LIST ...]     (make mutants)
 
 A list is a file of this folder, a mutant a line of it, with tabs between its fields: the number of the line among its
-copies (the first is 1), the line, and the line instead of it. `draw.py` made the lists named after a file of the product;
-`by_hand` is for places that it does not reach: there a line begins with the file and ends with the arguments of pytest.
+copies (the first is 1), the line, and the line instead of it. `draw.py` made those named after a file of the product;
+`by_hand` is for places that it does not reach: there a line begins with the file and ends with pytest arguments.
 
 Prints each survivor, and a table of the lists. The outcomes go to a file, and those that are in it are not run again.
 A mutant is caught if a test fails, or if the tests take five times as long as without it; `gone` if the line is.
