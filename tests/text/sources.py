@@ -55,7 +55,7 @@ def fetch_sources() -> str:
 
 
 def files_of(folders: list[str], language: str, least: int, most: int) -> list[Path]:
-    """Files below the folders whose names show a language and which have more than `least` bytes and fewer than `most`."""
+    """Files of a language below the folders, by their names, with more than `least` bytes and fewer than `most`."""
     return [
         path
         for folder in folders

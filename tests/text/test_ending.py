@@ -41,6 +41,9 @@ ROWS = [
      "class A:\n  x = 1\n\n  @property\n«  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
     ("python block: a member and a comment",
      "class A:\n  x = 1\n\n  # sum\n«  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
+    ("python block: a blank line above the member",
+     "class A:\n  x = 1\n\n  # sum\n«\n  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
+    ("python block: repeated lines before the end", "def f():\n«    a()\n    a()\n    a()\n    a()\n»x = 1"),
     ("python block: no body comes", 'def f():\n    """Doc."""\n«»\n\ndef g():\n    pass'),
     ("python stop: a fence", "def f():\n«    return 1\n»```\n\nThis function"),
     ("python block: typed indentation again", "def f():\n    x = 1\n    «    return x\n»\nf()"),
@@ -55,7 +58,9 @@ ROWS = [
     ("javascript block: if and else without braces", "if (x)\n«  y();\nelse\n  z();\n»\nf();"),
     ("javascript block: an if in a loop, without braces", "for (const a of b)\n«  if (a)\n    f(a);\n»\ng();"),
     ("javascript block: import, no semicolon", 'import a from "a"\n«\nfunction f() {\n  return a;\n}\n»\nf();'),
-    ("javascript block: no semicolons", "const x =« f(1)\n»const y = 2"),
+    ("javascript block: an if without semicolons", "if (x)« return\n»const y = 2"),
+    ("javascript block: a loop without braces", "for (;;)«\n  g();\n»\nf();"),
+    ("javascript block: no semicolons", "const x =« f(1) // one\n»const y = 2"),
     ("typescript block: a whole class",
      "class A<T> {\n«  x: { y: T };\n  f(): T {\n    return 1;\n  }\n}\n»\nnew A();"),
     ("typescript block: a member and a comment",
@@ -78,6 +83,8 @@ ROWS = [
     ("cpp block: an initializer list", "A::A(int x)\n«    : a{x},\n      b(x)\n{\n    c = x;\n}\n»\nint f() {"),
     ("go block: a package", 'package main\n«\nimport "fmt"\n\nfunc main() {\n\tfmt.Println(1)\n}\n»\nfunc f() {'),
     ("kotlin block: package, no semicolon", "package a\n«\nimport b.C\n\nfun f() {\n    C()\n}\n»\nfun g() {"),
+    ("kotlin block: below a class without a body",
+     "class Empty\n\nfun f() {\n  if (x) {\n«    g()\n  }\n  h()\n}\n»\nfun k() {}"),
     ("shell end: a shebang", "#!/bin/bash\n«\nset -e\n\nf() {\n    echo 1\n}\n\nf\n»"),
     ("python stop: a whole line", "def f():\n    x = 1\n«    y = x\n»    return y\n‖    return y"),
     ("python stop: the line's rest", "def f(a«, b):»\n    return a\n‖\n    return a"),
@@ -152,9 +159,9 @@ ROWS = [
 LONG = r'''
 === python block: what ends no function
 def f():
-«    x = [
+«    x = g("", [
 1,
-]
+])
     x = """
 text
 """
@@ -224,9 +231,10 @@ function F({ a, b, c }) {«
     b
   )}</p>;
   const f = (a) / b / 2; /* } */
-  return ok && <p>Don't {a}/{c && (
+  const g = <p>Don't {a}/{c && (
     <b>{b} / {"("}</b>
-  )}</p>
+  )}</p>;
+  return g
 }
 »
 function g() {}
@@ -355,12 +363,14 @@ ANSWERS = [
     ("python stop: indented", "1. Do:\n   ```python\n«   if x:\n       y()\n»   ```\nbye"),
     ("python stop: a nested block", "```markdown\n«# T\n```sh\nls\n```\nend\n»```\nbye"),
     ("markdown stop: a nested block", "```markdown\n«# T\n```sh\nls\n```\nend\n»```\nDone.\n"),
-    ("python stop: a fence in a docstring", '```python\n«def f():\n    """\n    ```\n    x\n    ```\n    """\n»```\nbye'),
+    ("python stop: in a docstring", '```python\n«def f():\n    """\n    ```\n    x\n    ```\n    """\n»```\nbye'),
     ("python end: prose alone", "«I cannot do that.»"),
-    ("python end: code in the thoughts", "<think>\nLike:\n```python\nx = 2\n```\n</think>\n```python\n«x = 1\n»```"),
+    ("python end: code in the thoughts", "<think>Like:\n```python\nx = 2\n```\n</think>\n```python\n«x = 1\n»```"),
+    ("python end: thoughts right above", "<think>\nhm</think>```python\n«x = 1\n»```"),
     ("python end: thoughts begun in the prompt", "Perhaps:\nx = 2\n</think>\n```python\n«x = 1\n»"),
     ("python end: cut off", "```python\n«x = 1\ny =»"),
     ("python stop: a shell command first", "Run:\n```bash\npip install x\n```\nThen:\n```python\n«x\n»```\nMore"),
+    ("python stop: a fence in a command", "Run:\n```bash\ncat <<E\n```x\nE\n```\nThen:\n```python\n«x\n»```\n"),
     ("shell stop: a shell command", "Here:\n```bash\n«ls\n»```\nDone.\n"),
     ("json stop: json", "Here:\n```json\n«{}\n»```\nDone.\n"),
     ("python stop: json first", "Given:\n```json\n{}\n```\nuse:\n```\n«x\n»```\n"),
@@ -544,6 +554,7 @@ TYPED = [
     ("tabs", "go", "func f() {\n\tif x {\n\t\ty()\n\t", "\t", "\t"),
     ("tabs again", "go", "func f() {\n\tx()\n\t", "\t", ""),
     ("tabs below spaces", "javascript", "f(() => {\n  x();\n});\nif (y) {\n\tif (z) {\n\t", "\t", "\t"),
+    ("an array", "json", '{\n  "a": [\n  ', "  ", "  "),
     ("C", "c", "int f() {\n    x();\n   ", "     ", " "),
     ("Rust", "rust", "fn f() {\n    x();\n  ", "  ", "  "),
     ("no language", None, "def f\n  x\n ", "  ", " "),

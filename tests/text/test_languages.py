@@ -3,245 +3,133 @@ language a text is in whose client does not say so."""
 
 from __future__ import annotations
 
-import doctest
 import time
 
 import pytest
 
-from cerebrum.text import languages
 from cerebrum.text.languages import LANGUAGES, guess_language
 
-DEFINES: dict[str, dict[str, str]] = {  # a line, and the name that it defines
-    "python": {
-        "def f(n):": "f",
-        "    async def fetch(self):": "fetch",
-        "class Stack(Generic[T]):": "Stack",
-        "\tdef tabbed(self):": "tabbed",
-        "LIMIT = 3": "LIMIT",
-        "names: dict[str, int] = {}": "names",
-        "type Pair = tuple[int, int]": "Pair",
-        "café = 1": "café",
-        "define = 1": "define",
-    },
-    "javascript": {
-        "function add(a, b) {": "add",
-        "  function inner() {": "inner",
-        "async function load() {": "load",
-        "function* items() {": "items",
-        "function *items() {": "items",
-        "export default class Cart extends Base {": "Cart",
-        "export default function App() {": "App",
-        "export const add = (a, b) => a + b": "add",
-        "const $ = require('jquery')": "$",
-        "let count = 0": "count",
-        "  render() {": "render",
-        "  async #load(url, { retry = 3 } = {}) {": "load",
-        "  static of(...items) {": "of",
-        "  get size() {": "size",
-    },
-    "typescript": {
-        "export interface Bill {": "Bill",
-        "type Id = string | number": "Id",
-        "export const enum Color {": "Color",
-        "enum Color {": "Color",
-        "export abstract class Shape {": "Shape",
-        "declare function load(url: string): Promise<void>": "load",
-        "  private async load<T>(url: string): Promise<T> {": "load",
-        "  protected override area(): number {": "area",
-        "namespace Shop {": "Shop",
-    },
-    "rust": {
-        "fn main() {": "main",
-        "pub(crate) async fn load(url: &str) -> Result<()> {": "load",
-        'pub unsafe extern "C" fn call() {': "call",
-        "    const fn zero() -> u8 {": "zero",
-        "pub struct Bill<'a> {": "Bill",
-        "enum Color {": "Color",
-        "pub trait Shape: Sized {": "Shape",
-        "type Id = u64;": "Id",
-        "const LIMIT: usize = 3;": "LIMIT",
-        "static mut COUNT: u8 = 0;": "COUNT",
-        "macro_rules! square {": "square",
-        "mod tests {": "tests",
-        "impl Bill {": "Bill",
-        "impl<'a, T: Into<u8>> From<T> for Bill<'a> {": "Bill",
-        "impl fmt::Display for shop::Bill {": "Bill",
-    },
-    "c": {
-        "#define MAX(a, b) ((a) > (b))": "MAX",
-        "#  define LIMIT 3": "LIMIT",
-        "int main(void) {": "main",
-        "static inline const char *name_of(struct bill *b)": "name_of",
-        "struct bill {": "bill",
-        "struct bill": "bill",
-        "typedef struct node {": "node",
-        "typedef struct {\n    long net;\n} bill_t;": "bill_t",
-        "typedef unsigned long word_t;": "word_t",
-        "enum color { RED, GREEN };": "color",
-        "union value {": "value",
-        "add_up(long a, long b)\n{": "add_up",
-        "int one(void) { return 1; }": "one",
-    },
-    "cpp": {
-        "class Bill : public Item {": "Bill",
-        "template <typename T> class Stack {": "Stack",
-        "template <typename T, template <class> class C> struct Box {": "Box",
-        "enum class Color {": "Color",
-        "namespace shop {": "shop",
-        "namespace shop": "shop",
-        "using Id = std::uint64_t;": "Id",
-        "std::vector<std::pair<int, int>> pairs_of(const Bill& b) {": "pairs_of",
-        "void Bill::add(Item item) {": "add",
-        "Bill::Bill(long net) : net_(net) {": "Bill",
-        "Bill::~Bill() {": "~Bill",
-        "    virtual ~Bill() {": "~Bill",
-        "    int size() const noexcept {": "size",
-        "constexpr auto twice(auto x) -> decltype(x) {": "twice",
-    },
-    "go": {
-        "func main() {": "main",
-        "func (b *Bill) Total() int {": "Total",
-        "func Map[T any](items []T) []T {": "Map",
-        "type Bill struct {": "Bill",
-        "type ID = uint64": "ID",
-        'var ErrGone = errors.New("gone")': "ErrGone",
-        "const Limit = 3": "Limit",
-    },
-    "java": {
-        "public class Account extends Base<String> {": "Account",
-        "public final class Bill": "Bill",
-        "interface Shape permits Circle {": "Shape",
-        "public enum Color {": "Color",
-        "record Point(int x, int y) {": "Point",
-        '@SuppressWarnings("x") class Loud {': "Loud",
-        "    public static Map<String, List<Integer>> of(int a) {": "of",
-        "    private static <T extends Comparable<T>> T max(List<T> items) {": "max",
-        "    public Account(String owner) {": "Account",
-        "    @Override public int size() {": "size",
-    },
-    "csharp": {
-        "public sealed class Bill : Item": "Bill",
-        "public record struct Point(int X, int Y);": "Point",
-        "struct Pair {": "Pair",
-        "    public async Task<int> LoadAsync(string url)": "LoadAsync",
-        "    public int Twice(int x) => 2 * x;": "Twice",
-        "    public string Name { get; set; }": "Name",
-        "    public int Total => lines.Sum();": "Total",
-    },
-    "kotlin": {
-        "data class Point(val x: Int, val y: Int)": "Point",
-        "sealed interface Shape {": "Shape",
-        "object Registry {": "Registry",
-        "typealias Id = Long": "Id",
-        "    override suspend fun load(url: String): Int {": "load",
-        "fun <T> List<T>.second(): T = this[1]": "second",
-        "const val LIMIT = 3": "LIMIT",
-    },
-    "swift": {
-        "public final class Account: Base {": "Account",
-        "struct Point<T> {": "Point",
-        "extension Account: Equatable {": "Account",
-        "    class func shared() -> Account {": "shared",
-        "    @discardableResult func add(_ x: Int) -> Int {": "add",
-        "let limit = 3": "limit",
-    },
-    "php": {
-        "final class Bill extends Item": "Bill",
-        "abstract class Shape {": "Shape",
-        "trait Loud {": "Loud",
-        "function &total(array $lines): int {": "total",
-        "    public static function of(int $a): self": "of",
-    },
-    "css": {
-        ".menu > li {": "menu",
-        "#top:hover {": "top",
-        "@mixin wide($x) {": "wide",
-        "  --accent: red;": "--accent",
-        "$width: 3px;": "$width",
-    },
-    "ruby": {
-        "def balance": "balance",
-        "  def self.of(a)": "of",
-        "class Shop::Bill < Item": "Bill",
-        "module Shop": "Shop",
-        "LIMIT = 3": "LIMIT",
-    },
-    "lua": {
-        "function M.f(a)": "f",
-        "local function g()": "g",
-        "function Account:close()": "close",
-        "M.h = function(a)": "h",
-        "local limit = 3": "limit",
-    },
-    "shell": {
-        "greet() {": "greet",
-        "function greet {": "greet",
-        "  inner () {": "inner",
-        "export PATH=/bin": "PATH",
-        "LIMIT=3": "LIMIT",
-        "readonly NAME=x": "NAME",
-    },
-    "sql": {
-        "CREATE TABLE bills (": "bills",
-        "create or replace function shop.total(x int)": "total",
-        'CREATE UNIQUE INDEX IF NOT EXISTS "by name" ON a (b);': "by",
-        "CREATE TEMPORARY VIEW `v` AS": "v",
-    },
-    "yaml": {"services:": "services", "on: push": "on"},
-    "toml": {"[tool.ruff]": "tool.ruff", "[[models]]": "models"},
-    "markdown": {"## Deploy it": "Deploy it"},
-    "dockerfile": {"FROM golang:1 AS build": "build", "ARG VERSION=3": "VERSION", "ENV PATH /bin": "PATH"},
-    "makefile": {"build/%.o: %.c": "build/%.o", "CFLAGS += -O2": "CFLAGS"},
-    "scala": {"final case class Point(x: Int)": "Point", "  def f[A](a: A): A = {": "f", "val limit = 3": "limit"},
-    "dart": {"abstract class Shape {": "Shape", "  Future<int> load(String url) async {": "load"},
-    "perl": {"sub total {": "total", "our %rates = (": "rates"},
-    "r": {"total <- function(x) {": "total", "limit = 3": "limit"},
-    "zig": {"pub fn main() !void {": "main", "const Point = struct {": "Point"},
-    "powershell": {"function Total($x) {": "Total", "class Bill {": "Bill"},
-    "julia": {"function total(x)": "total", "mutable struct Bill": "Bill", "const LIMIT = 3": "LIMIT"},
-    "elixir": {"defmodule Shop.Bill do": "Bill", "  def total(x) do": "total", "  defp rate(x) do": "rate"},
-    "haskell": {"data Shape = Circle": "Shape", "total :: Int -> Int": "total"},
-}  # fmt: skip
-DEFINE_NOTHING = {
-    "python": ["    local = 3", "a == b", "a.b = c", "f(x=1)", "return x", "# def f():", "classify(x)"],
+# Lines with the name that they define between « and »; the others define nothing.
+LINES = {
+    "python": [
+        "def «f»(n):", "    async def «fetch»(self):", "class «Stack»(Generic[T]):", "\tdef «tabbed»(self):",
+        "«LIMIT» = 3", "«names»: dict[str, int] = {}", "type «Pair» = tuple[int, int]", "«café» = 1", "«define» = 1",
+        "    local = 3", "a == b", "a.b = c", "f(x=1)", "return x", "# def f():", "classify(x)",
+    ],
     "javascript": [
+        "function «add»(a, b) {", "  function «inner»() {", "async function «load»() {", "function* «items»() {",
+        "function *«items»() {", "export default class «Cart» extends Base {", "export default function «App»() {",
+        "export const «add» = (a, b) => a + b", "const «$» = require('jquery')", "let «count» = 0", "  «render»() {",
+        "  async #«load»(url, { retry = 3 } = {}) {", "  static «of»(...items) {", "  get «size»() {",
         "  const local = 1", "  *[Symbol.iterator]() {", "  if (a) {", "  while (next()) {", "  it('works', () => {",
         "  foo(function () {", "functional()", "// function add() {",
     ],
-    "typescript": ["declare module 'x' {"],
-    "rust": ["    let x = 3;", "// fn main() {", "fnord(x);"],
+    "typescript": [
+        "export interface «Bill» {", "type «Id» = string | number", "export const enum «Color» {", "enum «Color» {",
+        "export abstract class «Shape» {", "declare function «load»(url: string): Promise<void>",
+        "  private async «load»<T>(url: string): Promise<T> {", "  protected override «area»(): number {",
+        "namespace «Shop» {", "declare module 'x' {",
+    ],
+    "rust": [
+        "fn «main»() {", "pub(crate) async fn «load»(url: &str) -> Result<()> {", 'pub unsafe extern "C" fn «call»() {',
+        "    const fn «zero»() -> u8 {", "pub struct «Bill»<'a> {", "enum «Color» {", "pub trait «Shape»: Sized {",
+        "type «Id» = u64;", "const «LIMIT»: usize = 3;", "static mut «COUNT»: u8 = 0;", "macro_rules! «square» {",
+        "mod «tests» {", "impl «Bill» {", "impl<'a, T: Into<u8>> From<T> for «Bill»<'a> {",
+        "impl fmt::Display for shop::«Bill» {", "    let x = 3;", "// fn main() {", "fnord(x);",
+    ],
     "c": [
-        "int declared(int a);", "struct bill *pointer;", "struct bill value = {0};", "    return call(a, b)",
-        "    else if (a) {", "    if (a) {", "    call(a);", "    x = call(a,", "    while (call(a)) {",
-        "/* int main(void) { */",
+        "#define «MAX»(a, b) ((a) > (b))", "#  define «LIMIT» 3", "int «main»(void) {",
+        "static inline const char *«name_of»(struct bill *b)", "struct «bill» {", "struct «bill»",
+        "typedef struct «node» {", "typedef struct {\n    long net;\n} «bill_t»;", "typedef unsigned long «word_t»;",
+        "enum «color» { RED, GREEN };", "union «value» {", "«add_up»(long a, long b)\n{",
+        "int «one»(void) { return 1; }", "int declared(int a);", "struct bill *pointer;", "struct bill value = {0};",
+        "    return call(a, b)", "    else if (a) {", "    if (a) {", "    call(a);", "    x = call(a,",
+        "    while (call(a)) {", "/* int main(void) { */",
     ],
-    "cpp": ["class Forward;", "    throw Error(a)", "    delete find(a)"],
-    "go": ["\tx := 3", "const (", "\tvar local int", "// func main() {"],
+    "cpp": [
+        "class «Bill» : public Item {", "template <typename T> class «Stack» {",
+        "template <typename T, template <class> class C> struct «Box» {", "enum class «Color» {", "namespace «shop» {",
+        "namespace «shop»", "using «Id» = std::uint64_t;",
+        "std::vector<std::pair<int, int>> «pairs_of»(const Bill& b) {", "void Bill::«add»(Item item) {",
+        "Bill::«Bill»(long net) : net_(net) {", "Bill::«~Bill»() {", "    virtual «~Bill»() {",
+        "    int «size»() const noexcept {", "constexpr auto «twice»(auto x) -> decltype(x) {", "class Forward;",
+        "    throw Error(a)", "    delete find(a)",
+    ],
+    "go": [
+        "func «main»() {", "func (b *Bill) «Total»() int {", "func «Map»[T any](items []T) []T {",
+        "type «Bill» struct {", "type «ID» = uint64", 'var «ErrGone» = errors.New("gone")', "const «Limit» = 3",
+        "\tx := 3", "const (", "\tvar local int", "// func main() {",
+    ],
     "java": [
-        "    int declared(int a);", "    return call(a) {", "    } else if (a) {", "    else if (a) {",
-        "    int x = call(a);", "    new Thread(() -> {", "// class Account {",
+        "public class «Account» extends Base<String> {", "public final class «Bill»",
+        "interface «Shape» permits Circle {", "public enum «Color» {", "record «Point»(int x, int y) {",
+        '@SuppressWarnings("x") class «Loud» {', "    public static Map<String, List<Integer>> «of»(int a) {",
+        "    private static <T extends Comparable<T>> T «max»(List<T> items) {", "    public «Account»(String owner) {",
+        "    @Override public int «size»() {", "    int declared(int a);", "    return call(a) {",
+        "    } else if (a) {", "    else if (a) {", "    int x = call(a);", "    new Thread(() -> {",
+        "// class Account {",
     ],
-    "csharp": ["    foreach (var x in y) {", "    var x = Call(a);", "    await Call(a) {"],
-    "kotlin": ["    val local = 3", "    function(x)", "// fun main() {"],
-    "swift": ["    let local = 3", "    functional()"],
-    "php": ["    $f = function ($x) {", "    return total($a);", "# function f() {"],
-    "css": ["a:hover {", "  color: red;"],
+    "csharp": [
+        "public sealed class «Bill» : Item", "public record struct «Point»(int X, int Y);", "struct «Pair» {",
+        "    public async Task<int> «LoadAsync»(string url)", "    public int «Twice»(int x) => 2 * x;",
+        "    public string «Name» { get; set; }", "    public int «Total» => lines.Sum();",
+        "    foreach (var x in y) {", "    var x = Call(a);", "    await Call(a) {",
+    ],
+    "shell": [
+        "«greet»() {", "function «greet» {", "  «inner» () {", "export «PATH»=/bin", "«LIMIT»=3", "readonly «NAME»=x",
+        "echo a", "if [ x = y ]; then", "# greet() {",
+    ],
+    "kotlin": [
+        "data class «Point»(val x: Int, val y: Int)", "sealed interface «Shape» {", "object «Registry» {",
+        "typealias «Id» = Long", "    override suspend fun «load»(url: String): Int {",
+        "fun <T> List<T>.«second»(): T = this[1]", "const val «LIMIT» = 3", "    val local = 3", "    function(x)",
+        "// fun main() {",
+    ],
+    "swift": [
+        "public final class «Account»: Base {", "struct «Point»<T> {", "extension «Account»: Equatable {",
+        "    class func «shared»() -> Account {", "    @discardableResult func «add»(_ x: Int) -> Int {",
+        "let «limit» = 3", "    let local = 3", "    functional()",
+    ],
+    "scala": ["final case class «Point»(x: Int)", "  def «f»[A](a: A): A = {", "val «limit» = 3", "  val local = 3"],
+    "dart": ["abstract class «Shape» {", "  Future<int> «load»(String url) async {", "    return total(a);"],
+    "php": [
+        "final class «Bill» extends Item", "abstract class «Shape» {", "trait «Loud» {",
+        "function &«total»(array $lines): int {", "    public static function «of»(int $a): self",
+        "    $f = function ($x) {", "    return total($a);", "# function f() {",
+    ],
+    "perl": ["sub «total» {", "our %«rates» = ("],
+    "r": ["«total» <- function(x) {", "«limit» = 3"],
+    "zig": ["pub fn «main»() !void {", "const «Point» = struct {", "    const local = 3;"],
+    "powershell": ["function «Total»($x) {", "class «Bill» {"],
+    "css": [
+        ".«menu» > li {", "#«top»:hover {", "@mixin «wide»($x) {", "  «--accent»: red;", "«$width»: 3px;", "a:hover {",
+        "  color: red;",
+    ],
     "json": ['  "name": "a",', "{"],
-    "ruby": ["define_method(:a) do", "  x = 3", "  A == B", "# def f"],
-    "lua": ["  local inner = 3", "functional()", "-- function f()"],
-    "shell": ["echo a", "if [ x = y ]; then", "# greet() {"],
-    "sql": ["SELECT a FROM b;", "-- CREATE TABLE a"],
+    "ruby": [
+        "def «balance»", "  def self.«of»(a)", "class Shop::«Bill» < Item", "module «Shop»", "«LIMIT» = 3",
+        "define_method(:a) do", "  x = 3", "  A == B", "# def f",
+    ],
+    "lua": [
+        "function M.«f»(a)", "local function «g»()", "function Account:«close»()", "M.«h» = function(a)",
+        "local «limit» = 3", "  local inner = 3", "functional()", "-- function f()",
+    ],
+    "julia": ["function «total»(x)", "mutable struct «Bill»", "const «LIMIT» = 3"],
+    "elixir": ["defmodule Shop.«Bill» do", "  def «total»(x) do", "  defp «rate»(x) do"],
+    "haskell": ["data «Shape» = Circle", "«total» :: Int -> Int", "  where x = 3"],
+    "sql": [
+        "CREATE TABLE «bills» (", "create or replace function shop.«total»(x int)",
+        'CREATE UNIQUE INDEX IF NOT EXISTS "«by» name" ON a (b);', "CREATE TEMPORARY VIEW `«v»` AS", "SELECT a FROM b;",
+        "-- CREATE TABLE a",
+    ],
     "html": ["<div id='a'>"],
-    "yaml": ["  web:", "- a: b", "a:b"],
-    "toml": ["x = [1]"],
-    "markdown": ["#hashtag", "text # more"],
-    "dockerfile": ["FROM debian", "RUN from a as b"],
-    "makefile": ["\tcc -o a: b"],
-    "scala": ["  val local = 3"],
-    "dart": ["    return total(a);"],
-    "zig": ["    const local = 3;"],
-    "haskell": ["  where x = 3"],
+    "yaml": ["«services»:", "«on»: push", "  web:", "- a: b", "a:b"],
+    "toml": ["[«tool.ruff»]", "[[«models»]]", "x = [1]"],
+    "markdown": ["## «Deploy it»", "#hashtag", "text # more"],
+    "dockerfile": ["FROM golang:1 AS «build»", "ARG «VERSION»=3", "ENV «PATH» /bin", "FROM debian", "RUN from a as b"],
+    "makefile": ["«build/%.o»: %.c", "«CFLAGS» += -O2", "\tcc -o a: b"],
 }  # fmt: skip
+# (lines that import, lines that do not)
 IMPORTS = {
     "python": (
         ["import os", "import a.b as c, d", "from x import y", "from . import z", "from .a.b import ("],
@@ -274,15 +162,10 @@ IMPORTS = {
         ["user();", "    use Loud;", "function () use ($a) {"],
     ),
     "css": (["@import 'a';", '@charset "utf-8";', "@use 'b';"], ["@media print {", "a { }"]),
-    "json": ([], ['{"import": 1}']),
     "ruby": (["require 'a'", "require_relative 'b'", "include Loud"], ["required = 1", "  include Loud"]),
     "lua": (["local a = require 'b'", 'require("c")', "local a, b = require 'd'"], ["local a = b", "required()"]),
     "shell": (["source a.sh", ". ./b.sh", "set -e"], ["sources=1", "settle", "./run.sh"]),
     "sql": (["USE shop;", "set x = 1;", "\\connect a"], ["SELECT 1;", "users"]),
-    "html": ([], ["<link rel=stylesheet>"]),
-    "yaml": ([], ["import: a"]),
-    "toml": ([], ["import = 1"]),
-    "markdown": ([], ["import a"]),
     "makefile": (["include a.mk", "-include b"], ["included = 1"]),
     "scala": (["import a.b.C", "package a"], ["imports()"]),
     "dart": (["import 'a.dart';", "part of b;"], ["imported();"]),
@@ -293,26 +176,24 @@ IMPORTS = {
     "elixir": (["alias A.B", "use C"], ["used = 1"]),
     "haskell": (["import qualified Data.Map as M", "module A where"], ["imported = 1"]),
 }
-LINES = [(name, line, defined) for name, lines in DEFINES.items() for line, defined in lines.items()]
-LINES += [(name, line, None) for name, lines in DEFINE_NOTHING.items() for line in lines]
-
-
-@pytest.mark.parametrize(("name", "line", "defined"), LINES)
-def test_definitions(name: str, line: str, defined: str | None) -> None:
-    for text in (line, f"{line}\n", f"\n\n{line}\nx\n", f"{line}\r\n".replace("\n{", "\r\n{")):
-        match = LANGUAGES[name].defines.search(text)
-        assert (match and match[match.lastindex or 0]) == defined
-        assert match is None or not text[: match.start()].strip("\r\n")
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
+def test_definitions(name: str) -> None:
+    for marked in LINES[name]:
+        before, *defined = marked.replace("»", "«").split("«")
+        line = before + "".join(defined)
+        for text in (line, f"{line}\n", f"\n\n{line}\nx\n", f"{line}\r\n".replace("\n{", "\r\n{")):
+            match = LANGUAGES[name].defines.search(text)
+            assert (match and match[match.lastindex or 0]) == (defined[0] if defined else None), line
+            assert match is None or not text[: match.start()].strip("\r\n"), line
+
+
+@pytest.mark.parametrize("name", IMPORTS)
 def test_imports(name: str) -> None:
-    imports, others = IMPORTS.get(name, ([], []))
-    for line in imports:
-        assert LANGUAGES[name].imports.match(line), line
-        assert LANGUAGES[name].imports.search(f"x\n{line}\n"), line
-    for line in others:
-        assert not LANGUAGES[name].imports.search(line), line
+    found, (imports, others) = LANGUAGES[name].imports, IMPORTS[name]
+    assert [line for line in [*imports, *others] if found.match(line)] == imports
+    assert [line for line in [*imports, *others] if found.search(f"x\n{line}\n")] == imports
 
 
 def test_the_ends_of_strings() -> None:
@@ -325,15 +206,10 @@ def test_no_name_means_two_languages() -> None:
     for language in LANGUAGES.values():
         assert {*language.raw} <= {*language.strings, *language.texts}
         assert language.blocks in ("braces", "brackets", "indent", "lines", "tree")
-    words = {alias for name, language in LANGUAGES.items() for alias in (name, *language.aliases)}
-    assert len(words) == sum(1 + len(language.aliases) for language in LANGUAGES.values()), "a name means two languages"
+    words = [alias for name, language in LANGUAGES.items() for alias in (name, *language.aliases)]
     files = [file for language in LANGUAGES.values() for file in (*language.endings, *language.filenames)]
-    assert len(files) == len(set(files)), "a file's name means two languages"
-    assert files == [file.lower() for file in files]
-
-
-def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(languages).failed == 0
+    for names in (words, files):
+        assert sorted(names) == sorted({name.lower() for name in names})
 
 
 HOSTILE = [
@@ -345,17 +221,16 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LANGUAGES)
-def test_no_line_is_expensive(name: str) -> None:
-    language = LANGUAGES[name]
+def test_no_line_is_expensive() -> None:
+    patterns = {pattern for language in LANGUAGES.values() for pattern in (language.defines, language.imports)}
     for unit in HOSTILE:
-        line = unit * (40_000 // len(unit))
+        line = unit * (5_000 // len(unit))
         texts = [line, f"int {line}", f"typedef struct {{{line}"]
-        for text in (*texts, "\n".join([line[:300]] * 300), "\n".join([line[:30]] * 3000)):
-            started = time.thread_time()
-            for pattern in (language.defines, language.imports):
+        for text in (*texts, "\n".join([line[:300]] * 40), "\n".join([line[:30]] * 400)):
+            for pattern in patterns:
+                started = time.thread_time()
                 sum(1 for _ in pattern.finditer(text))
-            assert time.thread_time() - started < 1, (unit, len(text))  # 40 KB; 40 times the slowest
+                assert time.thread_time() - started < 0.15, (unit, len(text), pattern)  # 40 times the slowest
 
 
 # ----------------------------------------------------------------------------------------- guessing a language
@@ -449,12 +324,10 @@ def test_guesses(filename: str, text: str, others: list[str], language: str) -> 
     assert guess_language(filename, text, others) == language
 
 
-@pytest.mark.parametrize(
-    "unit", ["/", "/a", "/env ", "-a ", "a", "a1", "+", "A=1 ", "```", "\n```a", "\n#", "# language:", " "]
-)
-def test_no_guess_is_expensive(unit: str) -> None:
-    line = unit * (100_000 // len(unit))
-    for text in (line, f"#!{line}", f"#!/usr/bin/env {line}", f"# language: {line}"):
-        started = time.thread_time()
-        assert guess_language(line, text, [line]) in ("", *LANGUAGES)
-        assert time.thread_time() - started < 2, text[:40]
+def test_no_guess_is_expensive() -> None:
+    for unit in ("/", "/a", "/env ", "-a ", "a", "a1", "+", "A=1 ", "```", "\n```a", "\n#", "# language:", " "):
+        line = unit * (50_000 // len(unit))
+        for text in (line, f"#!{line}", f"#!/usr/bin/env {line}", f"# language: {line}"):
+            started = time.thread_time()
+            assert guess_language(line, text, [line]) in ("", *LANGUAGES)
+            assert time.thread_time() - started < 0.5, text[:40]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import doctest
 import itertools
 import random
 import re
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from cerebrum.text import prompt
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import Prepared, Ratio, arrange_gap, common_length, detect_mode, prepare, weigh
 from cerebrum_common import HttpError
@@ -27,20 +25,14 @@ WRONG = True
 FUNCTION = "def get(url):\n    return requests.get(url).text\n"
 COMPLETE = [
     ("python", "def fibonacci(n):"),
-    ("python", "async def fetch():"),
     ("python", 'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n'),
-    ("python", "from typing import List\n\n\ndef f(x: List[int]) -> int:\n    '''Write a sum.'''\n"),
     ("python", "# Sort the list"),
-    ("python", "# Sort the list\n"),
-    ("python", "# Write a function that sorts a list\n"),
     ("python", "# Write a function that sorts a list\ndef sort_list(items):"),
     ("python", "# Refactor this to use async\n"),
     ("python", "# Refactor this to use async\ndef get(url):\n"),
-    ("python", "# Make this faster\ndef get(url):\n    "),
     ("python", '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n'),
     ("python", "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n"),
     ("python", "# Update this when adding a model\nMODELS = [\n    1,\n]\n"),
-    ("python", "# Change this to your key\nKEY = 1\nURL = 2\n"),
     ("python", "# Use this function to parse dates\ndef parse(x):\n    return x\n"),
     ("python", "# TODO: refactor this to use async\n" + FUNCTION),
     ("python", "# Fix this later\n" + FUNCTION),
@@ -48,41 +40,31 @@ COMPLETE = [
     ("python", "# Convert this to a string\ntext = str(value)\n"),
     ("python", "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n"),
     ("python", "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n"),
-    ("python", "# -*- coding: utf-8 -*-\nimport sys\nx = 1\n"),
     ("python", "#!/usr/bin/env python3\n# Refactor this to use async\n" + FUNCTION, WRONG),
     ("python", '"""Explain this module."""\nimport os\n'),
     ("python", "import os\n# Refactor this to use async\n" + FUNCTION),
     ("python", FUNCTION + "# Refactor the above to use async\n", WRONG),
     ("python", "print(the_list)\nsort(a, b)\nfind = 3\n"),
-    ("python", "write = 1\ncreate = write\n"),
     ("python", "return a if b else c"),
-    ("python", "import a, b\nfrom x import y"),
     ("python", "query = '''\nSELECT a FROM b"),
     ("python", "select name from users"),
     ("python", "CREATE TABLE users (id INT, name TEXT)"),
     ("python", "explain select * from users"),
-    ("python", "hello"),
     ("python", "x"),
     ("python", "\n\n"),
-    ("python", "class Stack:"),
     ("python", "for a in the_list:\n    print(a)\n"),
-    ("python", "Schreibe eine Funktion, die eine Liste sortiert", WRONG),
-    ("python", "Écris une fonction qui trie une liste", WRONG),
     ("python", "编写一个对列表排序的函数", WRONG),
     ("python", "fizzbuzz in python", WRONG),
     ("python", "Return the sum of two numbers", WRONG),
-    ("c", "#include <stdio.h>\n\nint main(void) {"),
     ("c", "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n"),
     ("c", "# Refactor this to use realloc\nint f(void) {\n    return 1;\n}\n", WRONG),
     ("c", "/* Convert this to bytes */\nint f("),
     ("c", "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n"),
     ("cpp", "delete this;"),
-    ("cpp", "template <typename T>\nclass that : public base {"),
     ("rust", "use my::module;\nuse the::other;"),
     ("rust", "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {"),
     ("go", 'package main\n\nimport "fmt"\n\nfunc main() {'),
     ("go", "// Package foo does this.\npackage foo\n\nfunc A() {}\n"),
-    ("javascript", "async function to(x) {"),
     ("javascript", "// Convert this to TypeScript\nfunction add(a, b) {"),
     ("javascript", "describe('a thing', () => {\n  it('works', () => {"),
     ("javascript", "delete a.b\nlet the = 1"),
@@ -91,10 +73,8 @@ COMPLETE = [
 ]
 INSTRUCT = [
     ("python", "Write a function that reverses a string"),
-    ("python", "write a function that reverses a string."),
     ("python", "Write Python code to parse a CSV file"),
     ("python", "Write quicksort"),
-    ("python", "Implement quicksort in place"),
     ("python", "Explain this code:\n\n" + FUNCTION),
     ("python", "Explain what `yield from` does"),
     ("python", "Please add type hints to this:\n" + FUNCTION),
@@ -126,7 +106,6 @@ INSTRUCT = [
     ("c", "// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"),
     ("cpp", "Write a C++ program that uses std::vector"),
     ("go", "Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"),
-    ("go", "// Add comments\nfunc A() int {\n\treturn 1\n}\n"),
 ]
 
 
@@ -163,23 +142,19 @@ def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "a", "mode": "infill"}, "suffix: expected the text after the cursor with mode infill, got nothing"),
-        ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: expected nothing with mode complete, got 1 c"),
-        ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: expected nothing with mode instruct, got 1 c"),
-        ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: expected nothing with mode complete"),
-        ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: expected nothing beside suffix, got 2 c"),
-        ({"prompt": "", "mode": "complete"}, "prompt: expected a non-empty string"),
-        ({"prompt": "", "mode": "instruct"}, "prompt: expected a non-empty string"),
+        ({"prompt": "a", "mode": "infill"}, "suffix: "),
+        ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: .*got 1 "),
+        ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: "),
+        ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: "),
+        ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: .*got 2 "),
+        ({"prompt": "", "mode": "complete"}, "prompt: "),
+        ({"prompt": "", "mode": "instruct"}, "prompt: "),
     ],
 )
 def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(HttpError, match=message) as caught:
         detect_mode({"language": "python", **fields})
     assert caught.value.status == 400
-
-
-def test_the_examples_of_the_module_are_true() -> None:
-    assert doctest.testmod(prompt).failed == 0
 
 
 # --------------------------------------------------------------------------------------------- fitting
@@ -193,11 +168,10 @@ def prepared(
 
 def shared(one: str, other: str) -> float:
     """The part of `other` that a cache of `one` saves."""
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    return same / len(other)
+    return common_length(one, other) / len(other)
 
 
-@pytest.mark.parametrize("prompt", ["x", "def f(n):", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500, "Write a stack"])
+@pytest.mark.parametrize("prompt", ["x", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500])
 def test_what_fits_is_sent_unchanged(prompt: str) -> None:
     result = prepared(prompt)
     assert result.body == {"mode": "complete", "prompt": prompt, "heal": True}
@@ -226,31 +200,15 @@ def test_an_instruction_is_answered_by_code(prompt: str, instruction: str | None
 # The imports of a file, and a statement that fills it.
 LONG = {
     "python": ("import os\nfrom decimal import (\n    Decimal,\n)\n", "def f%d(a):\n    return a\n\n\n"),
-    "javascript": ("import fs from 'fs'\n", "function f%d(a) {\n  return a\n}\n\n"),
     "typescript": ("import {\n  a,\n  b,\n} from './a'\n", "function f%d(a: number): number {\n  return a\n}\n\n"),
-    "rust": ("use std::fmt;\n", "pub fn f%d(a: u64) -> u64 {\n    a\n}\n\n"),
     "c": ("#include <stdio.h>\n", "static int f%d(int a)\n{\n    return a;\n}\n\n"),
-    "cpp": ("#include <vector>\n", "template <typename T>\nT f%d(T a) {\n    return a;\n}\n\n"),
     "go": ('import (\n\t"fmt"\n\t"os"\n)\n', "func f%d(a int) int {\n\treturn a\n}\n\n"),
-    "java": ("import java.util.List;\n", "    int f%d(int x) {\n        return x;\n    }\n\n"),
     "csharp": ("using System;\n", "    int F%d(int x)\n    {\n        return x;\n    }\n\n"),
-    "kotlin": ("import java.io.File\n", "fun f%d(x: Int): Int {\n    return x\n}\n\n"),
-    "swift": ("import Foundation\n", "func f%d(x: Int) -> Int {\n    return x\n}\n\n"),
     "php": ("<?php\nuse A\\B;\n", "function f%d($x) {\n    return $x;\n}\n\n"),
     "ruby": ("require 'json'\n", "def f%d(x)\n  x\nend\n\n"),
-    "lua": ("local json = require 'json'\n", "local function f%d(x)\n  return x\nend\n\n"),
-    "shell": ("set -e\n", "f%d() {\n    echo 1\n}\n\n"),
     "sql": ("USE shop;\n", "INSERT INTO f VALUES (%d);\n\n"),
     "html": ("", "<p>%d</p>\n"),
     "css": ("@charset 'utf-8';\n", "p%d {\n  width: 1px;\n}\n\n"),
-    "json": ("", '  "f%d": 1,\n'),
-    "yaml": ("", "f%d:\n  x: 1\n\n"),
-    "toml": ("", "x%d = 1\n"),
-    "markdown": ("", "Text %d.\n\n"),
-    "dockerfile": ("", "RUN echo %d\n"),
-    "perl": ("use strict;\n", "sub f%d {\n    return 1;\n}\n\n"),
-    "haskell": ("import Data.List\n", "f%d x = x\n\n"),
-    "julia": ("using Dates\n", "function f%d(x)\n    x\nend\n\n"),
 }
 
 
@@ -319,10 +277,10 @@ def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
 
 def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)[:1800]
-    prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1500, 1800)]
+    prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1700, 1800)]
     saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
     assert sum(saved) / len(saved) > 0.95
-    assert saved[15] > 0.9  # 285 of 300 lines; at the others the window moves
+    assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
     typed = "".join(lines[:1700])
     keys = [prepared(typed[:-count]).body["prompt"] for count in range(60, 0, -1)]
     assert sum(itertools.starmap(shared, itertools.pairwise(keys))) / 59 > 0.97
@@ -347,7 +305,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("language", ["python", "javascript", "rust", "c", "go"])
+@pytest.mark.parametrize("language", ["python", "c"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_texts_are_fast_and_fit(name: str, language: str) -> None:
     text = ODD[name]
@@ -362,7 +320,7 @@ def test_odd_texts_are_fast_and_fit(name: str, language: str) -> None:
 
 def test_any_cut_of_real_files_fits() -> None:
     chance, files = random.Random(7), [Path(argparse.__file__), Path(ast.__file__), Path(random.__file__)]
-    for _ in range(150):
+    for _ in range(60):
         text = chance.choice(files).read_text("utf-8")
         start = chance.randrange(len(text) // 2)
         stop = chance.randrange(start, len(text))
@@ -426,32 +384,28 @@ def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
 # ----------------------------------------------------------------------------------------------- ratio
 
 
-def test_the_ratio_starts_low_and_falls_at_once() -> None:
-    ratio = Ratio()
-    assert ratio.get("a") == 3.0
-    ratio.learn("a", 2000, 1000)
-    assert (ratio.get("a"), ratio.get("b")) == (2.0, 3.0)
-    ratio.learn("a", 10, 1000)
-    assert ratio.get("a") == 0.75
-
-
-def test_the_ratio_rises_slowly_in_steps_and_ignores_short_prompts() -> None:
+def ratios_after(*counts: tuple[int, int]) -> list[float]:
+    """What `Ratio.get` returns after each (weight, tokens) that a backend reports."""
     ratio, seen = Ratio(), []
-    ratio.learn("a", 100, 100)
-    assert ratio.get("a") == 3.0
-    for _ in range(200):
-        ratio.learn("a", 4000, 1000)
+    for weight, tokens in counts:
+        ratio.learn("a", weight, tokens)
         seen.append(ratio.get("a"))
+    assert ratio.get("b") == 3.0
+    return seen
+
+
+def test_the_ratio_falls_at_once_and_ignores_short_prompts() -> None:
+    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [3.0, 2.0, 0.75]
+
+
+def test_the_ratio_rises_slowly_in_steps() -> None:
+    seen = ratios_after(*[(4000, 1000)] * 200)
     assert seen == sorted(seen)
-    assert set(seen) == {3.0, 3.25, 3.5} or set(seen) == {3.0, 3.25} or set(seen) == {3.0, 3.5}
+    assert set(seen) == {3.0, 3.25}
 
 
 def test_the_ratio_does_not_flap() -> None:
-    ratio = Ratio()
-    seen = []
-    for n in range(200):
-        ratio.learn("a", 3240 + n % 3 * 20, 1000)
-        seen.append(ratio.get("a"))
+    seen = ratios_after(*((3240 + n % 3 * 20, 1000) for n in range(200)))
     assert sum(one != other for one, other in itertools.pairwise(seen)) <= 2
 
 

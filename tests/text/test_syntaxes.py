@@ -211,7 +211,7 @@ greet() {
     echo "$x" done
 
 # note
-    b
+    echo \"
 }
 »
 # what follows
@@ -231,8 +231,10 @@ don't
 b
     read -r a <<< "x
 }"
-    echo It\'s \" ${x//\'/}
-    echo $((1 << 2)) ${#1} "$#" # it's }
+    echo $((1 << 2)) "$#" # it's }
+    echo ${#1} "
+}"
+    echo It\'s
 }
 »
 usage
@@ -306,7 +308,7 @@ const Bill = struct {
     }
 »
     fn other() void {}
-'''  # noqa: W291
+'''
 
 
 @pytest.mark.parametrize("case", cases(ROWS, LONG), ids=title)
@@ -318,13 +320,13 @@ def test_ends(case: tuple[str, str]) -> None:
 GAPS = [
     # The suffix begins like something in the middle of a line, or at another indentation.
     ("python", "def f(x):\n«    if x:\n        return 1\n    y = 2\n»    return y\n"),
-    ("java", "class A {\n    int f(int x) {\n«        // return 2 x\n        int y = x * 2;\n»        return y;\n    }\n}\n"),
+    ("java", "class A {\n  int f(int x) {\n«    // return 2 x\n    int y = x * 2;\n»    return y;\n  }\n}\n"),
     ("kotlin", "fun f(x: Int): Int {\n«    if (x < 0) return 0\n    val y = x * 2\n»    return y\n}\n"),
     ("shell", 'f() {\n«    if [ -z "$1" ]; then\n        return 1\n    fi\n    y=2\n»    return 0\n}\n'),
     ("ruby", "def index\n«  respond_to do |format|\n    format.html\n»    format.json { a }\n  end\nend\n"),
     ("yaml", "steps:\n«      - uses: checkout\n      - name: Set up\n»        uses: setup\n"),
     # What follows the block that the gap begins with.
-    ("java", "class A {\n    void f() {\n«        if (x) {\n            throw e;\n        }\n        y = 2;\n»        print(y);\n"),
+    ("java", "class A {\n  void f() {\n«    if (x) {\n      throw e;\n    }\n    y = 2;\n»    print(y);\n  }\n"),
     ("ruby", "def f(x)\n«  unless x\n    a\n  end\n  y = 2\n»  puts y\nend\n"),
     ("javascript", "function f(x) {\n«  if (x) {\n    a()\n  }\n  else {\n    b()\n  }\n  let y = 2\n»  print(y)\n}\n"),
     ("python", "def f(x):\n«    for a in x:\n        b(a)\n    else:\n        c()\n    y = 2\n»    print(y)\n"),
@@ -337,7 +339,7 @@ GAPS = [
     ("shell", 'f() {\n    if [ -n «"$1" ]; then\n        echo 1\n    fi»\n    echo 2\n}\n'),
     ("lua", "function f(t)\n  if check(«t) then\n    a()\n  end»\n  b()\nend\n"),
     # Lines that go on.
-    ("java", "void f() {\n«  var names = users.stream()\n    .filter(u -> u.getAge() > 18)\n    .toList();\n»  print(names);\n}\n"),
+    ("java", "void f() {\n«  var names = users.stream()\n    .filter(u -> u.age > 18)\n    .toList();\n»  f(names);\n"),
     ("dockerfile", 'FROM a\nRUN apt-get update «&& \\\n    apt-get install -y curl»\n\nCMD ["x"]\n'),
     # The suffix is outside of the block that the cursor is in.
     ("java", "void f() {\n  if (x == null) {\n    throw new Illeg«alArgumentException();\n  }»\n  h();\n}\n"),
