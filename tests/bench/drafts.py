@@ -15,13 +15,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from servers import FILES, rewrite
+from servers import FILES, copying
 
-from cerebrum.vps import llama as vps_llama
 from cerebrum.vps.drafts import Acceptance, Drafter
-from cerebrum.vps.llama import MAX_DRAFT
+from cerebrum.vps.llama import MAX_DRAFT, start_library
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.vocabulary import api
+from cerebrum.vps.vocabulary import Vocabulary, api
 
 SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
 CHANGES: dict[str, Callable[[str], str]] = {
@@ -41,18 +40,11 @@ class Forgetful(Drafter):
 
 
 def tokenizer(model: str) -> Callable[[str], list[int]]:
-    vps_llama.start_library()
+    start_library()
     params = api.llama_model_default_params()
     params.vocab_only = True
-    loaded = api.llama_model_load_from_file(str(FILES[model]).encode(), params)
-    vocab = api.llama_model_get_vocab(loaded)
-
-    def tokenize(text: str) -> list[int]:
-        data = text.encode()
-        buffer = (api.llama_token * (len(data) + 8))()
-        return list(buffer[: api.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)])
-
-    return tokenize
+    vocabulary = Vocabulary(api.llama_model_load_from_file(str(FILES[model]).encode(), params))
+    return lambda text: vocabulary.tokenize(text, False)
 
 
 def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
@@ -82,7 +74,7 @@ def main() -> None:
     for name, change in CHANGES.items():
         tokens, seconds = 0, {Forgetful: 0.0, Drafter: 0.0}
         for number in range(FILE_COUNT):
-            prompt = rewrite(number, LINES)
+            prompt = copying(number, LINES)
             source = prompt.partition("```python\n")[2].partition("\n```")[0]
             target = tokenize(change(source) + "\n```")
             tokens += len(target)

@@ -3,7 +3,7 @@
     python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--show 3] [FOLDER ...]
 
 Reads real files below the folders (default: the standard library, the installed packages and the sources that
-test_syntaxes.py fetches) and prints one line of JSON per language. Needs pygments, which says what is a string or a
+`make test-slow` fetches) and prints one line of JSON per language. Needs pygments, which says what is a string or a
 comment; the ends of definitions come from the indentation, not from the code under test. The kinds of cases:
 
     header  the prompt ends at the header of a definition; the rest of the definition is missing
@@ -30,17 +30,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pygments.lexers import get_lexer_by_name
-from pygments.token import Comment, Error, String
+from pygments.token import Comment, String
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "text"))
+
+from sources import SOURCES, Peer, files_of
+from test_ending import run
 
 from cerebrum.text.ending import Ending
-from cerebrum.text.languages import LANGUAGES, language_of_file
+from cerebrum.text.languages import LANGUAGES
 
 PATHS = sysconfig.get_paths()
-FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(Path("~/.cache/cerebrum/sources").expanduser())]
-LEXERS = {"shell": "bash", "dockerfile": "docker"}  # pygments' names
+FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(SOURCES)]
 MIN_CHARS, MAX_CHARS = 500, 30_000  # of a file
 CASES_PER_FILE = 4
 GAPS = ("line", "lines")
@@ -70,21 +72,18 @@ class Case(NamedTuple):
     after: str
 
 
-class Source:
+class Source(Peer):
     """A file with what pygments says of it."""
 
     def __init__(self, language: str, text: str) -> None:
-        self.language, self.text, self.syntax = language, text, LANGUAGES[language]
-        lexer = get_lexer_by_name(LEXERS.get(language, language), stripnl=False, ensurenl=False)
-        tokens = [(start, kind, value) for start, kind, value in lexer.get_tokens_unprocessed(text)]
-        self.sure = not any(kind in Error for _, kind, _ in tokens)
+        super().__init__(language, text)
+        self.language, self.syntax = language, LANGUAGES[language]
         self.comment, inside = bytearray(len(text)), bytearray(len(text))
-        for start, kind, value in tokens:
-            span = slice(start, start + len(value))
+        for start, stop, kind in self.tokens:
             if kind in Comment and not (kind in Comment.Preproc or kind in Comment.PreprocFile):
-                self.comment[span] = b"\1" * len(value)
+                self.comment[start:stop] = b"\1" * (stop - start)
             if kind in String or (kind in Comment and kind not in Comment.Single and kind not in Comment.Preproc):
-                inside[span] = b"\1" * len(value)
+                inside[start:stop] = b"\1" * (stop - start)
         self.lines, place = list[Line](), 0
         for line in text.splitlines(keepends=True):
             body, indent = line.strip(), len(line) - len(line.lstrip())
@@ -173,13 +172,7 @@ class Source:
 def written(language: str, case: Case, text: str) -> str:
     """What is sent of a text, given in pieces like tokens."""
     mode, suffix = ("infill", case.after) if case.kind in GAPS else ("complete", None)
-    ending, sent = Ending(mode, language, case.prompt, suffix, "auto"), ""
-    for piece in TOKEN.findall(text):
-        out, reason = ending.feed(piece)
-        sent += out
-        if reason:
-            return sent
-    return sent + ending.flush()
+    return run(Ending(mode, language, case.prompt, suffix, "auto"), TOKEN.findall(text))[0]
 
 
 def weigh(text: str) -> int:
@@ -197,12 +190,7 @@ def judge(source: Source, case: Case, sent: str) -> tuple[int, int]:
 
 
 def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:
-    found = [
-        path
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*"))
-        if language_of_file(path.name) == language and path.is_file() and MIN_CHARS < path.stat().st_size < MAX_CHARS
-    ]
+    found = files_of(folders, language, MIN_CHARS, MAX_CHARS)
     for path in chance.sample(found, len(found)):
         text = path.read_text("utf-8", "replace")
         if "\r" not in text and "\ufffd" not in text and max(map(len, text.split("\n"))) < 400:
@@ -237,20 +225,15 @@ def measure(language: str, folders: list[str], seed: int, cases: int, show: int,
                     if show and any(result) and re.search(only, f"{kind}_{model}"):
                         show -= 1
                         marked = f"{case.prompt[-300:]}«{case.piece}»{case.after[:200]}"
-                        print(
-                            f"--- {language} {kind} {model} {result}\n{marked}\n  sent: {sent[-200:]!r}\n", flush=True
-                        )
+                        print(f"--- {language} {kind} {model} {result}\n{marked}\n  sent: {sent[-200:]!r}\n")
         other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
     summary: dict[str, object] = {"language": language}
     for kind, models in results.items():
         for model, pairs in ((model, pairs) for model, pairs in models.items() if pairs):
-            late = [surplus for _, surplus in pairs if surplus]
-            summary[f"{kind}_{model}"] = {
-                "cases": len(pairs),
-                "cut": round(100 * sum(lost > 0 for lost, _ in pairs) / len(pairs), 2),
-                "late": round(100 * len(late) / len(pairs), 2),
-                "chars": round(sum(late) / len(late)) if late else 0,
-            }
+            late, cut = [surplus for _, surplus in pairs if surplus], sum(lost > 0 for lost, _ in pairs)
+            share = {name: round(100 * count / len(pairs), 2) for name, count in (("cut", cut), ("late", len(late)))}
+            chars = round(sum(late) / len(late)) if late else 0
+            summary[f"{kind}_{model}"] = {"cases": len(pairs), **share, "chars": chars}
     return summary
 
 

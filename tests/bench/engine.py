@@ -31,21 +31,21 @@ need it are left out. The last column is the target, for the 0.5B and the 1.5B o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from servers import FILES, SPIN, Question, Result, Server, llama_server, prose, rewrite, together, vpsd, words
+from servers import FILES, SPIN, Question, Result, Server, copying, llama_server, prose, ratio, together, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -82,22 +82,20 @@ class Bench:
         self._servers: dict[tuple[str, ...], Server] = {}
 
     def ours(self, name: str = "vpsd", tuned: bool = True, **more: str) -> Server:
-        key = ("vpsd", name)
+        model, threads, file = self.options.model, self.options.threads, self.tuned if tuned else None
+        return self._start(("vpsd", name), vpsd(self.folder, name, model, threads, file, **more))
+
+    def _start(self, key: tuple[str, ...], server: AbstractContextManager[Server]) -> Server:
         if key not in self._servers:
-            file = self.tuned if tuned else None
-            server = vpsd(self.folder, name, self.options.model, self.options.threads, file, **more)
             self._servers[key] = self.stack.enter_context(server)
         return self._servers[key]
 
     def theirs(self, *options: str, file: Path | None = None) -> Server | None:
-        if not self.options.llama_server:
+        binary, threads = self.options.llama_server, self.options.threads
+        if not binary:
             return None
         file, more = file or FILES[self.options.model], {SPIN: os.environ[SPIN]} if self.options.spin else {}
-        key = (str(file), *options)
-        if key not in self._servers:
-            server = llama_server(self.folder, self.options.llama_server, file, self.options.threads, *options, **more)
-            self._servers[key] = self.stack.enter_context(server)
-        return self._servers[key]
+        return self._start((str(file), *options), llama_server(self.folder, binary, file, threads, *options, **more))
 
     def sides(self, plain: bool = False, encodings: bool = False) -> dict[str, Server]:
         """The servers to compare: vpsd; vpsd without drafts if `plain`; llama-server if its path was given; with
@@ -117,29 +115,25 @@ class Bench:
     def published(self) -> Server:
         return self.ours("published", tuned=False)
 
-    def compare(
-        self,
-        measure: Callable[[Server, int], float],
-        scale: float = 1.0,
-        plain: bool = False,
-        encodings: bool = False,
-    ) -> dict[str, Any]:
-        """The medians of `measure(server, number) * scale` for all sides, after a round that warms up.
-
-        The order of the sides is reversed in every other round.
-        """
-        sides = self.sides(plain, encodings)
-        values: dict[str, list[float]] = {name: [] for name in sides}
-        for count in range(-1, self.rounds):
+    def turns(self, sides: dict[str, Server], rounds: int) -> Iterator[tuple[bool, str, int]]:
+        """(whether it counts, side, number) for each measurement: a round warms up, and every other one is reversed."""
+        for count in range(-1, rounds):
             number = next(self.numbers)
             for name in list(sides)[:: 1 if count % 2 else -1]:
-                value = measure(sides[name], number)
-                if count >= 0:
-                    values[name].append(value * scale)
+                yield count >= 0, name, number
+
+    def compare(
+        self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False, encodings: bool = False
+    ) -> dict[str, Any]:
+        """The medians of `measure(server, number) * scale` for all sides."""
+        sides = self.sides(plain, encodings)
+        values: dict[str, list[float]] = {name: [] for name in sides}
+        for counts, name, number in self.turns(sides, self.rounds):
+            value = measure(sides[name], number)
+            values[name] += [value * scale] * counts
         found: dict[str, Any] = {name: round(median(list_), 2) for name, list_ in values.items()}
         for name in set(values) - {"llama_server"} if "llama_server" in values else ():
-            pairs = zip(values[name], values["llama_server"], strict=True)
-            found["ratio" if name == "vpsd" else f"ratio_{name}"] = round(median([a / b for a, b in pairs]), 3)
+            found["ratio" if name == "vpsd" else f"ratio_{name}"] = ratio(values[name], values["llama_server"])
         return found
 
 
@@ -164,15 +158,14 @@ def two(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         prompts = [prose(2 * number), prose(2 * number + 1)]
         results = together(*(lambda prompt=prompt: server.complete(prompt, bench.tokens) for prompt in prompts))
-        begin = min(result.marks[0][0] for result in results)
-        end = max(result.marks[-1][0] for result in results)
+        begin, end = min(result.marks[0][0] for result in results), max(result.marks[-1][0] for result in results)
         return sum(result.tokens for result in results) / (end - begin)
 
     return bench.compare(measure, plain=True, encodings=True)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
-    return server.complete(rewrite(number, 70 // bench.share), tokens // bench.share, stop="```")
+    return server.complete(copying(number, 70 // bench.share), tokens // bench.share, stop="```")
 
 
 def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
@@ -180,17 +173,17 @@ def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
 
     The file is not among those that are measured later.
     """
-    rates = {}
+    rates, options = {}, bench.options
     for mode in NGRAM_MODES:
-        file = FILES[bench.options.model]
-        server = llama_server(bench.folder, bench.options.llama_server, file, bench.options.threads, *mode)
-        with server as candidate:
+        with llama_server(
+            bench.folder, options.llama_server, FILES[options.model], options.threads, *mode
+        ) as candidate:
             rates[mode] = rewriting(bench, candidate, 8, 400).rate
     best = max(rates, key=lambda mode: rates[mode])
     return best, {" ".join(mode[1::2]): round(rate, 1) for mode, rate in rates.items()}
 
 
-def rewrite_files(bench: Bench) -> dict[str, Any]:
+def rewrite(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     sides = bench.sides() | ({"published": bench.published()} if bench.tuned else {})
     if bench.options.llama_server:
@@ -213,8 +206,7 @@ def rewrite_files(bench: Bench) -> dict[str, Any]:
     for turn in ("first", "again"):
         for side, word in (("llama_server", "default"), ("ngram", "ngram"), ("published", "published")):
             if f"{side}_{turn}" in rates:
-                pairs = zip(rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"], strict=True)
-                found[f"ratio_{word}_{turn}"] = round(median([a / b for a, b in pairs]), 3)
+                found[f"ratio_{word}_{turn}"] = ratio(rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"])
     return found | {"draft_tokens": drafted, "accepted_tokens": accepted}
 
 
@@ -268,18 +260,12 @@ def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
-            other: list[Result] = []
-
-            def read() -> Result:
-                other.append(server.complete(words(number, 1000 // bench.share), 1))
-                return other[0]
-
-            def watch() -> Result:
-                while not other and next(events, None):
-                    marks.append(time.perf_counter())
-                return Result()
-
-            together(read, watch)
+            prompt, others = words(number, 1000 // bench.share), list[Result]()
+            other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
+            other.start()
+            while not others and next(events, None):
+                marks.append(time.perf_counter())
+            other.join()
         return max(b - a for a, b in itertools.pairwise(marks))
 
     return bench.compare(measure, 1000)
@@ -287,35 +273,30 @@ def pause(bench: Bench) -> dict[str, Any]:
 
 def restart(bench: Bench) -> dict[str, Any]:
     prompts = [words(next(bench.numbers), 2000 // bench.share) for _ in range(1 if bench.options.quick else 5)]
-    start = lambda: vpsd(bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned)  # noqa: E731
-    with start() as server:
-        computed = [server.complete(prompt, 4).ttft for prompt in prompts]
-    with start() as server:
-        results = [server.complete(prompt, 4) for prompt in prompts]
+    runs = list[list[Result]]()
+    for _ in range(2):
+        with vpsd(bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned) as server:
+            runs.append([server.complete(prompt, 4) for prompt in prompts])
+    computed, known = ([result.ttft for result in results] for results in runs)
     return {
         "computed_ms": round(1000 * median(computed), 1),
-        "known_ms": round(1000 * median([result.ttft for result in results]), 1),
-        "ratio": round(median([a / b.ttft for a, b in zip(computed, results, strict=True)]), 1),
-        "prompt_tokens": results[0].done["prompt_tokens"],
-        "cached_tokens": [result.done["cached_tokens"] for result in results],
+        "known_ms": round(1000 * median(known), 1),
+        "ratio": round(ratio(computed, known), 1),
+        "prompt_tokens": runs[1][0].done["prompt_tokens"],
+        "cached_tokens": [result.done["cached_tokens"] for result in runs[1]],
     }
 
 
 def loss(bench: Bench) -> dict[str, Any]:
-    drafting, plain = bench.ours(), bench.plain()
-    ratios, drafted, accepted = [], 0, 0
-    for count in range(-1, 2 * bench.rounds):
-        number = next(bench.numbers)
-        rates = {}
-        for server in (drafting, plain)[:: 1 if count % 2 else -1]:
-            result = server.complete(prose(number), bench.tokens)
-            rates[server.port] = result.rate
-            if count >= 0:
-                drafted += result.done["draft_tokens"]
-                accepted += result.done["accepted_tokens"]
-        if count >= 0:
-            ratios.append(rates[drafting.port] / rates[plain.port])
-    return {"ratio": round(median(ratios), 3), "draft_tokens": drafted, "accepted_tokens": accepted}
+    sides, drafted, accepted = {"drafts": bench.ours(), "plain": bench.plain()}, 0, 0
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for counts, name, number in bench.turns(sides, 2 * bench.rounds):
+        result = sides[name].complete(prose(number), bench.tokens)
+        if counts:
+            rates[name].append(result.rate)
+            drafted += result.done["draft_tokens"]
+            accepted += result.done["accepted_tokens"]
+    return {"ratio": ratio(rates["drafts"], rates["plain"]), "draft_tokens": drafted, "accepted_tokens": accepted}
 
 
 class Loop:
@@ -352,7 +333,7 @@ def ties(bench: Bench) -> dict[str, Any]:
     differ, drafted = 0, 0
     gaps: dict[str, list[float]] = {"drafts": [], "plain": []}
     prompts: list[str] = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
-    prompts += [rewrite(number, 20) for number in range(4 if bench.options.quick else 16)]
+    prompts += [copying(number, 20) for number in range(4 if bench.options.quick else 16)]
     for prompt in prompts:
         results = {"drafts": drafting.complete(prompt, bench.tokens), "plain": plain.complete(prompt, bench.tokens)}
         drafted += results["drafts"].done["draft_tokens"]
@@ -364,24 +345,8 @@ def ties(bench: Bench) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "one": one,
-    "long": long,
-    "two": two,
-    "rewrite": rewrite_files,
-    "new": new,
-    "ttft": ttft,
-    "cancel": cancel,
-    "pause": pause,
-    "restart": restart,
-    "loss": loss,
-    "ties": ties,
+    part.__name__: part for part in (one, long, two, rewrite, new, ttft, cancel, pause, restart, loss, ties)
 }
-
-
-@contextlib.contextmanager
-def bench_of(options: argparse.Namespace) -> Iterator[Bench]:
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        yield Bench(options, Path(folder), stack)
 
 
 def main() -> None:
@@ -401,7 +366,8 @@ def main() -> None:
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
     if not options.llama_server:
         found["llama_server"] = "skipped: --llama-server was not given"
-    with bench_of(options) as bench:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        bench = Bench(options, Path(folder), stack)
         found |= {"threads": options.threads, "encoding": bench.encoding}
         for name in options.only.split(","):
             found[name] = PARTS[name](bench)

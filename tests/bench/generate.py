@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-from servers import FILES, prose, vpsd
+from servers import FILES, prose, ratio, vpsd
+
+from cerebrum.vps.llama import np, start_library, usable_cores  # sets how long llama.cpp's threads spin
+from cerebrum.vps.vocabulary import api
 
 
 def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
-    from cerebrum.vps.llama import np, start_library
-    from cerebrum.vps.vocabulary import api  # the package sets how long llama.cpp's threads spin
-
     start_library()
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     vocab = api.llama_model_get_vocab(model)
@@ -68,14 +68,10 @@ def main() -> None:
     parser.add_argument("--model", default="qwen_0_5b")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.threads:
-        from cerebrum.vps.llama import usable_cores
-
-        options.threads = usable_cores()
     if options.bare:
         bare_loop(options.bare, options.threads)
         return
@@ -93,8 +89,7 @@ def main() -> None:
         vpsd(Path(folder), "drafts", options.model, options.threads) as drafts,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as loop,
     ):
-        assert loop.stdin
-        assert loop.stdout
+        assert loop.stdin and loop.stdout  # noqa: PT018
         loop.stdout.readline()
         for number in range(-1, options.rounds):  # the first one warms up
             prompt = prose(number + 1)
@@ -108,21 +103,11 @@ def main() -> None:
                 drafted += fast.done["draft_tokens"]
         loop.stdin.close()
 
-    def ratio(name: str) -> float:
-        return round(median([a / b for a, b in zip(rates[name], rates["bare"], strict=True)]), 3)
-
-    found = {
-        "benchmark": "generate",
-        "model": options.model,
-        "threads": options.threads,
-        "rounds": options.rounds,
-        **{f"{name}_tok_s": round(median(values), 2) for name, values in rates.items()},
-        "ratio": ratio("plain"),
-        "ratio_drafts": ratio("drafts"),
-        "same_text": f"{same} of {options.rounds}",
-        "draft_tokens": drafted,
-    }
-    print(json.dumps(found))
+    found: dict[str, object] = {name: getattr(options, name) for name in ("model", "threads", "rounds")}
+    found |= {f"{name}_tok_s": round(median(values), 2) for name, values in rates.items()}
+    found |= {"ratio": ratio(rates["plain"], rates["bare"]), "ratio_drafts": ratio(rates["drafts"], rates["bare"])}
+    found |= {"same_text": f"{same} of {options.rounds}", "draft_tokens": drafted}
+    print(json.dumps({"benchmark": "generate", **found}))
 
 
 if __name__ == "__main__":

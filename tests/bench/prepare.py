@@ -16,12 +16,12 @@ import json
 import subprocess
 import sys
 import tarfile
-import time
+import timeit
 import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from cerebrum.text.prompt import prepare
+from cerebrum.text.prompt import common_length, prepare
 
 MODULES = (argparse, ast, inspect, subprocess, tarfile, typing)
 FILES = [Path(str(module.__file__)).read_text("utf-8") for module in MODULES]
@@ -34,17 +34,11 @@ def prepared(prompt: str) -> str:
 
 
 def milliseconds(prompt: str, runs: int) -> float:
-    best = float("inf")
-    for _ in range(runs):
-        started = time.perf_counter()
-        prepared(prompt)
-        best = min(best, time.perf_counter() - started)
-    return round(best * 1000, 2)
+    return round(min(timeit.repeat(lambda: prepared(prompt), number=1, repeat=runs)) * 1000, 2)
 
 
 def shared(one: str, other: str) -> float:
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) / len(other)
+    return common_length(one, other) / len(other)
 
 
 def main() -> None:

@@ -30,28 +30,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import KEY, MODELS, daemon
-from quality import Tiers
+from harness import KEY, daemon
+from quality import EASY, Tiers
+
+from cerebrum.text.languages import LANGUAGES, language_of_file
 
 SINCE = "2025-01-01"
-LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
-# A line that defines a name at the top level of a file or as a member of a class.
-DEFINES = {
-    "python": r"^[ \t]*(?:async )?(?:def|class) (\w+)|^(\w+)(?: *:[^=\n]+)? *=(?!=)",
-    "typescript": r"^(?:export |default |declare |abstract |async )*"
-    r"(?:function\*? |class |interface |type |enum |const )(\w+)"
-    r"|^[ \t]+(?:public |private |protected |static |async )*"
-    r"(?!(?:if|for|while|switch|catch|return)\b)(\w+)\([^;\n]*\{$",
-    "go": r"^func (?:\([^)\n]*\) )?(\w+)|^(?:type|var|const) (\w+)",
-    "rust": r"^[ \t]*(?:pub(?:\([^)\n]*\))? )?(?:async |unsafe |const )*"
-    r"(?:fn|struct|enum|trait|type|const|static) (\w+)",
-}
+SUFFIXES = (".py", ".ts", ".tsx", ".go", ".rs")
 COMMENT = re.compile(r"\s*(?:#|//|/?\*|\"|')|.*(?:\bimport\b|\bfrom [\"'])")
 UNUSUAL = re.compile(
     r"(?i)(^|[/_.-])(tests?|spec|(ex|s)amples?|docs?|gen|generated|migrations|vendor|cookbook)([/_.-]|$)"
@@ -85,11 +75,7 @@ class Case:
 
     def fields(self) -> dict[str, Any]:
         below = self.text[self.text.index("\n", self.offset) :]
-        language = LANGUAGES[PurePosixPath(self.path).suffix]
-        return {"language": language, "prompt": self.text[: self.offset], "suffix": below}
-
-
-# ------------------------------------------------------------------------------------------- the cases
+        return {"language": language_of_file(self.path), "prompt": self.text[: self.offset], "suffix": below}
 
 
 def git(repository: str, *arguments: str) -> str:
@@ -103,7 +89,7 @@ def files(repository: str) -> Iterator[tuple[str, str]]:
     rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
     sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
     known = {path for path in added.splitlines() if MIN_LINES * 10 < sizes.get(path, 0) < MAX_FILE_BYTES}
-    paths = sorted(path for path in known if PurePosixPath(path).suffix in LANGUAGES and not UNUSUAL.search(path))
+    paths = sorted(path for path in known if path.endswith(SUFFIXES) and not UNUSUAL.search(path))
     random.Random(1).shuffle(paths)
     for path in paths:
         text = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n")
@@ -115,8 +101,8 @@ def cases_of(repository: str, prepare: Prepare) -> Iterator[Case]:
     for path, text in files(repository):
         generator, found = random.Random(path), 0
         defined: dict[str, list[int]] = defaultdict(list)
-        for match in re.finditer(DEFINES[LANGUAGES[PurePosixPath(path).suffix]], text, re.M):
-            defined[next(filter(None, match.groups()))].append(match.start())
+        for match in LANGUAGES[language_of_file(path)].defines.finditer(text):
+            defined[match[match.lastindex or 0]].append(match.start())
         lines = text.splitlines(keepends=True)
         for number in generator.sample(range(2 * len(lines) // 3, len(lines) - 5), len(lines) // 6):
             start = sum(map(len, lines[:number]))
@@ -145,9 +131,6 @@ def window_start(case: Case, prepare: Prepare) -> int:
     return len("".join(above[: -kept["lines"]])) if "lines" in kept else 0
 
 
-# ------------------------------------------------------------------------------------------- the arms
-
-
 def load(folder: str) -> Prepare:
     """The `prepare` of a checkout."""
     sys.path.insert(0, folder)
@@ -164,13 +147,6 @@ def load(folder: str) -> Prepare:
 
 def prepare_case(prepare: Prepare, case: Case) -> Any:
     return prepare(case.fields(), "infill", BUDGET, RATIO, None, (), LAYOUT)
-
-
-def ask(tiers: Tiers, body: dict[str, Any]) -> dict[str, Any]:
-    return tiers.raw(**body, max_tokens=TOKENS, stop=["\n"])
-
-
-# ------------------------------------------------------------------------------------------- the report
 
 
 def ratio(pairs: list[tuple[bool, bool]]) -> list[float]:
@@ -192,12 +168,8 @@ def report(answers: list[dict[str, Any]], first: str) -> dict[str, Any]:
     result = {}
     for arm, rows in arms.items():
         pairs = [(row["right"], arms[first][key]["right"]) for key, row in rows.items() if key in arms[first]]
-        result[arm] = {
-            "cases": len(rows),
-            "right": sum(row["right"] for row in rows.values()),
-            "tokens": round(sum(row["tokens"] for row in rows.values()) / len(rows)),
-            "ratio": ratio(pairs),
-        }
+        right, tokens = (sum(row[name] for row in rows.values()) for name in ("right", "tokens"))
+        result[arm] = {"cases": len(rows), "right": right, "tokens": round(tokens / len(rows)), "ratio": ratio(pairs)}
     return result
 
 
@@ -215,9 +187,7 @@ def main() -> None:
     asked = {(one["case"], one["arm"]) for one in answers}
     turns = zip_longest(*(cases_of(repository, arms[first]) for repository in options.repositories))
     cases = list(islice((case for turn in turns for case in turn if case), options.cases))
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
-    if "CEREBRUM_STATE_DIR" in os.environ:
-        easy["CEREBRUM_STATE_DIR"] = os.environ["CEREBRUM_STATE_DIR"]
+    easy = EASY | {name: os.environ[name] for name in ("CEREBRUM_STATE_DIR",) if name in os.environ}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let the context managers end the daemon
     with tempfile.TemporaryDirectory() as folder, daemon("vpsd", Path(folder), inherited=os.environ, **easy) as vps:
         tiers = Tiers(f"http://127.0.0.1:{vps.port}", "", KEY, options.model)
@@ -229,7 +199,7 @@ def main() -> None:
                     continue
                 body = prepare_case(prepare, case).body
                 if (same := json.dumps(body)) not in known:
-                    known[same] = ask(tiers, body)
+                    known[same] = tiers.raw(**body, max_tokens=TOKENS, stop=["\n"])
                 answer = known[same]
                 text = answer["completion"].partition("\n")[0]
                 row = {"case": case.key, "arm": arm, "name": case.name, "expected": case.expected, "text": text}

