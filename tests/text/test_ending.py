@@ -20,6 +20,8 @@ from cerebrum.text.stages import StopStrings
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
 CALLS = "".join(f"print(add({', '.join(map(str, range(first, first + 28)))}))\n" for first in (3, 31, 101, 201, 301))
+VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
+RULER = f"# {'-' * 90}\n"
 ROWS = [
     ("python block: a docstring with a call",
      "def f():\n«    '''Like resume().'''\n    return 1\n»\n\ndef resume():\n    pass"),
@@ -27,6 +29,9 @@ ROWS = [
     ("python block: the whole function", "def f(xs):\n  for x in xs:\n«    print(x)\n  return 1\n»\ny = 1"),
     ("python block: a class",
      "class A:\n  x = 1\n«\n  def f(self):\n    return 1\n\n  def g(self):\n    return 2\n»\nclass B:"),
+    ("python block: comments at column 0 below blank lines",
+     "def f():\n«    x = 1\n\n# note\n# more\n\n    return g(x)\n"
+     "\n# what it calls\ndef g(x):\n    return x\n»\n# Tests\nf()"),
     ("python end: a comment below a blank line, last", "def f():\n«    return 1\n»\n# Tests\n"),
     ("python block: else", "if a:\n«    b()\nelif c:\n    d()\nelse:\n    e()\n»\nelsewhere = 1"),
     ("python block: try", "try:\n«    b()\nexcept E:\n    d()\nfinally:\n    e()\n»\nf()"),
@@ -34,6 +39,12 @@ ROWS = [
      "def f(x):\n«  return g(x) + g(1)\n\n\ndef g(x):\n  return h(x)\n\nasync def h(x):\n  return x\n»\ndef k(x):"),
     ("rust block: a helper that it calls",
      "fn f(x: i32) -> u8 {\n«  g(x)\n}\n\nfn g(x: i32) -> u8 {\n  x\n}\n»\nfn main() {"),
+    ("python block: a window that starts in a docstring",
+     '    Returns x.\n    """\n    if not s:\n        return ""\n'
+     '    x = 1\n«    return x\n»\ndef g():\n    """Doc."""'),
+    ("python block: a window that starts in a docstring and ends in one",
+     '    Returns x.\n    """\n    y = 1\n    return x\n\ndef g(x):\n'
+     '    """\n«    Doc.\n\n    More.\n    """\n    return x\n»\ndef h():'),
     ("python block: a statement", "y = «[1,\n\n2]\nz = 1\n»\nprint(y)"),
     ("python block: after a comment",
      "# The gcd\n«import math\n\ndef gcd(a, b):\n    return math.gcd(a, b)\n»\nprint(1)"),
@@ -67,6 +78,9 @@ ROWS = [
      "class A {\n  // Sum.\n«  sum() {\n    return 1;\n  }\n»\n  g() {}\n}"),
     ("java block: a member after a comment",
      "class A {\n  /** Sum. */\n«  int sum() {\n    return 1;\n  }\n»\n  int g() { return 2; }\n}"),
+    ("rust block: lifetimes, characters and raw strings",
+     "fn f<'a>(x: &'a str) -> &'a str {\n«    let c = '{'; let d = '\\'';\n    'l: loop { break 'l; }\n"
+     '    let a = r"\\"; let b = r#"}"}"#; let e = r###"}"##"###;\n    "two\nlines}"\n}\n»\nfn g() {'),
     ("rust block: an impl's method",
      "impl A {\n  fn f(&self) -> i32 {\n«    match x { 1 => 2, _ => 3 }\n  }\n}\n»\nfn main() {}"),
     ("rust block: a signature in progress", "fn f(x: i32)« -> i32 {\n    x + 1\n}\n»\nfn main() {"),
@@ -79,8 +93,14 @@ ROWS = [
      "#include <stdio.h>\n\n«struct a {\n  int x;\n};\n\nint f() {\n  return 1;\n}\n»\nint main() {"),
     ("c block: a macro over lines", "#define M(a) \\\n«    do { a; } while (0)\n»int f() {"),
     ("c stop: a fence right behind", "int f() {\n«    return 1;\n}»```\n\nThis"),
+    ("cpp block: a class",
+     "template <typename T>\nclass Queue {\n«public:\n    void push(T x) { items.push_back(x); }\n"
+     "private:\n    std::vector<T> items;\n};\n»\nint main() {"),
     ("cpp block: in a namespace", "namespace a {\n\nint f() {\n«  return 1;\n}\n\n}  // namespace a\n»\nint main() {"),
     ("cpp block: an initializer list", "A::A(int x)\n«    : a{x},\n      b(x)\n{\n    c = x;\n}\n»\nint f() {"),
+    ("go block: a method of go",
+     'type S struct {\n\tx int\n}\n\nfunc (s *S) X() int {\n«\tt := `}` + "}"\n'
+     "\tfor _, c := range t {\n\t\tif c == '}' {\n\t\t\treturn\n\t\t}\n\t}\n}\n»\nfunc g() {"),
     ("go block: a package", 'package main\n«\nimport "fmt"\n\nfunc main() {\n\tfmt.Println(1)\n}\n»\nfunc f() {'),
     ("kotlin block: package, no semicolon", "package a\n«\nimport b.C\n\nfun f() {\n    C()\n}\n»\nfun g() {"),
     ("kotlin block: below a class without a body",
@@ -128,17 +148,30 @@ ROWS = [
     ("python stop: a fence below an example", "def f(xs):\n  y = []\n«  return xs\n»\nprint(f(1))\n```\n‖  return y"),
     ("python end: a fence in a docstring",
      "def f():\n«    '''Doc.\n\n    ```\n    f()\n    ```\n    '''\n    return 1\n»‖\ndef g():\n    pass"),
+    ("python block: a short rest, and other lines below it",
+     "env['CONTENT_LENGTH'«] »= ''\nenv['SCRIPT_FILENAME'] = self.path\n"
+     "env['REMOTE_ADDR'] = self.client_address[0]\n‖=''\nenv['SCRIPT_NAME'] = ''"),
     ("python stop: an import like the next",
      "import sys\n«import os»\nimport re\nimport stat\n‖\nimport re\nimport stat"),
     ("python stop: an if with else in a gap", "if level:\n«    a()\nelse:\n    b()»\n\nc()\n‖\nc()"),
+    ("go stop: several lines",
+     "func f(xs []int) int {\n\ts«um := 0\n\tfor _, x := range xs {\n"
+     "\t\tsum +»= x * weight\n\t}\n‖= x * weight\n\t}\n\treturn 1"),
     ("none stop: a line", "def f():\n    x = 1\n    «y = x»\n    return y\n‖\n    return y"),
     ("none stop: a bracket", "puts f(«a, g(b)»)\ny = 1\n‖)\ny = 1"),
+    ("none block: a body",
+     "void f(int x) {«\n    g(x);\n»}\n\nvoid h() {\n    another();\n"
+     "    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);\n‖}\n\nint main() {"),
     ("none stop: lifetimes", "fn f<'a>(x: &'a str) -> &'a str {\n  let y = cut(«x, size(x)»);\n  y\n}\n‖);\n  y\n}"),
     ("none stop: a fence of a text's own", "# Title\n```sh\n«make test»\n```\n\nThen run it.\n‖\n```\n\nThen run it."),
     ("none stop: indentation in tabs", "all: x\n\t«make y»\n\tmake zzz\n‖\n\tmake zzz"),
     ("python stop: CRLF, a line", "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n    return x\r\n"),
     ("python stop: CRLF, a whole line", "x = 1\r\n«y = 2\r\n»return x\r\n‖return x\r\n"),
     ("python stop: many blank lines", "x = 1\n«y = 2»\n\n  z = 3\nw‖" + "\n" * 50 + "  z = 3\n"),
+    ("python block: a long comment below a blank line", f"def f():\n«    return 1\n»\n{3 * RULER}"),
+    ("python end: entries between brackets that the editor has closed", f"c = {{«\n{VALUES}»‖}}\n\nprint(c)"),
+    ("javascript end: a long body before its bracket", f"function f(a) {{\n«{VALUES}»‖}}\n\nfunction g() {{"),
+    ("python end: a long rest of a function", f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass"),
     ("python block: a blank line at the end of the cursor's block",
      f"def add(a, b):\n    return «a + b»\n\n{CALLS}‖\n\n\nprint(add(1, 2))\n"),
     ("python block: a comment outside the block of the gap",
@@ -174,53 +207,6 @@ text
 x)
 »
 f()
-=== python block: comments at column 0 below blank lines
-def f():
-«    x = 1
-
-# note
-# more
-
-    return g(x)
-
-# what it calls
-def g(x):
-    return x
-»
-# Tests
-f()
-=== python block: a long comment below a blank line
-def f():
-«    return 1
-»
-# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
-# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
-# 1----- 2------ 3------ 4------ 5------ 6------ 7------ 8------ 9------ 10----- 11----- 12-----
-=== python block: a window that starts in a docstring
-    Returns x.
-    """
-    if not s:
-        return ""
-    x = 1
-«    return x
-»
-def g():
-    """Doc."""
-=== python block: a window that starts in a docstring and ends in one
-    Returns x.
-    """
-    y = 1
-    return x
-
-def g(x):
-    """
-«    Doc.
-
-    More.
-    """
-    return x
-»
-def h():
 === javascript block: strings, templates, regexes, divisions and JSX
 function F({ a, b, c }) {«
   const s = "}" + '}' + `}${a + "}"}` + /[}]\}/.source; // }
@@ -238,16 +224,6 @@ function F({ a, b, c }) {«
 }
 »
 function g() {}
-=== rust block: lifetimes, characters and raw strings
-fn f<'a>(x: &'a str) -> &'a str {
-«    let c = '{'; let d = '\'';
-    'l: loop { break 'l; }
-    let a = r"\"; let b = r#"}"}"#; let e = r###"}"##"###;
-    "two
-lines}"
-}
-»
-fn g() {
 === cpp block: digits and raw strings, one with a long name in the prompt
 const char *page = R"delimiter12(a " b {)delimiter12";
 int f() {
@@ -257,100 +233,17 @@ int f() {
 }
 »
 int main() {
-=== cpp block: a class
-template <typename T>
-class Queue {
-«public:
-    void push(T x) { items.push_back(x); }
-private:
-    std::vector<T> items;
-};
-»
-int main() {
-=== go block: a method of go
-type S struct {
-	x int
-}
-
-func (s *S) X() int {
-«	t := `}` + "}"
-	for _, c := range t {
-		if c == '}' {
-			return
-		}
-	}
-}
-»
-func g() {
 === python block: a paragraph below a line without its rest
 def f(a):
     r«eturn a»
 
     return [x + 1 for x in sorted(a) if x > 0 and is_even(x) and not is_prime(x) and x not in seen_before(a)]
 ‖for x in a]
-=== python end: entries between brackets that the editor has closed
-config = {«
-    'entry number 0': compute_the_value_of(0), 'entry number 1': compute_the_value_of(1), 'entry': compute(1),
-    'entry number 2': compute_the_value_of(2), 'entry number 3': compute_the_value_of(3), 'entry': compute(3),
-    'entry number 4': compute_the_value_of(4), 'entry number 5': compute_the_value_of(5), 'entry': compute(5),
-    'entry number 6': compute_the_value_of(6), 'entry number 7': compute_the_value_of(7), 'entry': compute(7),
-    'entry number 8': compute_the_value_of(8),
-»‖}
-
-print(config)
-=== javascript end: a long body before its bracket
-function f(a) {
-«  const value0 = computeTheNextValue(0), value1 = computeTheNextValue(1), value2 = computeTheNextValue(2);
-  const value3 = computeTheNextValue(3), value4 = computeTheNextValue(4), value5 = computeTheNextValue(5);
-  const value6 = computeTheNextValue(6), value7 = computeTheNextValue(7), value8 = computeTheNextValue(8);
-  const value9 = computeTheNextValue(9), value10 = computeTheNextValue(10), value11 = computeTheNextValue(11);
-  const value12 = computeTheNextValue(12);
-»‖}
-
-function g() {
-=== python end: a long rest of a function
-def f(a):
-    «value0 = compute_the_next_value(0) + compute_the_next_value(1) + compute_the_next_value(2)
-    value1 = compute_the_next_value(3) + compute_the_next_value(4) + compute_the_next_value(5)
-    value2 = compute_the_next_value(6) + compute_the_next_value(7) + compute_the_next_value(8)
-    value3 = compute_the_next_value(9) + compute_the_next_value(10) + compute_the_next_value(11)
-    value4 = compute_the_next_value(12) + compute_the_next_value(13) + compute_the_next_value(14)
-    value5 = compute_the_next_value(15)
-»‖
-
-def g():
-    pass
 === python block: the lost rest of a line
 valu«e = compute()»
 other = compute_more()
 another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
 ‖ if elsewhere() else None
-=== python block: a short rest, and other lines below it
-env['CONTENT_LENGTH'«] »= ''
-env['SCRIPT_FILENAME'] = self.path
-env['REMOTE_ADDR'] = self.client_address[0]
-‖=''
-env['SCRIPT_NAME'] = ''
-=== go stop: several lines
-func f(xs []int) int {
-	s«um := 0
-	for _, x := range xs {
-		sum +»= x * weight
-	}
-‖= x * weight
-	}
-	return 1
-=== none block: a body
-void f(int x) {«
-    g(x);
-»}
-
-void h() {
-    another();
-    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);
-‖}
-
-int main() {
 '''
 
 # Answers of a chat, the code between « and ».

@@ -26,6 +26,9 @@ ROWS = [
      "class A(val b: String) : Base() {\n  fun f(): Int {\n«    return xs.sumOf { it.net }\n  }\n»\n  fun g() {}"),
     ("kotlin block: when", 'fun f(x: Int) = when (x) {\n«  1 -> "one"\n  else -> {\n    "many"\n  }\n}\n»\nfun g() {}'),
     ("kotlin block: a chain", "fun f() {}\n\nval names = users\n«  .map { it.name }\n  .sorted()\n»\nfun g() {}"),
+    ("swift block: members",
+     "struct A: Codable {\n  let id: Int\n«  let name: String\n"
+     "\n  enum Keys: String {\n    case id\n  }\n}\n»\nfunc f() {}"),
     ("php block: without its opening tag", "function f($x) {\n«    return $x + 1;\n}\n»\necho f(1);"),
     ("ruby block: a definition in one line",
      "class A\n  def a = 1\n  def b(x) = x\n\n  def c\n«    3\n  end\n»\n  def d"),
@@ -37,13 +40,34 @@ ROWS = [
      'describe("f", function()\n  it("works", function()\n«    assert(f)\n  end)\nend)\n»\ndescribe("g", function()'),
     ("shell block: a script ends at a blank line", "# count lines\n«wc -l -- *.txt |\n    sort -n\n»\necho ready"),
     ("sql block: a table", "CREATE TABLE bills (\n«  id integer,\n  note text DEFAULT ';'\n);\n»\nCREATE TABLE more ("),
+    ("sql block: a statement up to a blank line",
+     "SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END\n"
+     "FROM customers -- it's\nORDER BY total;\n»\nSELECT 1;"),
+    ("html block: the innermost element",
+     "<body>\n  <ul class=\"it's\">\n    <li>One</li>\n"
+     "«    <li>It's two <br> or <b>more</b></li>\n    <!-- </ul> -->\n  </ul>\n»  <p>Next</p>"),
     ("html end: an infill", "<table>\n  <tr>\n«    <td>a</td>\n»  </tr>\n  <tr>‖  </tr>\n  <tr>\n    <td>x</td>"),
+    ("css block: a rule",
+     "p { margin: 0; }\n.menu > li {\n«  color: red; /* } */\n"
+     '  background: url(https://a.org/a;b.png) "}";\n}\n»\n.menu { }'),
     ("css block: the first rule", "/* links that were visited */\n«a:visited {\n  color: purple;\n}\n»\nb { }"),
+    ("json block: the innermost object",
+     '{\n  "name": "a",\n  "scripts": {\n«    "test": "echo \\"}\\"",\n'
+     '    "build": "make {a,b}"\n  },\n»  "dependencies": {'),
     ("json block: the innermost array", '{\n  "files": [\n«    "a",\n    "b"\n  ],\n»  "more": 1'),
     ("json end: an infill of an array", '{\n  "a": [\n«    1,\n    2\n»  ],\n  "z": 2\n}‖  ],\n  "b": 2\n}'),
     ("json end: an infill", '{\n  "a": «1,\n  "b": 2»,\n  "c": 3‖,\n  "c": 3\n}'),
+    ("yaml block: the innermost mapping",
+     'services:\n  web:\n    image: nginx\n«    ports:\n      - "80:80"\n'
+     "    command: echo it's \"fine\" # don't\n»  db:\n    image: postgres"),
+    ("yaml block: a text in a block",
+     "jobs:\n  test:\n    steps:\n«      - run: |\n          if true; then\n\n"
+     "          echo \"it's\n          fi\n        env: {A: \"b: c\"}\n      - name: two\n»  more: 1"),
     ("yaml block: up to the next document", "a:\n«  b: 1\n»---\nc: 1"),
     ("yaml block: top level ends at a blank line", 'version: 3\n«name: test\non: [push, "pull\n  request"]\n»\njobs:'),
+    ("dockerfile block: up to a blank line",
+     "FROM debian:13\n«RUN apt-get update && \\\n    # it's a comment\n\n"
+     "    apt-get install -y curl \"a b\" && \\\n    echo 'don'\n»\nCMD [\"a\"]"),
     ("markdown block: a paragraph", "# Use\n«It runs\nby `make`.\n»\n## More"),
     ("toml block: a table", "[package]\n«version = \"0.1\"\ntext = \"\"\"\n[x]\n\nit's\"\"\"\n»\n[dependencies]"),
     ("makefile block: a recipe", "all: a b\n«\tcc -o it's a.c\n»\nclean:"),
@@ -53,6 +77,9 @@ ROWS = [
      "class Bill {\n  int total(int net) {\n«    return \"\"\"it's }\"\"\".length;\n  }\n»\n  int other() {}"),
     ("perl block: code", "sub total {\n«    my ($net) = @_;\n    return \"it's }\" if $net =~ /}/;\n}\n»\nsub other {"),
     ("r block: a function", "total <- function(net) {\n«  if (net > 0) {\n    \"it's }\" # }\n  }\n}\n»\nother <- 1"),
+    ("zig block: a function of a type",
+     "const Bill = struct {\n    fn total(net: u8) u8 {\n«        const a =\n"
+     "            \\\\ it's \"}\n        ;\n        return '}';\n    }\n»\n    fn other() void {}"),
     ("powershell block: code", "function Total($net) {\n«    <# it's } #>\n    if ($net) { 'C:\\' }\n}\n»\nTotal 1"),
     ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n  end\nend\n»\nother()"),
     ("elixir block: code",
@@ -96,17 +123,6 @@ namespace Shop
                 """";
         }
 »        #endregion
-=== swift block: members
-struct A: Codable {
-  let id: Int
-«  let name: String
-
-  enum Keys: String {
-    case id
-  }
-}
-»
-func f() {}
 === swift block: a method of an extension
 extension Account {
     func total() -> Int {
@@ -238,76 +254,6 @@ b
 }
 »
 usage
-=== sql block: a statement up to a blank line
-SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END
-FROM customers -- it's
-ORDER BY total;
-»
-SELECT 1;
-=== html block: the innermost element
-<body>
-  <ul class="it's">
-    <li>One</li>
-«    <li>It's two <br> or <b>more</b></li>
-    <!-- </ul> -->
-  </ul>
-»  <p>Next</p>
-=== css block: a rule
-p { margin: 0; }
-.menu > li {
-«  color: red; /* } */
-  background: url(https://a.org/a;b.png) "}";
-}
-»
-.menu { }
-=== json block: the innermost object
-{
-  "name": "a",
-  "scripts": {
-«    "test": "echo \"}\"",
-    "build": "make {a,b}"
-  },
-»  "dependencies": {
-=== yaml block: the innermost mapping
-services:
-  web:
-    image: nginx
-«    ports:
-      - "80:80"
-    command: echo it's "fine" # don't
-»  db:
-    image: postgres
-=== yaml block: a text in a block
-jobs:
-  test:
-    steps:
-«      - run: |
-          if true; then
-
-          echo "it's
-          fi
-        env: {A: "b: c"}
-      - name: two
-»  more: 1
-=== dockerfile block: up to a blank line
-FROM debian:13
-«RUN apt-get update && \
-    # it's a comment
-
-    apt-get install -y curl "a b" && \
-    echo 'don'
-»
-CMD ["a"]
-=== zig block: a function of a type
-const Bill = struct {
-    fn total(net: u8) u8 {
-«        const a =
-            \\ it's "}
-        ;
-        return '}';
-    }
-»
-    fn other() void {}
 '''
 
 
