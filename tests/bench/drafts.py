@@ -67,7 +67,7 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the gain from remembering changes when a file is rewritten.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen_0_5b", help="the model whose tokenizer is used")
     tokenize, costs = tokenizer(parser.parse_args().model), Costs(SECONDS)
     found = {}

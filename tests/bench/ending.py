@@ -169,12 +169,6 @@ class Source(Peer):
         return Case(kind, self.text[first:place], self.text[place:stop], self.text[stop : stop + SUFFIX_CHARS])
 
 
-def written(language: str, case: Case, text: str) -> str:
-    """What is sent of a text, given in pieces like tokens."""
-    mode, suffix = ("infill", case.after) if case.kind in GAPS else ("complete", None)
-    return run(Ending(mode, language, case.prompt, suffix, "auto"), TOKEN.findall(text))[0]
-
-
 def weigh(text: str) -> int:
     return len("".join(text.split()))
 
@@ -219,7 +213,9 @@ def measure(language: str, folders: list[str], seed: int, cases: int, show: int,
                     indent = " " * (len(line) - len(line.lstrip()))
                     texts["astray"] = case.piece.rstrip() + "\n" + "\n".join(indent + x for x in other.split("\n"))
                 for model, text in texts.items():
-                    sent = written(language, case, text)
+                    mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
+                    ending = Ending(mode, language, case.prompt, suffix, "auto")
+                    sent, _ = run(ending, TOKEN.findall(text))
                     result = judge(source, case, sent)
                     results[kind][model].append(result)
                     if show and any(result) and re.search(only, f"{kind}_{model}"):

@@ -2,10 +2,9 @@
 
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,rewrite,…] [--quick]
 
-vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` tells which. llama-server uses the
-published file. `published` is vpsd with the published file, and `llama_server_tuned` is llama-server with the tuned
-one, so that nobody mistakes what comes from the encoding for what comes from the engine. --published leaves the tuned
-file out.
+vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it. llama-server uses the
+published file. What comes from the encoding alone is seen by `published`, vpsd with the published file, and by
+`llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
 llama-server's, `ratio_published` that of vpsd with the published file, and so on. Without --llama-server the parts that
@@ -23,9 +22,8 @@ need it are left out. The last column is the target, for the 0.5B and the 1.5B o
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a restart      >= 50 x
     loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
-    ties      the number of greedy texts that differ with and without drafts. `gaps` has, for each text that leaves the
-              greedy path of a plain llama_decode loop, the lead in logits of the loop's token there: small leads are
-              near-ties, which rounding decides
+    ties      the number of greedy texts that differ with and without drafts. `gaps` has, where a text leaves the path
+              of a plain greedy loop, the lead in logits of the loop's token: small leads are near-ties
 """
 
 from __future__ import annotations
@@ -40,6 +38,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -168,30 +167,21 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
     return server.complete(copying(number, 70 // bench.share), tokens // bench.share, stop="```")
 
 
-def best_ngram_mode(bench: Bench) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The mode of NGRAM_MODES that is fastest at writing a file again, and the rate of each.
-
-    The file is not among those that are measured later.
-    """
-    rates, options = {}, bench.options
-    for mode in NGRAM_MODES:
-        with llama_server(
-            bench.folder, options.llama_server, FILES[options.model], options.threads, *mode
-        ) as candidate:
-            rates[mode] = rewriting(bench, candidate, 8, 400).rate
-    best = max(rates, key=lambda mode: rates[mode])
-    return best, {" ".join(mode[1::2]): round(rate, 1) for mode, rate in rates.items()}
+def rate_of_mode(bench: Bench, mode: tuple[str, ...]) -> float:
+    """Of writing a file again that is not among those that are measured later."""
+    file, threads = FILES[bench.options.model], bench.options.threads
+    with llama_server(bench.folder, bench.options.llama_server, file, threads, *mode) as candidate:
+        return rewriting(bench, candidate, 8, 400).rate
 
 
 def rewrite(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     sides = bench.sides() | ({"published": bench.published()} if bench.tuned else {})
     if bench.options.llama_server:
-        best, found["ngram_modes"] = best_ngram_mode(bench)
-        found["best_mode"] = " ".join(best)
-        server = bench.theirs(*best)
-        assert server
-        sides["ngram"] = server
+        modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
+        found["ngram_modes"] = {" ".join(mode[1::2]): round(rate, 1) for mode, rate in modes.items()}
+        best = max(modes, key=lambda mode: modes[mode])
+        found["best_mode"], sides["ngram"] = " ".join(best), bench.theirs(*best)
     rates: dict[str, list[float]] = {}
     accepted = drafted = 0
     for count in range(min(bench.rounds, 8)):
@@ -213,19 +203,17 @@ def rewrite(bench: Bench) -> dict[str, Any]:
 def ttft(bench: Bench) -> dict[str, Any]:
     known: dict[str, int] = {}
 
-    def measure(kind: str) -> Callable[[Server, int], float]:
-        def first_token(server: Server, number: int) -> float:
-            prompt = words(number, 1000 // bench.share)
-            server.complete(prompt, 8)
-            more = " and one more line of it\n" if kind == "extended" else ""
-            result = server.complete(prompt + more, 8)
-            if server.model:
-                known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
-            return result.ttft
+    def first_token(kind: str, more: str, server: Server, number: int) -> float:
+        prompt = words(number, 1000 // bench.share)
+        server.complete(prompt, 8)
+        result = server.complete(prompt + more, 8)
+        if server.model:
+            known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
+        return result.ttft
 
-        return first_token
-
-    return {kind: bench.compare(measure(kind), 1000) for kind in ("repeated", "extended")} | {"computed": known}
+    kinds = {"repeated": "", "extended": " and one more line of it\n"}
+    times = {kind: bench.compare(partial(first_token, kind, more), 1000) for kind, more in kinds.items()}
+    return times | {"computed": known}
 
 
 def new(bench: Bench) -> dict[str, Any]:
@@ -244,14 +232,12 @@ def cancel(bench: Bench) -> dict[str, Any]:
             next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
             time.sleep(0.1)  # into the first chunk
             begin = time.perf_counter()
-        quiet, idle = 0, begin
-        busy = server.busy_seconds()
+        quiet, idle, busy = 0, begin, server.busy_seconds()
         while quiet < 5:
             time.sleep(0.002)
-            now, before = server.busy_seconds(), busy
-            busy, quiet = now, quiet + 1 if now - before < 0.0005 else 0
-            if not quiet:
-                idle = time.perf_counter()
+            before, busy = busy, server.busy_seconds()
+            quiet = quiet + 1 if busy - before < 0.0005 else 0
+            idle = idle if quiet else time.perf_counter()
         times.append(1000 * (idle - begin))
     return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
 
@@ -299,49 +285,42 @@ def loss(bench: Bench) -> dict[str, Any]:
     return {"ratio": ratio(rates["drafts"], rates["plain"]), "draft_tokens": drafted, "accepted_tokens": accepted}
 
 
-class Loop:
-    """A plain greedy loop in this process: one token per decode."""
-
-    def __init__(self, model: str, threads: int) -> None:
-        llama.start_library()
-        config = llama.Settings(threads=threads, sequences=1, draft=False)
-        self.llama = llama.Llama(FILES[model], config, lambda _: True)
-
-    def gap_where_left(self, prompt: str, text: str, most: int) -> float | None:
-        """The lead in logits of the first greedy token that `text` does not have; None if it has all of them."""
-        chat = isinstance(prompt, Question)
-        todo = self.llama.vocabulary.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
-        slot, done = llama.Slot(0), b""
-        self.llama.trim(slot, 0)
-        for _ in range(most):
-            for start in range(0, len(todo), llama.MAX_CHUNK):
-                part = todo[start : start + llama.MAX_CHUNK]
-                self.llama.decode([(slot, part, 1)])
-                slot.tokens += part
-            second, first = np.partition(self.llama.logits(-1), -2)[-2:]
-            todo = [self.llama.greedy(-1)]
-            done += self.llama.vocabulary.piece(todo[0])
-            if not text.encode().startswith(done):
-                return round(float(first - second), 3)
-            if self.llama.vocabulary.is_end(todo[0]):
-                break
-        return None
+def gap_where_left(loop: llama.Llama, prompt: str, text: str, most: int) -> float | None:
+    """Decode greedily, a token at a time: the lead in logits of the first token that `text` does not have, or None."""
+    chat = isinstance(prompt, Question)
+    todo = loop.vocabulary.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
+    slot, done = llama.Slot(0), b""
+    loop.trim(slot, 0)
+    for _ in range(most):
+        for start in range(0, len(todo), llama.MAX_CHUNK):
+            part = todo[start : start + llama.MAX_CHUNK]
+            loop.decode([(slot, part, 1)])
+            slot.tokens += part
+        second, first = np.partition(loop.logits(-1), -2)[-2:]
+        todo = [loop.greedy(-1)]
+        done += loop.vocabulary.piece(todo[0])
+        if not text.encode().startswith(done):
+            return round(float(first - second), 3)
+        if loop.vocabulary.is_end(todo[0]):
+            break
+    return None
 
 
 def ties(bench: Bench) -> dict[str, Any]:
-    drafting, plain, loop = bench.ours(), bench.plain(), Loop(bench.options.model, bench.options.threads)
-    differ, drafted = 0, 0
+    drafting, plain, differ, drafted = bench.ours(), bench.plain(), 0, 0
+    llama.start_library()
+    config = llama.Settings(threads=bench.options.threads, sequences=1, draft=False)
+    loop = llama.Llama(FILES[bench.options.model], config, lambda _: True)
     gaps: dict[str, list[float]] = {"drafts": [], "plain": []}
-    prompts: list[str] = [prose(500 + number) for number in range(4 if bench.options.quick else 16)]
-    prompts += [copying(number, 20) for number in range(4 if bench.options.quick else 16)]
-    for prompt in prompts:
+    numbers = range(4 if bench.options.quick else 16)
+    for prompt in (*(prose(500 + number) for number in numbers), *(copying(number, 20) for number in numbers)):
         results = {"drafts": drafting.complete(prompt, bench.tokens), "plain": plain.complete(prompt, bench.tokens)}
         drafted += results["drafts"].done["draft_tokens"]
         differ += results["drafts"].text != results["plain"].text
         for name, result in results.items():
-            gap = loop.gap_where_left(prompt, result.text, result.done["total_tokens"])
+            gap = gap_where_left(loop, prompt, result.text, result.done["total_tokens"])
             gaps[name] += [] if gap is None else [gap]
-    return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
+    return {"texts": 2 * len(numbers), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -364,8 +343,7 @@ def main() -> None:
         print(f"engine: skipped, {FILES[options.model]} is missing")
         return
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
-    if not options.llama_server:
-        found["llama_server"] = "skipped: --llama-server was not given"
+    found |= {} if options.llama_server else {"llama_server": "skipped: --llama-server was not given"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
         found |= {"threads": options.threads, "encoding": bench.encoding}

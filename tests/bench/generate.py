@@ -31,15 +31,13 @@ def bare_loop(path: str, threads: int) -> None:
     """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
     start_library()
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
-    vocab = api.llama_model_get_vocab(model)
+    vocab, params = api.llama_model_get_vocab(model), api.llama_context_default_params()
     n_vocab = api.llama_vocab_n_tokens(vocab)
-    params = api.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 8192, 512, 512
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_perf = True
-    context = api.llama_init_from_model(model, params)
-    buffer = ctypes.create_string_buffer(256)
+    context, buffer = api.llama_init_from_model(model, params), ctypes.create_string_buffer(256)
     print("[]", flush=True)
     for line in sys.stdin:
         prompt, most = json.loads(line)
@@ -89,7 +87,6 @@ def main() -> None:
         vpsd(Path(folder), "drafts", options.model, options.threads) as drafts,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as loop,
     ):
-        assert loop.stdin and loop.stdout  # noqa: PT018
         loop.stdout.readline()
         for number in range(-1, options.rounds):  # the first one warms up
             prompt = prose(number + 1)

@@ -8,23 +8,18 @@ start of the prompt before it, in characters, over 300 typed lines of each of si
 
 from __future__ import annotations
 
-import argparse
-import ast
-import inspect
 import itertools
 import json
-import subprocess
+import os
 import sys
-import tarfile
 import timeit
-import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from cerebrum.text.prompt import common_length, prepare
 
-MODULES = (argparse, ast, inspect, subprocess, tarfile, typing)
-FILES = [Path(str(module.__file__)).read_text("utf-8") for module in MODULES]
+MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing")
+FILES = [Path(os.__file__).with_name(f"{module}.py").read_text("utf-8") for module in MODULES]
 BUDGET, RATIO = 3500, 3.0
 
 

@@ -79,8 +79,7 @@ class Case:
 
 
 def git(repository: str, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, check=True)
-    return done.stdout.decode("utf-8", "replace")
+    return subprocess.check_output(["git", "-C", repository, *arguments]).decode("utf-8", "replace")
 
 
 def files(repository: str) -> Iterator[tuple[str, str]]:
@@ -200,13 +199,11 @@ def main() -> None:
                 body = prepare_case(prepare, case).body
                 if (same := json.dumps(body)) not in known:
                     known[same] = tiers.raw(**body, max_tokens=TOKENS, stop=["\n"])
-                answer = known[same]
-                text = answer["completion"].partition("\n")[0]
+                answer, text = known[same], known[same]["completion"].partition("\n")[0]
                 row = {"case": case.key, "arm": arm, "name": case.name, "expected": case.expected, "text": text}
-                row |= {"right": text.rstrip() == case.expected, "tokens": answer["prompt_tokens"]}
-                answers.append(row)
+                answers.append(row | {"right": text.rstrip() == case.expected, "tokens": answer["prompt_tokens"]})
                 with options.file.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                    out.write(json.dumps(answers[-1]) + "\n")
             if count % 10 == 0:
                 print(count, json.dumps(report(answers, first)), file=sys.stderr, flush=True)
     print(json.dumps({"benchmark": "prompts", "model": options.model, "arms": report(answers, first)}))

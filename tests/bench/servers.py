@@ -26,8 +26,6 @@ from harness import KEY, MODELS, daemon, link_tuned
 
 SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
 
-# ------------------------------------------------------------------------------------------- the servers
-
 
 @dataclass
 class Result:
@@ -156,8 +154,6 @@ def together(*calls: Callable[[], Result]) -> list[Result]:
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
-
-# ------------------------------------------------------------------------------------------- the prompts
 
 SUBJECTS = (
     "a lighthouse keeper, a lame mule and the first snow", "how glass is blown on an island",

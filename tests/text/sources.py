@@ -30,14 +30,10 @@ def fetch_sources() -> str:
     if not shutil.which("apt-get"):
         return "needs apt-get"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
-    stanzas = [
-        stanza.replace("Types: deb\n", "Types: deb-src\n")
-        for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
-        for stanza in f"\n{file.read_text()}".split("\n\n")
-        if "URIs: http" in stanza
-    ]
+    texts = [file.read_text() for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))]
+    stanzas = [stanza for stanza in "\n\n".join(texts).split("\n\n") if "URIs: http" in stanza]
     listed = SOURCES / "debian.sources"
-    listed.write_text("\n\n".join(stanzas) + "\n")
+    listed.write_text("\n\n".join(stanzas).replace("Types: deb\n", "Types: deb-src\n") + "\n")
     places = {"Etc::sourcelist": listed, "Etc::sourceparts": "-", "State::Lists": lists}
     options = [*(f"-oDir::{name}={place}" for name, place in places.items()), f"-oDir::Cache={SOURCES}"]
     updated = subprocess.run(["apt-get", "update", "-q", *options], cwd=SOURCES, capture_output=True, text=True)

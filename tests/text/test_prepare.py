@@ -70,6 +70,17 @@ COMPLETE = [
     ("javascript", "delete a.b\nlet the = 1"),
     ("typescript", "export abstract class that extends Base {"),
     ("typescript", "/**\n * Make this configurable later.\n */\nexport function f() {\n  return 1\n}\n"),
+    ("markdown", "How do I install it?\n\nRun "),
+    ("markdown", "# Title\n\nWrite a "),
+    ("sql", "CREATE PROCEDURE foo()"),
+    ("sql", "create extension if not exists"),
+    ("sql", "EXPLAIN ALL a"),
+    ("sql", "describe users"),
+    ("dockerfile", "ADD a b"),
+    ("yaml", "generate foo: x"),
+    ("shell", "find . -name '*.txt'"),
+    ("shell", "make install"),
+    ("html", "<p>Write a letter"),
 ]
 INSTRUCT = [
     ("python", "Write a function that reverses a string"),
@@ -106,9 +117,15 @@ INSTRUCT = [
     ("c", "// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"),
     ("cpp", "Write a C++ program that uses std::vector"),
     ("go", "Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"),
+    ("markdown", "Write a README for a shop"),
+    ("sql", "Write a query that lists all customers"),
+    ("sql", "explain this query"),
+    ("dockerfile", "Add a user"),
+    ("shell", "Find all files that are larger than 1 GB"),
+    ("ruby", "# Refactor this\ndef f\n  1\nend\n"),
+    ("lua", "-- Refactor this function\nfunction f()\nend\n"),
+    ("css", "/* Simplify this */\na {\n  color: red;\n}\n"),
 ]
-
-
 MODES = [(case, "complete") for case in COMPLETE] + [(case, "instruct") for case in INSTRUCT]
 
 
@@ -288,11 +305,9 @@ def test_someone_typing_keeps_the_cache() -> None:
 
 ODD = {
     "one line": "x" * 300_000,
-    "minified": "function a(b){return b+1};" * 12_000,
     "empty lines": "\n" * 300_000,
     "CRLF": "a = 1\r\n" * 40_000,
     "tabs": "\t\tif x:\n\t\t\ty()\n" * 15_000,
-    "many lines": "a\n" * 200_000,
     "digits": "0123456789, " * 20_000,
     "Chinese": "# 这个函数对列表进行排序\n" * 20_000,
     "emoji": "\U0001f600" * 60_000,

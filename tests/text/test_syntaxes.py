@@ -13,7 +13,7 @@ from test_ending import cases, check, check_case, run, title
 
 from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.text.prompt import detect_mode, prepare
+from cerebrum.text.prompt import prepare
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
 # the suffix after ‖.
@@ -319,34 +319,6 @@ def test_an_instruction_about_a_text_with_fences() -> None:
     asked, begun = sent.body["messages"]
     assert asked["content"] == f"y\n\n````markdown\n{text}````"
     check("instruct", "markdown", begun["content"], "", f"{text}````\nThat is it.", (text, "stop"))
-
-
-@pytest.mark.parametrize(
-    ("language", "prompt", "mode"),
-    [
-        ("markdown", "Write a README for a shop", "instruct"),
-        ("markdown", "How do I install it?\n\nRun ", "complete"),
-        ("markdown", "# Title\n\nWrite a ", "complete"),
-        ("sql", "Write a query that lists all customers", "instruct"),
-        ("sql", "CREATE PROCEDURE foo()", "complete"),
-        ("sql", "create extension if not exists", "complete"),
-        ("sql", "EXPLAIN ALL a", "complete"),
-        ("sql", "describe users", "complete"),
-        ("sql", "explain this query", "instruct"),
-        ("dockerfile", "ADD a b", "complete"),
-        ("dockerfile", "Add a user", "instruct"),
-        ("yaml", "generate foo: x", "complete"),
-        ("shell", "find . -name '*.txt'", "complete"),
-        ("shell", "make install", "complete"),
-        ("shell", "Find all files that are larger than 1 GB", "instruct"),
-        ("html", "<p>Write a letter", "complete"),
-        ("ruby", "# Refactor this\ndef f\n  1\nend\n", "instruct"),
-        ("lua", "-- Refactor this function\nfunction f()\nend\n", "instruct"),
-        ("css", "/* Simplify this */\na {\n  color: red;\n}\n", "instruct"),
-    ],
-)
-def test_code_or_instruction(language: str, prompt: str, mode: str) -> None:
-    assert detect_mode({"language": language, "prompt": prompt}) == mode
 
 
 # --------------------------------------------------------------------------------------------- real files
