@@ -102,6 +102,7 @@ ROWS = [
      'type S struct {\n\tx int\n}\n\nfunc (s *S) X() int {\n«\tt := `}` + "}"\n'
      "\tfor _, c := range t {\n\t\tif c == '}' {\n\t\t\treturn\n\t\t}\n\t}\n}\n»\nfunc g() {"),
     ("go block: a package", 'package main\n«\nimport "fmt"\n\nfunc main() {\n\tfmt.Println(1)\n}\n»\nfunc f() {'),
+    ("go block: a variable", "var x =« f(1)\n»var y = 2"),
     ("kotlin block: package, no semicolon", "package a\n«\nimport b.C\n\nfun f() {\n    C()\n}\n»\nfun g() {"),
     ("kotlin block: below a class without a body",
      "class Empty\n\nfun f() {\n  if (x) {\n«    g()\n  }\n  h()\n}\n»\nfun k() {}"),
@@ -192,7 +193,7 @@ ROWS = [
 LONG = r'''
 === python block: what ends no function
 def f():
-«    x = g("", [
+«    x = "" + g([
 1,
 ])
     x = """

@@ -304,7 +304,7 @@ def test_someone_typing_keeps_the_cache() -> None:
 
 
 ODD = {
-    "one line": "x" * 300_000,
+    "one line": "x" * 300_000 + "end",
     "empty lines": "\n" * 300_000,
     "CRLF": "a = 1\r\n" * 40_000,
     "tabs": "\t\tif x:\n\t\t\ty()\n" * 15_000,

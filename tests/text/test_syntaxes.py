@@ -184,11 +184,11 @@ end
     end
     don't "
   SQL
-  run(1 << B)
   out << <<~EOS
     end
   don't
   EOS
+  1 << B
 end
 »
 f
@@ -200,8 +200,8 @@ function M.f(a)
   elseif b then
     repeat a = a - 1 until a == 0
   end
-  --[[ end
-  it's ]]
+  --[[
+end ]]
   -- don't end
   local s = [[
 end "]] .. [==[ ]] end ]==]
@@ -220,7 +220,7 @@ greet() {
         *) return 1 ;;
     esac
     git log --oneline done-file
-    echo if then fi
+    echo if then fi 'C:\'
     echo "${x:-it's}" \{ \( \) \{
     a=(if then fi)
     echo $(( (1 + y) << A )) $(( a[(1<<B)] ))
