@@ -80,12 +80,9 @@ def main() -> None:
             tokens += len(target)
             for kind in seconds:
                 seconds[kind] += seconds_of(kind(tokenize(prompt)), target, costs)
-        found[name] = {
-            "plain": round(1 / costs(1), 1),
-            "forgetful": round(tokens / seconds[Forgetful], 1),
-            "drafter": round(tokens / seconds[Drafter], 1),
-            "ratio": round(seconds[Forgetful] / seconds[Drafter], 3),
-        }
+        rates = {"plain": 1 / costs(1), "forgetful": tokens / seconds[Forgetful], "drafter": tokens / seconds[Drafter]}
+        found[name] = {kind: round(rate, 1) for kind, rate in rates.items()}
+        found[name]["ratio"] = round(seconds[Forgetful] / seconds[Drafter], 3)
     print(json.dumps(found))
 
 

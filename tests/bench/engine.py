@@ -15,8 +15,7 @@ need it are left out. The last column is the target, for the 0.5B and the 1.5B o
     two       tokens/s of two streams at once, added up                         >= 1.6, >= 1.3
     new       ms to the first token of a prompt of 1,000 tokens that was never seen    <= 0.4, <= 0.9
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against llama-server's
-              default (>= 2.2), the fastest of its n-gram modes, which need no draft model (>= 1.0), and vpsd with the
-              published file (>= 1.25)
+              default (>= 2.2), the fastest of its n-gram modes (>= 1.0), and vpsd with the published file (>= 1.25)
     ttft      ms to the first token of a prompt that was just answered, and of the same with one line more   <= 1.0
     cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was read     <= 100
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
@@ -66,9 +65,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
         self.options, self.folder, self.stack = options, folder, stack
-        self.rounds = 2 if options.quick else options.rounds
-        self.tokens = 24 if options.quick else 128
-        self.share = 8 if options.quick else 1  # divides the lengths of prompts
+        # `share` divides the lengths of prompts.
+        self.rounds, self.tokens, self.share = (2, 24, 8) if options.quick else (options.rounds, 128, 1)
         self.numbers = iter(range(10_000))
         settings = llama.Settings()
         if options.threads:

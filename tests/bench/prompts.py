@@ -5,9 +5,8 @@
 REPOSITORY is a folder with a git repository, bare or not; FOLDER a checkout of this project (`git worktree add`), whose
 `prepare` makes the arm's prompts. The files were added in or after 2025 and have 600 lines or more. A case is a line in
 the last third of a file that uses a name which the file defines only above the first arm's window. The line is cut
-where a word begins, and the model gets the text above and below (`infill`, greedy). Each arm has the same room of 1,000
-tokens, which two cores read in five to ten seconds with the 1.5B. An answer is right if its first line is the rest of
-the line.
+where a word begins, and the model gets the text above and below (`infill`, greedy), in a room of 1,000 tokens for each
+arm. An answer is right if its first line is the rest of the line.
 
 FILE.jsonl gets one line for each answer; a later run asks only for what is missing. The VPS uses the tuned file of
 CEREBRUM_STATE_DIR if that is set. Prints one line of JSON: for each arm its cases, the right ones, the mean tokens of a
@@ -49,8 +48,7 @@ UNUSUAL = re.compile(
 WORD = re.compile(r"[A-Za-z_]\w*")
 MIN_LINES, MAX_FILE_BYTES, MAX_PER_FILE = 600, 200_000, 2
 BUDGET, RATIO, LAYOUT = 1000, 3.5, "spmv2"  # tokens; weight per token, as `Ratio` learns it for Qwen
-TOKENS = 30
-DRAWS = 10_000
+TOKENS, DRAWS = 30, 10_000
 
 Prepare = Callable[..., Any]  # `cerebrum.text.prompt.prepare`
 
@@ -105,8 +103,7 @@ def cases_of(repository: str, prepare: Prepare) -> Iterator[Case]:
         lines = text.splitlines(keepends=True)
         for number in generator.sample(range(2 * len(lines) // 3, len(lines) - 5), len(lines) // 6):
             start = sum(map(len, lines[:number]))
-            here = range(start, start + len(lines[number]))
-            bare = lines[number].strip()
+            here, bare = range(start, start + len(lines[number])), lines[number].strip()
             if not 12 <= len(bare) <= 90 or COMMENT.match(lines[number]) or text.count('"""', 0, start) % 2:
                 continue
             words = list(WORD.finditer(lines[number]))
@@ -151,12 +148,10 @@ def prepare_case(prepare: Prepare, case: Case) -> Any:
 def ratio(pairs: list[tuple[bool, bool]]) -> list[float]:
     """Right answers of an arm over those of the first one, and the 95 % interval, by resampling the cases."""
     generator, counts = random.Random(1), Counter(pairs)
-    kinds, weights, found = list(counts), list(counts.values()), list[float]()
-    for _ in range(DRAWS):
-        sample = generator.choices(kinds, weights, k=len(pairs))
-        found.append(sum(new for new, _ in sample) / max(1, sum(old for _, old in sample)))
+    kinds, weights = list(counts), list(counts.values())
+    samples = [pairs, *(generator.choices(kinds, weights, k=len(pairs)) for _ in range(DRAWS))]
+    whole, *found = [sum(new for new, _ in some) / max(1, sum(old for _, old in some)) for some in samples]
     found.sort()
-    whole = sum(new for new, _ in pairs) / max(1, sum(old for _, old in pairs))
     return [round(one, 3) for one in (whole, found[DRAWS // 40], found[-DRAWS // 40 - 1])]
 
 

@@ -3,8 +3,7 @@
     python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,instruct,…]
 
 This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given.
-Everything is greedy (temperature 0), and only answers of one model in one run are compared.
-Prints one line of JSON:
+Everything is greedy (temperature 0). Prints one line of JSON:
 
     complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as returned and cut at
                the usual stop words. `pass_1` is /v1/complete's; `tokens` is its generated tokens over the raw ones

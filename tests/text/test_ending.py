@@ -17,6 +17,7 @@ from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.stages import StopStrings
 
+Outcome = tuple[str, str | None]  # everything that is sent, and why it ends
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
 CALLS = "".join(f"print(add({', '.join(map(str, range(first, first + 28)))}))\n" for first in (3, 31, 101, 201, 301))
@@ -308,8 +309,7 @@ def test_the_examples_of_the_modules_are_true(module: object) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
-    """(everything that is sent, why it ends)."""
+def run(ending: Ending, pieces: list[str]) -> Outcome:
     out = ""
     for piece in pieces:
         text, reason = ending.feed(piece)
@@ -319,9 +319,7 @@ def run(ending: Ending, pieces: list[str]) -> tuple[str, str | None]:
     return out + ending.flush(), None
 
 
-def check(
-    mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: tuple[str, str | None]
-) -> None:
+def check(mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: Outcome) -> None:
     """Feed the text whole, by characters, and in random pieces."""
     chance = random.Random(len(text))
     places = sorted(chance.sample(range(len(text) + 1), len(text) // 4))
@@ -366,7 +364,7 @@ def test_chat(case: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("case", BEGUN, ids=title)
-def test_a_begun_answer(case: tuple[str, str, str, tuple[str, str | None]]) -> None:
+def test_a_begun_answer(case: tuple[str, str, str, Outcome]) -> None:
     _, begun, text, expected = case
     check("instruct", "python", begun, "", text, expected)
 
@@ -430,7 +428,7 @@ LEAST_INDENTS = [
 
 
 @pytest.mark.parametrize("case", LEAST_INDENTS, ids=title)
-def test_least_indentation(case: tuple[str, str | None, str, str | None, int, str, tuple[str, str | None]]) -> None:
+def test_least_indentation(case: tuple[str, str | None, str, str | None, int, str, Outcome]) -> None:
     _, language, prompt, suffix, indent, text, expected = case
     for pieces in ([text], list(text)):
         mode = "complete" if suffix is None else "infill"

@@ -298,8 +298,6 @@ GUESSES: list[tuple[str, str, list[str], str]] = [
     ("", "# language: go\n```rust\n", ["a.c"], "go"),
     ("", "```rust\n", ["a.c"], "rust"),
     ("notes.md", "```rust\n", ["a.c"], "markdown"),
-    ("notes.txt", "```rust\n", ["a.c"], "rust"),
-    ("", "x = 1", ["a.json", "b.yml", "README.md", "Dockerfile"], ""),
     ("", "x = 1", ["a.json", "b.json", "c.rb"], "ruby"),
 ]
 

@@ -50,7 +50,6 @@ COMPLETE = [
     ("python", "select name from users"),
     ("python", "CREATE TABLE users (id INT, name TEXT)"),
     ("python", "explain select * from users"),
-    ("python", "x"),
     ("python", "\n\n"),
     ("python", "for a in the_list:\n    print(a)\n"),
     ("python", "编写一个对列表排序的函数", WRONG),
@@ -347,14 +346,11 @@ def test_any_cut_of_real_files_fits() -> None:
         assert text[stop:].startswith(result.body["suffix"])
 
 
-MARKS = ("<pre>", "<suf>", "<mid>")
-
-
 @pytest.mark.parametrize(
     ("layout", "text"), [("psm", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>"), ("spmv2", "<pre><suf>b<mid>a")]
 )
 def test_the_layouts_of_a_gap(layout: str, text: str) -> None:
-    assert "".join(arrange_gap(layout, MARKS, "a", "b")) == text
+    assert "".join(arrange_gap(layout, ("<pre>", "<suf>", "<mid>"), "a", "b")) == text
 
 
 @pytest.mark.parametrize("lines", [60, 240, 1200])

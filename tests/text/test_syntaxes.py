@@ -1,5 +1,4 @@
-"""Where completions end in the languages after the first seven, and what is sent of a long file in them.
-`test_real_files` cuts real files of each language at random places."""
+"""Where completions end in the languages after the first seven, and in real files of all, cut at random places."""
 
 from __future__ import annotations
 
