@@ -22,7 +22,6 @@ Outcome = tuple[str, str | None]  # everything that is sent, and why it ends
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
 CALLS = "".join(f"print(add({', '.join(map(str, range(first, first + 28)))}))\n" for first in (3, 31, 101, 201, 301))
 VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
-RULER = f"# {'-' * 90}\n"
 ROWS = [
     ("python block: a docstring with a call",
      "def f():\n«    '''Like resume().'''\n    return 1\n»\n\ndef resume():\n    pass"),
@@ -34,6 +33,7 @@ ROWS = [
      "def f():\n«    x = 1\n\n# note\n# more\n\n    return g(x)\n"
      "\n# what it calls\ndef g(x):\n    return x\n»\n# Tests\nf()"),
     ("python end: a comment below a blank line, last", "def f():\n«    return 1\n»\n# Tests\n"),
+    ("python block: a header with a comment", "def f(x):  # why\n    if x:\n«        g()\n    return 1\n»\nf()"),
     ("python block: else", "if a:\n«    b()\nelif c:\n    d()\nelse:\n    e()\n»\nelsewhere = 1"),
     ("python block: try", "try:\n«    b()\nexcept E:\n    d()\nfinally:\n    e()\n»\nf()"),
     ("python block: helpers",
@@ -170,7 +170,8 @@ ROWS = [
     ("python stop: CRLF, a line", "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n    return x\r\n"),
     ("python stop: CRLF, a whole line", "x = 1\r\n«y = 2\r\n»return x\r\n‖return x\r\n"),
     ("python stop: many blank lines", "x = 1\n«y = 2»\n\n  z = 3\nw‖" + "\n" * 50 + "  z = 3\n"),
-    ("python block: a long comment below a blank line", f"def f():\n«    return 1\n»\n{3 * RULER}"),
+    ("python block: a long comment below a blank line", "def f():\n«    return 1\n»\n" + 3 * f"# {90 * '-'}\n"),
+    ("python block: within the brackets of a header", f"if f(\na,\n«b,\n»{CALLS}‖c,\n):\n    g()\n"),
     ("python end: entries between brackets that the editor has closed", f"c = {{«\n{VALUES}»‖}}\n\nprint(c)"),
     ("javascript end: a long body before its bracket", f"function f(a) {{\n«{VALUES}»‖}}\n\nfunction g() {{"),
     ("python end: a long rest of a function", f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass"),

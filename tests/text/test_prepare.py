@@ -312,7 +312,6 @@ ODD = {
     "emoji": "\U0001f600" * 60_000,
     "quotes": '"""' * 60_000,
     "brackets": "(" * 300_000,
-    "definitions": "def f(): pass\n" * 20_000,
     "imports": "import (\n" * 30_000,
     "open comment": "/* a\n" * 60_000,
     "deep": "".join(" " * (n % 180) + f"def f{n}():\n" for n in range(3000)),
