@@ -26,7 +26,7 @@ test-engines: ## build llama-server (about four minutes, once) and run it and ot
 	@./run.sh setup engines
 	$(PYTHON) -m pytest -m "engines and not nightly"
 
-test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 minutes)
+test-scale: ## install vLLM (gigabytes, once) and run it behind the Pi
 	@./run.sh setup scale
 	$(PYTHON) -m pytest -m scale
 
